@@ -1,0 +1,37 @@
+"""What every test shares: no network, no W&B account, private caches, quick tests before slow ones."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Set before any test imports torch or transformers, and inherited by every process that a test starts.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+    TOKENIZERS_PARALLELISM="false",
+    PYTHONUNBUFFERED="1",
+)
+os.environ.pop("WANDB_API_KEY", None)
+
+# Timing on a shared machine says nothing; the same examples on every run make a failure repeatable.
+settings.register_profile("pretrain", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("pretrain")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Compiled extensions of this test run only: a stale lock file in a shared folder hangs every later load."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("torch_extensions"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick tests first, then those marked `integration`; the order within each is kept."""
+    items.sort(key=lambda item: item.get_closest_marker("integration") is not None)

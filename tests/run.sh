@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Sets up the environment and runs the tests: bash tests/run.sh [pytest arguments]
+#
+# Without arguments: the linters, the type checker and every test, quick ones first.
+# With arguments: pytest alone, with them. The exit code is pytest's, or 1 where only a linter failed.
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$ROOT"
+bash launch/setup_env.sh
+PATH="${PRETRAIN_VENV:-$ROOT/.venv}/bin:$PATH"
+export PATH
+
+checks=0
+check() {
+    echo "== $*"
+    "$@" || checks=1
+}
+
+if [ $# -eq 0 ]; then
+    check ruff check .
+    check ruff format --check .
+    check mypy pretrain/
+fi
+
+echo "== pytest $*"
+status=0
+python -m pytest "$@" || status=$?
+if [ "$status" -eq 0 ] && [ "$checks" -ne 0 ]; then
+    echo "tests/run.sh: the tests passed, but a check above them failed" >&2
+    exit 1
+fi
+exit "$status"
