@@ -1,0 +1,450 @@
+"""The on-disk contract of a corpus: its manifest, writing it, verifying it, random access to its tokens.
+
+A corpus is a folder of webdataset tar shards and one `manifest.json`:
+
+    manifest.json                 what is there, and a hash of all of it (`Manifest`)
+    shards/shard-00000.tar        members NNNNNN.tok (a chunk: little-endian tokens) and NNNNNN.doc (JSON)
+    shards/shard-00000.idx        where each member lies and its xxh3-64, as a .npy array
+
+Documents, [bos] tokens [eos] each, are concatenated and cut into chunks of `chunk_tokens`; only the
+last chunk of a corpus may be shorter. NNNNNN is the number of the chunk in the corpus. A `.doc` member
+describes the pieces of documents in its chunk: `starts` (token offset in the chunk), `source` (index into
+the manifest's sources), `ids` (document ids), `offsets` (the piece's first token, counted within its
+document: 0 unless it is a continuation), `text_bytes` (UTF-8 bytes of the document's text, given with its
+first piece, else 0).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import xxhash
+
+from pretrain.config import ConfigError
+from pretrain.manifest import (
+    MANIFEST_NAME,
+    CorpusSource,
+    FileInfo,
+    Manifest,
+    ShardInfo,
+    describe_file,
+    load_manifest,
+    sync_folder,
+    token_dtype,
+    write_atomically,
+)
+
+SHARDS_FOLDER = "shards"
+_OPEN_SHARDS = 64  # file descriptors that one Corpus holds at most
+_CACHED_DOCUMENTS = 512  # parsed .doc members that one Corpus holds at most
+_BLOCK = tarfile.BLOCKSIZE
+_TOKENS, _DOCUMENTS = 0, 1  # second axis of an index
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+
+class CorruptShardError(RuntimeError):
+    """A shard is not what its manifest says. The text names the file, the member and what differs."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDocuments:
+    """The pieces of documents in one chunk; every field has one entry per piece."""
+
+    starts: np.ndarray  # int64: token offset in the chunk; the first is 0
+    source: np.ndarray  # int64: index into the manifest's sources
+    ids: list[str]
+    offsets: np.ndarray  # int64: the piece's first token within its document
+    text_bytes: np.ndarray  # int64: of the document, where offsets is 0, else 0
+
+
+class Corpus:
+    """Random access to the tokens of a corpus.
+
+    Cheap to construct: shards and indexes are opened at first use. Can be pickled, and used after a fork.
+    With `verify_chunks` the hash of a chunk is checked at its first use in this process.
+    """
+
+    def __init__(self, manifest_path: str | Path, verify_chunks: bool = True) -> None:
+        self.manifest_path = Path(manifest_path)
+        self.verify_chunks = verify_chunks
+        self.manifest = load_manifest(manifest_path)
+        self.n_chunks = self.manifest.n_chunks
+        self.chunk_tokens = self.manifest.chunk_tokens
+        self.last_chunk_tokens = self.manifest.last_chunk_tokens
+        self._dtype = np.dtype(self.manifest.dtype)
+        self._first_chunks = np.array([shard.first_chunk for shard in self.manifest.shards])
+        self._reset()
+
+    def _reset(self) -> None:
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._documents: OrderedDict[int, ChunkDocuments] = OrderedDict()
+        self._verified = np.zeros(self.n_chunks, dtype=bool)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_open", "_documents", "_verified")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def tokens_in(self, chunk: int) -> int:
+        """Number of tokens of a chunk."""
+        return self.last_chunk_tokens if chunk == self.n_chunks - 1 else self.chunk_tokens
+
+    def read(self, chunk: int, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of a chunk, `stop` clipped to its end; an array of the manifest's dtype.
+
+        Raises CorruptShardError, and IndexError for a chunk or start that does not exist.
+        """
+        stop = min(stop, self.tokens_in(chunk))
+        if not (0 <= chunk < self.n_chunks and 0 <= start <= stop):
+            raise IndexError(f"{self.manifest_path}: no tokens {start} to {stop} in chunk {chunk}")
+        shard, row = self._locate(chunk)
+        width = self._dtype.itemsize
+        if self.verify_chunks and not self._verified[chunk]:
+            content = shard.member(row, _TOKENS)
+            self._verified[chunk] = True
+            content = content[start * width : stop * width]
+        else:
+            content = shard.read(row, _TOKENS, start * width, stop * width)
+        return np.frombuffer(content, dtype=self._dtype.newbyteorder("<")).astype(self._dtype)
+
+    def documents(self, chunk: int) -> ChunkDocuments:
+        """The document pieces of a chunk. Raises CorruptShardError, and IndexError for an unknown chunk."""
+        if not 0 <= chunk < self.n_chunks:
+            raise IndexError(f"{self.manifest_path}: no chunk {chunk}")
+        if chunk in self._documents:
+            self._documents.move_to_end(chunk)
+            return self._documents[chunk]
+        shard, row = self._locate(chunk)
+        raw: dict[str, Any] = json.loads(shard.member(row, _DOCUMENTS))
+        arrays: dict[str, Any] = {k: np.array(v, np.int64) for k, v in raw.items() if k != "ids"}
+        documents = ChunkDocuments(ids=raw["ids"], **arrays)
+        self._documents[chunk] = documents
+        if len(self._documents) > _CACHED_DOCUMENTS:
+            self._documents.popitem(last=False)
+        return documents
+
+    def _locate(self, chunk: int) -> tuple[_OpenShard, int]:
+        number = int(np.searchsorted(self._first_chunks, chunk, side="right")) - 1
+        info = self.manifest.shards[number]
+        if number in self._open:
+            self._open.move_to_end(number)
+        else:
+            self._open[number] = _OpenShard(self.manifest_path.parent / SHARDS_FOLDER, info)
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)[1].close()
+        return self._open[number], chunk - info.first_chunk
+
+
+class _OpenShard:
+    """One shard with its index in memory. Reads by position, so that forked processes do not disturb it.
+
+    Not memory-mapped: there a failing disk or network file system kills the process, here it is an error.
+    """
+
+    def __init__(self, folder: Path, info: ShardInfo) -> None:
+        self.path = folder / info.name
+        self.info = info
+        self._descriptor = -1
+        self.index = _read_index(folder, info)
+        try:
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            size = os.fstat(self._descriptor).st_size
+        except OSError as error:
+            raise CorruptShardError(f"{self.path} cannot be opened: {error.strerror}") from error
+        if size != info.bytes:
+            raise CorruptShardError(self._size_problem(size))
+
+    def _size_problem(self, size: int) -> str:
+        ends = self.index[:, :, 0] + self.index[:, :, 1]  # uint64 [chunks, 2]
+        lost = np.argwhere(ends > size)
+        first = f"; the first member cut off is {self.member_name(*lost[0].tolist())}" if len(lost) else ""
+        return f"{self.path} has {size} bytes, its manifest says {self.info.bytes}{first}"
+
+    def member_name(self, row: int, kind: int) -> str:
+        return _member_name(self.info.first_chunk + row, kind)
+
+    def read(self, row: int, kind: int, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a member, which are not checked."""
+        offset = int(self.index[row, kind, 0])
+        try:
+            content = os.pread(self._descriptor, stop - start, offset + start)
+        except OSError as error:
+            raise CorruptShardError(
+                f"{self.path}: member {self.member_name(row, kind)} cannot be read: {error.strerror}"
+            ) from error
+        if len(content) != stop - start:
+            raise CorruptShardError(f"{self.path}: member {self.member_name(row, kind)} is cut off")
+        return content
+
+    def member(self, row: int, kind: int) -> bytes:
+        """A whole member, its hash checked."""
+        content = self.read(row, kind, 0, int(self.index[row, kind, 1]))
+        expected, found = int(self.index[row, kind, 2]), xxhash.xxh3_64_intdigest(content)
+        if found != expected:
+            raise CorruptShardError(
+                f"{self.path}: member {self.member_name(row, kind)} has xxh3-64 {found:016x}, its index says "
+                f"{expected:016x}; restore the file or prepare the corpus again"
+            )
+        return content
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _member_name(chunk: int, kind: int) -> str:
+    return f"{chunk:06d}.{'tok' if kind == _TOKENS else 'doc'}"
+
+
+def _read_index(folder: Path, info: ShardInfo) -> np.ndarray:
+    """uint64 [chunks, 2, 3]: (offset, length, xxh3-64) of the .tok and the .doc member of each chunk."""
+    path = folder / info.index_name
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CorruptShardError(f"{path} cannot be read: {error.strerror}") from error
+    if hashlib.sha256(content).hexdigest() != info.index_sha256:
+        raise CorruptShardError(f"{path} has another sha256 than its manifest says; restore the file")
+    return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+class CorpusWriter:
+    """Writes a corpus; the same calls give the same bytes.
+
+    Every file gets a temporary name, is synced and renamed; the manifest comes last, in `finish`.
+    `sources` are the names, or names with licenses, that `add_document` may use. Raises ConfigError
+    where `folder` holds a corpus already.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        tokenizer_sha256: str,
+        vocab_size: int,
+        bos_id: int,
+        eos_id: int,
+        chunk_tokens: int,
+        sources: Sequence[str | CorpusSource],
+        shard_bytes: int = 1 << 30,
+        files: Sequence[str] = (),
+    ) -> None:
+        self.folder = Path(folder)
+        if (self.folder / MANIFEST_NAME).exists():
+            raise ConfigError(f"{self.folder} holds a corpus already; choose another folder")
+        (self.folder / SHARDS_FOLDER).mkdir(parents=True, exist_ok=True)
+        self._sources = [
+            CorpusSource(name=s) if isinstance(s, str) else CorpusSource(**asdict(s)) for s in sources
+        ]
+        self._source_index = {source.name: i for i, source in enumerate(self._sources)}
+        self._header: dict[str, Any] = {
+            "tokenizer_sha256": tokenizer_sha256,
+            "vocab_size": vocab_size,
+            "bos_id": bos_id,
+            "eos_id": eos_id,
+            "chunk_tokens": chunk_tokens,
+        }
+        self._dtype = token_dtype(vocab_size)
+        self._vocab_size, self._chunk_tokens = vocab_size, chunk_tokens
+        self._shard_bytes, self._files = shard_bytes, list(files)
+        self._shards: list[ShardInfo] = []
+        self._shard: _ShardWriter | None = None
+        self._n_chunks = 0
+        self._buffer = np.empty(chunk_tokens, dtype=self._dtype.newbyteorder("<"))
+        self._start_chunk()
+
+    def _start_chunk(self) -> None:
+        self._filled = 0
+        self._pieces: dict[str, list[Any]] = {field.name: [] for field in fields(ChunkDocuments)}
+
+    def add_document(
+        self, tokens: Sequence[int] | np.ndarray, *, source: str, document_id: str, text_bytes: int = 0
+    ) -> None:
+        """Append one document, its bos and eos included in `tokens`. Raises ValueError for a foreign id."""
+        array = np.asarray(tokens)
+        if array.ndim != 1 or not len(array):
+            raise ValueError(f"document {document_id!r} is not a non-empty row of tokens")
+        if int(array.min()) < 0 or int(array.max()) >= self._vocab_size:
+            raise ValueError(f"document {document_id!r} has token ids outside 0 to {self._vocab_size - 1}")
+        number = self._source_index[source]
+        totals = self._sources[number]
+        totals.documents += 1
+        totals.tokens += len(array)
+        totals.text_bytes += text_bytes
+        done = 0
+        while done < len(array):
+            room = min(self._chunk_tokens - self._filled, len(array) - done)
+            piece = (self._filled, number, document_id, done, 0 if done else text_bytes)
+            for values, value in zip(self._pieces.values(), piece, strict=True):
+                values.append(value)
+            self._buffer[self._filled : self._filled + room] = array[done : done + room]
+            self._filled += room
+            done += room
+            if self._filled == self._chunk_tokens:
+                self._flush_chunk()
+
+    def _flush_chunk(self) -> None:
+        tokens = self._buffer[: self._filled].tobytes()
+        documents = json.dumps(self._pieces, ensure_ascii=False, separators=(",", ":")).encode()
+        size = _padded(len(tokens)) + _padded(len(documents))
+        if self._shard is not None and self._shard.bytes + size > self._shard_bytes:
+            self._shards.append(self._shard.finish())
+            self._shard = None
+        if self._shard is None:
+            name = f"shard-{len(self._shards):05d}.tar"
+            self._shard = _ShardWriter(self.folder / SHARDS_FOLDER, name, self._n_chunks)
+        self._shard.add(tokens, documents, self._filled, self._pieces["offsets"].count(0))
+        self._n_chunks += 1
+        self._start_chunk()
+
+    def finish(self) -> Manifest:
+        """Write what is left, then the manifest. Raises ValueError where no document was added."""
+        if self._filled:
+            self._flush_chunk()
+        if self._shard is None:
+            raise ValueError(f"no document was added to the corpus {self.folder}")
+        self._shards.append(self._shard.finish())
+        self._shard = None
+        manifest = Manifest(
+            **self._header,
+            dtype=self._dtype.name,
+            n_chunks=self._n_chunks,
+            n_tokens=sum(shard.tokens for shard in self._shards),
+            n_documents=sum(shard.documents for shard in self._shards),
+            sources=self._sources,
+            shards=self._shards,
+            files=[describe_file(self.folder, name) for name in self._files],
+        )
+        manifest.root_sha256 = manifest.compute_root_sha256()
+        write_atomically(self.folder / MANIFEST_NAME, manifest.to_json().encode())
+        return manifest
+
+
+class _ShardWriter:
+    """One tar under a temporary name, hashed while it is written."""
+
+    def __init__(self, folder: Path, name: str, first_chunk: int) -> None:
+        self.folder = folder
+        self.info = ShardInfo(name=name, first_chunk=first_chunk)
+        self._temporary = folder / f".{name}.tmp"
+        self._file: BinaryIO = self._temporary.open("wb")
+        self._sha256 = hashlib.sha256()
+        self._rows: list[list[tuple[int, int, int]]] = []
+        self.bytes = 0
+
+    def _write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._sha256.update(content)
+        self.bytes += len(content)
+
+    def _member(self, kind: int, content: bytes) -> tuple[int, int, int]:
+        header = tarfile.TarInfo(_member_name(self.info.first_chunk + len(self._rows), kind))
+        header.size = len(content)  # mtime, uid and gid are 0, owner names empty: TarInfo's defaults
+        self._write(header.tobuf(tarfile.USTAR_FORMAT))
+        offset = self.bytes
+        self._write(content + bytes(-len(content) % _BLOCK))
+        return offset, len(content), xxhash.xxh3_64_intdigest(content)
+
+    def add(self, tokens: bytes, documents: bytes, n_tokens: int, n_documents: int) -> None:
+        self._rows.append([self._member(_TOKENS, tokens), self._member(_DOCUMENTS, documents)])
+        self.info.chunks += 1
+        self.info.tokens += n_tokens
+        self.info.documents += n_documents
+
+    def finish(self) -> ShardInfo:
+        self._write(bytes(2 * _BLOCK))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        index = io.BytesIO()
+        np.save(index, np.array(self._rows, dtype="<u8"), allow_pickle=False)
+        write_atomically(self.folder / self.info.index_name, index.getvalue())
+        os.replace(self._temporary, self.folder / self.info.name)
+        sync_folder(self.folder)
+        self.info.bytes = self.bytes
+        self.info.sha256 = self._sha256.hexdigest()
+        self.info.index_sha256 = hashlib.sha256(index.getvalue()).hexdigest()
+        return self.info
+
+
+def _padded(n_bytes: int) -> int:
+    """Space that a member takes in a tar."""
+    return _BLOCK + n_bytes + -n_bytes % _BLOCK
+
+
+def verify_corpus(manifest_path: str | Path, progress: Progress | None = None) -> list[str]:
+    """Read every file of a corpus and compare it with the manifest.
+
+    Returns every problem found, each one sentence that names the file and the member; empty: all is well.
+    """
+    try:
+        manifest = load_manifest(manifest_path)
+    except ConfigError as error:
+        return [str(error)]
+    folder = Path(manifest_path).parent
+    expected = [FileInfo(f"{SHARDS_FOLDER}/{s.name}", s.bytes, s.sha256) for s in manifest.shards]
+    total, done = sum(file.bytes for file in expected + manifest.files), 0
+    problems = []
+    for number, file in enumerate(expected + manifest.files):
+        found = _file_problems(folder, file)
+        if number < len(expected):
+            found += _member_problems(folder / SHARDS_FOLDER, manifest.shards[number], damaged=bool(found))
+        problems += found
+        done += file.bytes
+        if progress is not None:
+            progress(done, total)
+    named = {shard.name for shard in manifest.shards}
+    found_there = sorted((folder / SHARDS_FOLDER).glob("*.tar"))
+    return problems + [f"{p} is not in the manifest; remove it" for p in found_there if p.name not in named]
+
+
+def _file_problems(folder: Path, expected: FileInfo) -> list[str]:
+    path = folder / expected.name
+    try:
+        found = describe_file(folder, expected.name)
+    except OSError as error:
+        return [f"{path} cannot be read: {error.strerror}"]
+    if found.bytes != expected.bytes:
+        return [f"{path} has {found.bytes} bytes, the manifest says {expected.bytes}"]
+    if found.sha256 != expected.sha256:
+        return [f"{path} has sha256 {found.sha256}, the manifest says {expected.sha256}"]
+    return []
+
+
+def _member_problems(folder: Path, info: ShardInfo, damaged: bool) -> list[str]:
+    """Whether the index is whole and, for a damaged shard, each member that differs."""
+    try:
+        index = _read_index(folder, info)
+        if not damaged:
+            return []
+        content = (folder / info.name).open("rb")
+    except (CorruptShardError, FileNotFoundError) as error:
+        return [str(error)] if isinstance(error, CorruptShardError) else []
+    problems = []
+    with content:
+        for row, kind in np.ndindex(*index.shape[:2]):
+            offset, length, digest = (int(value) for value in index[row, kind])
+            content.seek(offset)
+            member = content.read(length)
+            if xxhash.xxh3_64_intdigest(member) != digest:
+                what = "is cut off" if len(member) < length else "has another xxh3-64 than its index says"
+                name = _member_name(info.first_chunk + row, kind)
+                problems.append(f"{folder / info.name}: member {name} {what}")
+    return problems
