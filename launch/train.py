@@ -1,0 +1,32 @@
+"""Train a model: `deepspeed launch/train.py run_dir=DIR data.manifest=DIR/manifest.json total_steps=N ...`
+
+One process per rank. A run folder that holds a checkpoint goes on from it. Keys are Hydra overrides:
+`model=1b optim.lr=3e-4 engine=zero2 experiment=1b_one_node`. Exit codes: 0 finished, 2 the configuration is
+wrong, 75 stopped on request with the state saved, anything else a crash.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pretrain.config import TrainConfig, launched_world_size, run_command  # noqa: E402
+
+
+def main(config: TrainConfig) -> int:
+    """Check everything that needs no process group, then train."""
+    from pretrain.inputs import resolve_inputs
+
+    config = resolve_inputs(config, launched_world_size())
+
+    from pretrain.distributed import init_world, shutdown_world
+    from pretrain.trainer import train
+
+    world = init_world(config.engine.timeout_s)
+    code = train(config, world)
+    shutdown_world()
+    return code
+
+
+if __name__ == "__main__":
+    run_command(TrainConfig, main, config_name="config", doc=__doc__)

@@ -1,0 +1,135 @@
+"""The process group of a run: who this rank is, what all ranks agree on, and random state.
+
+One process per rank. The launcher (`deepspeed`, `torchrun`, `srun`) sets RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR and MASTER_PORT; without them the process is a world of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pretrain.config import ConfigError, launched_rank, launched_world_size
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of the run's."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one rank that writes the run's files."""
+        return self.rank == 0
+
+
+def init_world(timeout_s: int) -> World:
+    """Join the process group of the run. Collectives fail after `timeout_s` without progress."""
+    rank, size = launched_rank(), launched_world_size()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"  # gloo: checkpoints and decisions travel between hosts' memories
+    else:
+        device = torch.device("cpu")
+        backend = "gloo"
+        _tune_cpu()
+    timeout = timedelta(seconds=timeout_s)
+    if size == 1:
+        # DeepSpeed reads these even in a world of one; no other process can be meant.
+        for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+            os.environ[name] = str(value)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+    return World(rank=rank, size=size, local_rank=local_rank, device=device)
+
+
+def _tune_cpu() -> None:
+    """Share the cores among this host's ranks, and let the allocator keep what it has.
+
+    By default glibc maps and unmaps every large tensor; page faults then take a fifth of a step.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping per allocation
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: freed memory is kept
+
+
+def shutdown_world() -> None:
+    """Leave the process group together, so that the launcher sees every rank's own exit code."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: list[float], world: World) -> list[float]:
+    """Element-wise sums over all ranks, in fp64; the same on every rank."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=world.device)
+    if world.size > 1:
+        dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def gather_objects(value: Any, world: World) -> list[Any]:
+    """Every rank's small JSON-like value, in rank order, on every rank."""
+    if world.size == 1:
+        return [value]
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def on_main(action: Callable[[], T], world: World) -> T:
+    """Rank 0's result of `action`, on every rank; its ConfigError is raised on every rank."""
+    value, problem = None, None
+    if world.is_main:
+        try:
+            value = action()
+        except ConfigError as error:
+            problem = str(error)
+    value, problem = gather_objects((value, problem), world)[0]
+    if problem is not None:
+        raise ConfigError(problem)
+    return value
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make random state a function of (seed, step, rank), so that a checkpoint need not hold any."""
+    # Distinct odd multipliers keep neighboring steps and ranks apart (splitmix64's constants).
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63
+    torch.manual_seed(mixed)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """This rank's even share of one flattened fp32 tensor: elements [rank c, rank c + len) with c = ceil(n / ranks)."""
+
+    values: torch.Tensor
+    """1-D, on the host, a copy; may be empty on the last ranks."""
+    numel: int
+    """Elements of the whole tensor."""
+
+
+def share(numel: int, world: World) -> tuple[int, int]:
+    """Elements [start, stop) of a flattened tensor of `numel` that belong to this rank, as ZeRO-3 cuts it."""
+    per_rank = -(-numel // world.size)
+    start = min(world.rank * per_rank, numel)
+    return start, min(start + per_rank, numel)

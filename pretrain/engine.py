@@ -1,0 +1,308 @@
+"""The model under DeepSpeed: one optimizer step, one evaluation pass, and all state as whole, named tensors.
+
+The only file that imports deepspeed. DeepSpeed's own checkpoints are not used: `snapshot` and `restore` exchange
+fp32 master weights and Adam moments with `checkpoint.py` in a form that no number of ranks or ZeRO stage appears in.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault(
+    "DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidiactl") else "cpu"
+)  # silences its probe
+
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+
+from pretrain.config import Precision, TrainConfig  # noqa: E402
+from pretrain.distributed import Partition, World, seed_step, share, sum_over_ranks  # noqa: E402
+from pretrain.loader import Batch  # noqa: E402
+from pretrain.model import Decoder, LossSums  # noqa: E402
+from pretrain.objectives import training_loss  # noqa: E402
+from pretrain.optim import build_optimizer, parameter_groups  # noqa: E402
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's state per parameter, in fp32."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What this rank knows after one optimizer step; the sums are over its own sequences."""
+
+    nll_sum: torch.Tensor
+    """Sum of the negative log-likelihoods, nats; on the device, not yet synchronized."""
+    z_sum: torch.Tensor
+    """Sum of squared log-partitions; on the device."""
+    n_predicted: int
+    """Predicted tokens of the global batch."""
+    grad_norm: float
+    """Global L2 norm before clipping; not finite when the step was skipped."""
+    skipped: bool
+    """The gradient was not finite: weights and moments are as before."""
+
+
+def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed dictionary of a run."""
+    engine = config.engine
+    zero: dict[str, Any] = {
+        "stage": engine.zero_stage,
+        "reduce_bucket_size": engine.reduce_bucket_elements,
+        "contiguous_gradients": True,
+        "overlap_comm": torch.cuda.is_available(),  # gloo has no streams to overlap on
+    }
+    if engine.zero_stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": engine.prefetch_bucket_elements,
+            "stage3_param_persistence_threshold": engine.persistence_threshold_elements,
+            "stage3_max_live_parameters": engine.max_live_elements,
+            "stage3_max_reuse_distance": engine.max_live_elements,
+        }
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if engine.offload_params:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    result: dict[str, Any] = {
+        "train_batch_size": config.global_batch_sequences,
+        "train_micro_batch_size_per_gpu": config.micro_batch_sequences,
+        "gradient_accumulation_steps": config.grad_accum_steps(world_size),
+        "gradient_clipping": config.optim.max_grad_norm,
+        "bf16": {"enabled": config.engine.precision is Precision.bf16},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW serves offload too; nothing is compiled
+        "steps_per_print": 2**31,
+    }
+    if engine.zero_stage == 3:
+        # Micro batches are summed in fp32. Stages 1 and 2 sum them in bf16: fp32 there selects another wrapper.
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merged(result, engine.deepspeed_overrides)
+
+
+def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in overrides.items():
+        inner = merged.get(key)
+        merged[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
+class Engine:
+    """A decoder, its optimizer and DeepSpeed around them, on every rank of the world."""
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        """`config.model.vocab_size` is set. All ranks call this together."""
+        self.config, self.world = config, world
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # Compiled at each start for 30 to 90 s, used by inference only, and leaks shared memory.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_init_required=False)
+        settings = deepspeed_config(config, world.size)
+        stage = config.engine.zero_stage
+        with deepspeed.zero.Init(
+            config_dict_or_path=settings, enabled=stage == 3, mem_efficient_linear=False
+        ):
+            model = Decoder(config.model, config.seed)
+        named = list(model.named_parameters())
+        self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named}
+        """Full shape of every parameter."""
+        self._stage = stage
+        self._parameters = dict(named)
+        self._optimizer = build_optimizer(parameter_groups(named, config.optim), config.optim)
+        self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=settings)
+        self._allocate_moments()
+
+    def train_step(self, batches: list[Batch], step: int, lr: float) -> StepResult:
+        """One optimizer update from this rank's micro batches. `step` counts from 1."""
+        seed_step(self.config.seed, step, self.world.rank)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        predicted = sum(int((batch.labels >= 0).sum()) for batch in batches)
+        n_predicted = int(sum_over_ranks([predicted], self.world)[0])
+        nll_sum = torch.zeros((), device=self.world.device)
+        z_sum = torch.zeros((), device=self.world.device)
+        # DeepSpeed averages over accumulation steps and ranks; the scale turns that into the mean over tokens.
+        scale = float(len(batches) * self.world.size)
+        self._deepspeed.train()
+        for batch in batches:
+            sums = self._forward(batch)
+            nll_sum += sums.nll_sum.detach()
+            z_sum += sums.z_sum.detach()
+            loss = training_loss(sums, self.config.model.z_loss, max(1, n_predicted), scale)
+            self._deepspeed.backward(loss)
+            if self._stage == 0 and batch is batches[-1]:
+                return self._plain_step(nll_sum, z_sum, n_predicted)
+            self._deepspeed.step()
+        skipped = not self._deepspeed.was_step_applied()
+        norm = self._deepspeed.get_global_grad_norm()
+        grad_norm = float("nan") if norm is None or skipped else float(norm)
+        return StepResult(nll_sum, z_sum, n_predicted, grad_norm, skipped)
+
+    def _plain_step(self, nll_sum: torch.Tensor, z_sum: torch.Tensor, n_predicted: int) -> StepResult:
+        """Stage 0: DeepSpeed neither reports a norm nor skips a step that is not finite, so both are done here."""
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        skipped = norm != norm or norm == float("inf")
+        if skipped:
+            for parameter in self._parameters.values():
+                parameter.grad = None
+        self._deepspeed.step()
+        return StepResult(nll_sum, z_sum, n_predicted, norm, skipped)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> LossSums:
+        """Loss sums of this rank's batch, dropout off. Under stage 3 all ranks call this together."""
+        self._deepspeed.eval()
+        return self._forward(batch)
+
+    def _forward(self, batch: Batch) -> LossSums:
+        on_device = [t.to(self.world.device, non_blocking=True) for t in batch[:4]]
+        return self._deepspeed(*on_device)
+
+    # ---- state -------------------------------------------------------------------------------------------------
+
+    @property
+    def optimizer_step(self) -> int:
+        """Updates that Adam has applied; skipped steps do not count."""
+        return int(next(iter(self._optimizer.state.values()))["step"])
+
+    @torch.no_grad()
+    def snapshot(self) -> dict[str, Partition]:
+        """`weight.<name>`, `exp_avg.<name>`, `exp_avg_sq.<name>` -> this rank's share, copied to the host.
+
+        All ranks call this together.
+        """
+        return {f"{kind}.{name}": self._partition(kind, name) for kind, name in self._state_keys()}
+
+    @torch.no_grad()
+    def restore(self, partitions: dict[str, torch.Tensor], optimizer_step: int) -> None:
+        """Put back what `snapshot` gave, by any number of ranks and any stage.
+
+        `partitions`: key -> this rank's share of the flattened tensor, as `share` cuts it. All ranks together.
+        """
+        for kind, name in self._state_keys():
+            parameter, values = self._parameters[name], partitions[f"{kind}.{name}"]
+            if self._stage == 3:
+                self._restore_partition(parameter, kind, values)
+            else:
+                self._restore_whole(parameter, kind, self._gather(values, self.shapes[name]))
+        for state in self._optimizer.state.values():
+            state["step"] = torch.tensor(float(optimizer_step), device=state["exp_avg"].device)
+        if self._stage == 3:
+            self._refresh_working_weights()
+
+    @torch.no_grad()
+    def restore_weights(self, partitions: dict[str, torch.Tensor]) -> None:
+        """Put back `weight.<name>` only; moments stay at zero (a new run from old weights)."""
+        zeros = {
+            f"{kind}.{name}": torch.zeros_like(partitions[f"weight.{name}"])
+            for kind in MOMENTS
+            for name in self.shapes
+        }
+        self.restore({**zeros, **partitions}, optimizer_step=0)
+
+    def _state_keys(self) -> Iterator[tuple[str, str]]:
+        for kind in ("weight", *MOMENTS):
+            for name in self._parameters:
+                yield kind, name
+
+    def _partition(self, kind: str, name: str) -> Partition:
+        parameter, shape = self._parameters[name], self.shapes[name]
+        numel = torch.Size(shape).numel()
+        if self._stage == 3:
+            if kind == "weight":
+                local = safe_get_local_fp32_param(parameter)
+            else:
+                local = safe_get_local_optimizer_state(parameter, kind)
+            start, stop = share(numel, self.world)
+            values = local.flatten()[: stop - start]  # DeepSpeed pads the last rank's partition
+        else:
+            start, stop = share(numel, self.world)
+            values = self._whole(parameter, kind).flatten()[start:stop]
+        return Partition(values.detach().to("cpu", torch.float32, copy=True), numel)
+
+    def _whole(self, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
+        if self._stage == 0:
+            return parameter if kind == "weight" else self._optimizer.state[parameter][kind]
+        if kind == "weight":
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, kind)
+
+    def _restore_whole(self, parameter: torch.nn.Parameter, kind: str, value: torch.Tensor) -> None:
+        value = value.to(parameter.device)
+        if self._stage == 0:
+            (parameter if kind == "weight" else self._optimizer.state[parameter][kind]).copy_(value)
+        elif kind == "weight":
+            safe_set_full_fp32_param(parameter, value)
+            parameter.copy_(value)  # the bf16 weight that computes
+        else:
+            safe_set_full_optimizer_state(parameter, value, kind)
+
+    def _restore_partition(self, parameter: torch.nn.Parameter, kind: str, values: torch.Tensor) -> None:
+        padded = torch.zeros(parameter.ds_tensor.ds_numel, device=self.world.device)
+        padded[: values.numel()].copy_(values)
+        if kind == "weight":
+            safe_set_local_fp32_param(parameter, padded)
+        else:
+            safe_set_local_optimizer_state(parameter, padded, kind)
+
+    def _refresh_working_weights(self) -> None:
+        """Stage 3: the bf16 partitions, and the small parameters kept whole, follow the fp32 masters."""
+        zero = self._deepspeed.optimizer
+        zero.checkpoint_event_prologue()
+        for sub_group, masters in enumerate(zero.fp32_partitioned_groups_flat):
+            working = zero.fp16_partitioned_groups_flat[sub_group]
+            if working.data_ptr() != masters.data_ptr():
+                working.copy_(masters)
+            views = zero.unflatten(working, zero.fp16_partitioned_groups[sub_group])
+            for partition, view in zip(zero.fp16_partitioned_groups[sub_group], views, strict=True):
+                partition.data = view.data
+        zero.checkpoint_event_epilogue()
+
+    def _gather(self, values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """The whole tensor from every rank's share."""
+        numel = torch.Size(shape).numel()
+        per_rank = -(-numel // self.world.size)
+        padded = torch.zeros(per_rank)
+        padded[: values.numel()].copy_(values)
+        if self.world.size == 1:
+            return padded.view(shape)
+        gathered = [torch.empty(per_rank) for _ in range(self.world.size)]
+        dist.all_gather(gathered, padded)
+        return torch.cat(gathered)[:numel].view(shape)
+
+    def _allocate_moments(self) -> None:
+        """Create Adam's state, which torch makes at the first step only: a checkpoint is loaded in place before it.
+
+        Each flat partition gets a `step` of its own: one shared by several would count each update several times.
+        """
+        zero = self._deepspeed.optimizer
+        match self._stage:
+            case 0:
+                flat = [p for group in self._optimizer.param_groups for p in group["params"]]
+            case 3:
+                flat = list(zero.fp32_partitioned_groups_flat)
+            case _:
+                flat = list(zero.single_partition_of_fp32_groups)
+        for tensor in flat:
+            state = self._optimizer.state[tensor]
+            if not state:
+                state["step"] = torch.zeros((), device=tensor.device)
+                for kind in MOMENTS:
+                    state[kind] = torch.zeros_like(tensor, memory_format=torch.preserve_format)
+        if self._stage in (1, 2):
+            zero._lazy_init_hp_params_optimizer_state()
