@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pretrain.config import TrainConfig, launched_world_size, run_command  # noqa: E402
+from pretrain.config import TrainConfig, launched_world_size, run_command
 
 
 def main(config: TrainConfig) -> int:

@@ -16,10 +16,10 @@ os.environ.setdefault(
     "DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidiactl") else "cpu"
 )  # silences its probe
 
-import deepspeed  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from deepspeed.utils import (  # noqa: E402
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
@@ -30,12 +30,12 @@ from deepspeed.utils import (  # noqa: E402
     safe_set_local_optimizer_state,
 )
 
-from pretrain.config import Precision, TrainConfig  # noqa: E402
-from pretrain.distributed import Partition, World, seed_step, share, sum_over_ranks  # noqa: E402
-from pretrain.loader import Batch  # noqa: E402
-from pretrain.model import Decoder, LossSums  # noqa: E402
-from pretrain.objectives import training_loss  # noqa: E402
-from pretrain.optim import build_optimizer, parameter_groups  # noqa: E402
+from pretrain.config import Precision, TrainConfig
+from pretrain.distributed import Partition, World, seed_step, share, sum_over_ranks
+from pretrain.loader import Batch
+from pretrain.model import Decoder, LossSums
+from pretrain.objectives import training_loss
+from pretrain.optim import build_optimizer, parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's state per parameter, in fp32."""

@@ -268,7 +268,7 @@ def _check_resumable(config: TrainConfig, state: dict[str, Any]) -> list[str]:
 
 def _shapes_the_run(key: str) -> bool:
     free = ("model.activation_checkpointing", "model.loss_chunk_tokens", "model.dropout", "model.z_loss")
-    return key.startswith("model.") and key not in free or key == "data.document_masking"
+    return (key.startswith("model.") and key not in free) or key == "data.document_masking"
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -35,7 +35,7 @@ def test_defaults_compose() -> None:
 
 
 @pytest.mark.parametrize(
-    "group, option",
+    ("group", "option"),
     sorted(
         (p.parent.name, p.stem)
         for p in CONF_DIR.glob("*/*.yaml")
@@ -57,7 +57,7 @@ def test_every_experiment_composes(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides, words",
+    ("overrides", "words"),
     [
         (["optim.lrr=3"], ["optim.lrr", "did you mean lr?"]),
         (["modle=1b"], ["modle"]),
@@ -92,7 +92,9 @@ def test_mistakes_are_named_in_one_sentence(overrides: list[str], words: list[st
         compose(*overrides)
     text = str(raised.value)
     assert all(word in text for word in words), text
-    assert "\n" not in text and "https" not in text and "full_key" not in text
+    assert "\n" not in text
+    assert "https" not in text
+    assert "full_key" not in text
 
 
 def test_batch_divides_over_ranks() -> None:
@@ -127,14 +129,16 @@ def test_missing_corpus_exits_2(tmp_path: Path) -> None:
         f"run_dir={tmp_path}/run", f"data.manifest={tmp_path}/none/manifest.json", "total_steps=1"
     )
     assert result.returncode == 2
-    assert result.stderr.count("\n") == 1 and f"{tmp_path}/none/manifest.json" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert f"{tmp_path}/none/manifest.json" in result.stderr
     assert not (tmp_path / "run").exists()
 
 
 def test_cfg_job_prints_the_composed_config() -> None:
     result = run_train(*BASE, "model=7b", "optim.lr=1e-4", "--cfg", "job")
     assert result.returncode == 0, result.stderr
-    assert "d_model: 4096" in result.stdout and "lr: 0.0001" in result.stdout
+    assert "d_model: 4096" in result.stdout
+    assert "lr: 0.0001" in result.stdout
 
 
 def test_importing_config_imports_no_torch() -> None:

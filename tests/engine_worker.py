@@ -1,0 +1,104 @@
+"""One rank of the engine tests: train on fixed batches, write losses, optionally save and load a checkpoint.
+
+Argument: a JSON list of jobs {stage, precision, steps, out, load?, save?, overrides?}, done one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+from pretrain import checkpoint
+from pretrain.config import TrainConfig, load_config
+from pretrain.distributed import World, init_world, shutdown_world, sum_over_ranks
+from pretrain.engine import MOMENTS, Engine
+from pretrain.loader import Batch
+
+T, VOCAB, GLOBAL, MICRO, LR = 32, 128, 8, 2, 3e-3
+
+
+def small_config(stage: int, precision: str, overrides: list[str]) -> TrainConfig:
+    return load_config(
+        TrainConfig,
+        [
+            "run_dir=unused",
+            "data.manifest=unused",
+            "total_steps=20",
+            f"global_batch_sequences={GLOBAL}",
+            f"micro_batch_sequences={MICRO}",
+            f"data.sequence_length={T}",
+            "model.n_layers=2",
+            "model.d_model=32",
+            "model.d_ff=80",
+            f"model.vocab_size={VOCAB}",
+            f"optim.lr={LR}",
+            f"engine.zero_stage={stage}",
+            f"engine.precision={precision}",
+            "engine.persistence_threshold_elements=64",
+            *overrides,
+        ],
+        "config",
+    )
+
+
+def batch_of(samples: np.ndarray) -> Batch:
+    """Predictable sequences with unevenly many ignored labels, so that a wrong mean shows."""
+    rows = [torch.Generator().manual_seed(int(s)) for s in samples]
+    start = torch.stack([torch.randint(0, VOCAB, (1,), generator=g) for g in rows])
+    tokens = (start + torch.arange(T) * 3) % VOCAB
+    labels = (tokens + 3) % VOCAB
+    keep = torch.tensor([4 + int(s) % (T - 4) for s in samples])
+    labels[torch.arange(T)[None] >= keep[:, None]] = -100
+    positions = torch.arange(T).expand(len(samples), T).contiguous()
+    return Batch(tokens, labels, positions, torch.zeros_like(tokens), samples)
+
+
+def batches_of_step(step: int, world: World) -> list[Batch]:
+    mine = np.arange(GLOBAL // world.size) + (step - 1) * GLOBAL + world.rank * (GLOBAL // world.size)
+    return [batch_of(mine[i : i + MICRO]) for i in range(0, len(mine), MICRO)]
+
+
+def run(job: dict, world: World) -> None:
+    config = small_config(job["stage"], job["precision"], job.get("overrides", []))
+    engine = Engine(config, world)
+    first = 1
+    if "load" in job:
+        path = Path(job["load"])
+        assert checkpoint.verify(path, world) is None
+        state = checkpoint.read_state(path)
+        kinds = ["weight", *MOMENTS]
+        engine.restore(checkpoint.load(path, kinds, engine.shapes, world), state["optimizer_step"])
+        first = state["step"] + 1
+    losses, norms = [], []
+    for step in range(first, first + job["steps"]):
+        result = engine.train_step(batches_of_step(step, world), step, lr=LR)
+        (nll,) = sum_over_ranks([float(result.nll_sum)], world)
+        losses.append(nll / result.n_predicted)
+        norms.append(result.grad_norm)
+    last = first + job["steps"] - 1
+    if "save" in job:
+        state = {
+            "step": last,
+            "optimizer_step": engine.optimizer_step,
+            "tensors": {name: list(shape) for name, shape in engine.shapes.items()},
+        }
+        checkpoint.save(Path(job["save"]), last, engine.snapshot(), state, world)
+    if world.is_main:
+        Path(job["out"]).write_text(json.dumps({"losses": losses, "norms": norms, "step": last}))
+
+
+def main() -> None:
+    world = init_world(60)
+    for job in json.loads(sys.argv[1]):
+        run(job, world)
+    shutdown_world()
+
+
+if __name__ == "__main__":
+    main()
