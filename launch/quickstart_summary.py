@@ -1,0 +1,134 @@
+"""The closing table of launch/quickstart.sh: `python launch/quickstart_summary.py output=DIR`.
+
+Compares the held-out loss with the unigram entropy of the same text: what the best possible model that knows
+how often each token occurs in this very text, and nothing else, would reach.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from omegaconf import MISSING
+
+from pretrain.config import ConfigError, run_command
+from pretrain.journal import read_metrics
+from pretrain.shards import Corpus
+
+AVERAGED_STEPS = 5
+"""Losses in the table are means over this many steps: a single one depends on its batch."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SummaryConfig:
+    """Which quickstart."""
+
+    output: str = MISSING
+    """The folder that launch/quickstart.sh wrote (its --out)."""
+
+
+def unigram_entropy(corpus: Corpus) -> float:
+    """Entropy in nats per token of the corpus's own token frequencies, counted over what a model has to predict.
+
+    That is every token but BOS: the loss is defined over the same ones. No model that ignores context can
+    do better on this text.
+    """
+    counts = np.zeros(corpus.manifest.vocab_size, dtype=np.int64)
+    for chunk in range(corpus.n_chunks):
+        counts += np.bincount(corpus.read(chunk, 0, corpus.chunk_tokens), minlength=len(counts))
+    counts[corpus.manifest.bos_id] = 0
+    frequencies = counts[counts > 0] / counts.sum()
+    return float(-(frequencies * np.log(frequencies)).sum())
+
+
+def mean_loss(losses: list[float], step: int) -> float:
+    """Mean training loss of the steps up to `step`, AVERAGED_STEPS of them where there are as many."""
+    window = losses[max(0, step - AVERAGED_STEPS) : step]
+    return sum(window) / len(window)
+
+
+def stage_lines(path: Path) -> list[tuple[str, str]]:
+    """(stage, how long it took) of each line of stages.tsv; a stage without a time was not run again."""
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+    return [(name, f"{seconds} s" if seconds else "reused") for name, seconds in rows]
+
+
+def corpus_line(corpus: Corpus) -> str:
+    manifest = corpus.manifest
+    documents = sum(source.documents for source in manifest.sources)
+    text_bytes = sum(source.text_bytes for source in manifest.sources)
+    return f"{documents:,} documents, {text_bytes / 1e6:.1f} MB of text, {manifest.n_tokens:,} tokens"
+
+
+def summarize(config: SummaryConfig) -> None:
+    """Print the table."""
+    out = Path(config.output)
+    run_dir = out / "run"
+    if not (out / "evaluation.json").exists():
+        raise ConfigError(f"{out} holds no finished quickstart; run: bash launch/quickstart.sh --out {out}")
+    heldout = Corpus(out / "corpus" / "heldout" / "manifest.json")
+    losses = [record["loss"] for record in read_metrics(run_dir)]
+    half = len(losses) // 2
+    result = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["overall"]
+    entropy = unigram_entropy(heldout)
+    saved = 1 - result["loss"] / entropy
+
+    def section(title: str, rows: list[tuple[str, str]]) -> None:
+        print(f"\n{title}")
+        for name, value in rows:
+            print(f"  {name:<26}{value}")
+
+    section("Stages", stage_lines(out / "stages.tsv"))
+    section(
+        "Text",
+        [
+            ("trained on", corpus_line(Corpus(out / "corpus" / "manifest.json"))),
+            ("held out", corpus_line(heldout)),
+        ],
+    )
+    section(
+        f"Training loss, nats per token (mean of {AVERAGED_STEPS} steps)",
+        [
+            ("first steps", f"{mean_loss(losses, min(AVERAGED_STEPS, len(losses))):.3f}"),
+            (f"stopped at step {half}", f"{mean_loss(losses, half):.3f}"),
+            (f"resumed, to step {len(losses)}", f"{mean_loss(losses, len(losses)):.3f}"),
+        ],
+    )
+    section(
+        "Held-out text",
+        [
+            ("loss", f"{result['loss']:.3f} nats per token, perplexity {result['perplexity']:.1f}"),
+            ("", f"{result['bits_per_byte']:.3f} bits per byte"),
+            (
+                "unigram entropy of it",
+                f"{entropy:.3f} nats per token (token frequencies of this text, no context)",
+            ),
+            ("the model is", f"{abs(saved):.0%} {'below' if saved >= 0 else 'ABOVE'} the unigram entropy"),
+        ],
+    )
+    section(
+        "Where it lies",
+        [
+            ("corpus, tokenizer, card", str(out / "corpus")),
+            ("run: metrics, checkpoints", str(run_dir)),
+            ("Hugging Face model", str(out / "export")),
+            ("logs of the stages", str(out / "logs")),
+        ],
+    )
+    print(
+        f"""
+Next:
+  python launch/generate.py run_dir={run_dir} prompt="import "
+  python -m data_tools.show {out / "corpus"}
+  bash launch/quickstart.sh --corpus YOUR_FOLDER --out OTHER_DIR
+(with the environment's Python: source {Path(sys.prefix) / "bin" / "activate"})"""
+    )
+
+
+if __name__ == "__main__":
+    run_command(SummaryConfig, summarize, doc=__doc__)
