@@ -1,0 +1,213 @@
+"""The record of a run on disk: files of JSON lines that survive a killed writer, and the true history they tell.
+
+    metrics.jsonl           one line per step, one per evaluation, of every attempt
+    events.jsonl            one line per event
+    ledger/rank-NNNNN.jsonl the samples of each step, per rank
+
+Needs no torch, so that reading a run is quick. docs/monitoring.md describes every field.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import os
+import sys
+import threading
+from collections.abc import Iterable
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+LEDGER_FOLDER = "ledger"
+HELDOUT_PREFIX = "heldout/"
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def say(line: str) -> None:
+    """One line on stderr, whatever state stderr is in."""
+    try:
+        if sys.stderr.isatty():
+            Console(stderr=True).print(line, markup=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # the terminal or the reader of the pipe is gone
+        pass
+
+
+# ---- JSON lines ------------------------------------------------------------------------------------------------------
+
+
+class JsonLines:
+    """Appends records to one file of JSON lines; one writer at a time.
+
+    A record is written by one system call, so that it survives the death of the process at any later moment. A line
+    torn by a killed writer is cut off at opening, one torn by a full disk at once. Floats are written so that reading
+    gives the same bits; NaN and infinities as the strings "NaN", "Infinity", "-Infinity", since JSON has none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._warned = False
+        self._lock = threading.Lock()
+        self._descriptor: int | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            _cut_torn_line(self._descriptor)
+        except OSError as error:
+            self._warn(error)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one record. A failure is reported once; later records are tried again."""
+        line = json.dumps(jsonable(record), allow_nan=False).encode() + b"\n"
+        with self._lock:
+            if self._descriptor is None:
+                return
+            try:
+                end = os.fstat(self._descriptor).st_size
+                if os.write(self._descriptor, line) < len(line):
+                    os.ftruncate(self._descriptor, end)
+                    raise OSError("no space left for a whole line")
+            except OSError as error:
+                self._warn(error)
+
+    def close(self) -> None:
+        """No record can be written after this."""
+        with self._lock:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+            self._descriptor = None
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            say(
+                f"warning: {self._path} cannot be written ({error.strerror or error}); training goes on without it"
+            )
+        self._warned = True
+
+
+def _cut_torn_line(descriptor: int) -> None:
+    """Shorten the file to its last line feed."""
+    end = os.fstat(descriptor).st_size
+    start = end
+    while start > 0:
+        start = max(0, start - 65536)
+        at = os.pread(descriptor, min(65536, end - start), start).rfind(b"\n")
+        if at >= 0:
+            start += at + 1
+            break
+    if start < end:
+        os.ftruncate(descriptor, start)
+
+
+def jsonable(value: Any) -> Any:
+    """The value as JSON can hold it; what JSON has no type for becomes text."""
+    match value:
+        case None | bool() | str():
+            return value
+        case Enum():
+            return value.name
+        case numbers.Integral():
+            return int(value)
+        case numbers.Real():
+            number = float(value)
+            if math.isfinite(number):
+                return number
+            return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+        case dict():
+            return {str(key): jsonable(item) for key, item in value.items()}
+        case list() | tuple():
+            return [jsonable(item) for item in value]
+        case _:
+            return str(value)
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file; without the last line where it is torn or still being written.
+
+    A missing file has no records. Raises ValueError where an earlier line is no JSON object.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number} is no JSON object")
+        records.append({k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()})
+    return records
+
+
+# ---- the true history of a run ---------------------------------------------------------------------------------------
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """One record per step that the run's present state is made of, in order of step.
+
+    Steps that a killed attempt had done after its last checkpoint are left out as soon as the next attempt has
+    resumed. Held-out results (keys heldout/...) stand in the record of their step.
+    """
+    lines = read_lines(Path(run_dir) / METRICS_FILE)
+    first_steps = _first_steps(run_dir, (line for line in lines if line["kind"] == "step"))
+    kinds: dict[str, list[dict[str, Any]]] = {"step": [], "evaluation": []}
+    for line in lines:
+        kinds[line.pop("kind")].append(line)
+    history = {record["step"]: record for record in _still_true(kinds["step"], first_steps)}
+    for result in _still_true(kinds["evaluation"], first_steps):
+        if result["step"] in history:
+            history[result["step"]] |= {k: v for k, v in result.items() if k.startswith(HELDOUT_PREFIX)}
+    return list(history.values())
+
+
+def read_ledger(run_dir: str | Path) -> list[dict[str, Any]]:
+    """What every rank trained on, in order of (step, rank): step, attempt, rank, samples, tokens_xxh3.
+
+    As in `read_metrics`, steps that were done again stand here once.
+    """
+    paths = sorted((Path(run_dir) / LEDGER_FOLDER).glob("rank-*.jsonl"))
+    by_rank = {int(path.stem.removeprefix("rank-")): read_lines(path) for path in paths}
+    first_steps = _first_steps(run_dir, (line for lines in by_rank.values() for line in lines))
+    entries = [
+        {**line, "rank": rank} for rank, lines in by_rank.items() for line in _still_true(lines, first_steps)
+    ]
+    return sorted(entries, key=lambda entry: (entry["step"], entry["rank"]))
+
+
+def _first_steps(run_dir: str | Path, lines: Iterable[dict[str, Any]]) -> dict[int, int]:
+    """The first step of each attempt: from its event `started` or `resumed`, else from the first line it wrote."""
+    first: dict[int, int] = {}
+    for event in read_lines(Path(run_dir) / EVENTS_FILE):
+        if event["event"] in ("started", "resumed"):
+            first[event["attempt"]] = event["step"] + 1 if event["event"] == "resumed" else 1
+    earliest: dict[int, int] = {}
+    for line in lines:
+        earliest[line["attempt"]] = min(line["step"], earliest.get(line["attempt"], line["step"]))
+    return earliest | first
+
+
+def _still_true(lines: list[dict[str, Any]], first_steps: dict[int, int]) -> list[dict[str, Any]]:
+    """One file's lines without what a later attempt, or a rollback within an attempt, did again."""
+    undone_from: dict[int, float] = {}
+    lowest = math.inf
+    for attempt in sorted(first_steps, reverse=True):
+        undone_from[attempt] = lowest
+        lowest = min(lowest, first_steps[attempt])
+    kept: list[dict[str, Any]] = []
+    for line in lines:
+        if line["step"] >= undone_from.get(line["attempt"], math.inf):
+            continue
+        while kept and kept[-1]["step"] >= line["step"]:
+            kept.pop()
+        kept.append(line)
+    return kept
