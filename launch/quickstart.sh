@@ -118,7 +118,7 @@ rm -rf "$TORCH_EXTENSIONS_DIR"
 
 say "2 of 6: the corpus"
 inputs=python
-max_bytes=("max_bytes=${QUICKSTART_MAX_BYTES:-24000000}")
+max_bytes=("python_max_bytes=${QUICKSTART_MAX_BYTES:-24000000}")
 if [ ${#CORPUS[@]} -gt 0 ]; then
     inputs=$(for path in "${CORPUS[@]}"; do quoted "$path"; printf ,; done)
     inputs=${inputs%,}

@@ -65,52 +65,51 @@ def corpus_line(corpus: Corpus) -> str:
     return f"{documents:,} documents, {text_bytes / 1e6:.1f} MB of text, {manifest.n_tokens:,} tokens"
 
 
+def section(title: str, rows: list[tuple[str, str]]) -> None:
+    print(f"\n{title}")
+    for name, value in rows:
+        print(f"  {name:<26}{value}")
+
+
+def heldout_rows(result: dict[str, float], entropy: float) -> list[tuple[str, str]]:
+    below = 1 - result["loss"] / entropy
+    return [
+        ("loss", f"{result['loss']:.3f} nats per token, perplexity {result['perplexity']:.1f}"),
+        ("", f"{result['bits_per_byte']:.3f} bits per byte"),
+        (
+            "unigram entropy of it",
+            f"{entropy:.3f} nats per token (token frequencies of this text, no context)",
+        ),
+        ("the model is", f"{abs(below):.0%} {'below' if below >= 0 else 'ABOVE'} the unigram entropy"),
+    ]
+
+
+def training_rows(losses: list[float]) -> list[tuple[str, str]]:
+    half = len(losses) // 2
+    return [
+        ("first steps", f"{mean_loss(losses, min(AVERAGED_STEPS, len(losses))):.3f}"),
+        (f"stopped at step {half}", f"{mean_loss(losses, half):.3f}"),
+        (f"resumed, to step {len(losses)}", f"{mean_loss(losses, len(losses)):.3f}"),
+    ]
+
+
 def summarize(config: SummaryConfig) -> None:
     """Print the table."""
     out = Path(config.output)
     run_dir = out / "run"
     if not (out / "evaluation.json").exists():
         raise ConfigError(f"{out} holds no finished quickstart; run: bash launch/quickstart.sh --out {out}")
-    heldout = Corpus(out / "corpus" / "heldout" / "manifest.json")
-    losses = [record["loss"] for record in read_metrics(run_dir)]
-    half = len(losses) // 2
     result = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["overall"]
-    entropy = unigram_entropy(heldout)
-    saved = 1 - result["loss"] / entropy
-
-    def section(title: str, rows: list[tuple[str, str]]) -> None:
-        print(f"\n{title}")
-        for name, value in rows:
-            print(f"  {name:<26}{value}")
+    training = Corpus(out / "corpus" / "manifest.json")
+    heldout = Corpus(out / "corpus" / "heldout" / "manifest.json")
 
     section("Stages", stage_lines(out / "stages.tsv"))
-    section(
-        "Text",
-        [
-            ("trained on", corpus_line(Corpus(out / "corpus" / "manifest.json"))),
-            ("held out", corpus_line(heldout)),
-        ],
-    )
+    section("Text", [("trained on", corpus_line(training)), ("held out", corpus_line(heldout))])
     section(
         f"Training loss, nats per token (mean of {AVERAGED_STEPS} steps)",
-        [
-            ("first steps", f"{mean_loss(losses, min(AVERAGED_STEPS, len(losses))):.3f}"),
-            (f"stopped at step {half}", f"{mean_loss(losses, half):.3f}"),
-            (f"resumed, to step {len(losses)}", f"{mean_loss(losses, len(losses)):.3f}"),
-        ],
+        training_rows([record["loss"] for record in read_metrics(run_dir)]),
     )
-    section(
-        "Held-out text",
-        [
-            ("loss", f"{result['loss']:.3f} nats per token, perplexity {result['perplexity']:.1f}"),
-            ("", f"{result['bits_per_byte']:.3f} bits per byte"),
-            (
-                "unigram entropy of it",
-                f"{entropy:.3f} nats per token (token frequencies of this text, no context)",
-            ),
-            ("the model is", f"{abs(saved):.0%} {'below' if saved >= 0 else 'ABOVE'} the unigram entropy"),
-        ],
-    )
+    section("Held-out text", heldout_rows(result, unigram_entropy(heldout)))
     section(
         "Where it lies",
         [
@@ -122,11 +121,10 @@ def summarize(config: SummaryConfig) -> None:
     )
     print(
         f"""
-Next:
+Next, with the environment's Python (source {Path(sys.prefix) / "bin" / "activate"}):
   python launch/generate.py run_dir={run_dir} prompt="import "
   python -m data_tools.show {out / "corpus"}
-  bash launch/quickstart.sh --corpus YOUR_FOLDER --out OTHER_DIR
-(with the environment's Python: source {Path(sys.prefix) / "bin" / "activate"})"""
+  bash launch/quickstart.sh --corpus YOUR_FOLDER --out OTHER_DIR"""
     )
 
 

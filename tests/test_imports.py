@@ -23,7 +23,9 @@ ORDER = [
     "config",
     "distributed",
     "tokenizer",
+    "manifest",
     "shards",
+    "inputs",
     "order",
     "loader",
     "model",
@@ -32,7 +34,9 @@ ORDER = [
     "engine",
     "checkpoint",
     "resilience",
+    "trained",
     "evaluate",
+    "journal",
     "monitor",
     "trainer",
     "export",
@@ -41,7 +45,7 @@ ORDER = [
 ]
 # The ends of the line do not know each other; the trainer may evaluate.
 ENDS = {"export", "evaluate", "generate", "planner", "trainer"}
-DATA_TOOLS_MAY_IMPORT = {"config", "tokenizer", "shards"}
+DATA_TOOLS_MAY_IMPORT = {"config", "tokenizer", "manifest", "shards"}
 
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 60
