@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ModelConfig
-
-IGNORED_LABEL = -100
+from pretrain.loader import IGNORED_LABEL
 
 
 class LossSums(NamedTuple):

@@ -1,0 +1,52 @@
+"""What a run leaves to those who use its model: configuration, weights and tokenizer, checked to belong together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint import load_weights
+from pretrain.config import ConfigError, TrainConfig
+from pretrain.model import Decoder, build_decoder
+from pretrain.tokenizer import Tokenizer
+
+TOKENIZER_NAME = "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A run at one checkpoint."""
+
+    config: TrainConfig
+    weights: dict[str, Tensor]
+    """fp32, at full shape, by the names of `Decoder.named_parameters()`."""
+    tokenizer: Tokenizer
+    step: int
+    tokens_seen: int
+
+    def decoder(self, device: torch.device, dtype: torch.dtype) -> Decoder:
+        """The model in evaluation mode."""
+        return build_decoder(self.config.model, self.weights, device, dtype)
+
+
+def load_trained(run_dir: str | Path, step: int | None = None) -> TrainedModel:
+    """The model of a run's newest good checkpoint, or of a given step, in one process.
+
+    Raises ConfigError where there is no such checkpoint or the run folder holds another tokenizer.
+    """
+    config, weights, state = load_weights(run_dir, step)
+    tokenizer = Tokenizer(Path(run_dir) / TOKENIZER_NAME)
+    if tokenizer.sha256 != state["tokenizer_sha256"]:
+        raise ConfigError(
+            f"{tokenizer.path} is not the tokenizer that this run was trained with; "
+            "put back the tokenizer.model of its corpus"
+        )
+    return TrainedModel(config, weights, tokenizer, state["step"], state["tokens_seen"])
+
+
+def default_device() -> torch.device:
+    """CUDA if this machine has it, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

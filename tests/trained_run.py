@@ -1,0 +1,98 @@
+"""A run folder with a real checkpoint and tokenizer, made in a second, for the tests of what reads runs."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.distributed as dist
+
+from pretrain import checkpoint
+from pretrain.config import ModelConfig, TrainConfig, load_config, to_dict
+from pretrain.distributed import Partition, World
+from pretrain.model import Decoder
+from pretrain.tokenizer import Tokenizer
+
+TEXTS = [
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in "
+    "want of a wife.",
+    "道可道,非常道。名可名,非常名。無名天地之始;有名萬物之母。",
+    "def fibonacci(n: int) -> list[int]:\n    a, b = 0, 1\n    out = []\n    for _ in range(n):\n"
+    "        out.append(a)\n        a, b = b, a + b\n    return out\n",
+    "However little known the feelings or views of such a man may be on his first entering a neighborhood, "
+    "this truth is so well fixed in the minds of the surrounding families.\n\nIt was 1813; 12,345.67 pounds.",
+]
+SMALL = ModelConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
+
+
+def train_tokenizer(path: Path, model_type: str = "bpe", vocab_size: int = 400) -> Tokenizer:
+    """A sentencepiece model with this project's settings."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for text in TEXTS for line in text.split("\n") if line] * 3),
+        model_writer=model,
+        model_type=model_type,
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        character_coverage=0.98,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        minloglevel=2,
+    )
+    path.write_bytes(model.getvalue())
+    return Tokenizer(path)
+
+
+def make_run(
+    run_dir: Path, model: ModelConfig = SMALL, *, step: int = 3, sequence_length: int = 64
+) -> Decoder:
+    """Write a run folder as training leaves it; returns its model. The weights are larger than initial ones."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(run_dir / "tokenizer.model")
+    if model.vocab_size is None:
+        model.vocab_size = -(-tokenizer.vocab_size // 64) * 64
+    config = load_config(
+        TrainConfig,
+        [
+            f"run_dir={run_dir}",
+            "total_steps=3",
+            "data.manifest=unused",
+            f"data.sequence_length={sequence_length}",
+        ],
+        "config",
+    )
+    config.model = model
+    decoder = Decoder(model, seed=step)
+    with torch.no_grad():
+        for weight in decoder.parameters():
+            weight.mul_(4.0 if weight.dim() > 1 else 1.0)
+    _save(run_dir, config, decoder, tokenizer, step)
+    return decoder.eval()
+
+
+def _save(run_dir: Path, config: TrainConfig, decoder: Decoder, tokenizer: Tokenizer, step: int) -> None:
+    weights = {name: p.detach() for name, p in decoder.named_parameters()}
+    state = {
+        "step": step,
+        "tokens_seen": step * config.tokens_per_step,
+        "tokenizer_sha256": tokenizer.sha256,
+        "config": json.loads(json.dumps(to_dict(config))),
+        "tensors": {name: list(weight.shape) for name, weight in weights.items()},
+    }
+    partitions = {f"weight.{name}": Partition(w.flatten().clone(), w.numel()) for name, w in weights.items()}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        checkpoint.save(run_dir, step, partitions, state, World(0, 1, 0, torch.device("cpu")))
+    finally:
+        dist.destroy_process_group()
