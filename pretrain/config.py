@@ -461,14 +461,17 @@ class ClusterConfig:
     gpus_per_node: int = 8
     """GPUs, and so ranks, per node; 0: CPU ranks, `ranks_per_node` of them."""
     ranks_per_node: int | None = None
-    """Processes per node; null: gpus_per_node."""
+    """Processes per node; null: gpus_per_node. For CPU nodes only."""
     cpus_per_rank: int = 8
+    """Cores, and so threads, of each rank."""
     memory_per_node_gib: int | None = None
     """null: all of the node."""
+    exclusive: bool = True
+    """Take whole nodes. false: only where the cluster hides other jobs' GPUs (ConstrainDevices=yes)."""
     time_limit: str = "24:00:00"
     """Slurm time, [days-]hours:minutes:seconds."""
     stop_before_end_s: int = 300
-    """The run is asked to stop and save this long before the time limit."""
+    """The run is asked to stop and save this long before the time limit (Slurm may be 60 s early)."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -482,16 +485,41 @@ class ClusterConfig:
     python: str | None = None
     """Python interpreter on the nodes; null: the one that submits."""
     network_interface: str | None = None
-    """Interface of the rendezvous and of NCCL or gloo; null: their own choice."""
+    """Interface of NCCL and gloo; null: their own choice."""
 
     def __post_init__(self) -> None:
-        _positive(self, "cluster", "nodes", "cpus_per_rank")
-        if self.gpus_per_node < 0 or (self.gpus_per_node == 0 and not self.ranks_per_node):
+        _positive(self, "cluster", "nodes", "cpus_per_rank", "stop_before_end_s")
+        for name in ("ranks_per_node", "memory_per_node_gib"):
+            if getattr(self, name) is not None:
+                _positive(self, "cluster", name)
+        if self.gpus_per_node < 0 or (self.gpus_per_node == 0 and self.ranks_per_node is None):
             raise ConfigError(
                 f"cluster.gpus_per_node={self.gpus_per_node} gives no ranks; for CPU nodes set cluster.ranks_per_node"
             )
-        if not re.fullmatch(r"(\d+-)?\d+(:\d{2}){0,2}", self.time_limit):
+        if self.gpus_per_node and self.ranks_per_node not in (None, self.gpus_per_node):
+            raise ConfigError(
+                f"cluster.ranks_per_node={self.ranks_per_node} differs from "
+                f"cluster.gpus_per_node={self.gpus_per_node}; each GPU has one rank, so leave ranks_per_node out"
+            )
+        if not re.fullmatch(r"(\d+-)?\d+:[0-5]\d:[0-5]\d", self.time_limit):
             raise ConfigError(f"cluster.time_limit={self.time_limit!r} is not [days-]hours:minutes:seconds")
+        if not self.stop_before_end_s < min(self.time_limit_s, 65536):  # Slurm keeps it in 16 bits
+            raise ConfigError(
+                f"cluster.stop_before_end_s={self.stop_before_end_s} must be less than "
+                f"cluster.time_limit={self.time_limit} and than 65536"
+            )
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return self.nodes * (self.ranks_per_node or self.gpus_per_node)
+
+    @property
+    def time_limit_s(self) -> int:
+        """The time limit in seconds."""
+        days, _, clock = self.time_limit.rpartition("-")
+        hours, minutes, seconds = (int(part) for part in clock.split(":"))
+        return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 @dataclass(kw_only=True, slots=True)
