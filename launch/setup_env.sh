@@ -24,13 +24,13 @@ fail() {
 
 find_python() {
     local candidate
-    for candidate in ${PRETRAIN_PYTHON:+"$PRETRAIN_PYTHON"} python3 python3.13 python3.12 python3.11; do
+    for candidate in ${PRETRAIN_PYTHON:-python3 python3.13 python3.12 python3.11}; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             command -v "$candidate"
             return
         fi
     done
-    fail "Python 3.11 or newer was not found; install it, or name it: PRETRAIN_PYTHON=/path/to/python3"
+    fail "Python 3.11 or newer was not found (looked at: ${PRETRAIN_PYTHON:-python3 and python3.11 to 3.13}); install it, or name it: PRETRAIN_PYTHON=/path/to/python3"
 }
 
 check_machine() {

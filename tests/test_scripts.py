@@ -143,6 +143,10 @@ def test_quickstart_does_not_mix_two_corpora(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
+        (
+            {"PRETRAIN_PYTHON": "/no/such/python"},
+            "Python 3.11 or newer was not found (looked at: /no/such/python)",
+        ),
         ({"PRETRAIN_TORCH": "tpu"}, "PRETRAIN_TORCH=tpu is unknown; allowed: cpu, cuda"),
         ({"CXX": "no-such-compiler", "PATH": "<no compiler>"}, "a C++ compiler was not found"),
     ],
