@@ -5,7 +5,9 @@ One process per rank. A run folder that holds a checkpoint goes on from it. Keys
 wrong, 75 stopped on request with the state saved, anything else a crash.
 """
 
+import os
 import sys
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,5 +30,18 @@ def main(config: TrainConfig) -> int:
     return code
 
 
+def exit_at_once(code: int) -> None:
+    """End this process whatever its threads and loader processes are doing: a rank that lingers holds up all."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    run_command(TrainConfig, main, config_name="config", doc=__doc__)
+    try:
+        run_command(TrainConfig, main, config_name="config", doc=__doc__)
+    except SystemExit as ending:
+        exit_at_once(int(ending.code or 0))
+    except BaseException:
+        traceback.print_exc()
+        exit_at_once(1)

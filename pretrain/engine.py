@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,9 @@ from pretrain.loader import Batch
 from pretrain.model import Decoder, LossSums
 from pretrain.objectives import training_loss
 from pretrain.optim import build_optimizer, parameter_groups
+
+# DeepSpeed calls collectives by names that torch has begun to rename; nothing a user can do.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's state per parameter, in fp32."""

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
-from pretrain.config import ConfigError
+from pretrain.config import ConfigError, RunError
 from pretrain.manifest import (
     MANIFEST_NAME,
     CorpusSource,
@@ -53,7 +53,7 @@ _TOKENS, _DOCUMENTS = 0, 1  # second axis of an index
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
-class CorruptShardError(RuntimeError):
+class CorruptShardError(RunError):
     """A shard is not what its manifest says. The text names the file, the member and what differs."""
 
 
