@@ -8,7 +8,8 @@
 #                     code and documentation that is installed on this machine.
 #   --out DIR         where everything goes; ./quickstart-out. A second run goes on with what is there.
 #   --steps N         length of the training run instead of the default, which takes some minutes on two cores
-set -euo pipefail
+set -Eeuo pipefail
+trap 'echo "quickstart: line $LINENO failed: $BASH_COMMAND" >&2' ERR # what no sentence below foresaw
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${PRETRAIN_VENV:-$ROOT/.venv}
@@ -20,7 +21,7 @@ fail() {
     exit 1
 }
 usage() {
-    sed -n '/^#   bash/,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+    sed -n '/^#   bash/,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
     exit "$1"
 }
 
@@ -80,13 +81,20 @@ The log is $log; the same command again goes on from here."
     fi
     printf '%s\t%s\n' "$name" $((SECONDS - started)) >>"$OUT/stages.tsv"
 }
-CHATTER='^\[[0-9-]+ [0-9:,]+\] \[(INFO|WARNING)\]|^\[W[0-9]{3,}'
+CHATTER='^\[[0-9-]+ [0-9:,]+\] \[(INFO|WARNING|ERROR)\] \[[a-z_]+\.py|^\[W[0-9]{3,}'
 
 reused() {
     echo "already there: $1"
     printf '%s\t\n' "$2" >>"$OUT/stages.tsv"
 }
 checkpoint_at() { [ -e "$RUN/checkpoints/$(printf 'step-%08d' "$1")/COMPLETE" ]; }
+newest_step() {
+    local marker newest=0
+    for marker in "$RUN"/checkpoints/step-*/COMPLETE; do
+        [ ! -e "$marker" ] || newest=$(basename "$(dirname "$marker")") # the glob is sorted, the last one is the newest
+    done
+    echo $((10#${newest#step-}))
+}
 
 # --- 1. environment ---
 
@@ -151,10 +159,9 @@ if checkpoint_at "$steps"; then
     reused "$RUN, finished" train-first-half
     reused "its second half too" train-second-half
 else
-    newest=$(find "$RUN/checkpoints" -maxdepth 2 -path '*/step-*/COMPLETE' 2>/dev/null | sort | tail -n 1)
-    newest=$(basename "$(dirname "${newest:-/step-0/x}")")
-    if [ $((10#${newest#step-})) -ge "$half" ]; then
-        reused "$RUN up to $newest" train-first-half
+    done_steps=$(newest_step)
+    if [ "$done_steps" -ge "$half" ]; then
+        reused "$RUN up to step $done_steps" train-first-half
     else
         train train-first-half "$STOPPED" stop_at_step="$half"
         echo "stopped as asked, with exit code $STOPPED; the same command goes on:"

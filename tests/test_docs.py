@@ -196,11 +196,13 @@ def test_python_blocks_compile(page: Path) -> None:
             compile(block, page.name, "exec")
 
 
-@pytest.mark.parametrize("group", ["model", "engine", "schedule", "optim", "data", "logging", "experiment"])
+@pytest.mark.parametrize(
+    "group", ["model", "engine", "schedule", "optim", "data", "logging", "cluster", "experiment"]
+)
 def test_configuration_page_lists_every_file(group: str) -> None:
     row = re.search(rf"^\| `{group}` \|(.*)\|$", (ROOT / "docs/configuration.md").read_text(), flags=re.M)
     assert row is not None
-    listed = set(re.findall(r"`([\w]+)`", row.group(1)))
+    listed = set(re.findall(r"`(\w+)`", row.group(1)))
     assert listed == {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")} - {"none"}
 
 
