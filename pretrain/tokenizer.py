@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -15,6 +17,9 @@ UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 # sentencepiece writes every space as this character and reads it back as a space, so the character
 # itself, where a text holds it, must go another way: as its three UTF-8 bytes.
 SPACE_SYMBOL = "\u2581"
+
+_LINES = re.compile(r"[^\n]*\n+|[^\n]+")
+_INNER_NEWLINE = re.compile(r"\n[^\n]")
 
 
 class Tokenizer:
@@ -45,6 +50,7 @@ class Tokenizer:
             raise ConfigError(f"the tokenizer {self.path} is no sentencepiece model") from error
         self.sha256 = hashlib.sha256(model).hexdigest()
         self._check_special_ids()
+        self._lines_are_independent = self._check_lines()
         pieces = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
         self._space_symbol_ids = pieces if UNK_ID not in pieces else None
 
@@ -57,28 +63,31 @@ class Tokenizer:
                 f"{(UNK_ID, BOS_ID, EOS_ID, PAD_ID)} are needed; train it with data_tools.prepare"
             )
 
+    def _check_lines(self) -> bool:
+        """Whether encoding line by line gives the same ids, which it does at almost twice the speed."""
+        processor, text = self._processor, "a\n  a\n\na"
+        apart = list(chain.from_iterable(processor.encode(_LINES.findall(text), num_threads=1)))
+        pieces = (processor.id_to_piece(i) for i in range(self.vocab_size))
+        return processor.encode(text) == apart and not any(_INNER_NEWLINE.search(piece) for piece in pieces)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special ids."""
         if SPACE_SYMBOL not in text or self._space_symbol_ids is None:
-            return self._processor.encode(text)
+            return self._encode_plain(text)
         first, *rest = text.split(SPACE_SYMBOL)
-        ids = self._processor.encode(first)
+        ids = self._encode_plain(first)
         for part in rest:
             ids += self._space_symbol_ids
-            ids += self._processor.encode(part)
+            ids += self._encode_plain(part)
         return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        lines = _LINES.findall(text) if self._lines_are_independent else [text]
+        return list(chain.from_iterable(self._processor.encode(lines, num_threads=1)))
 
     def encode_document(self, text: str) -> list[int]:
         """Token ids of a whole document: [bos] + tokens + [eos]."""
         return [BOS_ID, *self.encode(text), EOS_ID]
-
-    def encode_documents(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        """`encode_document` of each text, in order; one call into sentencepiece for all of them."""
-        plain = [text for text in texts if SPACE_SYMBOL not in text]
-        encoded = iter(self._processor.encode(plain, num_threads=1) if plain else [])
-        for text in texts:
-            ids = self.encode(text) if SPACE_SYMBOL in text else next(encoded)
-            yield [BOS_ID, *ids, EOS_ID]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special ids are dropped. Raises IndexError for an id outside the vocabulary."""

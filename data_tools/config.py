@@ -1,0 +1,94 @@
+"""Options of `python -m data_tools.prepare`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+from pretrain.config import ConfigError
+
+
+class ModelType(Enum):
+    bpe = "bpe"
+    unigram = "unigram"
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenizerConfig:
+    """The sentencepiece model: an existing one, or how to train it on the corpus."""
+
+    path: str | None = None
+    """An existing model, whose special ids are unk 0, bos 1, eos 2, pad 3; null: train one."""
+    vocab_size: int | None = None
+    """null: 16384, or less where the corpus is small."""
+    model_type: ModelType = ModelType.bpe
+    character_coverage: float | None = None
+    """Share of the text whose characters get an entry of their own, the rest is written in bytes;
+    null: 0.9995 for text in Chinese, Japanese or Korean, 0.9999 for other text."""
+    sample_bytes: int = 100_000_000
+    """Text to train on, taken evenly from the training documents."""
+
+    def __post_init__(self) -> None:
+        if self.vocab_size is not None and not 300 <= self.vocab_size <= 1_000_000:
+            raise ConfigError(
+                f"tokenizer.vocab_size={self.vocab_size} is outside 300 to 1000000 (256 bytes and 4 special "
+                "ids are always in it)"
+            )
+        if self.character_coverage is not None and not 0.9 <= self.character_coverage <= 1:
+            raise ConfigError(f"tokenizer.character_coverage={self.character_coverage} is outside 0.9 to 1")
+        if self.sample_bytes < 1:
+            raise ConfigError(f"tokenizer.sample_bytes={self.sample_bytes} must be greater than 0")
+
+
+@dataclass(kw_only=True, slots=True)
+class PrepareConfig:
+    """From text to a corpus folder. The same input and options give the same bytes on every machine."""
+
+    input: list[str] = MISSING
+    """Files (.jsonl, .jsonl.gz, .parquet, .txt, .md), folders of them, or `python`: the Python code and
+    documentation installed on this machine."""
+    output: str = MISSING
+    """Folder of the corpus."""
+    overwrite: bool = False
+    """Replace a corpus in `output` that was prepared from other text or with other options."""
+    text_field: str = "text"
+    """Field of a JSON line, or column of a Parquet file, that holds the text."""
+    license: str = "unknown"
+    """License of documents that state none."""
+    python_max_bytes: int | None = None
+    """Bound on the text taken for `python`, spread evenly over what there is; null: all of it."""
+    max_bad_records: int = 0
+    """Lines that are no JSON, or have no text, that are passed over before the preparation is given up."""
+    min_chars: int = 8
+    """Shorter documents are dropped."""
+    max_chars: int = 5_000_000
+    """Longer documents are dropped."""
+    heldout_frac: float = 0.01
+    """Share of the documents that is kept out of training, chosen by the hash of their text."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    chunk_tokens: int | None = None
+    """Tokens per chunk; null: 262144, halved until there are 512 chunks, but not below 4096."""
+    shard_bytes: int = 1 << 30
+    """Size of a tar file at most (one chunk is always in it)."""
+    part_bytes: int = 8 << 20
+    """Text that one process tokenizes at a time, and that an interruption can lose."""
+    workers: int | None = None
+    """Processes that tokenize; null: one per available core."""
+
+    def __post_init__(self) -> None:
+        if self.input != MISSING and not self.input:
+            raise ConfigError("input=[] names nothing; give input=[PATH,...] or input=[python]")
+        if not 0 <= self.heldout_frac <= 0.5:
+            raise ConfigError(f"heldout_frac={self.heldout_frac} is outside 0 to 0.5")
+        if not 1 <= self.min_chars <= self.max_chars:
+            raise ConfigError(
+                f"min_chars={self.min_chars} and max_chars={self.max_chars} must satisfy 1 <= min_chars <= max_chars"
+            )
+        if self.max_bad_records < 0:
+            raise ConfigError(f"max_bad_records={self.max_bad_records} is negative; allowed: 0 or more")
+        for name in ("python_max_bytes", "chunk_tokens", "shard_bytes", "part_bytes", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be greater than 0")

@@ -1,0 +1,151 @@
+"""Third stage: tokenize the parts, several at a time in processes of their own.
+
+Each part gives tokens-00000.npz, complete or absent:
+
+    tokens     [tokens of all its documents], uint16 or uint32
+    starts     int64 [documents + 1], where each document begins in `tokens`
+    documents  int64 [documents, 3]: source index, text bytes, whether held out
+    order      uint64 [documents]
+    text       JSON: ids of all documents, and the texts of the held-out ones
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.gather import Gathered, json_array, part_path, read_part, save_arrays
+from data_tools.progress import stage
+from pretrain.shards import token_dtype
+from pretrain.tokenizer import Tokenizer
+
+
+class WorkerDiedError(RuntimeError):
+    """A process that tokenizes has ended without a word."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPart:
+    """One tokenized part in memory."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    documents: np.ndarray
+    order: np.ndarray
+    ids: list[str]
+    heldout_texts: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    text: Path
+    tokens: Path
+    tokenizer: Path
+    heldout_below: int
+
+
+_tokenizers: dict[Path, Tokenizer] = {}  # of this process
+
+
+def tokens_path(work: Path, number: int) -> Path:
+    """The tokens of a part."""
+    return work / f"tokens-{number:05d}.npz"
+
+
+def load_encoded(path: Path) -> EncodedPart:
+    """Read a tokenized part."""
+    with np.load(path, allow_pickle=False) as saved:
+        text = json.loads(saved["text"].tobytes())
+        arrays = {name: saved[name] for name in ("tokens", "starts", "documents", "order")}
+    return EncodedPart(**arrays, ids=text["ids"], heldout_texts=text["heldout"])
+
+
+def encode_parts(gathered: Gathered, work: Path, tokenizer: Path, workers: int) -> None:
+    """Tokenize the parts that are not yet. Raises WorkerDiedError."""
+    jobs = {
+        number: _Job(part_path(work, number), tokens_path(work, number), tokenizer, gathered.heldout_below)
+        for number in range(len(gathered.parts))
+    }
+    missing = {number: job for number, job in jobs.items() if not job.tokens.exists()}
+    with stage("tokenizing", sum(gathered.parts)) as progress:
+        progress.skip(sum(size for number, size in enumerate(gathered.parts) if number not in missing))
+        for number in _run(missing, min(workers, len(missing))):
+            progress.advance(gathered.parts[number])
+
+
+def _run(jobs: dict[int, _Job], workers: int) -> Iterator[int]:
+    """Do all jobs, and give the number of each when it is done."""
+    if workers <= 1:
+        for number, job in jobs.items():
+            _encode_part(job)
+            yield number
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy this process's threads' locks
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
+        try:
+            running: dict[Future[None], int] = {}
+            waiting = iter(jobs.items())
+            while True:
+                while len(running) < 2 * workers and (following := next(waiting, None)):
+                    running[pool.submit(_encode_part, following[1])] = following[0]
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    future.result()
+                    yield running.pop(future)
+        except BrokenProcessPool as error:
+            raise WorkerDiedError(
+                "a process that tokenizes was ended, most often for lack of memory; the same command goes on from "
+                "here, perhaps with fewer workers="
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _begin_worker() -> None:
+    """End with the parent, however it ends; leave Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _encode_part(job: _Job) -> None:
+    tokenizer = _tokenizers.get(job.tokenizer)
+    if tokenizer is None:
+        tokenizer = _tokenizers[job.tokenizer] = Tokenizer(job.tokenizer)
+    dtype = token_dtype(tokenizer.vocab_size)
+    tokens, documents, order, ids, heldout_texts = [], [], [], [], []
+    for document in read_part(job.text):
+        held_out = document.split < job.heldout_below
+        tokens.append(np.array(tokenizer.encode_document(document.text), dtype=dtype))
+        documents.append((document.source, len(document.text.encode()), held_out))
+        order.append(document.order)
+        ids.append(document.id)
+        if held_out:
+            heldout_texts.append(document.text)
+    starts = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
+    save_arrays(
+        job.tokens,
+        tokens=np.concatenate(tokens),
+        starts=starts,
+        documents=np.array(documents, dtype=np.int64),
+        order=np.array(order, dtype=np.uint64),
+        text=json_array({"ids": ids, "heldout": heldout_texts}),
+    )

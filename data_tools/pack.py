@@ -1,0 +1,141 @@
+"""Last stage: put the documents into their order, and write the corpus and its held-out part.
+
+Documents are ordered by the hash of their text, so that every chunk is a fair sample of all sources.
+At most GROUP_PARTS parts are in memory: a corpus of more is ordered within groups of parts, and the
+parts are dealt out to the groups by a hash too.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from data_tools.config import PrepareConfig
+from data_tools.encode import EncodedPart, load_encoded, tokens_path
+from data_tools.gather import Gathered
+from data_tools.progress import stage
+from data_tools.workspace import HELDOUT_FOLDER, HELDOUT_TEXT, TOKENIZER_NAME
+from pretrain.shards import CorpusSource, CorpusWriter, Manifest
+from pretrain.tokenizer import Tokenizer
+
+LARGEST_CHUNK_TOKENS = 1 << 18
+SMALLEST_CHUNK_TOKENS = 1 << 12
+CHUNKS_WANTED = 512  # so that the order of a small corpus can be shuffled well
+GROUP_PARTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _PlacedDocument:
+    tokens: np.ndarray
+    source: int
+    id: str
+    text_bytes: int
+    heldout_text: str | None
+
+
+def choose_chunk_tokens(n_tokens: int) -> int:
+    """The largest power of two from 4,096 to 262,144 that cuts `n_tokens` into 512 chunks or more."""
+    size = LARGEST_CHUNK_TOKENS
+    while size > SMALLEST_CHUNK_TOKENS and n_tokens < CHUNKS_WANTED * size:
+        size //= 2
+    return size
+
+
+def pack(
+    config: PrepareConfig, gathered: Gathered, work: Path, corpus: Path
+) -> tuple[Manifest, Manifest | None]:
+    """Write the corpus into the folder `corpus`, where its tokenizer lies already."""
+    tokenizer = Tokenizer(corpus / TOKENIZER_NAME)
+    n_tokens = sum(_training_tokens(tokens_path(work, number)) for number in range(len(gathered.parts)))
+    chunk_tokens = config.chunk_tokens or choose_chunk_tokens(n_tokens)
+    has_heldout = gathered.funnel.heldout > 0
+
+    def writer(folder: Path, files: list[str]) -> CorpusWriter:
+        return CorpusWriter(
+            folder,
+            tokenizer_sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            chunk_tokens=chunk_tokens,
+            sources=[CorpusSource(name=name, license=license) for name, license in gathered.sources],
+            shard_bytes=config.shard_bytes,
+            files=files,
+        )
+
+    training = writer(corpus, [TOKENIZER_NAME] + [f"{HELDOUT_FOLDER}/manifest.json"] * has_heldout)
+    heldout = writer(corpus / HELDOUT_FOLDER, [HELDOUT_TEXT]) if has_heldout else None
+    text = _HeldoutText(corpus / HELDOUT_FOLDER / HELDOUT_TEXT) if has_heldout else None
+    with stage("writing shards", gathered.funnel.kept_bytes) as progress:
+        for document in _placed(work, len(gathered.parts)):
+            source = gathered.sources[document.source][0]
+            target = training
+            if document.heldout_text is not None and heldout is not None and text is not None:
+                target = heldout
+                text.add(document.id, source, document.heldout_text)
+            target.add_document(
+                document.tokens, source=source, document_id=document.id, text_bytes=document.text_bytes
+            )
+            progress.advance(document.text_bytes)
+        heldout_manifest = None
+        if heldout is not None and text is not None:
+            text.close()
+            heldout_manifest = heldout.finish()
+        return training.finish(), heldout_manifest
+
+
+class _HeldoutText:
+    """The held-out documents as gzipped JSON lines; the same documents give the same bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self._raw = path.open("wb")
+        self._gzip = gzip.GzipFile(filename="", mode="wb", fileobj=self._raw, mtime=0)
+
+    def add(self, document_id: str, source: str, text: str) -> None:
+        line = json.dumps({"id": document_id, "source": source, "text": text}, ensure_ascii=False)
+        self._gzip.write(line.encode() + b"\n")
+
+    def close(self) -> None:
+        self._gzip.close()
+        self._raw.flush()
+        os.fsync(self._raw.fileno())
+        self._raw.close()
+
+
+def _training_tokens(path: Path) -> int:
+    """Number of tokens of a part that are not held out."""
+    with np.load(path, allow_pickle=False) as saved:
+        lengths = np.diff(saved["starts"])
+        return int(lengths[saved["documents"][:, 2] == 0].sum())
+
+
+def _placed(work: Path, n_parts: int) -> Iterator[_PlacedDocument]:
+    """All documents, each in its place."""
+    dealt = sorted(range(n_parts), key=lambda number: xxhash.xxh3_64_intdigest(str(number).encode()))
+    for first in range(0, n_parts, GROUP_PARTS):
+        group = sorted(dealt[first : first + GROUP_PARTS])
+        yield from _placed_within([load_encoded(tokens_path(work, number)) for number in group])
+
+
+def _placed_within(parts: list[EncodedPart]) -> Iterator[_PlacedDocument]:
+    part_of = np.concatenate([np.full(len(part.ids), number) for number, part in enumerate(parts)])
+    row_of = np.concatenate([np.arange(len(part.ids)) for part in parts])
+    text_of = [np.cumsum(part.documents[:, 2]) - 1 for part in parts]  # index into heldout_texts
+    for place in np.argsort(np.concatenate([part.order for part in parts]), kind="stable"):
+        number, row = int(part_of[place]), int(row_of[place])
+        part = parts[number]
+        source, text_bytes, held_out = part.documents[row].tolist()
+        yield _PlacedDocument(
+            tokens=part.tokens[part.starts[row] : part.starts[row + 1]],
+            source=source,
+            id=part.ids[row],
+            text_bytes=text_bytes,
+            heldout_text=part.heldout_texts[text_of[number][row]] if held_out else None,
+        )

@@ -1,0 +1,142 @@
+"""Prepare a corpus: python -m data_tools.prepare input=[PATH,...] output=DIR [KEY=VALUE ...]
+
+Reads text (JSONL, plain text, Parquet, folders of them, or `input=[python]` for the code and documentation
+that every machine has), cleans it, keeps some documents for evaluation, trains a tokenizer, tokenizes in
+parallel, and writes token shards, a manifest and a card. Run again, it goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from data_tools.card import card, plain_table, source_rows
+from data_tools.config import PrepareConfig
+from data_tools.encode import WorkerDiedError, encode_parts
+from data_tools.gather import Gathered, gather
+from data_tools.pack import pack
+from data_tools.sources import find_files
+from data_tools.vocabulary import train_tokenizer
+from data_tools.workspace import (
+    CARD_NAME,
+    REPORT_NAME,
+    TOKENIZER_NAME,
+    check_places,
+    is_finished,
+    make_recipe,
+    open_work,
+    publish,
+    remove_work,
+)
+from pretrain.config import run_command
+from pretrain.shards import MANIFEST_NAME, Manifest, load_manifest, write_atomically
+from pretrain.tokenizer import Tokenizer
+
+_SOURCES_SHOWN = 12
+_CANNOT_WRITE = {
+    errno.ENOSPC: "no space is left on its disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file is larger than allowed there",
+    errno.EROFS: "it is read-only",
+    errno.EACCES: "permission is denied",
+}
+
+
+def prepare(config: PrepareConfig) -> int:
+    """From text to a corpus folder. Returns the exit code."""
+    try:
+        return _prepare(config)
+    except WorkerDiedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        print(
+            f"error: output={config.output} cannot be written: {_CANNOT_WRITE[error.errno]}; once that is mended, "
+            "the same command goes on from here",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _prepare(config: PrepareConfig) -> int:
+    check_places(config)
+    output = Path(config.output).expanduser().resolve()
+    given = Path(config.tokenizer.path).expanduser() if config.tokenizer.path is not None else None
+    given_sha256 = Tokenizer(given).sha256 if given is not None else None
+    files = find_files(config)
+    recipe = make_recipe(config, files, given_sha256)
+    if is_finished(output, recipe, config.overwrite):
+        remove_work(output)
+        print(f"already prepared: {output / MANIFEST_NAME} is of this very input and these options")
+        return 0
+    with open_work(output, recipe) as work:
+        corpus = work / "corpus"
+        if not (work / "packed").exists():
+            gathered = gather(config, files, work)
+            model = work / TOKENIZER_NAME
+            if not model.exists() and given is not None:
+                write_atomically(model, given.read_bytes())
+            elif not model.exists():
+                train_tokenizer(config.tokenizer, gathered, work, model)
+            encode_parts(gathered, work, model, _n_workers(config))
+            _build(config, gathered, work, corpus)
+            write_atomically(work / "packed", b"")
+        publish(corpus, output)
+    _report(output)
+    return 0
+
+
+def _n_workers(config: PrepareConfig) -> int:
+    return config.workers or len(os.sched_getaffinity(0))
+
+
+def _build(config: PrepareConfig, gathered: Gathered, work: Path, corpus: Path) -> None:
+    """Write the finished corpus, with its card and report, into `corpus`."""
+    shutil.rmtree(corpus, ignore_errors=True)
+    corpus.mkdir()
+    model = (work / TOKENIZER_NAME).read_bytes()
+    write_atomically(corpus / TOKENIZER_NAME, model)
+    try:
+        manifest, heldout = pack(config, gathered, work, corpus)
+    except OSError:  # a full disk: what is half-written would only keep it full
+        shutil.rmtree(corpus, ignore_errors=True)
+        raise
+    kind = (
+        "given" if config.tokenizer.path is not None else f"sentencepiece {config.tokenizer.model_type.value}"
+    )
+    text = card(manifest, heldout, gathered.funnel, kind)
+    write_atomically(corpus / CARD_NAME, text.encode())
+    report = json.loads((work / REPORT_NAME).read_text(encoding="utf-8"))
+    funnel = {
+        name: getattr(gathered.funnel, name) for name in ("read", "dropped", "kept", "kept_bytes", "heldout")
+    }
+    report |= {"created_by": manifest.created_by, "root_sha256": manifest.root_sha256, "funnel": funnel}
+    report["tokenizer"] = {"sha256": manifest.tokenizer_sha256, "sample_bytes": gathered.sample_bytes}
+    report["summary"] = gathered.funnel.lines()
+    write_atomically(corpus / REPORT_NAME, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _report(output: Path) -> None:
+    """What was made, on stdout."""
+    manifest: Manifest = load_manifest(output / MANIFEST_NAME)
+    summary = json.loads((output / REPORT_NAME).read_text(encoding="utf-8"))["summary"]
+    print("\n".join(summary))
+    print()
+    print(plain_table(source_rows(manifest, _SOURCES_SHOWN)))
+    print(
+        f"\n{manifest.n_tokens:,} tokens of a vocabulary of {manifest.vocab_size:,} in {manifest.n_chunks:,} chunks "
+        f"of {manifest.chunk_tokens:,}\ncorpus: {output / MANIFEST_NAME}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(PrepareConfig, prepare, doc=__doc__)

@@ -1,0 +1,92 @@
+"""What a prepared corpus holds: python -m data_tools.show DIR [--chunk N]
+
+Its size, sources and licenses, and the beginning of one chunk, at random or the one given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+from data_tools.card import plain_table, source_rows
+from data_tools.workspace import HELDOUT_FOLDER, TOKENIZER_NAME
+from pretrain.config import ConfigError, ExitCode
+from pretrain.shards import MANIFEST_NAME, Corpus, CorruptShardError, Manifest, load_manifest
+from pretrain.tokenizer import Tokenizer
+
+_TEXT_LINES, _LINE_CHARS = 12, 110
+_TOKENS_SHOWN = 2048
+
+
+def describe(manifest: Manifest, folder: Path) -> str:
+    """The size of a corpus and a table of its sources."""
+    tar_bytes = sum(shard.bytes for shard in manifest.shards)
+    lines = [
+        f"{folder}",
+        f"{manifest.n_tokens:,} tokens ({manifest.dtype}) of {manifest.n_documents:,} documents",
+        f"{manifest.n_chunks:,} chunks of {manifest.chunk_tokens:,} tokens; shards: {len(manifest.shards):,} "
+        f"({tar_bytes / 1e6:.1f} MB)",
+        f"tokenizer: {manifest.vocab_size:,} entries, sha256 {manifest.tokenizer_sha256}",
+        f"root hash: {manifest.root_sha256}",
+        "",
+        plain_table(source_rows(manifest)),
+    ]
+    heldout = folder / HELDOUT_FOLDER / MANIFEST_NAME
+    if heldout.exists():
+        held = load_manifest(heldout)
+        lines += ["", f"held out: {held.n_tokens:,} tokens of {held.n_documents:,} documents"]
+    return "\n".join(lines)
+
+
+def describe_chunk(corpus: Corpus, tokenizer: Tokenizer, chunk: int) -> str:
+    """Where a chunk comes from, and its first lines. Raises CorruptShardError."""
+    documents = corpus.documents(chunk)
+    text = tokenizer.decode(corpus.read(chunk, 0, _TOKENS_SHOWN).tolist())
+    source = corpus.manifest.sources[int(documents.source[0])].name
+    offset = int(documents.offsets[0])
+    begins = f"begins at token {offset:,} of" if offset else "begins with"
+    head = (
+        f"chunk {chunk}: {corpus.tokens_in(chunk):,} tokens, pieces of documents: {len(documents.ids):,}; it "
+        f"{begins} {documents.ids[0]} ({source})"
+    )
+    return "\n".join([head, *(f"| {line[:_LINE_CHARS]}" for line in text.splitlines()[:_TEXT_LINES])])
+
+
+def show(folder: Path, chunk: int | None) -> None:
+    """Print it all. Raises ConfigError, and CorruptShardError for a damaged chunk."""
+    corpus = Corpus(folder / MANIFEST_NAME)
+    chosen = random.randrange(corpus.n_chunks) if chunk is None else chunk
+    if not 0 <= chosen < corpus.n_chunks:
+        raise ConfigError(
+            f"--chunk {chosen} does not exist; the corpus has chunks 0 to {corpus.n_chunks - 1}"
+        )
+    model = folder / TOKENIZER_NAME
+    if not model.exists():  # the held-out part uses the model of the corpus around it
+        model = folder.parent / TOKENIZER_NAME
+    print(describe(corpus.manifest, folder))
+    print()
+    print(describe_chunk(corpus, Tokenizer(model), chosen))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m data_tools.show", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a prepared corpus")
+    parser.add_argument(
+        "--chunk", type=int, metavar="N", help="chunk to show; a random one where it is not given"
+    )
+    arguments = parser.parse_args()
+    try:
+        show(arguments.folder, arguments.chunk)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.CONFIG_ERROR
+    except CorruptShardError as error:
+        print(f"corrupt: {error}", file=sys.stderr)
+        return 1
+    return ExitCode.FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

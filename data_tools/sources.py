@@ -1,0 +1,213 @@
+"""Where text comes from: the files that an input names, and the documents in each."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_tools.config import PrepareConfig
+from data_tools.python_text import python_files
+from pretrain.config import ConfigError
+
+TEXT_SUFFIXES = (".txt", ".md")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", *TEXT_SUFFIXES)
+PYTHON = "python"
+UTF8_BYTES_PER_CHAR = 4
+_PARQUET_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """One file to read. `name` is the same wherever the input lies, and begins each document's id."""
+
+    name: str
+    path: Path
+    source: str
+    license: str
+    size_bytes: int
+    version: int
+    """Changes when the file does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text as it was read."""
+
+    id: str
+    source: str
+    license: str
+    text: str
+    position_bytes: int
+    """How much of the file has been read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A record that gives no document. `is_error`: the file is not as it should be."""
+
+    reason: str
+    where: str
+    position_bytes: int
+    is_error: bool
+
+
+def find_files(config: PrepareConfig) -> list[InputFile]:
+    """The files that `config.input` names, in a fixed order. Raises ConfigError."""
+    files: list[InputFile] = []
+    labels: dict[str, int] = {}
+    for entry in config.input:
+        if entry == PYTHON:
+            limit = config.max_chars * UTF8_BYTES_PER_CHAR
+            files += [
+                InputFile(f.name, f.path, f.source, f.license, f.size_bytes, 0)
+                for f in python_files(config.python_max_bytes, limit)
+            ]
+            continue
+        root = Path(entry).expanduser()
+        label = root.resolve().name or "input"
+        labels[label] = labels.get(label, 0) + 1
+        if labels[label] > 1:  # another input of that name: their documents' ids must differ
+            label = f"{label}~{labels[label]}"
+        files += _files_below(root, label, config.license)
+    return files
+
+
+def _files_below(root: Path, label: str, license: str) -> list[InputFile]:
+    if root.is_dir():
+        found = sorted(path for path in root.rglob("*") if not _hidden(path.relative_to(root)))
+        found = [path for path in found if path.is_file() and _suffix(path)]
+        if not found:
+            raise ConfigError(f"input={root} has no file that can be read; known are {', '.join(SUFFIXES)}")
+    elif not root.exists():
+        raise ConfigError(f"input={root} does not exist")
+    elif not _suffix(root):
+        raise ConfigError(f"input={root} is of an unknown kind; known are {', '.join(SUFFIXES)}")
+    else:
+        found = [root]
+    files = []
+    for path in found:
+        relative = str(path.relative_to(root)) if path != root else ""
+        name = _readable(f"{label}/{relative}" if relative else label)
+        # Each text file of a folder is one document; a file of records is a source by itself.
+        is_part = path != root and path.suffix in TEXT_SUFFIXES
+        source = _readable(label if is_part else path.name.removesuffix(_suffix(path)))
+        stat = path.stat()
+        files.append(InputFile(name, path, source, license, stat.st_size, stat.st_mtime_ns))
+    return files
+
+
+def _hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _suffix(path: Path) -> str:
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
+
+
+def _readable(name: str) -> str:
+    """A file name without the bytes that are no UTF-8."""
+    return name.encode("utf-8", "replace").decode()
+
+
+def read_documents(file: InputFile, config: PrepareConfig) -> Iterator[Document | Rejected]:
+    """Every record of a file. Raises ConfigError where the file as a whole cannot be read."""
+    suffix = _suffix(file.path)
+    try:
+        if suffix == ".parquet":
+            yield from _read_parquet(file, config.text_field)
+        elif suffix.startswith(".jsonl"):
+            yield from _read_jsonl(file, config.text_field)
+        else:
+            yield _read_text(file, config.max_chars)
+    except (OSError, EOFError, zlib.error) as error:  # BadGzipFile is an OSError
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{file.path} cannot be read: {reason}") from error
+
+
+def _read_text(file: InputFile, max_chars: int) -> Document | Rejected:
+    if file.size_bytes > max_chars * UTF8_BYTES_PER_CHAR:
+        return Rejected("too_long", str(file.path), file.size_bytes, is_error=False)
+    try:
+        text = file.path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        return Rejected("not_utf8", str(file.path), file.size_bytes, is_error=False)
+    return Document(file.name, file.source, file.license, text, file.size_bytes)
+
+
+def _read_jsonl(file: InputFile, text_field: str) -> Iterator[Document | Rejected]:
+    with file.path.open("rb") as raw:
+        lines = gzip.GzipFile(fileobj=raw) if file.path.name.lower().endswith(".gz") else raw
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record: Any = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                what = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "is no JSON"
+                yield Rejected("bad_record", f"{file.path}:{number} {what}", raw.tell(), is_error=True)
+                continue
+            if not isinstance(record, dict):
+                yield Rejected(
+                    "bad_record", f"{file.path}:{number} is no JSON object", raw.tell(), is_error=True
+                )
+                continue
+            yield _document(file, record, number, text_field, raw.tell())
+
+
+def _read_parquet(file: InputFile, text_field: str) -> Iterator[Document | Rejected]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ConfigError(
+            f"{file.path} is Parquet, which needs pyarrow: pip install 'pretrain[data]'"
+        ) from error
+    try:
+        table = parquet.ParquetFile(file.path)
+        columns = [
+            c for c in dict.fromkeys((text_field, "id", "source", "license")) if c in table.schema_arrow.names
+        ]
+        if text_field not in columns:
+            raise ConfigError(
+                f"{file.path} has no column {text_field!r} (it has {', '.join(table.schema_arrow.names)}); "
+                "set text_field"
+            )
+        number = 0
+        for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+            for record in batch.to_pylist():
+                number += 1
+                position = file.size_bytes * number // table.metadata.num_rows
+                yield _document(file, record, number, text_field, position)
+    except pyarrow.ArrowException as error:
+        raise ConfigError(f"{file.path} is no good Parquet file: {error}") from error
+
+
+def _document(
+    file: InputFile, record: dict[str, Any], number: int, text_field: str, position_bytes: int
+) -> Document | Rejected:
+    text = record.get(text_field)
+    if not isinstance(text, str):
+        where = f"{file.path}:{number}"
+        if text_field in record:
+            problem = f"{where} has {type(text).__name__} in the field {text_field!r}, not text"
+        else:
+            names = ", ".join(map(str, list(record)[:8])) or "none"
+            problem = f"{where} has no field {text_field!r} (its fields: {names}); set text_field"
+        return Rejected("bad_record", problem, position_bytes, is_error=True)
+    given = {
+        key: _readable(value) for key in ("source", "license") if isinstance(value := record.get(key), str)
+    }
+    own_id = record.get("id")
+    is_id = isinstance(own_id, str | int) and not isinstance(own_id, bool) and own_id != ""
+    return Document(
+        id=_readable(str(own_id)) if is_id else f"{file.name}:{number}",
+        source=given.get("source") or file.source,
+        license=given.get("license") or file.license,
+        text=text,
+        position_bytes=position_bytes,
+    )

@@ -1,0 +1,196 @@
+"""The output folder of a preparation: what it was made from, resuming, refusing, publishing.
+
+While a corpus is prepared, everything lies in OUTPUT/.work/<key>, where the key is a hash of the options
+and the input files. The finished corpus is moved into OUTPUT, manifest.json last.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_tools.config import PrepareConfig
+from data_tools.sources import PYTHON, InputFile
+from pretrain.config import ConfigError, to_dict
+from pretrain.shards import MANIFEST_NAME, SHARDS_FOLDER, load_manifest, sync_folder, write_atomically
+
+REPORT_NAME = "prepare.json"
+CARD_NAME = "README.md"
+TOKENIZER_NAME = "tokenizer.model"
+HELDOUT_FOLDER = "heldout"
+HELDOUT_TEXT = "documents.jsonl.gz"
+WORK_FOLDER = ".work"
+PRODUCTS = (
+    REPORT_NAME,
+    CARD_NAME,
+    TOKENIZER_NAME,
+    HELDOUT_FOLDER,
+    SHARDS_FOLDER,
+    MANIFEST_NAME,
+)  # manifest last
+
+# Raised when the program begins to give other bytes for the same input.
+PIPELINE_VERSION = 1
+
+# Options that change where or how fast, but nothing in the corpus. The input counts by its files.
+_NOT_IN_KEY = ("input", "output", "overwrite", "workers", "max_bad_records")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All that decides the bytes of a corpus."""
+
+    options: dict[str, Any]
+    """Flat: `tokenizer.vocab_size` and so on."""
+    input: dict[str, Any]
+    """Number of files, their size, and a hash of their names, sizes and times."""
+
+    @property
+    def key(self) -> str:
+        content = {"pipeline": PIPELINE_VERSION, "options": self.options, "input": self.input}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def differences(self, other: Recipe) -> list[str]:
+        """What is otherwise in `other`, in words."""
+        found = [
+            f"{name} was {self.options.get(name)} and is {other.options.get(name)}"
+            for name in sorted({*self.options, *other.options})
+            if self.options.get(name) != other.options.get(name)
+        ]
+        if self.input != other.input:
+            before, after = (f"{r.input['files']} files, {r.input['bytes']} bytes" for r in (self, other))
+            found.append(f"the input files changed ({before}; now {after})")
+        return found or ["the program gives other bytes than before"]
+
+
+def make_recipe(config: PrepareConfig, files: list[InputFile], tokenizer_sha256: str | None) -> Recipe:
+    """The recipe of a configuration and its input files."""
+    options: dict[str, Any] = {}
+    for name, value in to_dict(config).items():
+        if isinstance(value, dict):
+            options.update({f"{name}.{inner}": inner_value for inner, inner_value in value.items()})
+        elif name not in _NOT_IN_KEY:
+            options[name] = value
+    options["tokenizer.path"] = tokenizer_sha256  # the model counts, not where it lies
+    listing = [(file.name, file.source, file.license, file.size_bytes, file.version) for file in files]
+    digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    total = sum(file.size_bytes for file in files)
+    return Recipe(options, {"files": len(files), "bytes": total, "sha256": digest})
+
+
+def check_places(config: PrepareConfig) -> None:
+    """Refuse an output that lies among the input, or the reverse. Raises ConfigError."""
+    output = Path(config.output).expanduser().resolve()
+    for entry in (entry for entry in config.input if entry != PYTHON):
+        source = Path(entry).expanduser().resolve()
+        if output == source or source in output.parents or (output in source.parents and source.exists()):
+            raise ConfigError(
+                f"output={config.output} and input={entry} lie within each other; choose another output"
+            )
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output={config.output} is a file; give a folder")
+
+
+def is_finished(output: Path, recipe: Recipe, overwrite: bool) -> bool:
+    """Whether `output` holds this very corpus already.
+
+    Raises ConfigError where it holds another one and `overwrite` is not set, and where it holds
+    anything else, which is never overwritten.
+    """
+    finished = _recipe_in(output / REPORT_NAME)
+    work = output / WORK_FOLDER
+    begun = [found for path in sorted(work.glob(f"*/{REPORT_NAME}")) if (found := _recipe_in(path))]
+    if finished is None and not begun:
+        if output.is_dir() and any(path.name != WORK_FOLDER for path in output.iterdir()):
+            raise ConfigError(f"output={output} is not empty and holds no corpus; choose another output")
+        return False
+    if overwrite:
+        return False
+    if finished is not None and (output / MANIFEST_NAME).exists():
+        _refuse_another(finished, recipe, f"output={output} holds a corpus")
+        _check_complete(output)
+        return True
+    for found in begun:
+        _refuse_another(found, recipe, f"output={output} holds an interrupted preparation")
+    return False
+
+
+def _recipe_in(path: Path) -> Recipe | None:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+        return Recipe(raw["options"], raw["input"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _refuse_another(before: Recipe, recipe: Recipe, what: str) -> None:
+    if before.key != recipe.key:
+        differences = "; ".join(before.differences(recipe))
+        raise ConfigError(f"{what} of another recipe: {differences}; choose another output or overwrite=true")
+
+
+def _check_complete(output: Path) -> None:
+    for folder in (output, output / HELDOUT_FOLDER):
+        if folder is output or folder.exists():
+            for shard in load_manifest(folder / MANIFEST_NAME).shards:
+                path = folder / SHARDS_FOLDER / shard.name
+                if not path.exists() or path.stat().st_size != shard.bytes:
+                    raise ConfigError(
+                        f"output={output} was prepared, but {path} is missing or cut off; set overwrite=true "
+                        "to prepare it again"
+                    )
+
+
+@contextmanager
+def open_work(output: Path, recipe: Recipe) -> Iterator[Path]:
+    """The work folder of a recipe, for one process at a time; other recipes' work is removed.
+
+    Raises ConfigError where another process prepares into the same output.
+    """
+    work = output / WORK_FOLDER
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another process is preparing output={output}; wait for it") from error
+        for other in work.iterdir():
+            if other.is_dir() and other.name != recipe.key:
+                shutil.rmtree(other)
+        folder = work / recipe.key
+        folder.mkdir(exist_ok=True)
+        content = {"recipe": {"options": recipe.options, "input": recipe.input}}
+        write_atomically(folder / REPORT_NAME, json.dumps(content).encode())
+        yield folder
+
+
+def publish(corpus: Path, output: Path) -> None:
+    """Move a finished corpus into place and remove the work. Can be repeated where it was interrupted."""
+    if (corpus / REPORT_NAME).exists():  # the first to move: nothing of this corpus is in place yet
+        for name in reversed(PRODUCTS):
+            _remove(output / name)
+    for name in PRODUCTS:
+        if (corpus / name).exists():
+            os.replace(corpus / name, output / name)
+    sync_folder(output)
+    remove_work(output)
+
+
+def remove_work(output: Path) -> None:
+    """Remove what a finished preparation has left."""
+    shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
