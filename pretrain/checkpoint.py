@@ -215,7 +215,7 @@ def _together(world: World, action: Callable[[], T]) -> list[T]:
 
 def find_latest(run_dir: Path, world: World = ALONE, step: int | None = None) -> Found:
     """The newest checkpoint (or that of `step`) whose every hash matches. All ranks together share the reading."""
-    passed_over = []
+    passed_over: list[str] = []
     for path in reversed(list_checkpoints(run_dir)):
         if step is not None and step_of(path) != step:
             continue

@@ -1,21 +1,18 @@
-"""Every configuration dataclass, and how a command line becomes one of them. Imports no torch.
+"""A run's whole configuration, and how a command line becomes one. Imports no torch.
 
-Hydra composes (`conf/`), the dataclasses here validate. A value that a user can get wrong raises
-`ConfigError`, whose text is one sentence that names the key, the value and what is allowed;
-`run_command` turns it into exit code 2.
+Hydra composes (`conf/`), dataclasses validate: those of the groups in `pretrain.schemas`, which are all to be
+imported from here, and `TrainConfig` over them. `run_command` turns `ConfigError` into exit code 2.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
-from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,354 +23,56 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pretrain.schemas import (
+    CheckpointConfig,
+    ConfigError,
+    DataConfig,
+    EngineConfig,
+    EvaluationConfig,
+    ExitCode,
+    LoggingConfig,
+    ModelConfig,
+    OptimConfig,
+    OptimizerName,
+    Precision,
+    RunError,
+    ScheduleConfig,
+    ScheduleName,
+    SourceConfig,
+    StageConfig,
+    WandbMode,
+    check_positive,
+    missing,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "ClusterConfig",
+    "ConfigError",
+    "DataConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "ExitCode",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "OptimizerName",
+    "Precision",
+    "RunError",
+    "ScheduleConfig",
+    "ScheduleName",
+    "SourceConfig",
+    "StageConfig",
+    "SubmitConfig",
+    "TrainConfig",
+    "WandbMode",
+    "load_config",
+    "run_command",
+    "to_dict",
+    "validate",
+]
+
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
-
-
-class ExitCode(IntEnum):
-    """What a process of this project returns; anything else is a crash and may be retried."""
-
-    FINISHED = 0
-    CRASHED = 1
-    CONFIG_ERROR = 2  # never retried
-    STOPPED = 75  # on request, with the state saved: start again to go on (EX_TEMPFAIL)
-
-
-class ConfigError(ValueError):
-    """The configuration or the input is wrong; running it again changes nothing."""
-
-
-class RunError(RuntimeError):
-    """Something failed while running, and one sentence says all: data, disk, a checkpoint. Exit code 1."""
-
-
-class OptimizerName(Enum):
-    adamw = "adamw"
-
-
-class ScheduleName(Enum):
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-    wsd = "wsd"
-
-
-class Precision(Enum):
-    bf16 = "bf16"  # bf16 weights and activations, fp32 master weights and moments
-    fp32 = "fp32"
-
-
-class WandbMode(Enum):
-    auto = "auto"  # online when an API key is known, else offline
-    online = "online"
-    offline = "offline"
-    disabled = "disabled"
-
-
-@dataclass(kw_only=True, slots=True)
-class ModelConfig:
-    """Shape of the decoder (Llama family)."""
-
-    n_layers: int = MISSING
-    """Number of transformer blocks."""
-    d_model: int = MISSING
-    """Width of the residual stream."""
-    n_heads: int = MISSING
-    """Query heads."""
-    n_kv_heads: int | None = None
-    """Key and value heads (grouped-query attention); null: n_heads."""
-    d_head: int | None = None
-    """Width of one head, even; null: d_model / n_heads."""
-    d_ff: int = MISSING
-    """Inner width of the SwiGLU feed-forward layer."""
-    vocab_size: int | None = None
-    """Rows of the embedding; null: the corpus's vocabulary rounded up to a multiple of 64."""
-    rope_theta: float = 10000.0
-    """Base of the rotary position frequencies."""
-    norm_eps: float = 1e-5
-    """Epsilon inside RMSNorm."""
-    qk_norm: bool = False
-    """RMSNorm on each query and key head before the rotary positions (as Qwen3)."""
-    tie_embeddings: bool = False
-    """One matrix for the token embedding and the output head."""
-    dropout: float = 0.0
-    """Probability of dropping an element of each residual branch's output."""
-    z_loss: float = 0.0
-    """Weight of the mean squared log-partition added to the training loss (PaLM, 2022)."""
-    init_std: float = 0.02
-    """Standard deviation of the initial weights; residual outputs get init_std / sqrt(2 n_layers)."""
-    loss_chunk_tokens: int = 8192
-    """The output head and the loss run on at most this many tokens at a time."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more compute."""
-
-    def __post_init__(self) -> None:
-        _positive(self, "model", "n_layers", "d_model", "n_heads", "d_ff", "loss_chunk_tokens", "rope_theta")
-        if _missing(self):
-            return
-        if self.vocab_size is not None:
-            _positive(self, "model", "vocab_size")
-        if self.d_head is None and self.d_model % self.n_heads:
-            raise ConfigError(
-                f"model.d_model={self.d_model} is not divisible by model.n_heads={self.n_heads}; "
-                "change one of them or set model.d_head"
-            )
-        if self.head_width % 2:
-            raise ConfigError(
-                f"model.d_head={self.head_width} is odd; rotary positions need an even head width"
-            )
-        if self.kv_heads < 1 or self.n_heads % self.kv_heads:
-            raise ConfigError(
-                f"model.n_kv_heads={self.n_kv_heads} must divide model.n_heads={self.n_heads} "
-                "so that every key head serves the same number of query heads"
-            )
-        _fraction(self, "model", "dropout")
-        if self.dropout >= 1:
-            raise ConfigError(f"model.dropout={self.dropout} drops everything; allowed: 0 up to below 1")
-
-    @property
-    def head_width(self) -> int:
-        """K: width of one attention head."""
-        return self.d_head if self.d_head is not None else self.d_model // self.n_heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of key and value heads, with the default applied."""
-        return self.n_kv_heads if self.n_kv_heads is not None else self.n_heads
-
-
-@dataclass(kw_only=True, slots=True)
-class SourceConfig:
-    """One named, weighted corpus of a mixture."""
-
-    name: str = MISSING
-    """Name used in stages, metrics and reports."""
-    manifest: str = MISSING
-    """Path of the corpus's manifest.json."""
-    weight: float = 1.0
-    """Share of the samples, relative to the other sources' weights."""
-
-
-@dataclass(kw_only=True, slots=True)
-class StageConfig:
-    """From a point of the run on, other mixture weights."""
-
-    start_tokens: int = MISSING
-    """First token of the stage, counted over the whole run; rounded up to a whole row of lanes."""
-    weights: dict[str, float] = MISSING
-    """Weight of every source by name; a source that is not named gets 0."""
-
-
-@dataclass(kw_only=True, slots=True)
-class DataConfig:
-    """What is read, and in which order."""
-
-    manifest: str | None = None
-    """Path of one corpus's manifest.json. Give this or `sources`."""
-    sources: list[SourceConfig] = field(default_factory=list)
-    """A mixture of corpora."""
-    stages: list[StageConfig] = field(default_factory=list)
-    """Changes of the mixture weights during the run."""
-    sequence_length: int = 1024
-    """T: tokens per sequence; divides the corpus's chunk size."""
-    lanes: int | None = None
-    """V: virtual lanes of the sample order, fixed for the run; null: chosen from the corpus and the batch."""
-    window_chunks: int = 32
-    """W: chunks that are shuffled together within a lane."""
-    document_masking: bool = True
-    """Tokens attend within their own document only; false: across the whole sequence."""
-    loader_workers: int = 1
-    """Processes per rank that read and batch; 0: in the training process."""
-    prefetch_batches: int = 4
-    """Micro batches that each worker keeps ready."""
-    verify_chunks: bool = True
-    """Check the hash of each chunk at its first use."""
-
-    def __post_init__(self) -> None:
-        _positive(self, "data", "sequence_length", "window_chunks", "prefetch_batches")
-        if self.lanes is not None:
-            _positive(self, "data", "lanes")
-        if self.loader_workers < 0:
-            raise ConfigError(f"data.loader_workers={self.loader_workers} is negative; allowed: 0 or more")
-        if self.manifest is not None and self.sources:
-            raise ConfigError("data.manifest and data.sources are both given; give one corpus or a mixture")
-        names = [source.name for source in self.sources]
-        if len(set(names)) != len(names):
-            raise ConfigError(f"data.sources has two sources of the same name: {sorted(names)}")
-        for source in self.sources:
-            if not (math.isfinite(source.weight) and source.weight >= 0):
-                raise ConfigError(f"data.sources: weight={source.weight} of {source.name!r} is not 0 or more")
-        if self.sources and not sum(source.weight for source in self.sources) > 0 and not self.stages:
-            raise ConfigError("data.sources: all weights are 0; give at least one source a positive weight")
-        self._check_stages(names or ["corpus"])
-
-    def _check_stages(self, names: list[str]) -> None:
-        starts = [stage.start_tokens for stage in self.stages]
-        if any(start <= 0 for start in starts) or sorted(set(starts)) != starts:
-            raise ConfigError(f"data.stages: start_tokens={starts} must be positive and increasing")
-        for stage in self.stages:
-            unknown = sorted(set(stage.weights) - set(names))
-            if unknown:
-                raise ConfigError(f"data.stages: weights name unknown sources {unknown}; known: {names}")
-            if min(stage.weights.values(), default=0) < 0 or not sum(stage.weights.values()) > 0:
-                raise ConfigError(
-                    f"data.stages: weights={dict(stage.weights)} must be 0 or more with a positive sum"
-                )
-
-    def corpora(self) -> list[SourceConfig]:
-        """The sources of the run: the mixture, or the one corpus under the name `corpus`."""
-        if self.manifest is not None:
-            return [SourceConfig(name="corpus", manifest=self.manifest)]
-        return list(self.sources)
-
-
-@dataclass(kw_only=True, slots=True)
-class OptimConfig:
-    """Optimizer and gradient clipping."""
-
-    name: OptimizerName = OptimizerName.adamw
-    lr: float = 3e-4
-    """Peak learning rate."""
-    beta1: float = 0.9
-    """Decay of the first moment."""
-    beta2: float = 0.95
-    """Decay of the second moment."""
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    """Decoupled weight decay, multiplied by the learning rate at each step."""
-    decay_norms: bool = False
-    """Apply weight decay to the norm gains too."""
-    decay_embeddings: bool = False
-    """Apply weight decay to the token embedding too (a tied head counts as the embedding)."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global L2 norm; 0: no clipping."""
-
-    def __post_init__(self) -> None:
-        _positive(self, "optim", "lr", "eps")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"optim.{name}={getattr(self, name)} is outside 0 up to below 1")
-        for name in ("weight_decay", "max_grad_norm"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"optim.{name}={getattr(self, name)} is negative; allowed: 0 or more")
-
-
-@dataclass(kw_only=True, slots=True)
-class ScheduleConfig:
-    """Learning rate as a function of the step."""
-
-    name: ScheduleName = ScheduleName.cosine
-    warmup_steps: int = 0
-    """Steps of linear increase from 0 to the peak."""
-    decay_steps: int | None = None
-    """Length of the decay; null: all steps after the warm-up (for wsd: the last tenth of the run)."""
-    min_lr_frac: float = 0.1
-    """Learning rate at the end of the decay, as a fraction of the peak."""
-
-    def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise ConfigError(f"schedule.warmup_steps={self.warmup_steps} is negative; allowed: 0 or more")
-        if self.decay_steps is not None:
-            _positive(self, "schedule", "decay_steps")
-        _fraction(self, "schedule", "min_lr_frac")
-
-
-@dataclass(kw_only=True, slots=True)
-class EngineConfig:
-    """How DeepSpeed holds and moves the model."""
-
-    zero_stage: int = 3
-    """What is partitioned over the ranks: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters."""
-    precision: Precision = Precision.bf16
-    offload_optimizer: bool = False
-    """Keep optimizer state and master weights in host memory (stages 1 to 3)."""
-    offload_params: bool = False
-    """Keep the bf16 parameter partitions in host memory (stage 3)."""
-    reduce_bucket_elements: int = 50_000_000
-    """Gradients are reduced in buckets of this many elements."""
-    prefetch_bucket_elements: int = 50_000_000
-    """Stage 3: parameters gathered ahead of use."""
-    persistence_threshold_elements: int = 100_000
-    """Stage 3: smaller parameters stay whole on every rank."""
-    max_live_elements: int = 1_000_000_000
-    """Stage 3: gathered parameters kept at most."""
-    timeout_s: int = 1800
-    """A collective that takes longer ends the process."""
-    deepspeed_overrides: dict[str, Any] = field(default_factory=dict)
-    """Raw DeepSpeed keys, merged last; for experts."""
-
-    def __post_init__(self) -> None:
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ConfigError(f"engine.zero_stage={self.zero_stage} is unknown; allowed: 0, 1, 2, 3")
-        if self.zero_stage == 0 and self.precision is Precision.bf16:
-            raise ConfigError(
-                "engine.precision=bf16 with engine.zero_stage=0 is refused, since DeepSpeed's wrapper for it "
-                "applies an optimizer step at start; use engine=zero1, or engine.precision=fp32"
-            )
-        if self.offload_params and self.zero_stage != 3:
-            raise ConfigError(
-                f"engine.offload_params=true needs engine.zero_stage=3, not {self.zero_stage}: "
-                "the other stages do not partition parameters"
-            )
-        if self.offload_optimizer and self.zero_stage == 0:
-            raise ConfigError("engine.offload_optimizer=true needs engine.zero_stage 1, 2 or 3, not 0")
-        _positive(self, "engine", "reduce_bucket_elements", "prefetch_bucket_elements", "timeout_s")
-
-
-@dataclass(kw_only=True, slots=True)
-class CheckpointConfig:
-    """When checkpoints are written and which are kept."""
-
-    every_steps: int = 1000
-    """Interval; the last step and a requested stop are always saved."""
-    keep_last: int = 2
-    """Newest checkpoints kept."""
-    keep_every_steps: int | None = None
-    """Checkpoints at multiples of this step are kept for good; null: none."""
-
-    def __post_init__(self) -> None:
-        _positive(self, "checkpoint", "every_steps", "keep_last")
-        if self.keep_every_steps is not None:
-            _positive(self, "checkpoint", "keep_every_steps")
-
-
-@dataclass(kw_only=True, slots=True)
-class EvaluationConfig:
-    """Held-out loss during training."""
-
-    manifest: str | None = None
-    """Corpus of held-out text, tokenized with the training corpus's tokenizer; null: no evaluation."""
-    every_steps: int = 1000
-    """Interval; the last step is always evaluated."""
-    max_sequences: int | None = 512
-    """Sequences read per evaluation, from the start of the corpus; null: all of them."""
-
-    def __post_init__(self) -> None:
-        _positive(self, "evaluation", "every_steps")
-        if self.max_sequences is not None:
-            _positive(self, "evaluation", "max_sequences")
-
-
-@dataclass(kw_only=True, slots=True)
-class LoggingConfig:
-    """What is recorded of a run, beside metrics.jsonl and events.jsonl, which always are."""
-
-    every_steps: int = 10
-    """Interval of W&B records and progress lines; metrics.jsonl gets every step."""
-    wandb: WandbMode = WandbMode.auto
-    wandb_project: str = "pretrain"
-    wandb_entity: str | None = None
-    wandb_name: str | None = None
-    """Name shown in W&B; null: the run folder's name."""
-    wandb_tags: list[str] = field(default_factory=list)
-    peak_flops_per_second: float | None = None
-    """Peak of one rank's device for MFU; null: from the table of known GPUs, else measured."""
-    sample_ledger: bool = False
-    """Each rank records the sample indices of every step and a hash of their tokens."""
-
-    def __post_init__(self) -> None:
-        _positive(self, "logging", "every_steps")
-        if self.peak_flops_per_second is not None:
-            _positive(self, "logging", "peak_flops_per_second")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -406,16 +105,16 @@ class TrainConfig:
     logging: LoggingConfig = MISSING
 
     def __post_init__(self) -> None:
-        if _missing(self):
+        if missing(self):
             return
-        _positive(self, "", "global_batch_sequences", "micro_batch_sequences")
+        check_positive(self, "", "global_batch_sequences", "micro_batch_sequences")
         if (self.total_steps is None) == (self.total_tokens is None):
             raise ConfigError(
                 f"total_steps={self.total_steps} and total_tokens={self.total_tokens}: give exactly one of them"
             )
         for name in ("total_steps", "total_tokens", "stop_at_step"):
             if getattr(self, name) is not None:
-                _positive(self, "", name)
+                check_positive(self, "", name)
         if self.global_batch_sequences % self.micro_batch_sequences:
             raise ConfigError(
                 f"global_batch_sequences={self.global_batch_sequences} is not a multiple of "
@@ -488,10 +187,10 @@ class ClusterConfig:
     """Interface of NCCL and gloo; null: their own choice."""
 
     def __post_init__(self) -> None:
-        _positive(self, "cluster", "nodes", "cpus_per_rank", "stop_before_end_s")
+        check_positive(self, "cluster", "nodes", "cpus_per_rank", "stop_before_end_s")
         for name in ("ranks_per_node", "memory_per_node_gib"):
             if getattr(self, name) is not None:
-                _positive(self, "cluster", name)
+                check_positive(self, "cluster", name)
         if self.gpus_per_node < 0 or (self.gpus_per_node == 0 and self.ranks_per_node is None):
             raise ConfigError(
                 f"cluster.gpus_per_node={self.gpus_per_node} gives no ranks; for CPU nodes set cluster.ranks_per_node"
@@ -614,24 +313,6 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _missing(config: Any) -> bool:
-    return any(getattr(config, f.name) == MISSING for f in fields(config))
-
-
-def _positive(config: Any, prefix: str, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value != MISSING and not (math.isfinite(value) and value > 0):
-            key = f"{prefix}.{name}" if prefix else name
-            raise ConfigError(f"{key}={value} must be greater than 0")
-
-
-def _fraction(config: Any, prefix: str, name: str) -> None:
-    value = getattr(config, name)
-    if not 0 <= value <= 1:
-        raise ConfigError(f"{prefix}.{name}={value} is outside 0 to 1")
-
-
 def _explain(error: Exception, schema: type) -> str:
     """One sentence for a Hydra or OmegaConf error: the key, the value, what is allowed."""
     text = " ".join(str(error).split())
@@ -646,7 +327,7 @@ def _explain(error: Exception, schema: type) -> str:
     if match:
         wrong = match.group(1).split(".")[-1]
         full = key if key.endswith(wrong) and key else match.group(1)
-        owner = getattr(error, "object_type", None)  # the dataclass that has no such key
+        owner: Any = getattr(error, "object_type", None)  # the dataclass that has no such key
         allowed = [f.name for f in fields(owner)] if is_dataclass(owner) else _keys_beside(schema, full)
         close = difflib.get_close_matches(wrong, allowed, n=1)
         hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(allowed)}"

@@ -257,7 +257,8 @@ class Engine:
             safe_set_full_optimizer_state(parameter, value, kind)
 
     def _restore_partition(self, parameter: torch.nn.Parameter, kind: str, values: torch.Tensor) -> None:
-        padded = torch.zeros(parameter.ds_tensor.ds_numel, device=self.world.device)
+        size = -(-torch.Size(parameter.ds_shape).numel() // self.world.size)  # type: ignore[attr-defined]
+        padded = torch.zeros(size, device=self.world.device)
         padded[: values.numel()].copy_(values)
         if kind == "weight":
             safe_set_local_fp32_param(parameter, padded)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pretrain.config import ConfigError, TrainConfig
-from pretrain.shards import Manifest, load_manifest
+from pretrain.shards import load_manifest
 
 VOCABULARY_MULTIPLE = (
     64  # matrix kernels like the output head's width in multiples of 64 (nanoGPT: 25% faster)
@@ -45,7 +45,7 @@ def resolve_inputs(config: TrainConfig, world_size: int) -> TrainConfig:
     return config
 
 
-def tokenizer_path(manifest_path: str, manifest: Manifest) -> Path:
+def tokenizer_path(manifest_path: str) -> Path:
     """The tokenizer file of a corpus folder; a held-out corpus has its parent's. Raises ConfigError."""
     folder = Path(manifest_path).resolve().parent
     for candidate in (folder / "tokenizer.model", folder.parent / "tokenizer.model"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -279,28 +278,27 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _write_run_files(config: TrainConfig, run_dir: Path, state: dict[str, Any] | None) -> dict[str, Any]:
-    """Rank 0: config.json, run.json and the tokenizer, so that the folder explains itself."""
+    """Rank 0: config.json, run.json and the tokenizer, so that the folder explains itself. Returns run.json."""
+    source = config.data.corpora()[0].manifest
+    manifest = load_manifest(source)
+    tokenizer = tokenizer_path(source)
+    if Tokenizer(tokenizer).sha256 != manifest.tokenizer_sha256:
+        raise ConfigError(f"{tokenizer} is not the tokenizer of {source}; put the right one there")
     path = run_dir / "run.json"
-    identity = json.loads(path.read_text()) if path.exists() else {"run_id": new_run_id(), "attempt": 0}
+    identity: dict[str, Any] = {"run_id": new_run_id(), "attempt": 0}
+    if path.exists():
+        identity = json.loads(path.read_text(encoding="utf-8"))
     if state:
         identity |= {key: state[key] for key in ("run_id", "wandb_run_id")}
     identity.setdefault("wandb_run_id", identity["run_id"])
     identity["attempt"] += 1
-    _replace(path, json.dumps(identity, indent=1))
-    _replace(run_dir / "config.json", json.dumps(to_dict(config), indent=1))
-    source = config.data.corpora()[0].manifest
-    manifest = load_manifest(source)
-    tokenizer = tokenizer_path(source, manifest)
-    if Tokenizer(tokenizer).sha256 != manifest.tokenizer_sha256:
-        raise ConfigError(
-            f"{tokenizer} is not the tokenizer that {source} was made with; put the right one there"
-        )
-    if not (run_dir / "tokenizer.model").exists():
-        shutil.copyfile(tokenizer, run_dir / "tokenizer.model")
+    _replace(path, (json.dumps(identity, indent=1) + "\n").encode())
+    _replace(run_dir / "config.json", (json.dumps(to_dict(config), indent=1) + "\n").encode())
+    _replace(run_dir / "tokenizer.model", tokenizer.read_bytes())
     return identity
 
 
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
     temporary.replace(path)

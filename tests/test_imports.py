@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Within pretrain/ a file imports only files that stand above it here.
 ORDER = [
+    "schemas",
     "config",
     "distributed",
     "tokenizer",
