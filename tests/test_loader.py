@@ -1,0 +1,471 @@
+"""The batches: what they hold, against an obviously right reference; the same on any number of ranks and workers."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pretrain.config import ConfigError, DataConfig, SourceConfig, StageConfig
+from pretrain.loader import IGNORED_LABEL, Batch, TrainLoader, _MicroBatches, build_batch
+from pretrain.order import Location, OrderState
+from pretrain.shards import Corpus, CorpusWriter
+
+CHUNK = 64
+BOS, EOS = 1, 2
+
+
+class Text:
+    """A corpus on disk, and what was put into it."""
+
+    def __init__(
+        self, folder: Path, n_tokens: int, seed: int, vocab_size: int = 300, sha: str = "f" * 64
+    ) -> None:
+        self.manifest = str(folder / "manifest.json")
+        self.stream: list[int] = []
+        self.starts: list[int] = []  # of documents, in the stream
+        writer = CorpusWriter(
+            folder,
+            tokenizer_sha256=sha,
+            vocab_size=vocab_size,
+            bos_id=BOS,
+            eos_id=EOS,
+            chunk_tokens=CHUNK,
+            sources=["text"],
+            shard_bytes=16_384,
+        )
+        random = np.random.default_rng(seed)
+        while len(self.stream) < n_tokens:
+            room = n_tokens - len(self.stream)
+            length = min(int(random.choice([2, 3, 9, 30, 200])), room)
+            document = [BOS, *random.integers(3, vocab_size, length).tolist(), EOS][:room]
+            self.starts.append(len(self.stream))
+            self.stream += document
+            writer.add_document(document, source="text", document_id=f"d{len(self.starts)}")
+        writer.finish()
+
+    def sequences(self, sequence_length: int) -> list[tuple[int, int]]:
+        """(chunk, sequence) of the whole corpus."""
+        return [
+            (at // CHUNK, at % CHUNK // sequence_length) for at in range(0, len(self.stream), sequence_length)
+        ]
+
+    def reference(self, chunk: int, sequence: int, length: int, masking: bool) -> list[list[int]]:
+        """Tokens, labels, positions and document ids of one sequence, token by token."""
+        begin = chunk * CHUNK + sequence * length
+        end = min((chunk + 1) * CHUNK, len(self.stream))
+        tokens, labels, positions, ids = [], [], [], []
+        position = document = 0
+        for at in range(begin, begin + length):
+            if masking and at > begin and (at in self.starts or at == end):
+                document, position = document + 1, 0
+            tokens.append(self.stream[at] if at < end else EOS)
+            crosses = masking and at + 1 in self.starts
+            labels.append(self.stream[at + 1] if at + 1 < end and not crosses else IGNORED_LABEL)
+            positions.append(position)
+            ids.append(document)
+            position += 1
+        return [tokens, labels, positions, ids]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Text]:
+    """Two corpora with a short last chunk: 33 chunks and 3 tokens more, 20 chunks and 37 tokens more."""
+    folder = tmp_path_factory.mktemp("corpora")
+    return [Text(folder / "a", 33 * CHUNK + 3, seed=1), Text(folder / "b", 20 * CHUNK + 37, seed=2)]
+
+
+def data_config(texts: list[Text], **values: object) -> DataConfig:
+    sources = [
+        SourceConfig(name=f"s{k}", manifest=text.manifest, weight=1 + k) for k, text in enumerate(texts)
+    ]
+    defaults = {"sequence_length": 16, "window_chunks": 4, "loader_workers": 0}
+    return DataConfig(sources=sources, **{**defaults, **values})
+
+
+def make_loader(data: DataConfig, **values: object) -> TrainLoader:
+    defaults = {
+        "seed": 5,
+        "global_batch_sequences": 12,
+        "micro_batch_sequences": 2,
+        "rank": 0,
+        "world_size": 1,
+        "total_samples": 120,
+        "state": None,
+    }
+    return TrainLoader(data, **{**defaults, **values})
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    yield
+    gc.collect()
+    assert not multiprocessing.active_children()
+
+
+def same(a: Batch, b: Batch) -> bool:
+    tensors = all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
+    return tensors and bool((a.samples == b.samples).all())
+
+
+def rows(steps: list[list[Batch]]) -> dict[int, list[list[int]]]:
+    """Global sample index -> its row of every tensor."""
+    found = {}
+    for batch in (micro for step in steps for micro in step):
+        for row, sample in enumerate(batch.samples.tolist()):
+            assert sample not in found, "a sample was read twice"
+            found[sample] = [tensor[row].tolist() for tensor in batch[:4]]
+    return found
+
+
+# --- what a batch holds ---
+
+
+@pytest.mark.parametrize("masking", [True, False])
+@pytest.mark.parametrize("length", [1, 8, 16, 64])
+def test_batches_equal_the_reference(texts: list[Text], length: int, masking: bool) -> None:
+    """Every sequence of both corpora, also those that are cut, padded, or only padding but for one token."""
+    where = [(k, c, s) for k, text in enumerate(texts) for c, s in text.sequences(length)]
+    source, chunk, sequence = np.array(where).T
+    corpora = [Corpus(text.manifest) for text in texts]
+    batch = build_batch(corpora, Location(source, source * 0, chunk, sequence), length, masking)
+    assert batch.samples.tolist() == list(range(len(where)))
+    for tensor in batch[:4]:
+        assert tensor.dtype == torch.int64
+        assert tensor.shape == (len(where), length)
+    for row, (k, c, s) in enumerate(where):
+        assert [tensor[row].tolist() for tensor in batch[:4]] == texts[k].reference(c, s, length, masking)
+
+
+@pytest.mark.parametrize("masking", [True, False])
+def test_every_token_is_in_one_sequence(texts: list[Text], masking: bool) -> None:
+    text = texts[1]
+    chunk, sequence = np.array(text.sequences(16)).T
+    batch = build_batch([Corpus(text.manifest)], Location(chunk * 0, chunk * 0, chunk, sequence), 16, masking)
+    assert batch.tokens.flatten()[: len(text.stream)].tolist() == text.stream
+    assert (batch.labels == IGNORED_LABEL).flatten()[len(text.stream) - 1 :].all()
+
+
+def test_a_large_vocabulary_keeps_its_ids(tmp_path: Path) -> None:
+    text = Text(tmp_path / "c", 100, seed=3, vocab_size=200_000)
+    one = np.array([0])
+    batch = build_batch(
+        [Corpus(text.manifest)], Location(one, one, one, one + 1), 32, True, samples=np.array([7])
+    )
+    assert batch.tokens[0].tolist() == text.stream[32:64]
+    assert max(text.stream) > 65_535
+    assert batch.samples.tolist() == [7]
+
+
+# --- the loader, against the order and the reference ---
+
+
+def test_the_loader_reads_what_the_order_says(texts: list[Text]) -> None:
+    loader = make_loader(data_config(texts), total_samples=1200)
+    found = rows(list(loader.steps(0)))
+    assert sorted(found) == list(range(1200))
+    location = loader.order.locate(np.arange(1200))
+    for sample, tensors in found.items():
+        source, _, chunk, sequence = (int(values[sample]) for values in location)
+        assert tensors == texts[source].reference(chunk, sequence, 16, masking=True)
+
+
+def test_an_epoch_of_batches_holds_every_token_once(texts: list[Text]) -> None:
+    text = texts[0]
+    loader = make_loader(
+        data_config(texts[:1], lanes=1),
+        total_samples=len(text.sequences(16)),
+        global_batch_sequences=1,
+        micro_batch_sequences=1,
+    )
+    read = [tensors[0] for tensors in rows(list(loader.steps(0))).values()]
+    expected = [text.reference(c, s, 16, True)[0] for c, s in text.sequences(16)]
+    assert sorted(read) == sorted(expected)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(texts: list[Text], workers: int) -> None:
+    alone = list(make_loader(data_config(texts)).steps(0))
+    loader = make_loader(data_config(texts, loader_workers=workers))
+    together = list(loader.steps(0))
+    assert [len(step) for step in together] == [6] * 10
+    for one, other in zip(alone, together, strict=True):
+        assert all(same(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(2, 1), (3, 0), (6, 0)])
+def test_ranks_change_no_global_batch(texts: list[Text], world_size: int, workers: int) -> None:
+    reference = [rows([step]) for step in make_loader(data_config(texts, lanes=6)).steps(0)]
+    data = data_config(texts, lanes=6, loader_workers=workers)
+    loaders = [make_loader(data, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert all(loader.grad_accum_steps * world_size == 6 for loader in loaders)
+    steps = list(zip(*(loader.steps(0) for loader in loaders), strict=True))
+    assert [rows(list(step)) for step in steps] == reference
+    for rank, loader in enumerate(loaders):  # 12 samples per step on 6 lanes: each rank has its own lanes
+        lanes = {int(s) % 6 for step in loader.steps(0) for micro in step for s in micro.samples}
+        assert lanes == set(range(rank * 6 // world_size, (rank + 1) * 6 // world_size))
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    world_sizes=st.lists(st.sampled_from([1, 2, 3, 6]), min_size=1, max_size=5),
+    batches=st.lists(st.sampled_from([12, 24]), min_size=5, max_size=5),
+    lanes=st.integers(1, 7),
+    masking=st.booleans(),
+)
+def test_any_resume_gives_the_same_samples(
+    texts: list[Text], world_sizes: list[int], batches: list[int], lanes: int, masking: bool
+) -> None:
+    """Stop and go on with other numbers of ranks and another global batch, the state through JSON each time."""
+    data = data_config(texts, lanes=lanes, document_masking=masking)
+    found: dict[int, list[list[int]]] = {}
+    saved, consumed = None, 0
+    for world_size, batch in zip(world_sizes, batches, strict=False):
+        for rank in range(world_size):
+            state = OrderState.from_dict(json.loads(saved)) if saved else None
+            loader = make_loader(
+                data,
+                global_batch_sequences=batch,
+                rank=rank,
+                world_size=world_size,
+                state=state,
+                total_samples=10**12,
+            )
+            assert loader.state.consumed_samples == consumed
+            found |= rows([next(loader.steps(consumed))])
+        consumed += batch
+        saved = json.dumps(loader.state_at(consumed).to_dict())
+    whole = make_loader(data, global_batch_sequences=consumed, total_samples=consumed)
+    assert found == rows(list(whole.steps(0)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_seek_equals_reading_up_to_there(texts: list[Text], workers: int) -> None:
+    loader = make_loader(data_config(texts, loader_workers=workers))
+    through = list(loader.steps(0))
+    for n in (7, 3, 9):  # back and forth with the same loader: what workers had read ahead is dropped
+        steps = loader.steps(12 * n)
+        assert all(same(a, b) for a, b in zip(through[n], next(steps), strict=True))
+    assert len(list(loader.steps(12 * 8))) == 2
+
+
+def test_the_run_ends_with_its_last_whole_step(texts: list[Text]) -> None:
+    assert len(list(make_loader(data_config(texts), total_samples=120).steps(0))) == 10
+    assert len(list(make_loader(data_config(texts), total_samples=131).steps(0))) == 10
+    assert list(make_loader(data_config(texts), total_samples=120).steps(120)) == []
+    far = make_loader(data_config(texts), total_samples=10**12 + 12)
+    assert [batch.samples.max() for batch in next(far.steps(10**12))][-1] < 10**12 + 12
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_draws_no_random_number(texts: list[Text], workers: int) -> None:
+    """Else a run that resumes would have other dropout than one that went through."""
+    before = torch.get_rng_state()
+    next(make_loader(data_config(texts, loader_workers=workers)).steps(0))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_stages_begin_where_they_are_due(texts: list[Text]) -> None:
+    """From token 16 x 100 on, rounded up to a multiple of 6 lanes, the second source alone."""
+    data = data_config(texts, lanes=6, stages=[StageConfig(start_tokens=1595, weights={"s1": 2.0})])
+    loader = make_loader(data)
+    assert loader.state.stages == [(0, [1.0, 2.0]), (102, [0.0, 2.0])]
+    source = loader.order.locate(np.arange(300)).source
+    assert 0 in source[90:102]
+    assert source[102:].all()
+
+
+def test_a_schedule_may_be_extended_on_resume(texts: list[Text]) -> None:
+    data = data_config(texts, lanes=6)
+    state = make_loader(data).state_at(96)
+    extended = data_config(texts, lanes=6, stages=[StageConfig(start_tokens=16 * 96, weights={"s0": 1.0})])
+    loader = make_loader(extended, state=state)
+    assert not loader.order.locate(np.arange(96, 200)).source.any()
+    old = make_loader(data).order.locate(np.arange(96))
+    assert all((a == b).all() for a, b in zip(old, loader.order.locate(np.arange(96)), strict=True))
+    with pytest.raises(ConfigError, match="102 samples already read"):
+        make_loader(extended, state=replace(state, consumed_samples=102))
+
+
+def test_what_the_loader_tells(texts: list[Text]) -> None:
+    data = DataConfig(manifest=texts[0].manifest, sequence_length=16)
+    loader = make_loader(data)
+    assert (loader.vocab_size, loader.bos_id, loader.eos_id) == (300, BOS, EOS)
+    assert loader.tokenizer_sha256 == "f" * 64
+    assert loader.state.manifest_sha == [Corpus(texts[0].manifest).manifest.root_sha256]
+    assert loader.state.lanes == 2  # 34 chunks: two lanes of at least 16, a divisor of 12
+    assert loader.state_at(24).consumed_samples == 24
+    assert loader.state.consumed_samples == 0
+
+
+# --- refusals ---
+
+
+def test_sequence_length_divides_the_chunk(texts: list[Text]) -> None:
+    with pytest.raises(ConfigError, match=r"data\.sequence_length=24 does not divide.*64 tokens; 16 would"):
+        make_loader(data_config(texts, sequence_length=24))
+    with pytest.raises(ConfigError, match=r"data\.sequence_length=128 does not divide.*64 would"):
+        make_loader(data_config(texts, sequence_length=128))
+
+
+def test_the_batch_divides(texts: list[Text]) -> None:
+    with pytest.raises(ConfigError, match=r"global_batch_sequences=12 is not a multiple of .*=2 x 5 ranks"):
+        make_loader(data_config(texts), world_size=5)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "sha", "name"), [(300, "e" * 64, "tokenizer_sha256"), (301, "f" * 64, "vocab_size")]
+)
+def test_sources_share_a_tokenizer(
+    texts: list[Text], tmp_path: Path, vocab_size: int, sha: str, name: str
+) -> None:
+    other = Text(tmp_path / "c", 100, seed=3, vocab_size=vocab_size, sha=sha)
+    with pytest.raises(ConfigError, match=f"'s1' has {name} .*prepare all sources"):
+        make_loader(data_config([texts[0], other]))
+
+
+def test_another_corpus_is_refused(texts: list[Text], tmp_path: Path) -> None:
+    other = Text(tmp_path / "c", 33 * CHUNK + 3, seed=9)
+    state = make_loader(data_config(texts)).state_at(24)
+    with pytest.raises(ConfigError, match="the corpus changed: source 0 has root hash"):
+        make_loader(data_config([other, texts[1]]), state=state)
+    moved = tmp_path / "moved"
+    Path(texts[0].manifest).parent.rename(moved)  # the same content elsewhere is the same corpus
+    try:
+        copy = replace_manifest(texts[0], moved)
+        assert make_loader(data_config([copy, texts[1]]), state=state).state.consumed_samples == 24
+    finally:
+        moved.rename(Path(texts[0].manifest).parent)
+
+
+def replace_manifest(text: Text, folder: Path) -> Text:
+    copy = object.__new__(Text)
+    copy.__dict__.update(text.__dict__, manifest=str(folder / "manifest.json"))
+    return copy
+
+
+def test_lanes_of_a_run_are_kept(texts: list[Text]) -> None:
+    state = make_loader(data_config(texts, lanes=4)).state_at(24)
+    assert make_loader(data_config(texts), global_batch_sequences=18, state=state).state.lanes == 4
+    with pytest.raises(ConfigError, match=r"data\.lanes=6 was 4"):
+        make_loader(data_config(texts, lanes=6), state=state)
+
+
+def test_a_mixture_without_weight_is_refused(texts: list[Text]) -> None:
+    data = data_config(texts, stages=[StageConfig(start_tokens=1600, weights={"s0": 1.0})])
+    for source in data.sources:
+        source.weight = 0.0
+    with pytest.raises(ConfigError, match="no positive sum"):
+        make_loader(data)
+
+
+# --- what goes wrong while reading ---
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_corrupt_chunk_reaches_the_trainer(tmp_path: Path, workers: int) -> None:
+    text = Text(tmp_path / "c", 20 * CHUNK, seed=4)
+    shard = sorted((tmp_path / "c" / "shards").glob("*.tar"))[0]
+    content = bytearray(shard.read_bytes())
+    content[600] ^= 1  # in the tokens of chunk 0
+    shard.write_bytes(content)
+    loader = make_loader(data_config([text], loader_workers=workers), total_samples=10**6)
+    failure = read_until_it_fails(loader.steps(0))
+    assert "CorruptShardError: " in failure
+    assert "shard-00000.tar: member 000000.tok has xxh3-64" in failure
+    assert "Traceback" not in failure
+
+
+def read_until_it_fails(steps: Iterator[list[Batch]]) -> str:
+    """The failure as text. Not by pytest.raises, whose result would keep the iterator, and so its workers, alive."""
+    try:
+        for _ in steps:
+            pass
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "it did not fail"
+
+
+def test_a_worker_that_dies_is_reported(texts: list[Text]) -> None:
+    loader = make_loader(data_config(texts, loader_workers=1), total_samples=10**9)
+    steps = loader.steps(0)
+    next(steps)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    failure = read_until_it_fails(steps)
+    assert re.match(r"RunError: a process that reads training data died .*DataLoader worker \(pid", failure)
+
+
+def test_workers_leave_stopping_to_the_trainer(texts: list[Text]) -> None:
+    """Ctrl-C and Slurm signal every process of a job; a worker that obeyed would end the run before it is saved."""
+    loader = make_loader(data_config(texts, loader_workers=1), total_samples=1200)
+    steps = loader.steps(0)
+    next(steps)
+    (worker,) = multiprocessing.active_children()
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    for _ in range(98):
+        next(steps)
+    assert worker.is_alive()
+
+
+def test_workers_die_with_a_killed_trainer(texts: list[Text]) -> None:
+    """At once, since they hold copies of its sockets; an idle torch worker looks every 5 seconds only."""
+    code = f"""
+import multiprocessing, os, signal
+from pretrain.config import DataConfig
+from pretrain.loader import TrainLoader
+data = DataConfig(manifest={texts[0].manifest!r}, sequence_length=16, loader_workers=2)
+loader = TrainLoader(data, 1, global_batch_sequences=4, micro_batch_sequences=4, rank=0, world_size=1,
+                     total_samples=10**9, state=None)
+steps = loader.steps(0)
+next(steps)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert killed.stdout is not None
+    workers = [int(pid) for pid in killed.stdout.readline().split()]
+    assert killed.wait() == -signal.SIGKILL
+    assert len(workers) == 2
+    until = time.monotonic() + 2
+    while any(runs(pid) for pid in workers):
+        assert time.monotonic() < until, "a worker outlived its trainer"
+        time.sleep(0.02)
+    killed.stdout.close()
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there, and not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_workers_can_be_started_in_any_way(texts: list[Text]) -> None:
+    """Newer Pythons do not fork: what a worker needs must survive pickling, without open files."""
+    data = data_config(texts)
+    loader = make_loader(data)
+    dataset = _MicroBatches([Corpus(text.manifest) for text in texts], loader.order, data)
+    packed, _ = dataset[np.arange(6)]
+    copied, samples = pickle.loads(pickle.dumps(dataset))[np.arange(6)]
+    assert (packed == copied).all()
+    assert samples.tolist() == list(range(6))
