@@ -125,19 +125,20 @@ rm -rf "$TORCH_EXTENSIONS_DIR"
 # --- 2. corpus ---
 
 say "2 of 6: the corpus"
-inputs=python
-max_bytes=("python_max_bytes=${QUICKSTART_MAX_BYTES:-24000000}")
 if [ ${#CORPUS[@]} -gt 0 ]; then
     inputs=$(for path in "${CORPUS[@]}"; do quoted "$path"; printf ,; done)
-    inputs=${inputs%,}
-    max_bytes=()
+    options=() # a vocabulary that suits the size of the text
+else
+    inputs=python
+    options=(python_max_bytes="${QUICKSTART_MAX_BYTES:-24000000}" tokenizer.vocab_size=8192)
 fi
 if [ -e "$OUT/corpus/manifest.json" ]; then
     reused "$OUT/corpus" corpus
 else
-    stage corpus 0 python -m data_tools.prepare "input=[$inputs]" "output=$(quoted "$OUT/corpus")" \
-        "${max_bytes[@]}" tokenizer.vocab_size=8192
+    stage corpus 0 python -m data_tools.prepare "input=[${inputs%,}]" "output=$(quoted "$OUT/corpus")" "${options[@]}"
 fi
+[ -e "$OUT/corpus/heldout/manifest.json" ] ||
+    fail "the text is a single document, so nothing can be held out to test the model on; give several files, or JSON lines"
 
 # --- 3. training, in two halves ---
 
