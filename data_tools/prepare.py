@@ -23,6 +23,7 @@ from data_tools.sources import find_files
 from data_tools.vocabulary import train_tokenizer
 from data_tools.workspace import (
     CARD_NAME,
+    CORPUS_FOLDER,
     REPORT_NAME,
     TOKENIZER_NAME,
     check_places,
@@ -79,7 +80,7 @@ def _prepare(config: PrepareConfig) -> int:
         print(f"already prepared: {output / MANIFEST_NAME} is of this very input and these options")
         return 0
     with open_work(output, recipe) as work:
-        corpus = work / "corpus"
+        corpus = work / CORPUS_FOLDER
         if not (work / "packed").exists():
             gathered = gather(config, files, work)
             model = work / TOKENIZER_NAME

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ TOKENIZER_NAME = "tokenizer.model"
 HELDOUT_FOLDER = "heldout"
 HELDOUT_TEXT = "documents.jsonl.gz"
 WORK_FOLDER = ".work"
+CORPUS_FOLDER = "corpus"  # in the work folder: the corpus before it is moved
 PRODUCTS = (
     REPORT_NAME,
     CARD_NAME,
@@ -107,7 +108,8 @@ def is_finished(output: Path, recipe: Recipe, overwrite: bool) -> bool:
     """
     finished = _recipe_in(output / REPORT_NAME)
     work = output / WORK_FOLDER
-    begun = [found for path in sorted(work.glob(f"*/{REPORT_NAME}")) if (found := _recipe_in(path))]
+    reports = [path for path in sorted(work.glob(f"*/{REPORT_NAME}")) if _has_results(path.parent)]
+    begun = [found for path in reports if (found := _recipe_in(path))]
     if finished is None and not begun:
         if output.is_dir() and any(path.name != WORK_FOLDER for path in output.iterdir()):
             raise ConfigError(f"output={output} is not empty and holds no corpus; choose another output")
@@ -121,6 +123,11 @@ def is_finished(output: Path, recipe: Recipe, overwrite: bool) -> bool:
     for found in begun:
         _refuse_another(found, recipe, f"output={output} holds an interrupted preparation")
     return False
+
+
+def _has_results(folder: Path) -> bool:
+    """Whether a work folder holds anything that is worth keeping."""
+    return any(folder.glob("*.npz")) or (folder / CORPUS_FOLDER).exists()
 
 
 def _recipe_in(path: Path) -> Recipe | None:
@@ -169,7 +176,17 @@ def open_work(output: Path, recipe: Recipe) -> Iterator[Path]:
         folder.mkdir(exist_ok=True)
         content = {"recipe": {"options": recipe.options, "input": recipe.input}}
         write_atomically(folder / REPORT_NAME, json.dumps(content).encode())
-        yield folder
+        try:
+            yield folder
+        except ConfigError:
+            # The recipe is no good: another may take the place. What is done stays for the case that
+            # it is tried again with more bad records allowed.
+            (folder / REPORT_NAME).unlink()
+            if not _has_results(folder):
+                remove_work(output)
+                with suppress(OSError):
+                    output.rmdir()
+            raise
 
 
 def publish(corpus: Path, output: Path) -> None:

@@ -1,0 +1,424 @@
+"""The corpus on disk: what is written is what is read, by us and by webdataset; damage is seen and named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.queues
+import os
+import shutil
+import tarfile
+import tempfile
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from pretrain.config import ConfigError
+from pretrain.shards import (
+    Corpus,
+    CorpusSource,
+    CorpusWriter,
+    CorruptShardError,
+    Manifest,
+    load_manifest,
+    token_dtype,
+    verify_corpus,
+)
+
+os.environ["WDS_SECURE"] = "1"  # read when webdataset is imported
+import webdataset
+
+CHUNK_TOKENS = 64
+SHARD_BYTES = 8 * 1024  # three chunks
+
+
+def write(
+    folder: Path, documents: list[np.ndarray], *, vocab_size: int = 1000, chunk_tokens: int = CHUNK_TOKENS
+) -> Manifest:
+    writer = CorpusWriter(
+        folder,
+        tokenizer_sha256="0" * 64,
+        vocab_size=vocab_size,
+        bos_id=1,
+        eos_id=2,
+        chunk_tokens=chunk_tokens,
+        sources=[CorpusSource(name="code", license="MIT"), "prose"],
+        shard_bytes=SHARD_BYTES,
+    )
+    for number, tokens in enumerate(documents):
+        source = ("code", "prose")[number % 2]
+        writer.add_document(tokens, source=source, document_id=f"文 {number}", text_bytes=10 * number)
+    return writer.finish()
+
+
+def random_documents(count: int = 40, vocab_size: int = 1000) -> list[np.ndarray]:
+    numbers = np.random.default_rng(0)
+    return [numbers.integers(0, vocab_size, numbers.integers(1, 150)) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus") / "corpus"
+    write(folder, random_documents())
+    return folder
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A copy of the corpus, to be damaged."""
+    return Path(shutil.copytree(original, tmp_path / "corpus"))
+
+
+def flip(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+def member_offset(tar: Path, name: str) -> int:
+    with tarfile.open(tar) as file:
+        return file.getmember(name).offset_data
+
+
+def edit(path: Path, **changes: object) -> None:
+    """Change a manifest and give it a root hash that fits, as a person with bad intent would."""
+    manifest = Manifest.from_json(path.read_text())
+    for name, value in changes.items():
+        setattr(manifest, name, value)
+    manifest.root_sha256 = manifest.compute_root_sha256()
+    path.write_text(manifest.to_json())
+
+
+# --- what is written is what is read ---
+
+
+@hypothesis_settings(max_examples=30)
+@given(
+    lengths=st.lists(st.integers(1, 200), min_size=1, max_size=8),
+    chunk_tokens=st.integers(16, 100),
+    vocab_size=st.sampled_from([500, 65_536, 65_537, 200_000]),
+)
+def test_documents_come_back(lengths: list[int], chunk_tokens: int, vocab_size: int) -> None:
+    documents = [
+        np.random.default_rng(number).integers(0, vocab_size, size) for number, size in enumerate(lengths)
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        manifest = write(Path(name), documents, vocab_size=vocab_size, chunk_tokens=chunk_tokens)
+        corpus = Corpus(Path(name) / "manifest.json")
+        chunks = [corpus.read(chunk, 0, chunk_tokens) for chunk in range(corpus.n_chunks)]
+        pieces = [corpus.documents(chunk) for chunk in range(corpus.n_chunks)]
+    assert [len(chunk) for chunk in chunks[:-1]] == [chunk_tokens] * (len(chunks) - 1)
+    assert len(chunks[-1]) == corpus.last_chunk_tokens == manifest.last_chunk_tokens
+    assert all(chunk.dtype == token_dtype(vocab_size) for chunk in chunks)
+    np.testing.assert_array_equal(np.concatenate(chunks), np.concatenate(documents))
+    rebuilt: dict[str, list[np.ndarray]] = {}
+    for chunk, piece in zip(chunks, pieces, strict=True):
+        assert piece.starts[0] == 0
+        for index, tokens in enumerate(np.split(chunk, piece.starts[1:])):
+            seen = rebuilt.setdefault(piece.ids[index], [])
+            number = len(rebuilt) - 1
+            assert piece.ids[index] == f"文 {number}"
+            assert piece.source[index] == number % 2
+            assert piece.offsets[index] == sum(map(len, seen))
+            assert piece.text_bytes[index] == (0 if seen else 10 * number)
+            seen.append(tokens)
+    for expected, found in zip(documents, rebuilt.values(), strict=True):
+        np.testing.assert_array_equal(np.concatenate(found), expected)
+
+
+def test_the_manifest_counts_what_there_is(original: Path) -> None:
+    documents = random_documents()
+    manifest = load_manifest(original / "manifest.json")
+    assert manifest.n_tokens == sum(map(len, documents))
+    assert manifest.n_documents == len(documents)
+    assert manifest.n_chunks == -(-manifest.n_tokens // CHUNK_TOKENS)
+    code, prose = manifest.sources
+    assert (code.name, code.license, prose.license) == ("code", "MIT", "unknown")
+    assert code.documents == prose.documents == 20
+    assert code.tokens == sum(len(tokens) for tokens in documents[::2])
+    assert prose.text_bytes == sum(range(10, 400, 20))
+    assert len(manifest.shards) > 3
+    for shard in manifest.shards:
+        path = original / "shards" / shard.name
+        assert path.stat().st_size == shard.bytes <= SHARD_BYTES + 1024
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == shard.sha256
+    assert not list(original.rglob("*.tmp"))
+
+
+def test_tokens_of_65536_entries_take_two_bytes() -> None:
+    assert token_dtype(65_536) == np.uint16
+    assert token_dtype(65_537) == np.uint32
+
+
+def test_the_same_documents_give_the_same_bytes(original: Path, tmp_path: Path) -> None:
+    write(tmp_path / "again", random_documents())
+    files = sorted(path.relative_to(original) for path in original.rglob("*") if path.is_file())
+    assert len(files) > 6
+    for file in files:
+        assert (tmp_path / "again" / file).read_bytes() == (original / file).read_bytes()
+
+
+def test_tar_members_bear_no_trace_of_the_machine(original: Path) -> None:
+    with tarfile.open(original / "shards/shard-00001.tar") as tar:
+        members = tar.getmembers()
+    first = load_manifest(original / "manifest.json").shards[1].first_chunk
+    assert [member.name for member in members[:2]] == [f"{first:06d}.tok", f"{first:06d}.doc"]
+    for member in members:
+        assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
+        assert member.mode == 0o644
+
+
+def test_the_index_says_where_members_lie(original: Path) -> None:
+    index = np.load(original / "shards/shard-00000.idx", allow_pickle=False)  # [chunks, 2, 3]
+    with tarfile.open(original / "shards/shard-00000.tar") as tar:
+        found = [(member.offset_data, member.size) for member in tar.getmembers()]
+    assert index[:, :, :2].reshape(-1, 2).tolist() == [list(place) for place in found]
+
+
+def test_plain_webdataset_reads_it(original: Path) -> None:
+    corpus = Corpus(original / "manifest.json")
+    urls = [str(original / "shards" / shard.name) for shard in corpus.manifest.shards]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert webdataset.utils.enforce_security
+    assert [sample["__key__"] for sample in samples] == [f"{chunk:06d}" for chunk in range(corpus.n_chunks)]
+    for chunk, sample in enumerate(samples):
+        np.testing.assert_array_equal(
+            np.frombuffer(sample["tok"], "<u2"), corpus.read(chunk, 0, CHUNK_TOKENS)
+        )
+        assert json.loads(sample["doc"])["ids"] == corpus.documents(chunk).ids
+
+
+def test_reading_is_bounded_by_the_chunk(original: Path) -> None:
+    corpus = Corpus(original / "manifest.json")
+    whole = corpus.read(2, 0, CHUNK_TOKENS)
+    np.testing.assert_array_equal(corpus.read(2, 10, 20), whole[10:20])
+    np.testing.assert_array_equal(corpus.read(2, 60, 1000), whole[60:])
+    assert len(corpus.read(corpus.n_chunks - 1, 0, 1000)) == corpus.last_chunk_tokens
+    for chunk, start in ((-1, 0), (corpus.n_chunks, 0), (0, -1), (0, CHUNK_TOKENS + 1)):
+        with pytest.raises(IndexError):
+            corpus.read(chunk, start, CHUNK_TOKENS)
+    with pytest.raises(IndexError):
+        corpus.documents(corpus.n_chunks)
+
+
+def _read_first(corpus: Corpus, answers: multiprocessing.queues.Queue) -> None:
+    answers.put(corpus.read(0, 0, CHUNK_TOKENS).tolist())
+
+
+def test_a_forked_process_can_use_an_opened_corpus(original: Path) -> None:
+    corpus = Corpus(original / "manifest.json")
+    expected = corpus.read(0, 0, CHUNK_TOKENS).tolist()
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    process = context.Process(target=_read_first, args=(corpus, answers))
+    process.start()
+    assert answers.get(timeout=60) == expected
+    process.join()
+    assert process.exitcode == 0
+    assert corpus.read(0, 0, CHUNK_TOKENS).tolist() == expected
+
+
+def test_an_opened_corpus_can_be_sent_to_a_process(original: Path) -> None:
+    corpus = Corpus(original / "manifest.json")
+    expected = corpus.read(3, 0, CHUNK_TOKENS)
+    sent = ForkingPickler.dumps(corpus)
+    np.testing.assert_array_equal(ForkingPickler.loads(sent).read(3, 0, CHUNK_TOKENS), expected)
+
+
+def test_few_files_are_open_at_a_time(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.shards._OPEN_SHARDS", 2)
+    monkeypatch.setattr("pretrain.shards._CACHED_DOCUMENTS", 2)
+    corpus = Corpus(original / "manifest.json")
+    before = len(os.listdir("/proc/self/fd"))
+    for chunk in range(corpus.n_chunks):
+        assert len(corpus.read(chunk, 0, 1)) == 1
+        assert corpus.documents(chunk).starts[0] == 0
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert len(corpus._documents) == 2
+
+
+# --- what the writer refuses ---
+
+
+def test_tokens_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    for tokens in ([1000], [-1], [], [[1]]):
+        with pytest.raises(ValueError, match="文 0"):
+            write(tmp_path, [np.array(tokens)])
+
+
+def test_a_corpus_without_documents_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no document"):
+        write(tmp_path, [])
+
+
+def test_a_corpus_is_not_written_over(folder: Path) -> None:
+    before = (folder / "manifest.json").read_bytes()
+    with pytest.raises(ConfigError, match="holds a corpus already"):
+        write(folder, random_documents(1))
+    assert (folder / "manifest.json").read_bytes() == before
+
+
+def test_an_unfinished_corpus_has_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="文 3"):
+        write(tmp_path, [*random_documents(3), np.array([5000])])
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_manifest(tmp_path / "manifest.json")
+
+
+# --- damage is seen and named ---
+
+
+@pytest.mark.parametrize("kind", ["tok", "doc"])
+def test_a_flipped_bit_is_named_at_first_use(folder: Path, kind: str) -> None:
+    tar = folder / "shards/shard-00000.tar"
+    flip(tar, member_offset(tar, f"000001.{kind}") + 5)
+    corpus = Corpus(folder / "manifest.json")
+    for _ in range(2):  # the second time too
+        with pytest.raises(CorruptShardError, match=rf"shard-00000\.tar: member 000001\.{kind} has xxh3-64"):
+            corpus.read(1, 8, 16) if kind == "tok" else corpus.documents(1)
+    assert len(corpus.read(0, 0, 64)) == len(corpus.read(2, 0, 64)) == 64
+    problems = verify_corpus(folder / "manifest.json")
+    assert len(problems) == 2
+    assert "shard-00000.tar has sha256" in problems[0]
+    assert f"member 000001.{kind} has another xxh3-64" in problems[1]
+
+
+def test_chunks_are_not_checked_where_that_is_not_wanted(folder: Path) -> None:
+    tar = folder / "shards/shard-00000.tar"
+    flip(tar, member_offset(tar, "000001.tok"))
+    assert len(Corpus(folder / "manifest.json", verify_chunks=False).read(1, 0, 64)) == 64
+
+
+def test_a_truncated_shard_is_named(folder: Path) -> None:
+    tar = folder / "shards/shard-00001.tar"
+    size = tar.stat().st_size
+    chunk = load_manifest(folder / "manifest.json").shards[1].first_chunk + 1
+    os.truncate(tar, member_offset(tar, f"{chunk:06d}.tok") + 7)
+    expected = rf"shard-00001\.tar has \d+ bytes, its manifest says {size}; .* cut off is {chunk:06d}\.tok"
+    with pytest.raises(CorruptShardError, match=expected):
+        Corpus(folder / "manifest.json").read(chunk, 0, 64)
+    problems = verify_corpus(folder / "manifest.json")
+    assert f"says {size}" in problems[0]
+    assert f"member {chunk:06d}.tok is cut off" in problems[1]
+    assert f"member {chunk:06d}.doc is cut off" in problems[2]
+
+
+@pytest.mark.parametrize("suffix", ["tar", "idx"])
+def test_a_missing_file_is_named(folder: Path, suffix: str) -> None:
+    (folder / f"shards/shard-00000.{suffix}").unlink()
+    with pytest.raises(CorruptShardError, match=rf"shard-00000\.{suffix} cannot be .*: No such file"):
+        Corpus(folder / "manifest.json").read(0, 0, 64)
+    (problem,) = verify_corpus(folder / "manifest.json")
+    assert f"shard-00000.{suffix} cannot be read" in problem
+
+
+def test_a_damaged_index_is_named(folder: Path) -> None:
+    flip(folder / "shards/shard-00000.idx", 140)
+    with pytest.raises(CorruptShardError, match=r"shard-00000\.idx has another sha256"):
+        Corpus(folder / "manifest.json").read(0, 0, 64)
+    (problem,) = verify_corpus(folder / "manifest.json")
+    assert "shard-00000.idx has another sha256" in problem
+
+
+def test_verify_lists_every_problem_and_shows_progress(folder: Path) -> None:
+    assert verify_corpus(folder / "manifest.json") == []
+    flip(folder / "shards/shard-00000.tar", 600)
+    (folder / "shards/shard-00002.tar").unlink()
+    shutil.copy(folder / "shards/shard-00001.tar", folder / "shards/shard-00099.tar")
+    seen: list[tuple[int, int]] = []
+    problems = verify_corpus(folder / "manifest.json", lambda done, total: seen.append((done, total)))
+    assert [next(n for n in ("00000", "00002", "00099") if n in text) for text in problems] == [
+        "00000",
+        "00000",
+        "00002",
+        "00099",
+    ]
+    assert "not in the manifest" in problems[-1]
+    assert seen[-1][0] == seen[-1][1] == sum(s.bytes for s in load_manifest(folder / "manifest.json").shards)
+
+
+def test_the_error_survives_the_way_between_processes() -> None:
+    """As torch's DataLoader does it: the type is called with the text alone."""
+    error = CorruptShardError("shard-00000.tar: member 000001.tok")
+    assert str(type(error)(str(error))) == str(error)
+
+
+# --- manifests that are refused ---
+
+
+def test_an_edited_manifest_is_refused(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"license": "MIT"', '"license": "CC0-1.0"'))
+    with pytest.raises(ConfigError, match="root_sha256 does not match"):
+        Corpus(path)
+    assert "root_sha256 does not match" in verify_corpus(path)[0]
+
+
+@pytest.mark.parametrize("name", ["../../shard-00000.tar", "/etc/passwd", "shard-00000.tar/../x", "x.tar"])
+def test_shards_outside_of_the_folder_are_refused(folder: Path, name: str) -> None:
+    path = folder / "manifest.json"
+    shards = load_manifest(path).shards
+    shards[0].name = name
+    edit(path, shards=shards)
+    with pytest.raises(ConfigError, match="names a shard"):
+        load_manifest(path)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd"])
+def test_files_outside_of_the_folder_are_refused(folder: Path, name: str) -> None:
+    raw = json.loads((folder / "manifest.json").read_text())
+    raw["files"] = [{"name": name, "bytes": 1, "sha256": "0"}]
+    (folder / "manifest.json").write_text(json.dumps(raw))
+    manifest_json = json.dumps(
+        {key: raw[key] for key in raw if key != "root_sha256"}, sort_keys=True, separators=(",", ":")
+    )
+    raw["root_sha256"] = hashlib.sha256(manifest_json.encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(ConfigError, match="outside of its folder"):
+        load_manifest(folder / "manifest.json")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"n_chunks": 5}, {"n_tokens": 7}, {"dtype": "uint32"}, {"chunk_tokens": 1}]
+)
+def test_a_manifest_that_contradicts_itself_is_refused(folder: Path, changes: dict[str, object]) -> None:
+    edit(folder / "manifest.json", **changes)
+    with pytest.raises(ConfigError, match="contradicts itself"):
+        load_manifest(folder / "manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is no corpus manifest"),
+        (b"[]", "is no corpus manifest"),
+        (b"{}", "is no corpus manifest"),
+        (b'{"format_version": 99}', "has format version 99, this program reads 1"),
+        (b'{"format_version": 1, "sources": 3}', "is no corpus manifest"),
+        (b'{"format_version": 1, "sources": [], "shards": [], "files": [], "x": 1}', "is no corpus manifest"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_a_foreign_file_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
+        load_manifest(path)
+
+
+def test_a_folder_in_place_of_a_manifest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read as a manifest"):
+        load_manifest(tmp_path)
+
+
+def test_the_root_hash_covers_every_field(original: Path) -> None:
+    manifest = load_manifest(original / "manifest.json")
+    before = manifest.compute_root_sha256()
+    manifest.shards[0].index_sha256 = "0"
+    assert manifest.compute_root_sha256() != before
