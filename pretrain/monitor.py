@@ -140,6 +140,8 @@ class _WandbWriter:
 
     def _work(self) -> None:
         try:
+            import wandb  # here, since it takes seconds and only rank 0 needs it
+
             run = self._open()
             while isinstance(item := self._queue.get(), tuple):
                 step, values = item
@@ -147,11 +149,12 @@ class _WandbWriter:
             if item == ExitCode.STOPPED:
                 run.mark_preempting()  # shown as preempted, not as failed: the next attempt goes on
             run.finish(exit_code=item)
+            wandb.teardown(item)  # ends W&B's own process; only then are the last records in the run's file
         except Exception as error:
             self._fail(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
     def _open(self) -> Any:
-        import wandb  # here, since it takes seconds and only rank 0 needs it
+        import wandb
 
         settings = wandb.Settings(
             init_timeout=WANDB_INIT_TIMEOUT_S,

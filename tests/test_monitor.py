@@ -7,7 +7,6 @@ import math
 import os
 import pty
 import resource
-import signal
 import struct
 import subprocess
 import sys
@@ -19,117 +18,14 @@ from typing import Any
 import pytest
 import torch
 import wandb
-from hypothesis import given
-from hypothesis import strategies as st
 
-from pretrain import journal, monitor
-from pretrain.config import LoggingConfig, TrainConfig, WandbMode, load_config
-from pretrain.journal import JsonLines, read_ledger, read_lines, read_metrics, say
-from pretrain.monitor import Monitor, PeakFlops, StepRecord, known_peak, measure_matmul_flops, wandb_mode
+from pretrain import monitor
+from pretrain.config import LoggingConfig, WandbMode
+from pretrain.journal import read_lines, read_metrics, say
+from pretrain.monitor import known_peak, measure_matmul_flops, wandb_mode
+from tests.recording import TOKENS_PER_STEP, a_config, a_monitor, a_record
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = [
-    "data.manifest=unused.json",
-    "total_steps=200",
-    "global_batch_sequences=32",
-    "data.sequence_length=128",
-]
-TOKENS_PER_STEP = 32 * 128
-
-
-def a_config(run_dir: Path, *overrides: str) -> TrainConfig:
-    defaults = ["logging.wandb=disabled", "logging.every_steps=10"]
-    return load_config(TrainConfig, [f"run_dir='{run_dir}'", *BASE, *defaults, *overrides], "config")
-
-
-def a_monitor(run_dir: Path, *overrides: str, **arguments: Any) -> Monitor:
-    given = {"rank": 0, "world_size": 2, "attempt": 1, "wandb_run_id": "abcd1234", "first_step": 1}
-    given |= {
-        "flops_per_token": 6e7,
-        "peak_flops_per_second": PeakFlops(1e12, "measured peak"),
-        "n_steps": 200,
-    }
-    return Monitor(a_config(run_dir, *overrides), run_dir=run_dir, **(given | arguments))
-
-
-def a_record(step: int, **values: Any) -> StepRecord:
-    given: dict[str, Any] = {"tokens_seen": step * TOKENS_PER_STEP, "samples_seen": step * 32, "loss": 3.0}
-    given |= {"z_loss": None, "grad_norm": 0.83, "lr": 3e-4, "step_time_s": 0.25, "data_wait_s": 0.01}
-    return StepRecord(step=step, **(given | {"skipped": False} | values))
-
-
-# ---- JSON lines ----
-
-
-@given(values=st.lists(st.floats(), min_size=1))
-def test_floats_come_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, values: list[float]) -> None:
-    """NaN and infinities too, and every line is JSON as other languages read it."""
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(constant)
-
-    record = {str(i): value for i, value in enumerate(values)}
-    text = json.dumps(journal.jsonable(record), allow_nan=False)
-    json.loads(text, parse_constant=refuse)
-    path = tmp_path_factory.getbasetemp() / "floats.jsonl"
-    path.write_text(text + "\n")
-    (back,) = read_lines(path)
-    assert [struct.pack("d", back[str(i)]) for i in range(len(values)) if not math.isnan(values[i])] == [
-        struct.pack("d", value) for value in values if not math.isnan(value)
-    ]
-    assert [math.isnan(back[str(i)]) for i in range(len(values))] == [math.isnan(value) for value in values]
-
-
-@pytest.mark.parametrize("tail", [b'{"step": 2, "lo', b"x" * 200_000, b'{"step": 2}', b"\0" * 10])
-def test_a_torn_line_is_left_out_and_cut_off(tmp_path: Path, tail: bytes) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + tail)
-    assert read_lines(path) == [{"step": 1}]
-    lines = JsonLines(path)
-    lines.append({"step": 3})
-    assert path.read_bytes() == b'{"step": 1}\n{"step": 3}\n'
-
-
-def test_a_file_of_one_torn_line_becomes_empty(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"step"')
-    JsonLines(path).append({"step": 1})
-    assert read_lines(path) == [{"step": 1}]
-
-
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2"):
-        read_lines(path)
-    path.write_bytes(b"[1]\n")
-    with pytest.raises(ValueError, match="line 1 is no JSON object"):
-        read_lines(path)
-
-
-def test_every_line_is_on_disk_when_the_writer_is_killed(tmp_path: Path) -> None:
-    """The steps that the killed process had reported are all there."""
-    script = (
-        "import sys; from pathlib import Path; from tests.test_monitor import a_monitor, a_record\n"
-        "monitor = a_monitor(Path(sys.argv[1]))\n"
-        "for step in range(1, 10**9):\n    monitor.step(a_record(step)); print(step, flush=True)"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdout is not None
-    told = [int(process.stdout.readline()) for _ in range(50)]
-    os.kill(process.pid, signal.SIGKILL)
-    told += [int(line) for line in process.stdout.read().split("\n") if line]
-    process.wait()
-    steps = [record["step"] for record in read_metrics(tmp_path)]
-    assert steps == list(range(1, len(steps) + 1))
-    assert len(steps) >= told[-1] >= 50
-
 
 # ---- what a step records ----
 
@@ -204,110 +100,13 @@ def test_events_say_what_happened(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert f"checkpoint_saved  step=100  path={tmp_path / 'c'}  time_s=0.5\n" in capfd.readouterr().err
 
 
-# ---- the true history ----
-
-
-def attempt(
-    run_dir: Path, number: int, resumed_at: int | None, last: int, ranks: int = 1, **how: Any
-) -> None:
-    """Write what an attempt records that was killed after step `last`; the loss is attempt + step / 1000."""
-    monitors = [
-        a_monitor(run_dir, "logging.sample_ledger=true", rank=rank, world_size=ranks, attempt=number)
-        for rank in range(ranks)
-    ]
-    if how.get("with_event", True):
-        name, facts = ("started", {}) if resumed_at is None else ("resumed", {"step": resumed_at})
-        monitors[0].event(name, **facts)
-    for step in range((resumed_at or 0) + 1, last + 1):
-        for rank, m in enumerate(monitors):
-            m.ledger(step, [step * 4 + rank], f"{number}-{step}-{rank}")
-            m.step(a_record(step, loss=number + step / 1000))
-    for m in monitors:
-        m.close(0)
-
-
-def by_attempt(records: list[dict[str, Any]]) -> list[tuple[int, int]]:
-    return [(record["step"], record["attempt"]) for record in records]
-
-
-@pytest.mark.parametrize("with_event", [True, False])
-def test_a_resumed_run_has_each_step_once(tmp_path: Path, with_event: bool) -> None:
-    attempt(tmp_path, 1, None, 13, with_event=with_event)
-    attempt(tmp_path, 2, 10, 11, with_event=with_event)
-    expected = [(step, 1) for step in range(1, 11)] + [(11, 2)]
-    assert by_attempt(read_metrics(tmp_path)) == expected
-    assert read_metrics(tmp_path)[-1]["loss"] == 2.011
-    assert by_attempt(read_ledger(tmp_path)) == expected
-
-
-def test_an_attempt_that_resumed_and_did_no_step_yet_counts(tmp_path: Path) -> None:
-    """Step 11 to 13 of the attempt before are no part of the present state any more."""
-    attempt(tmp_path, 1, None, 13)
-    attempt(tmp_path, 2, 10, 10)
-    assert by_attempt(read_metrics(tmp_path)) == [(step, 1) for step in range(1, 11)]
-
-
-def test_falling_back_behind_two_attempts(tmp_path: Path) -> None:
-    """The third attempt finds the newest checkpoint damaged and goes on from an older one."""
-    attempt(tmp_path, 1, None, 13)
-    attempt(tmp_path, 2, 10, 25)
-    attempt(tmp_path, 3, 5, 7)
-    assert by_attempt(read_metrics(tmp_path)) == [(s, 1) for s in range(1, 6)] + [(6, 3), (7, 3)]
-
-
-def test_starting_again_from_nothing(tmp_path: Path) -> None:
-    attempt(tmp_path, 1, None, 3)
-    attempt(tmp_path, 2, None, 2)
-    assert by_attempt(read_metrics(tmp_path)) == [(1, 2), (2, 2)]
-
-
-def test_a_rollback_within_an_attempt(tmp_path: Path) -> None:
-    m = a_monitor(tmp_path)
-    for step, loss in [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (2, 2.5), (3, 3.5)]:
-        m.step(a_record(step, loss=loss))
-    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.5), (3, 3.5)]
-
-
-def test_the_ledger_of_another_number_of_ranks(tmp_path: Path) -> None:
-    attempt(tmp_path, 1, None, 3, ranks=2)
-    attempt(tmp_path, 2, 2, 4, ranks=1)
-    attempt(tmp_path, 3, 3, 4, ranks=2)
-    assert [(e["step"], e["rank"], e["attempt"]) for e in read_ledger(tmp_path)] == [
-        *((1, 0, 1), (1, 1, 1), (2, 0, 1), (2, 1, 1), (3, 0, 2)),
-        *((4, 0, 3), (4, 1, 3)),
-    ]
-    expected = {"step": 1, "attempt": 1, "rank": 1, "samples": [5], "tokens_xxh3": "1-1-1"}
-    assert read_ledger(tmp_path)[1] == expected
-
-
-def test_evaluations_stand_in_the_record_of_their_step(tmp_path: Path) -> None:
-    m = a_monitor(tmp_path)
-    for step in range(1, 4):
-        m.step(a_record(step))
-    m.evaluation(2, {"loss": 2.5, "heldout/perplexity": 12.0})
-    records = read_metrics(tmp_path)
-    assert (records[1]["heldout/loss"], records[1]["heldout/perplexity"], records[1]["loss"]) == (
-        2.5,
-        12.0,
-        3.0,
-    )
-    assert "heldout/loss" not in records[2]
-    attempt(tmp_path, 2, 1, 2)  # goes back behind the evaluation: it is no longer true
-    assert "heldout/loss" not in read_metrics(tmp_path)[1]
-
-
-def test_a_run_that_recorded_nothing(tmp_path: Path) -> None:
-    assert read_metrics(tmp_path) == []
-    assert read_ledger(tmp_path) == []
-
-
 # ---- nothing stops training ----
 
 
 def test_a_full_disk_costs_one_warning(tmp_path: Path) -> None:
     """A limit on file sizes cuts a write short and then refuses it, as a full disk does."""
     script = (
-        "import resource, sys; from pathlib import Path; from tests.test_monitor import a_monitor, a_record\n"
+        "import resource, sys; from pathlib import Path; from tests.recording import a_monitor, a_record\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
         "monitor = a_monitor(Path(sys.argv[1]))\n"
         "for step in range(1, 101):\n    monitor.step(a_record(step))\n"
@@ -340,7 +139,7 @@ def test_a_run_folder_that_cannot_be_written(tmp_path: Path, capfd: pytest.Captu
 
 def test_a_closed_terminal_is_no_reason_to_stop(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from tests.test_monitor import a_monitor, a_record\n"
+        "import sys; from pathlib import Path; from tests.recording import a_monitor, a_record\n"
         "sys.stdin.readline()\n"
         "monitor = a_monitor(Path(sys.argv[1]))\n"
         "for step in range(1, 31):\n    monitor.step(a_record(step))\n"
@@ -379,7 +178,7 @@ def fresh_wandb() -> Iterator[None]:
 
 
 def wandb_files(run_dir: Path) -> list[Path]:
-    return sorted(run_dir.glob("wandb/*run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    return sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def wandb_records(path: Path) -> Iterator[Any]:

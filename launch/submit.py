@@ -1,0 +1,233 @@
+"""Send a training run to a cluster: `python launch/submit.py cluster=slurm run_dir=DIR data.manifest=... model=1b ...`
+
+Takes every key of launch/train.py, and cluster.nodes, cluster.gpus_per_node, cluster.time_limit and so on. Checks the
+whole configuration here on the login node, copies the code and the configuration into run_dir/submit/, writes the
+batch script there and submits it. `dry_run=true` prints the script and writes nothing. Submitting the same command
+again goes on from the run's last checkpoint. docs/slurm.md explains the script line by line.
+"""
+
+import base64
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from omegaconf import OmegaConf
+
+from pretrain.config import ConfigError, RunError, SubmitConfig, run_command, to_dict
+from pretrain.inputs import resolve_inputs
+
+TEMPLATE = Path(__file__).resolve().parent / "templates" / "train.sbatch"
+CODE_FOLDERS = ("pretrain", "data_tools", "launch", "conf")
+DIRECTIVES = """\
+#SBATCH --job-name={name}
+# Relative paths of the configuration mean what they meant where it was submitted.
+#SBATCH --chdir={cwd}
+# One log for all starts of the job.
+#SBATCH --output={log}
+#SBATCH --open-mode=append
+#SBATCH --time={time}
+# One task per node, the launcher, which starts the node's ranks and has the cores of all of them.
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task={cpus}
+#SBATCH --mem={memory}
+# USR1 to this script alone (B:), so long before the time limit that the run can save.
+#SBATCH --signal=B:USR1@{stop_before_end_s}
+# Started again after a preemption or the failure of a node; it then goes on from its last checkpoint.
+#SBATCH --requeue
+# The environment of the submission comes along, WANDB_API_KEY in it: no secret stands in this file.
+#SBATCH --export=ALL
+"""
+
+
+def submit(config: SubmitConfig) -> None:
+    """Check, freeze, write and submit; with `dry_run` only check and print."""
+    overrides = _train_overrides(sys.argv[1:], config)
+    _check(config)
+    folder = _next_folder(Path(config.run_dir).absolute() / "submit")
+    script = batch_script(config, overrides, folder)
+    if config.dry_run:
+        print(script, end="")
+        print(f"dry run: nothing is written; this would be {folder / 'train.sbatch'}", file=sys.stderr)
+        return
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            "sbatch is not on PATH, so there is no Slurm to submit to; run this on a login node of the cluster, "
+            "or give dry_run=true to see the script"
+        )
+    folder.mkdir(parents=True)
+    try:
+        _freeze(config, folder)
+        (folder / "train.sbatch").write_text(script, encoding="utf-8")
+        job = _sbatch(folder / "train.sbatch")
+    except BaseException:
+        shutil.rmtree(folder)  # a folder here means a job
+        raise
+    print(f"submitted job {job}; its log is {folder}/slurm-{job}.out")
+    print(f"to stop it with its state saved: touch {shlex.quote(str(folder.parent.parent / 'stop'))}")
+
+
+def batch_script(config: SubmitConfig, overrides: list[str], folder: Path) -> str:
+    """The text of the sbatch script of a checked config.
+
+    `overrides` are the Hydra overrides for launch/train.py, `folder` is the submission's own.
+    """
+    cluster = config.cluster
+    ranks = cluster.world_size // cluster.nodes
+    python = cluster.python or sys.executable
+    world = {f"node{i}": list(range(ranks)) for i in range(cluster.nodes)}
+    environment = [
+        "# Each rank has its share of the cores; else it would start as many threads as the node has.",
+        f"export OMP_NUM_THREADS={cluster.cpus_per_rank}",
+    ]
+    if cluster.gpus_per_node == 0:
+        environment += [
+            "# Nodes without GPUs: DeepSpeed is not to look for any.",
+            "export DS_ACCELERATOR=cpu",
+        ]
+    if cluster.network_interface is not None:
+        environment += [
+            "# The network that joins the ranks (NCCL takes a name with = as this very one, not as a prefix).",
+            f"export GLOO_SOCKET_IFNAME={shlex.quote(cluster.network_interface)}",
+            'export NCCL_SOCKET_IFNAME="=$GLOO_SOCKET_IFNAME"',
+        ]
+    train = [str(folder / "code" / "launch" / "train.py"), *overrides]
+    setup = [
+        "    # Given as cluster.setup: what the nodes need before Python runs.",
+        *(f"    {line}" for text in cluster.setup for line in text.splitlines()),
+    ]
+    values = {
+        "DIRECTIVES": _directives(config, folder),
+        "RUN_DIR": shlex.quote(str(folder.parent.parent)),
+        "SUBMISSION": shlex.quote(str(folder)),
+        "ENVIRONMENT": "\n".join(environment),
+        "SETUP": "\n".join(setup if cluster.setup else []),
+        "WORLD": json.dumps({"node0": world["node0"]})[:-1] + (", ...}" if cluster.nodes > 1 else "}"),
+        "BIN": shlex.quote(str(Path(python).parent)),
+        "PYTHON": shlex.quote(python),
+        "WORLD_INFO": base64.urlsafe_b64encode(json.dumps(world).encode()).decode(),
+        "TRAIN": " \\\n        ".join(shlex.quote(word) for word in train),
+        "NODES": str(cluster.nodes),
+        "CPUS_PER_NODE": str(ranks * cluster.cpus_per_rank),
+    }
+    text = re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _directives(config: SubmitConfig, folder: Path) -> str:
+    cluster = config.cluster
+    memory = cluster.memory_per_node_gib
+    text = DIRECTIVES.format(
+        name=_sbatch_value(cluster.job_name or folder.parent.parent.name),
+        cwd=_sbatch_value(str(Path.cwd())),
+        log=_sbatch_value(str(folder).replace("%", "%%")) + "/slurm-%j.out",
+        time=cluster.time_limit,
+        nodes=cluster.nodes,
+        cpus=cluster.world_size // cluster.nodes * cluster.cpus_per_rank,
+        memory=0 if memory is None else f"{memory}G",
+        stop_before_end_s=cluster.stop_before_end_s,
+    )
+    options = {
+        "gpus-per-node": cluster.gpus_per_node or None,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "exclude": ",".join(cluster.exclude) or None,
+    }
+    if cluster.exclusive:
+        text += "# The launcher numbers a node's GPUs from 0, so no other job may have some of them.\n"
+        text += "#SBATCH --exclusive\n"
+    for option, value in options.items():
+        if value is not None:
+            text += f"#SBATCH --{option}={_sbatch_value(str(value))}\n"
+    return text.rstrip("\n")
+
+
+def _sbatch_value(text: str) -> str:
+    """A value in an #SBATCH line. sbatch drops a backslash and takes the next character as it is."""
+    if re.search(r"[\x00-\x1f\x7f]", text):
+        raise ConfigError(f"{text!r} holds a control character, which no line of a batch script can carry")
+    return re.sub(r"([^\w@%+=:,./-])", r"\\\1", text)
+
+
+def _train_overrides(arguments: list[str], config: SubmitConfig) -> list[str]:
+    """The arguments that launch/train.py gets: the same, without the cluster's, with an absolute run_dir."""
+    kept = []
+    for argument in arguments:
+        key = argument.lstrip("+~").split("=")[0].split("@")[0]
+        if key.split(".")[0] not in ("cluster", "dry_run", "run_dir"):
+            kept.append(argument)
+    return [f"run_dir={_hydra_value(str(Path(config.run_dir).absolute()))}", *kept]
+
+
+def _hydra_value(text: str) -> str:
+    """A string that Hydra's override grammar reads as itself."""
+    if re.fullmatch(r"[\w./-]+", text):
+        return text
+    return "'" + text.replace("'", r"\'") + "'"
+
+
+def _check(config: SubmitConfig) -> None:
+    """Raise ConfigError for whatever would fail on the cluster and can be known here."""
+    if "\\" in config.run_dir or "${" in config.run_dir:
+        raise ConfigError(
+            f"run_dir={config.run_dir} holds a backslash or ${{, which Hydra would change; rename it"
+        )
+    if config.stop_at_step is not None:
+        raise ConfigError(
+            f"stop_at_step={config.stop_at_step} is for trials by hand: the job would requeue itself for ever; "
+            "leave it out, or shorten the run with total_steps"
+        )
+    if config.init_from is not None and not Path(config.init_from).is_dir():
+        raise ConfigError(f"init_from={config.init_from} does not exist; give the run_dir of a trained run")
+    resolve_inputs(config, config.cluster.world_size)
+
+
+def _next_folder(parent: Path) -> Path:
+    """run_dir/submit/NNN, not there yet."""
+    taken = [int(path.name) for path in parent.glob("[0-9][0-9][0-9]*") if path.name.isdigit()]
+    return parent / f"{max(taken, default=0) + 1:03d}"
+
+
+def _freeze(config: SubmitConfig, folder: Path) -> None:
+    """Copy the code that will run, and say what it is: an edit or a pull does not reach a waiting job."""
+    for name in CODE_FOLDERS:
+        shutil.copytree(ROOT / name, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(to_dict(config)), encoding="utf-8")
+    identity = {
+        "commit": _git("rev-parse", "HEAD").strip() or None,
+        "changed": _git("status", "--porcelain").splitlines(),
+        "command": [sys.executable, *sys.argv],
+    }
+    (folder / "code.json").write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+    (folder / "code.diff").write_text(_git("diff", "--binary", "HEAD"), encoding="utf-8")
+
+
+def _git(*arguments: str) -> str:
+    """What git says of this project's folder; empty where it is no repository."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
+
+
+def _sbatch(script: Path) -> str:
+    """Submit; the job's id."""
+    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = " ".join(done.stderr.replace("sbatch: error: ", "").split())
+        raise RunError(f"sbatch refused the job: {reason}")
+    return done.stdout.strip().split(";")[0]
+
+
+if __name__ == "__main__":
+    run_command(SubmitConfig, submit, config_name="submit", doc=__doc__)

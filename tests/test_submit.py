@@ -1,0 +1,467 @@
+"""launch/submit.py: the batch script it writes, what it refuses, and the script at work under a stand-in for Slurm.
+
+The stand-ins are four small shell programs that do what the script needs of sbatch, srun, squeue and scontrol; the
+DeepSpeed launcher and the ranks are real. Real Slurm is for tests/cluster.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from pretrain.config import ClusterConfig, ConfigError, SubmitConfig, TrainConfig, load_config, run_command
+from tests.tiny import TinyCorpus, make_corpus
+
+ROOT = Path(__file__).resolve().parent.parent
+SUBMIT = ROOT / "launch" / "submit.py"
+ODD = 'o\'dd "run" #1 %j $HOME; é'
+STAND_INS = {
+    "sbatch": 'echo "$@" >"$SLURM_LOG/sbatch"\n'
+    'if [ -n "${SBATCH_FAILS:-}" ]; then echo "sbatch: error: $SBATCH_FAILS" >&2; exit 1; fi\n'
+    "echo '4242;cluster'",
+    # One process per node; ends with the highest code, as srun does.
+    "srun": 'echo "$@" >"$SLURM_LOG/srun"; nodes=${1#--nodes=}; codes=0; pids=()\n'
+    'for ((i = 0; i < nodes; i++)); do SLURM_NODEID=$i "${@: -3}" & pids+=($!); done\n'
+    'for pid in "${pids[@]}"; do wait "$pid"; c=$?; [ "$c" -le "$codes" ] || codes=$c; done; exit "$codes"',
+    "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; echo 127.0.0.2; else echo "$@" >>"$SLURM_LOG/scontrol"; fi',
+    "squeue": 'echo "${JOB_STATE:-RUNNING}"',
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which the stand-ins are found."""
+    folder = tmp_path_factory.mktemp("slurm")
+    for name, body in STAND_INS.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    (folder / "log").mkdir()
+    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_LOG": str(folder / "log")}
+
+
+Submit = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def script_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("launch_submit", SUBMIT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def submit(
+    script_module: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Submit:
+    """`python launch/submit.py cluster=slurm ...` in the test's folder; in this process, which is quicker."""
+
+    def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            patch.setattr(sys, "argv", [str(SUBMIT), "cluster=slurm", *arguments])
+            for name, value in (env or {}).items():
+                patch.setenv(name, value)
+            with pytest.raises(SystemExit) as ended:
+                run_command(SubmitConfig, script_module.submit, config_name="submit")
+        output = capfd.readouterr()
+        return subprocess.CompletedProcess(
+            list(arguments), int(ended.value.code or 0), output.out, output.err
+        )
+
+    return run
+
+
+def a_run(corpus: TinyCorpus, *overrides: str, run_dir: str = "run") -> list[str]:
+    defaults = ["total_steps=10", "data.sequence_length=64", "cluster.nodes=2", "cluster.gpus_per_node=4"]
+    quoted = run_dir.replace("'", r"\'")
+    return [f"run_dir='{quoted}'", f"data.manifest={corpus.manifest}", *defaults, *overrides]
+
+
+def directives(script: str) -> dict[str, str | None]:
+    """The options of the #SBATCH lines as sbatch reads them: \\x is x, a bare # or blank ends the value."""
+    found: dict[str, str | None] = {}
+    for line in script.splitlines():
+        if line.startswith("#SBATCH "):
+            read = re.fullmatch(r"--([\w-]+)(?:=((?:\\.|[^\\\s#\"'])*))?", line.removeprefix("#SBATCH "))
+            assert read is not None, line
+            found[read[1]] = None if read[2] is None else re.sub(r"\\(.)", r"\1", read[2])
+        elif line and not line.startswith("#"):
+            break  # sbatch reads no further
+    return found
+
+
+def train_command(script: str) -> list[str]:
+    """The words of the launcher's command line, with the variables still in them."""
+    command = re.search(r"^    (\S+ -m deepspeed\.launcher\.launch.*?)\n    local code", script, re.M | re.S)
+    assert command is not None
+    return shlex.split(command[1].replace("\\\n", " "))
+
+
+# ---- the script ----
+
+
+def test_each_directive(submit: Submit, corpus: TinyCorpus, tmp_path: Path) -> None:
+    cluster = "cpus_per_rank=3 partition=gpu account=lab qos=high constraint='a100&ib' exclude=[n1,n2]"
+    limits = "time_limit=2-01:30:00 stop_before_end_s=120 memory_per_node_gib=64"
+    overrides = [f"cluster.{override}" for override in (cluster + " " + limits).split()]
+    done = submit(*a_run(corpus, *overrides, "dry_run=true"))
+    assert done.returncode == 0, done.stderr
+    expected = (
+        f"job-name=run chdir={tmp_path} output={tmp_path}/run/submit/001/slurm-%j.out open-mode=append "
+    )
+    expected += (
+        "time=2-01:30:00 signal=B:USR1@120 requeue export=ALL nodes=2 ntasks-per-node=1 cpus-per-task=12 "
+    )
+    expected += "gpus-per-node=4 mem=64G exclusive partition=gpu account=lab qos=high constraint=a100&ib exclude=n1,n2"
+    pairs = (option.partition("=") for option in expected.split())
+    assert directives(done.stdout) == {name: value or None for name, _, value in pairs}
+    assert "nothing is written" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_left_out(submit: Submit, corpus: TinyCorpus, tmp_path: Path) -> None:
+    cpu = ["cluster.gpus_per_node=0", "cluster.ranks_per_node=2", "cluster.exclusive=false"]
+    script = submit(*a_run(corpus, *cpu, "cluster.job_name=mine", "dry_run=true")).stdout
+    found = directives(script)
+    assert not {"gpus-per-node", "exclusive", "partition", "account", "qos", "constraint", "exclude"} & set(
+        found
+    )
+    assert (found["mem"], found["job-name"], found["cpus-per-task"]) == ("0", "mine", "16")
+    assert "export DS_ACCELERATOR=cpu" in script
+    assert "SOCKET_IFNAME" not in script
+    assert "\n\n\n" not in script
+    assert not re.search(r"@[A-Z_]+@", script)
+
+
+def test_environment_and_setup_lines(submit: Submit, corpus: TinyCorpus, tmp_path: Path) -> None:
+    script = submit(
+        *a_run(
+            corpus, "cluster.network_interface=ib0", "cluster.setup=['module load cuda','source /opt/x y']"
+        ),
+        *("cluster.python=/opt/my env/bin/python", "dry_run=true"),
+    ).stdout
+    assert "\nexport GLOO_SOCKET_IFNAME=ib0\n" in script
+    assert '\nexport NCCL_SOCKET_IFNAME="=$GLOO_SOCKET_IFNAME"\n' in script
+    assert "\nexport OMP_NUM_THREADS=8\n" in script
+    assert "\n    module load cuda\n    source /opt/x y\n" in script
+    assert "\n    export PATH='/opt/my env/bin':$PATH\n" in script
+    assert re.search(r"^    '/opt/my env/bin/python' -m deepspeed\.launcher\.launch ", script, re.M)
+
+
+def test_the_training_command(submit: Submit, corpus: TinyCorpus, tmp_path: Path) -> None:
+    """The same overrides without the cluster's; quoting survives the shell and Hydra."""
+    overrides = ["optim.lr=1e-3", "logging.wandb_tags=[a b,'c,d']", "model=125m"]
+    arguments = a_run(corpus, *overrides, "dry_run=true", run_dir=ODD)
+    done = submit(*arguments)
+    assert done.returncode == 0, done.stderr
+    words = train_command(done.stdout)
+    launcher, train = words[:8], words[8:]
+    assert launcher[0] == sys.executable
+    assert train[0] == f"{tmp_path}/{ODD}/submit/001/code/launch/train.py"
+    assert not [word for word in train if word.startswith(("cluster", "dry_run"))]
+    assert train[-3:] == overrides
+    config = load_config(TrainConfig, train[1:], "config")
+    assert config.run_dir == f"{tmp_path}/{ODD}"
+    assert config.logging.wandb_tags == ["a b", "c,d"]
+    assert config.model.n_layers == 12
+    assert directives(done.stdout)["output"] == f"{tmp_path}/{ODD}/submit/001/slurm-%j.out".replace(
+        "%j $", "%%j $"
+    )
+    assert directives(done.stdout)["job-name"] == ODD
+
+
+def test_the_script_is_clean_shell(submit: Submit, corpus: TinyCorpus, tmp_path: Path) -> None:
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert shellcheck is not None, (
+        "shellcheck is missing; the tests need the environment that tests/run.sh makes"
+    )
+    odd = tmp_path / "odd.sbatch"
+    odd.write_text(submit(*a_run(corpus, "dry_run=true", run_dir=ODD)).stdout)
+    assert subprocess.run(["bash", "-n", str(odd)], check=False).returncode == 0
+    for options in ([], ["cluster.network_interface=ib0", "cluster.setup=['module load a']"]):
+        script = tmp_path / "train.sbatch"
+        script.write_text(submit(*a_run(corpus, *options, "dry_run=true")).stdout)
+        assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+        # SC2329: functions that only a trap or another shell calls
+        found = subprocess.run(
+            [shellcheck, "--exclude=SC2329", str(script)], capture_output=True, text=True, check=False
+        )
+        assert found.returncode == 0, found.stdout
+
+
+def test_no_secret_in_what_is_printed_or_written(
+    submit: Submit, corpus: TinyCorpus, tmp_path: Path, slurm: dict[str, str]
+) -> None:
+    canary = "canary0secret0" + "9" * 26
+    env = slurm | {"WANDB_API_KEY": canary, "SOME_TOKEN": canary}
+    dry = submit(*a_run(corpus, "dry_run=true"), env=env)
+    done = submit(*a_run(corpus), env=env)
+    assert done.returncode == dry.returncode == 0
+    assert canary not in dry.stdout + dry.stderr + done.stdout + done.stderr
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 10
+    assert not [path for path in written if canary.encode() in path.read_bytes()]
+    assert canary not in (Path(slurm["SLURM_LOG"]) / "sbatch").read_text()
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("global_batch_sequences=36", "is not a multiple of micro_batch_sequences=4 x 8 ranks"),
+        ("data.manifest=nowhere/manifest.json", "nowhere/manifest.json does not exist"),
+        ("data.sequence_length=48", "data.sequence_length=48 does not divide"),
+        ("init_from=nowhere", "init_from=nowhere does not exist"),
+        ("stop_at_step=5", "stop_at_step=5 is for trials by hand"),
+        ("optim.lr=-1", "optim.lr=-1.0 must be greater than 0"),
+        ("optim.learning_rate=1", "optim.learning_rate is not a key"),
+        ("cluster.node=3", "did you mean nodes?"),
+        ("cluster.time_limit=90", "cluster.time_limit='90' is not [days-]hours:minutes:seconds"),
+        (
+            "cluster.time_limit=0:05:00",
+            "cluster.stop_before_end_s=300 must be less than cluster.time_limit=0:05:00",
+        ),
+        ("cluster.gpus_per_node=0", "set cluster.ranks_per_node"),
+        ("cluster.ranks_per_node=2", "each GPU has one rank"),
+        ("cluster.nodes=0", "cluster.nodes=0 must be greater than 0"),
+        ("cluster.partition='a\nb'", "holds a control character"),
+        ("run_dir='a\\\\b'", "holds a backslash"),
+    ],
+)
+def test_a_mistake_is_named_before_anything_is_written(
+    submit: Submit, corpus: TinyCorpus, tmp_path: Path, slurm: dict[str, str], override: str, sentence: str
+) -> None:
+    done = submit(*a_run(corpus, override), env=slurm)
+    assert done.returncode == 2, done.stderr
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_slurm_one_sentence(corpus: TinyCorpus, tmp_path: Path) -> None:
+    """As a process of its own."""
+    done = subprocess.run(
+        [sys.executable, str(SUBMIT), "cluster=slurm", *a_run(corpus)],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": str(tmp_path / "empty")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: sbatch is not on PATH")
+    assert "dry_run=true" in done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_job_leaves_no_submission(
+    submit: Submit, corpus: TinyCorpus, tmp_path: Path, slurm: dict[str, str]
+) -> None:
+    env = slurm | {"SBATCH_FAILS": "invalid partition specified: gpuu"}
+    done = submit(*a_run(corpus, "cluster.partition=gpuu"), env=env)
+    assert done.returncode == 1
+    assert done.stderr == "error: sbatch refused the job: invalid partition specified: gpuu\n"
+    assert list((tmp_path / "run" / "submit").iterdir()) == []
+
+
+def test_time_limits() -> None:
+    for text, seconds in (("24:00:00", 86400), ("2-01:30:05", 178205), ("0:10:00", 600)):
+        assert ClusterConfig(time_limit=text).time_limit_s == seconds
+    with pytest.raises(ConfigError, match="time_limit"):
+        ClusterConfig(time_limit="1:60:00")
+    assert ClusterConfig(nodes=3, gpus_per_node=8).world_size == 24
+    assert ClusterConfig(nodes=3, gpus_per_node=0, ranks_per_node=2).world_size == 6
+
+
+def test_submitting_takes_the_groups_of_training() -> None:
+    """conf/submit.yaml repeats the defaults of conf/config.yaml; they may not drift apart."""
+
+    def groups(name: str) -> list[Any]:
+        listed = yaml.safe_load((ROOT / "conf" / name).read_text())["defaults"]
+        return [
+            entry for entry in listed if entry != {"cluster": "slurm"} and not str(entry).endswith("_schema")
+        ]
+
+    assert groups("submit.yaml") == groups("config.yaml")
+    overrides = ["run_dir=r", "data.manifest=m", "experiment=7b_cluster", "cluster.nodes=8"]
+    config = load_config(SubmitConfig, overrides, "submit")
+    assert config.grad_accum_steps(config.cluster.world_size) == 8
+    assert config.checkpoint.keep_every_steps == 10000
+
+
+# ---- submitted ----
+
+
+def test_code_and_configuration_are_frozen(
+    submit: Submit, corpus: TinyCorpus, tmp_path: Path, slurm: dict[str, str]
+) -> None:
+    first = submit(*a_run(corpus, "optim.lr=7e-4"), env=slurm)
+    assert first.returncode == 0, first.stderr
+    folder = tmp_path / "run" / "submit" / "001"
+    assert "submitted job 4242" in first.stdout
+    assert f"{folder}/slurm-4242.out" in first.stdout
+    assert (Path(slurm["SLURM_LOG"]) / "sbatch").read_text().split() == [
+        "--parsable",
+        f"{folder}/train.sbatch",
+    ]
+    for source in [*ROOT.glob("pretrain/*.py"), *ROOT.glob("conf/**/*.yaml"), ROOT / "launch/train.py"]:
+        assert (folder / "code" / source.relative_to(ROOT)).read_bytes() == source.read_bytes()
+    assert not list(folder.rglob("__pycache__"))
+    assert yaml.safe_load((folder / "config.yaml").read_text())["optim"]["lr"] == 7e-4
+    identity = json.loads((folder / "code.json").read_text())
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert identity["commit"] == (head.stdout.strip() or None)
+    assert (folder / "code.diff").exists()
+    again = submit(*a_run(corpus), env=slurm)
+    assert again.returncode == 0
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["001", "002"]
+
+
+def start_batch(script: Path, slurm: dict[str, str], **variables: str) -> subprocess.Popen[str]:
+    """The batch script as Slurm starts it."""
+    (Path(slurm["SLURM_LOG"]) / "scontrol").unlink(missing_ok=True)
+    env = slurm | {"SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "n[1-2]"} | variables
+    return subprocess.Popen(
+        ["bash", str(script)],
+        env=env,
+        cwd=script.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def requeues(slurm: dict[str, str]) -> list[str]:
+    log = Path(slurm["SLURM_LOG"]) / "scontrol"
+    return log.read_text().splitlines() if log.exists() else []
+
+
+class Ending(NamedTuple):
+    codes: tuple[str, str]
+    circumstance: str
+    expected: int
+    requeued: bool
+    says: str
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Ending(("0", "0"), "", 0, False, "the run is finished"),
+        Ending(("2", "1"), "", 2, False, "not tried again"),
+        Ending(("75", "75"), "", 75, True, "requeued to go on"),
+        Ending(("1", "75"), "", 75, True, "requeued to go on"),
+        Ending(("75", "75"), "scancel", 75, False, ""),
+        Ending(("75", "75"), "touch stop", 75, False, "stopped by the file"),
+        Ending(("0", "247"), "", 247, False, "crashed with exit code 247"),
+    ],
+)
+def test_what_an_exit_code_means(
+    submit: Submit, corpus: TinyCorpus, tmp_path: Path, slurm: dict[str, str], case: Ending
+) -> None:
+    """Two nodes, whose launcher is a program that ends with a given code."""
+    ending = tmp_path / "bin" / "ending"
+    ending.parent.mkdir()
+    ending.write_text('#!/bin/bash\ncode=CODE_$SLURM_NODEID; exit "${!code}"\n')
+    ending.chmod(0o755)
+    done = submit(*a_run(corpus, f"cluster.python={ending}", run_dir=ODD), env=slurm)
+    assert done.returncode == 0, done.stderr
+    run_dir = tmp_path / ODD
+    if case.circumstance == "touch stop":
+        (run_dir / "stop").touch()
+    variables = {"CODE_0": case.codes[0], "CODE_1": case.codes[1], "SLURM_RESTART_COUNT": "3"}
+    variables["JOB_STATE"] = "CANCELLED" if case.circumstance == "scancel" else "RUNNING"
+    process = start_batch(run_dir / "submit" / "001" / "train.sbatch", slurm, **variables)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == case.expected, output
+    assert case.says in output
+    assert requeues(slurm) == (["requeue 4242"] if case.requeued else [])
+    exits = run_dir / "submit" / "001" / "exits" / "4242-3"
+    assert {path.name for path in exits.iterdir()} == set(case.codes)
+
+
+PROBE = """
+import json, os, sys, time
+from pathlib import Path
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from pretrain.config import TrainConfig, load_config
+run_dir = Path(load_config(TrainConfig, sys.argv[1:], "config").run_dir)
+names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "DS_ACCELERATOR"]
+found = {name: os.environ.get(name) for name in names} | {"argv": sys.argv}
+(run_dir / "stop").unlink(missing_ok=True)
+(run_dir / f"probe-{os.environ['RANK']}.json").write_text(json.dumps(found))
+deadline = time.monotonic() + 60
+while not (run_dir / "stop").exists() and time.monotonic() < deadline:
+    time.sleep(0.05)
+time.sleep(float(os.environ["RANK"]) / 10)
+sys.exit(75)
+"""
+
+
+@pytest.mark.integration
+def test_ranks_of_two_nodes_stop_when_slurm_asks(
+    submit: Submit, corpus: TinyCorpus, tmp_path: Path, slurm: dict[str, str]
+) -> None:
+    """The real DeepSpeed launcher twice; USR1 to the batch script, the ranks end with 75, the job is requeued."""
+    cpu = ["cluster.gpus_per_node=0", "cluster.ranks_per_node=2", "cluster.cpus_per_rank=1"]
+    done = submit(*a_run(corpus, *cpu, run_dir=ODD), env=slurm)
+    assert done.returncode == 0, done.stderr
+    run_dir = tmp_path / ODD
+    folder = run_dir / "submit" / "001"
+    (folder / "code" / "launch" / "train.py").write_text(PROBE)
+    process = start_batch(folder / "train.sbatch", slurm, TMPDIR=str(tmp_path))
+    deadline = time.monotonic() + 120
+    while (
+        len(list(run_dir.glob("probe-*.json"))) < 4 and process.poll() is None and time.monotonic() < deadline
+    ):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert requeues(slurm) == ["requeue 4242"]
+    assert (
+        "--kill-on-bad-exit=1 --wait=60 bash -c run_node" in (Path(slurm["SLURM_LOG"]) / "srun").read_text()
+    )
+    probes = [json.loads((run_dir / f"probe-{rank}.json").read_text()) for rank in range(4)]
+    for rank, probe in enumerate(probes):
+        assert probe.pop("argv")[1:] == train_command((folder / "train.sbatch").read_text())[9:]
+        assert probe == {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank % 2),
+            "WORLD_SIZE": "4",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "24242",
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+        }
+    assert not list(tmp_path.glob("torch_extensions*"))
