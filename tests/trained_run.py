@@ -24,12 +24,15 @@ TEXTS = [
     "        out.append(a)\n        a, b = b, a + b\n    return out\n",
     "However little known the feelings or views of such a man may be on his first entering a neighborhood, "
     "this truth is so well fixed in the minds of the surrounding families.\n\nIt was 1813; 12,345.67 pounds.",
+    "<s> </s> <unk> <pad> <0x0A> <0xFF> 0123456789ABCDEF",
 ]
 SMALL = ModelConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
 
 
-def train_tokenizer(path: Path, model_type: str = "bpe", vocab_size: int = 400) -> Tokenizer:
-    """A sentencepiece model with this project's settings."""
+def train_tokenizer(
+    path: Path, model_type: str = "bpe", vocab_size: int = 400, character_coverage: float = 0.98
+) -> Tokenizer:
+    """A sentencepiece model with this project's settings; by default many characters are left to bytes."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([line for text in TEXTS for line in text.split("\n") if line] * 3),
@@ -37,7 +40,7 @@ def train_tokenizer(path: Path, model_type: str = "bpe", vocab_size: int = 400) 
         model_type=model_type,
         vocab_size=vocab_size,
         hard_vocab_limit=False,
-        character_coverage=0.98,
+        character_coverage=character_coverage,
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
@@ -57,7 +60,7 @@ def train_tokenizer(path: Path, model_type: str = "bpe", vocab_size: int = 400) 
 def make_run(
     run_dir: Path, model: ModelConfig = SMALL, *, step: int = 3, sequence_length: int = 64
 ) -> Decoder:
-    """Write a run folder as training leaves it; returns its model. The weights are larger than initial ones."""
+    """Write a run folder as training leaves it; returns its model, with weights that tell all tensors apart."""
     run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(run_dir / "tokenizer.model")
     if model.vocab_size is None:
@@ -74,9 +77,13 @@ def make_run(
     )
     config.model = model
     decoder = Decoder(model, seed=step)
+    generator = torch.Generator().manual_seed(step)
     with torch.no_grad():
         for weight in decoder.parameters():
-            weight.mul_(4.0 if weight.dim() > 1 else 1.0)
+            if weight.dim() > 1:
+                weight.mul_(4)
+            else:  # no two norms alike
+                weight.copy_(0.5 + torch.rand(weight.shape, generator=generator))
     _save(run_dir, config, decoder, tokenizer, step)
     return decoder.eval()
 
