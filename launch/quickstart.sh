@@ -112,11 +112,6 @@ gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
 if [ "$gpus" -gt 0 ]; then
     ranks=1
     while [ $((ranks * 2)) -le "$gpus" ] && [ "$ranks" -lt 4 ]; do ranks=$((ranks * 2)); done
-else
-    threads=$(($(nproc) / ranks))
-    export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
-    # glibc gives large blocks back to the system at once, and each training step asks for them again: 20 to 30%.
-    export MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184
 fi
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 WANDB_MODE=${WANDB_MODE:-offline}
 export TORCH_EXTENSIONS_DIR=$OUT/torch_extensions # not shared: a stale lock file in it hangs every later load
