@@ -24,7 +24,7 @@ TEXTS = [
     "        out.append(a)\n        a, b = b, a + b\n    return out\n",
     "However little known the feelings or views of such a man may be on his first entering a neighborhood, "
     "this truth is so well fixed in the minds of the surrounding families.\n\nIt was 1813; 12,345.67 pounds.",
-    "<s> </s> <unk> <pad> <0x0A> <0xFF> 0123456789ABCDEF",
+    "if 0 < x > 1: return '</span>' + '< 0x0A', 0123456789ABCDEF, unk, pad",
 ]
 SMALL = ModelConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
 
