@@ -137,6 +137,22 @@ def test_epochs_seeds_and_windows_are_shuffled_differently() -> None:
     assert sum(b == (a[0], a[1] + 1) for a, b in zip(first[::2], first[2::2], strict=False)) < 30
 
 
+def test_every_epoch_has_its_own_order_of_chunks() -> None:
+    found = make(SourceSize(64, 4, 4), lanes=1, window_chunks=1).locate(np.arange(64 * 3))
+    by_epoch = found.chunk.reshape(3, 64)
+    assert len({tuple(chunks) for chunks in by_epoch.tolist()}) == 3
+
+
+def test_every_window_has_its_own_order_of_sequences() -> None:
+    """One chunk of 32 sequences is a window: no two of 2 seeds x 3 epochs x 2 lanes x 4 rows may be alike."""
+    windows = set()
+    for seed in (0, 1):
+        order = make(SourceSize(8, 128, 128), lanes=2, window_chunks=1, seed=seed)
+        sequences = order.locate(np.arange(8 * 32 * 3)).sequence.reshape(12, 32, 2)
+        windows |= {tuple(window) for window in sequences.transpose(0, 2, 1).reshape(24, 32).tolist()}
+    assert len(windows) == 48
+
+
 def pairs_in_order(location: Location, mask: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(location.chunk[mask].tolist(), location.sequence[mask].tolist(), strict=True))
 
