@@ -113,7 +113,7 @@ if [ "$gpus" -gt 0 ]; then
     ranks=1
     while [ $((ranks * 2)) -le "$gpus" ] && [ "$ranks" -lt 4 ]; do ranks=$((ranks * 2)); done
 fi
-export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 WANDB_MODE=${WANDB_MODE:-offline}
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 export TORCH_EXTENSIONS_DIR=$OUT/torch_extensions # not shared: a stale lock file in it hangs every later load
 rm -rf "$TORCH_EXTENSIONS_DIR"
 
