@@ -110,6 +110,8 @@ def stdlib_jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = path.read_text(encoding="utf-8")
         size += len(text)
         records.append({"id": path.name, "text": text, "license": "PSF-2.0"})
+    # What was read before an interruption must still count as seen after it.
+    records.append({**records[0], "id": "duplicate"})
     return write_jsonl(tmp_path_factory.mktemp("input") / "stdlib.jsonl", records)
 
 
@@ -325,7 +327,7 @@ def test_sources_are_mixed(tmp_path: Path) -> None:
 
 def test_counts_agree(prepared: Path, stdlib_jsonl: Path) -> None:
     manifest, heldout = (load_manifest(prepared / p / "manifest.json") for p in (".", "heldout"))
-    texts = [json.loads(line)["text"] for line in stdlib_jsonl.read_text(encoding="utf-8").splitlines()]
+    texts = {json.loads(line)["text"] for line in stdlib_jsonl.read_text(encoding="utf-8").splitlines()}
     assert manifest.n_documents + heldout.n_documents == len(texts)
     total = sum(source.text_bytes for source in manifest.sources + heldout.sources)
     assert total == sum(len(clean.clean(text).encode()) for text in texts)

@@ -146,8 +146,9 @@ def test_line_by_line_gives_the_same_ids_as_the_whole(tokenizers: dict[str, Toke
 
 def test_a_model_where_lines_depend_on_each_other_is_not_cut(tmp_path: Path) -> None:
     """One that puts a space before every text would put one before every line."""
-    path = train(tmp_path / "prefix.model", byte_fallback=True, pad_id=3, add_dummy_prefix=True)
+    path = train(tmp_path / "prefix.model", byte_fallback=True, pad_id=3, normalization_rule_name="identity")
     tokenizer, text = Tokenizer(path), "the fox\nthe fox\n"
+    assert not tokenizer._lines_are_independent
     assert tokenizer.encode(text) == SentencePieceProcessor(model_file=str(path)).encode(text)
 
 
