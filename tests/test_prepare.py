@@ -412,6 +412,29 @@ def test_a_killed_preparation_goes_on_where_it_was(
     assert content(output, "prepare.json") == content(prepared, "prepare.json")
 
 
+@pytest.mark.parametrize(("what", "code"), [("Ctrl-C", 130), ("a worker is killed", 1)])
+def test_an_end_before_the_end_is_one_sentence(
+    stdlib_jsonl: Path, tmp_path: Path, what: str, code: int
+) -> None:
+    output = tmp_path / "out"
+    arguments = (f"input=[{stdlib_jsonl}]", f"output={output}", "part_bytes=5000", "workers=2")
+    command = [sys.executable, "-m", "data_tools.prepare", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list(output.glob(".work/*/tokens-00003.npz")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    if what == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        commands = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children(process.pid)}
+        os.kill(next(child for child, line in commands.items() if b"spawn_main" in line), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert "the same command goes on from here" in errors.splitlines()[-1]
+    assert list(output.glob(".work/*/tokens-00003.npz"))
+
+
 def test_a_finished_preparation_is_not_repeated(
     prepared: Path, stdlib_jsonl: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
