@@ -18,6 +18,7 @@ from pretrain.config import (
     to_dict,
     validate,
 )
+from pretrain.model import count_parameters
 
 BASE = ["run_dir=/tmp/run", "data.manifest=/tmp/corpus/manifest.json", "total_steps=100"]
 ROOT = CONF_DIR.parent
@@ -95,6 +96,24 @@ def test_mistakes_are_named_in_one_sentence(overrides: list[str], words: list[st
     assert "\n" not in text
     assert "https" not in text
     assert "full_key" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "millions"),
+    [
+        ("tiny", 8192, 10),
+        ("125m", 50304, 162),  # untied: the published 125M share one embedding
+        ("350m", 50304, 405),
+        ("1b", 32000, 1100),  # TinyLlama: 1.1B
+        ("3b", 128256, 3210),  # Llama 3.2 3B: 3.21B
+        ("7b", 32000, 6740),  # Llama 2 7B: 6.74B
+        ("13b", 32000, 13020),  # Llama 2 13B: 13.0B
+        ("70b", 32000, 68980),  # Llama 2 70B: 69.0B
+    ],
+)
+def test_model_sizes_are_what_they_are_called(name: str, vocab_size: int, millions: int) -> None:
+    model = compose(f"model={name}", f"model.vocab_size={vocab_size}").model
+    assert count_parameters(model) / 1e6 == pytest.approx(millions, rel=0.06 if name == "tiny" else 0.01)
 
 
 def test_batch_divides_over_ranks() -> None:
