@@ -20,6 +20,7 @@ fail() {
     printf '\nquickstart: %s\n' "$*" >&2
     exit 1
 }
+trap 'trap - ERR; echo "quickstart: interrupted; the same command goes on from here" >&2; exit 130' INT
 usage() {
     sed -n '/^#   bash/,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
     exit "$1"
@@ -74,7 +75,8 @@ stage() {
     local name=$1 expected=$2 log=$LOGS/$1.log started=$SECONDS code=0
     shift 2
     printf '$ %s\n\n' "$*" >"$log"
-    "$@" 2>&1 8>&- | tee -a "$log" | { grep --line-buffered -vE "$CHATTER" || true; } || code=${PIPESTATUS[0]}
+    # The reading end outlives an interrupt, so that it is over only when every rank has saved and said so.
+    "$@" 2>&1 8>&- | tee -ai "$log" | (trap '' INT && grep --line-buffered -vE "$CHATTER" || true) || code=${PIPESTATUS[0]}
     if [ "$code" -ne "$expected" ]; then
         fail "stage $name ended with exit code $code: $(grep -iE '^(error|.*Error):' "$log" | tail -n 1 || true)
 The log is $log; the same command again goes on from here."
