@@ -188,7 +188,8 @@ else
 fi
 
 say "6 of 6: a sample"
-stage generate 0 python launch/generate.py run_dir="$(quoted "$RUN")" prompt="$(quoted "${QUICKSTART_PROMPT:-def }")" \
-    max_tokens=64 seed=1
+prompt=() # of your text: the start of a document
+[ ${#CORPUS[@]} -gt 0 ] || prompt=(prompt="def ")
+stage generate 0 python launch/generate.py run_dir="$(quoted "$RUN")" "${prompt[@]}" max_new_tokens=64 seed=1
 
 python launch/quickstart_summary.py output="$(quoted "$OUT")" || fail "the summary could not be made from $OUT"

@@ -99,7 +99,7 @@ def summarize(config: SummaryConfig) -> None:
     run_dir = out / "run"
     if not (out / "evaluation.json").exists():
         raise ConfigError(f"{out} holds no finished quickstart; run: bash launch/quickstart.sh --out {out}")
-    result = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["overall"]
+    result = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
     training = Corpus(out / "corpus" / "manifest.json")
     heldout = Corpus(out / "corpus" / "heldout" / "manifest.json")
 

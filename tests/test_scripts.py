@@ -206,8 +206,8 @@ def test_summary_of_a_small_quickstart(
     (tmp_path / "run").mkdir()
     lines = [{"kind": "step", "attempt": 1, "step": n, "loss": 5.0 - n / 10} for n in range(1, 11)]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    overall = {"loss": 1.0, "perplexity": math.e, "bits_per_byte": 2.5}
-    (tmp_path / "evaluation.json").write_text(json.dumps({"overall": overall}))
+    result = {"loss": 1.0, "perplexity": math.e, "bits_per_byte": 2.5}
+    (tmp_path / "evaluation.json").write_text(json.dumps(result))
     (tmp_path / "stages.tsv").write_text("environment\t40\ncorpus\t\n")
     summary.summarize(summary.SummaryConfig(output=str(tmp_path)))
     printed = capsys.readouterr().out
