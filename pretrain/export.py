@@ -210,8 +210,12 @@ def write_model(trained: TrainedModel, folder: Path, dtype: torch.dtype, max_sha
         model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
+    filling = list(range(trained.tokenizer.vocab_size, config.vocab_size))  # rows that stand for no token
     model.generation_config = GenerationConfig(
-        bos_token_id=Tokenizer.bos_id, eos_token_id=Tokenizer.eos_id, pad_token_id=Tokenizer.pad_id
+        bos_token_id=Tokenizer.bos_id,
+        eos_token_id=Tokenizer.eos_id,
+        pad_token_id=Tokenizer.pad_id,
+        suppress_tokens=filling or None,
     )
     model.save_pretrained(folder, max_shard_size=max_shard_bytes)
 

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from launching import ROOT, Ranks
-from trained_run import SMALL, make_run, train_tokenizer
+from trained_run import SMALL, make_run, run_script, script, train_tokenizer
 
 from pretrain.config import ConfigError
 from pretrain.distributed import World
@@ -196,9 +196,9 @@ def test_ranks_agree_on_the_result(tmp_path: Path) -> None:
     manifest = write_corpus(tmp_path / "corpus")
     expected = evaluate(decoder(), Corpus(manifest)).overall
     env = {"PYTHONPATH": str(ROOT)}
-    with Ranks(3, __file__, str(manifest), str(tmp_path), log_dir=tmp_path / "logs", env=env) as ranks:
-        assert ranks.wait(60) == [0, 0, 0], ranks.output()
-    for rank in range(3):
+    with Ranks(2, __file__, str(manifest), str(tmp_path), log_dir=tmp_path / "logs", env=env) as ranks:
+        assert ranks.wait(60) == [0, 0], ranks.output()
+    for rank in range(2):
         found = json.loads((tmp_path / f"result-{rank}.json").read_text())
         assert found == pytest.approx(expected.as_dict(), rel=1e-6)
 
@@ -327,6 +327,92 @@ def test_a_missing_step_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     with pytest.raises(ConfigError, match="of step 4"):
         load_trained(tmp_path / "run", step=4)
+
+
+# --- launch/eval.py ---
+
+LINES = [
+    {"text": "It is a truth universally acknowledged.", "source": "novels"},
+    {"text": "道可道,非常道。" * 20, "source": "classics"},
+    {"text": "However little known the feelings of such a man may be.", "source": "novels"},
+]
+
+
+def write_lines(path: Path) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return path
+
+
+def test_the_script_scores_text_and_corpora_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a person runs it: on JSONL, and on the same documents as a prepared corpus."""
+    make_run(tmp_path / "run")
+    text = write_lines(tmp_path / "held.jsonl")
+    tokenizer = load_trained(tmp_path / "run").tokenizer
+    writer = CorpusWriter(
+        tmp_path / "corpus",
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        bos_id=1,
+        eos_id=2,
+        chunk_tokens=32,
+        sources=["novels", "classics"],
+    )
+    for number, line in enumerate(LINES):
+        tokens = tokenizer.encode_document(line["text"])
+        size = len(line["text"].encode())
+        writer.add_document(tokens, source=line["source"], document_id=str(number), text_bytes=size)
+    writer.finish()
+    done = run_script("eval", f"run_dir={tmp_path / 'run'}", f"input=[{text}]", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "novels" in done.stdout
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["step"], found["documents"]) == (3, 3)
+    assert found["sources"]["novels"]["documents"] == 2
+    assert found["text_bytes"] == sum(len(line["text"].encode()) for line in LINES)
+    evaluate_script = script("eval")
+    evaluate_script.main(
+        evaluate_script.EvalConfig(run_dir=str(tmp_path / "run"), input=[str(tmp_path / "corpus")], json=True)
+    )
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+
+
+def test_the_script_reads_no_more_than_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "run")
+    (tmp_path / "texts").mkdir()
+    write_lines(tmp_path / "texts" / "a.jsonl")
+    write_lines(tmp_path / "texts" / "b.jsonl")
+    (tmp_path / "texts" / "c.txt").write_text("one document")
+    evaluate_script = script("eval")
+    for limit, documents in ((None, 7), (2, 2), (4, 4)):
+        evaluate_script.main(
+            evaluate_script.EvalConfig(
+                run_dir=str(tmp_path / "run"), input=[str(tmp_path / "texts")], max_documents=limit, json=True
+            )
+        )
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["documents"] == documents
+
+
+def test_the_script_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    evaluate_script = script("eval")
+    text = str(write_lines(tmp_path / "held.jsonl"))
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"txt": "no text here"}\n')
+    other = str(write_corpus(tmp_path / "other"))
+    run_dir = str(tmp_path / "run")
+    for run, entry, message in (
+        (run_dir, "nowhere.jsonl", "nowhere.jsonl does not exist"),
+        (run_dir, str(tmp_path / "empty.jsonl"), "holds no text"),
+        (run_dir, str(tmp_path / "broken.jsonl"), "no field 'text'"),
+        (run_dir, other, "another tokenizer"),
+        (str(tmp_path), text, "no usable checkpoint"),
+        (str(tmp_path / "nowhere"), text, "does not exist"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            evaluate_script.main(evaluate_script.EvalConfig(run_dir=run, input=[entry]))
+    done = run_script("eval", f"run_dir={run_dir}", "input=[nowhere.jsonl]")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: input=nowhere.jsonl does not exist\n"
 
 
 if __name__ == "__main__":

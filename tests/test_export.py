@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trained_run import SMALL, TEXTS, make_run, train_tokenizer
+from trained_run import SMALL, TEXTS, make_run, run_script, script, train_tokenizer
 
 from pretrain import export as export_module
 from pretrain.config import ConfigError, ModelConfig, RunError
@@ -252,3 +253,32 @@ def test_a_tokenizer_that_changes_text_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="changes text"):
         export_module.convert_tokenizer(Tokenizer(tmp_path / "prefixed.model"))
+
+
+# --- launch/export.py ---
+
+
+def test_the_script_exports_and_says_how_well_it_agrees(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    run, output = f"run_dir={tmp_path / 'run'}", f"output={tmp_path / 'hf'}"
+    done = run_script("export", run, output)
+    assert done.returncode == 0, done.stderr
+    assert "logits differ by at most" in done.stdout
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+    export_script = script("export")
+    with pytest.raises(ConfigError, match="overwrite=true"):
+        export_script.main(
+            export_script.ExportConfig(run_dir=str(tmp_path / "run"), output=str(tmp_path / "hf"))
+        )
+
+
+def test_without_transformers_one_sentence_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        sys.modules, "transformers", None
+    )  # what importing it finds where it is not installed
+    export_script = script("export")
+    with pytest.raises(ConfigError, match=r"pip install 'pretrain\[eval\]'"):
+        export_script.main(export_script.ExportConfig(run_dir=str(tmp_path), output=str(tmp_path / "hf")))
+    assert not (tmp_path / "hf").exists()

@@ -26,6 +26,8 @@ from pretrain.model import (
     non_embedding_parameters,
 )
 
+torch.set_num_threads(1)  # for tensors this small more threads gain nothing, and lose much on a busy machine
+
 SMALL = ModelConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, vocab_size=96)
 SHAPES = {
     "grouped": SMALL,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import sentencepiece
 import torch
@@ -15,6 +19,10 @@ from pretrain.config import ModelConfig, TrainConfig, load_config, to_dict
 from pretrain.distributed import Partition, World
 from pretrain.model import Decoder
 from pretrain.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+torch.set_num_threads(1)  # for tensors this small more threads gain nothing, and lose much on a busy machine
 
 TEXTS = [
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in "
@@ -86,6 +94,22 @@ def make_run(
                 weight.copy_(0.5 + torch.rand(weight.shape, generator=generator))
     _save(run_dir, config, decoder, tokenizer, step)
     return decoder.eval()
+
+
+def script(name: str) -> ModuleType:
+    """A script of launch/ as a module, to be called without a process of its own."""
+    spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A script of launch/ as a person runs it."""
+    command = [sys.executable, str(ROOT / "launch" / f"{name}.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def _save(run_dir: Path, config: TrainConfig, decoder: Decoder, tokenizer: Tokenizer, step: int) -> None:

@@ -1,0 +1,187 @@
+"""Score held-out text: `python launch/eval.py run_dir=DIR input=[PATH,...]`
+
+Prints loss, perplexity and bits per byte of each source and of all text; with json=true the last line on stdout is
+the same as JSON. An input is a file or folder of text as for data_tools.prepare (.jsonl, .jsonl.gz, .parquet, .txt,
+.md), or a prepared corpus (its folder or manifest.json). Exit codes: 0 done, 2 the input or configuration is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from omegaconf import MISSING
+
+from pretrain.config import ConfigError, Precision, run_command
+
+if TYPE_CHECKING:
+    from pretrain.evaluate import HeldOutResult, TokenDocument
+    from pretrain.trained import TrainedModel
+
+MANIFEST = "manifest.json"
+MAX_CHARS = 1 << 40  # a document of any length is scored
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """What to score, and how."""
+
+    run_dir: str = MISSING
+    """Folder of the run whose model is scored."""
+    input: list[str] = MISSING
+    """Files or folders of text, or prepared corpora."""
+    step: int | None = None
+    """Checkpoint to take; null: the newest good one."""
+    max_documents: int | None = None
+    """Documents read of each input, from its start; null: all of them."""
+    sequence_length: int | None = None
+    """Context of the model in tokens; null: as in training."""
+    micro_batch_sequences: int = 8
+    """Windows of text per forward pass."""
+    precision: Precision = Precision.fp32
+    text_field: str = "text"
+    """Field of a JSON line, or column of a Parquet file, that holds the text."""
+    json: bool = False
+    """End with one line of JSON."""
+
+    def __post_init__(self) -> None:
+        if self.input != MISSING and not self.input:
+            raise ConfigError("input=[] names nothing; give input=[PATH,...]")
+        for name in ("max_documents", "sequence_length", "micro_batch_sequences"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be greater than 0")
+
+
+@dataclass
+class Work:
+    """The documents of all inputs, and how many bytes of text they have, for the progress display."""
+
+    documents: list[Iterator[TokenDocument]]
+    text_bytes: int
+
+
+def main(config: EvalConfig) -> None:
+    """Load the model, score every document, print the table."""
+    import torch
+
+    from data_tools.progress import stage
+    from pretrain.evaluate import score_documents
+    from pretrain.trained import default_device, load_trained
+
+    for entry in config.input:
+        if not Path(entry).expanduser().exists():
+            raise ConfigError(f"input={entry} does not exist")
+    trained = load_trained(config.run_dir, config.step)
+    work = find_documents(config, trained)
+    device = default_device()
+    dtype = torch.float32 if config.precision is Precision.fp32 else torch.bfloat16
+    documents = (document for documents in work.documents for document in documents)
+    with stage("evaluating", work.text_bytes) as progress:
+        result = score_documents(
+            trained.decoder(device, dtype),
+            documents,
+            sequence_length=config.sequence_length or trained.config.data.sequence_length,
+            micro_batch_sequences=config.micro_batch_sequences,
+            device=device,
+            progress=lambda document: progress.advance(document.text_bytes),
+        )
+    print_table(result, trained)
+    if config.json:
+        print(json.dumps(as_json(result, trained, config)))
+
+
+def find_documents(config: EvalConfig, trained: TrainedModel) -> Work:
+    """What to score, tokenized as it is read. Raises ConfigError for an input that is empty or does not fit."""
+    work = Work([], 0)
+    for entry in config.input:
+        path = Path(entry).expanduser()
+        corpus = path / MANIFEST if (path / MANIFEST).is_file() else path
+        documents, text_bytes = (
+            read_corpus(corpus, trained) if corpus.name == MANIFEST else read_text(entry, config, trained)
+        )
+        work.documents.append(islice(documents, config.max_documents))
+        work.text_bytes += text_bytes
+    return work
+
+
+def read_corpus(manifest: Path, trained: TrainedModel) -> tuple[Iterator[TokenDocument], int]:
+    """The documents of a prepared corpus and the size of their text."""
+    from pretrain.evaluate import corpus_documents
+    from pretrain.shards import Corpus
+
+    corpus = Corpus(manifest)
+    if corpus.manifest.tokenizer_sha256 != trained.tokenizer.sha256:
+        raise ConfigError(
+            f"input={manifest} was made with another tokenizer than run_dir was trained with; "
+            "give the text itself, or prepare it with the run's tokenizer.model"
+        )
+    return corpus_documents(corpus), sum(source.text_bytes for source in corpus.manifest.sources)
+
+
+def read_text(entry: str, config: EvalConfig, trained: TrainedModel) -> tuple[Iterator[TokenDocument], int]:
+    """The documents of files of text and the size of their text."""
+    import numpy as np
+
+    from data_tools.config import PrepareConfig
+    from data_tools.sources import Document, find_files, read_documents
+    from pretrain.evaluate import TokenDocument
+
+    options = PrepareConfig(input=[entry], output="", text_field=config.text_field, max_chars=MAX_CHARS)
+
+    def texts() -> Iterator[tuple[str, str]]:
+        for file in find_files(options):
+            for document in read_documents(file, options):
+                if not isinstance(document, Document):
+                    raise ConfigError(f"input={entry}: {document.where} ({document.reason})")
+                if document.text:
+                    yield document.source, document.text
+
+    found = list(islice(texts(), config.max_documents))
+    if not found:
+        raise ConfigError(f"input={entry} holds no text")
+    documents = (
+        TokenDocument(source, np.array(trained.tokenizer.encode_document(text)), len(text.encode()))
+        for source, text in found
+    )
+    return documents, sum(len(text.encode()) for _, text in found)
+
+
+def print_table(result: HeldOutResult, trained: TrainedModel) -> None:
+    """The scores of each source, and of all together."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"step {trained.step}, {trained.tokens_seen:,} tokens seen", title_justify="left")
+    table.add_column("source")
+    for name in ("loss", "perplexity", "bits/byte", "tokens", "bytes", "documents"):
+        table.add_column(name, justify="right")
+    rows = list(result.sources.items())
+    for number, (name, scores) in enumerate([*rows, ("all", result.overall)], 1):
+        numbers = (f"{scores.loss:.4f}", f"{scores.perplexity:,.2f}", f"{scores.bits_per_byte:.4f}")
+        counts = (f"{scores.tokens:,}", f"{scores.text_bytes:,}", f"{scores.documents:,}")
+        table.add_row(name, *numbers, *counts, end_section=number == len(rows))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def as_json(result: HeldOutResult, trained: TrainedModel, config: EvalConfig) -> dict[str, object]:
+    """What the last line of output says."""
+    return {
+        "run_dir": config.run_dir,
+        "step": trained.step,
+        "tokens_seen": trained.tokens_seen,
+        **result.overall.as_dict(),
+        "sources": {name: scores.as_dict() for name, scores in result.sources.items()},
+    }
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = ["json=true" if argument == "--json" else argument for argument in sys.argv[1:]]
+    run_command(EvalConfig, main, doc=__doc__)

@@ -1,0 +1,74 @@
+"""Write a model for Hugging Face: `python launch/export.py run_dir=DIR output=DIR`
+
+The folder has config.json, safetensors and a tokenizer, for LlamaForCausalLM or, with QK-norm, Qwen3ForCausalLM. It
+appears only after `transformers` loaded it and gave the same logits and tokens. Exit codes: 0 done, 1 the check or
+the writing failed and nothing was published, 2 the input or configuration is wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from omegaconf import MISSING
+
+from pretrain.config import run_command
+
+
+class Dtype(Enum):
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportConfig:
+    """What to export, and where to."""
+
+    run_dir: str = MISSING
+    """Folder of the run."""
+    output: str = MISSING
+    """Folder to write."""
+    step: int | None = None
+    """Checkpoint to take; null: the newest good one."""
+    dtype: Dtype = Dtype.bf16
+    """Of the weights: as they are used (bf16), or the fp32 master weights."""
+    overwrite: bool = False
+    """Replace what is in `output`."""
+
+
+def main(config: ExportConfig) -> None:
+    """Check, load, export, and say how well the result agrees."""
+    from pretrain.export import check_output, export, require_transformers
+
+    require_transformers()
+    output = Path(config.output).expanduser()
+    check_output(output, config.overwrite)
+
+    import torch
+
+    from pretrain.trained import load_trained
+
+    print(f"reading {config.run_dir}", file=sys.stderr, flush=True)
+    trained = load_trained(config.run_dir, config.step)
+    print(
+        f"writing step {trained.step} as {config.dtype.value}, then checking it", file=sys.stderr, flush=True
+    )
+    dtype = torch.bfloat16 if config.dtype is Dtype.bf16 else torch.float32
+    parity = export(trained, output, dtype=dtype, overwrite=config.overwrite)
+    print(
+        f"transformers agrees on {parity.tokens} tokens: logits differ by at most {parity.max_difference:.2g} "
+        f"(allowed {parity.tolerance:.2g}), the most probable token is the same at {parity.argmax_agreement:.1%}; "
+        "the tokenizer agrees"
+    )
+    n_bytes = sum(path.stat().st_size for path in output.iterdir())
+    print(
+        f"exported step {trained.step} ({trained.tokens_seen:,} tokens seen) to {output}, {n_bytes / 1e6:,.1f} MB"
+    )
+
+
+if __name__ == "__main__":
+    run_command(ExportConfig, main, doc=__doc__)

@@ -1,0 +1,191 @@
+"""Let a model write: `python launch/generate.py run_dir=DIR prompt="Once upon a time"`
+
+`prompt=` may be given several times and is taken as it stands, whatever signs are in it. `prompt_file=PATH` reads one
+prompt per line or, from a .jsonl file, the field `prompt` of each line. A continuation depends on its prompt, the
+seed and its number, not on what else is generated. With json=true the last line on stdout is JSON.
+Exit codes: 0 done, 2 the input or configuration is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from omegaconf import MISSING
+
+from pretrain.config import ConfigError, Precision, run_command
+
+REPORT_EVERY_S = 5.0
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateConfig:
+    """What to write, and how."""
+
+    run_dir: str = MISSING
+    """Folder of the run."""
+    prompt: list[str] = field(default_factory=list)
+    """Texts to continue; none at all: one empty text, the start of a document."""
+    prompt_file: str | None = None
+    """File of more of them."""
+    step: int | None = None
+    """Checkpoint to take; null: the newest good one."""
+    n_samples: int = 1
+    """Continuations of each prompt."""
+    max_new_tokens: int = 128
+    """Limit of each continuation, which may end earlier."""
+    temperature: float = 0.8
+    """Divides the logits; 0: always the most probable token."""
+    top_k: int | None = None
+    """Draw from the k most probable tokens only; null: from all."""
+    top_p: float = 0.95
+    """Draw from the smallest set of most probable tokens with this probability together; 1: from all."""
+    seed: int = 0
+    batch_sequences: int = 16
+    """Continuations written at a time."""
+    precision: Precision = Precision.fp32
+    json: bool = False
+    """End with one line of JSON."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_samples", "max_new_tokens", "batch_sequences"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be greater than 0")
+
+
+def main(config: GenerateConfig) -> None:
+    """Read the prompts, load the model, write, print."""
+    from pretrain.generate import Sampling, prompt_seed
+
+    sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    texts = config.prompt + read_prompts(config.prompt_file) or [""]
+
+    import torch
+
+    from pretrain.generate import Prompt, generate
+    from pretrain.trained import default_device, load_trained
+
+    trained = load_trained(config.run_dir, config.step)
+    tokenizer, trained_length = trained.tokenizer, trained.config.data.sequence_length
+    dtype = torch.float32 if config.precision is Precision.fp32 else torch.bfloat16
+    model = trained.decoder(default_device(), dtype)
+    samples = [(text, number) for text in texts for number in range(config.n_samples)]
+    prompts = []
+    for text, number in samples:
+        tokens = [tokenizer.bos_id, *tokenizer.encode(text)]
+        prompts.append(Prompt(tokens, prompt_seed(config.seed, tokens, number)))
+    longest = max(len(prompt.tokens) for prompt in prompts) + config.max_new_tokens
+    if longest > trained_length:
+        print(
+            f"note: up to {longest} tokens, where the model was trained on {trained_length}: the end may be poor",
+            file=sys.stderr,
+        )
+    progress = Progress(len(prompts) * config.max_new_tokens)
+    records = []
+    for first in range(0, len(prompts), config.batch_sequences):
+        group = slice(first, first + config.batch_sequences)
+        found = generate(
+            model,
+            prompts[group],
+            max_new_tokens=config.max_new_tokens,
+            sampling=sampling,
+            eos_id=tokenizer.eos_id,
+            vocab_size=tokenizer.vocab_size,
+            progress=progress.advance,
+        )
+        progress.finish(len(found) * config.max_new_tokens)
+        for (text, number), row in zip(samples[group], found, strict=True):
+            record = {
+                "prompt": text,
+                "sample": number,
+                "text": tokenizer.decode(row.tokens),
+                "tokens": row.tokens,
+                "finished": row.finished,
+            }
+            records.append(record)
+            show(record, many=len(samples) > 1)
+    if config.json:
+        print(json.dumps({"run_dir": config.run_dir, "step": trained.step, "samples": records}))
+
+
+def read_prompts(path: str | None) -> list[str]:
+    """The prompts of a file. Raises ConfigError."""
+    if path is None:
+        return []
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise ConfigError(f"prompt_file={path} cannot be read: {reason}") from error
+    found = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if path.endswith(".jsonl"):
+        found = [(number, json_prompt(path, number, line)) for number, line in found]
+    if not found:
+        raise ConfigError(f"prompt_file={path} holds no prompt")
+    return [text for _, text in found]
+
+
+def json_prompt(path: str, number: int, line: str) -> str:
+    """The prompt of one JSON line."""
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        prompt = None
+    if not isinstance(prompt, str):
+        raise ConfigError(
+            f"prompt_file={path}: line {number} is no JSON object with a text in the field 'prompt'"
+        )
+    return prompt
+
+
+def show(record: dict[str, Any], many: bool) -> None:
+    """One continuation, after its prompt."""
+    if many:
+        print(f"--- {record['prompt']!r}, sample {record['sample']}")
+    print(record["prompt"] + record["text"] + ("" if record["finished"] else " …"), flush=True)
+
+
+class Progress:
+    """A line on stderr every few seconds: tokens written, rate, time left at most."""
+
+    def __init__(self, total_tokens: int) -> None:
+        self.total, self.written, self.done = total_tokens, 0, 0
+        self.start = self.last = time.monotonic()
+
+    def advance(self, n_rows: int) -> None:
+        """So many rows got one token more."""
+        self.written += n_rows
+        now = time.monotonic()
+        if now - self.last >= REPORT_EVERY_S:
+            self.last = now
+            rate = self.written / (now - self.start)
+            left_s = (self.total - self.done) / max(rate, 1e-9)
+            print(
+                f"generating: {self.written:,} tokens, {rate:,.1f} tokens/s, at most {left_s:,.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def finish(self, n_tokens: int) -> None:
+        """A group is complete, which could have had so many tokens."""
+        self.done += n_tokens
+
+
+if __name__ == "__main__":
+    # Hydra would read commas, quotes and braces in a prompt as its own syntax.
+    given = [argument.removeprefix("prompt=") for argument in sys.argv[1:] if argument.startswith("prompt=")]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("prompt=")]
+    sys.argv[1:] = ["json=true" if argument == "--json" else argument for argument in sys.argv[1:]]
+
+    def with_prompts(config: GenerateConfig) -> None:
+        """Run with the prompts of the command line."""
+        config.prompt = given
+        main(config)
+
+    run_command(GenerateConfig, with_prompts, doc=__doc__)
