@@ -127,7 +127,7 @@ def _directives(config: SubmitConfig, folder: Path) -> str:
     text = DIRECTIVES.format(
         name=_sbatch_value(cluster.job_name or folder.parent.parent.name),
         cwd=_sbatch_value(str(Path.cwd())),
-        log=_sbatch_value(str(folder).replace("%", "%%")) + "/slurm-%j.out",
+        log=_sbatch_value(str(folder).replace("%", "%%") + "/slurm-%j.out"),
         time=cluster.time_limit,
         nodes=cluster.nodes,
         cpus=cluster.world_size // cluster.nodes * cluster.cpus_per_rank,
@@ -152,10 +152,12 @@ def _directives(config: SubmitConfig, folder: Path) -> str:
 
 
 def _sbatch_value(text: str) -> str:
-    """A value in an #SBATCH line. sbatch drops a backslash and takes the next character as it is."""
+    """A value in an #SBATCH line; sbatch reads "..." with backslash escapes, and no escape of a blank outside."""
     if re.search(r"[\x00-\x1f\x7f]", text):
         raise ConfigError(f"{text!r} holds a control character, which no line of a batch script can carry")
-    return re.sub(r"([^\w@%+=:,./-])", r"\\\1", text)
+    if re.fullmatch(r"[\w@%+=:,./-]+", text):
+        return text
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
 def _train_overrides(arguments: list[str], config: SubmitConfig) -> list[str]:

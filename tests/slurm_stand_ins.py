@@ -1,0 +1,47 @@
+"""Four small shell programs that do what a batch script needs of Slurm. Real Slurm is for tests/cluster."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+STAND_INS = {
+    "sbatch": 'echo "$@" >"$SLURM_LOG/sbatch"\n'
+    'if [ -n "${SBATCH_FAILS:-}" ]; then echo "sbatch: error: $SBATCH_FAILS" >&2; exit 1; fi\n'
+    "echo '4242;cluster'",
+    # One process per node; the first that fails takes the others with it.
+    "srun": 'echo "$@" >"$SLURM_LOG/srun"; nodes=${1#--nodes=}; pids=()\n'
+    'for ((i = 0; i < nodes; i++)); do SLURM_NODEID=$i "${@: -3}" & pids+=($!); done\n'
+    'for pid in "${pids[@]}"; do wait -n; c=$?; [ "$c" -eq 0 ] || { kill -9 "${pids[@]}"; exit "$c"; }; done',
+    "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; echo 127.0.0.2; else echo "$@" >>"$SLURM_LOG/scontrol"; fi',
+    "squeue": 'echo "${JOB_STATE:-RUNNING}"',
+}
+
+
+def install(folder: Path) -> dict[str, str]:
+    """An environment in which the stand-ins are found; they log their arguments to $SLURM_LOG."""
+    for name, body in STAND_INS.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    (folder / "log").mkdir()
+    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_LOG": str(folder / "log")}
+
+
+def start_batch(script: Path, slurm: dict[str, str], **variables: str) -> subprocess.Popen[str]:
+    """The batch script as Slurm starts it."""
+    (Path(slurm["SLURM_LOG"]) / "scontrol").unlink(missing_ok=True)
+    env = slurm | {"SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "n[1-2]"} | variables
+    return subprocess.Popen(
+        ["bash", str(script)],
+        env=env,
+        cwd=script.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def requeues(slurm: dict[str, str]) -> list[str]:
+    log = Path(slurm["SLURM_LOG"]) / "scontrol"
+    return log.read_text().splitlines() if log.exists() else []
