@@ -19,7 +19,9 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -91,13 +93,16 @@ def _run(jobs: dict[int, _Job], workers: int) -> Iterator[int]:
             yield number
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy this process's threads' locks
+    resource_tracker.ensure_running()  # started later, with the first process, it would let Ctrl-C through
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
         try:
             running: dict[Future[None], int] = {}
             waiting = iter(jobs.items())
             while True:
                 while len(running) < 2 * workers and (following := next(waiting, None)):
-                    running[pool.submit(_encode_part, following[1])] = following[0]
+                    with _holding_interrupts():
+                        future = pool.submit(_encode_part, following[1])
+                    running[future] = following[0]
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -113,9 +118,18 @@ def _run(jobs: dict[int, _Job], workers: int) -> Iterator[int]:
             raise
 
 
+@contextmanager
+def _holding_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back for a moment. A process started meanwhile never gets it: its parent sees to that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin_worker() -> None:
-    """End with the parent, however it ends; leave Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End with the parent, however it ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
