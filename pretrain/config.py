@@ -339,11 +339,8 @@ def _keys_beside(schema: type, full_key: str) -> list[str]:
     """The keys allowed where `full_key` stands."""
     here: Any = OmegaConf.structured(schema)
     for part in full_key.split(".")[:-1]:
-        types = (
-            {f.name: f.type for f in fields(OmegaConf.get_type(here))}
-            if is_dataclass(OmegaConf.get_type(here))
-            else {}
-        )
+        kind: Any = OmegaConf.get_type(here)
+        types = {f.name: f.type for f in fields(kind)} if is_dataclass(kind) else {}
         target = types.get(part)
         target = globals().get(target) if isinstance(target, str) else target
         if not is_dataclass(target):
