@@ -238,15 +238,18 @@ def load_config(schema: type[T], overrides: list[str], config_name: str | None =
 
     Without `config_name` the schema's own defaults are the base. Raises ConfigError.
     """
+    try:
+        return validate(schema, _compose(schema, overrides, config_name))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, schema)) from error
+
+
+def _compose(schema: type, overrides: list[str], config_name: str | None) -> DictConfig:
     name = f"{schema.__name__}_schema"
     ConfigStore.instance().store(name=name, node=schema)
     GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-            composed = compose(config_name=config_name or name, overrides=overrides)
-        return validate(schema, composed)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, schema)) from error
+    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
+        return compose(config_name=config_name or name, overrides=overrides)
 
 
 def validate(schema: type[T], composed: DictConfig | dict[str, Any]) -> T:
@@ -256,9 +259,8 @@ def validate(schema: type[T], composed: DictConfig | dict[str, Any]) -> T:
             OmegaConf.to_container(composed, resolve=True) if isinstance(composed, DictConfig) else composed
         )
         merged = OmegaConf.merge(OmegaConf.structured(schema), plain)
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            raise ConfigError(f"{missing[0]} is missing; give {missing[0]}=VALUE")
+        for key in sorted(OmegaConf.missing_keys(merged)):
+            raise ConfigError(f"{key} is missing; give {key}=VALUE")
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, schema)) from error
@@ -282,8 +284,8 @@ def run_command(
     overrides = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     show = "--cfg" in overrides
     if "--help" in overrides or "-h" in overrides:
-        print((doc or command.__doc__ or "").strip(), "\n\nKeys and defaults:\n")
-        print(OmegaConf.to_yaml(OmegaConf.structured(schema)))
+        print((doc or command.__doc__ or "").strip())
+        print(_keys_and_defaults(schema, config_name), end="")
         sys.exit(ExitCode.FINISHED)
     if show:
         at = overrides.index("--cfg")
@@ -301,6 +303,19 @@ def run_command(
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(ExitCode.CONFIG_ERROR if isinstance(error, ConfigError) else ExitCode.CRASHED)
     sys.exit(code or ExitCode.FINISHED)
+
+
+def _keys_and_defaults(schema: type, config_name: str | None) -> str:
+    """What `--help` says after the script's own words."""
+    text = (
+        f"\nKeys and defaults (??? must be given):\n\n{OmegaConf.to_yaml(_compose(schema, [], config_name))}"
+    )
+    if config_name is None:
+        return text
+    groups = {f.name: CONF_DIR / f.name for f in fields(schema)} | {"experiment": CONF_DIR / "experiment"}
+    options = {name: sorted(path.stem for path in folder.glob("*.yaml")) for name, folder in groups.items()}
+    lines = [f"  {name}={' | '.join(names)}" for name, names in options.items() if names]
+    return text + "\nWhole groups of keys at once:\n\n" + "\n".join(lines) + "\n"
 
 
 def launched_rank() -> int:

@@ -174,8 +174,12 @@ class Engine:
         return self._forward(batch)
 
     def _forward(self, batch: Batch) -> LossSums:
-        on_device = [t.to(self.world.device, non_blocking=True) for t in batch[:4]]
-        return self._deepspeed(*on_device)
+        tokens, labels, positions, document_ids = (
+            t.to(self.world.device, non_blocking=True) for t in batch[:4]
+        )
+        if not self.config.data.document_masking:
+            document_ids = None  # one document: the causal attention kernel needs no mask
+        return self._deepspeed(tokens, labels, positions, document_ids)
 
     # ---- state -------------------------------------------------------------------------------------------------
 
