@@ -177,8 +177,8 @@ class Engine:
         tokens, labels, positions, document_ids = (
             t.to(self.world.device, non_blocking=True) for t in batch[:4]
         )
-        if not self.config.data.document_masking:
-            document_ids = None  # one document: the causal attention kernel needs no mask
+        if not self.config.data.document_masking:  # one document: the causal attention kernel needs no mask
+            return self._deepspeed(tokens, labels, positions)
         return self._deepspeed(tokens, labels, positions, document_ids)
 
     # ---- state -------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import pytest
 from launching import ROOT, Ranks, free_port, run_ranks
 from test_engine import assert_same_state
 from tiny import GLOBAL_BATCH, TinyCorpus, events, make_corpus, run_arguments
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pretrain import checkpoint
 from pretrain.journal import read_ledger, read_metrics
@@ -306,3 +307,28 @@ def test_weights_only_start(corpus: TinyCorpus, straight: Path, tmp_path: Path) 
     first = read_metrics(run_dir)[0]["loss"]
     assert first < read_metrics(straight)[-1]["loss"] + 0.3
     assert first < read_metrics(straight)[0]["loss"] - 0.3
+
+
+def test_a_trained_run_is_evaluated_exported_and_generates(
+    corpus: TinyCorpus, straight: Path, tmp_path: Path
+) -> None:
+    """Every script that reads a run, on a run that ZeRO-3 trained on two ranks."""
+
+    def script(name: str, *arguments: str) -> str:
+        command = [sys.executable, f"launch/{name}.py", f"run_dir={straight}", *arguments]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    scores = json.loads(script("eval", f"input=[{corpus.heldout}]", "json=true").splitlines()[-1])
+    assert scores["step"] == N_STEPS
+    in_training = read_metrics(straight)[-1]["heldout/loss"]  # the first 16 sequences only, cut apart
+    assert scores["loss"] == pytest.approx(in_training, abs=0.5)
+
+    script("export", f"output={tmp_path / 'export'}", "dtype=fp32")
+    text = script("generate", "prompt=import ", "max_new_tokens=8", "temperature=0")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
+    prompt = tokenizer("import ", return_tensors="pt")
+    theirs = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    assert tokenizer.decode(theirs[0], skip_special_tokens=True).strip() in text
