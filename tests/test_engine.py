@@ -73,9 +73,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("engine")
     for ranks in (1, 2):
         jobs = []
-        for stage, precision in STAGES:
-            name = f"{stage}-{precision}-{ranks}"
+        for stage, precision, extra in [(*s, "") for s in STAGES] + [(3, "bf16", "dropout-")]:
+            name = f"{extra}{stage}-{precision}-{ranks}"
             common = {"stage": stage, "precision": precision}
+            common |= {"overrides": ["model.dropout=0.1"] if extra else []}
             half = str(checkpoint.checkpoint_path(root / f"half-{name}", 4))
             for kind, more in {
                 "straight": {"steps": STEPS},
@@ -102,14 +103,21 @@ def test_losses_equal_a_plain_pytorch_loop(finished: Path, stage: int, precision
     assert ours[-1] < ours[0] - 0.3  # it learns, so agreement says something
 
 
-@pytest.mark.parametrize(("stage", "precision", "ranks"), CASES)
-def test_resume_is_bit_identical(finished: Path, stage: int, precision: str, ranks: int) -> None:
-    name = f"{stage}-{precision}-{ranks}"
+@pytest.mark.parametrize(
+    "name",
+    [f"{stage}-{precision}-{ranks}" for stage, precision, ranks in CASES]
+    + ["dropout-3-bf16-1", "dropout-3-bf16-2"],
+)
+def test_resume_is_bit_identical(finished: Path, name: str) -> None:
     assert losses(finished, f"half-{name}") + losses(finished, f"resumed-{name}") == losses(
         finished, f"straight-{name}"
     )
     straight, resumed = finished / f"straight-{name}", finished / f"resumed-{name}"
     assert_same_state(checkpoint.checkpoint_path(straight, STEPS), checkpoint.checkpoint_path(resumed, STEPS))
+
+
+def test_dropout_is_at_work(finished: Path) -> None:
+    assert losses(finished, "straight-dropout-3-bf16-2") != losses(finished, "straight-3-bf16-2")
 
 
 def test_state_travels_over_ranks_and_stages(finished: Path, tmp_path: Path) -> None:
