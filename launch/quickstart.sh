@@ -70,7 +70,7 @@ quoted() {
     printf "'%s'" "${text//\'/\\\'}"
 }
 
-# stage NAME EXPECTED_CODE COMMAND...: progress on the screen without the launcher's chatter, all of it in the log
+# stage NAME EXPECTED_CODE COMMAND...: progress on the screen without what is for programs, all of it in the log
 stage() {
     local name=$1 expected=$2 log=$LOGS/$1.log started=$SECONDS code=0
     shift 2
@@ -83,7 +83,7 @@ The log is $log; the same command again goes on from here."
     fi
     printf '%s\t%s\n' "$name" $((SECONDS - started)) >>"$OUT/stages.tsv"
 }
-CHATTER='^\[[0-9-]+ [0-9:,]+\] \[(INFO|WARNING|ERROR)\] \[[a-z_]+\.py|^\[W[0-9]{3,}'
+CHATTER='^\[[0-9-]+ [0-9:,]+\] \[(INFO|WARNING|ERROR)\] \[[a-z_]+\.py|^\[W[0-9]{3,}|^\{"run_dir"'
 
 reused() {
     echo "already there: $1"
