@@ -18,6 +18,10 @@ from pretrain.optim import parameter_groups
 STEPS = 6
 STAGES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 CASES = [(stage, precision, ranks) for stage, precision in STAGES for ranks in (1, 2)]
+VARIANTS = {
+    "dropout-": ["model.dropout=0.1"],
+    "offload-": ["engine.offload_optimizer=true", "engine.offload_params=true"],
+}
 
 # fp32: sums over ranks and micro batches come in another order; 6 steps of Adam carry that on. Seen: 7e-7.
 # bf16: 8 bits of mantissa in weights and activations. Seen: 8e-4 after 6 steps.
@@ -73,10 +77,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("engine")
     for ranks in (1, 2):
         jobs = []
-        for stage, precision, extra in [(*s, "") for s in STAGES] + [(3, "bf16", "dropout-")]:
-            name = f"{extra}{stage}-{precision}-{ranks}"
-            common = {"stage": stage, "precision": precision}
-            common |= {"overrides": ["model.dropout=0.1"] if extra else []}
+        for stage, precision, variant in [(*s, "") for s in STAGES] + [(3, "bf16", v) for v in VARIANTS]:
+            name = f"{variant}{stage}-{precision}-{ranks}"
+            common = {"stage": stage, "precision": precision, "overrides": VARIANTS.get(variant, [])}
             half = str(checkpoint.checkpoint_path(root / f"half-{name}", 4))
             for kind, more in {
                 "straight": {"steps": STEPS},
@@ -106,7 +109,7 @@ def test_losses_equal_a_plain_pytorch_loop(finished: Path, stage: int, precision
 @pytest.mark.parametrize(
     "name",
     [f"{stage}-{precision}-{ranks}" for stage, precision, ranks in CASES]
-    + ["dropout-3-bf16-1", "dropout-3-bf16-2"],
+    + [f"{variant}3-bf16-{ranks}" for variant in VARIANTS for ranks in (1, 2)],
 )
 def test_resume_is_bit_identical(finished: Path, name: str) -> None:
     assert losses(finished, f"half-{name}") + losses(finished, f"resumed-{name}") == losses(
@@ -114,6 +117,10 @@ def test_resume_is_bit_identical(finished: Path, name: str) -> None:
     )
     straight, resumed = finished / f"straight-{name}", finished / f"resumed-{name}"
     assert_same_state(checkpoint.checkpoint_path(straight, STEPS), checkpoint.checkpoint_path(resumed, STEPS))
+
+
+def test_offload_changes_nothing(finished: Path) -> None:
+    assert losses(finished, "straight-offload-3-bf16-2") == losses(finished, "straight-3-bf16-2")
 
 
 def test_dropout_is_at_work(finished: Path) -> None:
