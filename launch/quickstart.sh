@@ -108,13 +108,10 @@ printf 'environment\t%s\n' $((SECONDS - started)) >>"$OUT/stages.tsv"
 PATH=$VENV/bin:$PATH
 cd "$ROOT"
 
-# Two processes on a CPU, as many as there are GPUs elsewhere (a power of two, so that the batch divides).
+# Two processes, or one where there is a single GPU.
 ranks=2
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
-if [ "$gpus" -gt 0 ]; then
-    ranks=1
-    while [ $((ranks * 2)) -le "$gpus" ] && [ "$ranks" -lt 4 ]; do ranks=$((ranks * 2)); done
-fi
+[ "$gpus" -ne 1 ] || ranks=1
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 export TORCH_EXTENSIONS_DIR=$OUT/torch_extensions # not shared: a stale lock file in it hangs every later load
 rm -rf "$TORCH_EXTENSIONS_DIR"

@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -253,7 +254,7 @@ def _data_loader(dataset: _MicroBatches, micro_batches: Iterator[Ints], data: Da
         collate_fn=_as_is,
         num_workers=workers,
         prefetch_factor=data.prefetch_batches if workers else None,
-        worker_init_fn=_start_worker if workers else None,
+        worker_init_fn=partial(_start_worker, os.getpid()) if workers else None,
         generator=torch.Generator(),  # or each new iterator would draw from the generator that dropout uses
     )
 
@@ -262,10 +263,12 @@ def _as_is(item: Any) -> Any:
     return item
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(trainer_pid: int, _: int) -> None:
     # Workers hold copies of the trainer's sockets. If it is killed they must go at once, or its peers and the
     # port of the next attempt would wait for them.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != trainer_pid:  # it was killed before the kernel knew of this wish
+        os._exit(1)
     # A request to stop (Ctrl-C, Slurm, the launcher) reaches every process of a job, but only the trainer may act
     # on it: it finishes the step and saves. So workers obey no one but their trainer.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
