@@ -47,8 +47,6 @@ class Run:
     stop: StopRequest
     step: int
     """Completed optimizer updates."""
-    saved_step: int
-    """Step of the newest checkpoint."""
 
 
 def train(config: TrainConfig, world: World) -> ExitCode:
@@ -102,10 +100,11 @@ def _loop(run: Run) -> ExitCode:
             )
         last = step == config.n_steps
         stopping = not last and (n_asked > 0 or step == config.stop_at_step)
-        if last or step % config.evaluation.every_steps == 0:
-            _evaluate(run)
         if last or stopping or step % config.checkpoint.every_steps == 0:
             _save(run, must_succeed=last or stopping)
+        # After saving, so that damaged held-out text costs no step.
+        if last or step % config.evaluation.every_steps == 0:
+            _evaluate(run)
         if stopping:
             return ExitCode.STOPPED
         before = time.monotonic()
@@ -149,7 +148,6 @@ def _save(run: Run, *, must_succeed: bool) -> None:
         if must_succeed:
             raise
         return
-    run.saved_step = run.step
     run.monitor.event("checkpoint_saved", step=run.step, path=str(path), time_s=time.monotonic() - started)
     for deleted in checkpoint.retain(run.run_dir, run.config.checkpoint, run.world):
         run.monitor.event("checkpoint_deleted", step=run.step, path=str(deleted))
@@ -231,7 +229,7 @@ def _assemble(config: TrainConfig, world: World, run_dir: Path) -> Run:
         if config.init_from is not None:
             _init_from(config.init_from, engine, world, loader.tokenizer_sha256)
         monitor.event("started", world_size=world.size, n_steps=config.n_steps, init_from=config.init_from)
-    return Run(config, world, run_dir, identity, loader, engine, monitor, stop, step=start, saved_step=start)
+    return Run(config, world, run_dir, identity, loader, engine, monitor, stop, step=start)
 
 
 def _init_from(run_dir: str, engine: Engine, world: World, tokenizer_sha256: str) -> None:
