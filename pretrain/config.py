@@ -282,10 +282,12 @@ def run_command(
     `--cfg job` prints the composed config, `--help` the script's docstring and its keys.
     """
     overrides = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    rank = launched_rank()
     show = "--cfg" in overrides
     if "--help" in overrides or "-h" in overrides:
-        print((doc or command.__doc__ or "").strip())
-        print(_keys_and_defaults(schema, config_name), end="")
+        if rank == 0:
+            print((doc or command.__doc__ or "").strip())
+            print(_keys_and_defaults(schema, config_name), end="")
         sys.exit(ExitCode.FINISHED)
     if show:
         at = overrides.index("--cfg")
@@ -293,15 +295,19 @@ def run_command(
     try:
         config = load_config(schema, overrides, config_name)
         if show:
-            print(OmegaConf.to_yaml(to_dict(config)), end="")
+            if rank == 0:
+                print(OmegaConf.to_yaml(to_dict(config)), end="")
             sys.exit(ExitCode.FINISHED)
         code = command(config)
-    except (ConfigError, RunError, OSError) as error:
-        if launched_rank() > 0:
-            time.sleep(2)  # the launcher ends all ranks at the first exit; rank 0 is to say why
-        else:
+    except ConfigError as error:  # alike on all ranks: one says it
+        if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(ExitCode.CONFIG_ERROR if isinstance(error, ConfigError) else ExitCode.CRASHED)
+        else:
+            time.sleep(2)  # the launcher ends all ranks at the first exit
+        sys.exit(ExitCode.CONFIG_ERROR)
+    except (RunError, OSError) as error:  # perhaps this rank's alone
+        print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        sys.exit(ExitCode.CRASHED)
     sys.exit(code or ExitCode.FINISHED)
 
 

@@ -18,7 +18,10 @@ from tiny import GLOBAL_BATCH, TinyCorpus, events, make_corpus, run_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pretrain import checkpoint
+from pretrain.config import TrainConfig, load_config
 from pretrain.journal import read_ledger, read_metrics
+from pretrain.loader import TrainLoader
+from pretrain.shards import Corpus
 
 pytestmark = pytest.mark.integration
 TRAIN = "launch/train.py"
@@ -275,6 +278,41 @@ def test_damaged_shard_ends_the_run_naming_the_member(corpus: TinyCorpus, tmp_pa
     assert result.returncode == 1
     assert str(shard) in last_error(result)
     assert ".tok has xxh3-64" in last_error(result)
+
+
+def test_the_rank_that_meets_a_damaged_chunk_says_so(corpus: TinyCorpus, tmp_path: Path) -> None:
+    """With two lanes, rank 1 alone reads the second half of the batch: its error must not go under."""
+    damaged = TinyCorpus(Path(shutil.copytree(corpus.folder, tmp_path / "corpus")))
+    arguments = run_arguments(damaged, tmp_path / "run", "data.lanes=2", "checkpoint.every_steps=100")
+    config = load_config(TrainConfig, arguments, "config")
+    loaders = [
+        TrainLoader(
+            config.data,
+            config.seed,
+            global_batch_sequences=GLOBAL_BATCH,
+            micro_batch_sequences=2,
+            rank=rank,
+            world_size=2,
+            total_samples=N_STEPS * GLOBAL_BATCH,
+            state=None,
+        )
+        for rank in (0, 1)
+    ]
+    first = [next(loader.steps(0)) for loader in loaders]
+    chunks = [
+        {int(c) for b in batches for c in loaders[0].order.locate(b.samples).chunk} for batches in first
+    ]
+    victim = min(chunks[1] - chunks[0])
+    corpus_file = Corpus(damaged.manifest)
+    shard, row = corpus_file._locate(victim)
+    with shard.path.open("r+b") as file:
+        file.seek(int(shard.index[row, 0, 0]) + 10)
+        file.write(b"\xff\xff")
+    with Ranks(2, TRAIN, *arguments, log_dir=tmp_path / "logs") as ranks:
+        codes = ranks.wait()
+    assert codes[1] == 1
+    assert codes[0] != 0
+    assert f"error: rank 1: {shard.path}: member {victim:06d}.tok has xxh3-64" in ranks.logs[1].read_text()
 
 
 def test_full_disk_while_saving(corpus: TinyCorpus, straight: Path, tmp_path: Path) -> None:
