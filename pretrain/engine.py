@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-os.environ.setdefault(
-    "DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidiactl") else "cpu"
-)  # silences its probe
-
-import deepspeed
 import torch
 import torch.distributed as dist
+
+# DeepSpeed chooses at its import: it shall use what torch uses, and not warn of what is not there.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
