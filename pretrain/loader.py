@@ -255,6 +255,9 @@ def _data_loader(dataset: _MicroBatches, micro_batches: Iterator[Ints], data: Da
         num_workers=workers,
         prefetch_factor=data.prefetch_batches if workers else None,
         worker_init_fn=partial(_start_worker, os.getpid()) if workers else None,
+        # Not forked: gloo, autograd and OpenMP have threads in the trainer, and one of them in the wrong place at
+        # that moment leaves the child hanging in fork (seen once in 23 starts). Costs two seconds at the start.
+        multiprocessing_context="spawn" if workers else None,
         generator=torch.Generator(),  # or each new iterator would draw from the generator that dropout uses
     )
 
@@ -264,14 +267,12 @@ def _as_is(item: Any) -> Any:
 
 
 def _start_worker(trainer_pid: int, _: int) -> None:
-    # Workers hold copies of the trainer's sockets. If it is killed they must go at once, or its peers and the
-    # port of the next attempt would wait for them.
+    # If the trainer is killed its workers must go at once, not at torch's next look, 5 s later.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != trainer_pid:  # it was killed before the kernel knew of this wish
         os._exit(1)
     # A request to stop (Ctrl-C, Slurm, the launcher) reaches every process of a job, but only the trainer may act
-    # on it: it finishes the step and saves. So workers obey no one but their trainer.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    # on it: it finishes the step and saves. So workers, in which these signals are blocked, obey no one else.
     threading.Thread(target=_obey_the_trainer, daemon=True).start()
     torch.set_num_threads(1)
 

@@ -427,7 +427,7 @@ def test_workers_leave_stopping_to_the_trainer(texts: list[Text]) -> None:
 
 
 def test_workers_die_with_a_killed_trainer(texts: list[Text]) -> None:
-    """At once, since they hold copies of its sockets; an idle torch worker looks every 5 seconds only."""
+    """At once; an idle torch worker looks every 5 seconds only."""
     code = f"""
 import multiprocessing, os, signal
 from pretrain.config import DataConfig
