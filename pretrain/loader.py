@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -171,7 +172,8 @@ class TrainLoader:
         CorruptShardError, and RunError where a worker process died.
         """
         starts = self._plan.step_starts(first_step_sample)
-        micro_batches = iter(_data_loader(self._dataset, self._plan.micro_batches(starts), self._data))
+        loader = _data_loader(self._dataset, self._plan.micro_batches(starts), self._data)
+        micro_batches = _start_workers(loader) if self._data.loader_workers else iter(loader)
         for _ in starts:
             yield [_receive(micro_batches) for _ in range(self.grad_accum_steps)]
 
@@ -264,6 +266,16 @@ def _data_loader(dataset: _MicroBatches, micro_batches: Iterator[Ints], data: Da
 
 def _as_is(item: Any) -> Any:
     return item
+
+
+def _start_workers(loader: DataLoader) -> Iterator[Any]:
+    """The loader's iterator, its workers started with `_STOP_SIGNALS` blocked in all threads from the first moment."""
+    resource_tracker.ensure_running()  # by itself it would start now, and unblock two of them again
+    allowed = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
 
 
 def _start_worker(trainer_pid: int, _: int) -> None:
