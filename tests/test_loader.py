@@ -413,6 +413,14 @@ def test_a_worker_that_dies_is_reported(texts: list[Text]) -> None:
     assert re.match(r"RunError: a process that reads training data died .*DataLoader worker \(pid", failure)
 
 
+def test_workers_are_not_forked(texts: list[Text]) -> None:
+    """A fork beside the trainer's threads hangs now and then, which no test can show at will."""
+    steps = make_loader(data_config(texts, loader_workers=1), total_samples=1200).steps(0)
+    next(steps)
+    (worker,) = multiprocessing.active_children()
+    assert b"multiprocessing.spawn" in Path(f"/proc/{worker.pid}/cmdline").read_bytes()
+
+
 def test_workers_leave_stopping_to_the_trainer(texts: list[Text]) -> None:
     """Ctrl-C and Slurm signal every process of a job; a worker that obeyed would end the run before it is saved."""
     loader = make_loader(data_config(texts, loader_workers=1), total_samples=1200)
