@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from pretrain.config import CheckpointConfig, ConfigError, RunError, TrainConfig, validate
 from pretrain.distributed import Partition, World, gather_objects, share
+from pretrain.manifest import sync_folder
 
 FORMAT_VERSION = 1
 COMPLETE = "COMPLETE"
@@ -164,11 +165,11 @@ def _publish(temporary: Path, final: Path, files: dict[str, Any], state: dict[st
     _write_synced(
         temporary / COMPLETE, json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1)
     )
-    _sync_folder(temporary)
+    sync_folder(temporary)
     if final.exists():  # one that was refused at the start of this attempt
         shutil.rmtree(final)
     temporary.rename(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
 
 
 def _write_synced(path: Path, text: str) -> None:
@@ -176,14 +177,6 @@ def _write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def hash_file(path: Path) -> str:

@@ -62,7 +62,7 @@ def init_world(timeout_s: int) -> World:
 def _tune_cpu() -> None:
     """Share the cores among this host's ranks, and let the allocator keep what it has.
 
-    By default glibc maps and unmaps every large tensor; page faults then take a fifth of a step.
+    By default glibc maps and unmaps every large tensor, and page faults take part of each step.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
