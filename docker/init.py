@@ -1,4 +1,4 @@
-"""Process 1 of the container: run the command, hand on stop requests, leave when every process has ended.
+"""Process 1 of the container: run the command, hand on stop requests, outlive every rank.
 
 `docker stop` signals process 1 alone. The deepspeed launcher does not survive SIGTERM, and the container ends with
 process 1, so neither may end before the ranks have saved. A request to stop goes
@@ -12,6 +12,7 @@ The exit code is the command's, or 128 + N where signal N ended it. Only the sta
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -57,10 +58,19 @@ def ranks() -> list[int]:
 
 def send(pids: list[int], number: int) -> None:
     for pid in pids:
-        try:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
             os.kill(pid, number)
-        except ProcessLookupError:
-            pass  # it has just ended
+
+
+def end_the_rest(code: int) -> None:
+    """Ranks that outlive their launcher are asked to save, and waited for; where there are none, nothing is."""
+    if left := ranks():
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(code))
+        signal.alarm(LEFT_BEHIND_S)
+        send(left, signal.SIGTERM)
+        with contextlib.suppress(ChildProcessError):  # all have ended
+            while True:
+                os.wait()
 
 
 def run(command: list[str]) -> int:
@@ -87,22 +97,13 @@ def run(command: list[str]) -> int:
         return 127
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
 
-    code = 0
-    while True:
-        try:
-            pid, status = os.wait()
-        except ChildProcessError:
-            return code
-        if pid == child:
-            ended = os.waitstatus_to_exitcode(status)
-            code = 128 - ended if ended < 0 else ended
-            child = 0
-            # Its orphans are ours now. Ranks are asked to save; where there are none, nothing is worth waiting for.
-            if not (left := ranks()):
-                return code
-            signal.signal(signal.SIGALRM, lambda *_: os._exit(code))
-            signal.alarm(LEFT_BEHIND_S)
-            send(left, signal.SIGTERM)
+    while (ended := os.wait())[0] != child:
+        pass  # an orphan
+    child = 0
+    status = os.waitstatus_to_exitcode(ended[1])
+    code = 128 - status if status < 0 else status
+    end_the_rest(code)
+    return code
 
 
 if __name__ == "__main__":
