@@ -55,10 +55,10 @@ def runs(tmp_path: Path) -> Path:
     return writable(tmp_path / "runs")
 
 
-def writable(folder: Path) -> Path:
-    """A folder that the image's user may write into."""
+def writable(folder: Path, user: int = USER) -> Path:
+    """A folder that the user, by default the image's, may write into."""
     folder.mkdir()
-    shutil.chown(folder, USER, USER)
+    shutil.chown(folder, user, user)
     return folder
 
 
@@ -74,9 +74,10 @@ def mounts(corpus: TinyCorpus, runs: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def straight(engine: Engine, corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing disturbed, in one container."""
-    runs = writable(tmp_path_factory.mktemp("straight") / "runs")
-    engine.docker("run", "--rm", *CONFINED, *mounts(corpus, runs), IMAGE, *LAUNCH, *arguments())
+    """The run that nothing disturbed, in one container; as a user whom the image does not know."""
+    runs = writable(tmp_path_factory.mktemp("straight") / "runs", user=12345)
+    user = "--user=12345:12345"
+    engine.docker("run", "--rm", user, *CONFINED, *mounts(corpus, runs), IMAGE, *LAUNCH, *arguments())
     return runs / "run"
 
 
