@@ -44,6 +44,7 @@ class Watchdog:
         self._started = False
         facts = {
             "rank": launched_rank(),
+            "pid": os.getpid(),
             "run_dir": str(Path(run_dir).absolute()),
             "progress": progress,
             "stacks": stacks,
