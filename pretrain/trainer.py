@@ -279,9 +279,7 @@ def _write_run_files(config: TrainConfig, run_dir: Path, state: dict[str, Any] |
     """Rank 0: config.json, run.json and the tokenizer, so that the folder explains itself. Returns run.json."""
     source = config.data.corpora()[0].manifest
     manifest = load_manifest(source)
-    tokenizer = tokenizer_path(source)
-    if Tokenizer(tokenizer).sha256 != manifest.tokenizer_sha256:
-        raise ConfigError(f"{tokenizer} is not the tokenizer of {source}; put the right one there")
+    tokenizer = Tokenizer(tokenizer_path(source), manifest.tokenizer_sha256)
     path = run_dir / "run.json"
     identity: dict[str, Any] = {"run_id": new_run_id(), "attempt": 0}
     if path.exists():
@@ -292,7 +290,7 @@ def _write_run_files(config: TrainConfig, run_dir: Path, state: dict[str, Any] |
     identity["attempt"] += 1
     _replace(path, (json.dumps(identity, indent=1) + "\n").encode())
     _replace(run_dir / "config.json", (json.dumps(to_dict(config), indent=1) + "\n").encode())
-    _replace(run_dir / "tokenizer.model", tokenizer.read_bytes())
+    _replace(run_dir / "tokenizer.model", tokenizer.model)
     return identity
 
 
