@@ -92,7 +92,11 @@ def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
     if rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun listens itself
         return dist.TCPStore(host, port, size, is_master=False, timeout=timeout)
-    if not one_host and ipaddress.ip_address(address[0]).is_loopback and _local_ranks() is not None:
+    if (
+        host != address[0]
+        and ipaddress.ip_address(address[0]).is_loopback
+        and _local_ranks() not in (None, size)
+    ):
         raise ConfigError(
             f"MASTER_ADDR={host} is {address[0]} on its own host, where other hosts cannot reach it; give an "
             "address that they can, or correct /etc/hosts"

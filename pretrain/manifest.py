@@ -121,7 +121,7 @@ class Manifest:
         try:
             raw = json.loads(text)
             version = raw["format_version"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(f"{where} is no corpus manifest; prepare the corpus again") from error
         if version != FORMAT_VERSION:
             raise ConfigError(

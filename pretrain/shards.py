@@ -131,9 +131,9 @@ class Corpus:
             self._documents.move_to_end(chunk)
             return self._documents[chunk]
         shard, row = self._locate(chunk)
-        raw: dict[str, Any] = json.loads(shard.member(row, DOCUMENTS))
-        arrays: dict[str, Any] = {k: np.array(v, np.int64) for k, v in raw.items() if k != "ids"}
-        documents = ChunkDocuments(ids=raw["ids"], **arrays)
+        documents = _parse_documents(
+            shard.member(row, DOCUMENTS), f"{shard.path}: {member_name(chunk, DOCUMENTS)}"
+        )
         self._documents[chunk] = documents
         if len(self._documents) > _CACHED_DOCUMENTS:
             self._documents.popitem(last=False)
@@ -210,6 +210,18 @@ class _OpenShard:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _parse_documents(content: bytes, where: str) -> ChunkDocuments:
+    try:
+        raw: dict[str, Any] = json.loads(content)
+        arrays: dict[str, Any] = {k: np.array(v, np.int64) for k, v in raw.items() if k != "ids"}
+        found = ChunkDocuments(ids=raw["ids"], **arrays)
+        if len({len(value) for value in (found.ids, *arrays.values())}) != 1:
+            raise ValueError("its lists differ in length")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise CorruptShardError(f"{where} is no list of documents; prepare the corpus again") from error
+    return found
 
 
 class CorpusWriter:
