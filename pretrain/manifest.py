@@ -209,7 +209,7 @@ def read_capped(path: str | Path, max_bytes: int) -> bytes:
 def resolve_inside(folder: Path, name: str) -> Path:
     """The file `name` of `folder`, where it may lie behind a link within the folder, not outside of it."""
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise CorruptShardError(f"{path} is a link to a file outside of {folder}; put the file itself there")
     return path
 

@@ -131,10 +131,8 @@ class Corpus:
             self._documents.move_to_end(chunk)
             return self._documents[chunk]
         shard, row = self._locate(chunk)
-        documents = _parse_documents(
-            shard.member(row, DOCUMENTS), f"{shard.path}: {member_name(chunk, DOCUMENTS)}"
-        )
-        self._documents[chunk] = documents
+        where = f"{shard.path}: {member_name(chunk, DOCUMENTS)}"
+        documents = self._documents[chunk] = _parse_documents(shard.member(row, DOCUMENTS), where)
         if len(self._documents) > _CACHED_DOCUMENTS:
             self._documents.popitem(last=False)
         return documents
@@ -410,9 +408,8 @@ def verify_corpus(manifest_path: str | Path, progress: Progress | None = None) -
 
 
 def _file_problems(folder: Path, expected: FileInfo) -> list[str]:
-    path = folder / expected.name
     try:
-        resolve_inside(folder, expected.name)
+        path = resolve_inside(folder, expected.name)
         found = describe_file(folder, expected.name)
     except CorruptShardError as error:
         return [str(error)]
