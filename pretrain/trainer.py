@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +26,7 @@ from pretrain.monitor import Monitor, StepRecord, new_run_id, rank_peak_flops
 from pretrain.optim import learning_rate
 from pretrain.order import OrderState
 from pretrain.resilience import StopRequest, lock_run
-from pretrain.shards import Corpus, load_manifest
+from pretrain.shards import Corpus, load_manifest, write_atomically
 from pretrain.tokenizer import Tokenizer
 
 MAX_SKIPPED_STEPS = 10
@@ -282,19 +283,13 @@ def _write_run_files(config: TrainConfig, run_dir: Path, state: dict[str, Any] |
     tokenizer = Tokenizer(tokenizer_path(source), manifest.tokenizer_sha256)
     path = run_dir / "run.json"
     identity: dict[str, Any] = {"run_id": new_run_id(), "attempt": 0}
-    if path.exists():
-        identity = json.loads(path.read_text(encoding="utf-8"))
+    with suppress(FileNotFoundError, ValueError, TypeError):  # not there, or damaged: a checkpoint tells the same
+        identity |= json.loads(path.read_text(encoding="utf-8"))
     if state:
         identity |= {key: state[key] for key in ("run_id", "wandb_run_id")}
     identity.setdefault("wandb_run_id", identity["run_id"])
-    identity["attempt"] += 1
-    _replace(path, (json.dumps(identity, indent=1) + "\n").encode())
-    _replace(run_dir / "config.json", (json.dumps(to_dict(config), indent=1) + "\n").encode())
-    _replace(run_dir / "tokenizer.model", tokenizer.model)
+    identity["attempt"] = max(identity["attempt"], state["attempt"] if state else 0) + 1
+    write_atomically(path, (json.dumps(identity, indent=1) + "\n").encode())
+    write_atomically(run_dir / "config.json", (json.dumps(to_dict(config), indent=1) + "\n").encode())
+    write_atomically(run_dir / "tokenizer.model", tokenizer.model)
     return identity
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
