@@ -1,8 +1,8 @@
 """Saves checkpoints on request, each in a fresh process that a tracer may hold: `python tests/save_worker.py`.
 
-Reads lines `RUN_DIR STEP TRACED` from stdin. Each is served by a fork, so that a hundred saves cost one import of torch:
-this process has only one thread and no process group. Answers `pid N` at once, and at the end `exit CODE MESSAGE`, where
-CODE is 0 (saved), 1 (refused, MESSAGE says why) or minus the number of the signal that ended it.
+Reads lines `RUN_DIR STEP TRACED` from stdin. Each is served by a fork, so that a hundred saves cost one import of
+torch: this process has only one thread and no process group. Answers `pid N` at once and `exit CODE` at the end, where
+CODE is 0 (saved), 1 (refused; RUN_DIR.error says why) or minus the number of the signal that ended it.
 """
 
 from __future__ import annotations

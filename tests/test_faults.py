@@ -1,12 +1,14 @@
 """Faults from below: the kernel refuses, kills, runs out of memory, or tells another time. One test or more per row.
 
-The rows are those of the fault matrix in docs/faults.md, which says where the others are tested. Saves of checkpoints are
-made by tests/save_worker.py under strace, which kills or fails them at the k-th system call; training is real.
+Saves of checkpoints are made by tests/save_worker.py under strace, which kills or fails them at the k-th system call;
+training is real. Row 10 (damaged checkpoints): also test_checkpoint and test_training. Row 19 (two jobs, one run_dir)
+and row 21 (another configuration, other data): test_training.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -33,7 +35,10 @@ from pretrain.journal import read_ledger, read_lines, read_metrics
 
 TRAIN = "launch/train.py"
 
-CHANGES = "write,pwrite64,writev,ftruncate,fsync,fdatasync,rename,renameat,renameat2,mkdir,mkdirat,unlink,unlinkat,rmdir"
+CHANGES = (
+    "write,pwrite64,writev,ftruncate,fsync,fdatasync,rename,renameat,renameat2,mkdir,mkdirat,"
+    "unlink,unlinkat,rmdir"
+)
 """System calls that change what is on a disk."""
 
 
@@ -247,6 +252,21 @@ def train_once(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"run_id": "x"}'])
+def test_row_10_a_damaged_pointer_is_made_again_from_the_checkpoint(
+    corpus: TinyCorpus, straight: Path, tmp_path: Path, content: str
+) -> None:
+    """run.json says which run and attempt this is; the newest good checkpoint knows both, too."""
+    run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
+    before = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(content)
+    result = train_once(*run_arguments(corpus, run_dir))
+    assert result.returncode == 0, result.stderr
+    after = json.loads((run_dir / "run.json").read_text())
+    assert after == before | {"attempt": before["attempt"] + 1}
+
+
+@pytest.mark.integration
 def test_row_12_records_on_a_full_disk_do_not_stop_training(corpus: TinyCorpus, tmp_path: Path) -> None:
     """/dev/full is the kernel's own: every write to it says that no space is left."""
     run_dir = tmp_path / "run"
@@ -254,12 +274,12 @@ def test_row_12_records_on_a_full_disk_do_not_stop_training(corpus: TinyCorpus, 
     for path in records:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.symlink_to("/dev/full")
-    result = train_once(*run_arguments(corpus, run_dir, "total_steps=2"))
+    result = train_once(*run_arguments(corpus, run_dir, "total_steps=3"))
     assert result.returncode == 0, result.stderr
     for path in records:
         warning = f"warning: {path} cannot be written (No space left on device); training goes on without it"
         assert result.stderr.count(warning) == 1
-    assert find_latest(run_dir).path == checkpoint.checkpoint_path(run_dir, 2)
+    assert find_latest(run_dir).path == checkpoint.checkpoint_path(run_dir, 3)
 
 
 @pytest.mark.integration
@@ -313,7 +333,7 @@ def test_row_14_the_clock_of_one_rank_jumps_an_hour_forth_and_back(
 
 
 @pytest.fixture
-def memory_limit(tmp_path: Path) -> Iterator[Callable[[int, int], None]]:
+def memory_limit() -> Iterator[Callable[[int, int], Path]]:
     """Put a process into a memory cgroup of so many bytes: at the next page beyond it the kernel kills it."""
     group = Path("/sys/fs/cgroup/memory") / f"pretrain-test-{os.getpid()}"
     try:
@@ -321,9 +341,10 @@ def memory_limit(tmp_path: Path) -> Iterator[Callable[[int, int], None]]:
     except OSError as error:
         pytest.skip(f"no memory cgroup (version 1) can be made here: {error.strerror}")
 
-    def limit(process: int, n_bytes: int) -> None:
+    def limit(process: int, n_bytes: int) -> Path:
         (group / "memory.limit_in_bytes").write_text(str(n_bytes))
         (group / "cgroup.procs").write_text(str(process))
+        return group / "memory.oom_control"
 
     yield limit
     deadline = time.monotonic() + 20
@@ -342,16 +363,17 @@ def loader_workers(process: int) -> list[int]:
 
 @pytest.mark.integration
 def test_row_15_a_loader_worker_out_of_memory_is_named(
-    corpus: TinyCorpus, tmp_path: Path, memory_limit: Callable[[int, int], None]
+    corpus: TinyCorpus, tmp_path: Path, memory_limit: Callable[[int, int], Path]
 ) -> None:
     """The kernel's own out-of-memory killer ends the worker, which has no more pages to get."""
     arguments = run_arguments(corpus, tmp_path / "run", "data.loader_workers=1", "total_steps=5000")
     with Ranks(1, TRAIN, *arguments, "checkpoint.every_steps=5000", log_dir=tmp_path / "logs") as ranks:
         wait_for(lambda: steps_done(tmp_path / "run") >= 2, ranks)
         (reader,) = loader_workers(ranks.processes[0].pid)
-        memory_limit(reader, 1 << 16)
+        told = memory_limit(reader, 1 << 16)
         (code,) = ranks.wait(60)
     output = ranks.output()
+    assert "oom_kill 1\n" in told.read_text()
     assert code == 1, output
     (sentence,) = (line for line in output.splitlines() if line.startswith("error: "))
     assert "a process that reads training data died" in sentence
