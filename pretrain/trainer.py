@@ -283,7 +283,7 @@ def _write_run_files(config: TrainConfig, run_dir: Path, state: dict[str, Any] |
     tokenizer = Tokenizer(tokenizer_path(source), manifest.tokenizer_sha256)
     path = run_dir / "run.json"
     identity: dict[str, Any] = {"run_id": new_run_id(), "attempt": 0}
-    with suppress(FileNotFoundError, ValueError, TypeError):  # not there, or damaged: a checkpoint tells the same
+    with suppress(FileNotFoundError, ValueError, TypeError):  # damaged: the checkpoint tells the same
         identity |= json.loads(path.read_text(encoding="utf-8"))
     if state:
         identity |= {key: state[key] for key in ("run_id", "wandb_run_id")}
