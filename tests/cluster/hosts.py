@@ -192,6 +192,16 @@ class Host:
         """Put the cable back."""
         self._cluster.head._ip(f"link set port{self._number} up")
 
+    def limit_network(self, megabits_per_second: int | None) -> None:
+        """Send no faster than this; None: as fast as it goes. Stretches a run without changing it."""
+        subprocess.run(self._tc("del", "dev", "eth0", "root"), check=False, capture_output=True)
+        if megabits_per_second is not None:
+            rate = f"tbf rate {megabits_per_second}mbit burst 64kb latency 400ms"
+            subprocess.run(self._tc("add", "dev", "eth0", "root", *rate.split()), check=True)
+
+    def _tc(self, *words: str) -> list[str]:
+        return ["nsenter", "--target", str(self._init), "--net", "tc", "qdisc", *words]
+
     def power_off(self, *, silent: bool = False) -> None:
         """Every process dies at once. `silent`: the cable goes first, so that peers see no closed connection."""
         if silent:

@@ -27,6 +27,8 @@ ENVIRONMENT = {
     "WANDB_SILENT": "true",
 }
 """Of whoever submits or starts a run: the tests' own Python first."""
+LIVE_STATES = {"PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "COMPLETING", "REQUEUED", None}
+"""Of a job that may still get somewhere; None: slurmctld did not answer."""
 
 
 def arguments(corpus: TinyCorpus, run_dir: Path, *more: str) -> list[str]:
@@ -78,9 +80,7 @@ class SlurmRun:
             if condition():
                 return True
             state = self.cluster.job(job).get("JobState")
-            assert state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", None), (
-                f"job {job} is {state} before {what}\n{self.log()}"
-            )
+            assert state in LIVE_STATES, f"job {job} is {state} before {what}\n{self.log()}"
             return False
 
         try:

@@ -5,11 +5,35 @@ Each case ends with the same question: is the run, bit for bit and sample for sa
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
+from pretrain.journal import read_lines
 from tests.cluster.hosts import Cluster
-from tests.cluster.runs import SlurmRun, assert_equals_undisturbed, events
+from tests.cluster.runs import (
+    N_STEPS,
+    SAVE_EVERY_STEPS,
+    SlurmRun,
+    assert_equals_undisturbed,
+    events,
+    report,
+    steps_done,
+)
 from tests.tiny import TinyCorpus
+
+MEGABITS_PER_SECOND = 20
+
+
+def slow_down(cluster: Cluster) -> None:
+    """A network so slow that the run's middle is not missed: about a third of a second per step."""
+    for node in cluster.nodes:
+        node.limit_network(MEGABITS_PER_SECOND)
+
+
+def speed_up(cluster: Cluster) -> None:
+    for node in cluster.nodes:
+        if node.is_on:
+            node.limit_network(None)
 
 
 def test_a_job_runs_to_completion(
@@ -21,4 +45,98 @@ def test_a_job_runs_to_completion(
     assert (ended["ExitCode"], ended["Restarts"]) == ("0:0", "0")
     assert "the run is finished" in run.log()
     assert [event["event"] for event in events(run.run_dir, "started", "resumed")] == ["started"]
+    assert_equals_undisturbed(run.run_dir, straight)
+
+
+def assert_no_step_lost_or_doubled(run_dir: Path) -> None:
+    """Of all attempts together: each step was done once."""
+    done = [line["step"] for line in read_lines(run_dir / "metrics.jsonl") if line["kind"] == "step"]
+    assert done == list(range(1, N_STEPS + 1))
+
+
+def test_preempted_requeued_resumed(
+    cluster: Cluster, corpus: TinyCorpus, straight: Path, tmp_path: Path
+) -> None:
+    """A job of a higher partition takes both nodes for a moment."""
+    slow_down(cluster)
+    run = SlurmRun(cluster, corpus, tmp_path / "run")
+    job = run.submit_job()
+    run.wait_steps(3, job)
+    asked = time.monotonic()
+    urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=srun sleep 1"]
+    other = cluster.head.run(*urgent, "--output=/dev/null").stdout.strip()
+    run.wait_for("stopped", lambda: len(events(run.run_dir, "stopped")) == 1, job)
+    stopped = time.monotonic()
+    speed_up(cluster)
+    run.wait_for("resumed", lambda: len(events(run.run_dir, "resumed")) == 1, job)
+    resumed = time.monotonic()
+    ended = run.wait_end(job)
+    assert ended["Restarts"] == "1"
+    assert cluster.job(other)["JobState"] == "COMPLETED"
+    [stop] = events(run.run_dir, "stopped")
+    assert 3 <= stop["step"] < N_STEPS
+    assert [event["step"] for event in events(run.run_dir, "resumed")] == [stop["step"]]
+    assert_no_step_lost_or_doubled(run.run_dir)
+    assert_equals_undisturbed(run.run_dir, straight)
+    report("preempted", to_stop_s=stopped - asked, to_resume_s=resumed - asked)
+
+
+def test_time_limit_saves_requeues_and_finishes(
+    cluster: Cluster, corpus: TinyCorpus, straight: Path, tmp_path: Path
+) -> None:
+    slow_down(cluster)
+    run = SlurmRun(cluster, corpus, tmp_path / "run")
+    job = run.submit_job("cluster.time_limit=0:01:00", "cluster.stop_before_end_s=30")
+    run.wait_for("stopped", lambda: len(events(run.run_dir, "stopped")) == 1, job)
+    stopped = time.monotonic()
+    speed_up(cluster)
+    run.wait_for("resumed", lambda: len(events(run.run_dir, "resumed")) == 1, job)
+    resumed = time.monotonic()
+    ended = run.wait_end(job)
+    assert ended["Restarts"] == "1"
+    assert "requeued to go on" in run.log()
+    assert_no_step_lost_or_doubled(run.run_dir)
+    assert_equals_undisturbed(run.run_dir, straight)
+    report("time limit", stop_to_resume_s=resumed - stopped)
+
+
+def test_a_node_lost_silently_is_replaced(
+    wide_cluster: Cluster, corpus: TinyCorpus, straight: Path, tmp_path: Path
+) -> None:
+    """No closed connection tells of it: Slurm misses the node's answers, and requeues the job on others."""
+    cluster = wide_cluster
+    slow_down(cluster)
+    run = SlurmRun(cluster, corpus, tmp_path / "run")
+    job = run.submit_job()
+    run.wait_steps(SAVE_EVERY_STEPS + 3, job)
+    assert cluster.job(job)["NodeList"] == "node[1-2]"
+    cluster.nodes[1].power_off(silent=True)
+    lost = time.monotonic()
+    run.wait_for("requeued", lambda: cluster.job(job).get("Restarts") == "1", job)
+    noticed = time.monotonic()
+    speed_up(cluster)
+    run.wait_for("resumed", lambda: len(events(run.run_dir, "resumed")) == 1, job)
+    resumed = time.monotonic()
+    ended = run.wait_end(job)
+    assert ended["NodeList"] == "node[1,3]"
+    assert events(run.run_dir, "resumed")[0]["step"] >= SAVE_EVERY_STEPS
+    assert_equals_undisturbed(run.run_dir, straight)
+    report("node lost silently", to_notice_s=noticed - lost, to_resume_s=resumed - lost)
+
+
+def test_slurmctld_restarted_under_a_running_job(
+    cluster: Cluster, corpus: TinyCorpus, straight: Path, tmp_path: Path
+) -> None:
+    """The controller is killed and away for some seconds: the run does not notice."""
+    slow_down(cluster)
+    run = SlurmRun(cluster, corpus, tmp_path / "run")
+    job = run.submit_job()
+    run.wait_steps(3, job)
+    cluster.restart_slurmctld(down_s=3)
+    assert steps_done(run.run_dir) < N_STEPS
+    speed_up(cluster)
+    ended = run.wait_end(job)
+    assert ended["Restarts"] == "0"
+    assert [event["event"] for event in events(run.run_dir, "started", "resumed")] == ["started"]
+    assert_no_step_lost_or_doubled(run.run_dir)
     assert_equals_undisturbed(run.run_dir, straight)
