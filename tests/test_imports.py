@@ -38,6 +38,8 @@ ORDER = [
     "trained",
     "evaluate",
     "journal",
+    "attempts",
+    "supervise",
     "monitor",
     "trainer",
     "export",
