@@ -1,10 +1,10 @@
 """Is every node of a job fit to train? Run by the batch script of launch/submit.py before each start.
 
-One process per node checks it and its links, and writes report/NODE.json; every check ends in time, whatever hangs:
+One process per node checks it and its links and writes folder/start/NODE.json; every check ends, whatever hangs:
 
-    srun --ntasks-per-node=1 python launch/preflight.py report=DIR run_dir=DIR nodes='node1 node2' ...
+    srun --ntasks-per-node=1 python launch/preflight.py folder=DIR start=1 run_dir=DIR nodes="'node1 node2'" ...
 
-`judge=true`, once, reads the reports of this start and of the starts before it (the folders beside report/), says on
+`judge=true`, once, reads the reports of this start and of the starts before it (the other folders), says on
 stderr what is wrong, and prints the names of the nodes to do without. Exit codes: 0 every node is fit; 10 some are not,
 and are named; 1 unfit, but no single node is to blame. What is checked, and the limits: PreflightConfig in
 pretrain/config.py.
@@ -47,8 +47,10 @@ SIOCGIFADDR = 0x8915
 class Preflight(PreflightConfig):
     """One start of a job, as one of its nodes sees it."""
 
-    report: str = MISSING
-    """Folder of this start's reports."""
+    folder: str = MISSING
+    """Of the submission's reports, one folder per start of a job."""
+    start: str = MISSING
+    """This start: the name of its folder."""
     run_dir: str = MISSING
     nodes: str = MISSING
     """All nodes of the job, apart by blanks, in the order of their ranks."""
@@ -56,6 +58,11 @@ class Preflight(PreflightConfig):
     network_interface: str | None = None
     judge: bool = False
     """Read the reports instead of writing one."""
+
+    @property
+    def reports(self) -> Path:
+        """Folder of this start's reports."""
+        return Path(self.folder) / self.start
 
 
 class Unfit(Exception):
@@ -371,7 +378,8 @@ def unfit_nodes(names: list[str], starts: list[dict[str, Any]]) -> dict[str, str
 
 def judge(job: Preflight) -> int:
     """Say what is wrong; the exit code as the module's docstring has it."""
-    names, here = job.nodes.split(), Path(job.report)
+    names, here = job.nodes.split(), job.reports
+    here.mkdir(parents=True, exist_ok=True)  # where no node came so far
     folders = sorted(
         (p for p in here.parent.iterdir() if p.is_dir() and p != here), key=lambda p: p.stat().st_mtime
     )
@@ -422,8 +430,8 @@ def preflight(job: Preflight) -> int:
     names, name = job.nodes.split(), os.environ["SLURMD_NODENAME"]
     if name not in names:
         raise ConfigError(f"nodes={job.nodes} does not name this node, {name}")
-    Path(job.report).mkdir(parents=True, exist_ok=True)
-    report = Report(Path(job.report) / f"{name}.json")
+    job.reports.mkdir(parents=True, exist_ok=True)
+    report = Report(job.reports / f"{name}.json")
     check_alone(job, report)
     if len(names) > 1:
         check_together(job, report, names.index(name), names)

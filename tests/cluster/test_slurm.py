@@ -21,11 +21,11 @@ from tests.cluster.runs import (
 )
 from tests.tiny import TinyCorpus
 
-MEGABITS_PER_SECOND = 20
+MEGABITS_PER_SECOND = 10
 
 
 def slow_down(cluster: Cluster) -> None:
-    """A network so slow that the run's middle is not missed: about a third of a second per step."""
+    """A network so slow that the run's middle is not missed: about half a second per step."""
     for node in cluster.nodes:
         node.limit_network(MEGABITS_PER_SECOND)
 
@@ -58,9 +58,10 @@ def test_preempted_requeued_resumed(
     cluster: Cluster, corpus: TinyCorpus, straight: Path, tmp_path: Path
 ) -> None:
     """A job of a higher partition takes both nodes for a moment."""
-    slow_down(cluster)
     run = SlurmRun(cluster, corpus, tmp_path / "run")
     job = run.submit_job()
+    run.wait_steps(1, job)
+    slow_down(cluster)
     run.wait_steps(3, job)
     asked = time.monotonic()
     urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=srun sleep 1"]
@@ -84,9 +85,10 @@ def test_preempted_requeued_resumed(
 def test_time_limit_saves_requeues_and_finishes(
     cluster: Cluster, corpus: TinyCorpus, straight: Path, tmp_path: Path
 ) -> None:
-    slow_down(cluster)
     run = SlurmRun(cluster, corpus, tmp_path / "run")
     job = run.submit_job("cluster.time_limit=0:01:00", "cluster.stop_before_end_s=30")
+    run.wait_steps(1, job)
+    slow_down(cluster)
     run.wait_for("stopped", lambda: len(events(run.run_dir, "stopped")) == 1, job)
     stopped = time.monotonic()
     speed_up(cluster)
@@ -105,9 +107,10 @@ def test_a_node_lost_silently_is_replaced(
 ) -> None:
     """No closed connection tells of it: Slurm misses the node's answers, and requeues the job on others."""
     cluster = wide_cluster
-    slow_down(cluster)
     run = SlurmRun(cluster, corpus, tmp_path / "run")
     job = run.submit_job()
+    run.wait_steps(1, job)
+    slow_down(cluster)
     run.wait_steps(SAVE_EVERY_STEPS + 3, job)
     assert cluster.job(job)["NodeList"] == "node[1-2]"
     cluster.nodes[1].power_off(silent=True)
@@ -128,9 +131,10 @@ def test_slurmctld_restarted_under_a_running_job(
     cluster: Cluster, corpus: TinyCorpus, straight: Path, tmp_path: Path
 ) -> None:
     """The controller is killed and away for some seconds: the run does not notice."""
-    slow_down(cluster)
     run = SlurmRun(cluster, corpus, tmp_path / "run")
     job = run.submit_job()
+    run.wait_steps(1, job)
+    slow_down(cluster)
     run.wait_steps(3, job)
     cluster.restart_slurmctld(down_s=3)
     assert steps_done(run.run_dir) < N_STEPS
