@@ -263,6 +263,13 @@ class Meeting:
                 continue
         return said
 
+    def leave(self) -> None:
+        """The store is the first node's, which waits until all are through."""
+        if self.rank == 0:
+            self.gather("end", "")
+        else:
+            self.store.set(f"end/{self.rank}", "")
+
 
 def check_links(job: Preflight, report: Report, meeting: Meeting, listener: socket.socket) -> dict[str, Any]:
     """Clock and bandwidth between this node and the next one in the ring."""
@@ -337,7 +344,7 @@ def check_together(job: Preflight, report: Report, rank: int, names: list[str]) 
     if set(fit.values()) == {"1"} and len(fit) == len(names):
         report.run("collective", lambda: check_collective(job, meeting), limit_s)
     report.write(running=None)
-    meeting.gather("end", "")  # the first node keeps the store until all are through
+    meeting.leave()
 
 
 # ---- the verdict -----------------------------------------------------------------------------------------------------

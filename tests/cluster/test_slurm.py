@@ -5,6 +5,7 @@ Each case ends with the same question: is the run, bit for bit and sample for sa
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -57,9 +58,9 @@ def assert_no_step_lost_or_doubled(run_dir: Path) -> None:
 def test_preempted_requeued_resumed(
     cluster: Cluster, corpus: TinyCorpus, straight: Path, tmp_path: Path
 ) -> None:
-    """A job of a higher partition takes both nodes for a moment."""
+    """A job of a higher partition takes both nodes for a moment. W&B sees one run."""
     run = SlurmRun(cluster, corpus, tmp_path / "run")
-    job = run.submit_job()
+    job = run.submit_job("logging.wandb=offline")
     run.wait_steps(1, job)
     slow_down(cluster)
     run.wait_steps(3, job)
@@ -79,6 +80,9 @@ def test_preempted_requeued_resumed(
     assert [event["step"] for event in events(run.run_dir, "resumed")] == [stop["step"]]
     assert_no_step_lost_or_doubled(run.run_dir)
     assert_equals_undisturbed(run.run_dir, straight)
+    identity = json.loads((run.run_dir / "run.json").read_text())
+    logged = [path.name.rpartition("-")[2] for path in run.run_dir.glob("wandb/offline-run-*")]
+    assert logged == [identity["wandb_run_id"]] * 2
     report("preempted", to_stop_s=stopped - asked, to_resume_s=resumed - asked)
 
 
@@ -92,6 +96,8 @@ def test_time_limit_saves_requeues_and_finishes(
     run.wait_for("stopped", lambda: len(events(run.run_dir, "stopped")) == 1, job)
     stopped = time.monotonic()
     speed_up(cluster)
+    run.wait_for("requeued", lambda: cluster.job(job).get("JobState") == "PENDING", job)
+    cluster.head.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     run.wait_for("resumed", lambda: len(events(run.run_dir, "resumed")) == 1, job)
     resumed = time.monotonic()
     ended = run.wait_end(job)
@@ -122,6 +128,8 @@ def test_a_node_lost_silently_is_replaced(
     resumed = time.monotonic()
     ended = run.wait_end(job)
     assert ended["NodeList"] == "node[1,3]"
+    excluded = (run.run_dir / "submit" / "excluded_nodes").read_text()
+    assert excluded == f"node2 down when job {job} was started again\n"
     assert events(run.run_dir, "resumed")[0]["step"] >= SAVE_EVERY_STEPS
     assert_equals_undisturbed(run.run_dir, straight)
     report("node lost silently", to_notice_s=noticed - lost, to_resume_s=resumed - lost)
@@ -142,5 +150,54 @@ def test_slurmctld_restarted_under_a_running_job(
     ended = run.wait_end(job)
     assert ended["Restarts"] == "0"
     assert [event["event"] for event in events(run.run_dir, "started", "resumed")] == ["started"]
+    assert_no_step_lost_or_doubled(run.run_dir)
+    assert_equals_undisturbed(run.run_dir, straight)
+
+
+def test_a_bad_node_is_excluded_by_name(
+    wide_cluster: Cluster, corpus: TinyCorpus, straight: Path, tmp_path: Path
+) -> None:
+    """A node whose network is slow is found before training; the same job goes on without it."""
+    cluster = wide_cluster
+    cluster.nodes[1].limit_network(MEGABITS_PER_SECOND)
+    run = SlurmRun(cluster, corpus, tmp_path / "run")
+    submitted = time.monotonic()
+    job = run.submit_job()
+    excluded = run.run_dir / "submit" / "excluded_nodes"
+    named_s = run.wait_for("a node excluded", excluded.exists, job)
+    ended = run.wait_end(job)
+    assert "preflight: node2 is not fit: node2 to node1: the network gives" in run.log()
+    assert excluded.read_text() == f"node2 not fit at the start of job {job}\n"
+    assert (ended["NodeList"], ended["ExcNodeList"], ended["Restarts"]) == ("node[1,3]", "node2", "1")
+    reports = run.run_dir / "submit" / "001" / "preflight"
+    assert sorted(str(path.relative_to(reports)) for path in reports.rglob("*.json")) == [
+        f"{job}-0/node1.json",
+        f"{job}-0/node2.json",
+        f"{job}-1/node1.json",
+        f"{job}-1/node3.json",
+    ]
+    assert [event["event"] for event in events(run.run_dir, "started", "resumed")] == ["started"]
+    assert_equals_undisturbed(run.run_dir, straight)
+    report("bad node", to_name_s=named_s, whole_s=time.monotonic() - submitted)
+
+
+def test_a_chain_of_jobs_goes_on_and_ends(
+    cluster: Cluster, corpus: TinyCorpus, straight: Path, tmp_path: Path
+) -> None:
+    """The first is asked to stop as before its time limit, the second finishes, the third has nothing to do."""
+    run = SlurmRun(cluster, corpus, tmp_path / "run")
+    first = run.submit_job("cluster.chain_jobs=3")
+    jobs = (run.run_dir / "submit" / "001" / "chain").read_text().split()
+    assert jobs == [first, str(int(first) + 1), str(int(first) + 2)]
+    run.wait_steps(1, first)
+    slow_down(cluster)
+    run.wait_steps(3, first)
+    cluster.head.run("scancel", "--batch", "--signal=USR1", first)
+    ended = run.wait_end(first, "FAILED")
+    assert (ended["ExitCode"], ended["Restarts"]) == ("75:0", "0")
+    speed_up(cluster)
+    assert run.wait_end(jobs[1])["ExitCode"] == "0:0"
+    assert run.wait_end(jobs[2])["ExitCode"] == "0:0"
+    assert len(events(run.run_dir, "started", "resumed")) == 2
     assert_no_step_lost_or_doubled(run.run_dir)
     assert_equals_undisturbed(run.run_dir, straight)
