@@ -99,7 +99,7 @@ class SlurmRun:
     def log(self) -> str:
         """The logs of all the run's jobs, for a failed test's message."""
         paths = sorted(self.run_dir.glob("submit/*/slurm-*.out"))
-        return "\n".join(f"--- {path}\n{path.read_text()[-8000:]}" for path in paths)
+        return "\n".join(f"--- {path}\n{path.read_text()}" for path in paths)
 
 
 def steps_done(run_dir: Path) -> int:
