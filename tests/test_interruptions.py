@@ -125,7 +125,8 @@ def test_a_known_end_of_the_allocation(corpus: TinyCorpus, tmp_path: Path) -> No
     with Ranks(1, TRAIN, *arguments, log_dir=tmp_path / "logs") as ranks:
         assert ranks.wait() == [75], ranks.output()
     assert events(run_dir)[-1]["reason"] == "stop_after_s=15.0"
-    assert checkpoint.find_latest(run_dir).path is not None
+    # On a slow machine the time may be over before the first step; then there is nothing to save.
+    assert (checkpoint.find_latest(run_dir).path is None) == (steps_done(run_dir) == 0)
 
 
 # ---- a loss that goes wrong ------------------------------------------------------------------------------------------
