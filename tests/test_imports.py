@@ -43,6 +43,8 @@ ORDER = [
     "evaluate",
     "journal",
     "device_peak",
+    "attempts",
+    "supervise",
     "monitor",
     "run_folder",
     "trainer",
