@@ -416,6 +416,27 @@ def test_row_16_a_killed_loader_worker_ends_the_run_with_a_sentence(
 
 
 @pytest.mark.integration
+def test_row_16_a_stopped_loader_worker_does_not_hold_the_run_for_ever(
+    corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    """Nothing dies, nothing answers: the watchdog ends the run within its limit and names the rank and the phase."""
+    run_dir = tmp_path / "run"
+    endless = ["total_steps=5000", "checkpoint.every_steps=5000", "evaluation.every_steps=5000"]
+    arguments = run_arguments(corpus, run_dir, "data.loader_workers=1", "watchdog.step_s=4", *endless)
+    with Ranks(2, TRAIN, *arguments, log_dir=tmp_path / "logs") as ranks:
+        wait_for(lambda: steps_done(run_dir) >= 2, ranks)
+        (reader,) = loader_workers(ranks.processes[1].pid)
+        os.kill(reader, signal.SIGSTOP)
+        codes = ranks.wait(60)
+        assert codes == [-signal.SIGKILL] * 2, ranks.output()
+    (failed,) = (event for event in events(run_dir) if event["event"] == "rank_failed")
+    assert (failed["rank"], failed["cause"], failed["behind"]) == (1, "hang", [1])
+    assert "phase data" in failed["reason"]
+    (stacks,) = (run_dir / "stacks").glob("attempt-*/rank-00001.txt")
+    assert "loader.py" in stacks.read_text()  # where it waits
+
+
+@pytest.mark.integration
 def test_row_16_an_unreachable_wandb_does_not_stop_training(corpus: TinyCorpus, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = run_arguments(
