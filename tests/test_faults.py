@@ -393,9 +393,25 @@ def test_row_15_a_trainer_out_of_memory_is_named(corpus: TinyCorpus, tmp_path: P
         timeout=120,
     )
     assert result.returncode == 1, result.stderr
-    assert re.search(r"out of memory|allocate memory|MemoryError", result.stderr.splitlines()[-1]), (
-        result.stderr
-    )
+    (failed,) = (event for event in events(tmp_path / "run") if event["event"] == "rank_failed")
+    assert failed["cause"] == "oom", result.stderr
+    assert re.search(r"watchdog: rank 0.*: oom: .*allocate memory", result.stderr)
+
+
+@pytest.mark.integration
+def test_row_15_a_trainer_that_the_kernel_kills_for_memory_is_named(
+    corpus: TinyCorpus, tmp_path: Path, memory_limit: Callable[[int, int], Path]
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = run_arguments(corpus, run_dir, "total_steps=5000", "checkpoint.every_steps=5000")
+    with Ranks(2, TRAIN, *arguments, log_dir=tmp_path / "logs") as ranks:
+        wait_for(lambda: steps_done(run_dir) >= 2, ranks)
+        told = memory_limit(ranks.processes[1].pid, 1 << 16)
+        codes = ranks.wait(60)
+    assert "oom_kill 1\n" in told.read_text()
+    assert codes == [-signal.SIGKILL] * 2, ranks.output()
+    (failed,) = (event for event in events(run_dir) if event["event"] == "rank_failed")
+    assert (failed["rank"], failed["cause"]) == (1, "oom")
 
 
 @pytest.mark.integration
