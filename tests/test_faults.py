@@ -58,9 +58,9 @@ class SaveWorker:
             text=True,
         )
 
-    def save(self, run_dir: Path, step: int, *strace: str) -> int:
+    def save(self, run_dir: Path, step: int, *strace: str, keep_last: int = 9) -> int:
         """Exit code of a save, or minus the signal that ended it. `strace`: options to trace it with."""
-        self.process.stdin.write(f"{run_dir} {step} {int(bool(strace))}\n")
+        self.process.stdin.write(f"{run_dir} {step} {keep_last} {int(bool(strace))}\n")
         self.process.stdin.flush()
         tracer = None
         pid = self.process.stdout.readline().split()[1]
@@ -154,6 +154,34 @@ def test_row_11_sigkill_at_every_kth_write_fsync_rename(
     published = next(i for i, call in enumerate(calls) if call.name.startswith("rename")) + 1
     assert found == [1] * published + [2] * (len(calls) - published)
     assert published < len(calls)  # the folder is synced after the rename
+
+
+def test_row_11_sigkill_at_every_kth_deletion_of_an_old_checkpoint(
+    worker: SaveWorker, tmp_path: Path
+) -> None:
+    before, log = tmp_path / "before", tmp_path / "log"
+    assert worker.save(before, 1) == 0
+    undisturbed = Path(shutil.copytree(before, tmp_path / "undisturbed"))
+    assert worker.save(undisturbed, 2, "-y", "-e", f"trace={CHANGES}", "-o", str(log), keep_last=1) == 0
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(undisturbed)] == [2]
+    deletions = [
+        c
+        for c in traced_calls(log)
+        if c.name in ("unlink", "unlinkat", "rmdir") and "step-00000001" in c.path
+    ]
+    assert len(deletions) == 4  # COMPLETE, tensors, state.json, the folder
+    old_is_whole = []
+    for number, call in enumerate(deletions):
+        run_dir = Path(shutil.copytree(before, tmp_path / str(number)))
+        inject = f"inject={call.name}:signal=SIGKILL:when={call.nth}"
+        trace = ["-e", f"trace={CHANGES}", "-e", inject, "-o", os.devnull]
+        assert worker.save(run_dir, 2, *trace, keep_last=1) == -signal.SIGKILL
+        assert_usable(run_dir, 2)
+        old_is_whole.append(checkpoint.verify(checkpoint.checkpoint_path(run_dir, 1)) is None)
+        assert worker.save(run_dir, 3, keep_last=1) == 0
+        assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(run_dir)] == [3]
+        assert_usable(run_dir, 3)
+    assert old_is_whole == [True, False, False, False]  # it ceases to be one at once
 
 
 def unsynced(calls: list[Call], run_dir: Path, step: int) -> list[str]:
