@@ -25,6 +25,7 @@ TICK_S = 0.5
 DUMP_S = 3.0  # the stacks of a rank are there within so many seconds, or never
 MAX_LINE_BYTES = 1 << 16
 LAUNCHERS = (b"deepspeed", b"torchrun", b"torch.distributed")
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory|MemoryError", re.IGNORECASE)
 WAITING = re.compile(r'File "[^"]*(torch/distributed/|deepspeed/comm/)')
 
 
@@ -227,7 +228,7 @@ class Watcher:
             self._report({"rank": self.rank, "bye": True})
         else:
             words = heartbeat.read(self.progress).last_words
-            oom = _oom_kills() > self.oom_kills or "out of memory" in words.lower()
+            oom = _oom_kills() > self.oom_kills or OUT_OF_MEMORY.search(words) is not None
             cause = "oom" if oom else "error" if words else "killed"
             reason = words or (
                 "it was killed when the kernel ran out of memory" if oom else "it was killed by a signal"

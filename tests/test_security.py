@@ -560,6 +560,54 @@ def test_a_link_out_of_the_corpus_is_refused(folder: Path, suffix: str) -> None:
     )
 
 
+# ---- hostile checkpoints, whose hashes all fit -----------------------------------------------------------------------
+
+
+def forge_state(run_dir: Path, content: str | Callable[[dict[str, Any]], Any]) -> None:
+    """Change state.json and make COMPLETE fit it."""
+    path = checkpoint.checkpoint_path(run_dir, 3) / "state.json"
+    if not isinstance(content, str):
+        state = json.loads(path.read_text())
+        content(state)
+        content = json.dumps(state)
+    path.write_text(content)
+    complete = path.with_name("COMPLETE")
+    listing = json.loads(complete.read_text())
+    listing["files"]["state.json"] = {"bytes": path.stat().st_size, "xxh3_128": checkpoint.hash_file(path)}
+    complete.write_text(json.dumps(listing))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lambda state: state["tensors"].update(x=[1 << 40]), "speaks of weights of 4,398,0"),
+        (lambda state: state["tensors"].update(x=[1 << 20, 1 << 20, 1 << 20]), "speaks of weights of"),
+        (lambda state: state["tensors"].update(x=[-5]), "speaks of weights of"),
+        (lambda state: state["tensors"].update(x=[0.5]), "speaks of weights of"),
+        (lambda state: state["tensors"].update(x="abc"), "is no state of a run"),
+        (lambda state: state.pop("tensors"), "is no state of a run"),
+        ("[" * 100_000, "is no state of a run"),
+        ("{", "is no state of a run"),
+        (" " * (checkpoint.MAX_JSON_BYTES + 1), "is no state of a run .* bytes, more than"),
+    ],
+)
+def test_a_state_that_claims_what_cannot_be_is_refused(tmp_path: Path, content: Any, words: str) -> None:
+    make_run(tmp_path)
+    forge_state(tmp_path, lambda state: None)
+    trained.load_trained(tmp_path)  # an honest forgery is read
+    forge_state(tmp_path, content)
+    with pytest.raises(checkpoint.CheckpointError, match=rf"state\.json {words}"):
+        trained.load_trained(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, " " * (checkpoint.MAX_JSON_BYTES + 1)])
+def test_a_list_of_files_that_is_none_is_passed_over(tmp_path: Path, content: str) -> None:
+    make_run(tmp_path)
+    (checkpoint.checkpoint_path(tmp_path, 3) / "COMPLETE").write_text(content)
+    (reason,) = checkpoint.find_latest(tmp_path).passed_over
+    assert "COMPLETE cannot be read" in reason
+
+
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
 
