@@ -7,16 +7,20 @@ MASTER_ADDR and MASTER_PORT; without them the process is a world of its own.
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import ipaddress
 import os
+import socket
+import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from pretrain.config import ConfigError, launched_rank, launched_world_size
+from pretrain.config import ConfigError, RunError, launched_rank, launched_world_size
 
 T = TypeVar("T")
 
@@ -29,6 +33,8 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """Process group of `gather_objects` and of checkpoints; None: the one that all else uses."""
 
     @property
     def is_main(self) -> bool:
@@ -37,7 +43,10 @@ class World:
 
 
 def init_world(timeout_s: int) -> World:
-    """Join the process group of the run. Collectives fail after `timeout_s` without progress."""
+    """Join the process group of the run. Collectives fail after `timeout_s` without progress.
+
+    Raises ConfigError, and RunError, where the ranks cannot meet at MASTER_ADDR:MASTER_PORT.
+    """
     rank, size = launched_rank(), launched_world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -55,8 +64,76 @@ def init_world(timeout_s: int) -> World:
             os.environ[name] = str(value)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout)
+        store = _store(rank, size, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
+
+
+def _local_ranks() -> int | None:
+    """Ranks on this host, where the launcher says."""
+    given = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
+    return int(given) if given else None
+
+
+def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """Where the ranks meet: MASTER_ADDR:MASTER_PORT, listening there alone; torch's own store listens everywhere.
+
+    Nothing of torch.distributed asks who connects, so no socket may be reachable from outside: loopback on one
+    host, else the interface of MASTER_ADDR. GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, where set, stay as they are.
+    """
+    one_host = _local_ranks() == size
+    host = "127.0.0.1" if one_host else os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise RunError(f"MASTER_ADDR={host} is not known to this host ({error.strerror})") from error
+    interface = "lo" if one_host else _interface_towards(family, address)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+    if rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun listens itself
+        return dist.TCPStore(host, port, size, is_master=False, timeout=timeout)
+    if (
+        host != address[0]
+        and ipaddress.ip_address(address[0]).is_loopback
+        and _local_ranks() not in (None, size)
+    ):
+        raise ConfigError(
+            f"MASTER_ADDR={host} is {address[0]} on its own host, where other hosts cannot reach it; give an "
+            "address that they can, or correct /etc/hosts"
+        )
+    listener = socket.socket(family, kind)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(socket.SOMAXCONN)
+    except OSError as error:
+        raise RunError(
+            f"rank 0 cannot listen on {address[0]} port {port} ({error.strerror}); MASTER_ADDR must be an address "
+            "of its host and MASTER_PORT a free port"
+        ) from error
+    return dist.TCPStore(
+        host, port, size, is_master=True, timeout=timeout, master_listen_fd=listener.detach()
+    )
+
+
+def _interface_towards(family: int, address: tuple[Any, ...]) -> str | None:
+    """The network interface from which this host reaches an address; None where its name cannot be told."""
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # a UDP socket sends nothing when it connects
+        try:
+            probe.connect(address)
+        except OSError:
+            return None
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex() if family == socket.AF_INET else []:
+            try:
+                found = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
+            except OSError:  # an interface without an address
+                continue
+            if socket.inet_ntoa(found[20:24]) == own:
+                return name
+    return None
 
 
 def _tune_cpu() -> None:
@@ -65,8 +142,7 @@ def _tune_cpu() -> None:
     By default glibc maps and unmaps every large tensor, and page faults take part of each step.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (_local_ranks() or 1)))
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping per allocation
@@ -88,13 +164,52 @@ def sum_over_ranks(values: list[float], world: World) -> list[float]:
     return tensor.tolist()
 
 
+class Vote:
+    """Whether any rank says yes, found out while all go on: each answer is of the time of the question before.
+
+    All ranks ask at the same places. With a process group of its own on the host, so it waits for no device.
+    """
+
+    def __init__(self, mine: Callable[[], bool], world: World) -> None:
+        self._mine, self._world = mine, world
+        self._group = with_own_group(world).group
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+
+    def last(self) -> bool:
+        """Whether any rank would have said yes when this was asked the last time."""
+        if self._world.size == 1:
+            return self._mine()
+        answer = self._collect()
+        votes = torch.tensor([int(self._mine())])
+        self._pending = (dist.all_reduce(votes, group=self._group, async_op=True), votes)
+        return answer
+
+    def now(self) -> bool:
+        """Whether any rank says yes."""
+        self.last()
+        return self._collect() if self._world.size > 1 else self._mine()
+
+    def _collect(self) -> bool:
+        if self._pending is None:
+            return False
+        work, votes = self._pending
+        self._pending = None
+        work.wait()
+        return int(votes) > 0
+
+
 def gather_objects(value: Any, world: World) -> list[Any]:
     """Every rank's small JSON-like value, in rank order, on every rank."""
     if world.size == 1:
         return [value]
     gathered: list[Any] = [None] * world.size
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=world.group)
     return gathered
+
+
+def with_own_group(world: World) -> World:
+    """The same ranks with a process group of their own, for a thread that works beside training. All ranks together."""
+    return replace(world, group=dist.new_group(backend="gloo"))
 
 
 def on_main(action: Callable[[], T], world: World) -> T:

@@ -10,10 +10,11 @@ import ctypes
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from multiprocessing import resource_tracker
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain.config import ConfigError, DataConfig, RunError, SourceConfig
-from pretrain.order import Ints, Location, Order, OrderState, SourceSize, choose_lanes, rank_samples
+from pretrain.order import (
+    Ints,
+    Location,
+    Order,
+    OrderState,
+    SourceSize,
+    choose_lanes,
+    rank_samples,
+    step_start,
+)
 from pretrain.shards import Corpus, CorruptShardError
 
 IGNORED_LABEL = -100
@@ -144,6 +154,7 @@ class TrainLoader:
         if state is not None:
             state.check_compatible(self.state)
             self.state.consumed_samples = state.consumed_samples
+            self.state.passed_over = state.passed_over
         self.order = Order(
             sizes,
             self.state.stages,
@@ -171,10 +182,10 @@ class TrainLoader:
         The iterator owns its worker processes, which end with it; call again to start elsewhere. Raises
         CorruptShardError, and RunError where a worker process died.
         """
-        starts = self._plan.step_starts(first_step_sample)
-        loader = _data_loader(self._dataset, self._plan.micro_batches(starts), self._data)
+        starts = partial(self._plan.step_starts, first_step_sample, list(self.state.passed_over))
+        loader = _data_loader(self._dataset, self._plan.micro_batches(starts()), self._data)
         micro_batches = _start_workers(loader) if self._data.loader_workers else iter(loader)
-        for _ in starts:
+        for _ in starts():
             yield [_receive(micro_batches) for _ in range(self.grad_accum_steps)]
 
 
@@ -215,11 +226,15 @@ class _Plan(NamedTuple):
     rank: int
     world_size: int
 
-    def step_starts(self, first_sample: int) -> range:
-        """The first sample of each whole step."""
-        return range(first_sample, self.total_samples - self.per_step + 1, self.per_step)
+    def step_starts(self, first_sample: int, passed_over: list[list[int]]) -> Iterator[int]:
+        """The first sample of each whole step; as many are added at the end as were passed over."""
+        end = self.total_samples + sum(stop - start for start, stop in passed_over)
+        start = step_start(first_sample, self.per_step, passed_over)
+        while start + self.per_step <= end:
+            yield start
+            start = step_start(start + self.per_step, self.per_step, passed_over)
 
-    def micro_batches(self, step_starts: range) -> Iterator[Ints]:
+    def micro_batches(self, step_starts: Iterator[int]) -> Iterator[Ints]:
         for start in step_starts:
             mine = rank_samples(
                 start, self.per_step, lanes=self.lanes, rank=self.rank, world_size=self.world_size
@@ -273,9 +288,36 @@ def _start_workers(loader: DataLoader) -> Iterator[Any]:
     resource_tracker.ensure_running()  # by itself it would start now, and unblock two of them again
     allowed = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
-        return iter(loader)
+        batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
+    # torch raises a dead worker's RuntimeError in whatever the trainer is just doing, most likely in a forward pass.
+    handler = signal.getsignal(signal.SIGCHLD)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if callable(handler) and not isinstance(handler, _DeadWorkerHandler) and in_main_thread:
+        signal.signal(signal.SIGCHLD, _DeadWorkerHandler(handler))
+    return batches
+
+
+class _DeadWorkerHandler:
+    """torch's handler of SIGCHLD, but what it raises is a sentence."""
+
+    def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
+        self._handler = handler
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        try:
+            self._handler(number, frame)
+        except RuntimeError as error:
+            raise _dead_worker(error) from error
+
+
+def _dead_worker(error: RuntimeError) -> RunError:
+    reason = str(error).splitlines()[0].rstrip(" .")
+    return RunError(
+        f"a process that reads training data died ({reason}): killed from outside, or out of memory; "
+        "start again to go on from the last checkpoint"
+    )
 
 
 def _start_worker(trainer_pid: int, _: int) -> None:
@@ -300,11 +342,7 @@ def _receive(micro_batches: Iterator[Any]) -> Batch:
         item = next(micro_batches)
     except RuntimeError as error:
         if "DataLoader worker (pid" in str(error):
-            reason = str(error).splitlines()[0]
-            raise RunError(
-                f"a process that reads training data died ({reason}): killed from outside, or out of memory; "
-                "start again to go on from the last checkpoint"
-            ) from error
+            raise _dead_worker(error) from error
         raise
     if isinstance(item, Exception):
         try:
