@@ -123,9 +123,9 @@ def at_least(value: float, limit: float, what: str, unit: str) -> dict[str, Any]
 
 def check_memory(job: Preflight) -> dict[str, Any]:
     """Memory that a new process could get."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    return at_least(available * 1024 / GIB, job.min_memory_gib, "available memory", "GiB")
+    available = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text("ascii"), re.M)
+    assert available is not None
+    return at_least(int(available[1]) * 1024 / GIB, job.min_memory_gib, "available memory", "GiB")
 
 
 def check_space(folder: Path, limit_gib: float) -> dict[str, Any]:
@@ -392,9 +392,7 @@ def judge(job: Preflight) -> int:
     """Say what is wrong; the exit code as the module's docstring has it."""
     names, here = job.nodes.split(), job.reports
     here.mkdir(parents=True, exist_ok=True)  # where no node came so far
-    folders = sorted(
-        (p for p in here.parent.iterdir() if p.is_dir() and p != here), key=lambda p: p.stat().st_mtime
-    )
+    folders = sorted((p for p in here.parent.iterdir() if p != here), key=lambda p: p.stat().st_mtime)
     starts = [
         {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
         for folder in [*folders, here]
