@@ -13,6 +13,7 @@ pretrain/config.py.
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import struct
@@ -122,9 +123,9 @@ def at_least(value: float, limit: float, what: str, unit: str) -> dict[str, Any]
 
 def check_memory(job: Preflight) -> dict[str, Any]:
     """Memory that a new process could get."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    return at_least(available * 1024 / GIB, job.min_memory_gib, "available memory", "GiB")
+    available = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text("ascii"), re.M)
+    assert available is not None
+    return at_least(int(available[1]) * 1024 / GIB, job.min_memory_gib, "available memory", "GiB")
 
 
 def check_space(folder: Path, limit_gib: float) -> dict[str, Any]:
@@ -300,7 +301,7 @@ def check_links(job: Preflight, report: Report, meeting: Meeting, listener: sock
 
 
 def check_collective(job: Preflight, meeting: Meeting) -> dict[str, Any]:
-    """Sums over all nodes with gloo, and with NCCL where there are GPUs; every element must be right."""
+    """Sums over all nodes with gloo, and NCCL where there are GPUs; every element must be right."""
     import torch
     import torch.distributed as dist
 
@@ -350,12 +351,16 @@ def check_together(job: Preflight, report: Report, rank: int, names: list[str]) 
 # ---- the verdict -----------------------------------------------------------------------------------------------------
 
 
-def unfit_nodes(names: list[str], starts: list[dict[str, Any]]) -> dict[str, str]:
+def unfit_nodes(names: list[str], starts: list[dict[str, Any]], refused: list[str]) -> dict[str, str]:
     """Node -> why the job is to do without it, from the reports of all starts by node, the last being this one's.
+
+    `refused`: nodes on which Slurm could not start a task; it then ended those of the other nodes, too.
 
     A failed link has two ends: the one with more failed links is to blame, earlier starts counted; between equals,
     the later in `names`, so that a guess that was wrong shows at the next start.
     """
+    if refused:
+        return dict.fromkeys(refused, "Slurm could start no task there")
     now = starts[-1]
     unfit: dict[str, str] = {}
     for name in names:
@@ -387,45 +392,40 @@ def judge(job: Preflight) -> int:
     """Say what is wrong; the exit code as the module's docstring has it."""
     names, here = job.nodes.split(), job.reports
     here.mkdir(parents=True, exist_ok=True)  # where no node came so far
-    folders = sorted(
-        (p for p in here.parent.iterdir() if p.is_dir() and p != here), key=lambda p: p.stat().st_mtime
-    )
+    folders = sorted((p for p in here.parent.iterdir() if p != here), key=lambda p: p.stat().st_mtime)
     starts = [
         {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
         for folder in [*folders, here]
     ]
-    unfit = unfit_nodes(names, starts)
+    log = here / "srun.log"
+    refused = re.findall(r"failed on node (\S+): ", log.read_text(errors="replace")) if log.exists() else []
+    unfit = unfit_nodes(names, starts, refused)
     for name, reason in unfit.items():
         print(f"preflight: {name} is not fit: {reason}", file=sys.stderr)
     if unfit and (len(unfit) < len(names) or len(names) == 1):
         print(" ".join(unfit))
         return NAMED
-    collective = {
-        name: check["reason"]
-        for name, report in starts[-1].items()
-        if not (check := report["checks"].get("collective", {"ok": True}))["ok"]
-    }
-    for name, reason in collective.items():
+    sums = {name: report["checks"].get("collective", {"ok": True}) for name, report in starts[-1].items()}
+    failed = {name: check["reason"] for name, check in sums.items() if not check["ok"]}
+    for name, reason in failed.items():
         print(f"preflight: the collective failed on {name}: {reason}", file=sys.stderr)
     if unfit:
         print(
             "preflight: no node is fit, so the limits or the network are wrong, not the nodes",
             file=sys.stderr,
         )
-    if not unfit and not collective:
+    if not unfit and not failed:
         print(f"preflight: {len(names)} nodes are fit ({_figures(starts[-1])})", file=sys.stderr)
-    return 1 if unfit or collective else 0
+    return 1 if unfit or failed else 0
 
 
 def _figures(reports: dict[str, Any]) -> str:
     """What was measured, for the log."""
-    writes = [report["checks"]["write"]["value"] for report in reports.values()]
-    text = f"writing {min(writes)} to {max(writes)} MiB/s"
-    links = [report["checks"].get("links", {}) for report in reports.values()]
-    rates = [link["mib_per_second"] for link in links if "mib_per_second" in link]
-    if rates:
-        apart_s = max(abs(link["clock_ahead_s"]) for link in links)
-        text += f", network {min(rates)} to {max(rates)} MiB/s, clocks within {apart_s} s"
+    text = f"writing at least {min(report['checks']['write']['value'] for report in reports.values())} MiB/s"
+    links = [report["checks"]["links"] for report in reports.values() if "links" in report["checks"]]
+    if links:
+        text += f", network at least {min(link['mib_per_second'] for link in links)} MiB/s"
+        text += f", clocks within {max(abs(link['clock_ahead_s']) for link in links)} s"
     return text
 
 
@@ -442,7 +442,6 @@ def preflight(job: Preflight) -> int:
     if len(names) > 1:
         check_together(job, report, names.index(name), names)
     report.write(running=None)
-    sys.stdout.flush()
     os._exit(0)  # whatever thread still hangs
 
 

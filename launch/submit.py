@@ -48,6 +48,10 @@ DIRECTIVES = """\
 #SBATCH --export=ALL
 """
 
+RECHECK = """\
+    # A node that died looks like a command that cannot be started, long before Slurm gives the node up.
+    if [ -n "$asked" ] || preflight "$start-after"; then end_chain; fi"""
+
 
 def submit(config: SubmitConfig) -> None:
     """Check, freeze, write and submit; with `dry_run` only check and print."""
@@ -110,6 +114,7 @@ def batch_script(config: SubmitConfig, overrides: list[str], folder: Path) -> st
         "CPUS_PER_NODE": str(ranks * cluster.cpus_per_rank),
         "GRACE_S": str(cluster.stop_before_end_s),
         "PREFLIGHT": PREFLIGHT.read_text(encoding="utf-8").rstrip() if checks.enabled else "",
+        "RECHECK": RECHECK if checks.enabled else "    end_chain",
         "CHECKS": _words(_checks(config, folder)),
         "WAIT_S": str(4 * checks.check_timeout_s),
         "PREFLIGHT_MINUTES": str(-(-10 * checks.check_timeout_s // 60)),

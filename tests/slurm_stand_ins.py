@@ -10,10 +10,10 @@ STAND_INS = {
     "sbatch": 'echo "$@" >>"$SLURM_LOG/sbatch"; n=$(wc -l <"$SLURM_LOG/sbatch")\n'
     'if [ -n "${SBATCH_FAILS:-}" ]; then echo "sbatch: error: $SBATCH_FAILS" >&2; exit 1; fi\n'
     'echo "$((4241 + n));cluster"',
-    # One process per node; the first that fails takes the others with it.
+    # One process per node; the highest exit code.
     "srun": 'echo "$@" >>"$SLURM_LOG/srun"; nodes=${1#--nodes=}; pids=(); while [[ $1 == --* ]]; do shift; done\n'
-    'for ((i = 0; i < nodes; i++)); do SLURM_NODEID=$i "$@" & pids+=($!); done\n'
-    'for pid in "${pids[@]}"; do wait -n; c=$?; [ "$c" -eq 0 ] || { kill -9 "${pids[@]}"; exit "$c"; }; done',
+    'for ((i = 0; i < nodes; i++)); do SLURM_NODEID=$i "$@" & pids+=($!); done; worst=0\n'
+    'for pid in "${pids[@]}"; do wait "$pid"; c=$?; [ "$c" -le "$worst" ] || worst=$c; done; exit "$worst"',
     "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; echo 127.0.0.2; else echo "$@" >>"$SLURM_LOG/scontrol"; fi',
     "sinfo": 'echo "${DOWN_NODES:-}"',
     "scancel": 'echo scancel "$@" >>"$SLURM_LOG/scontrol"',

@@ -55,29 +55,44 @@ def test_a_node_that_fails_alone_is_named_with_the_reason(module: ModuleType) ->
     broken = {"checks": {"write": {"ok": False, "reason": "too slow"}}, "links": {}, "running": None}
     hung = {"checks": {}, "links": {}, "running": "gpus"}
     # The others could not reach it: not their fault, nor the fault of their links to each other.
-    found = module.unfit_nodes(["a", "b", "c", "d"], [{"a": fit(b="no connection"), "b": broken, "c": hung}])
+    found = module.unfit_nodes(
+        ["a", "b", "c", "d"], [{"a": fit(b="no connection"), "b": broken, "c": hung}], []
+    )
     assert found == {"b": "write: too slow", "c": "died or hung while checking gpus", "d": "no report"}
 
 
 def test_the_node_with_more_failed_links_is_to_blame(module: ModuleType) -> None:
     ring = {"a": fit(b="slow"), "b": fit(c="slow"), "c": fit(), "d": fit()}
-    assert module.unfit_nodes(list("abcd"), [ring]) == {"b": "a to b: slow; b to c: slow"}
+    assert module.unfit_nodes(list("abcd"), [ring], []) == {"b": "a to b: slow; b to c: slow"}
     two_bad = {"a": fit(b="slow"), "b": fit(), "c": fit(d="slow"), "d": fit(e="slow"), "e": fit()}
-    assert set(module.unfit_nodes(list("abcde"), [two_bad])) == {"d", "b"}
+    assert set(module.unfit_nodes(list("abcde"), [two_bad], [])) == {"d", "b"}
 
 
 def test_a_wrong_guess_between_two_shows_at_the_next_start(module: ModuleType) -> None:
     first = {"a": fit(b="slow"), "b": fit()}
-    assert set(module.unfit_nodes(["a", "b"], [first])) == {"b"}
+    assert set(module.unfit_nodes(["a", "b"], [first], [])) == {"b"}
     second = {"a": fit(c="slow"), "c": fit()}
-    assert set(module.unfit_nodes(["a", "c"], [first, second])) == {"a"}
+    assert set(module.unfit_nodes(["a", "c"], [first, second], [])) == {"a"}
+
+
+def test_a_node_where_no_task_can_be_started(
+    module: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Slurm ends the tasks of the other nodes then: what they had reported by that time is no fault of theirs."""
+    job = a_job(module, tmp_path, nodes="n1 n2 n3", judge=True)
+    job.reports.mkdir(parents=True)
+    (job.reports / "n1.json").write_text(json.dumps({**fit(), "running": "write"}))
+    said = "srun: error: Task launch for StepId=1.0 failed on node n2: Communication connection failure\n"
+    (job.reports / "srun.log").write_text(said + "srun: error: Application launch failed\n")
+    assert module.judge(job) == 10
+    assert capsys.readouterr().out == "n2\n"
 
 
 def test_fit_nodes_and_a_failed_collective_name_nobody(module: ModuleType) -> None:
-    assert module.unfit_nodes(["a", "b"], [{"a": fit(), "b": fit()}]) == {}
+    assert module.unfit_nodes(["a", "b"], [{"a": fit(), "b": fit()}], []) == {}
     failed = fit()
     failed["checks"]["collective"] = {"ok": False, "reason": "an all_reduce by gloo gave a wrong sum"}
-    assert module.unfit_nodes(["a", "b"], [{"a": failed, "b": fit()}]) == {}
+    assert module.unfit_nodes(["a", "b"], [{"a": failed, "b": fit()}], []) == {}
 
 
 @pytest.mark.parametrize(
@@ -228,9 +243,8 @@ def outcome(module: ModuleType, tmp_path: Path, nodes: list[subprocess.Popen[str
         output, _ = node.communicate(timeout=240)
         assert node.returncode == 0, output
     folder = tmp_path / "preflight" / "1-0"
-    return module.unfit_nodes(
-        ["n1", "n2"], [{p.stem: json.loads(p.read_text()) for p in folder.glob("*.json")}]
-    )
+    reports = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    return module.unfit_nodes(["n1", "n2"], [reports], [])
 
 
 @pytest.mark.integration

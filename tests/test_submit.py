@@ -512,7 +512,7 @@ def test_ranks_of_two_nodes_stop_when_slurm_asks(
     assert process.returncode == 75, output
     assert requests(slurm) == ["requeue 4242"]
     assert (
-        "--kill-on-bad-exit=1 --wait=60 bash -c run_node" in (Path(slurm["SLURM_LOG"]) / "srun").read_text()
+        "--kill-on-bad-exit=0 --wait=60 bash -c run_node" in (Path(slurm["SLURM_LOG"]) / "srun").read_text()
     )
     probes = [json.loads((run_dir / f"probe-{rank}.json").read_text()) for rank in range(4)]
     words = train_command((folder / "train.sbatch").read_text())

@@ -162,7 +162,9 @@ class Host:
             if head._has_port(port):  # of a boot before, perhaps still going away
                 head._ip(f"link delete {port}", check=False)
                 wait_until(lambda: not head._has_port(port), f"{port} is free", 20)
-            head._ip(f"link add {port} type veth peer name eth0 netns {self._init}")
+            # The same hardware address after every boot, as peers remember it.
+            card = f"address 02:00:00:00:77:{self._number:02x}"
+            head._ip(f"link add {port} type veth peer name eth0 {card} netns {self._init}")
             head._ip(f"link set {port} master eth0 up")
         self._ip(f"address add {self.address}/24 dev eth0")
         self._ip("link set eth0 up")

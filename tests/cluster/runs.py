@@ -29,7 +29,7 @@ ENVIRONMENT = {
 """Of whoever submits or starts a run: the tests' own Python first."""
 SITE = [
     f"cluster.{setting}"
-    for setting in "nodes=2 gpus_per_node=0 ranks_per_node=1 cpus_per_rank=1 network_interface=eth0 time_limit=0:10:00 "
+    for setting in "nodes=2 gpus_per_node=0 ranks_per_node=1 cpus_per_rank=1 network_interface=eth0 time_limit=0:30:00 "
     "stop_before_end_s=60 preflight.min_tmpdir_gib=0.1 preflight.min_run_dir_gib=0.5 preflight.min_memory_gib=0.5 "
     "preflight.min_write_mib_per_second=2 preflight.min_network_mib_per_second=20 preflight.check_timeout_s=30".split()
 ]

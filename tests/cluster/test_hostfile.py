@@ -85,7 +85,8 @@ def test_supervised_hostfile_run_survives_a_killed_rank(
     process = run.start(sys.executable, str(ROOT / "launch" / "supervise.py"), "--")
     run.wait_steps(SAVE_EVERY_STEPS + 1)
     killed = time.monotonic()
-    cluster.nodes[victim].run("bash", "-c", "kill -9 $(pgrep -o -f 'python -u .*launch/train.py')")
+    rank = f"^{sys.executable} -u {ROOT}/launch/train.py"
+    cluster.nodes[victim].run("bash", "-c", f"kill -9 $(pgrep -o -f '{rank}')")
     seconds = wait_until(lambda: len(events(run.run_dir, "resumed")) == 1, "resumed", 120)
     assert process.wait(120) == 0, run.log()
     assert_equals_undisturbed(run.run_dir, straight)
