@@ -294,12 +294,12 @@ class Watch:
 
 
 class Tail:
-    """The records that are added to a file of JSON lines from now on."""
+    """The records that are added to a file of JSON lines, from now on or from its beginning."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, from_start: bool = False) -> None:
         self._path = path
         # From the last whole line: a torn one is cut off by the next writer.
-        self._offset = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+        self._offset = path.read_bytes().rfind(b"\n") + 1 if path.exists() and not from_start else 0
 
     def read(self) -> list[dict[str, Any]]:
         """The whole lines since the last call; one that is no JSON is left out."""
