@@ -12,20 +12,43 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pretrain.config import TrainConfig, launched_world_size, run_command
+from pretrain.resilience import listen_for_signals
+
+listen_for_signals()  # at once: whatever comes from now on is heeded when the state can be saved
+
+from pretrain.config import ConfigError, TrainConfig, launched_world_size, run_command
+from pretrain.heartbeat import mark
+from pretrain.watchdog import Watchdog
 
 
 def main(config: TrainConfig) -> int:
     """Check everything that needs no process group, then train."""
     from pretrain.inputs import resolve_inputs
 
-    config = resolve_inputs(config, launched_world_size())
+    watchdog = Watchdog(config.run_dir, config.watchdog)
+    try:
+        config = resolve_inputs(config, launched_world_size())
+        code = _train(config, watchdog)
+    except ConfigError:  # alike on all ranks
+        watchdog.close()
+        raise
+    except BaseException as error:
+        mark("failed", last_words=f"{type(error).__name__}: {' '.join(str(error).split())}")
+        raise
+    watchdog.close()
+    return code
 
-    from pretrain.distributed import init_world, shutdown_world
+
+def _train(config: TrainConfig, watchdog: Watchdog) -> int:
+    mark("import")
+    from pretrain.distributed import gather_objects, init_world, shutdown_world
     from pretrain.trainer import train
 
+    mark("rendezvous")
     world = init_world(config.engine.timeout_s)
-    code = train(config, world)
+    watchdog.join(gather_objects(watchdog.address, world)[0])
+    code = train(config, world, watchdog)
+    mark("leave")
     shutdown_world()
     return code
 

@@ -7,8 +7,11 @@
 - `state.json`: step, tokens, sample order, config, shapes, versions;
 - `COMPLETE`: size and xxh3-128 of every file, written last.
 
-The folder is written under a temporary name, synced, then renamed: it is complete or it does not exist. Nothing in it
-is parsed before its hash matches, and nothing in it is a pickle.
+The folder is written under a temporary name, synced, then renamed: it is complete or it does not exist. On an object
+store, which has no rename, the files are uploaded and `COMPLETE` after all others. Nothing in it is parsed before its
+hash matches, and nothing in it is a pickle.
+
+Functions take the root of a run's checkpoints: the run folder itself, or what `checkpoint.target` names (`root_of`).
 """
 
 from __future__ import annotations
@@ -17,21 +20,25 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from upath import UPath
 
-from pretrain.config import CheckpointConfig, ConfigError, RunError, TrainConfig, validate
+from pretrain.config import ConfigError, RunError, TrainConfig, validate
 from pretrain.distributed import Partition, World, gather_objects, share
 from pretrain.manifest import sync_folder
 
@@ -39,6 +46,10 @@ FORMAT_VERSION = 1
 COMPLETE = "COMPLETE"
 STATE = "state.json"
 READ_BYTES = 16 << 20
+MAX_JSON_BYTES = 256 << 20
+"""COMPLETE and state.json are refused above this; those of a 70B model on 4,096 ranks have about 1 MB."""
+FILE_BYTES = 1 << 30
+"""Tensors of a rank are put into files of about this size: safetensors builds each in memory."""
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 T = TypeVar("T")
 
@@ -56,14 +67,29 @@ class Found:
     """One sentence per checkpoint that was refused, newest first."""
 
 
-def checkpoint_path(run_dir: Path, step: int) -> Path:
+def root_of(run_dir: str | Path, target: str | None) -> Path:
+    """Where a run keeps its checkpoints: `checkpoint.target`, a folder or any fsspec URL, else the run folder.
+
+    Raises ConfigError where the URL's kind is unknown or the package for it is not installed.
+    """
+    if target is None:
+        return Path(run_dir)
+    try:
+        root = UPath(target)
+        _ = root.fs
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"checkpoint.target={target} cannot be used: {error}") from error
+    return root  # type: ignore[return-value]
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
     """Folder of the checkpoint after `step`."""
-    return run_dir / "checkpoints" / f"step-{step:08d}"
+    return root / "checkpoints" / f"step-{step:08d}"
 
 
-def list_checkpoints(run_dir: Path) -> list[Path]:
+def list_checkpoints(root: Path) -> list[Path]:
     """Published checkpoint folders, oldest first; not verified."""
-    folder = run_dir / "checkpoints"
+    folder = root / "checkpoints"
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
@@ -74,65 +100,86 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def is_remote(path: Path) -> bool:
+    """Whether a path is on a store without rename and fsync."""
+    return not isinstance(path, os.PathLike)
+
+
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def save(
-    run_dir: Path, step: int, partitions: dict[str, Partition], state: dict[str, Any], world: World
-) -> Path:
-    """Write and publish one checkpoint; all ranks call this together and return when it is durable.
+def save(root: Path, step: int, partitions: dict[str, Partition], state: dict[str, Any], world: World) -> int:
+    """Write and publish one checkpoint; all ranks call this together and return when it is durable. Its bytes.
 
     `partitions` is `Engine.snapshot()`; `state` goes to state.json and is rank 0's. Raises CheckpointError on every
-    rank when any rank failed; then nothing is published and the temporary folder is gone.
+    rank when any rank failed; then nothing is published and nothing temporary is left.
     """
-    final = checkpoint_path(run_dir, step)
-    temporary = final.with_name(f".{final.name}.tmp")
-    try:
-        _together(world, lambda: _empty_folder(temporary) if world.is_main else None)
-        _write_tensors(temporary, partitions, world)
-        hashes = _together(world, lambda: _sync_and_hash(temporary, _own_files(temporary, world)))
+    final = checkpoint_path(root, step)
+    with _workplace(final, world) as folder:
+        _write_tensors(folder, partitions, world)
+        hashes = _together(world, lambda: _finish_files(_own_files(folder, world), final))
         files = {name: entry for one in hashes for name, entry in one.items()}
-        _together(world, lambda: _publish(temporary, final, files, state) if world.is_main else None)
-    except CheckpointError:
-        if world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
+        _together(world, lambda: _publish(folder, final, files, state) if world.is_main else None)
+    return sum(entry["bytes"] for entry in files.values())
 
 
-def retain(run_dir: Path, policy: CheckpointConfig, world: World) -> list[Path]:
-    """Delete what the policy does not keep, once the newest checkpoint has been read back and verified."""
-    paths = list_checkpoints(run_dir)
-    surplus = [
-        path
-        for path in paths[: -policy.keep_last]
-        if not policy.keep_every_steps or step_of(path) % policy.keep_every_steps
-    ]
-    if not surplus or verify(paths[-1], world) is not None:
-        return []
-    if world.is_main:
-        for path in surplus:
-            # Without COMPLETE the folder is no checkpoint, so a deletion that is cut short leaves nothing half valid.
-            (path / COMPLETE).unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
-    return surplus
+@contextmanager
+def _workplace(final: Path, world: World) -> Iterator[Path]:
+    """The folder in which a checkpoint is written: shared, beside its final place; private where that is remote."""
+    if is_remote(final):
+        folder = Path(tempfile.mkdtemp(prefix="pretrain-checkpoint-"))
+        mine = True
+        _together(
+            world, lambda: remove(final) if world.is_main else None
+        )  # one that was refused or is half there
+    else:
+        folder = final.with_name(f".{final.name}.tmp")
+        mine = world.is_main
+        _together(world, lambda: _empty_folder(folder) if world.is_main else None)
+    try:
+        yield folder
+    finally:
+        if mine:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint. Without COMPLETE it is none, so a deletion that is cut short leaves nothing half valid."""
+    (path / COMPLETE).unlink(missing_ok=True)
+    if not is_remote(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        path.fs.rm(path.path, recursive=True)  # type: ignore[attr-defined]
 
 
 def _write_tensors(folder: Path, partitions: dict[str, Partition], world: World) -> None:
     tensors = _as_dtensors({key: (p.values, p.numel) for key, p in partitions.items()}, world)
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    files = _file_of_each(partitions, world)
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            dcp.save(tensors, storage_writer=writer)
+            dcp.save(tensors, storage_writer=writer, process_group=world.group)
     except CheckpointException as error:  # raised on every rank, with every failed rank's own error inside
         causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
         raise CheckpointError(f"writing {folder.parent} failed: {causes}") from error
 
 
+def _file_of_each(partitions: dict[str, Partition], world: World) -> dict[str, int]:
+    """Key -> number of the file that holds it, from 1; alike on all ranks."""
+    numbers, number, size = {}, 1, 0
+    for key, partition in partitions.items():
+        per_rank = -(-partition.numel // world.size) * 4
+        if size and size + per_rank > FILE_BYTES:
+            number, size = number + 1, 0
+        numbers[key] = number
+        size += per_rank
+    return numbers
+
+
 def _as_dtensors(locals_: dict[str, tuple[torch.Tensor, int]], world: World) -> dict[str, torch.Tensor]:
     """ZeRO-3 cuts a flattened tensor exactly as DTensor's Shard(0) does, so one stands for the other."""
-    mesh = init_device_mesh("cpu", (world.size,))
+    mesh = DeviceMesh.from_group(world.group or dist.distributed_c10d._get_default_group(), "cpu")
     return {
         key: DTensor.from_local(
             values, mesh, [Shard(0)], run_check=False, shape=torch.Size([numel]), stride=(1,)
@@ -150,25 +197,36 @@ def _empty_folder(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _sync_and_hash(folder: Path, paths: list[Path]) -> dict[str, dict[str, Any]]:
+def _finish_files(paths: list[Path], final: Path) -> dict[str, dict[str, Any]]:
+    """Make files durable, or take them to where they belong; name -> size and hash."""
     entries = {}
     for path in paths:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        entries[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
+        entries[path.name] = {"bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
+        if is_remote(final):
+            _upload(path, final)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
     return entries
 
 
-def _publish(temporary: Path, final: Path, files: dict[str, Any], state: dict[str, Any]) -> None:
-    _write_synced(temporary / STATE, json.dumps({"format_version": FORMAT_VERSION, **state}, indent=1))
-    files |= _sync_and_hash(temporary, [temporary / STATE])
-    _write_synced(
-        temporary / COMPLETE, json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1)
-    )
-    sync_folder(temporary)
-    if final.exists():  # one that was refused at the start of this attempt
-        shutil.rmtree(final)
-    temporary.rename(final)
+def _upload(path: Path, folder: Path) -> None:
+    try:
+        folder.fs.put_file(str(path), (folder / path.name).path)  # type: ignore[attr-defined]
+    except Exception as error:  # each kind of store has exceptions of its own
+        raise OSError(f"{folder / path.name} was not uploaded ({type(error).__name__}: {error})") from error
+
+
+def _publish(folder: Path, final: Path, files: dict[str, Any], state: dict[str, Any]) -> None:
+    _write_synced(folder / STATE, json.dumps({"format_version": FORMAT_VERSION, **state}, indent=1))
+    files |= _finish_files([folder / STATE], final)
+    _write_synced(folder / COMPLETE, json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1))
+    if is_remote(final):
+        _upload(folder / COMPLETE, final)
+        return
+    sync_folder(folder)
+    remove(final)  # one that was refused at the start of this attempt
+    folder.rename(final)
     sync_folder(final.parent)
 
 
@@ -206,11 +264,16 @@ def _together(world: World, action: Callable[[], T]) -> list[T]:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def find_latest(run_dir: Path, world: World = ALONE, step: int | None = None) -> Found:
-    """The newest checkpoint (or that of `step`) whose every hash matches. All ranks together share the reading."""
+def find_latest(
+    root: Path, world: World = ALONE, step: int | None = None, before: int | None = None
+) -> Found:
+    """The newest checkpoint whose every hash matches: of all, of `step`, or of those before step `before`.
+
+    All ranks together share the reading.
+    """
     passed_over: list[str] = []
-    for path in reversed(list_checkpoints(run_dir)):
-        if step is not None and step_of(path) != step:
+    for path in reversed(list_checkpoints(root)):
+        if step not in (None, step_of(path)) or (before is not None and step_of(path) >= before):
             continue
         problem = verify(path, world)
         if problem is None:
@@ -222,11 +285,8 @@ def find_latest(run_dir: Path, world: World = ALONE, step: int | None = None) ->
 def verify(path: Path, world: World = ALONE) -> str | None:
     """What is wrong with a checkpoint, or None. The files are divided over the ranks; all get the same answer."""
     try:
-        listing = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
-        version, files = listing["format_version"], listing["files"]
-        problem = None if version == FORMAT_VERSION else f"format version {version}, not {FORMAT_VERSION}"
-        if problem is None and STATE not in files:
-            problem = f"{COMPLETE} does not list {STATE}"
+        files = _listing(path)
+        problem = None if STATE in files else f"{COMPLETE} does not list {STATE}"
         for index, name in enumerate(sorted(files) if problem is None else []):
             if index % world.size == world.rank and problem is None:
                 problem = _file_problem(path, name, files[name])
@@ -237,9 +297,25 @@ def verify(path: Path, world: World = ALONE) -> str | None:
     return next((found for found in gather_objects(problem, world) if found), None)
 
 
+def _listing(path: Path) -> dict[str, dict[str, Any]]:
+    """What COMPLETE says of each file."""
+    listing = json.loads(_read_text(path / COMPLETE))
+    if listing["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format version {listing['format_version']}, not {FORMAT_VERSION}")
+    for name in listing["files"]:
+        if Path(name).name != name:
+            raise ValueError(f"it names a file outside the folder, {name}")
+    return listing["files"]
+
+
+def _read_text(path: Path) -> str:
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"{path.name} has {size} bytes, more than {MAX_JSON_BYTES}")
+    return path.read_text(encoding="utf-8")
+
+
 def _file_problem(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
-    if Path(name).name != name:
-        return f"{COMPLETE} names a file outside the folder ({name})"
     path = folder / name
     if not path.is_file():
         return f"{name} is missing"
@@ -252,7 +328,7 @@ def _file_problem(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """state.json of a verified checkpoint."""
-    return json.loads((path / STATE).read_text(encoding="utf-8"))
+    return json.loads(_read_text(path / STATE))
 
 
 def load(
@@ -275,14 +351,47 @@ def load(
             numel = torch.Size(shape).numel()
             start, stop = share(numel, world)
             targets[f"{kind}.{name}"] = (torch.zeros(stop - start), numel)
-    _read(path, _as_dtensors(targets, world), no_dist=False)
+    with _local_copy(path, world) as folder:
+        _read(folder, _as_dtensors(targets, world), no_dist=False)
     return {key: values for key, (values, _) in targets.items()}
 
 
-def _read(path: Path, tensors: dict[str, torch.Tensor], *, no_dist: bool) -> None:
+def _read(folder: Path, tensors: dict[str, torch.Tensor], *, no_dist: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=no_dist)
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=no_dist)
+
+
+@contextmanager
+def _local_copy(path: Path, world: World) -> Iterator[Path]:
+    """The checkpoint as files on this host: itself, or a copy that the ranks of the host download together."""
+    if not is_remote(path):
+        yield path
+        return
+    hosts = gather_objects(os.uname().nodename, world)
+    here = [rank for rank, host in enumerate(hosts) if host == hosts[world.rank]]
+    first = world.rank == here[0]
+    folders = gather_objects(tempfile.mkdtemp(prefix="pretrain-checkpoint-") if first else None, world)
+    folder = Path(folders[here[0]])
+    try:
+        _together(world, lambda: _download(path, folder, here.index(world.rank), len(here)))
+        yield folder
+        gather_objects(None, world)  # all have read
+    finally:
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _download(path: Path, folder: Path, part: int, parts: int) -> None:
+    files = _listing(path)
+    for name in sorted(files)[part::parts]:
+        try:
+            path.fs.get_file((path / name).path, str(folder / name))  # type: ignore[attr-defined]
+        except Exception as error:  # each kind of store has exceptions of its own
+            raise OSError(f"{path / name} was not downloaded ({type(error).__name__}: {error})") from error
+        problem = _file_problem(folder, name, files[name])
+        if problem is not None:
+            raise OSError(f"{path}: {problem}")
 
 
 def load_weights(
@@ -295,7 +404,7 @@ def load_weights(
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise ConfigError(f"run_dir={run_dir} does not exist")
-    found = find_latest(run_dir, step=step)
+    found = find_latest(root_of_run(run_dir), step=step)
     if found.path is None:
         which = f"of step {step} " if step is not None else ""
         why = f" ({'; '.join(found.passed_over)})" if found.passed_over else ""
@@ -303,6 +412,14 @@ def load_weights(
     state = read_state(found.path)
     shapes = {name: torch.Size(shape) for name, shape in state["tensors"].items()}
     flat = {f"weight.{name}": torch.zeros(shape.numel()) for name, shape in shapes.items()}
-    _read(found.path, dict(flat), no_dist=True)
+    with _local_copy(found.path, ALONE) as folder:
+        _read(folder, dict(flat), no_dist=True)
     weights = {name: flat[f"weight.{name}"].view(shape) for name, shape in shapes.items()}
     return validate(TrainConfig, state["config"]), weights, state
+
+
+def root_of_run(run_dir: Path) -> Path:
+    """The root of an existing run's checkpoints, from its config.json."""
+    path = run_dir / "config.json"
+    config = json.loads(_read_text(path)) if path.exists() else {}
+    return root_of(run_dir, config.get("checkpoint", {}).get("target"))

@@ -31,6 +31,7 @@ from pretrain.schemas import (
     EvaluationConfig,
     ExitCode,
     LoggingConfig,
+    LossGuardConfig,
     ModelConfig,
     OptimConfig,
     OptimizerName,
@@ -39,8 +40,10 @@ from pretrain.schemas import (
     ScheduleConfig,
     ScheduleName,
     SourceConfig,
+    SpikeAction,
     StageConfig,
     WandbMode,
+    WatchdogConfig,
     check_positive,
     missing,
 )
@@ -54,6 +57,7 @@ __all__ = [
     "EvaluationConfig",
     "ExitCode",
     "LoggingConfig",
+    "LossGuardConfig",
     "ModelConfig",
     "OptimConfig",
     "OptimizerName",
@@ -62,10 +66,12 @@ __all__ = [
     "ScheduleConfig",
     "ScheduleName",
     "SourceConfig",
+    "SpikeAction",
     "StageConfig",
     "SubmitConfig",
     "TrainConfig",
     "WandbMode",
+    "WatchdogConfig",
     "load_config",
     "run_command",
     "to_dict",
@@ -89,6 +95,8 @@ class TrainConfig:
     """Length of the run in tokens, rounded up to whole steps."""
     stop_at_step: int | None = None
     """Save after this step and exit 75, as if asked to stop; a later start goes on."""
+    stop_after_s: float | None = None
+    """The same so many seconds after the start, for a known end of allocation; leave room for one step and a save."""
     global_batch_sequences: int = 32
     """Sequences per optimizer update, over all ranks."""
     micro_batch_sequences: int = 4
@@ -103,6 +111,8 @@ class TrainConfig:
     checkpoint: CheckpointConfig = MISSING
     evaluation: EvaluationConfig = MISSING
     logging: LoggingConfig = MISSING
+    loss_guard: LossGuardConfig = field(default_factory=LossGuardConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     def __post_init__(self) -> None:
         if missing(self):
@@ -112,7 +122,7 @@ class TrainConfig:
             raise ConfigError(
                 f"total_steps={self.total_steps} and total_tokens={self.total_tokens}: give exactly one of them"
             )
-        for name in ("total_steps", "total_tokens", "stop_at_step"):
+        for name in ("total_steps", "total_tokens", "stop_at_step", "stop_after_s"):
             if getattr(self, name) is not None:
                 check_positive(self, "", name)
         if self.global_batch_sequences % self.micro_batch_sequences:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -29,6 +29,8 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """Process group of `gather_objects` and of checkpoints; None: the one that all else uses."""
 
     @property
     def is_main(self) -> bool:
@@ -88,13 +90,52 @@ def sum_over_ranks(values: list[float], world: World) -> list[float]:
     return tensor.tolist()
 
 
+class Vote:
+    """Whether any rank says yes, found out while all go on: each answer is of the time of the question before.
+
+    All ranks ask at the same places. With a process group of its own on the host, so it waits for no device.
+    """
+
+    def __init__(self, mine: Callable[[], bool], world: World) -> None:
+        self._mine, self._world = mine, world
+        self._group = with_own_group(world).group
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+
+    def last(self) -> bool:
+        """Whether any rank would have said yes when this was asked the last time."""
+        if self._world.size == 1:
+            return self._mine()
+        answer = self._collect()
+        votes = torch.tensor([int(self._mine())])
+        self._pending = (dist.all_reduce(votes, group=self._group, async_op=True), votes)
+        return answer
+
+    def now(self) -> bool:
+        """Whether any rank says yes."""
+        self.last()
+        return self._collect() if self._world.size > 1 else self._mine()
+
+    def _collect(self) -> bool:
+        if self._pending is None:
+            return False
+        work, votes = self._pending
+        self._pending = None
+        work.wait()
+        return int(votes) > 0
+
+
 def gather_objects(value: Any, world: World) -> list[Any]:
     """Every rank's small JSON-like value, in rank order, on every rank."""
     if world.size == 1:
         return [value]
     gathered: list[Any] = [None] * world.size
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=world.group)
     return gathered
+
+
+def with_own_group(world: World) -> World:
+    """The same ranks with a process group of their own, for a thread that works beside training. All ranks together."""
+    return replace(world, group=dist.new_group(backend="gloo"))
 
 
 def on_main(action: Callable[[], T], world: World) -> T:

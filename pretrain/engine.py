@@ -7,9 +7,10 @@ fp32 master weights and Adam moments with `checkpoint.py` in a form that no numb
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ from deepspeed.utils import (
 
 from pretrain.config import Precision, TrainConfig
 from pretrain.distributed import Partition, World, seed_step, share, sum_over_ranks
+from pretrain.heartbeat import mark
 from pretrain.loader import Batch
 from pretrain.model import Decoder, LossSums
 from pretrain.objectives import training_loss
@@ -126,12 +128,25 @@ class Engine:
         """Full shape of every parameter."""
         self._stage = stage
         self._parameters = dict(named)
+        self._host: dict[str, torch.Tensor] = {}
         self._optimizer = build_optimizer(parameter_groups(named, config.optim), config.optim)
         self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=settings)
         self._allocate_moments()
 
-    def train_step(self, batches: list[Batch], step: int, lr: float) -> StepResult:
-        """One optimizer update from this rank's micro batches. `step` counts from 1."""
+    def train_step(
+        self,
+        batches: list[Batch],
+        step: int,
+        lr: float,
+        loss_limit: float = math.inf,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> StepResult | None:
+        """One optimizer update from this rank's micro batches. `step` counts from 1.
+
+        The update is left out, alike on all ranks, where the gradient is not finite or the loss (mean nats over the
+        global batch) is above `loss_limit`. `give_up` is asked before each micro batch, and must answer alike on all
+        ranks; once it says yes, the result is None, and weights and moments are as before.
+        """
         seed_step(self.config.seed, step, self.world.rank)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -143,10 +158,15 @@ class Engine:
         scale = float(len(batches) * self.world.size)
         self._deepspeed.train()
         for batch in batches:
+            mark("micro batch", step)
+            if give_up():
+                return None
             sums = self._forward(batch)
             nll_sum += sums.nll_sum.detach()
             z_sum += sums.z_sum.detach()
             loss = training_loss(sums, self.config.model.z_loss, max(1, n_predicted), scale)
+            if batch is batches[-1] and loss_limit < math.inf:
+                loss = loss * self._factor(nll_sum, n_predicted, loss_limit)
             self._deepspeed.backward(loss)
             if self._stage == 0 and batch is batches[-1]:
                 return self._plain_step(nll_sum, z_sum, n_predicted)
@@ -155,6 +175,17 @@ class Engine:
         norm = self._deepspeed.get_global_grad_norm()
         grad_norm = float("nan") if norm is None or skipped else float(norm)
         return StepResult(nll_sum, z_sum, n_predicted, grad_norm, skipped)
+
+    def _factor(self, nll_sum: torch.Tensor, n_predicted: int, loss_limit: float) -> torch.Tensor:
+        """1, or NaN where the loss is above the limit: DeepSpeed leaves out an update that is not finite.
+
+        Found on the device, without waiting for it.
+        """
+        total = nll_sum.to(torch.float64, copy=True)
+        if self.world.size > 1:
+            dist.all_reduce(total)
+        one = torch.ones((), device=nll_sum.device)
+        return torch.where(total > loss_limit * max(1, n_predicted), one * math.nan, one)
 
     def _plain_step(self, nll_sum: torch.Tensor, z_sum: torch.Tensor, n_predicted: int) -> StepResult:
         """Stage 0: DeepSpeed neither reports a norm nor skips a step that is not finite, so both are done here."""
@@ -170,6 +201,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> LossSums:
         """Loss sums of this rank's batch, dropout off. Under stage 3 all ranks call this together."""
+        mark("evaluation")
         self._deepspeed.eval()
         return self._forward(batch)
 
@@ -192,9 +224,13 @@ class Engine:
     def snapshot(self) -> dict[str, Partition]:
         """`weight.<name>`, `exp_avg.<name>`, `exp_avg_sq.<name>` -> this rank's share, copied to the host.
 
-        All ranks call this together.
+        All ranks call this together. The next snapshot overwrites this one's memory, which is kept for it, and is
+        page-locked where there is a GPU.
         """
-        return {f"{kind}.{name}": self._partition(kind, name) for kind, name in self._state_keys()}
+        partitions = {f"{kind}.{name}": self._partition(kind, name) for kind, name in self._state_keys()}
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        return partitions
 
     @torch.no_grad()
     def restore(self, partitions: dict[str, torch.Tensor], optimizer_step: int) -> None:
@@ -241,7 +277,12 @@ class Engine:
         else:
             start, stop = share(numel, self.world)
             values = self._whole(parameter, kind).flatten()[start:stop]
-        return Partition(values.detach().to("cpu", torch.float32, copy=True), numel)
+        host = self._host.get(f"{kind}.{name}")
+        if host is None:
+            pinned = self.world.device.type == "cuda"
+            host = torch.empty(values.numel(), dtype=torch.float32, pin_memory=pinned)
+            self._host[f"{kind}.{name}"] = host
+        return Partition(host.copy_(values.detach(), non_blocking=True), numel)
 
     def _whole(self, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
         if self._stage == 0:

@@ -26,6 +26,8 @@ METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 LEDGER_FOLDER = "ledger"
 HELDOUT_PREFIX = "heldout/"
+ROLLBACK = "rollback"
+"""Kind of a line in metrics and ledger that says: the steps from this one on are undone."""
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -162,7 +164,8 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     first_steps = _first_steps(run_dir, (line for line in lines if line["kind"] == "step"))
     kinds: dict[str, list[dict[str, Any]]] = {"step": [], "evaluation": []}
     for line in lines:
-        kinds[line.pop("kind")].append(line)
+        for kind in kinds if line["kind"] == ROLLBACK else (line["kind"],):
+            kinds[kind].append({k: v for k, v in line.items() if k != "kind" or v == ROLLBACK})
     history = {record["step"]: record for record in _still_true(kinds["step"], first_steps)}
     for result in _still_true(kinds["evaluation"], first_steps):
         if result["step"] in history:
@@ -209,5 +212,6 @@ def _still_true(lines: list[dict[str, Any]], first_steps: dict[int, int]) -> lis
             continue
         while kept and kept[-1]["step"] >= line["step"]:
             kept.pop()
-        kept.append(line)
+        if line.get("kind") != ROLLBACK:
+            kept.append(line)
     return kept

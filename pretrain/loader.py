@@ -23,7 +23,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain.config import ConfigError, DataConfig, RunError, SourceConfig
-from pretrain.order import Ints, Location, Order, OrderState, SourceSize, choose_lanes, rank_samples
+from pretrain.order import (
+    Ints,
+    Location,
+    Order,
+    OrderState,
+    SourceSize,
+    choose_lanes,
+    rank_samples,
+    step_start,
+)
 from pretrain.shards import Corpus, CorruptShardError
 
 IGNORED_LABEL = -100
@@ -144,6 +153,7 @@ class TrainLoader:
         if state is not None:
             state.check_compatible(self.state)
             self.state.consumed_samples = state.consumed_samples
+            self.state.passed_over = state.passed_over
         self.order = Order(
             sizes,
             self.state.stages,
@@ -171,10 +181,10 @@ class TrainLoader:
         The iterator owns its worker processes, which end with it; call again to start elsewhere. Raises
         CorruptShardError, and RunError where a worker process died.
         """
-        starts = self._plan.step_starts(first_step_sample)
-        loader = _data_loader(self._dataset, self._plan.micro_batches(starts), self._data)
+        starts = partial(self._plan.step_starts, first_step_sample, list(self.state.passed_over))
+        loader = _data_loader(self._dataset, self._plan.micro_batches(starts()), self._data)
         micro_batches = _start_workers(loader) if self._data.loader_workers else iter(loader)
-        for _ in starts:
+        for _ in starts():
             yield [_receive(micro_batches) for _ in range(self.grad_accum_steps)]
 
 
@@ -215,11 +225,15 @@ class _Plan(NamedTuple):
     rank: int
     world_size: int
 
-    def step_starts(self, first_sample: int) -> range:
-        """The first sample of each whole step."""
-        return range(first_sample, self.total_samples - self.per_step + 1, self.per_step)
+    def step_starts(self, first_sample: int, passed_over: list[list[int]]) -> Iterator[int]:
+        """The first sample of each whole step; as many are added at the end as were passed over."""
+        end = self.total_samples + sum(stop - start for start, stop in passed_over)
+        start = step_start(first_sample, self.per_step, passed_over)
+        while start + self.per_step <= end:
+            yield start
+            start = step_start(start + self.per_step, self.per_step, passed_over)
 
-    def micro_batches(self, step_starts: range) -> Iterator[Ints]:
+    def micro_batches(self, step_starts: Iterator[int]) -> Iterator[Ints]:
         for start in step_starts:
             mine = rank_samples(
                 start, self.per_step, lanes=self.lanes, rank=self.rank, world_size=self.world_size

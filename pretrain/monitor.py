@@ -10,7 +10,6 @@ from __future__ import annotations
 import netrc
 import os
 import queue
-import re
 import resource
 import secrets
 import string
@@ -20,36 +19,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 
-from pretrain.config import ExitCode, LoggingConfig, Precision, TrainConfig, WandbMode, to_dict
+from pretrain.config import ExitCode, LoggingConfig, TrainConfig, WandbMode, to_dict
+from pretrain.device_peak import PeakFlops
 from pretrain.journal import (
     EVENTS_FILE,
     HELDOUT_PREFIX,
     LEDGER_FOLDER,
     METRICS_FILE,
+    ROLLBACK,
     JsonLines,
     jsonable,
     say,
 )
 from pretrain.journal import read_ledger as read_ledger
 from pretrain.journal import read_metrics as read_metrics
+from pretrain.saving import Saved
 
 WANDB_INIT_TIMEOUT_S = 30.0
 WANDB_FINISH_TIMEOUT_S = 30.0  # below srun's --wait, so that a slow upload never looks like a hung rank
 WANDB_QUEUE_RECORDS = 10_000
 WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # machines of `wandb login` in netrc, old and new
-
-
-class PeakFlops(NamedTuple):
-    """The denominator of MFU: what one rank's device can do at most."""
-
-    per_second: float
-    source: str
-    """Where the figure is from, shown beside every MFU: `configured peak`, `H100 SXM peak`, `measured peak`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -209,6 +203,7 @@ class Monitor:
         self._n_steps = n_steps
         self._started: float | None = None
         self._since_line = (0, 0.0)  # steps, seconds
+        self._newest_step = first_step - 1
         self._ledger: JsonLines | None = None
         if config.logging.sample_ledger:
             self._ledger = JsonLines(run_dir / LEDGER_FOLDER / f"rank-{rank:05d}.jsonl")
@@ -244,6 +239,7 @@ class Monitor:
         """Record one completed update; every `logging.every_steps` also to W&B and as a line."""
         if self._rank != 0:
             return
+        self._newest_step = record.step
         time_s = max(record.step_time_s, 1e-9)
         rate = self._config.tokens_per_step / time_s
         line = asdict(record) | {
@@ -274,6 +270,35 @@ class Monitor:
         )
         self._log_wandb(step, named)
         say(f"step {step}/{self._n_steps}  " + "  ".join(f"{k} {v:,.4g}" for k, v in named.items()))
+
+    def checkpoint(self, saved: Saved) -> None:
+        """Record what came of a save; W&B gets the figures under checkpoint/<name>."""
+        if saved.problem is not None:
+            self.event("checkpoint_failed", step=saved.step, reason=saved.problem)
+            return
+        figures = {
+            "stall_s": saved.stall_s,
+            "write_s": saved.write_s,
+            "bytes": saved.bytes,
+            "bytes_per_second": saved.bytes / max(saved.write_s, 1e-9),
+        }
+        self.event("checkpoint_saved", step=saved.step, path=str(saved.path), **figures)
+        for path in saved.deleted:
+            self.event("checkpoint_deleted", step=saved.step, path=str(path))
+        if self._rank == 0:
+            # At the newest step: W&B never goes back.
+            self._log_wandb(
+                self._newest_step, {f"checkpoint/{name}": value for name, value in figures.items()}
+            )
+
+    def rolled_back(self, step: int, **facts: Any) -> None:
+        """The run is again as it was after `step`: metrics and ledger of later steps do not count."""
+        undone = {"kind": ROLLBACK, "attempt": self._attempt, "step": step + 1}
+        if self._ledger is not None:
+            self._ledger.append(undone)
+        if self._rank == 0:
+            self._metrics.append(undone | {"time": _now()})
+        self.event("rolled_back", step=step, **facts)
 
     def event(self, name: str, **facts: Any) -> None:
         """Record that something happened, in events.jsonl and as a line on stderr."""
@@ -344,91 +369,3 @@ def _peak_memory_bytes() -> int:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-# ---- the peak of a device --------------------------------------------------------------------------------------------
-
-# Dense peaks of one device in FLOP/s with 16-bit inputs and fp32 accumulation, from the makers' data sheets and
-# white papers; where a sheet gives the figure with sparsity, half of it. The name must match as a whole: variants
-# (laptop, D, MIG slices) differ, and a wrong peak is worse than none.
-_PEAKS_16_BIT: list[tuple[str, str, float]] = [
-    (r"A100-SXM4-\d+GB|A100-PCIE-\d+GB|A100 80GB PCIe", "A100", 312e12),  # A100 data sheet
-    (r"A800-SXM4-\d+GB|A800 80GB PCIe", "A800", 312e12),  # the A100's cores, slower NVLink
-    (r"H100 80GB HBM3|H100 96GB HBM3", "H100 SXM", 989e12),  # H100 data sheet: 1,979 sparse
-    (r"H100 PCIe", "H100 PCIe", 756e12),  # H100 data sheet: 1,513 sparse
-    (r"H100 NVL", "H100 NVL", 835e12),  # H100 NVL data sheet: 1,671 sparse
-    (r"H800", "H800 SXM", 989e12),  # the H100's cores, slower NVLink
-    (r"H800 PCIe", "H800 PCIe", 756e12),
-    (r"H200", "H200 SXM", 989e12),  # H200 data sheet: 1,979 sparse
-    (r"H200 NVL", "H200 NVL", 835e12),  # H200 data sheet: 1,671 sparse
-    (r"H20", "H20", 148e12),
-    (r"GH200 \d+GB?.*", "GH200", 989e12),  # GH200 data sheet: 1,979 sparse
-    (r"B200", "B200", 2250e12),  # DGX B200 data sheet: 36 PFLOP/s sparse for 8
-    (r"L40S", "L40S", 362e12),  # L40S data sheet: 362.05 dense, 733 sparse
-    (r"L40", "L40", 181e12),  # L40 data sheet
-    (r"L4", "L4", 121e12),  # L4 data sheet: 242 sparse
-    (r"A40", "A40", 149.7e12),  # A40 data sheet
-    (r"A30", "A30", 165e12),  # A30 data sheet
-    (r"A10", "A10", 125e12),  # A10 data sheet
-    (r"GeForce RTX 4090", "RTX 4090", 165.2e12),  # Ada white paper, fp32 accumulation
-    (r"GeForce RTX 3090", "RTX 3090", 71e12),  # GA102 white paper, fp32 accumulation
-]
-_PEAKS_FP16_ONLY: list[tuple[str, str, float]] = [
-    (r"V100-SXM2-\d+GB(-LS)?", "V100 SXM2", 125e12),  # V100 data sheet; no bf16
-    (r"V100-PCIE-\d+GB", "V100 PCIe", 112e12),
-]
-
-
-def known_peak(name: str, dtype: torch.dtype) -> PeakFlops | None:
-    """The peak of a GPU by the name that CUDA reports; None where the table does not have exactly this one."""
-    name = re.sub(r"^(NVIDIA|Tesla) ", "", name)
-    table: list[tuple[str, str, float]] = []
-    if dtype in (torch.bfloat16, torch.float16):
-        table += _PEAKS_16_BIT
-    if dtype is torch.float16:
-        table += _PEAKS_FP16_ONLY
-    for pattern, label, per_second in table:
-        if re.fullmatch(pattern, name):
-            return PeakFlops(per_second, f"{label} peak")
-    return None
-
-
-def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """The best rate of several matrix products on this device in about `seconds`, in FLOP/s.
-
-    Ranks that share a host must measure at the same time: what one of them gets alone is not what it gets in training.
-    """
-    scale = 8 if device.type == "cuda" else 1
-    shapes = [(1024, 1024, 1024), (2048, 1024, 1024), (512, 4096, 1024), (1024, 1024, 4096)]
-    best = 0.0
-    for m, k, n in ((scale * m, scale * k, scale * n) for m, k, n in shapes):
-        x = torch.randn(m, k, device=device).to(dtype)
-        weight = torch.randn(n, k, device=device).to(dtype)  # as a linear layer holds it
-        torch.nn.functional.linear(x, weight)
-        end = time.perf_counter() + seconds / len(shapes)
-        while (started := _synchronized(device)) < end:
-            torch.nn.functional.linear(x, weight)
-            best = max(best, 2.0 * m * k * n / (_synchronized(device) - started))
-    return best
-
-
-def _synchronized(device: torch.device) -> float:
-    """The time when everything queued on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def rank_peak_flops(config: TrainConfig, device: torch.device) -> PeakFlops:
-    """The peak of this rank's device: configured, from the table, else measured. All ranks call it together."""
-    if config.logging.peak_flops_per_second is not None:
-        return PeakFlops(config.logging.peak_flops_per_second, "configured peak")
-    dtype = torch.bfloat16 if config.engine.precision is Precision.bf16 else torch.float32
-    if device.type == "cuda" and dtype is torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        peak = known_peak(name, dtype)
-        if peak is not None:
-            return peak
-        if device.index in (None, 0):  # once per host
-            say(f"warning: the peak of {name} is not known; MFU is relative to a measured matrix product")
-    return PeakFlops(measure_matmul_flops(device, dtype), "measured peak")

@@ -44,7 +44,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -214,6 +214,14 @@ class _LaneRows(NamedTuple):
         return turn * self.n_chunks + (rest + self.missing * after_short) // self.per_chunk
 
 
+def step_start(sample: int, per_step: int, passed_over: Sequence[Sequence[int]]) -> int:
+    """First sample of the step that begins at `sample` or behind what was passed over there."""
+    for first, end in sorted((first, end) for first, end in passed_over):
+        if sample < end and sample + per_step > first:
+            sample = end
+    return sample
+
+
 def quotas(weights: Sequence[float]) -> list[int]:
     """Places of each source in a period: proportional to the weights, at least 1 where a weight is positive."""
     total = math.fsum(weights)  # exactly rounded: the same on every machine
@@ -323,6 +331,8 @@ class OrderState:
     """Per source."""
     window_chunks: int
     sequence_length: int
+    passed_over: list[list[int]] = field(default_factory=list)
+    """Sample indices [first, end) that rollbacks left out of the run, in the order of the rollbacks."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -331,8 +341,8 @@ class OrderState:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> OrderState:
         """The inverse of `to_dict`. ConfigError where another version of this program wrote the values."""
-        names = {field.name for field in fields(cls)}
-        if values.get("schema") != STATE_SCHEMA or set(values) != names:
+        names = {f.name for f in fields(cls)}
+        if values.get("schema") != STATE_SCHEMA or set(values) | {"passed_over"} != names:
             raise ConfigError(
                 f"the checkpoint's order of samples has schema {values.get('schema')} with the keys {sorted(values)}, "
                 f"this version reads schema {STATE_SCHEMA} with {sorted(names)}; resume with the version that wrote it"

@@ -1,45 +1,118 @@
-"""What may interrupt training: requests to stop, a dying launcher, a second run in the same folder."""
+"""What may interrupt training: requests to stop, a loss that goes wrong, a second run in the same folder."""
 
 from __future__ import annotations
 
 import ctypes
 import fcntl
+import math
 import os
 import signal
+import statistics
+import time
+from collections import deque
+from enum import Enum
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
-from pretrain.config import ConfigError
+from pretrain.config import ConfigError, LossGuardConfig, SpikeAction
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 STOP_FILE = "stop"
+_STARTED = time.monotonic()
+_signals: list[str] = []
+
+
+def listen_for_signals() -> None:
+    """From now on SIGTERM, SIGINT and SIGUSR1 are requests to stop, heeded once training could save."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, _on_signal)
+    # The launcher may be killed alone; its ranks then get SIGTERM from the kernel, save and end.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    _signals.append(signal.Signals(number).name)
 
 
 class StopRequest:
-    """Whether someone asked this run to save and end: SIGTERM, SIGINT, SIGUSR1, or a file `stop` in the run folder.
+    """Whether someone asked this run to save and end: a signal, a file `stop` in the run folder, or the clock.
 
     Only this rank's view; the trainer agrees with the other ranks before it acts.
     """
 
-    def __init__(self, run_dir: Path, *, watch_file: bool) -> None:
+    def __init__(self, run_dir: Path, *, watch_file: bool, stop_after_s: float | None = None) -> None:
         self.reason: str | None = None
         self._file = run_dir / STOP_FILE if watch_file else None
+        self._stop_after_s = stop_after_s
         if self._file is not None:
             self._file.unlink(missing_ok=True)  # a request to an earlier attempt
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
-        # The launcher may be killed alone; its ranks then get SIGTERM from the kernel, save and end.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
+        listen_for_signals()
 
     def asked(self) -> bool:
         """Whether this rank knows of a request by now."""
-        if self.reason is None and self._file is not None and self._file.exists():
-            self.reason = f"file {self._file.name}"
+        if self.reason is None:
+            if _signals:
+                self.reason = _signals[0]
+                _signals.clear()
+            elif self._file is not None and self._file.exists():
+                self.reason = f"file {self._file.name}"
+            elif self._stop_after_s is not None and time.monotonic() - _STARTED > self._stop_after_s:
+                self.reason = f"stop_after_s={self._stop_after_s}"
         return self.reason is not None
+
+
+class Verdict(Enum):
+    """What a step was."""
+
+    GOOD = "good"
+    SKIPPED = "skipped"
+    ROLL_BACK = "roll back"
+
+
+class LossGuard:
+    """Judges each step by its loss; fed the same numbers on every rank, it decides alike on every rank.
+
+    `state` is what `state()` gave when the checkpoint was written, so that a resumed run decides as it would have.
+    """
+
+    def __init__(self, config: LossGuardConfig, state: dict[str, Any] | None = None) -> None:
+        self._config = config
+        self._losses: deque[float] = deque(state["losses"] if state else [], config.window_steps)
+        self._skips: int = state["skips"] if state else 0
+        """Updates left out in a row."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"losses": list(self._losses), "skips": self._skips}
+
+    def limit(self) -> float:
+        """The next step's loss is a spike above this: median + spike_sigmas x 1.4826 x median absolute deviation."""
+        sigmas = self._config.spike_sigmas
+        if sigmas is None or len(self._losses) < self._config.window_steps:
+            return math.inf
+        median = statistics.median(self._losses)
+        deviation = statistics.median(abs(loss - median) for loss in self._losses)
+        return (
+            median + sigmas * 1.4826 * deviation
+        )  # 1.4826: equals the standard deviation of a normal sample
+
+    def judge(self, loss: float, limit: float, *, applied: bool) -> Verdict:
+        """What to do after a step of this loss, whose `limit()` was `limit` and whose update was `applied` or not."""
+        if applied:
+            self._losses.append(loss)
+            self._skips = 0
+            return Verdict.GOOD
+        self._skips += 1
+        spike = loss > limit and self._config.on_spike is SpikeAction.rollback
+        if spike or self._skips >= self._config.max_skips_in_a_row:
+            return Verdict.ROLL_BACK
+        return Verdict.SKIPPED
+
+    @property
+    def skips_in_a_row(self) -> int:
+        """Updates left out in a row, up to the last step."""
+        return self._skips
 
 
 _locks: list[IO[str]] = []  # open until the process ends, whatever way that is

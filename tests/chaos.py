@@ -30,7 +30,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from chaos_faults import (
-    HAS_WATCHDOG,
     Fault,
     choose,
     damage,
@@ -96,13 +95,15 @@ class Chaos:
         more = [
             f"total_steps={N_STEPS}",
             f"checkpoint.every_steps={SAVE_EVERY_STEPS}",
-            "checkpoint.keep_last=4",
+            "checkpoint.keep_last=3",
+            "checkpoint.keep_every_steps=25",
             "evaluation.every_steps=30",
             "logging.every_steps=20",
             f"global_batch_sequences={batch_sequences(n_ranks)}",
+            "watchdog.startup_s=60",
+            "watchdog.step_s=15",
+            "watchdog.lost_s=10",
         ]
-        if HAS_WATCHDOG:
-            more += ["watchdog.startup_s=90", "watchdog.step_s=15", "watchdog.lost_s=5"]
         return run_arguments(self.corpus, run_dir, *more)
 
     def environment(self, run_dir: Path, broken: str) -> dict[str, str]:
@@ -285,6 +286,8 @@ class Attempt:
             elif event["event"] == "checkpoint_saved":
                 self.oracle.saved.add(event["step"])
                 self.oracle.damaged.discard(event["step"])
+            elif event["event"] == "checkpoint_skipped":
+                self.oracle.skipped.add(event["step"])
         if self.oracle.look() and self.first_step_at is None:
             self.first_step_at = time.monotonic()
             self.chaos.startup_s = 0.5 * (self.chaos.startup_s + self.first_step_at - self.began)

@@ -7,16 +7,13 @@ import random
 import signal
 import time
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from supervised import below
 
 from pretrain.attempts import Cause
-from pretrain.config import TrainConfig
 
-HAS_WATCHDOG = any(field.name == "watchdog" for field in fields(TrainConfig))
-"""Without one, nothing notices a stopped rank, and a launcher whose parent died trains on."""
 STOPPING = {signal.SIGTERM, signal.SIGUSR1}
 KINDS = {"SIGKILL": 8, "SIGSEGV": 2, "SIGABRT": 2, "SIGTERM": 3, "SIGUSR1": 2, "SIGSTOP": 2}
 VICTIMS = {
@@ -24,10 +21,12 @@ VICTIMS = {
     "launcher": 3,
     "deepspeed": 3,
     "loader worker": 2,
-    "sidecar": 2,
+    "watcher": 2,
+    "guard": 1,
     "supervisor": 2,
     "everything": 3,
 }
+# Stopped, it would be continued by the one who stopped it.
 SUPERVISOR_KINDS = {"SIGKILL", "SIGTERM", "SIGUSR1"}
 DAMAGES = ("bit flip", "truncation", "missing file", "empty COMPLETE")
 
@@ -69,10 +68,8 @@ def choose(fault: Fault, by_role: dict[str, list[int]], supervisor: int) -> tupl
     """The victim: kind of process and process id; None where a fault fits none that lives."""
     living = {name: pids for name, pids in by_role.items() if name in VICTIMS}
     living["everything"] = [0]
-    if fault.kind in SUPERVISOR_KINDS and (HAS_WATCHDOG or fault.kind != "SIGKILL"):
+    if fault.kind in SUPERVISOR_KINDS:
         living["supervisor"] = [supervisor]
-    if fault.kind == "SIGSTOP" and not HAS_WATCHDOG:
-        living = {"everything": [0]}
     names = [name for name in VICTIMS if name in living]
     weights = [VICTIMS[name] for name in names]
     at = fault.victim * sum(weights)
@@ -85,11 +82,11 @@ def choose(fault: Fault, by_role: dict[str, list[int]], supervisor: int) -> tupl
 
 
 def harmless(fault: dict) -> bool:
-    """Whether the attempt goes on: loader workers obey no request, and a launcher only waits."""
+    """Whether the attempt goes on: loader workers and watchers obey no request, and a stopped launcher only waits."""
     number, victim = signal.Signals[fault["kind"]], fault["victim"]
     if number == signal.SIGSTOP:
-        return victim in ("launcher", "deepspeed", "sidecar")
-    return number in STOPPING and victim in ("loader worker", "sidecar")
+        return victim in ("launcher", "deepspeed", "guard")
+    return number in STOPPING and victim in ("loader worker", "watcher")
 
 
 def expected_causes(faults: list[dict]) -> set[str]:
@@ -97,23 +94,28 @@ def expected_causes(faults: list[dict]) -> set[str]:
     allowed: set[Cause] = set()
     for fault in faults:
         number, victim = signal.Signals[fault["kind"]], fault["victim"]
-        early = fault["phase"] == "start-up"
-        if early:  # nothing of the run is there yet to say more than how the launcher ended
-            allowed |= {Cause.NOT_STARTED, Cause.KILLED, Cause.CRASH, Cause.LAUNCHER_LOST}
+        stopping = number in STOPPING
+        match victim:
+            case "rank" if number == signal.SIGSTOP:
+                allowed |= {Cause.FROZEN, Cause.HANG}
+            case "rank":
+                allowed |= {Cause.STOPPED if stopping else Cause.KILLED}
+            case "loader worker":
+                allowed |= {Cause.HANG} if number == signal.SIGSTOP else {Cause.CRASH}
+            case "watcher":
+                allowed |= {Cause.HOST_LOST}
+            case (
+                "launcher"
+            ):  # `deepspeed` returns 0 when its child is ended by a signal; at SIGTERM the child exits
+                allowed |= {Cause.STOPPED if number == signal.SIGTERM else Cause.LAUNCHER_LOST}
+            case "deepspeed" | "guard" | "supervisor":
+                allowed |= {Cause.STOPPED if stopping else Cause.LAUNCHER_LOST}
+        if (
+            fault["phase"] == "start-up"
+        ):  # nothing of the run may be there yet to say more than how the launcher ended
+            allowed |= {Cause.NOT_STARTED, Cause.KILLED, Cause.CRASH, Cause.LAUNCHER_LOST, Cause.HOST_LOST}
             allowed |= {Cause.FROZEN, Cause.HANG} if number == signal.SIGSTOP else set()
-            allowed |= {Cause.STOPPED, Cause.UNSAVED_STOP} if number in STOPPING else set()
-        elif number == signal.SIGSTOP:
-            allowed |= {Cause.FROZEN, Cause.HANG}
-        elif (
-            victim == "supervisor"
-            or (number == signal.SIGTERM and victim in ("rank", "launcher", "deepspeed"))
-            or (number == signal.SIGUSR1 and victim in ("rank", "deepspeed"))
-        ):
-            allowed |= {Cause.STOPPED}
-        elif victim in ("launcher", "deepspeed"):
-            allowed |= {Cause.LAUNCHER_LOST, Cause.KILLED}
-        else:
-            allowed |= {Cause.KILLED, Cause.CRASH}
+            allowed |= {Cause.STOPPED, Cause.UNSAVED_STOP} if stopping else set()
     return {str(cause) for cause in allowed}
 
 

@@ -73,6 +73,8 @@ class Oracle:
         """Steps done since the last resume, and those it began from."""
         self.saved: set[int] = set()
         """Steps whose checkpoint the run has reported as saved."""
+        self.skipped: set[int] = set()
+        """Steps whose checkpoint the run said it left out, the one before being still under way."""
         self.damaged: set[int] = set()
         """Steps whose checkpoint was damaged on purpose, until it is written again."""
         self.lost_steps: int | None = None
@@ -109,14 +111,14 @@ class Oracle:
         good = max((s for s in complete if s not in self.damaged), default=0)
         if step != good:
             self._complain(f"resumed from step {step}, but the newest good checkpoint is of step {good}")
-        due = self.reached // self._interval * self._interval
+        due = [s for s in range(0, self.reached + 1, self._interval) if s not in self.skipped]
         self.lost_steps = self.reached - step
         if not self.damaged:
-            if step < due and due in self.saved:
-                self._complain(f"the checkpoint of step {due} was reported as saved; resumed from {step}")
+            if step < due[-1] and due[-1] in self.saved:
+                self._complain(f"the checkpoint of step {due[-1]} was reported as saved; resumed from {step}")
             # One save may be under way when the fault comes; the one before it must be there.
-            if step < due - self._interval:
-                self._complain(f"{self.lost_steps} steps lost, with a checkpoint every {self._interval}")
+            if step < due[-2:][0]:
+                self._complain(f"{self.lost_steps} steps lost, checkpoints were due at {due}")
             if was_saved and self.lost_steps:
                 self._complain(f"stopped on request after step {self.reached}, but resumed from step {step}")
         self.reached = step

@@ -33,5 +33,6 @@ def private_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Quick tests first, then those marked `integration`; the order within each is kept."""
-    items.sort(key=lambda item: item.get_closest_marker("integration") is not None)
+    """Quick tests first, then those marked `integration`, containers last; the order within each is kept."""
+    markers = ("integration", "container")
+    items.sort(key=lambda item: [item.get_closest_marker(marker) is not None for marker in markers])

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import TrainConfig, load_config
-from pretrain.monitor import Monitor, PeakFlops, StepRecord
+from pretrain.device_peak import PeakFlops
+from pretrain.monitor import Monitor, StepRecord
 
 BASE = [
     "data.manifest=unused.json",

@@ -26,7 +26,8 @@ def test_the_plan_follows_from_the_seed_and_covers_everything() -> None:
         "launcher": [2],
         "deepspeed": [1],
         "loader worker": [5],
-        "sidecar": [6],
+        "watcher": [6],
+        "guard": [8],
         "tracker": [7],
     }
     victims = [

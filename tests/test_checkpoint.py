@@ -17,6 +17,7 @@ from pretrain import checkpoint
 from pretrain.checkpoint import ALONE, CheckpointError
 from pretrain.config import CheckpointConfig, ConfigError
 from pretrain.distributed import Partition, World, share
+from pretrain.saving import retain
 
 SHAPES = {"a.weight": (3, 5), "b.weight": (7,)}
 
@@ -28,7 +29,7 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def save(run_dir: Path, step: int) -> Path:
+def save(run_dir: Path, step: int) -> int:
     partitions = {
         f"weight.{name}": Partition(
             torch.arange(torch.Size(shape).numel(), dtype=torch.float32) + step, torch.Size(shape).numel()
@@ -171,16 +172,16 @@ def steps(run_dir: Path) -> list[int]:
 
 def test_retention_keeps_the_newest_and_the_multiples(run_dir: Path) -> None:
     save(run_dir, 40)
-    deleted = checkpoint.retain(run_dir, CheckpointConfig(keep_last=1, keep_every_steps=20), ALONE)
+    deleted = retain(run_dir, CheckpointConfig(keep_last=1, keep_every_steps=20), ALONE)
     assert [checkpoint.step_of(path) for path in deleted] == [10, 30]
     assert steps(run_dir) == [20, 40]
-    checkpoint.retain(run_dir, CheckpointConfig(keep_last=1), ALONE)
+    retain(run_dir, CheckpointConfig(keep_last=1), ALONE)
     assert steps(run_dir) == [40]
 
 
 def test_nothing_is_deleted_while_the_newest_is_bad(run_dir: Path) -> None:
     damage(checkpoint.checkpoint_path(run_dir, 30), "flip")
-    assert checkpoint.retain(run_dir, CheckpointConfig(keep_last=1), ALONE) == []
+    assert retain(run_dir, CheckpointConfig(keep_last=1), ALONE) == []
     assert steps(run_dir) == [10, 20, 30]
 
 

@@ -16,6 +16,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -24,6 +25,7 @@ PAGES = [
     ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
+COMPOSE = ROOT / "docker" / "compose.yaml"
 SHELL = {"bash", "sh", "shell", "console", "zsh"}
 
 
@@ -101,14 +103,32 @@ def check_bash(arguments: list[str]) -> None:
 
 
 def check_docker(arguments: list[str]) -> None:
-    """Build targets exist, and what follows the image is a command known here. The images: a later test builds them."""
+    """Build targets exist, and what follows the image is a command known here. Run by: test_container.py."""
     if arguments[0] == "build":
         target = arguments[arguments.index("--target") + 1]
         assert re.search(rf"^FROM \S+ AS {target}$", (ROOT / "docker/Dockerfile").read_text(), flags=re.M)
         check_paths([arguments[arguments.index("-f") + 1]])
-    else:
+    elif arguments[0] == "compose":
+        assert arguments[1:3] == ["-f", str(COMPOSE.relative_to(ROOT))]
+        assert arguments[3:] in (["up"], ["stop"], ["down"])
+    elif arguments[0] == "run":
         image = next(i for i, word in enumerate(arguments) if word.startswith("pretrain:"))
         check(arguments[image + 1 :])
+    else:
+        assert arguments[0] in ("inspect", "rm", "stop") and arguments[-1] == "first"
+
+
+def check_export(arguments: list[str]) -> None:
+    """Variables of the compose file; the overrides among them are checked in the command that they become part of."""
+    for name, value in (word.split("=", 1) for word in arguments):
+        assert f"${{{name}:" in COMPOSE.read_text(), f"{COMPOSE.name} does not use {name}"
+        if name == "TRAIN":
+            for service in yaml.safe_load(COMPOSE.read_text())["services"].values():
+                check(shlex.split(re.sub(r"\$\{TRAIN:[^}]*\}", value, service["command"])))
+
+
+def check_mkdir(arguments: list[str]) -> None:
+    assert arguments[0] == "-p"
 
 
 def check_paths(arguments: list[str]) -> None:
@@ -136,6 +156,8 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "bash": check_bash,
     "deepspeed": check_deepspeed,
     "docker": check_docker,
+    "export": check_export,
+    "mkdir": check_mkdir,
     "pre-commit": check_pre_commit,
     "python": check_python,
     "source": check_activate,
@@ -212,6 +234,9 @@ def test_configuration_page_lists_every_file(group: str) -> None:
         "deepspeed --num_gpus 2 launch/train.py run_dir=x data.manifest=y",
         "docker build -f docker/Dockerfile --target tpu -t pretrain:tpu .",
         "docker run pretrain:cpu nonsense",
+        "docker compose -f docker/compose.yaml dance",
+        "export TRAINING='model=tiny'",
+        "export TRAIN='model=tiny total_step=5'",
         "touch runs/first/halt",
     ],
 )

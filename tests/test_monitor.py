@@ -21,8 +21,9 @@ import wandb
 
 from pretrain import monitor
 from pretrain.config import LoggingConfig, WandbMode
+from pretrain.device_peak import known_peak, measure_matmul_flops, rank_peak_flops
 from pretrain.journal import read_lines, read_metrics, say
-from pretrain.monitor import known_peak, measure_matmul_flops, wandb_mode
+from pretrain.monitor import wandb_mode
 from tests.recording import TOKENS_PER_STEP, a_config, a_monitor, a_record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -385,9 +386,9 @@ def test_the_measured_peak_is_what_matrix_products_reach() -> None:
 
 def test_the_peak_of_a_rank(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    configured = monitor.rank_peak_flops(a_config(tmp_path, "logging.peak_flops_per_second=5e11"), cpu)
+    configured = rank_peak_flops(a_config(tmp_path, "logging.peak_flops_per_second=5e11"), cpu)
     assert configured == (5e11, "configured peak")
-    measured = monitor.rank_peak_flops(a_config(tmp_path), cpu)
+    measured = rank_peak_flops(a_config(tmp_path), cpu)
     assert measured.source == "measured peak"
     assert measured.per_second > 1e8
 

@@ -98,6 +98,8 @@ def run_arguments(corpus: TinyCorpus, run_dir: Path, *more: str) -> list[str]:
         "schedule.warmup_steps=2",
         "checkpoint.every_steps=4",
         "checkpoint.keep_last=9",
+        "checkpoint.keep_every_steps=4",  # so that none is left out because the one before takes long
+        "watchdog.step_s=60",
         "logging.every_steps=4",
         "logging.wandb=disabled",
         "logging.sample_ledger=true",

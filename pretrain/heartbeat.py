@@ -1,0 +1,54 @@
+"""Marks of progress: where this process is, in memory that its watching process shares. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import time
+from typing import NamedTuple
+
+_LAYOUT = struct.Struct("<qqd32s256s")
+SIZE_BYTES = _LAYOUT.size
+
+
+class Heartbeat(NamedTuple):
+    """What a process last said of itself."""
+
+    marks: int
+    """Marks made so far; all ranks of a run make the same ones."""
+    step: int
+    time_s: float
+    """Monotonic clock at the last mark; processes of one host share that clock."""
+    phase: str
+    last_words: str
+    """Why it is about to end, or nothing."""
+
+
+_memory: mmap.mmap | None = None
+_last = Heartbeat(0, 0, 0.0, "", "")
+
+
+def attach(descriptor: int) -> None:
+    """From now on `mark` writes into this file of SIZE_BYTES."""
+    global _memory
+    _memory = mmap.mmap(descriptor, SIZE_BYTES)
+    mark("start")
+
+
+def mark(phase: str, step: int | None = None, last_words: str = "") -> None:
+    """This process has come to `phase` (at most 32 bytes) of `step`, by default the last one named."""
+    global _last
+    if _memory is None:
+        return
+    _last = Heartbeat(
+        _last.marks + 1, _last.step if step is None else step, time.monotonic(), phase, last_words
+    )
+    _LAYOUT.pack_into(_memory, 0, *_last[:3], phase.encode(), last_words.encode()[:256])
+
+
+def read(descriptor: int) -> Heartbeat:
+    """What the process at the other end has marked last."""
+    count, step, at, phase, words = _LAYOUT.unpack(os.pread(descriptor, SIZE_BYTES, 0))
+    texts = (text.rstrip(b"\0").decode(errors="replace") for text in (phase, words))
+    return Heartbeat(count, step, at, *texts)

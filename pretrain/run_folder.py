@@ -1,0 +1,81 @@
+"""What a run folder says of itself: who the run is, and whether a configuration may go on with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import ConfigError, TrainConfig, to_dict
+from pretrain.inputs import tokenizer_path
+from pretrain.journal import HELDOUT_PREFIX, read_metrics
+from pretrain.monitor import new_run_id
+from pretrain.shards import load_manifest
+from pretrain.tokenizer import Tokenizer
+
+NOT_OF_THE_RUN = ("run_dir", "stop_at_step", "stop_after_s")
+"""Keys that say nothing of the training."""
+
+
+def check_resumable(config: TrainConfig, state: dict[str, Any]) -> list[str]:
+    """Changed keys that a resumed run may have. Raises ConfigError for those that make it another run."""
+    old, new = _flat(state["config"]), _flat(to_dict(config))
+    changed = [key for key in new if old.get(key) != new[key] and key not in NOT_OF_THE_RUN]
+    fixed = [key for key in changed if key == "seed" or _shapes_the_run(key)]
+    if fixed:
+        what = ", ".join(f"{key}={new[key]} (was {old.get(key)})" for key in fixed)
+        raise ConfigError(
+            f"run_dir={config.run_dir} holds a run with another configuration: {what}; "
+            "put these back, or use another run_dir (with init_from= to keep the weights)"
+        )
+    if state["samples_seen"] != state["step"] * config.global_batch_sequences:
+        raise ConfigError(
+            f"global_batch_sequences={config.global_batch_sequences} differs from the run's "
+            f"{state['samples_seen'] // state['step']}; put it back"
+        )
+    return [f"{key}: {old.get(key)} -> {new[key]}" for key in changed]
+
+
+def _shapes_the_run(key: str) -> bool:
+    free = ("model.activation_checkpointing", "model.loss_chunk_tokens", "model.dropout", "model.z_loss")
+    return (key.startswith("model.") and key not in free) or key == "data.document_masking"
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def write_run_files(config: TrainConfig, run_dir: Path, state: dict[str, Any] | None) -> dict[str, Any]:
+    """Rank 0: config.json, run.json and the tokenizer, so that the folder explains itself. Returns run.json."""
+    source = config.data.corpora()[0].manifest
+    manifest = load_manifest(source)
+    tokenizer = tokenizer_path(source)
+    if Tokenizer(tokenizer).sha256 != manifest.tokenizer_sha256:
+        raise ConfigError(f"{tokenizer} is not the tokenizer of {source}; put the right one there")
+    path = run_dir / "run.json"
+    identity: dict[str, Any] = {"run_id": new_run_id(), "attempt": 0}
+    if path.exists():
+        identity = json.loads(path.read_text(encoding="utf-8"))
+    if state:
+        identity |= {key: state[key] for key in ("run_id", "wandb_run_id")}
+    identity.setdefault("wandb_run_id", identity["run_id"])
+    identity["attempt"] += 1
+    _replace(path, (json.dumps(identity, indent=1) + "\n").encode())
+    _replace(run_dir / "config.json", (json.dumps(to_dict(config), indent=1) + "\n").encode())
+    _replace(run_dir / "tokenizer.model", tokenizer.read_bytes())
+    return identity
+
+
+def heldout_losses_of(run_dir: Path) -> dict[int, float]:
+    """Step -> held-out loss, of all evaluations so far."""
+    key = f"{HELDOUT_PREFIX}loss"
+    return {record["step"]: record[key] for record in read_metrics(run_dir) if key in record}
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
