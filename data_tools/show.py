@@ -67,7 +67,7 @@ def show(folder: Path, chunk: int | None) -> None:
         model = folder.parent / TOKENIZER_NAME
     print(describe(corpus.manifest, folder))
     print()
-    print(describe_chunk(corpus, Tokenizer(model), chosen))
+    print(describe_chunk(corpus, Tokenizer(model, corpus.manifest.tokenizer_sha256), chosen))
 
 
 def main() -> int:

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,10 +21,11 @@ sys.path.insert(0, str(ROOT))
 
 from omegaconf import OmegaConf
 
-from pretrain.config import ConfigError, RunError, SubmitConfig, run_command, to_dict
+from pretrain.config import ClusterConfig, ConfigError, RunError, SubmitConfig, run_command, to_dict
 from pretrain.inputs import resolve_inputs
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "train.sbatch"
+PREFLIGHT = TEMPLATE.with_name("preflight.sbatch")
 CODE_FOLDERS = ("pretrain", "data_tools", "launch", "conf")
 DIRECTIVES = """\
 #SBATCH --job-name={name}
@@ -66,11 +68,13 @@ def submit(config: SubmitConfig) -> None:
     try:
         _freeze(config, folder)
         (folder / "train.sbatch").write_text(script, encoding="utf-8")
-        job = _sbatch(folder / "train.sbatch")
+        jobs = _submit_chain(config.cluster.chain_jobs, folder)
     except BaseException:
         shutil.rmtree(folder)  # a folder here means a job
         raise
-    print(f"submitted job {job}; its log is {folder}/slurm-{job}.out")
+    print(f"submitted job {jobs[0]}; its log is {folder}/slurm-{jobs[0]}.out")
+    if len(jobs) > 1:
+        print(f"jobs {' '.join(jobs[1:])} go on after it, one after the other")
     print(f"to stop it with its state saved: touch {shlex.quote(str(folder.parent.parent / 'stop'))}")
 
 
@@ -83,42 +87,75 @@ def batch_script(config: SubmitConfig, overrides: list[str], folder: Path) -> st
     ranks = cluster.world_size // cluster.nodes
     python = cluster.python or sys.executable
     world = {f"node{i}": list(range(ranks)) for i in range(cluster.nodes)}
-    environment = [
-        "# Each rank has its share of the cores; else it would start as many threads as the node has.",
-        f"export OMP_NUM_THREADS={cluster.cpus_per_rank}",
-    ]
-    if cluster.gpus_per_node == 0:
-        environment += [
-            "# Nodes without GPUs: DeepSpeed is not to look for any.",
-            "export DS_ACCELERATOR=cpu",
-        ]
-    if cluster.network_interface is not None:
-        environment += [
-            "# The network that joins the ranks (NCCL takes a name with = as this very one, not as a prefix).",
-            f"export GLOO_SOCKET_IFNAME={shlex.quote(cluster.network_interface)}",
-            'export NCCL_SOCKET_IFNAME="=$GLOO_SOCKET_IFNAME"',
-        ]
-    train = [str(folder / "code" / "launch" / "train.py"), *overrides]
     setup = [
-        "    # Given as cluster.setup: what the nodes need before Python runs.",
+        "    # Given as cluster.setup.",
         *(f"    {line}" for text in cluster.setup for line in text.splitlines()),
     ]
+    checks = cluster.preflight
     values = {
         "DIRECTIVES": _directives(config, folder),
         "RUN_DIR": shlex.quote(str(folder.parent.parent)),
         "SUBMISSION": shlex.quote(str(folder)),
-        "ENVIRONMENT": "\n".join(environment),
+        "ENVIRONMENT": "\n".join(_environment(cluster)),
         "SETUP": "\n".join(setup if cluster.setup else []),
         "WORLD": json.dumps({"node0": world["node0"]})[:-1] + (", ...}" if cluster.nodes > 1 else "}"),
         "BIN": shlex.quote(str(Path(python).parent)),
         "PYTHON": shlex.quote(python),
+        "CODE": shlex.quote(str(folder / "code" / "launch")),
         "WORLD_INFO": base64.urlsafe_b64encode(json.dumps(world).encode()).decode(),
-        "TRAIN": " \\\n        ".join(shlex.quote(word) for word in train),
+        "OVERRIDES": _words(overrides),
+        "N_STEPS": str(config.n_steps),
+        "EXCLUDE": " ".join(shlex.quote(node) for node in cluster.exclude),
         "NODES": str(cluster.nodes),
         "CPUS_PER_NODE": str(ranks * cluster.cpus_per_rank),
+        "GRACE_S": str(cluster.stop_before_end_s),
+        "PREFLIGHT": PREFLIGHT.read_text(encoding="utf-8").rstrip() if checks.enabled else "",
+        "CHECKS": _words(_checks(config, folder)),
+        "WAIT_S": str(4 * checks.check_timeout_s),
+        "PREFLIGHT_MINUTES": str(-(-10 * checks.check_timeout_s // 60)),
     }
-    text = re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+    text = TEMPLATE.read_text(encoding="utf-8").replace("@PREFLIGHT@", values["PREFLIGHT"])
+    text = re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], text)
     return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _words(words: list[str]) -> str:
+    """Words of a command, one per line of the script."""
+    return " \\\n        ".join(shlex.quote(word) for word in words)
+
+
+def _environment(cluster: ClusterConfig) -> list[str]:
+    """Lines that set what all ranks get."""
+    lines = [
+        "# Each rank has its share of the cores; else it would start as many threads as the node has.",
+        f"export OMP_NUM_THREADS={cluster.cpus_per_rank}",
+    ]
+    if cluster.gpus_per_node == 0:
+        lines += [
+            "# Nodes without GPUs: DeepSpeed is not to look for any.",
+            "export DS_ACCELERATOR=cpu",
+        ]
+    if cluster.network_interface is not None:
+        lines += [
+            "# The network that joins the ranks (NCCL takes a name with = as this very one, not as a prefix).",
+            f"export GLOO_SOCKET_IFNAME={shlex.quote(cluster.network_interface)}",
+            'export NCCL_SOCKET_IFNAME="=$GLOO_SOCKET_IFNAME"',
+        ]
+    return lines
+
+
+def _checks(config: SubmitConfig, folder: Path) -> list[str]:
+    """The overrides of launch/preflight.py that are known now."""
+    cluster = config.cluster
+    limits = {f.name: getattr(cluster.preflight, f.name) for f in fields(cluster.preflight)}
+    known = {
+        "folder": _hydra_value(str(folder / "preflight")),
+        "run_dir": _hydra_value(str(folder.parent.parent)),
+        "gpus_per_node": cluster.gpus_per_node,
+        "network_interface": cluster.network_interface or "null",
+    }
+    del limits["enabled"]
+    return [f"{name}={value}" for name, value in (known | limits).items()]
 
 
 def _directives(config: SubmitConfig, folder: Path) -> str:
@@ -140,7 +177,7 @@ def _directives(config: SubmitConfig, folder: Path) -> str:
         "account": cluster.account,
         "qos": cluster.qos,
         "constraint": cluster.constraint,
-        "exclude": ",".join(cluster.exclude) or None,
+        "exclude": ",".join(dict.fromkeys([*cluster.exclude, *_failed_nodes(folder.parent)])) or None,
     }
     if cluster.exclusive:
         text += "# The launcher numbers a node's GPUs from 0, so no other job may have some of them.\n"
@@ -149,6 +186,13 @@ def _directives(config: SubmitConfig, folder: Path) -> str:
         if value is not None:
             text += f"#SBATCH --{option}={_sbatch_value(str(value))}\n"
     return text.rstrip("\n")
+
+
+def _failed_nodes(submissions: Path) -> list[str]:
+    """Nodes that earlier jobs of this run found unfit or lost."""
+    path = submissions / "excluded_nodes"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [line.split()[0] for line in lines if line.strip()]
 
 
 def _sbatch_value(text: str) -> str:
@@ -222,9 +266,26 @@ def _git(*arguments: str) -> str:
     return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
 
 
-def _sbatch(script: Path) -> str:
+def _submit_chain(n_jobs: int, folder: Path) -> list[str]:
+    """Submit so many jobs of one script, each to begin when the one before has ended, however; their ids."""
+    jobs: list[str] = []
+    try:
+        while len(jobs) < n_jobs:
+            # afterok would leave a job pending for ever behind one that failed.
+            after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+            jobs.append(_sbatch([*after, str(folder / "train.sbatch")]))
+            if n_jobs > 1:
+                (folder / "chain").write_text("\n".join(jobs) + "\n", encoding="utf-8")
+    except RunError:
+        if jobs:
+            subprocess.run(["scancel", *jobs], check=False)
+        raise
+    return jobs
+
+
+def _sbatch(arguments: list[str]) -> str:
     """Submit; the job's id."""
-    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+    done = subprocess.run(["sbatch", "--parsable", *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = " ".join(done.stderr.replace("sbatch: error: ", "").split())
         raise RunError(f"sbatch refused the job: {reason}")

@@ -62,6 +62,7 @@ __all__ = [
     "OptimConfig",
     "OptimizerName",
     "Precision",
+    "PreflightConfig",
     "RunError",
     "ScheduleConfig",
     "ScheduleName",
@@ -163,6 +164,30 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class PreflightConfig:
+    """What a node must have to train; checked by `launch/preflight.py` on every node before each start of a job."""
+
+    enabled: bool = True
+    check_timeout_s: int = 60
+    """Longest that one check may take, the first import of torch included; all together: ten times that."""
+    min_memory_gib: float = 2.0
+    """Memory that is available."""
+    min_run_dir_gib: float = 10.0
+    """Free space for the run folder."""
+    min_tmpdir_gib: float = 1.0
+    """Free space in TMPDIR."""
+    min_write_mib_per_second: float = 20.0
+    """Writing and fsync of one file in the run folder."""
+    max_clock_offset_s: float = 10.0
+    """Between neighboring nodes."""
+    min_network_mib_per_second: float = 100.0
+    """Of one connection between neighboring nodes over cluster.network_interface."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "cluster.preflight", "check_timeout_s", "max_clock_offset_s")
+
+
+@dataclass(kw_only=True, slots=True)
 class ClusterConfig:
     """Where `launch/submit.py` sends a run (Slurm)."""
 
@@ -195,9 +220,12 @@ class ClusterConfig:
     """Python interpreter on the nodes; null: the one that submits."""
     network_interface: str | None = None
     """Interface of NCCL and gloo; null: their own choice."""
+    chain_jobs: int = 1
+    """Jobs, each after the one before: a job then ends at its time limit and the next goes on, instead of a requeue."""
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
 
     def __post_init__(self) -> None:
-        check_positive(self, "cluster", "nodes", "cpus_per_rank", "stop_before_end_s")
+        check_positive(self, "cluster", "nodes", "cpus_per_rank", "stop_before_end_s", "chain_jobs")
         for name in ("ranks_per_node", "memory_per_node_gib"):
             if getattr(self, name) is not None:
                 check_positive(self, "cluster", name)

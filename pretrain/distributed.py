@@ -7,7 +7,11 @@ MASTER_ADDR and MASTER_PORT; without them the process is a world of its own.
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import ipaddress
 import os
+import socket
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -16,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pretrain.config import ConfigError, launched_rank, launched_world_size
+from pretrain.config import ConfigError, RunError, launched_rank, launched_world_size
 
 T = TypeVar("T")
 
@@ -39,7 +43,10 @@ class World:
 
 
 def init_world(timeout_s: int) -> World:
-    """Join the process group of the run. Collectives fail after `timeout_s` without progress."""
+    """Join the process group of the run. Collectives fail after `timeout_s` without progress.
+
+    Raises ConfigError, and RunError, where the ranks cannot meet at MASTER_ADDR:MASTER_PORT.
+    """
     rank, size = launched_rank(), launched_world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -57,8 +64,76 @@ def init_world(timeout_s: int) -> World:
             os.environ[name] = str(value)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout)
+        store = _store(rank, size, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
+
+
+def _local_ranks() -> int | None:
+    """Ranks on this host, where the launcher says."""
+    given = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
+    return int(given) if given else None
+
+
+def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """Where the ranks meet: MASTER_ADDR:MASTER_PORT, listening there alone; torch's own store listens everywhere.
+
+    Nothing of torch.distributed asks who connects, so no socket may be reachable from outside: loopback on one
+    host, else the interface of MASTER_ADDR. GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, where set, stay as they are.
+    """
+    one_host = _local_ranks() == size
+    host = "127.0.0.1" if one_host else os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise RunError(f"MASTER_ADDR={host} is not known to this host ({error.strerror})") from error
+    interface = "lo" if one_host else _interface_towards(family, address)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+    if rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun listens itself
+        return dist.TCPStore(host, port, size, is_master=False, timeout=timeout)
+    if (
+        host != address[0]
+        and ipaddress.ip_address(address[0]).is_loopback
+        and _local_ranks() not in (None, size)
+    ):
+        raise ConfigError(
+            f"MASTER_ADDR={host} is {address[0]} on its own host, where other hosts cannot reach it; give an "
+            "address that they can, or correct /etc/hosts"
+        )
+    listener = socket.socket(family, kind)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(socket.SOMAXCONN)
+    except OSError as error:
+        raise RunError(
+            f"rank 0 cannot listen on {address[0]} port {port} ({error.strerror}); MASTER_ADDR must be an address "
+            "of its host and MASTER_PORT a free port"
+        ) from error
+    return dist.TCPStore(
+        host, port, size, is_master=True, timeout=timeout, master_listen_fd=listener.detach()
+    )
+
+
+def _interface_towards(family: int, address: tuple[Any, ...]) -> str | None:
+    """The network interface from which this host reaches an address; None where its name cannot be told."""
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # a UDP socket sends nothing when it connects
+        try:
+            probe.connect(address)
+        except OSError:
+            return None
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex() if family == socket.AF_INET else []:
+            try:
+                found = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
+            except OSError:  # an interface without an address
+                continue
+            if socket.inet_ntoa(found[20:24]) == own:
+                return name
+    return None
 
 
 def _tune_cpu() -> None:
@@ -67,8 +142,7 @@ def _tune_cpu() -> None:
     By default glibc maps and unmaps every large tensor, and page faults take part of each step.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (_local_ranks() or 1)))
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping per allocation

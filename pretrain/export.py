@@ -266,7 +266,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_tokens: int) -> None
         **{f"{name}_token": tokenizer.piece(number) for name, number in special.items()},
     )
     converted.save_pretrained(folder)
-    shutil.copyfile(tokenizer.path, folder / TOKENIZER_NAME)
+    (folder / TOKENIZER_NAME).write_bytes(tokenizer.model)
 
 
 def convert_tokenizer(tokenizer: Tokenizer) -> Any:
@@ -280,7 +280,7 @@ def convert_tokenizer(tokenizer: Tokenizer) -> Any:
     from sentencepiece import sentencepiece_model_pb2 as proto
 
     model = proto.ModelProto()
-    model.ParseFromString(tokenizer.path.read_bytes())
+    model.ParseFromString(tokenizer.model)
     normalizer, kinds = model.normalizer_spec, proto.ModelProto.SentencePiece
     if normalizer.precompiled_charsmap or normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces:
         raise ConfigError(

@@ -10,10 +10,11 @@ import ctypes
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from multiprocessing import resource_tracker
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -287,9 +288,36 @@ def _start_workers(loader: DataLoader) -> Iterator[Any]:
     resource_tracker.ensure_running()  # by itself it would start now, and unblock two of them again
     allowed = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
-        return iter(loader)
+        batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
+    # torch raises a dead worker's RuntimeError in whatever the trainer is just doing, most likely in a forward pass.
+    handler = signal.getsignal(signal.SIGCHLD)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if callable(handler) and not isinstance(handler, _DeadWorkerHandler) and in_main_thread:
+        signal.signal(signal.SIGCHLD, _DeadWorkerHandler(handler))
+    return batches
+
+
+class _DeadWorkerHandler:
+    """torch's handler of SIGCHLD, but what it raises is a sentence."""
+
+    def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
+        self._handler = handler
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        try:
+            self._handler(number, frame)
+        except RuntimeError as error:
+            raise _dead_worker(error) from error
+
+
+def _dead_worker(error: RuntimeError) -> RunError:
+    reason = str(error).splitlines()[0].rstrip(" .")
+    return RunError(
+        f"a process that reads training data died ({reason}): killed from outside, or out of memory; "
+        "start again to go on from the last checkpoint"
+    )
 
 
 def _start_worker(trainer_pid: int, _: int) -> None:
@@ -314,11 +342,7 @@ def _receive(micro_batches: Iterator[Any]) -> Batch:
         item = next(micro_batches)
     except RuntimeError as error:
         if "DataLoader worker (pid" in str(error):
-            reason = str(error).splitlines()[0]
-            raise RunError(
-                f"a process that reads training data died ({reason}): killed from outside, or out of memory; "
-                "start again to go on from the last checkpoint"
-            ) from error
+            raise _dead_worker(error) from error
         raise
     if isinstance(item, Exception):
         try:

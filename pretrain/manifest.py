@@ -1,4 +1,4 @@
-"""What a corpus holds: its manifest.json, and how the files that it names are written and hashed.
+"""What a corpus holds: its manifest.json, the index of a shard, and how its files are written, hashed and checked.
 
 The corpus itself is `pretrain/shards.py`, which offers everything here too.
 """
@@ -6,22 +6,36 @@ The corpus itself is `pretrain/shards.py`, which offers everything here too.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
+import stat
+import tarfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from pretrain import __version__
-from pretrain.config import ConfigError
+from pretrain.config import ConfigError, RunError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 UINT16_VOCAB_SIZE = 65_536
+MAX_MANIFEST_BYTES = 64 << 20  # some 180,000 shards
+MAX_DOCUMENTS_BYTES = 64 << 20  # of one .doc member
+MAX_CHUNKS = 1 << 32  # of a corpus: 10^15 tokens in chunks of the usual size
+TOKENS, DOCUMENTS = 0, 1  # second axis of an index
 _SHARD_NAME = re.compile(r"shard-\d{5,}\.tar")
 _READ_BYTES = 1 << 22
+_INDEX_HEADER_BYTES = 128  # of a .npy array
+_INDEX_ROW_BYTES = 2 * 3 * 8
+_BLOCK = tarfile.BLOCKSIZE
+
+
+class CorruptShardError(RunError):
+    """A shard is not what its manifest says. The text names the file, the member and what differs."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -107,7 +121,7 @@ class Manifest:
         try:
             raw = json.loads(text)
             version = raw["format_version"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(f"{where} is no corpus manifest; prepare the corpus again") from error
         if version != FORMAT_VERSION:
             raise ConfigError(
@@ -138,11 +152,19 @@ class Manifest:
         for file in self.files:
             if Path(file.name).is_absolute() or ".." in Path(file.name).parts:
                 raise ConfigError(f"{where} names a file {file.name!r} outside of its folder")
+        counts = [self.vocab_size, self.chunk_tokens, self.n_chunks, self.n_tokens, self.n_documents]
+        counts += [n for s in self.shards for n in (s.bytes, s.first_chunk, s.chunks, s.documents, s.tokens)]
+        counts += [n for s in self.sources for n in (s.documents, s.tokens, s.text_bytes)]
+        counts += [file.bytes for file in self.files]
+        if not all(type(n) is int and 0 <= n < 1 << 62 for n in counts):
+            raise ConfigError(f"{where} has a size or count that is no whole number from 0 to 2^62")
         first = np.cumsum([0] + [shard.chunks for shard in self.shards])
         if (
             self.dtype != token_dtype(self.vocab_size).name
             or [shard.first_chunk for shard in self.shards] != first[:-1].tolist()
             or first[-1] != self.n_chunks
+            or not all(0 < shard.chunks <= shard.bytes // (2 * _BLOCK) for shard in self.shards)
+            or self.n_chunks > MAX_CHUNKS
             or sum(shard.tokens for shard in self.shards) != self.n_tokens
             or not 0 < self.last_chunk_tokens <= self.chunk_tokens
         ):
@@ -157,13 +179,112 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def load_manifest(path: str | Path) -> Manifest:
     """Read and check a manifest.json. Raises ConfigError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_capped(path, MAX_MANIFEST_BYTES).decode("utf-8")
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist; give the manifest.json of a prepared corpus") from error
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise ConfigError(f"{path} cannot be read as a manifest: {reason}") from error
     return Manifest.from_json(text, str(path))
+
+
+def read_capped(path: str | Path, max_bytes: int) -> bytes:
+    """All of a regular file, refused before any memory is taken where it has more than `max_bytes`.
+
+    Raises ConfigError for a larger file, or one that is no file, and OSError.
+    """
+    # Not blocking: opening a named pipe would wait for its writer.
+    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ConfigError(f"{path} cannot be read: it is no regular file")
+        if status.st_size > max_bytes:
+            raise ConfigError(
+                f"{path} has {status.st_size:,} bytes, where at most {max_bytes:,} are expected; it is not "
+                "what it should be"
+            )
+        return file.read(max_bytes)
+
+
+def resolve_inside(folder: Path, name: str) -> Path:
+    """The file `name` of `folder`, where it may lie behind a link within the folder, not outside of it."""
+    path = folder / name
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise CorruptShardError(f"{path} is a link to a file outside of {folder}; put the file itself there")
+    return path
+
+
+def member_name(chunk: int, kind: int) -> str:
+    """Name of a tar member: NNNNNN.tok or NNNNNN.doc."""
+    return f"{chunk:06d}.{'tok' if kind == TOKENS else 'doc'}"
+
+
+def padded_bytes(n_bytes: int) -> int:
+    """Space that a member takes in a tar."""
+    return _BLOCK + n_bytes + -n_bytes % _BLOCK
+
+
+def read_index(folder: Path, manifest: Manifest, number: int) -> np.ndarray:
+    """uint64 [chunks, 2, 3]: (offset, length, xxh3-64) of the .tok and the .doc member of each chunk of a shard.
+
+    The members must fill the shard in order, so that what a tar reader finds there is what is read here. Raises
+    CorruptShardError.
+    """
+    info = manifest.shards[number]
+    path = resolve_inside(folder, info.index_name)
+    try:
+        content = read_capped(path, _INDEX_HEADER_BYTES + info.chunks * _INDEX_ROW_BYTES)
+    except ConfigError as error:
+        raise CorruptShardError(str(error)) from error
+    except OSError as error:
+        raise CorruptShardError(f"{path} cannot be read: {error.strerror}") from error
+    if hashlib.sha256(content).hexdigest() != info.index_sha256:
+        raise CorruptShardError(f"{path} has another sha256 than its manifest says; restore the file")
+    try:
+        index = np.load(io.BytesIO(content), allow_pickle=False)
+    except ValueError as error:
+        raise CorruptShardError(f"{path} is no index of a shard; prepare the corpus again") from error
+    problem = _index_problem(index, manifest, info)
+    if problem is not None:
+        raise CorruptShardError(f"{path} {problem}; prepare the corpus again")
+    return index
+
+
+def _index_problem(index: np.ndarray, manifest: Manifest, info: ShardInfo) -> str | None:
+    if index.dtype != np.dtype("<u8") or index.shape != (info.chunks, 2, 3):
+        return f"is no index of {info.chunks} chunks"
+    lengths = index[:, :, 1]
+    width = np.dtype(manifest.dtype).itemsize
+    token_bytes = np.full(info.chunks, manifest.chunk_tokens * width, np.uint64)
+    if info.first_chunk + info.chunks == manifest.n_chunks:
+        token_bytes[-1] = manifest.last_chunk_tokens * width
+    if not np.array_equal(lengths[:, TOKENS], token_bytes):
+        row = int(np.argmax(lengths[:, TOKENS] != token_bytes))
+        name = member_name(info.first_chunk + row, TOKENS)
+        return f"says that {name} has {lengths[row, TOKENS]} bytes, its manifest {token_bytes[row]}"
+    if (lengths[:, DOCUMENTS] > MAX_DOCUMENTS_BYTES).any():
+        row = int(np.argmax(lengths[:, DOCUMENTS]))
+        name = member_name(info.first_chunk + row, DOCUMENTS)
+        return f"says that {name} has {lengths[row, DOCUMENTS]} bytes, more than {MAX_DOCUMENTS_BYTES:,}"
+    sizes = lengths.astype(np.int64).reshape(-1)
+    ends = np.cumsum(_BLOCK + sizes + -sizes % _BLOCK)
+    starts = np.concatenate([[0], ends[:-1]]) + _BLOCK
+    if not np.array_equal(index[:, :, 0].reshape(-1), starts.astype(np.uint64)):
+        return "has members that do not follow one another"
+    if ends[-1] + 2 * _BLOCK != info.bytes:
+        return f"does not fill the {info.bytes} bytes of its shard"
+    return None
+
+
+def header_problem(block: bytes, name: str, n_bytes: int) -> str | None:
+    """What is wrong with a member's tar header, which plain tar readers believe; None: it is as the index says."""
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+    except (tarfile.HeaderError, UnicodeDecodeError) as error:
+        return f"has no tar header ({error})"
+    if header.name != name or not header.isreg() or header.size != n_bytes:
+        return f"is {header.name!r} of type {header.type!r} with {header.size} bytes in its tar header"
+    return None
 
 
 def sync_folder(folder: Path) -> None:

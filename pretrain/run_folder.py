@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from pretrain.config import ConfigError, TrainConfig, to_dict
 from pretrain.inputs import tokenizer_path
 from pretrain.journal import HELDOUT_PREFIX, read_metrics
 from pretrain.monitor import new_run_id
-from pretrain.shards import load_manifest
+from pretrain.shards import load_manifest, write_atomically
 from pretrain.tokenizer import Tokenizer
 
 NOT_OF_THE_RUN = ("run_dir", "stop_at_step", "stop_after_s")
@@ -52,20 +53,18 @@ def write_run_files(config: TrainConfig, run_dir: Path, state: dict[str, Any] | 
     """Rank 0: config.json, run.json and the tokenizer, so that the folder explains itself. Returns run.json."""
     source = config.data.corpora()[0].manifest
     manifest = load_manifest(source)
-    tokenizer = tokenizer_path(source)
-    if Tokenizer(tokenizer).sha256 != manifest.tokenizer_sha256:
-        raise ConfigError(f"{tokenizer} is not the tokenizer of {source}; put the right one there")
+    tokenizer = Tokenizer(tokenizer_path(source), manifest.tokenizer_sha256)
     path = run_dir / "run.json"
     identity: dict[str, Any] = {"run_id": new_run_id(), "attempt": 0}
-    if path.exists():
-        identity = json.loads(path.read_text(encoding="utf-8"))
+    with suppress(FileNotFoundError, ValueError, TypeError):  # damaged: the checkpoint tells the same
+        identity |= json.loads(path.read_text(encoding="utf-8"))
     if state:
         identity |= {key: state[key] for key in ("run_id", "wandb_run_id")}
     identity.setdefault("wandb_run_id", identity["run_id"])
-    identity["attempt"] += 1
-    _replace(path, (json.dumps(identity, indent=1) + "\n").encode())
-    _replace(run_dir / "config.json", (json.dumps(to_dict(config), indent=1) + "\n").encode())
-    _replace(run_dir / "tokenizer.model", tokenizer.read_bytes())
+    identity["attempt"] = max(identity["attempt"], state["attempt"] if state else 0) + 1
+    write_atomically(path, (json.dumps(identity, indent=1) + "\n").encode())
+    write_atomically(run_dir / "config.json", (json.dumps(to_dict(config), indent=1) + "\n").encode())
+    write_atomically(run_dir / "tokenizer.model", tokenizer.model)
     return identity
 
 
@@ -73,9 +72,3 @@ def heldout_losses_of(run_dir: Path) -> dict[int, float]:
     """Step -> held-out loss, of all evaluations so far."""
     key = f"{HELDOUT_PREFIX}loss"
     return {record["step"]: record[key] for record in read_metrics(run_dir) if key in record}
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

@@ -30,15 +30,23 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
-from pretrain.config import ConfigError, RunError
+from pretrain.config import ConfigError
 from pretrain.manifest import (
+    DOCUMENTS,
     MANIFEST_NAME,
+    TOKENS,
     CorpusSource,
+    CorruptShardError,
     FileInfo,
     Manifest,
     ShardInfo,
     describe_file,
+    header_problem,
     load_manifest,
+    member_name,
+    padded_bytes,
+    read_index,
+    resolve_inside,
     sync_folder,
     token_dtype,
     write_atomically,
@@ -48,13 +56,8 @@ SHARDS_FOLDER = "shards"
 _OPEN_SHARDS = 64  # file descriptors that one Corpus holds at most
 _CACHED_DOCUMENTS = 512  # parsed .doc members that one Corpus holds at most
 _BLOCK = tarfile.BLOCKSIZE
-_TOKENS, _DOCUMENTS = 0, 1  # second axis of an index
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
-
-
-class CorruptShardError(RunError):
-    """A shard is not what its manifest says. The text names the file, the member and what differs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +116,11 @@ class Corpus:
         shard, row = self._locate(chunk)
         width = self._dtype.itemsize
         if self.verify_chunks and not self._verified[chunk]:
-            content = shard.member(row, _TOKENS)
+            content = shard.member(row, TOKENS)
             self._verified[chunk] = True
             content = content[start * width : stop * width]
         else:
-            content = shard.read(row, _TOKENS, start * width, stop * width)
+            content = shard.read(row, TOKENS, start * width, stop * width)
         return np.frombuffer(content, dtype=self._dtype.newbyteorder("<")).astype(self._dtype)
 
     def documents(self, chunk: int) -> ChunkDocuments:
@@ -128,10 +131,8 @@ class Corpus:
             self._documents.move_to_end(chunk)
             return self._documents[chunk]
         shard, row = self._locate(chunk)
-        raw: dict[str, Any] = json.loads(shard.member(row, _DOCUMENTS))
-        arrays: dict[str, Any] = {k: np.array(v, np.int64) for k, v in raw.items() if k != "ids"}
-        documents = ChunkDocuments(ids=raw["ids"], **arrays)
-        self._documents[chunk] = documents
+        where = f"{shard.path}: {member_name(chunk, DOCUMENTS)}"
+        documents = self._documents[chunk] = _parse_documents(shard.member(row, DOCUMENTS), where)
         if len(self._documents) > _CACHED_DOCUMENTS:
             self._documents.popitem(last=False)
         return documents
@@ -142,7 +143,7 @@ class Corpus:
         if number in self._open:
             self._open.move_to_end(number)
         else:
-            self._open[number] = _OpenShard(self.manifest_path.parent / SHARDS_FOLDER, info)
+            self._open[number] = _OpenShard(self.manifest_path.parent / SHARDS_FOLDER, self.manifest, number)
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
         return self._open[number], chunk - info.first_chunk
@@ -154,11 +155,11 @@ class _OpenShard:
     Not memory-mapped: there a failing disk or network file system kills the process, here it is an error.
     """
 
-    def __init__(self, folder: Path, info: ShardInfo) -> None:
-        self.path = folder / info.name
-        self.info = info
+    def __init__(self, folder: Path, manifest: Manifest, number: int) -> None:
         self._descriptor = -1
-        self.index = _read_index(folder, info)
+        self.info = info = manifest.shards[number]
+        self.path = resolve_inside(folder, info.name)
+        self.index = read_index(folder, manifest, number)
         try:
             self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             size = os.fstat(self._descriptor).st_size
@@ -174,7 +175,7 @@ class _OpenShard:
         return f"{self.path} has {size} bytes, its manifest says {self.info.bytes}{first}"
 
     def member_name(self, row: int, kind: int) -> str:
-        return _member_name(self.info.first_chunk + row, kind)
+        return member_name(self.info.first_chunk + row, kind)
 
     def read(self, row: int, kind: int, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a member, which are not checked."""
@@ -209,20 +210,16 @@ class _OpenShard:
         self.close()
 
 
-def _member_name(chunk: int, kind: int) -> str:
-    return f"{chunk:06d}.{'tok' if kind == _TOKENS else 'doc'}"
-
-
-def _read_index(folder: Path, info: ShardInfo) -> np.ndarray:
-    """uint64 [chunks, 2, 3]: (offset, length, xxh3-64) of the .tok and the .doc member of each chunk."""
-    path = folder / info.index_name
+def _parse_documents(content: bytes, where: str) -> ChunkDocuments:
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CorruptShardError(f"{path} cannot be read: {error.strerror}") from error
-    if hashlib.sha256(content).hexdigest() != info.index_sha256:
-        raise CorruptShardError(f"{path} has another sha256 than its manifest says; restore the file")
-    return np.load(io.BytesIO(content), allow_pickle=False)
+        raw: dict[str, Any] = json.loads(content)
+        arrays: dict[str, Any] = {k: np.array(v, np.int64) for k, v in raw.items() if k != "ids"}
+        found = ChunkDocuments(ids=raw["ids"], **arrays)
+        if len({len(value) for value in (found.ids, *arrays.values())}) != 1:
+            raise ValueError("its lists differ in length")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise CorruptShardError(f"{where} is no list of documents; prepare the corpus again") from error
+    return found
 
 
 class CorpusWriter:
@@ -303,7 +300,7 @@ class CorpusWriter:
     def _flush_chunk(self) -> None:
         tokens = self._buffer[: self._filled].tobytes()
         documents = json.dumps(self._pieces, ensure_ascii=False, separators=(",", ":")).encode()
-        size = _padded(len(tokens)) + _padded(len(documents))
+        size = padded_bytes(len(tokens)) + padded_bytes(len(documents))
         if self._shard is not None and self._shard.bytes + size > self._shard_bytes:
             self._shards.append(self._shard.finish())
             self._shard = None
@@ -355,7 +352,7 @@ class _ShardWriter:
         self.bytes += len(content)
 
     def _member(self, kind: int, content: bytes) -> tuple[int, int, int]:
-        header = tarfile.TarInfo(_member_name(self.info.first_chunk + len(self._rows), kind))
+        header = tarfile.TarInfo(member_name(self.info.first_chunk + len(self._rows), kind))
         header.size = len(content)  # mtime, uid and gid are 0, owner names empty: TarInfo's defaults
         self._write(header.tobuf(tarfile.USTAR_FORMAT))
         offset = self.bytes
@@ -363,7 +360,7 @@ class _ShardWriter:
         return offset, len(content), xxhash.xxh3_64_intdigest(content)
 
     def add(self, tokens: bytes, documents: bytes, n_tokens: int, n_documents: int) -> None:
-        self._rows.append([self._member(_TOKENS, tokens), self._member(_DOCUMENTS, documents)])
+        self._rows.append([self._member(TOKENS, tokens), self._member(DOCUMENTS, documents)])
         self.info.chunks += 1
         self.info.tokens += n_tokens
         self.info.documents += n_documents
@@ -384,11 +381,6 @@ class _ShardWriter:
         return self.info
 
 
-def _padded(n_bytes: int) -> int:
-    """Space that a member takes in a tar."""
-    return _BLOCK + n_bytes + -n_bytes % _BLOCK
-
-
 def verify_corpus(manifest_path: str | Path, progress: Progress | None = None) -> list[str]:
     """Read every file of a corpus and compare it with the manifest.
 
@@ -405,7 +397,7 @@ def verify_corpus(manifest_path: str | Path, progress: Progress | None = None) -
     for number, file in enumerate(expected + manifest.files):
         found = _file_problems(folder, file)
         if number < len(expected):
-            found += _member_problems(folder / SHARDS_FOLDER, manifest.shards[number], damaged=bool(found))
+            found += _member_problems(folder / SHARDS_FOLDER, manifest, number, damaged=bool(found))
         problems += found
         done += file.bytes
         if progress is not None:
@@ -416,9 +408,11 @@ def verify_corpus(manifest_path: str | Path, progress: Progress | None = None) -
 
 
 def _file_problems(folder: Path, expected: FileInfo) -> list[str]:
-    path = folder / expected.name
     try:
+        path = resolve_inside(folder, expected.name)
         found = describe_file(folder, expected.name)
+    except CorruptShardError as error:
+        return [str(error)]
     except OSError as error:
         return [f"{path} cannot be read: {error.strerror}"]
     if found.bytes != expected.bytes:
@@ -428,23 +422,29 @@ def _file_problems(folder: Path, expected: FileInfo) -> list[str]:
     return []
 
 
-def _member_problems(folder: Path, info: ShardInfo, damaged: bool) -> list[str]:
-    """Whether the index is whole and, for a damaged shard, each member that differs."""
+def _member_problems(folder: Path, manifest: Manifest, number: int, damaged: bool) -> list[str]:
+    """Whether the index is whole, each tar header is as it says and, for a damaged shard, each member that differs."""
+    info = manifest.shards[number]
     try:
-        index = _read_index(folder, info)
-        if not damaged:
-            return []
-        content = (folder / info.name).open("rb")
-    except (CorruptShardError, FileNotFoundError) as error:
-        return [str(error)] if isinstance(error, CorruptShardError) else []
+        index = read_index(folder, manifest, number)
+        content = resolve_inside(folder, info.name).open("rb")
+    except CorruptShardError as error:
+        return [str(error)]
+    except OSError:  # said already
+        return []
     problems = []
     with content:
         for row, kind in np.ndindex(*index.shape[:2]):
             offset, length, digest = (int(value) for value in index[row, kind])
-            content.seek(offset)
-            member = content.read(length)
-            if xxhash.xxh3_64_intdigest(member) != digest:
-                what = "is cut off" if len(member) < length else "has another xxh3-64 than its index says"
-                name = _member_name(info.first_chunk + row, kind)
+            name = member_name(info.first_chunk + row, kind)
+            content.seek(offset - _BLOCK)
+            what = header_problem(content.read(_BLOCK), name, length)
+            if damaged:
+                member = content.read(length)
+                if len(member) < length:
+                    what = "is cut off"
+                elif xxhash.xxh3_64_intdigest(member) != digest:
+                    what = "has another xxh3-64 than its index says"
+            if what is not None:
                 problems.append(f"{folder / info.name}: member {name} {what}")
     return problems

@@ -105,6 +105,9 @@ class Supervisor:
             return self._supervise()
         finally:
             own.close()
+            # A request that is repeated must not kill a supervisor that is about to return its exit code.
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_IGN)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._asked = self._asked or signal.Signals(number).name

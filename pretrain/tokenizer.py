@@ -11,7 +11,9 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from pretrain.config import ConfigError
+from pretrain.manifest import read_capped
 
+MAX_MODEL_BYTES = 64 << 20  # vocabularies of 256,000 entries take about 4 MB
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 
 # sentencepiece writes every space as this character and reads it back as a space, so the character
@@ -26,7 +28,9 @@ class Tokenizer:
     """A sentencepiece model with the special ids that this project fixes.
 
     With a model trained by `data_tools.prepare`, `decode(encode(text)) == text` for every text.
-    Raises ConfigError where `path` is no sentencepiece model or its special ids are others.
+    With `sha256`, the hash that the file must have, nothing else of it is looked at where it has another: a model
+    made with bad intent can crash the parser. Raises ConfigError for that, and where `path` is no sentencepiece
+    model or its special ids are others.
     """
 
     unk_id = UNK_ID
@@ -34,21 +38,28 @@ class Tokenizer:
     eos_id = EOS_ID
     pad_id = PAD_ID
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, sha256: str | None = None) -> None:
         self.path = Path(path)
         try:
-            model = self.path.read_bytes()
+            model = read_capped(self.path, MAX_MODEL_BYTES)
         except OSError as error:
             raise ConfigError(
                 f"the tokenizer {self.path} cannot be read: {error.strerror or error}"
             ) from error
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        if sha256 is not None and self.sha256 != sha256:
+            raise ConfigError(
+                f"the tokenizer {self.path} has sha256 {self.sha256}, where {sha256} is needed; put back the "
+                "tokenizer.model of the corpus"
+            )
+        self.model = model
+        """The file's content, to be used instead of reading again what was hashed."""
         self._processor = SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
             self.vocab_size = int(self._processor.get_piece_size())
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"the tokenizer {self.path} is no sentencepiece model") from error
-        self.sha256 = hashlib.sha256(model).hexdigest()
         self._check_special_ids()
         self._lines_are_independent = self._check_lines()
         pieces = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import load_weights
-from pretrain.config import ConfigError, TrainConfig
+from pretrain.config import TrainConfig
 from pretrain.model import Decoder, build_decoder
 from pretrain.tokenizer import Tokenizer
 
@@ -38,12 +38,7 @@ def load_trained(run_dir: str | Path, step: int | None = None) -> TrainedModel:
     Raises ConfigError where there is no such checkpoint or the run folder holds another tokenizer.
     """
     config, weights, state = load_weights(run_dir, step)
-    tokenizer = Tokenizer(Path(run_dir) / TOKENIZER_NAME)
-    if tokenizer.sha256 != state["tokenizer_sha256"]:
-        raise ConfigError(
-            f"{tokenizer.path} is not the tokenizer that this run was trained with; "
-            "put back the tokenizer.model of its corpus"
-        )
+    tokenizer = Tokenizer(Path(run_dir) / TOKENIZER_NAME, sha256=state["tokenizer_sha256"])
     return TrainedModel(config, weights, tokenizer, state["step"], state["tokens_seen"])
 
 

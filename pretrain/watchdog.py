@@ -44,6 +44,7 @@ class Watchdog:
         self._started = False
         facts = {
             "rank": launched_rank(),
+            "pid": os.getpid(),
             "run_dir": str(Path(run_dir).absolute()),
             "progress": progress,
             "stacks": stacks,
@@ -107,6 +108,7 @@ def _listen() -> socket.socket:
     """On the address at which the ranks meet, not on all of this host's."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((socket.gethostbyname(os.environ.get("MASTER_ADDR", "127.0.0.1")), 0))
+    local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "")) == os.environ["WORLD_SIZE"]
+    listener.bind(("127.0.0.1" if local else socket.gethostbyname(os.environ["MASTER_ADDR"]), 0))
     listener.listen(4096)
     return listener

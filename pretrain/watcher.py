@@ -71,7 +71,7 @@ class Watcher:
         self.run_dir = Path(facts["run_dir"])
         self.limits = {name: facts[name] for name in ("startup_s", "step_s", "lost_s")}
         self.progress, self.stacks = facts["progress"], facts["stacks"]
-        self.pid = os.getppid()
+        self.pid = facts["pid"]
         self.host = os.uname().nodename
         self.selector = selectors.DefaultSelector()
         self.process = os.pidfd_open(self.pid)
@@ -181,7 +181,7 @@ class Watcher:
         if "dump" in message:
             self._report({"rank": self.rank, "waiting": self._dump()})
         elif "end" in message:
-            self._end(message["end"])
+            self._end(message["end"], told=True)
 
     def _note(self, line: Line, message: dict[str, Any]) -> None:
         """The hub: a watcher has said something."""
@@ -309,10 +309,10 @@ class Watcher:
             line.send({"end": verdict})
         self._end(verdict)
 
-    def _end(self, verdict: dict[str, Any]) -> None:
-        """Leave the stacks and a word in the run folder, and end this rank."""
+    def _end(self, verdict: dict[str, Any], *, told: bool = False) -> None:
+        """Leave the stacks and a word in the run folder, and end this rank. `told`: by the hub, which says it."""
         self.verdict = verdict
-        if self.listener is not None or self.size == 1 or (verdict["rank"] == 0 and self.rank == 1):
+        if self.listener is not None or self.size == 1 or (self.rank == 1 and not told):
             self._say(verdict)
         if not self.dead:
             if not self.dumped:
@@ -343,8 +343,10 @@ class Watcher:
         stopped = _state(self.pid) in "Tt"
         os.ftruncate(self.stacks, 0)
         os.lseek(self.stacks, 0, os.SEEK_SET)
+        if stopped:  # it has to run for a moment, to write its stacks; before that, those that wait for it write theirs
+            time.sleep(DUMP_S / 3)
         self._kill(signal.SIGUSR2)
-        if stopped:  # it runs for a moment, to write its stacks
+        if stopped:
             self._kill(signal.SIGCONT)
         text = self._wait_for_stacks()
         if stopped:
@@ -424,4 +426,6 @@ if __name__ == "__main__":
         if not byte:
             sys.exit(0)
         first += byte
-    Watcher(json.loads(first)).run()
+    facts = json.loads(first)
+    if os.getppid() == facts["pid"]:  # else the rank is gone already
+        Watcher(facts).run()

@@ -33,6 +33,6 @@ def private_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Quick tests first, then those marked `integration`, containers last; the order within each is kept."""
-    markers = ("integration", "container")
-    items.sort(key=lambda item: [item.get_closest_marker(marker) is not None for marker in markers])
+    """Quick tests first, then `integration`, `cluster`, `container`; the order within each is kept."""
+    slow = ("integration", "cluster", "container")
+    items.sort(key=lambda item: [item.get_closest_marker(marker) is not None for marker in reversed(slow)])

@@ -22,8 +22,15 @@ class Ranks:
     """The processes of one world; killed when the block ends, whatever happened."""
 
     def __init__(
-        self, n_ranks: int, script: str, *args: str, log_dir: Path, env: dict[str, str] | None = None
+        self,
+        n_ranks: int,
+        script: str,
+        *args: str,
+        log_dir: Path,
+        env: dict[str, str] | None = None,
+        env_of: dict[int, dict[str, str]] | None = None,
     ) -> None:
+        """`env`: variables of all ranks; `env_of`: of one."""
         port = str(free_port())
         log_dir.mkdir(parents=True, exist_ok=True)
         self.logs = [log_dir / f"rank-{rank}.log" for rank in range(n_ranks)]
@@ -39,6 +46,7 @@ class Ranks:
                 "MASTER_PORT": port,
                 "OMP_NUM_THREADS": "1",
                 **(env or {}),
+                **(env_of or {}).get(rank, {}),
             }
             with log.open("w") as output:
                 self.processes.append(

@@ -1,4 +1,4 @@
-"""Four small shell programs that do what a batch script needs of Slurm. Real Slurm is for tests/cluster."""
+"""Six small shell programs that do what a batch script needs of Slurm. Real Slurm is for tests/cluster."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import subprocess
 from pathlib import Path
 
 STAND_INS = {
-    "sbatch": 'echo "$@" >"$SLURM_LOG/sbatch"\n'
+    "sbatch": 'echo "$@" >>"$SLURM_LOG/sbatch"; n=$(wc -l <"$SLURM_LOG/sbatch")\n'
     'if [ -n "${SBATCH_FAILS:-}" ]; then echo "sbatch: error: $SBATCH_FAILS" >&2; exit 1; fi\n'
-    "echo '4242;cluster'",
+    'echo "$((4241 + n));cluster"',
     # One process per node; the first that fails takes the others with it.
-    "srun": 'echo "$@" >"$SLURM_LOG/srun"; nodes=${1#--nodes=}; pids=()\n'
-    'for ((i = 0; i < nodes; i++)); do SLURM_NODEID=$i "${@: -3}" & pids+=($!); done\n'
+    "srun": 'echo "$@" >>"$SLURM_LOG/srun"; nodes=${1#--nodes=}; pids=(); while [[ $1 == --* ]]; do shift; done\n'
+    'for ((i = 0; i < nodes; i++)); do SLURM_NODEID=$i "$@" & pids+=($!); done\n'
     'for pid in "${pids[@]}"; do wait -n; c=$?; [ "$c" -eq 0 ] || { kill -9 "${pids[@]}"; exit "$c"; }; done',
     "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; echo 127.0.0.2; else echo "$@" >>"$SLURM_LOG/scontrol"; fi',
+    "sinfo": 'echo "${DOWN_NODES:-}"',
+    "scancel": 'echo scancel "$@" >>"$SLURM_LOG/scontrol"',
     "squeue": 'echo "${JOB_STATE:-RUNNING}"',
 }
 
@@ -30,7 +32,8 @@ def install(folder: Path) -> dict[str, str]:
 
 def start_batch(script: Path, slurm: dict[str, str], **variables: str) -> subprocess.Popen[str]:
     """The batch script as Slurm starts it."""
-    (Path(slurm["SLURM_LOG"]) / "scontrol").unlink(missing_ok=True)
+    for name in ("scontrol", "srun"):
+        (Path(slurm["SLURM_LOG"]) / name).unlink(missing_ok=True)
     env = slurm | {"SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "n[1-2]"} | variables
     return subprocess.Popen(
         ["bash", str(script)],
@@ -42,6 +45,7 @@ def start_batch(script: Path, slurm: dict[str, str], **variables: str) -> subpro
     )
 
 
-def requeues(slurm: dict[str, str]) -> list[str]:
+def requests(slurm: dict[str, str]) -> list[str]:
+    """What the batch script asked of Slurm: requeue, update, scancel."""
     log = Path(slurm["SLURM_LOG"]) / "scontrol"
     return log.read_text().splitlines() if log.exists() else []

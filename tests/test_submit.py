@@ -24,7 +24,8 @@ import pytest
 import yaml
 
 from pretrain.config import ClusterConfig, ConfigError, SubmitConfig, TrainConfig, load_config, run_command
-from tests.slurm_stand_ins import install, requeues, start_batch
+from pretrain.journal import JsonLines
+from tests.slurm_stand_ins import install, requests, start_batch
 from tests.tiny import TinyCorpus, make_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +38,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return install(tmp_path_factory.mktemp("slurm"))
 
@@ -101,10 +102,9 @@ def directives(script: str) -> dict[str, str | None]:
 
 
 def train_command(script: str) -> list[str]:
-    """The words of the launcher's command line, with the variables still in them."""
-    command = re.search(r"^    (\S+ -m deepspeed\.launcher\.launch.*?)\n    local code", script, re.M | re.S)
-    assert command is not None
-    return shlex.split(command[1].replace("\\\n", " "))
+    """The words of the supervisor's command line."""
+    command = script.rpartition("\n    exec ")[2].partition("\n) &")[0]
+    return shlex.split(command.replace("\\\n", " "))
 
 
 # ---- the script ----
@@ -155,6 +155,7 @@ def test_environment_and_setup_lines(submit: Submit, corpus: TinyCorpus, tmp_pat
     assert "\nexport OMP_NUM_THREADS=8\n" in script
     assert "\n    module load cuda\n    source /opt/x y\n" in script
     assert "\n    export PATH='/opt/my env/bin':$PATH\n" in script
+    assert re.search(r"^    exec '/opt/my env/bin/python' \S+/supervise\.py ", script, re.M)
     assert re.search(r"^    '/opt/my env/bin/python' -m deepspeed\.launcher\.launch ", script, re.M)
 
 
@@ -165,12 +166,11 @@ def test_the_training_command(submit: Submit, corpus: TinyCorpus, tmp_path: Path
     done = submit(*arguments)
     assert done.returncode == 0, done.stderr
     words = train_command(done.stdout)
-    launcher, train = words[:8], words[8:]
-    assert launcher[0] == sys.executable
-    assert train[0] == f"{tmp_path}/{ODD}/submit/001/code/launch/train.py"
+    assert words[:2] == [sys.executable, f"{tmp_path}/{ODD}/submit/001/code/launch/supervise.py"]
+    train = words[words.index("run_node") + 1 :]
     assert not [word for word in train if word.startswith(("cluster", "dry_run"))]
     assert train[-3:] == overrides
-    config = load_config(TrainConfig, train[1:], "config")
+    config = load_config(TrainConfig, train, "config")
     assert config.run_dir == f"{tmp_path}/{ODD}"
     assert config.logging.wandb_tags == ["a b", "c,d"]
     assert config.model.n_layers == 12
@@ -188,7 +188,11 @@ def test_the_script_is_clean_shell(submit: Submit, corpus: TinyCorpus, tmp_path:
     odd = tmp_path / "odd.sbatch"
     odd.write_text(submit(*a_run(corpus, "dry_run=true", run_dir=ODD)).stdout)
     assert subprocess.run(["bash", "-n", str(odd)], check=False).returncode == 0
-    for options in ([], ["cluster.network_interface=ib0", "cluster.setup=['module load a']"]):
+    for options in (
+        [],
+        ["cluster.preflight.enabled=false"],
+        ["cluster.network_interface=ib0", "cluster.setup=['module load a']"],
+    ):
         script = tmp_path / "train.sbatch"
         script.write_text(submit(*a_run(corpus, *options, "dry_run=true")).stdout)
         assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
@@ -332,54 +336,137 @@ def test_code_and_configuration_are_frozen(
 
 
 class Ending(NamedTuple):
-    codes: tuple[str, str]
+    code: int
     circumstance: str
     expected: int
-    requeued: bool
+    asks: list[str]
     says: str
+
+
+STUB = """
+import os, signal, sys, time
+asked = []
+signal.signal(signal.SIGUSR1, lambda *_: asked.append(1))
+print("listening", flush=True)
+while os.environ.get("USR1") and not asked:
+    time.sleep(0.02)
+sys.exit(int(os.environ["CODE"]))
+"""
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        Ending(("0", "0"), "", 0, False, "the run is finished"),
-        Ending(("2", "1"), "", 2, False, "not tried again"),
-        Ending(("75", "75"), "", 75, True, "requeued to go on"),
-        Ending(("75", "1"), "", 75, True, "requeued to go on"),
-        Ending(("75", "75"), "scancel", 75, False, ""),
-        Ending(("75", "75"), "touch stop", 75, False, "stopped by the file"),
-        Ending(("0", "247"), "", 247, False, "crashed with exit code 247"),
+        Ending(0, "", 0, [], "the run is finished"),
+        Ending(2, "chain", 2, ["scancel 4243 4244"], "not tried again"),
+        Ending(75, "usr1", 75, ["requeue 4242"], "requeued to go on"),
+        Ending(75, "usr1 chain", 75, [], "the next job of the chain"),
+        Ending(75, "usr1 scancel", 75, [], ""),
+        Ending(75, "", 75, [], "stopped on request"),
+        Ending(75, "chain", 75, ["scancel 4243 4244"], "stopped on request"),
+        Ending(1, "chain", 1, ["scancel 4243 4244"], "could not go on"),
+        Ending(
+            75,
+            "usr1 failed node",
+            75,
+            ["requeue 4242", "update JobId=4242 ExcNodeList=n9,127.0.0.2"],
+            "requeued to go on",
+        ),
     ],
+    ids=lambda case: f"{case.code} {case.circumstance}".strip(),
 )
 def test_what_an_exit_code_means(
     submit: Submit, corpus: TinyCorpus, tmp_path: Path, slurm: dict[str, str], case: Ending
 ) -> None:
-    """Two nodes, the second a moment behind, whose launcher is a program that ends with a given code.
-
-    It first signals the shell that started it, as Slurm signals a whole step.
-    """
-    ending = tmp_path / "bin" / "ending"
-    ending.parent.mkdir()
-    signals = "kill -TERM $PPID; kill -USR1 $PPID"
-    ending.write_text(
-        f'#!/bin/bash\n{signals}\nsleep "0.$SLURM_NODEID"; code=CODE_$SLURM_NODEID; exit "${{!code}}"\n'
-    )
-    ending.chmod(0o755)
-    done = submit(*a_run(corpus, f"cluster.python={ending}", run_dir=ODD), env=slurm)
+    """A stand-in for the supervisor ends with a given code; the script is what is tested."""
+    options = ["cluster.preflight.enabled=false", "cluster.exclude=[n9]"]
+    options += ["cluster.chain_jobs=3"] if "chain" in case.circumstance else []
+    done = submit(*a_run(corpus, *options, run_dir=ODD), env=slurm)
     assert done.returncode == 0, done.stderr
-    run_dir = tmp_path / ODD
-    if case.circumstance == "touch stop":
-        (run_dir / "stop").touch()
-    variables = {"CODE_0": case.codes[0], "CODE_1": case.codes[1], "SLURM_RESTART_COUNT": "3"}
-    variables["JOB_STATE"] = "CANCELLED" if case.circumstance == "scancel" else "RUNNING"
-    process = start_batch(run_dir / "submit" / "001" / "train.sbatch", slurm, **variables)
+    folder = tmp_path / ODD / "submit" / "001"
+    (folder / "code" / "launch" / "supervise.py").write_text(STUB)
+    variables = {"CODE": str(case.code), "SLURM_RESTART_COUNT": "3"}
+    variables["JOB_STATE"] = "CANCELLED" if "scancel" in case.circumstance else "RUNNING"
+    if "usr1" in case.circumstance:
+        variables["USR1"] = "1"
+    if "failed node" in case.circumstance:
+        (folder / "nodes").write_text("n[1-2]\n")
+        variables["DOWN_NODES"] = "127.0.0.2"
+    process = start_batch(folder / "train.sbatch", slurm, **variables)
+    if "usr1" in case.circumstance:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "listening\n"
+        process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == case.expected, output
     assert case.says in output
-    assert requeues(slurm) == (["requeue 4242"] if case.requeued else [])
-    exits = run_dir / "submit" / "001" / "exits" / "4242-3"
-    seen = case.codes if case.codes[0] in ("0", "75") else case.codes[:1]
-    assert {path.name for path in exits.iterdir()} == set(seen)
+    assert requests(slurm) == case.asks
+
+
+def test_a_finished_run_is_not_started_again(
+    submit: Submit, corpus: TinyCorpus, tmp_path: Path, slurm: dict[str, str]
+) -> None:
+    """Later jobs of a chain, and late requeues, end at once; a run that was lengthened since goes on."""
+    for total_steps, code in ((10, 0), (100, 7)):
+        assert submit(*a_run(corpus, f"total_steps={total_steps}"), env=slurm).returncode == 0
+        run_dir = tmp_path / "run"
+        events = JsonLines(run_dir / "events.jsonl")
+        events.append({"event": "finished", "attempt": 1, "step": 10, "reason": None})
+        events.close()
+        folder = sorted((run_dir / "submit").iterdir())[-1]
+        (folder / "code" / "launch" / "supervise.py").write_text(STUB)
+        (folder / "code" / "launch" / "preflight.py").write_text("")
+        process = start_batch(folder / "train.sbatch", slurm, CODE="7")
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == code, output
+
+
+JUDGE = """
+import os, sys
+if "judge=true" in sys.argv:
+    print(os.environ["UNFIT"])
+    sys.exit(int(os.environ["VERDICT"]))
+"""
+
+
+def test_unfit_nodes_are_named_to_slurm(
+    submit: Submit, corpus: TinyCorpus, tmp_path: Path, slurm: dict[str, str]
+) -> None:
+    """A stand-in for the verdict. The third start with unfit nodes is the last; a new submission knows them."""
+    assert submit(*a_run(corpus, "cluster.exclude=[n9]"), env=slurm).returncode == 0
+    folder = tmp_path / "run" / "submit" / "001"
+    (folder / "code" / "launch" / "preflight.py").write_text(JUDGE)
+    (folder / "code" / "launch" / "supervise.py").write_text(STUB)
+    seen = ["n9"]
+    for name in ("n1", "n2", "n3"):
+        process = start_batch(folder / "train.sbatch", slurm, UNFIT=name, VERDICT="10", CODE="0")
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == 1, output
+        seen.append(name)
+        requeued = ["requeue 4242", f"update JobId=4242 ExcNodeList={','.join(seen)}"]
+        assert requests(slurm) == (requeued if name != "n3" else [])
+    assert "unfit nodes at three starts" in output
+    process = start_batch(folder / "train.sbatch", slurm, UNFIT="", VERDICT="1", CODE="0")
+    output, _ = process.communicate(timeout=30)
+    assert (process.returncode, requests(slurm)) == (1, [])
+    process = start_batch(folder / "train.sbatch", slurm, UNFIT="", VERDICT="0", CODE="0")
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    script = submit(*a_run(corpus, "cluster.exclude=[n9]", "dry_run=true")).stdout
+    assert directives(script)["exclude"] == "n9,n1,n2,n3"
+
+
+def test_a_chain_of_jobs(submit: Submit, corpus: TinyCorpus, tmp_path: Path, slurm: dict[str, str]) -> None:
+    done = submit(*a_run(corpus, "cluster.chain_jobs=3"), env=slurm)
+    assert "submitted job 4242" in done.stdout
+    assert "jobs 4243 4244 go on after it" in done.stdout
+    script = f"{tmp_path}/run/submit/001/train.sbatch"
+    assert (Path(slurm["SLURM_LOG"]) / "sbatch").read_text().splitlines() == [
+        f"--parsable {script}",
+        f"--parsable --dependency=afterany:4242 {script}",
+        f"--parsable --dependency=afterany:4243 {script}",
+    ]
+    assert (tmp_path / "run/submit/001/chain").read_text() == "4242\n4243\n4244\n"
 
 
 PROBE = """
@@ -396,6 +483,9 @@ deadline = time.monotonic() + 60
 while not (run_dir / "stop").exists() and time.monotonic() < deadline:
     time.sleep(0.05)
 time.sleep(float(os.environ["RANK"]) / 10)
+if os.environ["RANK"] == "0":
+    line = {"event": "stopped", "attempt": 1, "step": 3, "reason": "file stop"}
+    (run_dir / "events.jsonl").write_text(json.dumps(line) + chr(10))
 sys.exit(75)
 """
 
@@ -406,7 +496,7 @@ def test_ranks_of_two_nodes_stop_when_slurm_asks(
 ) -> None:
     """The real DeepSpeed launcher twice; USR1 to the batch script, the ranks end with 75, the job is requeued."""
     cpu = ["cluster.gpus_per_node=0", "cluster.ranks_per_node=2", "cluster.cpus_per_rank=1"]
-    done = submit(*a_run(corpus, *cpu, run_dir=ODD), env=slurm)
+    done = submit(*a_run(corpus, *cpu, "cluster.preflight.enabled=false", run_dir=ODD), env=slurm)
     assert done.returncode == 0, done.stderr
     run_dir = tmp_path / ODD
     folder = run_dir / "submit" / "001"
@@ -420,13 +510,14 @@ def test_ranks_of_two_nodes_stop_when_slurm_asks(
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
-    assert requeues(slurm) == ["requeue 4242"]
+    assert requests(slurm) == ["requeue 4242"]
     assert (
         "--kill-on-bad-exit=1 --wait=60 bash -c run_node" in (Path(slurm["SLURM_LOG"]) / "srun").read_text()
     )
     probes = [json.loads((run_dir / f"probe-{rank}.json").read_text()) for rank in range(4)]
+    words = train_command((folder / "train.sbatch").read_text())
     for rank, probe in enumerate(probes):
-        assert probe.pop("argv")[1:] == train_command((folder / "train.sbatch").read_text())[9:]
+        assert probe.pop("argv")[1:] == words[words.index("run_node") + 1 :]
         assert probe == {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank % 2),
