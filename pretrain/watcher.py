@@ -57,11 +57,13 @@ class Line:
         self.open = self.open and bool(block) and len(self._received) < MAX_LINE_BYTES
         self.heard = time.monotonic()
         *lines, self._received = (self._received + block).split(b"\n")
-        try:
-            return [json.loads(line) for line in lines]
-        except ValueError:
+        messages: list[Any] = []
+        with contextlib.suppress(ValueError, RecursionError):  # of one that is no watcher
+            messages = [json.loads(line) for line in lines]
+        if len(messages) < len(lines) or not all(isinstance(message, dict) for message in messages):
             self.open = False
             return []
+        return messages
 
 
 class Watcher:
@@ -107,7 +109,7 @@ class Watcher:
                 self._judge()
 
     def _over(self) -> bool:
-        return self.dead and not self.lines
+        return self.dead and not any(line.rank is not None for line in self.lines)
 
     # ---- what is heard ----
 

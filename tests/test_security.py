@@ -16,15 +16,18 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import xxhash
-from launching import ROOT, free_port
+from launching import ROOT, Ranks, free_port
 from tiny import TinyCorpus, events, make_corpus, run_arguments
 from trained_run import make_run, train_tokenizer
 
@@ -328,6 +331,51 @@ def test_a_master_that_others_cannot_reach_is_refused() -> None:
         "MASTER_ADDR=localhost is 127.0.0.1 on its own host, where other hosts cannot reach it"
         in done[0].stderr
     )
+
+
+HOSTILE_LINES = [
+    b"[]\n",
+    b'"words"\n',
+    b"\xff\xff\n",
+    b"[" * 50_000 + b"\n",
+    b'{"token": "guessed", "rank": 1, "dead": "killed", "reason": "a lie"}\n',
+    b'{"rank": 1, "dead": "killed", "reason": "a lie"}\n',
+    b'{"token": ' + b"1" * 200_000,
+]
+
+
+@pytest.mark.integration
+def test_a_stranger_at_the_watchers_port_changes_nothing(tmp_path: Path) -> None:
+    """Who connects to the watcher of rank 0 without the run's password is not heard, and keeps nothing alive."""
+    with Ranks(
+        2, "tests/watchdog_worker.py", str(tmp_path), "nothing", "0", log_dir=tmp_path / "logs"
+    ) as ranks:
+        hub, port = wait_for_hub(ranks.processes[0].pid)
+        idle = socket.create_connection(("127.0.0.1", port))
+        for line in HOSTILE_LINES:
+            with socket.create_connection(("127.0.0.1", port)) as stranger, suppress(OSError):
+                stranger.sendall(line)
+                stranger.settimeout(5)
+                while stranger.recv(1 << 16):  # until it is shown the door
+                    pass
+        assert ranks.processes[0].poll() is None  # it was all in time
+        assert ranks.wait(120) == [0, 0], ranks.output()
+        hub.wait(timeout=15)  # though the idle one is still connected
+        idle.close()
+    assert not (tmp_path / "events.jsonl").exists()
+
+
+def wait_for_hub(rank: int) -> tuple[psutil.Process, int]:
+    """The watcher of a rank and the port at which it listens, once the rank itself has left it to the watcher."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        mine = {address for _, address in sockets_of(rank, listening_sockets())}
+        for child in psutil.Process(rank).children():
+            for _, address in sockets_of(child.pid, listening_sockets()):
+                if address not in mine:
+                    return child, int(address.split(":")[1], 16)
+        time.sleep(0.05)
+    raise AssertionError("no watcher listens")
 
 
 # ---- hashes before parsing -------------------------------------------------------------------------------------------
