@@ -361,7 +361,8 @@ sys.exit(int(os.environ["CODE"]))
         Ending(2, "chain", 2, ["scancel 4243 4244"], "not tried again"),
         Ending(75, "usr1", 75, ["requeue 4242"], "requeued to go on"),
         Ending(75, "usr1 chain", 75, [], "the next job of the chain"),
-        Ending(75, "usr1 scancel", 75, [], ""),
+        Ending(75, "usr1 scancel", 75, [], "Slurm has ended this start"),
+        Ending(1, "chain scancel", 1, [], "Slurm has ended this start"),
         Ending(75, "", 75, [], "stopped on request"),
         Ending(75, "chain", 75, ["scancel 4243 4244"], "stopped on request"),
         Ending(1, "chain", 1, ["scancel 4243 4244"], "could not go on"),
@@ -512,7 +513,7 @@ def test_ranks_of_two_nodes_stop_when_slurm_asks(
     assert process.returncode == 75, output
     assert requests(slurm) == ["requeue 4242"]
     assert (
-        "--kill-on-bad-exit=0 --wait=60 bash -c run_node" in (Path(slurm["SLURM_LOG"]) / "srun").read_text()
+        "--kill-on-bad-exit=0 --wait=30 bash -c run_node" in (Path(slurm["SLURM_LOG"]) / "srun").read_text()
     )
     probes = [json.loads((run_dir / f"probe-{rank}.json").read_text()) for rank in range(4)]
     words = train_command((folder / "train.sbatch").read_text())
