@@ -17,6 +17,7 @@ Functions take the root of a run's checkpoints: the run folder itself, or what `
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -292,7 +293,7 @@ def verify(path: Path, world: World = ALONE) -> str | None:
                 problem = _file_problem(path, name, files[name])
     except FileNotFoundError:
         problem = f"no {COMPLETE} file"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         problem = f"{COMPLETE} cannot be read ({type(error).__name__}: {error})"
     return next((found for found in gather_objects(problem, world) if found), None)
 
@@ -327,8 +328,21 @@ def _file_problem(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a verified checkpoint."""
-    return json.loads(_read_text(path / STATE))
+    """state.json of a verified checkpoint. Raises CheckpointError where it claims what the files cannot hold."""
+    try:
+        state = json.loads(_read_text(path / STATE))
+        sizes = [n for shape in state["tensors"].values() for n in shape]
+        n_bytes = 4 * sum(math.prod(shape) for shape in state["tensors"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path / STATE} is no state of a run ({type(error).__name__}: {error})"
+        ) from error
+    held_bytes = sum(entry["bytes"] for entry in _listing(path).values())
+    if not all(type(n) is int and n >= 0 for n in sizes) or n_bytes > held_bytes:
+        raise CheckpointError(
+            f"{path / STATE} speaks of weights of {n_bytes:,} bytes, where the files have {held_bytes:,}"
+        )
+    return state
 
 
 def load(

@@ -50,6 +50,8 @@ from pretrain.resilience import STOP_FILE
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 POLL_S = 0.1
 MAX_BACKOFF_S = 30.0
+LOCK_MARGIN_S = 10.0
+"""Beyond the grace time, after which the guard of a killed supervisor kills what is left."""
 ENDINGS = {"finished", "stopped", "rank_failed"}
 """Events after which a run's processes must end soon."""
 
@@ -111,8 +113,8 @@ class Supervisor:
         self._asked = self._asked or signal.Signals(number).name
 
     def _wait_for_lock(self, path: Path, holder: str) -> IO[str]:
-        """Take a lock, waiting for at most the grace time: what holds it may be saving."""
-        deadline = time.monotonic() + self._grace_s
+        """Take a lock, waiting for at most the grace time: what holds it may be saving"""
+        deadline = time.monotonic() + self._grace_s + LOCK_MARGIN_S
         handle = path.open("a+")
         while True:
             try:
@@ -209,7 +211,9 @@ class Supervisor:
         trained = watch.first_step_at is not None
         attempt.startup_s = (watch.first_step_at or ended) - began
         attempt.detection_s = ended - watch.last_sign_at if trained else attempt.wall_s
-        attempt.checkpoints_after = complete_checkpoints(self._run_dir)
+        # Those in a remote store are known from what the run said.
+        saved = {event["step"] for event in watch.events if event["event"] == "checkpoint_saved"}
+        attempt.checkpoints_after = sorted(saved | set(complete_checkpoints(self._run_dir)))
         attempt.cause, attempt.reason = judge(
             exit_code,
             watch.events,
@@ -221,8 +225,27 @@ class Supervisor:
         return attempt
 
     def _run_command(self, log: Path, watch: Watch) -> int:
-        """Start the command, watch it to its end and see its last process gone. Returns its exit code."""
-        child = _start(self._command, log)
+        """Run the command and see its last process gone. Returns its exit code.
+
+        Between this process and the command stands a guard, a fork of this process: should the supervisor be killed,
+        its guard asks the run to stop and ends it. It holds the supervisor's lock until then.
+        """
+        supervisor = os.getpid()
+        guard = os.fork()
+        if guard:
+            return self._see_out(guard, watch)
+        try:
+            os.setsid()  # Ctrl-C is for the supervisor, who asks the run
+            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            _end_with_parent(supervisor)
+            _exit_like(self._see_out(_start(self._command, log), None))
+        except BaseException as error:
+            say(f"supervise: {error}")
+        finally:
+            os._exit(1)
+
+    def _see_out(self, child: int, watch: Watch | None) -> int:
+        """Wait for a child process, and for all that it leaves behind. Returns the child's exit code."""
         codes: dict[int, int] = {}
         deadline: float | None = None
         stop_file = self._run_dir / STOP_FILE
@@ -231,15 +254,17 @@ class Supervisor:
             gone = child in codes
             if gone and not descendants():
                 break
-            watch.look()
+            if watch:
+                watch.look()
             if self._asked or gone:
                 # Ranks without a launcher get time to save, no more. Again and again: a run that starts removes it.
                 with suppress(OSError):
                     stop_file.touch()
-            if deadline is None and (self._asked or gone or watch.ending):
+            if deadline is None and (self._asked or gone or (watch and watch.ending)):
                 deadline = time.monotonic() + self._grace_s
             if deadline is not None and time.monotonic() > deadline:
-                say(f"supervise: not ended within {self._grace_s:g} s; killing what is left")
+                if watch:
+                    say(f"supervise: not ended within {self._grace_s:g} s; killing what is left")
                 codes |= _kill_all()
                 break
             time.sleep(POLL_S)
@@ -297,12 +322,12 @@ class Watch:
 
 
 class Tail:
-    """The records that are added to a file of JSON lines from now on."""
+    """The records that are added to a file of JSON lines, from now on or from its beginning."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, from_start: bool = False) -> None:
         self._path = path
         # From the last whole line: a torn one is cut off by the next writer.
-        self._offset = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+        self._offset = path.read_bytes().rfind(b"\n") + 1 if path.exists() and not from_start else 0
 
     def read(self) -> list[dict[str, Any]]:
         """The whole lines since the last call; one that is no JSON is left out."""
@@ -325,26 +350,34 @@ class Tail:
 
 
 def _start(command: list[str], log: Path) -> int:
-    """Start the command in a session of its own; should this process be killed, it gets SIGTERM."""
-    supervisor = os.getpid()
-    libc = ctypes.CDLL(None)
-
-    def before_exec() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != supervisor:
-            os._exit(1)
-
+    """Start the command; should this process be killed, it gets SIGTERM."""
+    guard = os.getpid()
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,
-            preexec_fn=before_exec,
+            preexec_fn=lambda: _end_with_parent(guard),
         )
     process.returncode = 0  # it is waited for in `_reap`, with those that it leaves behind
     return process.pid
+
+
+def _end_with_parent(parent: int) -> None:
+    """Have the kernel send SIGTERM to this process when its parent dies, or now if it has."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _exit_like(code: int) -> None:
+    """End this process as the one ended whose exit code, or negative signal, it is."""
+    if code < 0:
+        with suppress(OSError):
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
 
 
 def _reap() -> dict[int, int]:

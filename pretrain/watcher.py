@@ -25,6 +25,7 @@ TICK_S = 0.5
 DUMP_S = 3.0  # the stacks of a rank are there within so many seconds, or never
 MAX_LINE_BYTES = 1 << 16
 LAUNCHERS = (b"deepspeed", b"torchrun", b"torch.distributed")
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory|MemoryError", re.IGNORECASE)
 WAITING = re.compile(r'File "[^"]*(torch/distributed/|deepspeed/comm/)')
 
 
@@ -56,11 +57,13 @@ class Line:
         self.open = self.open and bool(block) and len(self._received) < MAX_LINE_BYTES
         self.heard = time.monotonic()
         *lines, self._received = (self._received + block).split(b"\n")
-        try:
-            return [json.loads(line) for line in lines]
-        except ValueError:
+        messages: list[Any] = []
+        with contextlib.suppress(ValueError, RecursionError):  # of one that is no watcher
+            messages = [json.loads(line) for line in lines]
+        if len(messages) < len(lines) or not all(isinstance(message, dict) for message in messages):
             self.open = False
             return []
+        return messages
 
 
 class Watcher:
@@ -106,7 +109,7 @@ class Watcher:
                 self._judge()
 
     def _over(self) -> bool:
-        return self.dead and not self.lines
+        return self.dead and not any(line.rank is not None for line in self.lines)
 
     # ---- what is heard ----
 
@@ -227,7 +230,7 @@ class Watcher:
             self._report({"rank": self.rank, "bye": True})
         else:
             words = heartbeat.read(self.progress).last_words
-            oom = _oom_kills() > self.oom_kills or "out of memory" in words.lower()
+            oom = _oom_kills() > self.oom_kills or OUT_OF_MEMORY.search(words) is not None
             cause = "oom" if oom else "error" if words else "killed"
             reason = words or (
                 "it was killed when the kernel ran out of memory" if oom else "it was killed by a signal"

@@ -1,8 +1,8 @@
 """Saves checkpoints on request, each in a fresh process that a tracer may hold: `python tests/save_worker.py`.
 
-Reads lines `RUN_DIR STEP TRACED` from stdin. Each is served by a fork, so that a hundred saves cost one import of
-torch: this process has only one thread and no process group. Answers `pid N` at once and `exit CODE` at the end, where
-CODE is 0 (saved), 1 (refused; RUN_DIR.error says why) or minus the number of the signal that ended it.
+Reads lines `RUN_DIR STEP KEEP_LAST TRACED` from stdin. Each is served by a fork, so that a hundred saves cost one
+import of torch: this process has only one thread and no process group. Answers `pid N` at once and `exit CODE` at the
+end, where CODE is 0 (saved), 1 (refused; RUN_DIR.error says why) or minus the number of the signal that ended it.
 """
 
 from __future__ import annotations
@@ -20,22 +20,25 @@ import torch.distributed as dist
 
 from pretrain import checkpoint
 from pretrain.checkpoint import ALONE, CheckpointError
+from pretrain.config import CheckpointConfig
 from pretrain.distributed import Partition
+from pretrain.saving import retain
 
 SHAPES = {"a": (30,), "b": (7,)}
 
 
-def save(run_dir: Path, step: int) -> None:
-    """A checkpoint whose every value tells its step."""
+def save(run_dir: Path, step: int, keep_last: int) -> None:
+    """A checkpoint whose every value tells its step; then older ones go."""
     partitions = {
         f"weight.{name}": Partition(torch.full(shape, float(step)), shape[0])
         for name, shape in SHAPES.items()
     }
     state = {"step": step, "tensors": {name: list(shape) for name, shape in SHAPES.items()}}
     checkpoint.save(run_dir, step, partitions, state, ALONE)
+    retain(run_dir, CheckpointConfig(keep_last=keep_last), ALONE)
 
 
-def serve(run_dir: Path, step: int, traced: bool) -> int:
+def serve(run_dir: Path, step: int, keep_last: int, traced: bool) -> int:
     """In the fork: wait for the tracer, save, and answer."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     while traced and "TracerPid:\t0\n" in Path("/proc/self/status").read_text():
@@ -44,7 +47,7 @@ def serve(run_dir: Path, step: int, traced: bool) -> int:
     if "NO_FSYNC" in os.environ:
         os.fsync = lambda descriptor: None
     try:
-        save(run_dir, step)
+        save(run_dir, step, keep_last)
     except CheckpointError as error:
         Path(f"{run_dir}.error").write_text(str(error))
         return 1
@@ -54,11 +57,11 @@ def serve(run_dir: Path, step: int, traced: bool) -> int:
 def main() -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
-        run_dir, step, traced = line.split()
+        run_dir, step, keep_last, traced = line.split()
         child = os.fork()
         if child == 0:
             try:
-                os._exit(serve(Path(run_dir), int(step), traced == "1"))
+                os._exit(serve(Path(run_dir), int(step), int(keep_last), traced == "1"))
             except BaseException as error:
                 print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 os._exit(99)

@@ -58,6 +58,8 @@ def below(pid: int) -> list[Process]:
 
 def role(process: Process, table: list[Process]) -> str:
     """What a process of an attempt is: deepspeed, launcher, rank, or something that a rank has started."""
+    if "launch/supervise.py" in process.command:
+        return "guard"
     if "deepspeed.launcher.launch" in process.command:
         return "launcher"
     parent = next((other.command for other in table if other.pid == process.parent), "")
@@ -69,7 +71,7 @@ def role(process: Process, table: list[Process]) -> str:
         return "loader worker"
     if "resource_tracker" in process.command:
         return "tracker"
-    return "sidecar" if "--local_rank=" in parent or "pretrain" in process.command else "other"
+    return "watcher" if "pretrain.watcher" in process.command else "other"
 
 
 def kill_tree(pid: int) -> None:

@@ -86,8 +86,17 @@ def check_deepspeed(arguments: list[str]) -> None:
 def check_python(arguments: list[str]) -> None:
     if arguments[0] == "-m" and arguments[1] == "pytest":
         return check_paths(arguments[2:])
+    if arguments[0] == "launch/supervise.py":
+        return check_supervised(arguments[1:])
     target, rest = (arguments[1], arguments[2:]) if arguments[0] == "-m" else (arguments[0], arguments[1:])
     return check_script(target, rest)
+
+
+def check_supervised(arguments: list[str]) -> None:
+    """The options exist, and what follows them is a command known here. Run by: test_supervise.py."""
+    at = arguments.index("--")
+    assert {word for word in arguments[:at] if word.startswith("--")} <= {"--attempts", "--grace-s"}
+    check(arguments[at + 1 :])
 
 
 def check_bash(arguments: list[str]) -> None:
@@ -234,6 +243,8 @@ def test_configuration_page_lists_every_file(group: str) -> None:
         "deepspeed --num_gpus 2 launch/train.py run_dir=x data.manifest=y",
         "docker build -f docker/Dockerfile --target tpu -t pretrain:tpu .",
         "docker run pretrain:cpu nonsense",
+        "python launch/supervise.py --tries 3 -- deepspeed launch/train.py --help",
+        "python launch/supervise.py -- deepspeed launch/train.py run_dir=x data.manifest=y",
         "docker compose -f docker/compose.yaml dance",
         "export TRAINING='model=tiny'",
         "export TRAIN='model=tiny total_step=5'",

@@ -58,9 +58,9 @@ class SaveWorker:
             text=True,
         )
 
-    def save(self, run_dir: Path, step: int, *strace: str) -> int:
+    def save(self, run_dir: Path, step: int, *strace: str, keep_last: int = 9) -> int:
         """Exit code of a save, or minus the signal that ended it. `strace`: options to trace it with."""
-        self.process.stdin.write(f"{run_dir} {step} {int(bool(strace))}\n")
+        self.process.stdin.write(f"{run_dir} {step} {keep_last} {int(bool(strace))}\n")
         self.process.stdin.flush()
         tracer = None
         pid = self.process.stdout.readline().split()[1]
@@ -154,6 +154,34 @@ def test_row_11_sigkill_at_every_kth_write_fsync_rename(
     published = next(i for i, call in enumerate(calls) if call.name.startswith("rename")) + 1
     assert found == [1] * published + [2] * (len(calls) - published)
     assert published < len(calls)  # the folder is synced after the rename
+
+
+def test_row_11_sigkill_at_every_kth_deletion_of_an_old_checkpoint(
+    worker: SaveWorker, tmp_path: Path
+) -> None:
+    before, log = tmp_path / "before", tmp_path / "log"
+    assert worker.save(before, 1) == 0
+    undisturbed = Path(shutil.copytree(before, tmp_path / "undisturbed"))
+    assert worker.save(undisturbed, 2, "-y", "-e", f"trace={CHANGES}", "-o", str(log), keep_last=1) == 0
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(undisturbed)] == [2]
+    deletions = [
+        c
+        for c in traced_calls(log)
+        if c.name in ("unlink", "unlinkat", "rmdir") and "step-00000001" in c.path
+    ]
+    assert len(deletions) == 4  # COMPLETE, tensors, state.json, the folder
+    old_is_whole = []
+    for number, call in enumerate(deletions):
+        run_dir = Path(shutil.copytree(before, tmp_path / str(number)))
+        inject = f"inject={call.name}:signal=SIGKILL:when={call.nth}"
+        trace = ["-e", f"trace={CHANGES}", "-e", inject, "-o", os.devnull]
+        assert worker.save(run_dir, 2, *trace, keep_last=1) == -signal.SIGKILL
+        assert_usable(run_dir, 2)
+        old_is_whole.append(checkpoint.verify(checkpoint.checkpoint_path(run_dir, 1)) is None)
+        assert worker.save(run_dir, 3, keep_last=1) == 0
+        assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(run_dir)] == [3]
+        assert_usable(run_dir, 3)
+    assert old_is_whole == [True, False, False, False]  # it ceases to be one at once
 
 
 def unsynced(calls: list[Call], run_dir: Path, step: int) -> list[str]:
@@ -393,9 +421,25 @@ def test_row_15_a_trainer_out_of_memory_is_named(corpus: TinyCorpus, tmp_path: P
         timeout=120,
     )
     assert result.returncode == 1, result.stderr
-    assert re.search(r"out of memory|allocate memory|MemoryError", result.stderr.splitlines()[-1]), (
-        result.stderr
-    )
+    (failed,) = (event for event in events(tmp_path / "run") if event["event"] == "rank_failed")
+    assert failed["cause"] == "oom", result.stderr
+    assert re.search(r"watchdog: rank 0.*: oom: .*allocate memory", result.stderr)
+
+
+@pytest.mark.integration
+def test_row_15_a_trainer_that_the_kernel_kills_for_memory_is_named(
+    corpus: TinyCorpus, tmp_path: Path, memory_limit: Callable[[int, int], Path]
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = run_arguments(corpus, run_dir, "total_steps=5000", "checkpoint.every_steps=5000")
+    with Ranks(2, TRAIN, *arguments, log_dir=tmp_path / "logs") as ranks:
+        wait_for(lambda: steps_done(run_dir) >= 2, ranks)
+        told = memory_limit(ranks.processes[1].pid, 1 << 16)
+        codes = ranks.wait(60)
+    assert "oom_kill 1\n" in told.read_text()
+    assert codes == [-signal.SIGKILL] * 2, ranks.output()
+    (failed,) = (event for event in events(run_dir) if event["event"] == "rank_failed")
+    assert (failed["rank"], failed["cause"]) == (1, "oom")
 
 
 @pytest.mark.integration
@@ -413,6 +457,27 @@ def test_row_16_a_killed_loader_worker_ends_the_run_with_a_sentence(
     assert codes[0] not in (0, 2, 75)
     (sentence,) = (line for line in ranks.logs[1].read_text().splitlines() if line.startswith("error: "))
     assert "rank 1: a process that reads training data died" in sentence
+
+
+@pytest.mark.integration
+def test_row_16_a_stopped_loader_worker_does_not_hold_the_run_for_ever(
+    corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    """Nothing dies, nothing answers: the watchdog ends the run within its limit and names the rank and the phase."""
+    run_dir = tmp_path / "run"
+    endless = ["total_steps=5000", "checkpoint.every_steps=5000", "evaluation.every_steps=5000"]
+    arguments = run_arguments(corpus, run_dir, "data.loader_workers=1", "watchdog.step_s=4", *endless)
+    with Ranks(2, TRAIN, *arguments, log_dir=tmp_path / "logs") as ranks:
+        wait_for(lambda: steps_done(run_dir) >= 2, ranks)
+        (reader,) = loader_workers(ranks.processes[1].pid)
+        os.kill(reader, signal.SIGSTOP)
+        codes = ranks.wait(60)
+        assert codes == [-signal.SIGKILL] * 2, ranks.output()
+    (failed,) = (event for event in events(run_dir) if event["event"] == "rank_failed")
+    assert (failed["rank"], failed["cause"], failed["behind"]) == (1, "hang", [1])
+    assert "phase data" in failed["reason"]
+    (stacks,) = (run_dir / "stacks").glob("attempt-*/rank-00001.txt")
+    assert "loader.py" in stacks.read_text()  # where it waits
 
 
 @pytest.mark.integration

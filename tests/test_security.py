@@ -16,15 +16,18 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import xxhash
-from launching import ROOT, free_port
+from launching import ROOT, Ranks, free_port
 from tiny import TinyCorpus, events, make_corpus, run_arguments
 from trained_run import make_run, train_tokenizer
 
@@ -330,6 +333,51 @@ def test_a_master_that_others_cannot_reach_is_refused() -> None:
     )
 
 
+HOSTILE_LINES = [
+    b"[]\n",
+    b'"words"\n',
+    b"\xff\xff\n",
+    b"[" * 50_000 + b"\n",
+    b'{"token": "guessed", "rank": 1, "dead": "killed", "reason": "a lie"}\n',
+    b'{"rank": 1, "dead": "killed", "reason": "a lie"}\n',
+    b'{"token": ' + b"1" * 200_000,
+]
+
+
+@pytest.mark.integration
+def test_a_stranger_at_the_watchers_port_changes_nothing(tmp_path: Path) -> None:
+    """Who connects to the watcher of rank 0 without the run's password is not heard, and keeps nothing alive."""
+    with Ranks(
+        2, "tests/watchdog_worker.py", str(tmp_path), "nothing", "0", log_dir=tmp_path / "logs"
+    ) as ranks:
+        hub, port = wait_for_hub(ranks.processes[0].pid)
+        idle = socket.create_connection(("127.0.0.1", port))
+        for line in HOSTILE_LINES:
+            with socket.create_connection(("127.0.0.1", port)) as stranger, suppress(OSError):
+                stranger.sendall(line)
+                stranger.settimeout(5)
+                while stranger.recv(1 << 16):  # until it is shown the door
+                    pass
+        assert ranks.processes[0].poll() is None  # it was all in time
+        assert ranks.wait(120) == [0, 0], ranks.output()
+        hub.wait(timeout=15)  # though the idle one is still connected
+        idle.close()
+    assert not (tmp_path / "events.jsonl").exists()
+
+
+def wait_for_hub(rank: int) -> tuple[psutil.Process, int]:
+    """The watcher of a rank and the port at which it listens, once the rank itself has left it to the watcher."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        mine = {address for _, address in sockets_of(rank, listening_sockets())}
+        for child in psutil.Process(rank).children():
+            for _, address in sockets_of(child.pid, listening_sockets()):
+                if address not in mine:
+                    return child, int(address.split(":")[1], 16)
+        time.sleep(0.05)
+    raise AssertionError("no watcher listens")
+
+
 # ---- hashes before parsing -------------------------------------------------------------------------------------------
 
 
@@ -558,6 +606,54 @@ def test_a_link_out_of_the_corpus_is_refused(folder: Path, suffix: str) -> None:
     assert any(
         "is a link to a file outside" in problem for problem in verify_corpus(folder / "manifest.json")
     )
+
+
+# ---- hostile checkpoints, whose hashes all fit -----------------------------------------------------------------------
+
+
+def forge_state(run_dir: Path, content: str | Callable[[dict[str, Any]], Any]) -> None:
+    """Change state.json and make COMPLETE fit it."""
+    path = checkpoint.checkpoint_path(run_dir, 3) / "state.json"
+    if not isinstance(content, str):
+        state = json.loads(path.read_text())
+        content(state)
+        content = json.dumps(state)
+    path.write_text(content)
+    complete = path.with_name("COMPLETE")
+    listing = json.loads(complete.read_text())
+    listing["files"]["state.json"] = {"bytes": path.stat().st_size, "xxh3_128": checkpoint.hash_file(path)}
+    complete.write_text(json.dumps(listing))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lambda state: state["tensors"].update(x=[1 << 40]), "speaks of weights of 4,398,0"),
+        (lambda state: state["tensors"].update(x=[1 << 20, 1 << 20, 1 << 20]), "speaks of weights of"),
+        (lambda state: state["tensors"].update(x=[-5]), "speaks of weights of"),
+        (lambda state: state["tensors"].update(x=[0.5]), "speaks of weights of"),
+        (lambda state: state["tensors"].update(x="abc"), "is no state of a run"),
+        (lambda state: state.pop("tensors"), "is no state of a run"),
+        ("[" * 100_000, "is no state of a run"),
+        ("{", "is no state of a run"),
+        (" " * (checkpoint.MAX_JSON_BYTES + 1), "is no state of a run .* bytes, more than"),
+    ],
+)
+def test_a_state_that_claims_what_cannot_be_is_refused(tmp_path: Path, content: Any, words: str) -> None:
+    make_run(tmp_path)
+    forge_state(tmp_path, lambda state: None)
+    trained.load_trained(tmp_path)  # an honest forgery is read
+    forge_state(tmp_path, content)
+    with pytest.raises(checkpoint.CheckpointError, match=rf"state\.json {words}"):
+        trained.load_trained(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, " " * (checkpoint.MAX_JSON_BYTES + 1)])
+def test_a_list_of_files_that_is_none_is_passed_over(tmp_path: Path, content: str) -> None:
+    make_run(tmp_path)
+    (checkpoint.checkpoint_path(tmp_path, 3) / "COMPLETE").write_text(content)
+    (reason,) = checkpoint.find_latest(tmp_path).passed_over
+    assert "COMPLETE cannot be read" in reason
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def get_into(trouble: str) -> None:
 
 def main() -> None:
     run_dir, trouble, victim = sys.argv[1:]
-    watchdog = Watchdog(run_dir, WatchdogConfig(startup_s=60, step_s=3, lost_s=5))
+    watchdog = Watchdog(run_dir, WatchdogConfig(startup_s=120, step_s=10, lost_s=20))
     world = init_world(120)
     watchdog.join(gather_objects(watchdog.address, world)[0])
     watchdog.attempt(7)

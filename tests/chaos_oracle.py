@@ -1,0 +1,191 @@
+"""What must hold of a run however it is disturbed, checked while it goes on and when it has finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+
+from pretrain.journal import read_ledger, read_lines, read_metrics
+from pretrain.supervise import Tail
+
+LOSS_TOLERANCE = 2e-2
+"""Between different numbers of ranks: sums run in another order, in bf16. test_training saw 2e-3 over 8 steps."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The run that nothing disturbed."""
+
+    losses: dict[int, str]
+    """By step, as hexadecimal floats."""
+    ledger: dict[tuple[int, int], tuple[list[int], str]]
+    """(rank, step) -> samples, hash of their tokens."""
+    state_sha256: str
+
+    @classmethod
+    def read(cls, run_dir: Path, n_steps: int) -> Reference:
+        """Of a finished run."""
+        losses = {record["step"]: record["loss"].hex() for record in read_metrics(run_dir)}
+        assert sorted(losses) == list(range(1, n_steps + 1)), f"{run_dir} has not finished"
+        ledger = {(e["rank"], e["step"]): (e["samples"], e["tokens_xxh3"]) for e in read_ledger(run_dir)}
+        return cls(losses, ledger, state_sha256(run_dir, n_steps))
+
+
+def state_sha256(run_dir: Path, step: int) -> str:
+    """Of all parameters and moments of a checkpoint."""
+    tensors = {}
+    for path in (run_dir / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"):
+        with safe_open(str(path), framework="numpy") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                tensors[key, path.name] = file.get_tensor(key).tobytes()
+    digest = hashlib.sha256()
+    for (key, _), content in sorted(tensors.items()):
+        digest.update(f"{key} {len(content)} ".encode() + content)
+    assert tensors, f"{run_dir} has no tensors at step {step}"
+    return digest.hexdigest()
+
+
+class Oracle:
+    """Watches one run folder and complains about what differs from the reference."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        reference: Reference,
+        complain: Callable[[str], None],
+        *,
+        save_interval_steps: int,
+        same_ranks: bool,
+    ) -> None:
+        self._run_dir = run_dir
+        self._reference = reference
+        self._complain = complain
+        self._interval = save_interval_steps
+        self._same_ranks = same_ranks
+        self._metrics = Tail(run_dir / "metrics.jsonl", from_start=True)
+        self._ledgers: dict[Path, Tail] = {}
+        self.reached = 0
+        """Steps done since the last resume, and those it began from."""
+        self.saved: set[int] = set()
+        """Steps whose checkpoint the run has reported as saved."""
+        self.skipped: set[int] = set()
+        """Steps whose checkpoint the run said it left out, the one before being still under way."""
+        self.damaged: set[int] = set()
+        """Steps whose checkpoint was damaged on purpose, until it is written again."""
+        self.lost_steps: int | None = None
+        """Of the last resume."""
+
+    def look(self) -> int:
+        """Check the new lines of metrics and ledger: every step that was ever done. How many steps are new."""
+        new = [line for line in self._metrics.read() if line["kind"] == "step"]
+        for line in new:
+            self.reached = line["step"]
+            expected = self._reference.losses.get(line["step"])
+            if self._same_ranks and line["loss"].hex() != expected:
+                self._complain(f"step {line['step']}: loss {line['loss']}, not {expected}")
+            elif expected is None or abs(line["loss"] - float.fromhex(expected)) > LOSS_TOLERANCE:
+                self._complain(f"step {line['step']}: loss {line['loss']}, {expected} expected")
+        if self._same_ranks:
+            for path in (self._run_dir / "ledger").glob("rank-*.jsonl"):
+                self._look_at_ledger(path)
+        return len(new)
+
+    def _look_at_ledger(self, path: Path) -> None:
+        if path not in self._ledgers:
+            self._ledgers[path] = Tail(path, from_start=True)
+        rank = int(path.stem.removeprefix("rank-"))
+        for line in self._ledgers[path].read():
+            if (line["samples"], line["tokens_xxh3"]) != self._reference.ledger.get((rank, line["step"])):
+                self._complain(f"rank {rank} trained step {line['step']} on other samples: {line['samples']}")
+
+    def resumed(self, step: int, complete: list[int], *, was_saved: bool) -> None:
+        """A new attempt goes on from `step`; `complete` are the checkpoints that stood there when it began.
+
+        `was_saved`: the attempt before had been asked to save and said that it had.
+        """
+        good = max((s for s in complete if s not in self.damaged), default=0)
+        if step != good:
+            self._complain(f"resumed from step {step}, but the newest good checkpoint is of step {good}")
+        due = [s for s in range(0, self.reached + 1, self._interval) if s not in self.skipped]
+        self.lost_steps = self.reached - step
+        if not self.damaged:
+            if step < due[-1] and due[-1] in self.saved:
+                self._complain(f"the checkpoint of step {due[-1]} was reported as saved; resumed from {step}")
+            # One save may be under way when the fault comes; the one before it must be there.
+            if step < due[-2:][0]:
+                self._complain(f"{self.lost_steps} steps lost, checkpoints were due at {due}")
+            if was_saved and self.lost_steps:
+                self._complain(f"stopped on request after step {self.reached}, but resumed from step {step}")
+        self.reached = step
+
+    def finished(self, n_steps: int, global_batch_sequences: int) -> None:
+        """The whole history of the finished run."""
+        self.look()
+        losses = {record["step"]: record["loss"] for record in read_metrics(self._run_dir)}
+        if sorted(losses) != list(range(1, n_steps + 1)):
+            self._complain(f"the history has steps {sorted(losses)}")
+        samples: dict[int, list[int]] = {}
+        for entry in read_ledger(self._run_dir):
+            samples.setdefault(entry["step"], []).extend(entry["samples"])
+        for step in range(1, n_steps + 1):
+            first = (step - 1) * global_batch_sequences
+            if sorted(samples.get(step, [])) != list(range(first, first + global_batch_sequences)):
+                self._complain(f"step {step} was trained on samples {sorted(samples.get(step, []))}")
+        if self._same_ranks and state_sha256(self._run_dir, n_steps) != self._reference.state_sha256:
+            self._complain("parameters or moments at the end differ from the undisturbed run's")
+
+
+# ---- the log ---------------------------------------------------------------------------------------------------------
+
+
+def quantile(values: list[float], share: float) -> float:
+    """Nearest rank."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
+
+
+def summarize(log: Path) -> str:
+    """The closing report over a whole log."""
+    lines = read_lines(log)
+    faults = [line for line in lines if line["type"] == "fault"]
+    violations = [line for line in lines if line["type"] == "violation"]
+    attempts = [line for line in lines if line["type"] == "attempt"]
+    text = [f"{len(faults)} faults in {len([line for line in lines if line['type'] == 'run'])} finished runs"]
+    for key in ("kind", "victim", "phase", "damage"):
+        counts: dict[str, int] = {}
+        for fault in faults:
+            if fault[key]:
+                counts[fault[key]] = counts.get(fault[key], 0) + 1
+        text.append(f"by {key}: " + ", ".join(f"{name} {n}" for name, n in sorted(counts.items())))
+    for key, name in (
+        ("detection_s", "fault to last process gone"),
+        ("restart_s", "from then to the next new step"),
+    ):
+        values = [attempt[key] for attempt in attempts if attempt[key] is not None]
+        text.append(
+            f"{name}: median {quantile(values, 0.5):.1f} s, p95 {quantile(values, 0.95):.1f} s, "
+            f"max {max(values, default=float('nan')):.1f} s ({len(values)})"
+        )
+    causes: dict[str, int] = {}
+    for attempt in attempts:
+        causes[attempt["cause"]] = causes.get(attempt["cause"], 0) + 1
+    text.append("causes: " + ", ".join(f"{name} {n}" for name, n in sorted(causes.items())))
+    lost = [attempt["lost_steps"] for attempt in attempts if attempt["lost_steps"] is not None]
+    text.append(
+        f"steps lost per resume: mean {sum(lost) / max(1, len(lost)):.1f}, max {max(lost, default=0)}"
+    )
+    text.append(f"violations: {len(violations)}")
+    text += [f"  fault {line['fault']} in {line['run']}: {line['text']}" for line in violations[:20]]
+    if faults and not violations:
+        text.append(f"failure rate below {min(1.0, 3 / len(faults)):.2%} per fault (95%, rule of three)")
+    return "\n".join(text)
+
+
+def append(log: Path, record: dict) -> None:
+    """One line, on disk at once."""
+    with log.open("a") as file:
+        file.write(json.dumps(record) + "\n")

@@ -1,0 +1,142 @@
+"""Checkpoints on an object store: a real S3 server on loopback, real runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from launching import Ranks, free_port
+from test_training import losses, samples_by_step
+from tiny import TinyCorpus, events, make_corpus, run_arguments
+from upath import UPath
+
+from pretrain import checkpoint
+from pretrain.config import ConfigError
+
+pytestmark = pytest.mark.integration
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "labkey",
+    "AWS_SECRET_ACCESS_KEY": "labsecret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of an empty bucket; the environment says how to reach it."""
+    folder = tmp_path_factory.mktemp("s3")
+    (folder / "data").mkdir()
+    credentials = {
+        "accessKey": KEYS["AWS_ACCESS_KEY_ID"],
+        "secretKey": KEYS["AWS_SECRET_ACCESS_KEY"],
+    }
+    actions = ["Admin", "Read", "Write", "List", "Tagging"]
+    identity = {"name": "lab", "credentials": [credentials], "actions": actions}
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    port = free_port()
+    where = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder / 'data'}", "-master.telemetry=false"]
+    ports = [f"-master.port={free_port()}", f"-volume.port={free_port()}", f"-filer.port={free_port()}"]
+    limits = ["-master.volumeSizeLimitMB=64", "-volume.max=20"]
+    command = [
+        str(Path(sys.executable).parent / "weed"),
+        "-logtostderr=true",
+        "server",
+        *where,
+        *ports,
+        *limits,
+    ]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(
+            [*command, "-filer", "-s3", f"-s3.port={port}", f"-s3.config={folder / 's3.json'}"],
+            stdout=log,
+            stderr=log,
+        )
+    variables = {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        _wait_until_it_answers(f"http://127.0.0.1:{port}/healthz", server, folder / "log")
+        UPath("s3://bucket").fs.mkdir("bucket")
+        yield "s3://bucket"
+    finally:
+        server.terminate()
+        server.wait(30)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _wait_until_it_answers(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=1).close()
+            return
+        except OSError:
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def train(corpus: TinyCorpus, run_dir: Path, logs: Path, *more: str, ranks: int = 2) -> list[int]:
+    arguments = run_arguments(corpus, run_dir, *more)
+    with Ranks(ranks, "launch/train.py", *arguments, log_dir=logs) as processes:
+        codes = processes.wait()
+    assert set(codes) <= {0, 75}, processes.output()
+    return codes
+
+
+def test_a_run_saves_to_and_resumes_from_s3(corpus: TinyCorpus, s3: str, tmp_path: Path) -> None:
+    """Stopped, a damaged newest checkpoint, resumed, read by one process: as on a disk."""
+    local, run_dir = tmp_path / "local", tmp_path / "run"
+    target = f"checkpoint.target={s3}/first"
+    train(corpus, local, tmp_path / "logs-local")
+    assert train(corpus, run_dir, tmp_path / "logs-1", target, "stop_at_step=8") == [75, 75]
+    root = checkpoint.root_of_run(run_dir)
+    assert [p.name for p in checkpoint.list_checkpoints(root)] == ["step-00000004", "step-00000008"]
+    shard = sorted(checkpoint.checkpoint_path(root, 8).glob("*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(bytes(content))
+    root.fs.invalidate_cache()  # type: ignore[attr-defined]
+
+    assert train(corpus, run_dir, tmp_path / "logs-2", target) == [0, 0]
+    told = [e for e in events(run_dir) if e["event"] in ("checkpoint_passed_over", "resumed")]
+    assert "differs from what was written" in told[0]["reason"]
+    assert told[1]["step"] == 4
+    assert losses(run_dir) == losses(local)
+    assert samples_by_step(run_dir) == samples_by_step(local)
+    assert not (run_dir / "checkpoints").exists()
+
+    _, ours, _ = checkpoint.load_weights(run_dir)
+    _, theirs, _ = checkpoint.load_weights(local)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_is_half_there_is_no_checkpoint(corpus: TinyCorpus, s3: str, tmp_path: Path) -> None:
+    """A store has no rename: a save that was cut short has no COMPLETE, is passed over, and is written anew."""
+    run_dir, target = tmp_path / "run", f"checkpoint.target={s3}/second"
+    train(corpus, run_dir, tmp_path / "logs-1", target, "stop_at_step=8", ranks=1)
+    root = checkpoint.root_of_run(run_dir)
+    (checkpoint.checkpoint_path(root, 8) / "COMPLETE").unlink()
+    root.fs.invalidate_cache()  # type: ignore[attr-defined]
+    train(corpus, run_dir, tmp_path / "logs-2", target, ranks=1)
+    root.fs.invalidate_cache()  # type: ignore[attr-defined]
+    assert [checkpoint.verify(path) for path in checkpoint.list_checkpoints(root)] == [None] * 3
+    assert [e["step"] for e in events(run_dir) if e["event"] == "resumed"] == [4]
+
+
+def test_an_unknown_kind_of_store_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint\.target=nowhere://x/y cannot be used"):
+        _ = checkpoint.root_of("unused", "nowhere://x/y")
