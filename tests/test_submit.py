@@ -446,7 +446,7 @@ def test_unfit_nodes_are_named_to_slurm(
         seen.append(name)
         requeued = ["requeue 4242", f"update JobId=4242 ExcNodeList={','.join(seen)}"]
         assert requests(slurm) == (requeued if name != "n3" else [])
-    assert "unfit nodes at three starts" in output
+    assert "unfit nodes three times" in output
     process = start_batch(folder / "train.sbatch", slurm, UNFIT="", VERDICT="1", CODE="0")
     output, _ = process.communicate(timeout=30)
     assert (process.returncode, requests(slurm)) == (1, [])

@@ -157,7 +157,9 @@ def test_a_node_that_dies_is_replaced_before_slurm_gives_it_up(
         excluded = run.run_dir / "submit" / "excluded_nodes"
         named_s = run.wait_for("a node excluded", excluded.exists, job, timeout_s=240)
         speed_up(cluster)
-        # A requeued job waits for its old nodes: until the time is up, or an administrator gives the node up.
+        # A requeued job waits for its old nodes: until SlurmdTimeout, or until an administrator gives the node up, who
+        # is not as quick as to start the job anew before its old credentials (cred_expire) are out of use.
+        time.sleep(10)
         cluster.head.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=died")
         run.wait_for("resumed", lambda: len(events(run.run_dir, "resumed")) == 1, job)
         resumed = time.monotonic()
