@@ -40,7 +40,7 @@ from chaos_faults import (
     plan,
 )
 from chaos_oracle import Oracle, Reference, append, summarize
-from supervised import Process, Supervised, below, deepspeed, role
+from supervised import Process, Supervised, below, deepspeed, kill_tree, processes_of, role
 from tiny import TinyCorpus, make_corpus, run_arguments
 
 from pretrain.attempts import Cause
@@ -54,6 +54,14 @@ FAULTS_PER_RUN = 6
 LIMIT_S = 240
 """An attempt that lasts longer, or has not ended so long after a fault, hangs."""
 GRACE_S = 60
+ENDING_S = 1.5
+"""The last save and what follows it, as part of an attempt's length."""
+ENOUGH = 5
+"""Violations of one run that are recorded; the first mostly brings many."""
+
+
+class ShownEnough(Exception):
+    """A negative control has failed, as it must."""
 
 
 class Chaos:
@@ -69,7 +77,6 @@ class Chaos:
         lines = read_lines(self.log)
         self.number = sum(line["type"] == "fault" for line in lines)
         self.n_runs = max((int(line["run"].split("-")[1]) for line in lines), default=0)
-        self.before_s = sum(line["wall_s"] for line in lines if line["type"] == "session")
         self.violations = sum(line["type"] == "violation" for line in lines)
         self.first_number = self.number
         self.startup_s, self.step_s = 10.0, 0.15
@@ -82,13 +89,15 @@ class Chaos:
         )
 
     def complain(self, text: str) -> None:
-        """Record a violation; of a run only the first, since one mostly brings many."""
+        """Record a violation."""
         self.violations += 1
         self.run_violations += 1
-        if self.run_violations > 5:
+        if self.run_violations > ENOUGH:
             return
         append(self.log, {"type": "violation", "run": self.run_name, "fault": self.number, "text": text})
         print(f"VIOLATION in {self.run_name} after fault {self.number}: {text}", flush=True)
+        if self.options.broken and self.run_violations == ENOUGH:
+            raise ShownEnough
 
     def arguments(self, run_dir: Path, n_ranks: int) -> list[str]:
         """The run on so many ranks."""
@@ -141,7 +150,8 @@ class Chaos:
             self.run_name = f"run-{self.n_runs:03d}{self.suffix}"
             self.run_violations = 0
             n_ranks = sizes[self.n_runs % len(sizes)]
-            Run(self, n_ranks, self.reference(sizes[0] if self.options.resize else n_ranks)).go()
+            with suppress(ShownEnough):
+                Run(self, n_ranks, self.reference(sizes[0] if self.options.resize else n_ranks)).go()
             if self.violations >= 100:
                 print("too many violations; stopping")
                 break
@@ -170,7 +180,9 @@ class Run:
         self.chaos = chaos
         self.n_ranks = n_ranks
         self.run_dir = chaos.out / chaos.run_name
-        shutil.rmtree(self.run_dir, ignore_errors=True)  # of an invocation that was cut off
+        for process in processes_of(self.run_dir):  # of an invocation that was cut off
+            kill_tree(process.pid)
+        shutil.rmtree(self.run_dir, ignore_errors=True)
         self.run_dir.with_suffix(".synced").unlink(missing_ok=True)
         self.oracle = Oracle(
             self.run_dir,
@@ -320,6 +332,9 @@ class Attempt:
     def has_event(self, *names: str) -> bool:
         return any(event["event"] in names for event in self.events)
 
+    def trained(self, step: int) -> bool:
+        return self.has_event("started", "resumed") and self.oracle.reached >= step
+
     def phase(self) -> str:
         """Where the attempt stands."""
         if self.has_event("finished", "stopped", "rank_failed"):
@@ -337,14 +352,22 @@ class Attempt:
 
     def wait_for_the_moment(self, fault: Fault) -> bool:
         """False where the attempt ended before."""
-        left = N_STEPS - max(self.complete, default=0)
-        length_s = self.chaos.startup_s + (0 if fault.aim == "recovery" else left * self.chaos.step_s)
-        at = max(self.began, time.monotonic() if self.faults else 0) + fault.moment * length_s
         if fault.aim == "trained":
             enough = 2 * SAVE_EVERY_STEPS + 2
-            self.wait(lambda: self.oracle.reached >= enough or self.has_ended(), at + LIMIT_S)
+            self.wait(lambda: self.trained(enough) or self.has_ended(), time.monotonic() + LIMIT_S)
             return not self.has_ended()
-        over = self.wait(self.has_ended, at)
+        first = max((step for step in self.complete if step not in self.oracle.damaged), default=0)
+        train_s = 0 if fault.aim == "recovery" else (N_STEPS - first) * self.chaos.step_s + ENDING_S
+        at_s = fault.moment * (self.chaos.startup_s + train_s)
+        over = self.wait(self.has_ended, self.began + min(at_s, self.chaos.startup_s))
+        if at_s > self.chaos.startup_s and not over:
+            # From the first step on by steps: their pace varies too much, and the end must not come before the moment.
+            steps, rest_s = divmod(at_s - self.chaos.startup_s, self.chaos.step_s)
+            step = min(first + int(steps), N_STEPS)
+            rest_s += max(0, first + int(steps) - N_STEPS) * self.chaos.step_s
+            self.wait(lambda: self.trained(step) or self.has_ended(), time.monotonic() + LIMIT_S, 0.005)
+            over = self.wait(self.has_ended, time.monotonic() + rest_s)
+        at = time.monotonic()
         if fault.aim == "saving" and not over:
             over = self.wait(lambda: self.saving() or self.has_event("finished"), at + 20, 0.002)
             return over and not self.has_ended()
@@ -528,6 +551,7 @@ def main() -> int:
     parser.add_argument("--break", dest="broken", default="", choices=["", "fsync", "hash", "loader"])
     options = parser.parse_args()
     options.out = options.out.resolve()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what it has started is ended on the way out
     return Chaos(options).run()
 
 
