@@ -229,6 +229,7 @@ def _publish(folder: Path, final: Path, files: dict[str, Any], state: dict[str, 
     remove(final)  # one that was refused at the start of this attempt
     folder.rename(final)
     sync_folder(final.parent)
+    sync_folder(final.parent.parent)  # the first save has made the folder of all
 
 
 def _write_synced(path: Path, text: str) -> None:
