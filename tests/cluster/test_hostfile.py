@@ -7,8 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from tests.cluster.hosts import Cluster, wait_until
 from tests.cluster.runs import (
     ENVIRONMENT,
@@ -76,18 +74,17 @@ def test_hostfile_run_equals_one_machine(
     assert_equals_undisturbed(run.run_dir, straight)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
 def test_supervised_hostfile_run_survives_a_killed_rank(
-    cluster: Cluster, corpus: TinyCorpus, straight: Path, tmp_path: Path, victim: int
+    cluster: Cluster, corpus: TinyCorpus, straight: Path, tmp_path: Path
 ) -> None:
-    """`launch/supervise.py -- deepspeed --hostfile ...` goes on by itself after SIGKILL of a rank on either host."""
+    """`launch/supervise.py -- deepspeed --hostfile ...` goes on by itself after SIGKILL of a rank on the other host."""
     run = HostfileRun(cluster, corpus, tmp_path / "work")
     process = run.start(sys.executable, str(ROOT / "launch" / "supervise.py"), "--")
     run.wait_steps(SAVE_EVERY_STEPS + 1)
     killed = time.monotonic()
     rank = f"^{sys.executable} -u {ROOT}/launch/train.py"
-    cluster.nodes[victim].run("bash", "-c", f"kill -9 $(pgrep -o -f '{rank}')")
+    cluster.nodes[1].run("bash", "-c", f"kill -9 $(pgrep -o -f '{rank}')")
     seconds = wait_until(lambda: len(events(run.run_dir, "resumed")) == 1, "resumed", 120)
     assert process.wait(120) == 0, run.log()
     assert_equals_undisturbed(run.run_dir, straight)
-    report(f"hostfile, rank {victim} killed", to_resume_s=seconds, whole_s=time.monotonic() - killed)
+    report("hostfile, rank 1 killed", to_resume_s=seconds, whole_s=time.monotonic() - killed)
