@@ -315,7 +315,7 @@ class _DeadWorkerHandler:
 def _dead_worker(error: RuntimeError) -> RunError:
     reason = str(error).splitlines()[0].rstrip(" .")
     return RunError(
-        f"a process that reads training data died ({reason}): killed from outside, or out of memory; "
+        f"a process that reads training data died ({reason}): killed from outside, or because memory ran out; "
         "start again to go on from the last checkpoint"
     )
 
