@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import json
+import math
 import os
 import re
 import shlex
@@ -50,6 +51,8 @@ from pretrain.resilience import STOP_FILE
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 POLL_S = 0.1
 MAX_BACKOFF_S = 30.0
+FAILED_S = 10.0
+"""After its watchdog has said that a rank failed, a run has nothing left to save: stacks take a few seconds."""
 LOCK_MARGIN_S = 10.0
 """Beyond the grace time, after which the guard of a killed supervisor kills what is left."""
 ENDINGS = {"finished", "stopped", "rank_failed"}
@@ -248,6 +251,7 @@ class Supervisor:
         """Wait for a child process, and for all that it leaves behind. Returns the child's exit code."""
         codes: dict[int, int] = {}
         deadline: float | None = None
+        failed = False
         stop_file = self._run_dir / STOP_FILE
         while True:
             codes |= _reap()
@@ -262,9 +266,13 @@ class Supervisor:
                     stop_file.touch()
             if deadline is None and (self._asked or gone or (watch and watch.ending)):
                 deadline = time.monotonic() + self._grace_s
+            if watch and watch.failed and not failed:
+                failed = True
+                deadline = min(deadline or math.inf, time.monotonic() + FAILED_S)
             if deadline is not None and time.monotonic() > deadline:
                 if watch:
-                    say(f"supervise: not ended within {self._grace_s:g} s; killing what is left")
+                    within_s = FAILED_S if failed else self._grace_s
+                    say(f"supervise: not ended within {within_s:g} s; killing what is left")
                 codes |= _kill_all()
                 break
             time.sleep(POLL_S)
@@ -292,6 +300,11 @@ class Watch:
     def ending(self) -> bool:
         """Whether the run has recorded its end."""
         return any(event["event"] in ENDINGS for event in self.events)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the run's watchdog has ended it."""
+        return any(event["event"] == "rank_failed" for event in self.events)
 
     @property
     def run_attempts(self) -> list[int]:

@@ -257,6 +257,8 @@ class Attempt:
         self.first_step_at: float | None = None
         self.supervisor_code: int | None = None
         self.members: set[tuple[int, int]] = set()
+        """(process, start) of all that were seen."""
+        self.next_census = 0.0
 
     def go(self) -> int | None:
         """Start or find it, disturb it, see it end, check it. Returns the supervisor's exit code if it ended."""
@@ -310,7 +312,9 @@ class Attempt:
             if time.monotonic() > deadline:
                 return False
             self.look()
-            self.members |= {(p.pid, p.started) for p in self.processes()} if poll_s > 0.01 else set()
+            if time.monotonic() > self.next_census:
+                self.members |= {(p.pid, p.started) for p in self.processes()}
+                self.next_census = time.monotonic() + 0.5
             time.sleep(poll_s)
         self.look()
         return True

@@ -225,6 +225,14 @@ def test_a_launcher_that_outlives_its_run_is_ended(tmp_path: Path) -> None:
         assert run.wait(timeout_s=60) == 0
 
 
+def test_a_failed_run_has_no_grace(tmp_path: Path) -> None:
+    """Its launcher may wait for ranks that cannot end (DeepSpeed's for 30 s), but not for the grace time given here."""
+    failing = "event('rank_failed', rank=1, host='a', cause='killed', reason='x'); time.sleep(4711)"
+    with play(tmp_path / "run", failing, FINISH, options=("--grace-s", "4000")) as run:
+        assert run.wait() == 0
+    assert run.causes() == ["killed", "finished"]
+
+
 def test_secrets_are_written_nowhere(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command = ["env", "WANDB_API_KEY=canary-words", sys.executable, "-c", PLAY, f"run_dir={run_dir}", FINISH]
