@@ -372,6 +372,12 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_local_size() -> int | None:
+    """The number of ranks that the launcher started on this host, where it says so."""
+    given = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
+    return int(given) if given else None
+
+
 def _explain(error: Exception, schema: type) -> str:
     """One sentence for a Hydra or OmegaConf error: the key, the value, what is allowed."""
     text = " ".join(str(error).split())

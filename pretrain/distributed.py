@@ -20,7 +20,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pretrain.config import ConfigError, RunError, launched_rank, launched_world_size
+from pretrain.config import (
+    ConfigError,
+    RunError,
+    launched_local_size,
+    launched_rank,
+    launched_world_size,
+)
 
 T = TypeVar("T")
 
@@ -69,19 +75,13 @@ def init_world(timeout_s: int) -> World:
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
 
 
-def _local_ranks() -> int | None:
-    """Ranks on this host, where the launcher says."""
-    given = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
-    return int(given) if given else None
-
-
 def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
     """Where the ranks meet: MASTER_ADDR:MASTER_PORT, listening there alone; torch's own store listens everywhere.
 
     Nothing of torch.distributed asks who connects, so no socket may be reachable from outside: loopback on one
     host, else the interface of MASTER_ADDR. GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, where set, stay as they are.
     """
-    one_host = _local_ranks() == size
+    one_host = launched_local_size() == size
     host = "127.0.0.1" if one_host else os.environ["MASTER_ADDR"]
     port = int(os.environ["MASTER_PORT"])
     try:
@@ -97,7 +97,7 @@ def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
     if (
         host != address[0]
         and ipaddress.ip_address(address[0]).is_loopback
-        and _local_ranks() not in (None, size)
+        and launched_local_size() not in (None, size)
     ):
         raise ConfigError(
             f"MASTER_ADDR={host} is {address[0]} on its own host, where other hosts cannot reach it; give an "
@@ -142,7 +142,7 @@ def _tune_cpu() -> None:
     By default glibc maps and unmaps every large tensor, and page faults take part of each step.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (_local_ranks() or 1)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (launched_local_size() or 1)))
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping per allocation

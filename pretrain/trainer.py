@@ -26,7 +26,7 @@ from pretrain.optim import learning_rate
 from pretrain.order import OrderState, step_start
 from pretrain.resilience import LossGuard, StopRequest, Verdict, lock_run
 from pretrain.run_folder import check_resumable, heldout_losses_of, write_run_files
-from pretrain.saving import Saved, Saver
+from pretrain.saving import Saved, Saver, advised_interval_s
 from pretrain.shards import Corpus
 from pretrain.watchdog import Watchdog
 
@@ -56,6 +56,10 @@ class Run:
     """Completed optimizer updates."""
     next_sample: int
     """First sample of the next step, before what was passed over is left out."""
+    saved_step: int = 0
+    """The newest step whose checkpoint this process has seen published or has loaded; 0: none."""
+    advised: bool = False
+    """Whether the advice on the interval of saves was given."""
     saved_at: float = field(default_factory=time.monotonic)
     """When the last save began (monotonic clock, s)."""
 
@@ -225,6 +229,9 @@ def _restore(run: Run, path: Path) -> dict[str, Any]:
     partitions = checkpoint.load(path, ["weight", *MOMENTS], run.engine.shapes, run.world)
     run.engine.restore(partitions, state["optimizer_step"])
     run.step, run.next_sample = state["step"], state["order"]["consumed_samples"]
+    run.saved_step = run.step
+    for undone in [step for step in run.heldout_losses if step > run.step]:
+        del run.heldout_losses[undone]
     return state
 
 
@@ -275,7 +282,26 @@ def _collect(run: Run, *, wait: bool = False) -> Saved | None:
     saved = run.saver.finished(wait=wait)
     if saved is not None:
         run.monitor.checkpoint(saved)
+        if saved.problem is None:
+            run.saved_step = saved.step
+            _advise(run, saved)
     return saved
+
+
+def _advise(run: Run, saved: Saved) -> None:
+    """Once: the time between saves that would lose least."""
+    if run.advised:
+        return
+    run.advised = True
+    policy = run.config.checkpoint
+    # Training stands still for the whole save where it waits for it.
+    cost_s = saved.stall_s + (0.0 if policy.background else saved.write_s)
+    run.monitor.event(
+        "checkpoint_interval_advised",
+        interval_s=advised_interval_s(cost_s, run.world.size, policy.mtbf_hours),
+        cost_s=cost_s,
+        mtbf="given" if policy.mtbf_hours is not None else "estimated: 50,000 h / ranks",
+    )
 
 
 def _save_now(run: Run) -> None:
@@ -290,8 +316,7 @@ def _save_now(run: Run) -> None:
 def _stop(run: Run) -> ExitCode:
     """Stopped on request, with the state saved."""
     _collect(run, wait=True)
-    newest = on_main(lambda: checkpoint.checkpoint_path(run.root, run.step).exists(), run.world)
-    if run.step and not newest:
+    if run.step != run.saved_step:
         _save_now(run)
     return ExitCode.STOPPED
 

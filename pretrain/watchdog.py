@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import heartbeat
-from pretrain.config import WatchdogConfig, launched_rank, launched_world_size
+from pretrain.config import WatchdogConfig, launched_local_size, launched_rank, launched_world_size
 
 ROOT = Path(__file__).resolve().parent.parent
 STACK_SIGNAL = signal.SIGUSR2
@@ -108,7 +108,7 @@ def _listen() -> socket.socket:
     """On the address at which the ranks meet, not on all of this host's."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "")) == os.environ["WORLD_SIZE"]
-    listener.bind(("127.0.0.1" if local else socket.gethostbyname(os.environ["MASTER_ADDR"]), 0))
+    one_host = launched_local_size() == launched_world_size()
+    listener.bind(("127.0.0.1" if one_host else socket.gethostbyname(os.environ["MASTER_ADDR"]), 0))
     listener.listen(4096)
     return listener

@@ -98,6 +98,9 @@ def test_straight_run_learns_and_leaves_what_it_should(straight: Path) -> None:
     assert_each_sample_once(straight)
     assert not list(straight.rglob("*.tmp"))
     assert events(straight)[-1]["event"] == "finished"
+    advice = [e for e in events(straight) if e["event"] == "checkpoint_interval_advised"]
+    stall_s = next(e["stall_s"] for e in events(straight) if e["event"] == "checkpoint_saved")
+    assert [e["interval_s"] for e in advice] == [pytest.approx((2 * stall_s * 25_000 * 3600) ** 0.5)]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -244,6 +247,20 @@ def test_damaged_checkpoint_is_passed_over_with_its_reason(
     assert f"step-00000012: {shard.name} differs" in told[0]["reason"]
     assert [e["step"] for e in events(run_dir) if e["event"] == "resumed"] == [8]
     assert_equals_undisturbed(run_dir, straight)
+
+
+def test_a_stop_at_the_step_of_a_damaged_checkpoint_saves_anew(
+    corpus: TinyCorpus, straight: Path, tmp_path: Path
+) -> None:
+    """A folder of that name is no proof of a saved state."""
+    run_dir = copy_of(straight, tmp_path)
+    for step in (8, 12):
+        (checkpoint.checkpoint_path(run_dir, step) / "COMPLETE").unlink()
+    with Ranks(
+        2, TRAIN, *run_arguments(corpus, run_dir, "stop_at_step=8"), log_dir=tmp_path / "logs"
+    ) as ranks:
+        assert ranks.wait() == [75, 75], ranks.output()
+    assert checkpoint.verify(checkpoint.checkpoint_path(run_dir, 8)) is None
 
 
 def test_no_trustworthy_checkpoint_ends_the_run(corpus: TinyCorpus, straight: Path, tmp_path: Path) -> None:
