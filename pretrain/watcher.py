@@ -366,14 +366,12 @@ class Watcher:
         return not stopped and any(WAITING.search("\n".join(part.splitlines()[:9])) for part in threads)
 
     def _wait_for_stacks(self) -> str:
-        size, deadline = 0, time.monotonic() + DUMP_S
-        while time.monotonic() < deadline:
+        """What the rank writes: whole once the outermost frame of the main thread is there, which comes last."""
+        text, deadline = "", time.monotonic() + DUMP_S
+        while not text.endswith(" in <module>\n") and time.monotonic() < deadline:
             time.sleep(0.02)
-            now = os.fstat(self.stacks).st_size
-            if now and now == size:
-                break
-            size = now
-        return os.pread(self.stacks, size, 0).decode(errors="replace") or "no answer within 3 s\n"
+            text = os.pread(self.stacks, os.fstat(self.stacks).st_size, 0).decode(errors="replace")
+        return text or f"no answer within {DUMP_S:.0f} s\n"
 
     def _kill(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):

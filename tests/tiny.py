@@ -51,10 +51,14 @@ def train_tokenizer(folder: Path, texts: list[str], vocab_size: int) -> Tokenize
     return Tokenizer(folder / "tokenizer.model")
 
 
-def make_corpus(folder: Path, vocab_size: int = 512) -> TinyCorpus:
-    """About 100k tokens of Python in chunks of 1,024."""
-    paths = sorted((ROOT / "pretrain").glob("*.py"))
-    texts = [path.read_text(encoding="utf-8") for path in paths]
+def make_corpus(
+    folder: Path, vocab_size: int = 512, documents: list[tuple[str, str]] | None = None
+) -> TinyCorpus:
+    """Documents, as (id, text), in chunks of 1,024 tokens: by default about 100k tokens of this project's Python."""
+    if documents is None:
+        paths = sorted((ROOT / "pretrain").glob("*.py"))
+        documents = [(path.name, path.read_text(encoding="utf-8")) for path in paths]
+    texts = [text for _, text in documents]
     tokenizer = train_tokenizer(folder, texts, vocab_size)
     for where, chosen in ((folder, slice(2, None)), (folder / "heldout", slice(0, 2))):
         writer = CorpusWriter(
@@ -66,11 +70,11 @@ def make_corpus(folder: Path, vocab_size: int = 512) -> TinyCorpus:
             chunk_tokens=1024,
             sources=["code"],
         )
-        for path, text in list(zip(paths, texts, strict=True))[chosen]:
+        for document_id, text in documents[chosen]:
             writer.add_document(
                 tokenizer.encode_document(text),
                 source="code",
-                document_id=path.name,
+                document_id=document_id,
                 text_bytes=len(text.encode()),
             )
         writer.finish()

@@ -28,7 +28,8 @@ def get_into(trouble: str) -> None:
         case "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
         case "holds the interpreter lock":
-            ctypes.PyDLL(None).sleep(120)
+            while True:  # the signal that asks for the stacks ends a sleep
+                ctypes.PyDLL(None).sleep(120)
         case "sleeps":
             time.sleep(120)
         case "killed":
