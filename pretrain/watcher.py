@@ -7,6 +7,7 @@ second; `dead` or `bye` when its rank is gone; the hub answers every second, say
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -348,7 +349,7 @@ class Watcher:
         os.lseek(self.stacks, 0, os.SEEK_SET)
         if stopped:  # it has to run for a moment, to write its stacks; before that, those that wait for it write theirs
             time.sleep(DUMP_S / 3)
-        self._kill(signal.SIGUSR2)
+        self._ask_for_stacks()
         if stopped:
             self._kill(signal.SIGCONT)
         text = self._wait_for_stacks()
@@ -372,6 +373,14 @@ class Watcher:
             time.sleep(0.02)
             text = os.pread(self.stacks, os.fstat(self.stacks).st_size, 0).decode(errors="replace")
         return text or f"no answer within {DUMP_S:.0f} s\n"
+
+    def _ask_for_stacks(self) -> None:
+        """To the main thread: a stopped one then writes before it goes on; another thread could come too late."""
+        to_thread = getattr(ctypes.CDLL(None), "tgkill", None)  # glibc 2.30
+        if to_thread is None:
+            self._kill(signal.SIGUSR2)
+        else:
+            to_thread(self.pid, self.pid, signal.SIGUSR2)
 
     def _kill(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
