@@ -1,11 +1,13 @@
-"""Marks of progress: where this process is, in memory that its watching process shares. Imports nothing heavy."""
+"""What a process and its watcher both look at: marks of progress, and the kernel's word on memory. Imports no torch."""
 
 from __future__ import annotations
 
 import mmap
 import os
+import re
 import struct
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 _LAYOUT = struct.Struct("<qqd32s256s")
@@ -52,3 +54,20 @@ def read(descriptor: int) -> Heartbeat:
     count, step, at, phase, words = _LAYOUT.unpack(os.pread(descriptor, SIZE_BYTES, 0))
     texts = (text.rstrip(b"\0").decode(errors="replace") for text in (phase, words))
     return Heartbeat(count, step, at, *texts)
+
+
+def oom_kills() -> int:
+    """Processes that this kernel has killed for lack of memory so far."""
+    try:
+        found = re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.M)
+    except OSError:
+        found = None
+    return int(found[1]) if found else 0
+
+
+_OOM_KILLS_BEFORE = oom_kills()
+
+
+def memory_ran_out() -> bool:
+    """Whether the kernel has killed a process of this host for lack of memory since this process began."""
+    return oom_kills() > _OOM_KILLS_BEFORE

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain.config import ConfigError, DataConfig, RunError, SourceConfig
+from pretrain.heartbeat import memory_ran_out
 from pretrain.order import (
     Ints,
     Location,
@@ -314,9 +315,9 @@ class _DeadWorkerHandler:
 
 def _dead_worker(error: RuntimeError) -> RunError:
     reason = str(error).splitlines()[0].rstrip(" .")
+    cause = "the kernel ran out of memory" if memory_ran_out() else "killed from outside"
     return RunError(
-        f"a process that reads training data died ({reason}): killed from outside, or because memory ran out; "
-        "start again to go on from the last checkpoint"
+        f"a process that reads training data died ({reason}): {cause}; start again to go on from the last checkpoint"
     )
 
 

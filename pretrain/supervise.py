@@ -15,7 +15,6 @@ import fcntl
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -45,6 +44,7 @@ from pretrain.attempts import (
     write_json,
 )
 from pretrain.config import ConfigError, ExitCode
+from pretrain.heartbeat import oom_kills
 from pretrain.journal import EVENTS_FILE, METRICS_FILE, say
 from pretrain.resilience import STOP_FILE
 
@@ -203,7 +203,7 @@ class Supervisor:
         attempt.write(folder)
         began = time.monotonic()
         attempt.gap_before_s = began - self._ended_at if self._ended_at is not None else 0.0
-        kills_before = _oom_kills()
+        kills_before = oom_kills()
         watch = Watch(self._run_dir, folder / OUTPUT_FILE)
         exit_code = self._run_command(folder / OUTPUT_FILE, watch)
         ended = self._ended_at = time.monotonic()
@@ -222,7 +222,7 @@ class Supervisor:
             watch.events,
             folder / OUTPUT_FILE,
             asked=self._asked,
-            oom_kills=_oom_kills() - kills_before,
+            oom_kills=oom_kills() - kills_before,
         )
         self._attempts.append(attempt)
         return attempt
@@ -433,12 +433,6 @@ def complete_checkpoints(run_dir: Path) -> list[int]:
     """Steps of the checkpoints that are complete, oldest first; not verified."""
     found = (run_dir / "checkpoints").glob("step-*/COMPLETE")
     return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
-
-
-def _oom_kills() -> int:
-    """How many processes the kernel of this host has killed for want of memory since it started."""
-    match = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), flags=re.M)
-    return int(match.group(1)) if match else 0
 
 
 def _now() -> str:

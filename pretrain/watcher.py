@@ -92,7 +92,6 @@ class Watcher:
         self.attempt = 0
         self.joined = self.started = self.bye = self.dead = self.dumped = False
         self.verdict: dict[str, Any] | None = None
-        self.oom_kills = _oom_kills()
         self._pipe = b""
         self._told = 0.0
 
@@ -231,7 +230,7 @@ class Watcher:
             self._report({"rank": self.rank, "bye": True})
         else:
             words = heartbeat.read(self.progress).last_words
-            oom = _oom_kills() > self.oom_kills or OUT_OF_MEMORY.search(words) is not None
+            oom = heartbeat.memory_ran_out() or OUT_OF_MEMORY.search(words) is not None
             cause = "oom" if oom else "error" if words else "killed"
             reason = words or (
                 "it was killed when the kernel ran out of memory" if oom else "it was killed by a signal"
@@ -414,14 +413,6 @@ def _parent(pid: int) -> int:
 
 def _state(pid: int) -> str:
     return _stat(pid)[0]
-
-
-def _oom_kills() -> int:
-    """Processes that this kernel has killed for lack of memory so far."""
-    try:
-        return int(re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.M)[1])  # type: ignore[index]
-    except (OSError, TypeError):
-        return 0
 
 
 def _now() -> str:

@@ -10,7 +10,7 @@ PACKAGES=(
     # faults at system calls, another clock
     strace faketime
     # a Docker engine, and what makes a base image without a registry
-    docker.io debootstrap
+    docker.io debootstrap docker-compose
 )
 
 missing=()
