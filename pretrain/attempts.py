@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain.config import ExitCode
+from pretrain.heartbeat import LAUNCHER_LOST
 from pretrain.journal import METRICS_FILE, read_lines, read_metrics
 
 ATTEMPTS_FOLDER = "attempts"
@@ -119,9 +120,11 @@ def judge(
         return Cause.FINISHED, f"finished at step {names['finished'].get('step')}"
     number = _signal_of(exit_code)
     if "stopped" in names:
-        step = names["stopped"].get("step")
-        if asked or (exit_code != 0 and number not in _FATAL):
-            by = asked or names["stopped"].get("reason") or "request"
+        step, reason = names["stopped"].get("step"), names["stopped"].get("reason")
+        # A signal that asks to stop may end the launcher first; its ranks then see the loss of the launcher.
+        requested = number is not None or reason != LAUNCHER_LOST
+        if asked or (exit_code != 0 and number not in _FATAL and requested):
+            by = asked or (number.name if number and reason == LAUNCHER_LOST else reason) or "request"
             return Cause.STOPPED, f"stopped by {by} at step {step}, the state is saved"
         how = f"by {number.name}" if number else "by a signal to its child"
         return Cause.LAUNCHER_LOST, f"the launcher was ended {how}; its ranks saved at step {step}"
@@ -137,8 +140,9 @@ def judge(
     return _judge_code(exit_code, number, bool(events), log, oom_kills)
 
 
-_FATAL = {None, signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
-_FATAL -= {None}
+_FATAL = {signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+_ENDS_NOTHING = {signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH, signal.SIGCONT}
+_ENDS_NOTHING |= {signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
 
 
 def _judge_code(
@@ -162,8 +166,9 @@ def _judge_code(
 def _signal_of(exit_code: int) -> signal.Signals | None:
     """The signal that ended the command (negative), its child as a shell says it (128 + n) or deepspeed (256 - n)."""
     for number in (-exit_code, exit_code - 128, 256 - exit_code):
-        # 255, which would be SIGHUP, is what ssh and launchers return for errors of their own.
-        if 1 < number < 32 or number == -exit_code > 0:
+        # 255, which would be SIGHUP, is what ssh and launchers return for errors of their own; srun has codes that
+        # would be signals which end no process.
+        if number == -exit_code > 0 or (1 < number < 32 and signal.Signals(number) not in _ENDS_NOTHING):
             return signal.Signals(number)
     return None
 

@@ -34,6 +34,7 @@ from deepspeed.utils import (
 
 from pretrain.config import Precision, TrainConfig
 from pretrain.distributed import Partition, World, seed_step, share, sum_over_ranks
+from pretrain.health import StateSums
 from pretrain.heartbeat import mark
 from pretrain.loader import Batch
 from pretrain.model import Decoder, LossSums
@@ -61,6 +62,8 @@ class StepResult:
     """Global L2 norm before clipping; not finite when the step was skipped."""
     skipped: bool
     """The gradient was not finite: weights and moments are as before."""
+    memory_changed: torch.Tensor
+    """1 where this rank's weights or moments were not as the update before had left them, else 0; on a device."""
 
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
@@ -132,6 +135,7 @@ class Engine:
         self._optimizer = build_optimizer(parameter_groups(named, config.optim), config.optim)
         self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=settings)
         self._allocate_moments()
+        self._sums = StateSums(self._partitioned_state, self._replicated_state)
 
     def train_step(
         self,
@@ -168,13 +172,17 @@ class Engine:
             if batch is batches[-1] and loss_limit < math.inf:
                 loss = loss * self._factor(nll_sum, n_predicted, loss_limit)
             self._deepspeed.backward(loss)
-            if self._stage == 0 and batch is batches[-1]:
-                return self._plain_step(nll_sum, z_sum, n_predicted)
-            self._deepspeed.step()
-        skipped = not self._deepspeed.was_step_applied()
-        norm = self._deepspeed.get_global_grad_norm()
-        grad_norm = float("nan") if norm is None or skipped else float(norm)
-        return StepResult(nll_sum, z_sum, n_predicted, grad_norm, skipped)
+            if batch is not batches[-1]:
+                self._deepspeed.step()  # counts micro batches
+        changed = self._sums.changed()
+        grad_norm, skipped = self._plain_update() if self._stage == 0 else self._update()
+        self._sums.remember()
+        return StepResult(nll_sum, z_sum, n_predicted, grad_norm, skipped, changed)
+
+    @property
+    def replica_sum(self) -> torch.Tensor:
+        """Sum over the bits of all that every rank holds whole, after the last update; on a device."""
+        return self._sums.replica
 
     def _factor(self, nll_sum: torch.Tensor, n_predicted: int, loss_limit: float) -> torch.Tensor:
         """1, or NaN where the loss is above the limit: DeepSpeed leaves out an update that is not finite.
@@ -187,16 +195,23 @@ class Engine:
         one = torch.ones((), device=nll_sum.device)
         return torch.where(total > loss_limit * max(1, n_predicted), one * math.nan, one)
 
-    def _plain_step(self, nll_sum: torch.Tensor, z_sum: torch.Tensor, n_predicted: int) -> StepResult:
+    def _update(self) -> tuple[float, bool]:
+        """Apply the summed gradient; its norm, and whether the update was left out."""
+        self._deepspeed.step()
+        skipped = not self._deepspeed.was_step_applied()
+        norm = self._deepspeed.get_global_grad_norm()
+        return (float("nan") if norm is None or skipped else float(norm)), skipped
+
+    def _plain_update(self) -> tuple[float, bool]:
         """Stage 0: DeepSpeed neither reports a norm nor skips a step that is not finite, so both are done here."""
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
-        skipped = norm != norm or norm == float("inf")
+        skipped = not math.isfinite(norm)
         if skipped:
             for parameter in self._parameters.values():
                 parameter.grad = None
         self._deepspeed.step()
-        return StepResult(nll_sum, z_sum, n_predicted, norm, skipped)
+        return norm, skipped
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> LossSums:
@@ -238,6 +253,7 @@ class Engine:
 
         `partitions`: key -> this rank's share of the flattened tensor, as `share` cuts it. All ranks together.
         """
+        self._sums.forget()
         for kind, name in self._state_keys():
             parameter, values = self._parameters[name], partitions[f"{kind}.{name}"]
             if self._stage == 3:
@@ -335,24 +351,43 @@ class Engine:
         dist.all_gather(gathered, padded)
         return torch.cat(gathered)[:numel].view(shape)
 
+    def _flat_masters(self) -> list[torch.Tensor]:
+        """What the optimizer updates: fp32, flat from stage 1 on, this rank's part."""
+        zero = self._deepspeed.optimizer
+        match self._stage:
+            case 0:
+                return [p for group in self._optimizer.param_groups for p in group["params"]]
+            case 3:
+                return list(zero.fp32_partitioned_groups_flat)
+            case _:
+                return list(zero.single_partition_of_fp32_groups)
+
+    def _partitioned_state(self) -> list[torch.Tensor]:
+        masters = self._flat_masters()
+        found = [state[kind] for state in self._optimizer.state.values() for kind in MOMENTS]
+        if self._stage > 0:
+            found += masters
+        if self._stage == 3:
+            working = self._deepspeed.optimizer.fp16_partitioned_groups_flat
+            found += [w for w, m in zip(working, masters, strict=True) if w.data_ptr() != m.data_ptr()]
+        return found
+
+    def _replicated_state(self) -> list[torch.Tensor]:
+        """Whole parameters on every rank: all of them, or under stage 3 those too small to be cut."""
+        if self._stage < 3:
+            return list(self._parameters.values())
+        return [p for p in self._parameters.values() if p.ds_persist]  # type: ignore[attr-defined]
+
     def _allocate_moments(self) -> None:
         """Create Adam's state, which torch makes at the first step only: a checkpoint is loaded in place before it.
 
         Each flat partition gets a `step` of its own: one shared by several would count each update several times.
         """
-        zero = self._deepspeed.optimizer
-        match self._stage:
-            case 0:
-                flat = [p for group in self._optimizer.param_groups for p in group["params"]]
-            case 3:
-                flat = list(zero.fp32_partitioned_groups_flat)
-            case _:
-                flat = list(zero.single_partition_of_fp32_groups)
-        for tensor in flat:
+        for tensor in self._flat_masters():
             state = self._optimizer.state[tensor]
             if not state:
                 state["step"] = torch.zeros((), device=tensor.device)
                 for kind in MOMENTS:
                     state[kind] = torch.zeros_like(tensor, memory_format=torch.preserve_format)
         if self._stage in (1, 2):
-            zero._lazy_init_hp_params_optimizer_state()
+            self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()

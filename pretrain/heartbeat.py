@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import signal
 import struct
 import time
 from pathlib import Path
@@ -12,6 +13,10 @@ from typing import NamedTuple
 
 _LAYOUT = struct.Struct("<qqd32s256s")
 SIZE_BYTES = _LAYOUT.size
+LAUNCHER_LOST = "loss of the launcher"
+"""The reason of a stop that nobody asked for: the ranks save, and the run should be started again."""
+LAUNCHER_LOST_SIGNAL = signal.SIGRTMIN
+"""To a rank: from the kernel when its parent ends, from its watcher when a launcher above that does."""
 
 
 class Heartbeat(NamedTuple):
@@ -43,10 +48,17 @@ def mark(phase: str, step: int | None = None, last_words: str = "") -> None:
     global _last
     if _memory is None:
         return
-    _last = Heartbeat(
-        _last.marks + 1, _last.step if step is None else step, time.monotonic(), phase, last_words
-    )
-    _LAYOUT.pack_into(_memory, 0, *_last[:3], phase.encode(), last_words.encode()[:256])
+    step = _last.step if step is None else step
+    _last = Heartbeat(_last.marks + 1, step, 0.0, phase, last_words)
+    touch()
+
+
+def touch() -> None:
+    """This process works on at what it marked last."""
+    global _last
+    if _memory is not None:
+        _last = _last._replace(time_s=time.monotonic())
+        _LAYOUT.pack_into(_memory, 0, *_last[:3], _last.phase.encode(), _last.last_words.encode()[:256])
 
 
 def read(descriptor: int) -> Heartbeat:

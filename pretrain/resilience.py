@@ -16,6 +16,7 @@ from types import FrameType
 from typing import IO, Any
 
 from pretrain.config import ConfigError, LossGuardConfig, SpikeAction
+from pretrain.heartbeat import LAUNCHER_LOST, LAUNCHER_LOST_SIGNAL
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 STOP_FILE = "stop"
@@ -25,14 +26,14 @@ _signals: list[str] = []
 
 def listen_for_signals() -> None:
     """From now on SIGTERM, SIGINT and SIGUSR1 are requests to stop, heeded once training could save."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, LAUNCHER_LOST_SIGNAL):
         signal.signal(number, _on_signal)
-    # The launcher may be killed alone; its ranks then get SIGTERM from the kernel, save and end.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    # The launcher may be killed alone; its ranks then save and end.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, LAUNCHER_LOST_SIGNAL, 0, 0, 0)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    _signals.append(signal.Signals(number).name)
+    _signals.append(LAUNCHER_LOST if number == LAUNCHER_LOST_SIGNAL else signal.Signals(number).name)
 
 
 class StopRequest:

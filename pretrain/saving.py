@@ -25,9 +25,13 @@ from pretrain.checkpoint import (
 )
 from pretrain.config import CheckpointConfig
 from pretrain.distributed import Partition, World, gather_objects, with_own_group
+from pretrain.heartbeat import touch
 
 HOURS_BETWEEN_FAILURES_PER_RANK = 50_000.0
 """Llama 3 (2024): 419 unexpected interruptions in 54 days on 16,384 GPUs."""
+IO_POLL_S = 1.0
+IO_NOISE_BYTES = 1 << 16
+"""A process reads and writes so much for other reasons."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +95,12 @@ class Saver:
         """
         if self._thread is None or (not wait and self._thread.is_alive()):
             return None
-        self._thread.join()
+        n_bytes = io_bytes()
+        while self._thread.is_alive():
+            self._thread.join(IO_POLL_S)
+            if io_bytes() > n_bytes + IO_NOISE_BYTES:  # the watchdog shall see that the write gets on
+                n_bytes = io_bytes()
+                touch()
         self._thread = None
         if self._crash is not None:
             raise self._crash
@@ -139,6 +148,12 @@ def _surplus(paths: list[Path], policy: CheckpointConfig, heldout_losses: dict[i
         for path in paths[: -policy.keep_last]
         if path not in best and (not policy.keep_every_steps or step_of(path) % policy.keep_every_steps != 0)
     ]
+
+
+def io_bytes() -> int:
+    """What this process has read and written so far, this question included; not what went through sockets."""
+    read, written = Path("/proc/self/io").read_text().splitlines()[:2]
+    return int(read.split()[1]) + int(written.split()[1])
 
 
 def advised_interval_s(save_cost_s: float, world_size: int, mtbf_hours: float | None) -> float:

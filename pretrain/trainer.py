@@ -1,67 +1,30 @@
-"""Assembly of a run, and the loop."""
+"""The loop: one optimizer step after another, with what happens between them."""
 
 from __future__ import annotations
 
-import platform
 import time
-from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import xxhash
 
-from pretrain import __version__, checkpoint
-from pretrain.checkpoint import CheckpointError, Found
-from pretrain.config import ConfigError, ExitCode, TrainConfig, to_dict
-from pretrain.device_peak import rank_peak_flops
-from pretrain.distributed import Vote, World, on_main, sum_over_ranks
-from pretrain.engine import MOMENTS, Engine
+from pretrain import checkpoint
+from pretrain.assembly import Run, assemble, restore, state_of
+from pretrain.checkpoint import CheckpointError
+from pretrain.config import ConfigError, ExitCode, TrainConfig
+from pretrain.distributed import World, gather_objects, on_main, sum_over_ranks
+from pretrain.engine import StepResult
 from pretrain.evaluate import evaluate_loss
-from pretrain.heartbeat import mark
-from pretrain.loader import Batch, TrainLoader
-from pretrain.model import flops_per_token
-from pretrain.monitor import Monitor, StepRecord
+from pretrain.health import REPLICA_MODULUS, check_memory
+from pretrain.heartbeat import LAUNCHER_LOST, mark
+from pretrain.loader import Batch
+from pretrain.monitor import StepRecord
 from pretrain.optim import learning_rate
-from pretrain.order import OrderState, step_start
-from pretrain.resilience import LossGuard, StopRequest, Verdict, lock_run
-from pretrain.run_folder import check_resumable, heldout_losses_of, write_run_files
-from pretrain.saving import Saved, Saver, advised_interval_s
+from pretrain.order import step_start
+from pretrain.resilience import LossGuard, Verdict, lock_run
+from pretrain.saving import Saved, advised_interval_s
 from pretrain.shards import Corpus
 from pretrain.watchdog import Watchdog
-
-
-@dataclass
-class Run:
-    """A run at one moment: everything the loop needs, on one rank."""
-
-    config: TrainConfig
-    world: World
-    run_dir: Path
-    root: Path
-    """Where its checkpoints are."""
-    identity: dict[str, Any]
-    """run.json: run_id, wandb_run_id, attempt."""
-    loader: TrainLoader
-    engine: Engine
-    monitor: Monitor
-    stop: StopRequest
-    stop_vote: Vote
-    guard: LossGuard
-    saver: Saver
-    heldout_losses: dict[int, float]
-    """By step."""
-    watchdog: Watchdog
-    step: int
-    """Completed optimizer updates."""
-    next_sample: int
-    """First sample of the next step, before what was passed over is left out."""
-    saved_step: int = 0
-    """The newest step whose checkpoint this process has seen published or has loaded; 0: none."""
-    advised: bool = False
-    """Whether the advice on the interval of saves was given."""
-    saved_at: float = field(default_factory=time.monotonic)
-    """When the last save began (monotonic clock, s)."""
 
 
 def train(config: TrainConfig, world: World, watchdog: Watchdog) -> ExitCode:
@@ -69,13 +32,20 @@ def train(config: TrainConfig, world: World, watchdog: Watchdog) -> ExitCode:
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     on_main(lambda: lock_run(run_dir), world)
-    run = _assemble(config, world, run_dir, watchdog)
+    run = assemble(config, world, run_dir, watchdog)
     code = ExitCode.FINISHED if run.step >= config.n_steps else _loop(run)
-    run.monitor.event(
-        "stopped" if code is ExitCode.STOPPED else "finished", step=run.step, reason=run.stop.reason
-    )
+    if code is ExitCode.STOPPED:
+        run.monitor.event("stopped", step=run.step, reason=_reason(run))
+    else:
+        run.monitor.event("finished", step=run.step)
     run.monitor.close(int(code))
     return code
+
+
+def _reason(run: Run) -> str:
+    """Why the run stops, as any rank knows; that it has lost its launcher only where nobody asked for a stop."""
+    known = [reason for reason in gather_objects(run.stop.reason, run.world) if reason is not None]
+    return min(known, key=lambda reason: reason == LAUNCHER_LOST, default=f"stop_at_step={run.step}")
 
 
 def _loop(run: Run) -> ExitCode:
@@ -100,15 +70,8 @@ def _stretch(run: Run) -> ExitCode | None:
         if result is None:  # asked within the step: back to its beginning, which is the step before
             return _stop(run)
         mark("update done", step)
-        local = [
-            float(result.nll_sum),
-            float(result.z_sum),
-            float(run.stop.asked()),
-            float(run.saver.busy),
-            float(run.world.is_main and _minutes_are_over(run)),
-        ]
-        nll_sum, z_sum, n_asked, n_busy, minutes_are_over = sum_over_ranks(local, run.world)
-        loss = nll_sum / max(1, result.n_predicted)
+        sums = _agree(run, result, step)
+        loss = sums.nll / max(1, result.n_predicted)
         run.step = step
         run.next_sample = step_start(run.next_sample, per_step, run.loader.state.passed_over) + per_step
         run.watchdog.started()
@@ -121,7 +84,7 @@ def _stretch(run: Run) -> ExitCode | None:
                 tokens_seen=step * config.tokens_per_step,
                 samples_seen=step * per_step,
                 loss=loss,
-                z_loss=z_sum / max(1, result.n_predicted) if config.model.z_loss else None,
+                z_loss=sums.z / max(1, result.n_predicted) if config.model.z_loss else None,
                 grad_norm=result.grad_norm,
                 lr=lr,
                 step_time_s=now - before,
@@ -129,9 +92,10 @@ def _stretch(run: Run) -> ExitCode | None:
                 skipped=result.skipped,
             )
         )
+        run.pace.note(now - before, data_wait_s)
         if _goes_wrong(run, loss, limit, result.skipped):
             return None
-        code = _after_step(run, asked=n_asked > 0, busy=n_busy > 0, due=minutes_are_over > 0)
+        code = _after_step(run, sums)
         if code is not None:
             return code
         before = time.monotonic()
@@ -139,18 +103,65 @@ def _stretch(run: Run) -> ExitCode | None:
     return ExitCode.FINISHED
 
 
-def _after_step(run: Run, *, asked: bool, busy: bool, due: bool) -> ExitCode | None:
+class Sums(NamedTuple):
+    """What one rank says after a step, or the sums of that over all ranks."""
+
+    nll: float
+    """Negative log-likelihoods, nats."""
+    z: float
+    """Squared log-partitions."""
+    asked: float
+    """To stop."""
+    busy: float
+    """With the save before."""
+    due: float
+    """A save, by the clock."""
+    probe: float
+    """The ranks' speeds should be compared."""
+    changed: float
+    """Memory, between two updates."""
+    replica: float
+    """Sum over the bits of what every rank holds."""
+
+
+def _agree(run: Run, result: StepResult, step: int) -> Sums:
+    """One exchange after each step. Raises RunError, alike on all ranks, where a rank's memory has changed."""
+    mine = Sums(
+        nll=float(result.nll_sum),
+        z=float(result.z_sum),
+        asked=float(run.stop.asked()),
+        busy=float(run.saver.busy),
+        due=float(run.world.is_main and _minutes_are_over(run)),
+        probe=float(run.pace.wants_probe()),
+        changed=float(result.memory_changed),
+        replica=float(run.engine.replica_sum % REPLICA_MODULUS),
+    )
+    sums = Sums(*sum_over_ranks(list(mine), run.world))
+    check_memory(
+        changed=mine.changed > 0,
+        replica=mine.replica,
+        n_changed=sums.changed,
+        replica_total=sums.replica,
+        step=step,
+        world=run.world,
+    )
+    return sums
+
+
+def _after_step(run: Run, sums: Sums) -> ExitCode | None:
     """Save, evaluate, stop; the same on all ranks. The exit code where the run ends here."""
     config, step = run.config, run.step
     _collect(run)
+    if sums.probe:
+        _compare_ranks(run)
     last = step == config.n_steps
-    if not last and (asked or step == config.stop_at_step):
+    if not last and (sums.asked or step == config.stop_at_step):
         return _stop(run)
     permanent = config.checkpoint.keep_every_steps and step % config.checkpoint.keep_every_steps == 0
     if last:
         _save_now(run)
-    elif due or step % config.checkpoint.every_steps == 0:
-        if busy and not permanent:
+    elif sums.due or step % config.checkpoint.every_steps == 0:
+        if sums.busy and not permanent:
             run.monitor.event("checkpoint_skipped", step=step, reason="the one before is still being written")
         else:
             _collect(run, wait=True)
@@ -161,6 +172,16 @@ def _after_step(run: Run, *, asked: bool, busy: bool, due: bool) -> ExitCode | N
     if last or step % config.evaluation.every_steps == 0:
         _evaluate(run)
     return ExitCode.FINISHED if last else None
+
+
+def _compare_ranks(run: Run) -> None:
+    """Name the ranks that hold up the others; that none does is worth a word where steps are slow."""
+    mark("comparison")
+    stragglers = run.pace.find_stragglers(run.world)
+    for straggler in stragglers:
+        run.monitor.event("straggler", step=run.step, **vars(straggler))
+    if run.pace.slow and not stragglers:
+        run.monitor.event("slow_steps", step=run.step, reason="no rank is slower than the others")
 
 
 # ---- a loss that goes wrong ------------------------------------------------------------------------------------------
@@ -203,7 +224,7 @@ def _roll_back(run: Run, first_bad_step: int, reason: str) -> None:
         run.monitor.event("checkpoint_deleted", step=run.step, path=newer)
     from_step, passed_over = run.step, run.loader.state.passed_over
     per_step = config.global_batch_sequences
-    state = _restore(run, good)
+    state = restore(run, good)
     start = run.next_sample
     for _ in range(run.step + 1, first_bad_step):
         start = step_start(start, per_step, passed_over) + per_step
@@ -220,19 +241,6 @@ def _delete_after(root: Path, path: Path) -> list[str]:
     for one in newer:
         checkpoint.remove(one)
     return [str(one) for one in newer]
-
-
-def _restore(run: Run, path: Path) -> dict[str, Any]:
-    """Weights, moments, step and place in the data as a verified checkpoint has them; its state.json."""
-    mark("load")
-    state = checkpoint.read_state(path)
-    partitions = checkpoint.load(path, ["weight", *MOMENTS], run.engine.shapes, run.world)
-    run.engine.restore(partitions, state["optimizer_step"])
-    run.step, run.next_sample = state["step"], state["order"]["consumed_samples"]
-    run.saved_step = run.step
-    for undone in [step for step in run.heldout_losses if step > run.step]:
-        del run.heldout_losses[undone]
-    return state
 
 
 def _ledger_entry(batches: list[Batch]) -> tuple[list[int], str]:
@@ -274,7 +282,7 @@ def _minutes_are_over(run: Run) -> bool:
 def _begin_save(run: Run) -> None:
     mark("save")
     run.saved_at = time.monotonic()
-    run.saver.start(run.step, run.engine.snapshot, _state(run))
+    run.saver.start(run.step, run.engine.snapshot, state_of(run))
 
 
 def _collect(run: Run, *, wait: bool = False) -> Saved | None:
@@ -319,120 +327,3 @@ def _stop(run: Run) -> ExitCode:
     if run.step != run.saved_step:
         _save_now(run)
     return ExitCode.STOPPED
-
-
-def _state(run: Run) -> dict[str, Any]:
-    """state.json: all that a resumed run needs beside the tensors. Random state is a function of (seed, step, rank)."""
-    config = run.config
-    return {
-        "step": run.step,
-        "tokens_seen": run.step * config.tokens_per_step,
-        "samples_seen": run.step * config.global_batch_sequences,
-        "optimizer_step": run.engine.optimizer_step,
-        "order": run.loader.state_at(run.next_sample).to_dict(),
-        "loss_guard": run.guard.state(),
-        "tokenizer_sha256": run.loader.tokenizer_sha256,
-        "run_id": run.identity["run_id"],
-        "wandb_run_id": run.identity["wandb_run_id"],
-        "attempt": run.identity["attempt"],
-        "world_size": run.world.size,
-        "zero_stage": config.engine.zero_stage,
-        "versions": {
-            "pretrain": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "deepspeed")},
-        },
-        "config": to_dict(config),
-        "tensors": {name: list(shape) for name, shape in run.engine.shapes.items()},
-    }
-
-
-# ---- assembly --------------------------------------------------------------------------------------------------------
-
-
-def _assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdog) -> Run:
-    root = checkpoint.root_of(run_dir, config.checkpoint.target)
-    found = checkpoint.find_latest(root, world)
-    if found.path is None and found.passed_over:
-        raise CheckpointError(
-            f"no checkpoint in {root / 'checkpoints'} can be trusted ({'; '.join(found.passed_over)}); "
-            "restore one, or start afresh in another run_dir"
-        )
-    state = checkpoint.read_state(found.path) if found.path else None
-    changed = check_resumable(config, state) if state else []
-    loader = TrainLoader(
-        config.data,
-        config.seed,
-        global_batch_sequences=config.global_batch_sequences,
-        micro_batch_sequences=config.micro_batch_sequences,
-        rank=world.rank,
-        world_size=world.size,
-        total_samples=config.n_steps * config.global_batch_sequences,
-        state=OrderState.from_dict(state["order"]) if state else None,
-    )
-    identity = on_main(lambda: write_run_files(config, run_dir, state), world)
-    watchdog.attempt(identity["attempt"])
-    stop = StopRequest(run_dir, watch_file=world.is_main, stop_after_s=config.stop_after_s)
-    mark("engine")
-    engine = Engine(config, world)
-    monitor = Monitor(
-        config,
-        rank=world.rank,
-        world_size=world.size,
-        run_dir=run_dir,
-        attempt=identity["attempt"],
-        wandb_run_id=identity["wandb_run_id"],
-        flops_per_token=flops_per_token(config.model, config.data.sequence_length),
-        peak_flops_per_second=rank_peak_flops(config, world.device),
-        first_step=(state["step"] if state else 0) + 1,
-        n_steps=config.n_steps,
-    )
-    heldout_losses = heldout_losses_of(run_dir) if world.is_main and state else {}
-    run = Run(
-        config=config,
-        world=world,
-        run_dir=run_dir,
-        root=root,
-        identity=identity,
-        loader=loader,
-        engine=engine,
-        monitor=monitor,
-        stop=stop,
-        stop_vote=Vote(stop.asked, world),
-        guard=LossGuard(config.loss_guard, state.get("loss_guard") if state else None),
-        saver=Saver(root, config.checkpoint, world, heldout_losses),
-        heldout_losses=heldout_losses,
-        watchdog=watchdog,
-        step=0,
-        next_sample=0,
-    )
-    _begin(run, found, changed)
-    return run
-
-
-def _begin(run: Run, found: Found, changed: list[str]) -> None:
-    """Put the state in place: of a checkpoint, of another run's weights, or fresh."""
-    config, world = run.config, run.world
-    for reason in found.passed_over:
-        run.monitor.event("checkpoint_passed_over", reason=reason)
-    if found.path is not None:
-        _restore(run, found.path)
-        run.monitor.event(
-            "resumed", step=run.step, path=str(found.path), world_size=world.size, config_changed=changed
-        )
-        return
-    if config.init_from is not None:
-        _init_from(config.init_from, run.engine, world, run.loader.tokenizer_sha256)
-    run.monitor.event("started", world_size=world.size, n_steps=config.n_steps, init_from=config.init_from)
-
-
-def _init_from(run_dir: str, engine: Engine, world: World, tokenizer_sha256: str) -> None:
-    """Initial weights from another run's newest good checkpoint."""
-    found = checkpoint.find_latest(checkpoint.root_of_run(Path(run_dir)), world)
-    if found.path is None:
-        raise ConfigError(
-            f"init_from={run_dir} holds no usable checkpoint ({'; '.join(found.passed_over) or 'none'})"
-        )
-    if checkpoint.read_state(found.path)["tokenizer_sha256"] != tokenizer_sha256:
-        raise ConfigError(f"init_from={run_dir} was trained with another tokenizer than this corpus")
-    engine.restore_weights(checkpoint.load(found.path, ["weight"], engine.shapes, world))

@@ -118,7 +118,7 @@ class Watcher:
             self._rank_ended()
         elif source in self.launchers:  # one that launched the rank has died: save and end
             self.selector.unregister(source)
-            self._kill(signal.SIGTERM)
+            self._kill(heartbeat.LAUNCHER_LOST_SIGNAL)
         elif source == sys.stdin.fileno():
             self._read_pipe()
         elif source is self.listener:
@@ -263,9 +263,11 @@ class Watcher:
             silent_s = now - line.heard
             if line.rank is not None and silent_s > self.limits["lost_s"]:
                 return self._decide(line.rank, "lost", f"no sign of life from its host for {silent_s:.0f} s")
-        stuck = [row for row in self.table.values() if row.get("age_s", 0) > row.get("limit_s", 0)]
-        if stuck:
-            self._decide_hang(max(row["age_s"] for row in stuck))
+        # The others wait for the one that goes on, so all stand still, or none is stuck.
+        ages_s = [row.get("age_s", 0) for row in self.table.values() if not row.get("bye")]
+        limits_s = [row.get("limit_s", 0) for row in self.table.values() if not row.get("bye")]
+        if ages_s and min(ages_s) > max(limits_s):
+            self._decide_hang(max(ages_s))
         return None
 
     def _decide_hang(self, age_s: float) -> None:
@@ -381,7 +383,7 @@ class Watcher:
         else:
             to_thread(self.pid, self.pid, signal.SIGUSR2)
 
-    def _kill(self, number: signal.Signals) -> None:
+    def _kill(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.process, number)
 

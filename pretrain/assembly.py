@@ -1,0 +1,192 @@
+"""Everything that a run consists of, put together; and its state, as a checkpoint holds it and as it is put back."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pretrain import __version__, checkpoint
+from pretrain.checkpoint import CheckpointError, Found
+from pretrain.config import ConfigError, TrainConfig, to_dict
+from pretrain.device_peak import rank_peak_flops
+from pretrain.distributed import Vote, World, on_main
+from pretrain.engine import MOMENTS, Engine
+from pretrain.health import Pace
+from pretrain.heartbeat import mark
+from pretrain.loader import TrainLoader
+from pretrain.model import flops_per_token
+from pretrain.monitor import Monitor
+from pretrain.order import OrderState
+from pretrain.resilience import LossGuard, StopRequest
+from pretrain.run_folder import check_resumable, heldout_losses_of, write_run_files
+from pretrain.saving import Saver
+from pretrain.watchdog import Watchdog
+
+
+@dataclass
+class Run:
+    """A run at one moment: everything the loop needs, on one rank."""
+
+    config: TrainConfig
+    world: World
+    run_dir: Path
+    root: Path
+    """Where its checkpoints are."""
+    identity: dict[str, Any]
+    """run.json: run_id, wandb_run_id, attempt."""
+    loader: TrainLoader
+    engine: Engine
+    monitor: Monitor
+    pace: Pace
+    stop: StopRequest
+    stop_vote: Vote
+    guard: LossGuard
+    saver: Saver
+    heldout_losses: dict[int, float]
+    """By step."""
+    watchdog: Watchdog
+    step: int
+    """Completed optimizer updates."""
+    next_sample: int
+    """First sample of the next step, before what was passed over is left out."""
+    saved_step: int = 0
+    """The newest step whose checkpoint this process has seen published or has loaded; 0: none."""
+    advised: bool = False
+    """Whether the advice on the interval of saves was given."""
+    saved_at: float = field(default_factory=time.monotonic)
+    """When the last save began (monotonic clock, s)."""
+
+
+def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdog) -> Run:
+    root = checkpoint.root_of(run_dir, config.checkpoint.target)
+    found = checkpoint.find_latest(root, world)
+    if found.path is None and found.passed_over:
+        raise CheckpointError(
+            f"no checkpoint in {root / 'checkpoints'} can be trusted ({'; '.join(found.passed_over)}); "
+            "restore one, or start afresh in another run_dir"
+        )
+    state = checkpoint.read_state(found.path) if found.path else None
+    changed = check_resumable(config, state) if state else []
+    loader = TrainLoader(
+        config.data,
+        config.seed,
+        global_batch_sequences=config.global_batch_sequences,
+        micro_batch_sequences=config.micro_batch_sequences,
+        rank=world.rank,
+        world_size=world.size,
+        total_samples=config.n_steps * config.global_batch_sequences,
+        state=OrderState.from_dict(state["order"]) if state else None,
+    )
+    identity = on_main(lambda: write_run_files(config, run_dir, state), world)
+    watchdog.attempt(identity["attempt"])
+    stop = StopRequest(run_dir, watch_file=world.is_main, stop_after_s=config.stop_after_s)
+    mark("engine")
+    engine = Engine(config, world)
+    monitor = Monitor(
+        config,
+        rank=world.rank,
+        world_size=world.size,
+        run_dir=run_dir,
+        attempt=identity["attempt"],
+        wandb_run_id=identity["wandb_run_id"],
+        flops_per_token=flops_per_token(config.model, config.data.sequence_length),
+        peak_flops_per_second=rank_peak_flops(config, world.device),
+        first_step=(state["step"] if state else 0) + 1,
+        n_steps=config.n_steps,
+    )
+    heldout_losses = heldout_losses_of(run_dir) if world.is_main and state else {}
+    run = Run(
+        config=config,
+        world=world,
+        run_dir=run_dir,
+        root=root,
+        identity=identity,
+        loader=loader,
+        engine=engine,
+        monitor=monitor,
+        pace=Pace(watch=world.is_main and world.size > 1),
+        stop=stop,
+        stop_vote=Vote(stop.asked, world),
+        guard=LossGuard(config.loss_guard, state.get("loss_guard") if state else None),
+        saver=Saver(root, config.checkpoint, world, heldout_losses),
+        heldout_losses=heldout_losses,
+        watchdog=watchdog,
+        step=0,
+        next_sample=0,
+    )
+    _begin(run, found, changed)
+    return run
+
+
+def _begin(run: Run, found: Found, changed: list[str]) -> None:
+    """Put the state in place: of a checkpoint, of another run's weights, or fresh."""
+    config, world = run.config, run.world
+    for reason in found.passed_over:
+        run.monitor.event("checkpoint_passed_over", reason=reason)
+    if found.path is not None:
+        restore(run, found.path)
+        run.monitor.event(
+            "resumed", step=run.step, path=str(found.path), world_size=world.size, config_changed=changed
+        )
+        return
+    if config.init_from is not None:
+        _init_from(config.init_from, run.engine, world, run.loader.tokenizer_sha256)
+    run.monitor.event("started", world_size=world.size, n_steps=config.n_steps, init_from=config.init_from)
+
+
+def _init_from(run_dir: str, engine: Engine, world: World, tokenizer_sha256: str) -> None:
+    """Initial weights from another run's newest good checkpoint."""
+    found = checkpoint.find_latest(checkpoint.root_of_run(Path(run_dir)), world)
+    if found.path is None:
+        raise ConfigError(
+            f"init_from={run_dir} holds no usable checkpoint ({'; '.join(found.passed_over) or 'none'})"
+        )
+    if checkpoint.read_state(found.path)["tokenizer_sha256"] != tokenizer_sha256:
+        raise ConfigError(f"init_from={run_dir} was trained with another tokenizer than this corpus")
+    engine.restore_weights(checkpoint.load(found.path, ["weight"], engine.shapes, world))
+
+
+# ---- state ----
+
+
+def restore(run: Run, path: Path) -> dict[str, Any]:
+    """Weights, moments, step and place in the data as a verified checkpoint has them; its state.json."""
+    mark("load")
+    state = checkpoint.read_state(path)
+    partitions = checkpoint.load(path, ["weight", *MOMENTS], run.engine.shapes, run.world)
+    run.engine.restore(partitions, state["optimizer_step"])
+    run.step, run.next_sample = state["step"], state["order"]["consumed_samples"]
+    run.saved_step = run.step
+    for undone in [step for step in run.heldout_losses if step > run.step]:
+        del run.heldout_losses[undone]
+    return state
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """state.json: all that a resumed run needs beside the tensors. Random state is a function of (seed, step, rank)."""
+    config = run.config
+    return {
+        "step": run.step,
+        "tokens_seen": run.step * config.tokens_per_step,
+        "samples_seen": run.step * config.global_batch_sequences,
+        "optimizer_step": run.engine.optimizer_step,
+        "order": run.loader.state_at(run.next_sample).to_dict(),
+        "loss_guard": run.guard.state(),
+        "tokenizer_sha256": run.loader.tokenizer_sha256,
+        "run_id": run.identity["run_id"],
+        "wandb_run_id": run.identity["wandb_run_id"],
+        "attempt": run.identity["attempt"],
+        "world_size": run.world.size,
+        "zero_stage": config.engine.zero_stage,
+        "versions": {
+            "pretrain": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "deepspeed")},
+        },
+        "config": to_dict(config),
+        "tensors": {name: list(shape) for name, shape in run.engine.shapes.items()},
+    }
