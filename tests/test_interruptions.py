@@ -18,6 +18,7 @@ from test_training import losses, samples_by_step, steps_done, wait_for
 from tiny import GLOBAL_BATCH, TinyCorpus, events, make_corpus, run_arguments
 
 from pretrain import checkpoint
+from pretrain.heartbeat import LAUNCHER_LOST
 from pretrain.journal import read_metrics
 
 pytestmark = pytest.mark.integration
@@ -59,16 +60,17 @@ def launched(arguments: list[str], log: Path) -> Iterator[dict[str, list[psutil.
 
 
 @pytest.mark.parametrize(
-    ("victim", "number"),
+    ("victim", "number", "reason"),
     [
-        ("deepspeed", signal.SIGTERM),
-        ("deepspeed", signal.SIGKILL),
-        ("launch", signal.SIGTERM),
-        ("launch", signal.SIGUSR1),
+        ("deepspeed", signal.SIGTERM, LAUNCHER_LOST),
+        ("deepspeed", signal.SIGKILL, LAUNCHER_LOST),
+        ("launch", signal.SIGTERM, "SIGTERM"),
+        ("launch", signal.SIGUSR1, LAUNCHER_LOST),
+        ("rank", signal.SIGUSR1, "SIGUSR1"),
     ],
 )
 def test_a_signal_to_any_process_of_the_launcher_saves_and_stops(
-    corpus: TinyCorpus, tmp_path: Path, victim: str, number: signal.Signals
+    corpus: TinyCorpus, tmp_path: Path, victim: str, number: signal.Signals, reason: str
 ) -> None:
     run_dir = tmp_path / "run"
     arguments = run_arguments(corpus, run_dir, "total_steps=5000", "checkpoint.every_steps=4000")
@@ -77,11 +79,13 @@ def test_a_signal_to_any_process_of_the_launcher_saves_and_stops(
         while steps_done(run_dir) < 3:
             assert time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.05)
-        tree[victim][0].send_signal(number)
+        tree[victim][-1].send_signal(
+            number
+        )  # of the ranks the last, which is not the one that writes the event
         _, alive = psutil.wait_procs(tree["rank"], timeout=60)
         assert not alive, "orphans"
     stopped = events(run_dir)[-1]
-    assert (stopped["event"], stopped["reason"]) == ("stopped", "SIGTERM"), (tmp_path / "log").read_text()
+    assert (stopped["event"], stopped["reason"]) == ("stopped", reason), (tmp_path / "log").read_text()
     found = checkpoint.find_latest(run_dir)
     assert found.path == checkpoint.checkpoint_path(run_dir, stopped["step"])
     assert stopped["step"] == read_metrics(run_dir)[-1]["step"]  # no step is lost

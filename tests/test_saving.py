@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +68,29 @@ def test_training_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatch: p
     assert not saver.busy
     assert saver.finished() is None
     assert checkpoint.find_latest(tmp_path).path == saved.path
+
+
+@pytest.mark.parametrize(("writes", "expected"), [(True, True), (False, False)])
+def test_the_watchdog_sees_whether_an_awaited_save_gets_on(
+    writes: bool, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for a slow disk, on which the write goes on bit by bit or not at all."""
+
+    def slow_save(*_: object) -> int:
+        for _ in range(12):
+            time.sleep(0.25)
+            if writes:
+                (tmp_path / "file").write_bytes(b"x" * saving.IO_NOISE_BYTES)
+        return 1
+
+    touched: list[float] = []
+    monkeypatch.setattr(saving, "save", slow_save)
+    monkeypatch.setattr(saving, "retain", lambda *_: [])
+    monkeypatch.setattr(saving, "touch", lambda: touched.append(time.monotonic()))
+    saver = Saver(tmp_path, CheckpointConfig(), ALONE, {})
+    saver.start(1, snapshot, STATE)
+    assert saver.finished(wait=True) is not None
+    assert bool(touched) is expected
 
 
 def test_a_failed_save_says_why_and_the_next_one_works(tmp_path: Path) -> None:

@@ -146,12 +146,25 @@ def test_configuration_errors_are_not_tried_again(tmp_path: Path) -> None:
         ),
         ("event('stopped', step=4, reason='SIGTERM'); os.kill(os.getpid(), 9)", "launcher lost"),
         ("event('stopped', step=4, reason='SIGTERM')", "launcher lost"),
+        # On another host: here the ranks' own exit code is what comes back.
+        ("event('stopped', step=4, reason='loss of the launcher'); sys.exit(75)", "launcher lost"),
+        (
+            "sys.exit(151)",
+            "failed to start",
+        ),  # srun could not launch; 151 - 128 = 23 is SIGURG, which ends nothing
     ],
 )
 def test_causes_that_are_tried_again(tmp_path: Path, ending: str, cause: str) -> None:
     with play(tmp_path / "run", ending, FINISH) as run:
         assert run.wait() == 0
     assert run.causes() == [cause, "finished"]
+
+
+def test_a_signal_to_the_launcher_asks_to_stop_even_if_its_ranks_only_see_it_go(tmp_path: Path) -> None:
+    ending = "event('stopped', step=4, reason='loss of the launcher'); os.kill(os.getpid(), signal.SIGTERM)"
+    with play(tmp_path / "run", ending) as run:
+        assert run.wait() == 75
+    assert "stopped by SIGTERM at step 4" in run.text()
 
 
 @pytest.mark.parametrize("code", [75, 1, -signal.SIGTERM])

@@ -93,8 +93,10 @@ def test_the_hub_itself_is_killed(tmp_path: Path) -> None:
     assert codes[1] == codes[2] == -signal.SIGKILL
 
 
-def test_ranks_that_end_as_they_should_leave_no_trace(tmp_path: Path) -> None:
-    with Ranks(2, WORKER, str(tmp_path), "none", "0", log_dir=tmp_path / "logs") as ranks:
+@pytest.mark.parametrize("trouble", ["none", "is slow but gets on"])
+def test_ranks_that_end_as_they_should_leave_no_trace(trouble: str, tmp_path: Path) -> None:
+    """Also where the others wait for one longer than the limit, as they do for the end of a long save."""
+    with Ranks(2, WORKER, str(tmp_path), trouble, "0", log_dir=tmp_path / "logs") as ranks:
         assert ranks.wait(60) == [0, 0], ranks.output()
     assert not (tmp_path / "events.jsonl").exists()
     assert not (tmp_path / "stacks").exists()

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from pretrain.config import WatchdogConfig
 from pretrain.distributed import gather_objects, init_world
-from pretrain.heartbeat import mark
+from pretrain.heartbeat import mark, touch
 from pretrain.watchdog import Watchdog
 
 
@@ -39,6 +39,10 @@ def get_into(trouble: str) -> None:
         case "raises":
             mark("failed", last_words="RunError: the disk is gone")
             os._exit(1)
+        case "is slow but gets on":
+            for _ in range(14):  # s, longer than step_s
+                time.sleep(1)
+                touch()
         case "its watcher is killed":
             import psutil
 
