@@ -170,10 +170,13 @@ def summarize(log: Path) -> str:
             f"{name}: median {quantile(values, 0.5):.1f} s, p95 {quantile(values, 0.95):.1f} s, "
             f"max {max(values, default=float('nan')):.1f} s ({len(values)})"
         )
-    causes: dict[str, int] = {}
-    for attempt in attempts:
-        causes[attempt["cause"]] = causes.get(attempt["cause"], 0) + 1
-    text.append("causes: " + ", ".join(f"{name} {n}" for name, n in sorted(causes.items())))
+    for cause in sorted({attempt["cause"] for attempt in attempts}):
+        ended = [attempt for attempt in attempts if attempt["cause"] == cause]
+        spreads = []
+        for key in ("detection_s", "restart_s"):
+            values = [attempt[key] for attempt in ended if attempt[key] is not None]
+            spreads.append(f"{quantile(values, 0.5):.1f} (max {max(values, default=float('nan')):.1f}) s")
+        text.append(f"  {cause}: {len(ended)}, fault to gone {spreads[0]}, to the next new step {spreads[1]}")
     lost = [attempt["lost_steps"] for attempt in attempts if attempt["lost_steps"] is not None]
     text.append(
         f"steps lost per resume: mean {sum(lost) / max(1, len(lost)):.1f}, max {max(lost, default=0)}"

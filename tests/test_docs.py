@@ -227,6 +227,20 @@ def test_configuration_page_lists_every_file(group: str) -> None:
     assert listed == {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")} - {"none"}
 
 
+def test_every_fault_has_a_named_test() -> None:
+    """The table of docs/reliability.md: rows 1 to 21, each with tests that exist, or the issue that will bring them."""
+    text = (ROOT / "docs/reliability.md").read_text()
+    rows = re.findall(r"^\| (\d+) \|.*\| ([^|]*) \|$", text, flags=re.M)
+    assert [int(number) for number, _ in rows] == list(range(1, 22))
+    sources = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+    names = {name for source in sources for name in re.findall(r"^def (test_\w+)", source, flags=re.M)}
+    for number, tests in rows:
+        cited = re.findall(r"`(test_\w+)`", tests)
+        assert cited, f"row {number}"
+        for test in cited:
+            assert any(name.startswith(test) for name in names), f"row {number}: {test}"
+
+
 # --- and the checks see what is wrong ---
 
 
