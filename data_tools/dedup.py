@@ -1,0 +1,249 @@
+"""Duplicates: documents that are equal, documents that are nearly equal, and lines that many documents share.
+
+Near duplicates are found by MinHash (Broder, 1997) in bands (locality-sensitive hashing): two documents whose shingles
+have Jaccard similarity s share a band with probability 1 - (1 - s^r)^b. With b = 14 bands of r = 8 hashes, as FineWeb
+(Penedo et al., 2024), that is 0.92 at s = 0.8 and one half at s = 0.69.
+
+Every task of the first phase writes `Signatures` of its documents. Then each band, and the hash of the whole text, is
+compared by itself, in ranges of the hash, so that memory stays bounded; the pairs that were found are joined to
+clusters, and one document of each cluster is kept. A document is known as (task << 32 | its number in the task).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from pretrain.config import ConfigError
+
+EXACT = 0
+"""Number of the table of whole texts; those of the bands follow."""
+_TOKEN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\W_\u3400-\u9fff\uf900-\ufaff]+")
+_HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio
+_RANGE_ROWS = 20_000_000
+"""Rows of a table that one task sorts at a time: about 1 GB."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DedupConfig:
+    """Which documents are duplicates, and which of them is kept."""
+
+    exact: bool = True
+    """Texts that are equal but for white space."""
+    near: bool = True
+    """Texts that share most of their shingles."""
+    bands: int = 14
+    band_hashes: int = 8
+    """Hashes per band: more find fewer pairs, which are more alike."""
+    shingle_words: int = 5
+    shingle_chars: int = 8
+    """Where most of a text is Chinese: five words have about eight characters."""
+    priority: list[str] = field(default_factory=list)
+    """Sources whose documents are kept before those of later ones and of all others."""
+    repeated_lines: bool = True
+    """Lines that more than `max_line_documents` documents hold are removed from all but the first."""
+    max_line_documents: int = 10
+    min_line_chars: int = 40
+    """Shorter lines may repeat; a Chinese character counts for three."""
+
+    def __post_init__(self) -> None:
+        for name in ("bands", "band_hashes", "shingle_words", "shingle_chars", "max_line_documents"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"curation.dedup.{name}={getattr(self, name)} must be 1 or more")
+
+
+# ---- of one text -----------------------------------------------------------------------------------------------------
+
+
+def exact_hash(text: str) -> int:
+    """xxh3-64 of a text, all runs of white space taken as one blank."""
+    return xxhash.xxh3_64_intdigest(" ".join(text.split()).encode())
+
+
+@lru_cache(maxsize=1 << 18)
+def _word_hash(word: str) -> int:
+    return xxhash.xxh3_64_intdigest(word.encode())
+
+
+def shingles(text: str, config: DedupConfig) -> np.ndarray:
+    """uint64 hashes of the shingles of a text, each once; empty where it has too few words. Case does not count."""
+    words = _TOKEN.findall(text.lower())
+    n_han = sum(len(word) == 1 and _HAN.match(word) is not None for word in words)
+    width = config.shingle_chars if 2 * n_han > len(words) else config.shingle_words
+    if len(words) < width:
+        return np.zeros(0, dtype=np.uint64)
+    hashes = np.fromiter(map(_word_hash, words), dtype=np.uint64, count=len(words))
+    rolled = hashes[: len(hashes) - width + 1].copy()
+    for place in range(1, width):  # order counts: each step mixes what came before
+        rolled *= _MIX
+        rolled ^= rolled >> np.uint64(29)
+        rolled += hashes[place : len(hashes) - width + 1 + place]
+    return np.unique(rolled)
+
+
+@lru_cache(maxsize=4)
+def _permutations(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Multipliers (odd) and addends, uint64 [n], the same everywhere."""
+    seeds = (xxhash.xxh3_64_intdigest(f"minhash {kind} {i}".encode()) for kind in "ab" for i in range(n))
+    drawn = np.fromiter(seeds, dtype=np.uint64, count=2 * n)
+    return drawn[:n] | np.uint64(1), drawn[n:]
+
+
+def band_hashes(text: str, config: DedupConfig) -> np.ndarray | None:
+    """uint64 [bands]: documents that agree in one are near duplicates. None where a text is too short to tell.
+
+    Multiply-shift hashing (Dietzfelbinger et al., 1997) of the shingles; no modulus, so it is fast.
+    """
+    found = shingles(text, config)
+    if not len(found):
+        return None
+    multipliers, addends = _permutations(config.bands * config.band_hashes)
+    smallest = np.full(len(multipliers), np.iinfo(np.uint64).max, dtype=np.uint64)
+    for start in range(0, len(found), 2048):  # bounds the memory of a long document
+        hashed = found[start : start + 2048, None] * multipliers + addends
+        np.minimum(smallest, hashed.min(axis=0), out=smallest)
+    rows = np.ascontiguousarray((smallest >> np.uint64(32)).astype(np.uint32).reshape(config.bands, -1))
+    return np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows], dtype=np.uint64)
+
+
+def line_hashes(text: str, config: DedupConfig) -> list[tuple[int, str]]:
+    """(hash, line) of the lines that are long enough to be looked at; white space and case do not count."""
+    found = []
+    for line in text.split("\n"):
+        plain = " ".join(line.split()).lower()
+        if len(plain) + 2 * len(_HAN.findall(plain)) >= config.min_line_chars:
+            found.append((xxhash.xxh3_64_intdigest(plain.encode()), line))
+    return found
+
+
+# ---- of one task -----------------------------------------------------------------------------------------------------
+
+
+class Signatures:
+    """Hashes of a task's documents: tables of (hash, document), each sorted by hash."""
+
+    def __init__(self, config: DedupConfig) -> None:
+        self._config = config
+        self._tables: list[list[tuple[int, int]]] = [[] for _ in range(n_tables(config))]
+        self._lines: list[tuple[int, int]] = []
+
+    def add(self, document: int, text: str) -> None:
+        """The next document that was kept so far; `document` is its number in the task."""
+        config = self._config
+        if config.exact:
+            self._tables[EXACT].append((exact_hash(text), document))
+        if config.near and (bands := band_hashes(text, config)) is not None:
+            for table, value in zip(self._tables[EXACT + 1 :], bands.tolist(), strict=True):
+                table.append((value, document))
+        if config.repeated_lines:
+            self._lines += [(value, document) for value in {value for value, _ in line_hashes(text, config)}]
+
+    def write(self, folder: Path, rank: int) -> None:
+        """One .npy file per table, uint64 [documents, 2], there as a whole or not at all."""
+        for number, rows in enumerate([*self._tables, self._lines]):
+            table = np.array(rows, dtype=np.uint64).reshape(-1, 2)
+            save_array(table_path(folder, number, rank), table[np.lexsort((table[:, 1], table[:, 0]))])
+
+
+def n_tables(config: DedupConfig) -> int:
+    """Tables in which equal hashes mean duplicates: the whole text and the bands. That of lines is one more."""
+    return 1 + (config.bands if config.near else 0)
+
+
+def table_path(folder: Path, table: int, rank: int) -> Path:
+    """Where a task's table lies."""
+    return folder / f"table-{table:03d}" / f"{rank:05d}.npy"
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write one array, which is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+    temporary.replace(path)
+
+
+def load_array(path: Path, *, mapped: bool = False) -> np.ndarray:
+    """What `save_array` wrote; `mapped`: read only where it is looked at."""
+    return np.load(path, allow_pickle=False, mmap_mode="r" if mapped else None)
+
+
+# ---- of all tasks ----------------------------------------------------------------------------------------------------
+
+
+def n_ranges(folder: Path, table: int, n_ranks: int) -> int:
+    """Ranges of the hash in which a table is compared."""
+    rows = sum(len(load_array(table_path(folder, table, rank), mapped=True)) for rank in range(n_ranks))
+    return max(1, -(-rows // _RANGE_ROWS))
+
+
+def read_range(folder: Path, table: int, n_ranks: int, part: int, parts: int) -> np.ndarray:
+    """uint64 [rows, 2]: (hash, document of all) of one range of the hash, sorted by both."""
+    low, high = (part << 64) // parts, ((part + 1) << 64) // parts
+    found = []
+    for rank in range(n_ranks):
+        rows = load_array(table_path(folder, table, rank), mapped=True)
+        start = int(np.searchsorted(rows[:, 0], np.uint64(low)))
+        stop = len(rows) if high >> 64 else int(np.searchsorted(rows[:, 0], np.uint64(high)))
+        chosen = np.array(rows[start:stop])
+        chosen[:, 1] |= np.uint64(rank << 32)
+        found.append(chosen)
+    joined = np.concatenate(found) if found else np.zeros((0, 2), dtype=np.uint64)
+    return joined[np.lexsort((joined[:, 1], joined[:, 0]))]
+
+
+def pairs_in(rows: np.ndarray) -> np.ndarray:
+    """uint64 [pairs, 2]: of each run of equal hashes the first document with every other one."""
+    if len(rows) < 2:
+        return np.zeros((0, 2), dtype=np.uint64)
+    begins = np.concatenate(([True], rows[1:, 0] != rows[:-1, 0]))
+    first = rows[np.maximum.accumulate(np.where(begins, np.arange(len(rows)), 0)), 1]
+    pairs = np.column_stack((first, rows[:, 1]))[~begins]
+    return pairs[pairs[:, 0] != pairs[:, 1]]
+
+
+def components(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Documents that occur in pairs, sorted, and for each the index of the first document of its cluster.
+
+    Labels fall to the smallest of their neighbors and are then followed to their end, until nothing changes.
+    """
+    documents, flat = np.unique(pairs, return_inverse=True)
+    left, right = flat.reshape(-1, 2).T
+    labels = np.arange(len(documents))
+    while True:
+        before = labels.copy()
+        smaller = np.minimum(labels[left], labels[right])
+        np.minimum.at(labels, labels[left], smaller)
+        np.minimum.at(labels, labels[right], smaller)
+        while not np.array_equal(followed := labels[labels], labels):
+            labels = followed
+        if np.array_equal(labels, before):
+            return documents, labels
+
+
+def choose_kept(labels: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """bool [documents]: kept, one of each cluster: that of the lowest rank, among equals the first.
+
+    `ranks`: int [documents], the place of each document's source in the order of priority.
+    """
+    order = np.lexsort((np.arange(len(labels)), ranks, labels))
+    first = np.concatenate(([True], labels[order][1:] != labels[order][:-1])) if len(order) else []
+    kept = np.zeros(len(labels), dtype=bool)
+    kept[order] = first
+    return kept
+
+
+def repeated_lines_in(rows: np.ndarray, max_documents: int) -> np.ndarray:
+    """uint64 [lines, 2]: the lines that more documents hold, and the first document, which keeps it."""
+    if not len(rows):
+        return np.zeros((0, 2), dtype=np.uint64)
+    begins = np.flatnonzero(np.concatenate(([True], rows[1:, 0] != rows[:-1, 0])))
+    sizes = np.diff(np.append(begins, len(rows)))
+    return rows[begins[sizes > max_documents]]
