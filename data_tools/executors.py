@@ -208,7 +208,8 @@ def _run(executor: Any, config: ExecutorConfig, name: str) -> None:
             import ray
 
             if not ray.is_initialized():
-                environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+                path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+                environment = {"env_vars": {"PYTHONPATH": path}}
                 ray.init(config.ray_address, runtime_env=environment, log_to_driver=False)
             executor.run()
         case ExecutorKind.slurm:

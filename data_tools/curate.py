@@ -1,0 +1,222 @@
+"""Curate text: python -m data_tools.curate input=[PATH,...] output=DIR [KEY=VALUE ...]
+
+Reads text (JSONL, Parquet, text folders, WARC, Hugging Face dataset folders; local or any fsspec URL), normalizes it,
+tells its language, judges its quality, drops harmful text, replaces personal data, leaves out evaluation sets and
+duplicates. Writes DIR/documents/part-NNNNN.jsonl, which data_tools.prepare takes as its input, what was dropped under
+DIR/rejected/<stage>/, and DIR/report.json. Run again, it goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from data_tools.compare import compare_task, decide
+from data_tools.curation import CleanTask, CurationConfig, FilterTask, Layout, Tally, write_json
+from data_tools.decontaminate import build_index
+from data_tools.executors import ExecutorConfig, run_phase
+from data_tools.funnel import funnel_table
+from data_tools.read import ReadConfig, Unit, units_of
+from pretrain.config import ConfigError, RunError, run_command, to_dict
+
+CURATION_VERSION = 1
+"""Raised when the program begins to give other bytes for the same input."""
+REPORT = "report.json"
+WORK = ".work"
+_PRODUCTS = ("documents", "rejected", REPORT)
+
+
+@dataclass(kw_only=True, slots=True)
+class CurateConfig:
+    """From raw text to curated text. The same input and options give the same bytes, wherever it runs."""
+
+    input: list[str] = MISSING
+    """Files, folders of them, or fsspec URLs."""
+    output: str = MISSING
+    """Folder for the result."""
+    overwrite: bool = False
+    """Replace what was curated from other input or with other options."""
+    unit_bytes: int = 64 << 20
+    """Input that one task takes, and that an interruption can lose."""
+    max_bad_frac: float = 0.001
+    """Share of the records that may be unreadable before the curation is given up."""
+    read: ReadConfig = field(default_factory=ReadConfig)
+    curation: CurationConfig = field(default_factory=CurationConfig)
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+
+    def __post_init__(self) -> None:
+        if self.unit_bytes < 1:
+            raise ConfigError(f"unit_bytes={self.unit_bytes} must be 1 or more")
+        if not 0 <= self.max_bad_frac <= 1:
+            raise ConfigError(f"max_bad_frac={self.max_bad_frac} is outside 0 to 1")
+
+
+def curate(config: CurateConfig) -> int:
+    """The whole of it. Returns the exit code."""
+    output = Path(config.output).expanduser().resolve()
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output={config.output} is a file; give a folder")
+    units = units_of(config.input, config.unit_bytes)
+    recipe = _recipe(config, units)
+    if _is_finished(output, recipe, config.overwrite):
+        print(f"already curated: {output / REPORT} is of this very input and these options")
+        return 0
+    try:
+        with _work(output, recipe) as layout:
+            report = _run(config, units, layout)
+            write_json(layout.work / REPORT, report | {"recipe": recipe})
+            _publish(layout.work, output)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(funnel_table(json.loads((output / REPORT).read_text(encoding="utf-8"))))
+    return 0
+
+
+def _run(config: CurateConfig, units: list[Unit], layout: Layout) -> dict[str, Any]:
+    """All phases; the report."""
+    n_units, curation, executor = len(units), config.curation, config.executor
+    if "decontaminate" in curation.stages and not layout.index.exists():
+        build_index(curation.decontaminate, layout.index)
+    clean = CleanTask(units, config.read, curation, layout)
+    total_bytes = sum(unit.size_bytes for unit in units)
+    run_phase("cleaning", clean, n_units, layout.work / "phases" / "clean", executor, total_bytes)
+    cleaned = _summed(layout, "clean", n_units)
+    _check_bad(config, cleaned, layout)
+    compare, n_bytes = compare_task(curation.dedup, layout, n_units)
+    run_phase("comparing", compare, len(compare.jobs), layout.work / "phases" / "compare", executor, n_bytes)
+    clusters = decide(compare)
+    kept_bytes = sum(layout.kept(rank).stat().st_size for rank in range(n_units))
+    last = FilterTask(curation, layout)
+    run_phase("filtering", last, n_units, layout.work / "phases" / "filter", executor, kept_bytes)
+    filtered = _summed(layout, "filter", n_units)
+    if not filtered.kept:
+        dropped = ", ".join(
+            f"{n} {reason}" for reason, n in sorted((cleaned.dropped + filtered.dropped).items())
+        )
+        raise ConfigError(f"input={','.join(config.input)} leaves no document; dropped: {dropped or 'none'}")
+    cleaned.add(filtered)
+    return {"tally": cleaned.to_json(), "clusters": clusters, "stages": curation.stages, "units": n_units}
+
+
+def _summed(layout: Layout, phase: str, n_units: int) -> Tally:
+    total = Tally()
+    for rank in range(n_units):
+        total.add(Tally.from_json(json.loads(layout.tally(phase, rank).read_text(encoding="utf-8"))))
+    return total
+
+
+def _check_bad(config: CurateConfig, tally: Tally, layout: Layout) -> None:
+    bad = tally.dropped["read/bad_record"]
+    n_records = bad + sum(tally.read.values())
+    if n_records == 0:
+        raise ConfigError(f"input={','.join(config.input)} holds no record")
+    if bad > config.max_bad_frac * n_records:
+        raise ConfigError(
+            f"{bad} of {n_records} records cannot be read, more than max_bad_frac={config.max_bad_frac} allows; "
+            f"{layout.rejected}/read/*.jsonl.gz says which and why"
+        )
+
+
+# ---- the output folder -----------------------------------------------------------------------------------------------
+
+
+def _recipe(config: CurateConfig, units: list[Unit]) -> dict[str, Any]:
+    """All that decides the bytes of the result."""
+    options = to_dict(config)
+    for name in ("input", "output", "overwrite", "executor", "max_bad_frac"):
+        del options[name]
+    listing = json.dumps([unit.identity for unit in units], ensure_ascii=False)
+    return {
+        "version": CURATION_VERSION,
+        "options": options,
+        "files": _hashes_of_files(config.curation),
+        "input": {"units": len(units), "sha256": hashlib.sha256(listing.encode()).hexdigest()},
+        # Packages whose results are part of ours.
+        "packages": {name: version(name) for name in ("ftfy", "py3langid", "trafilatura")},
+    }
+
+
+def _hashes_of_files(curation: CurationConfig) -> dict[str, str]:
+    """The content of every file that the options name: models, word lists, evaluation sets."""
+    hashes = {}
+    for name in curation.stages:
+        for value in to_dict(getattr(curation, name)).values():
+            for path in value if isinstance(value, list) else [value]:
+                if isinstance(path, str) and "/" in path and Path(path).expanduser().is_file():
+                    with Path(path).expanduser().open("rb") as file:
+                        hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def _key(recipe: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_finished(output: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the folder holds this very result. Raises ConfigError where it holds another, or anything else."""
+    report = output / REPORT
+    if not report.exists():
+        if output.is_dir() and any(path.name not in (WORK, *_PRODUCTS) for path in output.iterdir()):
+            raise ConfigError(
+                f"output={output} is not empty and holds no curated text; choose another output"
+            )
+        return False
+    before = json.loads(report.read_text(encoding="utf-8")).get("recipe", {})
+    if _key(before) == _key(recipe):
+        return True
+    if overwrite:
+        return False
+    changed = [name for name in recipe if before.get(name) != recipe[name]]
+    raise ConfigError(
+        f"output={output} was curated from another recipe ({', '.join(changed)} differ); choose another output or "
+        "overwrite=true"
+    )
+
+
+@contextmanager
+def _work(output: Path, recipe: dict[str, Any]) -> Iterator[Layout]:
+    """The work folder of a recipe, for one process at a time; that of other recipes is removed."""
+    work = output / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another process is curating into output={output}; wait for it") from error
+        for other in work.iterdir():
+            if other.is_dir() and other.name != _key(recipe):
+                shutil.rmtree(other)
+        folder = work / _key(recipe)
+        folder.mkdir(exist_ok=True)
+        yield Layout(folder)
+
+
+def _publish(work: Path, output: Path) -> None:
+    """Move the result into place, the report last; then remove the work."""
+    (output / REPORT).unlink(missing_ok=True)
+    for name in _PRODUCTS:
+        if (output / name).is_dir() and (work / name).exists():
+            shutil.rmtree(output / name)
+        if (work / name).exists():
+            os.replace(work / name, output / name)
+    shutil.rmtree(output / WORK)
+
+
+if __name__ == "__main__":
+    run_command(CurateConfig, curate, doc=__doc__)

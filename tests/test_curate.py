@@ -1,0 +1,258 @@
+"""Curation as a whole: real files, real processes, real text in two languages."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_tools.curate import CurateConfig, curate
+from data_tools.curation import STAGES
+from data_tools.funnel import funnel_rows
+from pretrain.config import ConfigError, load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+PROSE = (
+    "The committee met on Tuesday to talk about the new library. Most members said that the old building was too small "
+    "for the books which the town had bought during the last ten years, and that readers often had to wait for a seat. "
+    "A plan was shown that would move the children's books to the ground floor. It was agreed that the architect "
+    "should come back in March with a second drawing, and that the cost of it would be shared with the county. "
+    "Nobody spoke against the plan, although two members asked whether the roof could be mended first, since rain "
+    "came in every winter."
+)
+CHINESE = (
+    "图书馆的新馆将于明年春天动工。委员会认为,旧馆面积太小,近十年来购入的图书已经无处存放,读者常常需要排队等候座位。"
+    "新的方案把儿童读物移到一楼,并在二楼增设一间安静的阅览室。会议决定请建筑师在三月份提交第二份图纸,费用由市里和县里共同承担。"
+    "没有人反对这个方案,但有两位委员提出,屋顶每年冬天都会漏水,是否应当先行修缮。主任答复说,修缮工作会与新馆的建设同时进行。"
+)
+
+
+def report(number: int) -> str:
+    text = PROSE.replace("ten years", f"{number + 3} years")
+    return f"Report number {number}. {text}\n\nPage {number * 37}"
+
+
+def documents() -> list[dict[str, Any]]:
+    """English and Chinese prose, copies of it, dirt, and modules of the standard library."""
+    records: list[dict[str, Any]] = []
+
+    def add(source: str, text: str) -> None:
+        records.append({"id": f"{source}:{len(records)}", "source": source, "text": text})
+
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:40]:
+        add("code", path.read_text(encoding="utf-8"))
+    for number in range(12):
+        add(
+            "news",
+            f"Report number {number}. "
+            + PROSE.replace("ten years", f"{number + 3} years")
+            + f"\n\nPage {number * 37}",
+        )
+        add(
+            "新闻",
+            f"第{number}号报道。"
+            + CHINESE.replace("三月份", f"{number % 9 + 1}月份")
+            + f"编号{number * 37}。",
+        )
+    add("copies", "Report number 3. " + PROSE.replace("ten years", "6 years") + "\n\nPage 111")
+    add("mail", PROSE + " Write to jane.doe@corporation.org or call 13812345678 before noon.")
+    add("short", "Buy now!!! " * 3)
+    return records
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("input") / "text.jsonl"
+    lines = [json.dumps(record, ensure_ascii=False) for record in documents()]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def config(text: Path, output: Path, *more: str) -> CurateConfig:
+    return load_config(CurateConfig, [f"input=[{text}]", f"output={output}", "unit_bytes=100000", *more])
+
+
+@pytest.fixture(scope="module")
+def curated(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """By one process, undisturbed."""
+    output = tmp_path_factory.mktemp("curated") / "out"
+    assert curate(config(text, output, "executor.workers=1", "curation.dedup.priority=[news]")) == 0
+    return output
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def kept(folder: Path) -> list[dict[str, Any]]:
+    lines = [
+        line for path in sorted((folder / "documents").iterdir()) for line in path.open(encoding="utf-8")
+    ]
+    return [json.loads(line) for line in lines]
+
+
+def rejected(folder: Path) -> dict[str, tuple[str, str]]:
+    """id -> stage and reason."""
+    found = {}
+    for path in sorted((folder / "rejected").glob("*/*.jsonl.gz")):
+        for line in gzip.decompress(path.read_bytes()).splitlines():
+            record = json.loads(line)
+            found[record["id"]] = (path.parent.name, record["reason"])
+    return found
+
+
+def test_every_document_is_kept_or_rejected_with_its_reason(curated: Path) -> None:
+    ids = [record["id"] for record in kept(curated)]
+    out = rejected(curated)
+    assert sorted([*ids, *out]) == sorted(record["id"] for record in documents())
+    assert len(set(ids)) == len(ids)
+    assert {stage for stage, _ in out.values()} <= {*STAGES, "dedup"}
+    report = json.loads((curated / "report.json").read_text(encoding="utf-8"))
+    rows = funnel_rows(report)
+    assert rows[0][1] == f"{len(documents())}"
+    assert rows[-1][1] == f"{len(ids)}"
+    assert sum(report["tally"]["dropped"].values()) == len(out)
+    assert sum(report["tally"]["languages"].values()) == len(ids)
+
+
+def test_what_is_done_to_text(curated: Path) -> None:
+    out = rejected(curated)
+    # One of the reports is kept of each language: they differ in two words.
+    assert [r["source"] for r in kept(curated)].count("新闻") == 1
+    assert [r["source"] for r in kept(curated)].count("news") == 1
+    assert out["copies:64"] == ("dedup", "exact_duplicate")
+    assert out["short:66"][0] == "quality"
+    languages = {record["source"]: record["language"] for record in kept(curated)}
+    assert languages["新闻"] == "zh"
+    assert languages["news"] == "en"
+    assert languages["code"] == "code"
+    assert not any(
+        "corporation.org" in record["text"] or "13812345678" in record["text"] for record in kept(curated)
+    )
+
+
+@pytest.mark.parametrize("workers", [3])
+def test_any_number_of_workers_gives_the_same_bytes(
+    workers: int, text: Path, curated: Path, tmp_path: Path
+) -> None:
+    assert len(list((curated / "documents").iterdir())) > 3
+    more = (f"executor.workers={workers}", "curation.dedup.priority=[news]")
+    assert curate(config(text, tmp_path / "out", *more)) == 0
+    assert content(tmp_path / "out") == content(curated)
+
+
+@pytest.mark.integration
+def test_ray_gives_the_same_bytes(text: Path, curated: Path, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    try:
+        more = ("executor.kind=ray", "executor.workers=3", "curation.dedup.priority=[news]")
+        assert curate(config(text, tmp_path / "out", *more)) == 0
+    finally:
+        ray.shutdown()
+    assert content(tmp_path / "out") == content(curated)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("phase", ["clean", "compare", "filter"])
+def test_killed_in_any_phase_it_goes_on_to_the_same_bytes(
+    phase: str, text: Path, curated: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "data_tools.curate", f"input=[{text}]", f"output={output}"]
+    command += ["unit_bytes=100000", "executor.workers=2", "curation.dedup.priority=[news]"]
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not list(output.glob(f".work/*/phases/{phase}/completions/*")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+    marked = {path: path.stat().st_mtime_ns for path in output.glob(".work/*/phases/*/completions/*")}
+    assert marked
+    assert not (output / "report.json").exists()
+    kept_before = {path: path.stat().st_mtime_ns for path in output.glob(".work/*/kept/*.jsonl")}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert content(output) == content(curated)
+    if phase != "clean":  # finished work is not repeated
+        assert kept_before
+        assert "cleaning: done" not in done.stderr
+    assert "already curated" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+
+
+def test_another_recipe_is_refused_until_told(text: Path, curated: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    few = ("executor.workers=1", "curation.stages=[normalize]", "curation.dedup.near=false")
+    assert curate(config(text, output, *few)) == 0
+    with pytest.raises(ConfigError, match=r"was curated from another recipe \(options differ\)"):
+        curate(config(text, output, *few, "curation.dedup.exact=false"))
+    other = tmp_path / "other.jsonl"
+    other.write_text(text.read_text(encoding="utf-8") + '{"text": "one more"}\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="input differ"):
+        curate(config(other, output, *few))
+    assert curate(config(other, output, *few, "overwrite=true")) == 0
+    assert len(kept(output)) == len(documents())  # one is a copy, one is new
+
+
+def test_bad_records_are_counted_and_kept_aside(text: Path, tmp_path: Path) -> None:
+    dirty = tmp_path / "dirty.jsonl"
+    dirty.write_bytes(text.read_bytes() + b'{"text": "no end\n{"no": "text"}\n\xff\xfe\n')
+    few = ("executor.workers=1", "curation.stages=[normalize]")
+    with pytest.raises(ConfigError, match=r"3 of 70 records cannot be read, more than max_bad_frac=0.001"):
+        curate(config(dirty, tmp_path / "out", *few))
+    assert curate(config(dirty, tmp_path / "out", *few, "max_bad_frac=0.1")) == 0
+    bad = [where for where, (stage, _) in rejected(tmp_path / "out").items() if stage == "read"]
+    assert len(bad) == 3
+    assert all("dirty.jsonl" in where for where in bad)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("unit_bytes=0", "unit_bytes=0 must be 1 or more"),
+        ("curation.stages=[normalise]", "known are normalize, language"),
+        ("curation.dedup.bands=0", "curation.dedup.bands=0 must be 1 or more"),
+        ("max_bad_frac=2", "max_bad_frac=2"),
+    ],
+)
+def test_wrong_options_are_one_sentence(more: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        config(tmp_path / "x.jsonl", tmp_path / "out", more)
+
+
+def test_a_folder_of_something_else_is_refused(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="is not empty and holds no curated text"):
+        curate(config(text, tmp_path))
+
+
+def test_the_corpus_is_prepared_from_curated_text(curated: Path, tmp_path: Path) -> None:
+    from data_tools.config import PrepareConfig, TokenizerConfig
+    from data_tools.prepare import prepare
+    from pretrain.shards import load_manifest
+
+    options = PrepareConfig(
+        input=[str(curated / "documents")],
+        output=str(tmp_path / "corpus"),
+        workers=1,
+        tokenizer=TokenizerConfig(vocab_size=2000),
+    )
+    assert prepare(options) == 0
+    manifest = load_manifest(tmp_path / "corpus" / "manifest.json")
+    heldout = load_manifest(tmp_path / "corpus" / "heldout" / "manifest.json")
+    assert manifest.n_documents + heldout.n_documents == len(kept(curated))
+    assert {source.name for source in manifest.sources} >= {"code"}

@@ -1,0 +1,86 @@
+"""Phases on datatrove's executors: real processes, killed workers, marks of finished tasks. Slurm: tests/cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from data_tools.executors import ExecutorConfig, ExecutorKind, Progress, run_phase
+from pretrain.config import ConfigError, RunError
+
+
+@dataclass
+class Square:
+    """Writes the square of the rank, and which process did it."""
+
+    folder: Path
+    fails: int | None = None
+    killed: int | None = None
+
+    def run(self, rank: int, progress: Progress) -> None:
+        flag = self.folder / "mended"
+        if rank == self.fails and not flag.exists():
+            raise ConfigError("task 2 does not like its input")
+        if rank == self.killed and not flag.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        progress.advance(10)
+        with (self.folder / f"{rank}.txt").open("a") as file:
+            file.write(f"{rank**2} {os.getpid()}\n")
+
+
+def lines(folder: Path) -> list[list[str]]:
+    return [path.read_text().splitlines() for path in sorted(folder.glob("*.txt"))]
+
+
+def run(task: Square, workers: int, n_tasks: int = 5) -> None:
+    run_phase("squares", task, n_tasks, task.folder / "phase", ExecutorConfig(workers=workers), 10 * n_tasks)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_task_is_done_once(workers: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):  # the second call finds all done
+        run(Square(tmp_path), workers)
+    assert [[line.split()[0] for line in one] for one in lines(tmp_path)] == [[str(n**2)] for n in range(5)]
+    processes = {one[0].split()[1] for one in lines(tmp_path)}
+    assert 1 <= len(processes) <= workers
+    assert str(os.getpid()) not in processes
+    assert [path.read_text() for path in sorted((tmp_path / "phase").glob("*.bytes"))] == ["10"] * 5
+    assert "squares: done in" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["fails", "killed"])
+def test_a_task_that_ends_badly_ends_the_phase_and_only_what_is_missing_is_done_again(
+    how: str, tmp_path: Path
+) -> None:
+    task = Square(tmp_path, **{how: 2})
+    expected = (ConfigError, "does not like") if how == "fails" else (RunError, "a process .* was killed")
+    started = time.monotonic()
+    with pytest.raises(expected[0], match=expected[1]):
+        run(task, 1)
+    assert time.monotonic() - started < 60  # it does not wait for ever, as datatrove's own pool would
+    assert not (tmp_path / "2.txt").exists()
+    (tmp_path / "mended").touch()
+    run(task, 2)
+    assert [len(one) for one in lines(tmp_path)] == [1] * 5
+
+
+def test_wrong_options_are_one_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"executor.workers=0 must be 1 or more"):
+        ExecutorConfig(workers=0)
+
+
+@pytest.mark.integration
+def test_ray_does_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where its workers find `Square`
+    try:
+        config = ExecutorConfig(kind=ExecutorKind.ray, workers=3)
+        run_phase("squares", Square(tmp_path), 5, tmp_path / "phase", config, 50)
+    finally:
+        ray.shutdown()
+    assert [[line.split()[0] for line in one] for one in lines(tmp_path)] == [[str(n**2)] for n in range(5)]
