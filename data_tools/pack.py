@@ -72,7 +72,7 @@ def pack(
 
     training = writer(corpus, [TOKENIZER_NAME] + [f"{HELDOUT_FOLDER}/manifest.json"] * has_heldout)
     heldout = writer(corpus / HELDOUT_FOLDER, [HELDOUT_TEXT]) if has_heldout else None
-    text = _HeldoutText(corpus / HELDOUT_FOLDER / HELDOUT_TEXT) if has_heldout else None
+    text = HeldoutText(corpus / HELDOUT_FOLDER / HELDOUT_TEXT) if has_heldout else None
     with stage("writing shards", gathered.funnel.kept_bytes) as progress:
         for document in _placed(work, len(gathered.parts)):
             source = gathered.sources[document.source][0]
@@ -91,7 +91,7 @@ def pack(
         return training.finish(), heldout_manifest
 
 
-class _HeldoutText:
+class HeldoutText:
     """The held-out documents as gzipped JSON lines; the same documents give the same bytes."""
 
     def __init__(self, path: Path) -> None:

@@ -121,7 +121,11 @@ def _build(config: PrepareConfig, gathered: Gathered, work: Path, corpus: Path) 
         name: getattr(gathered.funnel, name) for name in ("read", "dropped", "kept", "kept_bytes", "heldout")
     }
     report |= {"created_by": manifest.created_by, "root_sha256": manifest.root_sha256, "funnel": funnel}
-    report["tokenizer"] = {"sha256": manifest.tokenizer_sha256, "sample_bytes": gathered.sample_bytes}
+    report["tokenizer"] = {
+        "sha256": manifest.tokenizer_sha256,
+        "kind": kind,
+        "sample_bytes": gathered.sample_bytes,
+    }
     report["summary"] = gathered.funnel.lines()
     write_atomically(corpus / REPORT_NAME, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
 
