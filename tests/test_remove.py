@@ -23,8 +23,9 @@ def prepared(tmp_path: Path) -> Path:
     texts = [f"{ENGLISH} " * (1 + n % 7) for n in range(300)]
     records = [{"id": f"doc-{n}", "text": text.format(*[n] * 9)} for n, text in enumerate(texts)]
     source = write_jsonl(tmp_path / "prose.jsonl", records)
+    text = "Another source has other documents, this is {}."
     other = write_jsonl(
-        tmp_path / "more.jsonl", numbered(60, "Another source has other documents, this is {}.")
+        tmp_path / "more.jsonl", [{"id": f"other-{n}", "text": text.format(n)} for n in range(60)]
     )
     options = config(
         tmp_path / "corpus",
