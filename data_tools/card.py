@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from data_tools.fertility import fit_lines
 from data_tools.gather import Funnel
 from pretrain.shards import CorpusSource, Manifest
 
@@ -46,8 +48,14 @@ def _markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
     )
 
 
-def card(manifest: Manifest, heldout: Manifest | None, funnel: Funnel, tokenizer: str) -> str:
-    """README.md of the corpus."""
+def card(
+    manifest: Manifest,
+    heldout: Manifest | None,
+    funnel: Funnel,
+    tokenizer: str,
+    fits: dict[str, dict[str, Any]],
+) -> str:
+    """README.md of the corpus. `fits`: how the tokenizer fits held-out text, of `fertility.measure`."""
     held = "There is no held-out text."
     if heldout is not None:
         held = (
@@ -68,6 +76,8 @@ Text for training language models, as tokens. Written by {manifest.created_by}.
   eos = {manifest.eos_id}
 
 {held}
+
+{chr(10).join(["The tokenizer on held-out text:", "", *fit_lines(fits)]) if fits else ""}
 
 ## Sources and licenses
 

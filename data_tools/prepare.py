@@ -17,6 +17,7 @@ from pathlib import Path
 from data_tools.card import card, plain_table, source_rows
 from data_tools.config import PrepareConfig
 from data_tools.encode import WorkerDiedError, encode_parts
+from data_tools.fertility import heldout_texts, measure
 from data_tools.gather import Gathered, gather
 from data_tools.pack import pack
 from data_tools.sources import find_files
@@ -24,6 +25,8 @@ from data_tools.vocabulary import train_tokenizer
 from data_tools.workspace import (
     CARD_NAME,
     CORPUS_FOLDER,
+    HELDOUT_FOLDER,
+    HELDOUT_TEXT,
     REPORT_NAME,
     TOKENIZER_NAME,
     check_places,
@@ -114,7 +117,12 @@ def _build(config: PrepareConfig, gathered: Gathered, work: Path, corpus: Path) 
     kind = (
         "given" if config.tokenizer.path is not None else f"sentencepiece {config.tokenizer.model_type.value}"
     )
-    text = card(manifest, heldout, gathered.funnel, kind)
+    fits = {}
+    if heldout is not None:  # text that the tokenizer was not trained on
+        fits = measure(
+            Tokenizer(corpus / TOKENIZER_NAME), heldout_texts(corpus / HELDOUT_FOLDER / HELDOUT_TEXT)
+        )
+    text = card(manifest, heldout, gathered.funnel, kind, fits)
     write_atomically(corpus / CARD_NAME, text.encode())
     report = json.loads((work / REPORT_NAME).read_text(encoding="utf-8"))
     funnel = {
@@ -125,6 +133,7 @@ def _build(config: PrepareConfig, gathered: Gathered, work: Path, corpus: Path) 
         "sha256": manifest.tokenizer_sha256,
         "kind": kind,
         "sample_bytes": gathered.sample_bytes,
+        "heldout_fit": fits,
     }
     report["summary"] = gathered.funnel.lines()
     write_atomically(corpus / REPORT_NAME, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())

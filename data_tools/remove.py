@@ -158,8 +158,11 @@ def _describe(
     funnel.kept -= n_removed
     funnel.kept_bytes = sum(s.text_bytes for m in (manifest, heldout) if m for s in m.sources)
     funnel.heldout = heldout.n_documents if heldout else 0
-    kind = report["tokenizer"].get("kind", "sentencepiece")
-    write_atomically(work / CARD_NAME, card(manifest, heldout, funnel, kind).encode())
+    tokenizer = report["tokenizer"]
+    text = card(
+        manifest, heldout, funnel, tokenizer.get("kind", "sentencepiece"), tokenizer.get("heldout_fit", {})
+    )
+    write_atomically(work / CARD_NAME, text.encode())
     names = ("read", "dropped", "kept", "kept_bytes", "heldout")
     report |= {"root_sha256": manifest.root_sha256, "funnel": {name: getattr(funnel, name) for name in names}}
     report["summary"] = funnel.lines()

@@ -721,3 +721,27 @@ def test_a_manifest_of_another_corpus_is_seen(small: tuple[Path, Path], prepared
     problems = verify_corpus(output / "manifest.json")
     assert len(problems) == 1
     assert "heldout/manifest.json has" in problems[0]
+
+
+# --- the tokenizer's fit ---
+
+
+def test_the_fit_of_the_tokenizer_is_told_by_script(tmp_path: Path) -> None:
+    records = numbered(400) + [
+        {"id": f"zh-{n}", "text": CHINESE.format(n) + "𠮷" * (n % 2)} for n in range(400)
+    ]
+    source = write_jsonl(tmp_path / "both.jsonl", records)
+    tokenizer = TokenizerConfig(vocab_size=500, character_coverage=0.99)
+    options = config(tmp_path / "out", source, heldout_frac=0.1, tokenizer=tokenizer)
+    assert prepare(options) == 0
+    fits = json.loads((tmp_path / "out/prepare.json").read_text())["tokenizer"]["heldout_fit"]
+    heldout = load_manifest(tmp_path / "out/heldout/manifest.json")
+    assert sum(fit["documents"] for fit in fits.values()) == heldout.n_documents
+    assert sum(fit["tokens"] for fit in fits.values()) == heldout.n_tokens - 2 * heldout.n_documents
+    # Words of 5 letters and a blank, mostly in one piece; of the characters 1% has no entry, the 𠮷 among them.
+    assert 1.0 < fits["other"]["tokens_per_word"] < 2.5
+    assert fits["other"]["byte_token_frac"] < fits["cjk"]["byte_token_frac"] < 0.5
+    assert fits["cjk"]["bytes_per_token"] < fits["cjk"]["characters_per_token"] * 4
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"{fits['cjk']['characters_per_token']:.2f} characters per token" in card
+    assert f"{fits['other']['tokens_per_word']:.2f} tokens per word" in card
