@@ -70,16 +70,20 @@ def documents() -> list[dict[str, Any]]:
     return records
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("input") / "text.jsonl"
+def write_text(path: Path) -> Path:
     lines = [json.dumps(record, ensure_ascii=False) for record in documents()]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("input") / "text.jsonl")
+
+
 def config(text: Path, output: Path, *more: str) -> CurateConfig:
-    return load_config(CurateConfig, [f"input=[{text}]", f"output={output}", "unit_bytes=100000", *more])
+    units = [] if any(word.startswith("unit_bytes=") for word in more) else ["unit_bytes=100000"]
+    return load_config(CurateConfig, [f"input=[{text}]", f"output={output}", *units, *more])
 
 
 @pytest.fixture(scope="module")
