@@ -108,6 +108,7 @@ class Order:
         window_chunks: int,
         seed: int,
     ) -> None:
+        self._arguments = (sizes, stages, sequence_length, lanes, window_chunks, seed)
         starts = [start for start, _ in stages]
         if starts[0] != 0 or sorted(starts) != starts or any(start % lanes for start in starts):
             raise ValueError(f"stages begin at {starts}, not at increasing multiples of {lanes} from 0")
@@ -122,6 +123,10 @@ class Order:
             [pow(size.n_chunks // g, -1, lanes // g) for size, g in zip(sizes, common, strict=True)], np.int64
         )
         self._build_stages(starts, [quotas(weights) for _, weights in stages])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent to another process as its arguments: see `Corpus.__reduce__`."""
+        return _order_of, self._arguments
 
     def _build_stages(self, starts: list[int], stage_quotas: list[list[int]]) -> None:
         """Tables of all stages: the pattern [S, P], each place's rank [S, P], base counts [S, V, K], quotas [S, K]."""
@@ -310,6 +315,19 @@ def rank_samples(first: int, count: int, *, lanes: int, rank: int, world_size: i
     ordered = samples[np.argsort(samples % lanes, kind="stable")]
     mine = count // world_size
     return ordered[rank * mine : (rank + 1) * mine]
+
+
+def _order_of(
+    sizes: list[SourceSize],
+    stages: list[tuple[int, list[float]]],
+    sequence_length: int,
+    lanes: int,
+    window_chunks: int,
+    seed: int,
+) -> Order:
+    return Order(
+        sizes, stages, sequence_length=sequence_length, lanes=lanes, window_chunks=window_chunks, seed=seed
+    )
 
 
 @dataclass(kw_only=True, slots=True)

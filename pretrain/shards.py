@@ -74,32 +74,34 @@ class ChunkDocuments:
 class Corpus:
     """Random access to the tokens of a corpus.
 
-    Cheap to construct: shards and indexes are opened at first use. Can be pickled, and used after a fork.
-    With `verify_chunks` the hash of a chunk is checked at its first use in this process.
+    Cheap to construct: shards and indexes are opened at first use. Can be sent to a process, and used after a fork.
+    With `verify_chunks` the hash of a chunk is checked at its first use in this process. Raises CorruptShardError
+    where the manifest's root hash is not `root_sha256`, if given.
     """
 
-    def __init__(self, manifest_path: str | Path, verify_chunks: bool = True) -> None:
+    def __init__(
+        self, manifest_path: str | Path, verify_chunks: bool = True, root_sha256: str | None = None
+    ) -> None:
         self.manifest_path = Path(manifest_path)
         self.verify_chunks = verify_chunks
         self.manifest = load_manifest(manifest_path)
+        if root_sha256 not in (None, self.manifest.root_sha256):
+            raise CorruptShardError(
+                f"{manifest_path} is another corpus than the one begun with; put that back"
+            )
         self.n_chunks = self.manifest.n_chunks
         self.chunk_tokens = self.manifest.chunk_tokens
         self.last_chunk_tokens = self.manifest.last_chunk_tokens
         self._dtype = np.dtype(self.manifest.dtype)
         self._first_chunks = np.array([shard.first_chunk for shard in self.manifest.shards])
-        self._reset()
-
-    def _reset(self) -> None:
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._documents: OrderedDict[int, ChunkDocuments] = OrderedDict()
         self._verified = np.zeros(self.n_chunks, dtype=bool)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_open", "_documents", "_verified")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._reset()
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent to another process as its name: one that is killed before it has read more than the 64 KiB that a
+        pipe holds would keep its starter waiting for ever."""
+        return Corpus, (self.manifest_path, self.verify_chunks, self.manifest.root_sha256)
 
     def tokens_in(self, chunk: int) -> int:
         """Number of tokens of a chunk."""

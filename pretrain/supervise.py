@@ -404,6 +404,11 @@ def _reap() -> dict[int, int]:
 
 def descendants() -> list[int]:
     """Living processes below this one. Orphans among them come to this process, a subreaper, and stay below it."""
+    # One whose parent dies while the processes are looked at is missed, so that none is found counts the second time.
+    return _descendants() or _descendants()
+
+
+def _descendants() -> list[int]:
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):

@@ -469,11 +469,17 @@ def runs(pid: int) -> bool:
 
 
 def test_workers_can_be_started_in_any_way(texts: list[Text]) -> None:
-    """Newer Pythons do not fork: what a worker needs must survive pickling, without open files."""
+    """What a worker needs must survive pickling, without open files, and fit into a pipe.
+
+    A worker that is killed before it has read what the trainer writes into its pipe would hold the trainer for ever,
+    were that more than the pipe's 64 KiB.
+    """
     data = data_config(texts)
     loader = make_loader(data)
     dataset = _MicroBatches([Corpus(text.manifest) for text in texts], loader.order, data)
     packed, _ = dataset[np.arange(6)]
-    copied, samples = pickle.loads(pickle.dumps(dataset))[np.arange(6)]
+    sent = pickle.dumps(dataset)
+    assert len(sent) < 1 << 14
+    copied, samples = pickle.loads(sent)[np.arange(6)]
     assert (packed == copied).all()
     assert samples.tolist() == list(range(6))

@@ -228,7 +228,15 @@ def test_an_opened_corpus_can_be_sent_to_a_process(original: Path) -> None:
     corpus = Corpus(original / "manifest.json")
     expected = corpus.read(3, 0, CHUNK_TOKENS)
     sent = ForkingPickler.dumps(corpus)
+    assert len(sent) < 1000  # a pipe holds 64 KiB, however large the manifest is
     np.testing.assert_array_equal(ForkingPickler.loads(sent).read(3, 0, CHUNK_TOKENS), expected)
+
+
+def test_a_corpus_that_was_replaced_meanwhile_is_not_opened_in_its_stead(original: Path) -> None:
+    manifest = original / "manifest.json"
+    with pytest.raises(CorruptShardError, match="is another corpus than the one begun with"):
+        Corpus(manifest, root_sha256="0" * 64)
+    assert Corpus(manifest, root_sha256=load_manifest(manifest).root_sha256).n_chunks > 0
 
 
 def test_few_files_are_open_at_a_time(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
