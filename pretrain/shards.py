@@ -74,9 +74,9 @@ class ChunkDocuments:
 class Corpus:
     """Random access to the tokens of a corpus.
 
-    Cheap to construct: shards and indexes are opened at first use. Can be sent to a process, and used after a fork.
-    With `verify_chunks` the hash of a chunk is checked at its first use in this process. Raises CorruptShardError
-    where the manifest's root hash is not `root_sha256`, if given.
+    Shards and indexes are opened at first use. Can be sent to a process, and used after a fork. With `verify_chunks`
+    the hash of a chunk is checked at its first use in this process. Raises CorruptShardError where the manifest's
+    root hash is not `root_sha256`, if given.
     """
 
     def __init__(
@@ -282,8 +282,7 @@ class CorpusWriter:
             raise ValueError(f"document {document_id!r} is not a non-empty row of tokens")
         if int(array.min()) < 0 or int(array.max()) >= self._vocab_size:
             raise ValueError(f"document {document_id!r} has token ids outside 0 to {self._vocab_size - 1}")
-        number = self._source_index[source]
-        totals = self._sources[number]
+        totals = self._sources[number := self._source_index[source]]
         totals.documents += 1
         totals.tokens += len(array)
         totals.text_bytes += text_bytes
