@@ -376,8 +376,7 @@ class _ShardWriter:
         write_atomically(self.folder / self.info.index_name, index.getvalue())
         os.replace(self._temporary, self.folder / self.info.name)
         sync_folder(self.folder)
-        self.info.bytes = self.bytes
-        self.info.sha256 = self._sha256.hexdigest()
+        self.info.bytes, self.info.sha256 = self.bytes, self._sha256.hexdigest()
         self.info.index_sha256 = hashlib.sha256(index.getvalue()).hexdigest()
         return self.info
 
@@ -404,8 +403,8 @@ def verify_corpus(manifest_path: str | Path, progress: Progress | None = None) -
         if progress is not None:
             progress(done, total)
     named = {shard.name for shard in manifest.shards}
-    found_there = sorted((folder / SHARDS_FOLDER).glob("*.tar"))
-    return problems + [f"{p} is not in the manifest; remove it" for p in found_there if p.name not in named]
+    foreign = [p for p in sorted((folder / SHARDS_FOLDER).glob("*.tar")) if p.name not in named]
+    return problems + [f"{p} is not in the manifest; remove it" for p in foreign]
 
 
 def _file_problems(folder: Path, expected: FileInfo) -> list[str]:
