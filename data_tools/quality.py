@@ -134,10 +134,10 @@ def chinese_thresholds() -> ThresholdsConfig:
 
 
 def code_thresholds() -> ThresholdsConfig:
-    """Repetition only, with bounds beyond all of 250 files of SymPy, for tables and generated code.
+    """Repetition only, against tables and generated code; of SymPy 395 of 398 files keep within these bounds.
 
-    In those files 55 % of the words have no letter, half of the lines are short and 17 % of the characters are in
-    repeated runs of 5: the other rules, and Gopher's bounds, would drop good programs.
+    In the median file half of the words have no letter, half of the lines are short and 17 % of the characters are
+    in repeated runs of 5: the other rules, and Gopher's bounds, would drop good programs.
     """
     off = dict.fromkeys(threshold.name for threshold in fields(ThresholdsConfig))
     return ThresholdsConfig(

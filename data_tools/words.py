@@ -34,7 +34,8 @@ TERMINAL = frozenset(".!?。．｡！？…‽⁇⁈⁉‼؟۔।॥։።፧。�
 
 # An end within a line: one at the end of a line is not counted, for each line ends a sentence.
 _SPACED_END = re.compile(r"[.!?…。！？][\"'”’»)\]]*[ \t]+(?=[^\sa-z])")
-_CHINESE_END = re.compile(rf"[。！？!?…]+[{re.escape(CLOSING)}]*(?=[^\n。！？!?…])")
+# Looked for at the first sign of a run only, without giving signs back: a million exclamation marks take no longer.
+_CHINESE_END = re.compile(rf"(?<![。！？!?…])[。！？!?…]++[{re.escape(CLOSING)}]*+(?=[^\n。！？!?…])")
 
 
 def is_chinese(language: str) -> bool:
@@ -54,7 +55,7 @@ def lines_of(text: str) -> list[str]:
 
 def paragraphs_of(text: str) -> list[str]:
     """What blank lines divide, without outer white space."""
-    return _PARAGRAPH_END.split(stripped) if (stripped := text.strip()) else []
+    return [part.rstrip() for part in _PARAGRAPH_END.split(text.strip()) if part]
 
 
 def count_sentences(lines: list[str], language: str) -> int:
