@@ -287,14 +287,13 @@ def _again(parts: list[str]) -> tuple[int, int]:
     return len(parts) - len(distinct), sum(map(len, parts)) - sum(map(len, distinct))
 
 
-def measure(text: str, language: str, config: QualityConfig) -> tuple[dict[str, float], list[str]]:
+def measure(text: str, language: str, config: QualityConfig) -> tuple[dict[str, float], set[str]]:
     """All figures of a text, `quality.<figure>`, and those of its lines that C4 drops."""
     lines = text_of.lines_of(text)
     lower = text.lower()
     words = text_of.split(text, language)
     bad = _bad_lines(lines, lower, language, config)
-    dropped = set(bad)
-    kept = [line for line in lines if line not in dropped] if bad else lines
+    kept = [line for line in lines if line not in bad] if bad else lines
     n_chars = max(1, len(text))
     figures = _word_signals(text, words, language)
     figures |= _line_signals(text, lines, 12 if text_of.is_chinese(language) else 30)
@@ -305,26 +304,27 @@ def measure(text: str, language: str, config: QualityConfig) -> tuple[dict[str, 
     return {f"quality.{name}": round(value, 5) for name, value in figures.items()}, bad
 
 
-def _bad_lines(lines: list[str], lower: str, language: str, config: QualityConfig) -> list[str]:
+def _bad_lines(lines: list[str], lower: str, language: str, config: QualityConfig) -> set[str]:
     """Lines that C4 drops."""
-    least = config.min_line_words
+    least, longest = config.min_line_words, config.max_line_word_chars
     if text_of.is_chinese(language):
-        bad = [line for line in lines if len(line) < least]
+        bad = {line for line in lines if len(line) < least}
     else:
-        bad = [line for line in lines if len(line.split(None, least - 1)) < least]
+        bad = {line for line in lines if len(line.split(None, least - 1)) < least}
+    bad |= {line for line in lines if len(line) > longest and max(map(len, line.split())) > longest}
     if config.require_terminal_punctuation:
-        bad += [line for line in lines if not text_of.ends_sentence(line) or line.endswith(_ELLIPSES)]
-    phrases = [phrase for phrase in _BAD_PHRASES if phrase in lower]
-    if phrases:
-        bad += [line for line in lines if any(phrase in line.lower() for phrase in phrases)]
-    longest = config.max_line_word_chars
-    return bad + [line for line in lines if len(line) > longest and max(map(len, line.split())) > longest]
+        bad |= {line for line in lines if not text_of.ends_sentence(line) or line.endswith(_ELLIPSES)}
+    if phrases := [phrase for phrase in _BAD_PHRASES if phrase in lower]:
+        bad |= {line for line in lines if any(phrase in line.lower() for phrase in phrases)}
+    return bad
 
 
-def _without(text: str, bad: set[str]) -> str:
-    """The text without these lines, blank lines around them becoming one."""
-    kept = "\n".join(line for line in text.split("\n") if line.strip() not in bad)
-    return _MANY_BLANK.sub("\n\n", kept).strip("\n")
+def _remove_lines(record: Record, bad: set[str]) -> None:
+    """Of the blank lines around a removed one, one stays: paragraphs remain apart."""
+    lines = record.text.split("\n")
+    kept = [line for line in lines if line.strip() not in bad]
+    record.text = _MANY_BLANK.sub("\n\n", "\n".join(kept)).strip("\n")
+    record.count("quality.lines", len(lines) - len(kept))
 
 
 class QualityStage:
@@ -350,8 +350,7 @@ class QualityStage:
         if found := reasons(signals, self.config.thresholds(record.language)):
             return found[0]
         if bad and self.config.remove_lines and record.language != CODE:
-            record.text = _without(record.text, set(bad))
-            record.count("quality.lines", len(bad))
+            _remove_lines(record, bad)
         return None
 
     def _score(self, text: str) -> float:

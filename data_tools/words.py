@@ -15,14 +15,14 @@ from data_tools.record import CHINESE, CHINESE_TRADITIONAL
 _HAN = r"\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 
 # A word holds inner apostrophes, points and commas (don't, 3.14, 1,000, example.com); signs that stand together are
-# one more. The words of hyphenated ones count for themselves. So split, the share of words with a letter came nearer
-# to that of spaCy's English splitter than with hyphens kept or with each sign counted alone.
+# one more. The words of hyphenated ones count for themselves. Split like this, 98 % of 1935 documents pass or fail
+# Gopher's rule on words with a letter as they do with spaCy's English splitter, at 40 times its speed.
 _SPACED = re.compile(r"\w+(?:[.,'’]\w+)*|[^\w\s]+")
 
 # Chinese is cut into single characters, and quality.py takes two of them where it means one word. jieba's words are
 # truer, but it reads 0.4 million characters a second and this 7. On law, newspaper and reviews the share of repeated
 # runs of 2n characters follows that of n words of jieba (correlation 0.81 to 0.99; runs of n characters: 0.67 to
-# 0.94, and up to four times as high), and words such as 的 and 是 are single characters anyway.
+# 0.94, and several times as high), and words such as 的 and 是 are single characters anyway.
 _CHINESE = re.compile(rf"[{_HAN}]|[^\W{_HAN}]+(?:[.,'’][^\W{_HAN}]+)*|[^\w\s]+")
 
 _PARAGRAPH_END = re.compile(r"\n[ \t]*\n\s*")

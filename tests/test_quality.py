@@ -214,6 +214,11 @@ def test_paragraphs_that_stood_before() -> None:
     assert figure("duplicate_paragraph_chars", "aaa\n\naaa\n\nb") == round(3 / 11, 5)
 
 
+def test_lines_are_short_by_language() -> None:
+    assert figure("short_lines", "我" * 12 + "\n" + "我" * 13, "zh") == 0.5
+    assert figure("short_lines", "x" * 30 + "\n" + "x" * 31, "en") == 0.5
+
+
 def test_a_chinese_ellipsis_is_one() -> None:
     assert figure("ellipsis_ratio", "好……好", "zh") == round(1 / 3, 5)
     assert figure("ellipsis_lines", "好……\n好。。。\n好", "zh") == round(2 / 3, 5)
@@ -359,19 +364,31 @@ def test_thresholds_can_be_retuned_from_signals() -> None:
     assert reasons(noted.signals, replace(strict, min_words=None, max_top_2gram=None)) == []
 
 
+def test_a_figure_at_its_bound_breaks_no_rule() -> None:
+    thresholds = ThresholdsConfig(min_words=50, max_top_2gram=0.2)
+    assert reasons({"quality.words": 50, "quality.top_2gram": 0.2}, thresholds) == []
+    assert reasons({"quality.words": 49, "quality.top_2gram": 0.20001}, thresholds) == [
+        "low_words",
+        "high_top_2gram",
+    ]
+
+
 def test_lines_that_c4_drops_are_removed() -> None:
-    noise = "Home\n\n\nPlease enable JavaScript to go on.\n{text}\n\nRead our Privacy Policy here.\nNext page"
-    record = Record(id="1", text=noise.replace("{text}", ENGLISH), source="s", language="en")
+    noise = "Home\n\n\nPlease enable JavaScript to go on.\n{text}\n\nRead our Privacy Policy here.\nUse JavaScript"
+    text = ENGLISH.replace("\n\n", "\n\nNext page\n\n", 1)
+    record = Record(id="1", text=noise.replace("{text}", text), source="s", language="en")
     assert QualityStage(DEFAULT).process(record) is None
     assert record.text == ENGLISH
-    assert record.counts == {"quality.lines": 4}
+    assert record.counts == {"quality.lines": 5}
     kept = Record(id="1", text="Home\n" + ENGLISH, source="s", language="en")
     assert QualityStage(QualityConfig(remove_lines=False)).process(kept) is None
     assert kept.text == "Home\n" + ENGLISH
 
 
 def test_lines_without_terminal_punctuation_where_asked_for() -> None:
-    record = Record(id="1", text="A line that ends in nothing\n" + ENGLISH, source="s", language="en")
+    record = Record(
+        id="1", text="A line that ends in nothing\nRead more of it ...\n" + ENGLISH, source="s", language="en"
+    )
     assert QualityStage(QualityConfig(require_terminal_punctuation=True)).process(record) is None
     assert record.text == ENGLISH
 
@@ -399,7 +416,7 @@ def test_programs_keep_their_lines() -> None:
 def test_the_figures_are_the_same_in_every_process() -> None:
     code = (
         "import json, sys; from data_tools.quality import *; "
-        "print(json.dumps(measure(sys.stdin.read(), 'en', QualityConfig())))"
+        "print(json.dumps(measure(sys.stdin.read(), 'en', QualityConfig())[0]))"
     )
     texts = ENGLISH + ENGLISH[100:700] + "\nHome\nNext"
     outputs = {
