@@ -19,7 +19,7 @@ _HAN = r"\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 # Gopher's rule on words with a letter as they do with spaCy's English splitter, at 40 times its speed.
 _SPACED = re.compile(r"\w+(?:[.,'’]\w+)*|[^\w\s]+")
 
-# Chinese is cut into single characters, and quality.py takes two of them where it means one word. jieba's words are
+# Chinese is cut into single characters, and gram_chars takes two of them where it means one word. jieba's words are
 # truer, but it reads 0.4 million characters a second and this 7. On law, newspaper and reviews the share of repeated
 # runs of 2n characters follows that of n words of jieba (correlation 0.81 to 0.99; runs of n characters: 0.67 to
 # 0.94, and several times as high), and words such as 的 and 是 are single characters anyway.
