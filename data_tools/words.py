@@ -1,0 +1,156 @@
+"""Words, lines, paragraphs and sentences of a text: one compiled pattern each, no model, no dictionary."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+
+from data_tools.record import CHINESE, CHINESE_TRADITIONAL
+
+# Han characters: the basic block with its extension A, the compatibility forms, and the planes beyond.
+_HAN = r"\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+
+# A word holds inner apostrophes, points and commas (don't, 3.14, 1,000, example.com); signs that stand together are
+# one more. The words of hyphenated ones count for themselves. Split like this, 98 % of 1935 documents pass or fail
+# Gopher's rule on words with a letter as they do with spaCy's English splitter, at 40 times its speed.
+_SPACED = re.compile(r"\w+(?:[.,'’]\w+)*|[^\w\s]+")
+
+# Chinese is cut into single characters, and gram_chars takes two of them where it means one word. jieba's words are
+# truer, but it reads 0.4 million characters a second and this 7. On law, newspaper and reviews the share of repeated
+# runs of 2n characters follows that of n words of jieba (correlation 0.81 to 0.99; runs of n characters: 0.67 to
+# 0.94, and several times as high), and words such as 的 and 是 are single characters anyway.
+_CHINESE = re.compile(rf"[{_HAN}]|[^\W{_HAN}]+(?:[.,'’][^\W{_HAN}]+)*|[^\w\s]+")
+
+_PARAGRAPH_END = re.compile(r"\n[ \t]*\n\s*")
+
+CLOSING = "\"'”’»›)]）】」』》〉"
+"""Quotation marks and brackets that may follow the end of a sentence."""
+TERMINAL = frozenset(".!?。．｡！？…‽⁇⁈⁉‼؟۔।॥։።፧。៕།။")
+"""Signs that end a sentence, in the scripts that are met most."""
+
+# An end within a line: one at the end of a line is not counted, for each line ends a sentence.
+_SPACED_END = re.compile(r"[.!?…。！？][\"'”’»)\]]*[ \t]+(?=[^\sa-z])")
+# Looked for at the first sign of a run only, without giving signs back: a million exclamation marks take no longer.
+_CHINESE_END = re.compile(rf"(?<![。！？!?…])[。！？!?…]++[{re.escape(CLOSING)}]*+(?=[^\n。！？!?…])")
+
+
+def is_chinese(language: str) -> bool:
+    """Whether a language is written in Han characters without spaces between words."""
+    return language in (CHINESE, CHINESE_TRADITIONAL)
+
+
+def words_of(text: str, language: str) -> list[str]:
+    """Words and runs of punctuation in their order; of Chinese each Han character by itself."""
+    return (_CHINESE if is_chinese(language) else _SPACED).findall(text)
+
+
+def lines_of(text: str) -> list[str]:
+    """Lines without outer white space; blank ones are left out."""
+    return [stripped for line in text.split("\n") if (stripped := line.strip())]
+
+
+def paragraphs_of(text: str) -> list[str]:
+    """What blank lines divide, without outer white space."""
+    return [part.rstrip() for part in _PARAGRAPH_END.split(text.strip()) if part]
+
+
+def count_sentences(lines: list[str], language: str) -> int:
+    """Sentences in lines as `lines_of` gives them; what stands on a line of its own counts as one."""
+    end = _CHINESE_END if is_chinese(language) else _SPACED_END
+    return len(lines) + len(end.findall("\n".join(lines)))
+
+
+def ends_sentence(line: str) -> bool:
+    """Whether a line ends in terminal punctuation, closing quotation marks and brackets aside."""
+    last = line[-1:]
+    return last in TERMINAL or (last in CLOSING and line.rstrip(CLOSING)[-1:] in TERMINAL)
+
+
+class Split(NamedTuple):
+    """A text's words as numbers, equal for equal words."""
+
+    distinct: list[str]
+    """By number, in the order of their first occurrence."""
+    numbers: np.ndarray
+    """Of each word in its place."""
+    lengths: np.ndarray
+    """Characters of each word in its place."""
+
+
+def split(text: str, language: str) -> Split:
+    """The one split of a document that all rules share."""
+    words = words_of(text, language)
+    table: defaultdict[str, int] = defaultdict(count().__next__)
+    numbers = np.fromiter(map(table.__getitem__, words), np.int64, len(words))
+    distinct = list(table)
+    lengths = np.fromiter(map(len, distinct), np.int64, len(distinct))
+    return Split(distinct, numbers, lengths[numbers])
+
+
+TOP_GRAMS = (2, 3, 4)
+DUPLICATE_GRAMS = (5, 6, 7, 8, 9, 10)
+
+
+def gram_chars(words: Split, language: str) -> dict[str, int]:
+    """Characters in the most frequent runs of 2 to 4 words, and in runs of 5 to 10 words that stood before.
+
+    A word of Chinese is taken as two characters. The first of the most frequent runs counts, with the spaces in
+    it; none where each stands once. Of runs that overlap, only the first is a duplicate.
+    """
+    unit, gap = (2, 0) if is_chinese(language) else (1, 1)
+    ends = np.concatenate(([0], words.lengths.cumsum()))
+    first = words.numbers if unit == 1 else _numbered(_pairs(words.numbers[:-1], words.numbers[1:]))
+    # Only runs whose shorter runs at both ends stand elsewhere too can do so themselves: few are left to look at.
+    repeats = np.bincount(first)[first] > 1
+    group = first.copy()
+    figures = {f"top_{n}gram": 0 for n in TOP_GRAMS} | {f"duplicate_{n}gram": 0 for n in DUPLICATE_GRAMS}
+    for n in range(2, DUPLICATE_GRAMS[-1] + 1):
+        length = n * unit
+        at = np.flatnonzero(repeats[:-unit] & repeats[unit:])
+        groups = _numbered(_pairs(group[at], first[at + length - unit]))
+        counts = np.bincount(groups)[groups]
+        if n in TOP_GRAMS and len(at) and (best := int(counts.max())) > 1:
+            top = int(at[counts.argmax()])
+            figures[f"top_{n}gram"] = best * (int(ends[top + length] - ends[top]) + gap * (n - 1))
+        at, groups = at[counts > 1], groups[counts > 1]
+        if n in DUPLICATE_GRAMS:
+            figures[f"duplicate_{n}gram"] = _chars_again(at.tolist(), groups.tolist(), length, ends)
+        repeats = np.zeros(len(first), bool)
+        repeats[at], group[at] = True, groups
+        if not len(at):
+            break
+    return figures
+
+
+def _pairs(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """One number for each pair of numbers below 2^31."""
+    return left << 31 | right
+
+
+def _numbered(keys: np.ndarray) -> np.ndarray:
+    """Numbers from 0, equal for equal keys."""
+    order = keys.argsort(kind="stable")
+    ordered = keys[order]
+    numbers = np.empty(len(keys), np.int64)
+    numbers[order[:1]] = 0
+    numbers[order[1:]] = (ordered[1:] != ordered[:-1]).cumsum()
+    return numbers
+
+
+def _chars_again(at: list[int], groups: list[int], length: int, ends: np.ndarray) -> int:
+    """Characters in runs at these places that were seen at an earlier one, each character once."""
+    seen: set[int] = set()
+    chars, free = 0, 0
+    for place, group in zip(at, groups, strict=True):
+        if place < free:
+            continue
+        if group in seen:
+            free = place + length
+            chars += int(ends[free] - ends[place])
+        else:
+            seen.add(group)
+    return chars
