@@ -19,9 +19,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import xxhash
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from data_tools.dedup import DedupConfig, band_hashes
 from data_tools.quality import QualityConfig, QualityStage, ThresholdsConfig
 from data_tools.record import ENGLISH, Record
 from data_tools.words import words_of
@@ -106,11 +109,39 @@ def all_rules_job(language: Any) -> Job:
     return Job("Gopher, C4 and FineWeb", _their_filters(filters), _our_stage(ThresholdsConfig()))
 
 
-JOBS = [
-    gopher_job,
-    all_rules_job,
-    # MinHash signatures: a function (language) -> Job goes here.
-]
+def minhash_job(language: Any) -> Job:
+    """Signatures of 14 bands of 8 hashes over shingles of 5 words."""
+    import tempfile
+
+    from datatrove.pipeline.dedup import MinhashDedupSignature
+
+    config = DedupConfig()
+    step = MinhashDedupSignature(tempfile.mkdtemp(), language=language)
+    # As its own function, which hands over a string, what xxhash 4 refuses.
+    step._hash_func = lambda shingle: xxhash.xxh64_intdigest(shingle.encode())
+
+    def theirs(text: str) -> bool:
+        found = step.get_shingles(text)
+        return bool(found.size) and bool(step.get_signature(found))
+
+    return Job("MinHash signatures", theirs, lambda text: band_hashes(text, config) is not None)
+
+
+def together_job(language: Any) -> Job:
+    """The target: Gopher's rules and the signatures."""
+    rules, signatures = gopher_job(language), minhash_job(language)
+
+    def both(first: Process, second: Process) -> Process:
+        return lambda text: first(text) and second(text)
+
+    return Job(
+        "Gopher and MinHash",
+        both(rules.theirs, signatures.theirs),
+        both(rules.ours, signatures.ours),
+    )
+
+
+JOBS = [gopher_job, all_rules_job, minhash_job, together_job]
 
 
 def documents_per_second(process: Process, texts: list[str]) -> float:
