@@ -1,0 +1,296 @@
+"""Language of a document, without a network: code by a rule, Chinese by its characters, the rest by a model."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from data_tools.record import CHINESE, CHINESE_TRADITIONAL, CODE, UNKNOWN, Record
+from pretrain.config import ConfigError
+
+Identified = tuple[str, float]
+
+_CODE_KEY = re.compile(r"[a-z]{2,3}|zh-hant|code")
+# A language is told from the beginning and the middle: a document's length costs nothing beyond that.
+_PIECE_CHARS = 1000
+# Code is told from more: a source file may begin with pages of license and documentation.
+_CODE_PIECE_CHARS = 3000
+_CODE_SHARE = 0.45
+_FEWEST_CODE_LINES = 5
+_LONGEST_CODE_LINE = 200
+_CHARS_PER_CODE_SIGN = 80
+_KANA_SHARE = 0.1
+_SCORE_DIGITS = 3
+
+_CODE_SUFFIXES = frozenset(
+    "c cc cpp cs css cu cuh cxx f90 go h hpp hs java jl js jsx kt lua m ml php pl pm ps1 py pyi pyx r rb rs "
+    "scala sh sql swift ts tsx vue zig".split()
+)
+_SUFFIX = re.compile(r"\w\.(\w{1,5})(?::\d+)?$")
+# Lines that only code has. A line of verse or of a list may end in a comma or a semicolon, so that alone is no sign.
+_CODE_LINE = re.compile(
+    r"""[ \t]*(?:
+     (?:(?:async\ )?def|class)\ \w+.*[:({,]$
+    |(?:from\ [\w.]+\ import\ |import\ [\w.{*"']+(?:\ as\ \w+|,\ [\w.]+)*;?$)
+    |(?:if|elif|for|while|with|try|except|else|finally|switch|case|catch|do)\b.*[:{(]$
+    |(?:return|raise|yield|assert|del|throw)\ (?:[\w.]+;?$|[^ ]*[(\[{"'=+*/-])
+    |(?:pass|break|continue|return|fi|done|esac|end);?$
+    |@\w+[\w.]*(?:\(.*)?$
+    |\#\ ?(?:include|define|ifn?def|if|endif|else|undef|pragma)\b
+    |(?://|/\*|\*/)
+    |\$?\w+(?:\.\w+|->\w+|\[[^\]]*\])*\s*(?:[-+*/%|&^:]|//|\*\*|<<|>>)?=\s*[^=\s]
+    |(?:public|private|protected|static|const|let|var|void|int|char|unsigned|struct|enum|typedef|template
+       |namespace|using|fn|pub|func|package|export|extern|inline|function)\ .*[;{)(,=]$
+    |[\])}]+[,;:)]*$
+    |.*[{}]$
+    |.*[=(\[<>{].*;$
+    |.*[\w\])]\ ?\(.*\)[;,:)\]}]+$
+    |.*\w\(.*[(,]$
+    |.*(?:[^=]==[^=]|!=|&&|\|\||::\w|\+=|-=|\w\+\+|=>).*[\w\])'"]$
+    |[\w.]+\([^()]*\)$
+    |['"][^'"]*['"]\s*:.*$
+    )""",
+    re.X,
+)
+# Comments of most languages, and a console session in documentation: neither for code nor against it.
+_CODE_SIGN = re.compile(r"[=(){}\[\];<>@#/]")
+_NEUTRAL_LINE = re.compile(r"[ \t]*(?:#|\*|>>>|\.\.\.|\.\. )")
+
+_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_KANA = re.compile(r"[\u3041-\u30fa\u30fd-\u30ff\uff66-\uff9d]")
+_HANGUL = re.compile(r"[\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3]")
+_OTHER_WORD = re.compile(
+    r"[^\W\d_\u1100-\u11ff\u3041-\u30ff\u3131-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff66-\uff9d]+"
+)
+
+_ADDRESS = re.compile(r"(?:https?://|www\.)[!-~]+")
+_EAST_ASIAN = frozenset({"zh", "wuu", "yue", "ja", "ko"})
+_PRIOR = {"en": 20.0, **dict.fromkeys("de es fr it nl pl pt ru tr".split(), 5.0)}
+
+# What models with three letters per language say, and the Chinese languages, which are told apart by their script.
+_SAME = {"eng": "en", "jpn": "ja", "kor": "ko", "fra": "fr", "deu": "de", "spa": "es", "rus": "ru"}
+_CHINESE_LABELS = frozenset({"zh", "zho", "cmn", "yue", "wuu", "lzh"})
+
+
+@dataclass(kw_only=True, slots=True)
+class LanguageConfig:
+    """Which languages are kept, and what tells them."""
+
+    model_path: str | None = None
+    """fastText model such as lid.176.bin, on this machine; null: counts of scripts, and py3langid's own model."""
+    keep: list[str] = field(default_factory=list)
+    """Codes of languages to keep (`zh` is simplified Chinese, `zh-hant` traditional, `code`, `und` where there
+    are no letters); other documents are dropped. Empty: all are kept."""
+    min_score: float = 0.0
+    """Documents whose score is below this, 0 to 1, are dropped as unsure; 0: none."""
+
+    def __post_init__(self) -> None:
+        for code in self.keep:
+            if not _CODE_KEY.fullmatch(code):
+                raise ConfigError(
+                    f"curation.language.keep has {code!r}; allowed are codes of two or three letters, "
+                    "zh-hant and code"
+                )
+        if not 0 <= self.min_score <= 1:
+            raise ConfigError(f"curation.language.min_score={self.min_score} is outside 0 to 1")
+
+
+class LanguageStage:
+    """Sets `record.language` and the signal `language.score`, rounded to 3 digits.
+
+    Code has the score 1; so have scripts of one language where they make up all words.
+    """
+
+    name = "language"
+
+    def __init__(self, config: LanguageConfig) -> None:
+        self._config = config
+        self._identify: Callable[[str], Identified] | None = None
+        if config.model_path is not None and not Path(config.model_path).is_file():
+            raise ConfigError(
+                f"curation.language.model_path={config.model_path} is no file; give a fastText model, or null"
+            )
+
+    def process(self, record: Record) -> str | None:
+        """`other_language` where it is not kept, `unsure` below the least score."""
+        record.language, score = self._language(record)
+        record.signals["language.score"] = round(score, _SCORE_DIGITS)
+        if self._config.keep and record.language not in self._config.keep:
+            return "other_language"
+        return "unsure" if record.signals["language.score"] < self._config.min_score else None
+
+    def _language(self, record: Record) -> Identified:
+        if is_code_name(record.id) or is_code_text(record.text):
+            return CODE, 1.0
+        piece = _pieces(record.text, _PIECE_CHARS)
+        if self._identify is None:  # at the first document
+            path = self._config.model_path
+            self._identify = _packaged() if path is None else _fasttext(path)
+        language, score = self._identify(piece)
+        if language == CHINESE and is_traditional(piece):
+            language = CHINESE_TRADITIONAL
+        return language, score
+
+
+def is_code(record: Record) -> bool:
+    """Whether a document is program code; for stages that may come before the languages are known."""
+    if record.language != UNKNOWN:
+        return record.language == CODE
+    return is_code_name(record.id) or is_code_text(record.text)
+
+
+def is_code_name(id: str) -> bool:
+    """Whether the id ends as a source file's name does. An address does not count: pages end in .php as well."""
+    suffix = _SUFFIX.search(id)
+    return suffix is not None and suffix[1].lower() in _CODE_SUFFIXES and "://" not in id
+
+
+def is_code_text(text: str) -> bool:
+    """Whether at least 45 % of the lines, and 5 of them, are of a form that only code has.
+
+    Comments and console sessions (`>>>`) do not count: prose on programming with examples in it is prose.
+    """
+    piece = _pieces(text, _CODE_PIECE_CHARS)
+    if (
+        len(_CODE_SIGN.findall(piece)) < len(piece) / _CHARS_PER_CODE_SIGN
+    ):  # most prose ends here, at little cost
+        return False
+    lines = [line for line in map(str.rstrip, piece.split("\n")) if line]
+    if len(lines) < _FEWEST_CODE_LINES:
+        return False
+    code = prose = 0
+    for line in lines:
+        if len(line) <= _LONGEST_CODE_LINE and _CODE_LINE.match(line):
+            code += 1
+        elif not _NEUTRAL_LINE.match(line):
+            prose += 1
+    return code >= _FEWEST_CODE_LINES and code >= _CODE_SHARE * (code + prose)
+
+
+def is_traditional(text: str) -> bool:
+    """Whether a Chinese text has more characters that only traditional writing has than of the other kind."""
+    simplified, traditional = _one_sided_characters()
+    in_text = _HAN.findall(text)
+    return sum(map(traditional.__contains__, in_text)) > sum(map(simplified.__contains__, in_text))
+
+
+@cache
+def _one_sided_characters() -> tuple[frozenset[str], frozenset[str]]:
+    """Characters of one national standard alone: GB 2312 (1980, simplified) and Big5 (1984, traditional).
+
+    Rare characters of names are in Big5 only: 0.002 % of the Han characters of simplified news, whereas
+    30 % are in GB 2312 only. Most characters are in both.
+    """
+    han = map(chr, range(0x4E00, 0xA000))
+    in_gb, in_big5 = {}, {}
+    for char in han:
+        in_gb[char] = bool(char.encode("gb2312", "ignore"))
+        in_big5[char] = bool(char.encode("big5", "ignore"))
+    simplified = frozenset(c for c in in_gb if in_gb[c] and not in_big5[c])
+    return simplified, frozenset(c for c in in_gb if in_big5[c] and not in_gb[c])
+
+
+def by_script(text: str) -> Identified | None:
+    """Chinese, Japanese or Korean where they have at least half of the words, one character being one word.
+
+    The score is that share. Other languages give None.
+    """
+    if text.isascii():
+        return None
+    han, kana, hangul = (len(script.findall(text)) for script in (_HAN, _KANA, _HANGUL))
+    east_asian = han + kana + hangul
+    words = east_asian + len(_OTHER_WORD.findall(text))
+    if not east_asian or east_asian < words / 2:
+        return None
+    share = east_asian / words
+    if hangul > han + kana:
+        return "ko", share
+    return ("ja" if kana >= _KANA_SHARE * (han + kana) else CHINESE), share
+
+
+def _pieces(text: str, chars: int) -> str:
+    """The beginning and the middle of a long text, `chars` each."""
+    if len(text) <= 2 * chars:
+        return text
+    middle = len(text) // 2
+    return text[:chars] + "\n" + text[middle : middle + chars]
+
+
+def _packaged() -> Callable[[str], Identified]:
+    """Scripts first, then the naive Bayes model in py3langid's wheel.
+
+    The package sums in single precision, in an order that the processor's BLAS chooses; in double
+    precision the machines' differences are far below the digits of the score. On short texts rare languages
+    win by chance, hence a prior: large languages on the web (W3Techs, 2024: English half of it, these others
+    1 to 7 % each) count more.
+    """
+    import numpy as np
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier, visit_counts
+
+    model: Any = LanguageIdentifier.from_model_file(MODEL_FILE)
+    rows = [row << 8 for row in model.tk_row]
+    prior = model.nb_pc.astype(np.float64)
+
+    def identify(text: str) -> Identified:
+        text = _ADDRESS.sub(" ", text)
+        found = by_script(text)
+        if found is not None:
+            return found
+        if not any(map(str.isalpha, text)):
+            return UNKNOWN, 0.0
+        encoded = (text.lower() if text.isupper() else text).encode("utf-8", "replace")
+        counts = visit_counts(model.tk_nextmove, rows, model.tk_output, encoded)
+        if not counts:
+            return UNKNOWN, 0.0
+        weights = np.array([math.log1p(n) for n in counts.values()])
+        # Divided by the root of the length, as the package does to calibrate probabilities.
+        raw = weights @ model.nb_ptc[list(counts)].astype(np.float64) + prior
+        scores = (raw / math.sqrt(len(encoded))).tolist()
+        best = max(scores)  # so that no power overflows
+        odds: dict[str, float] = {}
+        for label, score in zip(model.nb_classes, scores, strict=True):
+            if label not in _EAST_ASIAN:  # their scripts have said no
+                odds[label] = odds.get(label, 0.0) + math.exp(score - best) * _PRIOR.get(label, 1.0)
+        label = max(odds, key=odds.__getitem__)
+        return _code_of(label), odds[label] / sum(odds.values())
+
+    return identify
+
+
+def _fasttext(path: str) -> Callable[[str], Identified]:
+    """The user's model. Its score is the probability that it gives to its first label."""
+    try:
+        import fasttext
+    except ImportError as error:
+        raise ConfigError(
+            "curation.language.model_path needs fasttext: pip install fasttext-numpy2-wheel"
+        ) from error
+    try:
+        model = fasttext.load_model(path)
+    except ValueError as error:
+        raise ConfigError(f"curation.language.model_path={path} is no fastText model: {error}") from error
+
+    def identify(text: str) -> Identified:
+        if not any(map(str.isalpha, text)):
+            return UNKNOWN, 0.0
+        labels, scores = model.predict(" ".join(text.split()))
+        return (
+            (_code_of(labels[0].removeprefix("__label__")), min(float(scores[0]), 1.0))
+            if labels
+            else (UNKNOWN, 0.0)
+        )
+
+    return identify
+
+
+def _code_of(label: str) -> str:
+    """ISO 639-1 where it is known; a script after it (`eng_Latn`) is left out."""
+    label = label.split("_")[0].lower()
+    if label in _CHINESE_LABELS:
+        return CHINESE
+    return UNKNOWN if label == "zxx" else _SAME.get(label, label)

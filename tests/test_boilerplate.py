@@ -1,0 +1,208 @@
+"""Lines that go, lines that look like them and stay, and the main text of real HTML."""
+
+from __future__ import annotations
+
+import codecs
+import inspect
+import io
+import json
+import this
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_tools import boilerplate
+from data_tools.boilerplate import (
+    BoilerplateConfig,
+    BoilerplateStage,
+    main_text,
+    pages,
+    without_boilerplate,
+)
+from data_tools.record import Record
+
+PROSE = "The committee met on Friday and agreed on the report, which is to be published next month."
+CHINESE = "中国专利法规定，发明是指对产品、方法或者其改进所提出的新的技术方案。"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Skip to content",
+        "[Skip to main content]",
+        "Back to top ↑",
+        "Home > News > Local",
+        "Home | About us | Contact",
+        "« Previous   Next »",
+        "Previous | Index | Next",
+        "Share this article",
+        "Share on Facebook",
+        "Facebook  Twitter  LinkedIn  Email",
+        "Leave a Reply",
+        "12 comments",
+        "1,234 views",
+        "Page 3 of 10",
+        "- 12 -",
+        "This website uses cookies to improve your experience. Accept all cookies?",
+        "Please subscribe to our weekly newsletter!",
+        "© 2024 Example Ltd.",
+        "Copyright (c) 1998 The Example Project.  All rights reserved.",
+        "Powered by WordPress",
+        "Read more…",
+        "上一页 下一页",
+        "首页 > 新闻 > 国内",
+        "首页 | 新闻 | 关于我们 | 联系我们",
+        "您的位置：首页 > 正文",
+        "上一篇：明天下雨",
+        "返回顶部",
+        "第 3 页 共 10 页",
+        "分享到：微信 微博 QQ空间",
+        "扫描下方二维码关注我们",
+        "欢迎关注我们的微信公众号",
+        "版权所有 © 某某公司",
+        "京ICP备12345678号-1",
+        "阅读(1234)",
+        "本网站使用cookie来改善您的体验。",
+        "返回首頁",
+        "版權所有",
+    ],
+)
+@pytest.mark.parametrize("body", [PROSE, CHINESE])
+def test_boilerplate_goes(line: str, body: str) -> None:
+    assert without_boilerplate(f"{line}\n\n{body}\n\n{line}\n{body}") == (f"{body}\n\n{body}", 2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Next\nThe next morning we left.",  # a heading
+        "Index\n\n" + PROSE,
+        "News from home came late;\nNext spring, no more.",
+        "A: Share this with me?\nB: Home, contact, about: which one?",
+        "A: Hello\nB: Hi\nA: Next?\nB: Home",
+        "| Home | News |\n|------|------|\n| 1 | 2 |",
+        "- apples\n- pears\n- plums",
+        "name | age | city\nAnn | 31 | Rome\nBob | 27 | Home",
+        "Copyright law was changed by Congress in 1976.",
+        "(c) The tenant shall keep the premises clean.",
+        "The states kept all rights reserved to them by the constitution.",
+        "He said the site uses cookies.",
+        "We had 12 comments on the draft, and all were kind.",
+        "See page 3 of 10 pages that follow.",
+        "In 1999 -12- was the answer.",
+        "1\n2\n3\n4",
+        "Return to the top of the hill",
+        "床前明月光，\n疑是地上霜。\n举头望明月，\n低头思故乡。",
+        "　　首页是一本书的第一页，下一页才是目录。",
+        "问：首页在哪里？\n答：在这里。",
+        "第三页写着他的名字，共十页。",
+        "版权是作者的权利，法律予以保护。",
+        "阅读是一种习惯。",
+        "第一章　总则\n第一条　为了保护专利权人的合法权益，制定本法。",
+        "关注微信支付安全的人越来越多，这是好事，也说明大家对个人信息的保护意识正在提高，值得肯定，需要继续努力推动下去才行。",
+        "\n".join(["x = 1", "def f():", "    return x"]),
+        codecs.decode(this.s, "rot13"),
+        inspect.getdoc(io),
+        inspect.getdoc(json),
+    ],
+)
+def test_text_stays(text: str) -> None:
+    assert without_boilerplate(text) == (text, 0)
+
+
+def test_words_of_a_menu_go_in_company_only() -> None:
+    menu = "Home\nNews\n\nContact"
+    assert without_boilerplate(f"{menu}\n{PROSE}") == (PROSE, 3)
+    assert without_boilerplate(f"Home\nNews\n{PROSE}\nContact") == (f"Home\nNews\n{PROSE}\nContact", 0)
+
+
+def test_the_stage_counts_and_says_where_nothing_is_left() -> None:
+    stage = BoilerplateStage(BoilerplateConfig())
+    record = Record(id="1", text=f"Skip to content\n{PROSE}\n© 2020 Us", source="s")
+    assert stage.process(record) is None
+    assert (record.text, record.counts) == (PROSE, {"boilerplate.lines": 2})
+    record = Record(id="1", text="Home | News | About\n\n© 2020 Us\n", source="s")
+    assert stage.process(record) == "only_boilerplate"
+    clean = Record(id="1", text=PROSE, source="s")
+    assert stage.process(clean) is None
+    assert (clean.text, clean.counts) == (PROSE, {})
+
+
+def test_code_keeps_its_lines() -> None:
+    text = "# Copyright (c) 2001 Us. All rights reserved.\n© 2001\n"
+    code = Record(id="a.py", text=text, source="s")
+    assert BoilerplateStage(BoilerplateConfig()).process(code) is None
+    assert code.text == text
+
+
+_LINES = st.sampled_from(
+    ["Home", "News", "Next", "", " ", "© 2020", PROSE, CHINESE, "12 comments", "a | b", "Home | Next", "x"]
+)
+
+
+@given(st.lists(_LINES | st.text(max_size=20), max_size=14).map("\n".join))
+def test_again_removes_nothing_more(text: str) -> None:
+    once, removed = without_boilerplate(text)
+    assert without_boilerplate(once) == (once, 0)
+    assert removed or once == text
+
+
+@given(st.lists(_LINES, max_size=14))
+def test_what_stays_is_in_order(lines: list[str]) -> None:
+    kept = iter(lines)
+    assert all(line in kept for line in without_boilerplate("\n".join(lines))[0].split("\n") if line)
+
+
+def page(body: str, head: str = "") -> str:
+    links = "".join(f'<li><a href="/{i}">Section {i}</a></li>' for i in range(20))
+    return (
+        f"<!DOCTYPE html><html><head><title>T</title>{head}</head><body><nav><ul>{links}</ul></nav>"
+        f"<article><h1>Report</h1>{body}</article><footer><p>Copyright 2024 Example. All rights reserved.</p></footer>"
+        "<script>var x = 1;</script></body></html>"
+    )
+
+
+ENGLISH_BODY = "".join(f"<p>{PROSE} Paragraph {i} has its own number.</p>" for i in range(6))
+CHINESE_BODY = "".join(f"<p>{CHINESE}这是第{i}段。</p>" for i in range(6))
+
+
+@pytest.mark.parametrize(
+    ("html", "content_type", "expected"),
+    [
+        (page(ENGLISH_BODY).encode(), "text/html", PROSE),
+        (page(CHINESE_BODY).encode(), "text/html", CHINESE),
+        (page(CHINESE_BODY).encode("gbk"), "text/html; charset=GB2312", CHINESE),
+        (page(CHINESE_BODY, '<meta charset="gbk">').encode("gbk"), "text/html", CHINESE),
+        (page(CHINESE_BODY).encode("gbk"), None, CHINESE),
+        (page(CHINESE_BODY).encode("big5", "replace"), "text/html; charset=big5", "利法"),
+        (page(ENGLISH_BODY).encode(), "text/html; charset=nonsense", PROSE),
+    ],
+)
+def test_main_text(html: bytes, content_type: str | None, expected: str) -> None:
+    pytest.importorskip("trafilatura", exc_type=ImportError)
+    text = main_text(html, content_type)
+    assert expected in text
+    assert "Section 7" not in text
+    assert "var x" not in text
+    assert main_text(html, content_type) == text
+
+
+@pytest.mark.parametrize("html", [b"", b"\x00\xff", b"<html></html>", b"<div>" * 5000])
+def test_pages_without_text(html: bytes) -> None:
+    pytest.importorskip("trafilatura", exc_type=ImportError)
+    assert main_text(html, "text/html") == ""
+
+
+def test_a_file_that_is_no_archive_is_one_problem() -> None:
+    pytest.importorskip("warcio")
+    pytest.importorskip("trafilatura", exc_type=ImportError)
+    [(number, url, text, problem)] = pages(io.BytesIO(b"no archive\n" * 9), 1000)
+    assert (number, url, text) == (0, None, "")
+    assert problem.startswith("cannot be read from here on: ")
+
+
+def test_this_repository_has_no_boilerplate_in_its_guide() -> None:
+    readme = (Path(boilerplate.__file__).parent.parent / "README.md").read_text()
+    assert without_boilerplate(readme) == (readme, 0)
