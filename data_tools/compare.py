@@ -65,7 +65,8 @@ def compare_task(dedup: DedupConfig, layout: Layout, n_ranks: int) -> tuple[Comp
 def decide(task: CompareTask) -> dict[str, Any]:
     """Join the pairs to clusters and write what each task's last phase leaves out. Statistics of the clusters."""
     layout, dedup = task.layout, task.dedup
-    found: dict[str, list[np.ndarray]] = {"exact": [], "near": [], "lines": []}
+    none = np.zeros((0, 2), dtype=np.uint64)
+    found = {"exact": [none], "near": [none], "lines": [none]}
     for number, (table, _, _) in enumerate(task.jobs):
         kind = "exact" if table == EXACT else "near" if table < n_tables(dedup) else "lines"
         found[kind].append(load_array(layout.work / "pairs" / f"{number:05d}.npy"))

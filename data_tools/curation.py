@@ -15,7 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,7 +34,8 @@ from data_tools.read import ReadConfig, Unit, read_unit
 from data_tools.record import Record, Stage
 from pretrain.config import ConfigError
 
-STAGES = ("normalize", "language", "boilerplate", "quality", "harm", "pii", "decontaminate")
+# Placeholders of personal data would hide what an evaluation set shares, so they come last.
+STAGES = ("normalize", "language", "boilerplate", "quality", "harm", "decontaminate", "pii")
 READ, DEDUP = "read", "dedup"
 LENGTH_BOUNDS = [2**power for power in range(4, 25)]
 """Characters, of the statistics of lengths."""
@@ -45,7 +46,7 @@ class CurationConfig:
     """Which stages there are, and the rules of each."""
 
     stages: list[str] = field(default_factory=lambda: list(STAGES))
-    """Of normalize, language, boilerplate, quality, harm, pii, decontaminate; they run in this order."""
+    """Of normalize, language, boilerplate, quality, harm, decontaminate, pii; they run in this order."""
     normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     boilerplate: BoilerplateConfig = field(default_factory=BoilerplateConfig)
@@ -72,8 +73,8 @@ def build_stages(config: CurationConfig, index: Path) -> list[Stage]:
         "boilerplate": lambda: BoilerplateStage(config.boilerplate),
         "quality": lambda: QualityStage(config.quality),
         "harm": lambda: HarmStage(config.harm),
+        "decontaminate": lambda: DecontaminateStage(replace(config.decontaminate, index=str(index))),
         "pii": lambda: PiiStage(config.pii),
-        "decontaminate": lambda: DecontaminateStage(config.decontaminate, index),
     }
     return [builders[name]() for name in STAGES if name in config.stages]
 
@@ -240,7 +241,6 @@ class CleanTask:
         rejects = _Rejects(self.layout.rejected, rank)
         order = {name: place for place, name in enumerate(self.curation.dedup.priority)}
         source_ranks: list[int] = []
-        position = 0
 
         def on_bad(where: str, why: str) -> None:
             record = Record(id=where, text=why, source=READ)
@@ -248,10 +248,9 @@ class CleanTask:
             rejects.add(READ, "bad_record", record)
 
         with _written(self.layout.kept(rank)) as file:
-            for record, done_bytes in read_unit(self.units[rank], self.read, on_bad):
-                progress.advance(done_bytes - position)
-                position = done_bytes
+            for record in read_unit(self.units[rank], self.read, on_bad):
                 n_bytes = len(record.text.encode("utf-8", "replace"))
+                progress.advance(n_bytes)
                 tally.read[record.source] += 1
                 tally.read_bytes[record.source] += n_bytes
                 if self._dropped(record, stages, tally, rejects, n_bytes):
@@ -263,6 +262,7 @@ class CleanTask:
         rejects.close()
         save_array(self.layout.ranks(rank), np.array(source_ranks, dtype=np.uint32))
         write_json(self.layout.tally("clean", rank), tally.to_json())
+        progress.finish(self.units[rank].size_bytes)
 
     def _dropped(
         self, record: Record, stages: list[Stage], tally: Tally, rejects: _Rejects, n_bytes: int

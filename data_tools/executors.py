@@ -89,6 +89,10 @@ class Progress:
     def close(self) -> None:
         self._path.write_text(str(self._bytes))
 
+    def finish(self, total_bytes: int) -> None:
+        """The task is done, whatever the estimate of its bytes was."""
+        self._bytes = total_bytes
+
 
 class _Step:
     """A task as datatrove calls it."""
