@@ -141,7 +141,9 @@ def _recipe(config: CurateConfig, units: list[Unit]) -> dict[str, Any]:
     options = to_dict(config)
     for name in ("input", "output", "overwrite", "executor", "max_bad_frac"):
         del options[name]
-    listing = json.dumps([unit.identity for unit in units], ensure_ascii=False)
+    # All that decides the content: not where it lies.
+    facts = [(u.name, u.source, u.kind, u.start, u.stop, u.version) for u in units]
+    listing = json.dumps(facts, ensure_ascii=False)
     return {
         "version": CURATION_VERSION,
         "options": options,

@@ -93,11 +93,6 @@ class Unit:
     size_bytes: int = 0
     """About how much there is to read, for the display of progress."""
 
-    @property
-    def identity(self) -> list[Any]:
-        """What decides the content: all but where it lies."""
-        return [self.name, self.source, self.kind, self.start, self.stop, self.version]
-
 
 class _Found(NamedTuple):
     path: str
@@ -211,11 +206,8 @@ def _cut(file: _Found, label: str, unit_bytes: int) -> list[Unit]:
         borders = [*range(0, file.size_bytes, max(1, unit_bytes)), file.size_bytes]
     elif kind == "parquet":
         borders = _row_group_borders(file.path, unit_bytes)
-    size_bytes = (file.size_bytes or 0) // (len(borders) - 1)
-    return [
-        Unit(file.path, name, source, kind, start or 0, stop, file.version, size_bytes)
-        for start, stop in pairwise(borders)
-    ]
+    head, size_bytes = (file.path, name, source, kind), (file.size_bytes or 0) // (len(borders) - 1)
+    return [Unit(*head, start or 0, stop, file.version, size_bytes) for start, stop in pairwise(borders)]
 
 
 def _row_group_borders(path: str, unit_bytes: int) -> list[int | None]:
