@@ -206,7 +206,7 @@ def _cut(file: _Found, label: str, unit_bytes: int) -> list[Unit]:
         borders = [*range(0, file.size_bytes, max(1, unit_bytes)), file.size_bytes]
     elif kind == "parquet":
         borders = _row_group_borders(file.path, unit_bytes)
-    head, size_bytes = (file.path, name, source, kind), (file.size_bytes or 0) // (len(borders) - 1)
+    head, size_bytes = (file.path, name, source, kind), (file.size_bytes or 0) // max(1, len(borders) - 1)
     return [Unit(*head, start or 0, stop, file.version, size_bytes) for start, stop in pairwise(borders)]
 
 
