@@ -84,6 +84,7 @@ def test_boilerplate_goes(line: str, body: str) -> None:
         "A: Hello\nB: Hi\nA: Next?\nB: Home",
         "| Home | News |\n|------|------|\n| 1 | 2 |",
         "- apples\n- pears\n- plums",
+        "News | The Observer\n" + PROSE,
         "name | age | city\nAnn | 31 | Rome\nBob | 27 | Home",
         "Copyright law was changed by Congress in 1976.",
         "(c) The tenant shall keep the premises clean.",
