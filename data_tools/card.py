@@ -9,7 +9,8 @@ from data_tools.fertility import fit_lines
 from data_tools.gather import Funnel
 from pretrain.shards import CorpusSource, Manifest
 
-_HEADERS = ("source", "documents", "tokens", "text MB", "bytes per token", "license")
+_NOT_CURATED = " There was no other filter: personal data and unfit text were not looked for."
+HEADERS = ("source", "documents", "tokens", "text MB", "bytes per token", "license")
 
 
 def source_rows(manifest: Manifest, limit: int | None = None) -> list[tuple[str, ...]]:
@@ -32,17 +33,8 @@ def _row(name: str, sources: Sequence[CorpusSource], license: str) -> tuple[str,
     return (name, f"{documents:,}", f"{tokens:,}", f"{text_bytes / 1e6:.2f}", ratio, license)
 
 
-def plain_table(rows: Sequence[tuple[str, ...]], headers: Sequence[str] = _HEADERS) -> str:
-    """Rows as aligned text."""
-    table = [tuple(headers), *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(headers))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table
-    )
-
-
 def _markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
-    lines = ["| " + " | ".join(_HEADERS) + " |", "|" + "---|" * len(_HEADERS)]
+    lines = ["| " + " | ".join(HEADERS) + " |", "|" + "---|" * len(HEADERS)]
     return "\n".join(
         [*lines, *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)]
     )
@@ -54,8 +46,10 @@ def card(
     funnel: Funnel,
     tokenizer: str,
     fits: dict[str, dict[str, Any]],
+    curations: list[str],
 ) -> str:
-    """README.md of the corpus. `fits`: how the tokenizer fits held-out text, of `fertility.measure`."""
+    """README.md of the corpus. `fits`: how the tokenizer fits held-out text, of `fertility.measure`. `curations`: the
+    funnels of what the input went through before, as text."""
     held = "There is no held-out text."
     if heldout is not None:
         held = (
@@ -91,8 +85,9 @@ Each document stays under the license of its source.
 {chr(10).join(funnel.lines())}
 ```
 
+{"".join(f"Before that, by curation:{chr(10) * 2}```{chr(10)}{text}{chr(10)}```{chr(10) * 2}" for text in curations)}\
 Text was brought to Unicode NFC and freed of control characters; documents that are too short or too long and
-exact duplicates were dropped. There was no other filter: personal data and unfit text were not looked for.
+exact duplicates were dropped.{"" if curations else _NOT_CURATED}
 
 ## Reading it
 

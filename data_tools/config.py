@@ -57,6 +57,8 @@ class PrepareConfig:
     """Field of a JSON line, or column of a Parquet file, that holds the text."""
     license: str = "unknown"
     """License of documents that state none."""
+    require_licenses: bool = False
+    """Refuse documents whose license is not known."""
     python_max_bytes: int | None = None
     """Bound on the text taken for `python`, spread evenly over what there is; null: all of it."""
     max_bad_records: int = 0

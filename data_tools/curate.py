@@ -3,7 +3,8 @@
 Reads text (JSONL, Parquet, text folders, WARC, Hugging Face dataset folders; local or any fsspec URL), normalizes it,
 tells its language, judges its quality, drops harmful text, replaces personal data, leaves out evaluation sets and
 duplicates. Writes DIR/documents/part-NNNNN.jsonl, which data_tools.prepare takes as its input, what was dropped under
-DIR/rejected/<stage>/, and DIR/report.json. Run again, it goes on where it was interrupted.
+DIR/rejected/<stage>/, and DIR/report.json. With corpus=DIR2 it goes on to prepare the corpus there, with the options
+prepare.*. Run again, it goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,29 @@ from typing import Any
 from omegaconf import MISSING
 
 from data_tools.compare import compare_task, decide
+from data_tools.config import PrepareConfig
 from data_tools.curation import CleanTask, CurationConfig, FilterTask, Layout, Tally, write_json
 from data_tools.decontaminate import build_index
 from data_tools.executors import ExecutorConfig, run_phase
-from data_tools.funnel import funnel_table
+from data_tools.funnel import DOCUMENTS, REPORT, funnel_table
+from data_tools.prepare import prepare
 from data_tools.read import ReadConfig, Unit, units_of
 from pretrain.config import ConfigError, RunError, run_command, to_dict
 
 CURATION_VERSION = 1
 """Raised when the program begins to give other bytes for the same input."""
-REPORT = "report.json"
 WORK = ".work"
-_PRODUCTS = ("documents", "rejected", REPORT)
+_PRODUCTS = (DOCUMENTS, "rejected", REPORT)
+
+
+@dataclass(kw_only=True, slots=True)
+class CorpusConfig(PrepareConfig):
+    """Options of data_tools.prepare."""
+
+    input: list[str] = field(default_factory=lambda: [DOCUMENTS])
+    """Always the curated text."""
+    output: str = "corpus"
+    """Always the folder `corpus=`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,6 +67,9 @@ class CurateConfig:
     read: ReadConfig = field(default_factory=ReadConfig)
     curation: CurationConfig = field(default_factory=CurationConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+    corpus: str | None = None
+    """Folder of a corpus to prepare from the curated text; null: none."""
+    prepare: CorpusConfig = field(default_factory=CorpusConfig)
 
     def __post_init__(self) -> None:
         if self.unit_bytes < 1:
@@ -64,7 +79,16 @@ class CurateConfig:
 
 
 def curate(config: CurateConfig) -> int:
-    """The whole of it. Returns the exit code."""
+    """The text, and the corpus where one is wanted. Returns the exit code."""
+    code = _curate(config)
+    if code or config.corpus is None:
+        return code
+    print()
+    documents = str(Path(config.output) / DOCUMENTS)
+    return prepare(replace(config.prepare, input=[documents], output=config.corpus))
+
+
+def _curate(config: CurateConfig) -> int:
     output = Path(config.output).expanduser().resolve()
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output={config.output} is a file; give a folder")
@@ -139,7 +163,7 @@ def _check_bad(config: CurateConfig, tally: Tally, layout: Layout) -> None:
 def _recipe(config: CurateConfig, units: list[Unit]) -> dict[str, Any]:
     """All that decides the bytes of the result."""
     options = to_dict(config)
-    for name in ("input", "output", "overwrite", "executor", "max_bad_frac"):
+    for name in ("input", "output", "overwrite", "executor", "max_bad_frac", "corpus", "prepare"):
         del options[name]
     # All that decides the content: not where it lies.
     facts = [(u.name, u.source, u.kind, u.start, u.stop, u.version) for u in units]

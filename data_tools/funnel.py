@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from data_tools.card import plain_table
+from data_tools.tables import plain_table
 
+DOCUMENTS, REPORT = "documents", "report.json"
+"""In the folder of a curation: the text, and what was done."""
 _SHOWN = 12
+
+
+def curations_of(inputs: Iterable[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Those of a preparation's inputs that are curated text: where, and their reports."""
+    found = []
+    for entry in inputs:
+        folder = Path(entry).expanduser().resolve()
+        report = folder.parent / REPORT
+        if folder.name == DOCUMENTS and report.is_file():
+            found.append((folder.parent.name, json.loads(report.read_text(encoding="utf-8"))))
+    return found
 
 
 def funnel_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -240,6 +240,13 @@ class _Gatherer:
                 f"input={','.join(self._config.input)} leaves no document: {state.funnel.read} read, "
                 f"dropped: {dropped or 'none'}"
             )
+        unknown = sorted(name for name, known in state.licenses.items() if {"unknown", ""} & set(known))
+        if unknown and self._config.require_licenses:
+            others = " and others" if len(unknown) > 5 else ""
+            raise ConfigError(
+                f"the license of {', '.join(unknown[:5])}{others} is not known; state it in the field license of "
+                "the records, or for all of them with license=NAME"
+            )
         digests = np.concatenate(self._digests)
         below = heldout_bound(digests[:, 1], self._config.heldout_frac)
         heldout = digests[:, 1] < np.uint64(below)

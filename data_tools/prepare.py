@@ -14,13 +14,15 @@ import shutil
 import sys
 from pathlib import Path
 
-from data_tools.card import card, plain_table, source_rows
+from data_tools.card import HEADERS, card, source_rows
 from data_tools.config import PrepareConfig
 from data_tools.encode import WorkerDiedError, encode_parts
 from data_tools.fertility import heldout_texts, measure
+from data_tools.funnel import curations_of, funnel_table
 from data_tools.gather import Gathered, gather
 from data_tools.pack import pack
 from data_tools.sources import find_files
+from data_tools.tables import plain_table
 from data_tools.vocabulary import train_tokenizer
 from data_tools.workspace import (
     CARD_NAME,
@@ -122,13 +124,17 @@ def _build(config: PrepareConfig, gathered: Gathered, work: Path, corpus: Path) 
         fits = measure(
             Tokenizer(corpus / TOKENIZER_NAME), heldout_texts(corpus / HELDOUT_FOLDER / HELDOUT_TEXT)
         )
-    text = card(manifest, heldout, gathered.funnel, kind, fits)
+    curations = curations_of(config.input)
+    funnels = [funnel_table(report) for _, report in curations]
+    text = card(manifest, heldout, gathered.funnel, kind, fits, funnels)
     write_atomically(corpus / CARD_NAME, text.encode())
     report = json.loads((work / REPORT_NAME).read_text(encoding="utf-8"))
     funnel = {
         name: getattr(gathered.funnel, name) for name in ("read", "dropped", "kept", "kept_bytes", "heldout")
     }
     report |= {"created_by": manifest.created_by, "root_sha256": manifest.root_sha256, "funnel": funnel}
+    report["curations"] = {name: report["recipe"] for name, report in curations}
+    report["curation_funnels"] = funnels
     report["tokenizer"] = {
         "sha256": manifest.tokenizer_sha256,
         "kind": kind,
@@ -145,7 +151,7 @@ def _report(output: Path) -> None:
     summary = json.loads((output / REPORT_NAME).read_text(encoding="utf-8"))["summary"]
     print("\n".join(summary))
     print()
-    print(plain_table(source_rows(manifest, _SOURCES_SHOWN)))
+    print(plain_table(source_rows(manifest, _SOURCES_SHOWN), HEADERS))
     print(
         f"\n{manifest.n_tokens:,} tokens of a vocabulary of {manifest.vocab_size:,} in {manifest.n_chunks:,} chunks "
         f"of {manifest.chunk_tokens:,}\ncorpus: {output / MANIFEST_NAME}"

@@ -159,9 +159,8 @@ def _describe(
     funnel.kept_bytes = sum(s.text_bytes for m in (manifest, heldout) if m for s in m.sources)
     funnel.heldout = heldout.n_documents if heldout else 0
     tokenizer = report["tokenizer"]
-    text = card(
-        manifest, heldout, funnel, tokenizer.get("kind", "sentencepiece"), tokenizer.get("heldout_fit", {})
-    )
+    kind, fits = tokenizer.get("kind", "sentencepiece"), tokenizer.get("heldout_fit", {})
+    text = card(manifest, heldout, funnel, kind, fits, report.get("curation_funnels", []))
     write_atomically(work / CARD_NAME, text.encode())
     names = ("read", "dropped", "kept", "kept_bytes", "heldout")
     report |= {"root_sha256": manifest.root_sha256, "funnel": {name: getattr(funnel, name) for name in names}}

@@ -10,7 +10,8 @@ import random
 import sys
 from pathlib import Path
 
-from data_tools.card import plain_table, source_rows
+from data_tools.card import HEADERS, source_rows
+from data_tools.tables import plain_table
 from data_tools.workspace import HELDOUT_FOLDER, TOKENIZER_NAME
 from pretrain.config import ConfigError, ExitCode
 from pretrain.shards import MANIFEST_NAME, Corpus, CorruptShardError, Manifest, load_manifest
@@ -31,7 +32,7 @@ def describe(manifest: Manifest, folder: Path) -> str:
         f"tokenizer: {manifest.vocab_size:,} entries, sha256 {manifest.tokenizer_sha256}",
         f"root hash: {manifest.root_sha256}",
         "",
-        plain_table(source_rows(manifest)),
+        plain_table(source_rows(manifest), HEADERS),
     ]
     heldout = folder / HELDOUT_FOLDER / MANIFEST_NAME
     if heldout.exists():

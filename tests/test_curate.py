@@ -16,10 +16,13 @@ from typing import Any
 
 import pytest
 
+from data_tools.config import PrepareConfig, TokenizerConfig
 from data_tools.curate import CurateConfig, curate
 from data_tools.curation import STAGES
-from data_tools.funnel import funnel_rows
+from data_tools.funnel import funnel_rows, funnel_table
+from data_tools.prepare import prepare
 from pretrain.config import ConfigError, load_config
+from pretrain.shards import load_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROSE = (
@@ -244,19 +247,24 @@ def test_a_folder_of_something_else_is_refused(text: Path, tmp_path: Path) -> No
         curate(config(text, tmp_path))
 
 
-def test_the_corpus_is_prepared_from_curated_text(curated: Path, tmp_path: Path) -> None:
-    from data_tools.config import PrepareConfig, TokenizerConfig
-    from data_tools.prepare import prepare
-    from pretrain.shards import load_manifest
-
-    options = PrepareConfig(
-        input=[str(curated / "documents")],
-        output=str(tmp_path / "corpus"),
-        workers=1,
-        tokenizer=TokenizerConfig(vocab_size=2000),
-    )
-    assert prepare(options) == 0
+def test_one_command_makes_the_corpus_and_its_card(text: Path, tmp_path: Path) -> None:
+    more = ("executor.workers=1", f"corpus={tmp_path / 'corpus'}", "prepare.tokenizer.vocab_size=2000")
+    for _ in range(2):  # the second time, all is there
+        assert curate(config(text, tmp_path / "out", *more, "prepare.workers=1")) == 0
     manifest = load_manifest(tmp_path / "corpus" / "manifest.json")
     heldout = load_manifest(tmp_path / "corpus" / "heldout" / "manifest.json")
-    assert manifest.n_documents + heldout.n_documents == len(kept(curated))
+    assert manifest.n_documents + heldout.n_documents == len(kept(tmp_path / "out"))
     assert {source.name for source in manifest.sources} >= {"code"}
+    card = (tmp_path / "corpus" / "README.md").read_text(encoding="utf-8")
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert funnel_table(report) in card
+    assert "personal data and unfit text were not looked for" not in card
+    lineage = json.loads((tmp_path / "corpus" / "prepare.json").read_text(encoding="utf-8"))["curations"]
+    assert lineage == {"out": report["recipe"]}
+    # As if prepared by hand.
+    by_hand = PrepareConfig(
+        input=[str(tmp_path / "out" / "documents")],
+        output=str(tmp_path / "corpus"),
+        tokenizer=TokenizerConfig(vocab_size=2000),
+    )
+    assert prepare(by_hand) == 0

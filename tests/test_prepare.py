@@ -723,6 +723,23 @@ def test_a_manifest_of_another_corpus_is_seen(small: tuple[Path, Path], prepared
     assert "heldout/manifest.json has" in problems[0]
 
 
+# --- the card ---
+
+
+def test_a_license_that_is_not_known_is_refused_where_licenses_are_required(tmp_path: Path) -> None:
+    records = [
+        *numbered(20),
+        {"id": "free", "text": ENGLISH.format("free"), "source": "b", "license": "CC0-1.0"},
+    ]
+    source = write_jsonl(tmp_path / "a.jsonl", records)
+    options = {"require_licenses": True, "tokenizer": TokenizerConfig(vocab_size=400)}
+    with pytest.raises(ConfigError, match=r"^the license of a is not known; state it"):
+        prepare(config(tmp_path / "out", source, **options))
+    assert prepare(config(tmp_path / "out", source, license="MIT", **options)) == 0
+    sources = load_manifest(tmp_path / "out/manifest.json").sources
+    assert {s.name: s.license for s in sources} == {"a": "MIT", "b": "CC0-1.0"}
+
+
 # --- the tokenizer's fit ---
 
 
