@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -174,20 +174,34 @@ def _recipe(config: CurateConfig, units: list[Unit]) -> dict[str, Any]:
         "files": _hashes_of_files(config.curation),
         "input": {"units": len(units), "sha256": hashlib.sha256(listing.encode()).hexdigest()},
         # Packages whose results are part of ours.
-        "packages": {name: version(name) for name in ("ftfy", "py3langid", "trafilatura")},
+        "packages": {name: _version(name) for name in ("ftfy", "py3langid", "trafilatura")},
     }
 
 
 def _hashes_of_files(curation: CurationConfig) -> dict[str, str]:
-    """The content of every file that the options name: models, word lists, evaluation sets."""
+    """The content of every file on this machine that the options name: models, word lists, evaluation sets."""
+
+    def strings(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            for inner in value.values() if isinstance(value, dict) else value:
+                yield from strings(inner)
+
     hashes = {}
     for name in curation.stages:
-        for value in to_dict(getattr(curation, name)).values():
-            for path in value if isinstance(value, list) else [value]:
-                if isinstance(path, str) and "/" in path and Path(path).expanduser().is_file():
-                    with Path(path).expanduser().open("rb") as file:
-                        hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
+        for path in strings(to_dict(getattr(curation, name))):
+            if path and Path(path).expanduser().is_file():
+                with Path(path).expanduser().open("rb") as file:
+                    hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _key(recipe: dict[str, Any]) -> str:

@@ -215,6 +215,29 @@ def test_another_recipe_is_refused_until_told(text: Path, curated: Path, tmp_pat
     assert len(kept(output)) == len(documents())  # one is a copy, one is new
 
 
+def test_another_content_of_a_named_file_is_noticed(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is named without a folder."""
+    monkeypatch.chdir(tmp_path)
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"text": PROSE[200:330]}) + "\n")
+    few = [
+        "executor.workers=1",
+        "curation.stages=[decontaminate]",
+        "curation.decontaminate.files=[questions.jsonl]",
+    ]
+    few += ["curation.dedup.near=false"]
+    assert curate(config(text, tmp_path / "out", *few)) == 0
+    out = [stage for stage, _ in rejected(tmp_path / "out").values()]
+    assert out.count("decontaminate") == 14  # the reports in English, the copy and the mail
+    questions.write_text(
+        json.dumps({"text": "When will the committee meet again? Nobody knows it, and nobody asks."}) + "\n"
+    )
+    with pytest.raises(ConfigError, match=r"\(files differ\)"):
+        curate(config(text, tmp_path / "out", *few))
+
+
 def test_bad_records_are_counted_and_kept_aside(text: Path, tmp_path: Path) -> None:
     dirty = tmp_path / "dirty.jsonl"
     dirty.write_bytes(text.read_bytes() + b'{"text": "no end\n{"no": "text"}\n\xff\xfe\n')
