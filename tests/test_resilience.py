@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import ConfigError
+from pretrain.heartbeat import LAUNCHER_LOST
 from pretrain.resilience import StopRequest, lock_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,4 +98,4 @@ def test_ranks_hear_of_a_killed_launcher(tmp_path: Path) -> None:
     deadline = time.monotonic() + 20
     while not (tmp_path / "asked").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert (tmp_path / "asked").read_text() == "SIGTERM"
+    assert (tmp_path / "asked").read_text() == LAUNCHER_LOST
