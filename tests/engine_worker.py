@@ -78,6 +78,8 @@ def run(job: dict, world: World) -> None:
     losses, norms = [], []
     for step in range(first, first + job["steps"]):
         result = engine.train_step(batches_of_step(step, world), step, lr=LR)
+        assert not result.memory_changed, "nothing flips bits here"
+        engine.evaluate(batches_of_step(step, world)[0])  # between two updates it may change nothing either
         (nll,) = sum_over_ranks([float(result.nll_sum)], world)
         losses.append(nll / result.n_predicted)
         norms.append(result.grad_norm)
