@@ -71,7 +71,7 @@ class ReadConfig:
         for name in self.__slots__:
             value = getattr(self, name)
             if value == "" or (isinstance(value, int) and value < 1):
-                raise ConfigError(f"curation.read.{name}={value!r}: allowed are names and numbers above 0")
+                raise ConfigError(f"read.{name}={value!r}: allowed are names and numbers above 0")
 
 
 @dataclass(frozen=True, slots=True)

@@ -558,5 +558,5 @@ def test_a_page_that_is_too_large_is_a_bad_record(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["max_line_bytes", "max_ratio", "max_unpacked_bytes", "text_field"])
 def test_a_wrong_option_is_named(key: str) -> None:
-    with pytest.raises(ConfigError, match=f"curation.read.{key}"):
+    with pytest.raises(ConfigError, match=f"read.{key}"):
         ReadConfig(**{key: "" if key == "text_field" else 0})
