@@ -37,8 +37,6 @@ from pretrain.config import ConfigError
 # Placeholders of personal data would hide what an evaluation set shares, so they come last.
 STAGES = ("normalize", "language", "boilerplate", "quality", "harm", "decontaminate", "pii")
 READ, DEDUP = "read", "dedup"
-LENGTH_BOUNDS = [2**power for power in range(4, 25)]
-"""Characters, of the statistics of lengths."""
 
 
 @dataclass(kw_only=True, slots=True)

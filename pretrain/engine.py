@@ -176,9 +176,8 @@ class Engine:
                 self._deepspeed.step()  # counts micro batches
         changed = self._sums.changed()
         grad_norm, skipped = self._plain_update() if self._stage == 0 else self._update()
-        if (
-            skipped
-        ):  # DeepSpeed then lets go of the small parameters that it keeps whole, until the next forward pass
+        if skipped:
+            # DeepSpeed then lets go of the small parameters that it keeps whole, until the next forward pass.
             self._sums.forget()
         else:
             self._sums.remember()
