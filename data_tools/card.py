@@ -7,7 +7,7 @@ from typing import Any
 
 from data_tools.fertility import fit_lines
 from data_tools.gather import Funnel
-from pretrain.shards import CorpusSource, Manifest
+from pretrain.manifest import CorpusSource, Manifest
 
 _NOT_CURATED = " There was no other filter: personal data and unfit text were not looked for."
 HEADERS = ("source", "documents", "tokens", "text MB", "bytes per token", "license")

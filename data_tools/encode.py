@@ -28,7 +28,7 @@ import numpy as np
 
 from data_tools.gather import Gathered, json_array, part_path, read_part, save_arrays
 from data_tools.progress import stage
-from pretrain.shards import token_dtype
+from pretrain.manifest import token_dtype
 from pretrain.tokenizer import Tokenizer
 
 

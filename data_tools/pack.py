@@ -22,7 +22,8 @@ from data_tools.encode import EncodedPart, load_encoded, tokens_path
 from data_tools.gather import Gathered
 from data_tools.progress import stage
 from data_tools.workspace import HELDOUT_FOLDER, HELDOUT_TEXT, TOKENIZER_NAME
-from pretrain.shards import CorpusSource, CorpusWriter, Manifest
+from pretrain.corpus_writer import CorpusWriter
+from pretrain.manifest import CorpusSource, Manifest
 from pretrain.tokenizer import Tokenizer
 
 LARGEST_CHUNK_TOKENS = 1 << 18

@@ -39,7 +39,7 @@ from data_tools.workspace import (
     remove_work,
 )
 from pretrain.config import run_command
-from pretrain.shards import MANIFEST_NAME, Manifest, load_manifest, write_atomically
+from pretrain.manifest import MANIFEST_NAME, Manifest, load_manifest, write_atomically
 from pretrain.tokenizer import Tokenizer
 
 _SOURCES_SHOWN = 12

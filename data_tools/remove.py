@@ -34,15 +34,9 @@ from data_tools.workspace import (
     publish,
 )
 from pretrain.config import ConfigError, ExitCode
-from pretrain.shards import (
-    MANIFEST_NAME,
-    Corpus,
-    CorpusSource,
-    CorpusWriter,
-    CorruptShardError,
-    Manifest,
-    write_atomically,
-)
+from pretrain.corpus_writer import CorpusWriter
+from pretrain.manifest import MANIFEST_NAME, CorpusSource, CorruptShardError, Manifest, write_atomically
+from pretrain.shards import Corpus
 
 
 @dataclass(frozen=True, slots=True)

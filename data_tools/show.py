@@ -14,7 +14,8 @@ from data_tools.card import HEADERS, source_rows
 from data_tools.tables import plain_table
 from data_tools.workspace import HELDOUT_FOLDER, TOKENIZER_NAME
 from pretrain.config import ConfigError, ExitCode
-from pretrain.shards import MANIFEST_NAME, Corpus, CorruptShardError, Manifest, load_manifest
+from pretrain.manifest import MANIFEST_NAME, CorruptShardError, Manifest, load_manifest
+from pretrain.shards import Corpus
 from pretrain.tokenizer import Tokenizer
 
 _TEXT_LINES, _LINE_CHARS = 12, 110

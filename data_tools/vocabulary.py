@@ -13,7 +13,7 @@ from data_tools.config import TokenizerConfig
 from data_tools.gather import Gathered, part_path, read_digests, read_part
 from data_tools.progress import waiting
 from pretrain.config import ConfigError
-from pretrain.shards import write_atomically
+from pretrain.manifest import write_atomically
 from pretrain.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 
 DEFAULT_VOCAB_SIZE = 16384

@@ -20,7 +20,8 @@ from typing import Any
 from data_tools.config import PrepareConfig
 from data_tools.sources import PYTHON, InputFile
 from pretrain.config import ConfigError, to_dict
-from pretrain.shards import MANIFEST_NAME, SHARDS_FOLDER, load_manifest, sync_folder, write_atomically
+from pretrain.manifest import MANIFEST_NAME, load_manifest, sync_folder, write_atomically
+from pretrain.shards import SHARDS_FOLDER
 
 REPORT_NAME = "prepare.json"
 CARD_NAME = "README.md"

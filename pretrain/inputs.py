@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pretrain.config import ConfigError, TrainConfig
-from pretrain.shards import load_manifest
+from pretrain.manifest import load_manifest
 
 VOCABULARY_MULTIPLE = (
     64  # matrix kernels like the output head's width in multiples of 64 (nanoGPT: 25% faster)

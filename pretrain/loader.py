@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pretrain.config import ConfigError, DataConfig, RunError, SourceConfig
 from pretrain.heartbeat import memory_ran_out
+from pretrain.manifest import CorruptShardError
 from pretrain.order import (
     Ints,
     Location,
@@ -35,7 +36,7 @@ from pretrain.order import (
     rank_samples,
     step_start,
 )
-from pretrain.shards import Corpus, CorruptShardError
+from pretrain.shards import Corpus
 
 IGNORED_LABEL = -100
 """Label of a position at which nothing is to be predicted."""

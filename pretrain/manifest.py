@@ -1,6 +1,6 @@
 """What a corpus holds: its manifest.json, the index of a shard, and how its files are written, hashed and checked.
 
-The corpus itself is `pretrain/shards.py`, which offers everything here too.
+The corpus itself is read by `pretrain/shards.py` and written by `pretrain/corpus_writer.py`.
 """
 
 from __future__ import annotations

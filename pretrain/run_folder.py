@@ -10,8 +10,8 @@ from typing import Any
 from pretrain.config import ConfigError, TrainConfig, to_dict
 from pretrain.inputs import tokenizer_path
 from pretrain.journal import HELDOUT_PREFIX, read_metrics
+from pretrain.manifest import load_manifest, write_atomically
 from pretrain.monitor import new_run_id
-from pretrain.shards import load_manifest, write_atomically
 from pretrain.tokenizer import Tokenizer
 
 NOT_OF_THE_RUN = ("run_dir", "stop_at_step", "stop_after_s")

@@ -1,4 +1,4 @@
-"""The on-disk contract of a corpus: its manifest, writing it, verifying it, random access to its tokens.
+"""The on-disk contract of a corpus: random access to its tokens, and verifying them (`corpus_writer.py` writes).
 
 A corpus is a folder of webdataset tar shards and one `manifest.json`:
 
@@ -16,16 +16,14 @@ first piece, else 0).
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
 import tarfile
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -33,23 +31,16 @@ import xxhash
 from pretrain.config import ConfigError
 from pretrain.manifest import (
     DOCUMENTS,
-    MANIFEST_NAME,
     TOKENS,
-    CorpusSource,
     CorruptShardError,
     FileInfo,
     Manifest,
-    ShardInfo,
     describe_file,
     header_problem,
     load_manifest,
     member_name,
-    padded_bytes,
     read_index,
     resolve_inside,
-    sync_folder,
-    token_dtype,
-    write_atomically,
 )
 
 SHARDS_FOLDER = "shards"
@@ -222,163 +213,6 @@ def _parse_documents(content: bytes, where: str) -> ChunkDocuments:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CorruptShardError(f"{where} is no list of documents; prepare the corpus again") from error
     return found
-
-
-class CorpusWriter:
-    """Writes a corpus; the same calls give the same bytes.
-
-    Every file gets a temporary name, is synced and renamed; the manifest comes last, in `finish`.
-    `sources` are the names, or names with licenses, that `add_document` may use. Raises ConfigError
-    where `folder` holds a corpus already.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        tokenizer_sha256: str,
-        vocab_size: int,
-        bos_id: int,
-        eos_id: int,
-        chunk_tokens: int,
-        sources: Sequence[str | CorpusSource],
-        shard_bytes: int = 1 << 30,
-        files: Sequence[str] = (),
-    ) -> None:
-        self.folder = Path(folder)
-        if (self.folder / MANIFEST_NAME).exists():
-            raise ConfigError(f"{self.folder} holds a corpus already; choose another folder")
-        (self.folder / SHARDS_FOLDER).mkdir(parents=True, exist_ok=True)
-        self._sources = [
-            CorpusSource(name=s) if isinstance(s, str) else CorpusSource(**asdict(s)) for s in sources
-        ]
-        self._source_index = {source.name: i for i, source in enumerate(self._sources)}
-        self._header: dict[str, Any] = {
-            "tokenizer_sha256": tokenizer_sha256,
-            "vocab_size": vocab_size,
-            "bos_id": bos_id,
-            "eos_id": eos_id,
-            "chunk_tokens": chunk_tokens,
-        }
-        self._dtype = token_dtype(vocab_size)
-        self._vocab_size, self._chunk_tokens = vocab_size, chunk_tokens
-        self._shard_bytes, self._files = shard_bytes, list(files)
-        self._shards: list[ShardInfo] = []
-        self._shard: _ShardWriter | None = None
-        self._n_chunks = 0
-        self._buffer = np.empty(chunk_tokens, dtype=self._dtype.newbyteorder("<"))
-        self._start_chunk()
-
-    def _start_chunk(self) -> None:
-        self._filled = 0
-        self._pieces: dict[str, list[Any]] = {field.name: [] for field in fields(ChunkDocuments)}
-
-    def add_document(
-        self, tokens: Sequence[int] | np.ndarray, *, source: str, document_id: str, text_bytes: int = 0
-    ) -> None:
-        """Append one document, its bos and eos included in `tokens`. Raises ValueError for a foreign id."""
-        array = np.asarray(tokens)
-        if array.ndim != 1 or not len(array):
-            raise ValueError(f"document {document_id!r} is not a non-empty row of tokens")
-        if int(array.min()) < 0 or int(array.max()) >= self._vocab_size:
-            raise ValueError(f"document {document_id!r} has token ids outside 0 to {self._vocab_size - 1}")
-        totals = self._sources[number := self._source_index[source]]
-        totals.documents += 1
-        totals.tokens += len(array)
-        totals.text_bytes += text_bytes
-        done = 0
-        while done < len(array):
-            room = min(self._chunk_tokens - self._filled, len(array) - done)
-            piece = (self._filled, number, document_id, done, 0 if done else text_bytes)
-            for values, value in zip(self._pieces.values(), piece, strict=True):
-                values.append(value)
-            self._buffer[self._filled : self._filled + room] = array[done : done + room]
-            self._filled += room
-            done += room
-            if self._filled == self._chunk_tokens:
-                self._flush_chunk()
-
-    def _flush_chunk(self) -> None:
-        tokens = self._buffer[: self._filled].tobytes()
-        documents = json.dumps(self._pieces, ensure_ascii=False, separators=(",", ":")).encode()
-        size = padded_bytes(len(tokens)) + padded_bytes(len(documents))
-        if self._shard is not None and self._shard.bytes + size > self._shard_bytes:
-            self._shards.append(self._shard.finish())
-            self._shard = None
-        if self._shard is None:
-            name = f"shard-{len(self._shards):05d}.tar"
-            self._shard = _ShardWriter(self.folder / SHARDS_FOLDER, name, self._n_chunks)
-        self._shard.add(tokens, documents, self._filled, self._pieces["offsets"].count(0))
-        self._n_chunks += 1
-        self._start_chunk()
-
-    def finish(self) -> Manifest:
-        """Write what is left, then the manifest. Raises ValueError where no document was added."""
-        if self._filled:
-            self._flush_chunk()
-        if self._shard is None:
-            raise ValueError(f"no document was added to the corpus {self.folder}")
-        self._shards.append(self._shard.finish())
-        self._shard = None
-        manifest = Manifest(
-            **self._header,
-            dtype=self._dtype.name,
-            n_chunks=self._n_chunks,
-            n_tokens=sum(shard.tokens for shard in self._shards),
-            n_documents=sum(shard.documents for shard in self._shards),
-            sources=self._sources,
-            shards=self._shards,
-            files=[describe_file(self.folder, name) for name in self._files],
-        )
-        manifest.root_sha256 = manifest.compute_root_sha256()
-        write_atomically(self.folder / MANIFEST_NAME, manifest.to_json().encode())
-        return manifest
-
-
-class _ShardWriter:
-    """One tar under a temporary name, hashed while it is written."""
-
-    def __init__(self, folder: Path, name: str, first_chunk: int) -> None:
-        self.folder = folder
-        self.info = ShardInfo(name=name, first_chunk=first_chunk)
-        self._temporary = folder / f".{name}.tmp"
-        self._file: BinaryIO = self._temporary.open("wb")
-        self._sha256 = hashlib.sha256()
-        self._rows: list[list[tuple[int, int, int]]] = []
-        self.bytes = 0
-
-    def _write(self, content: bytes) -> None:
-        self._file.write(content)
-        self._sha256.update(content)
-        self.bytes += len(content)
-
-    def _member(self, kind: int, content: bytes) -> tuple[int, int, int]:
-        header = tarfile.TarInfo(member_name(self.info.first_chunk + len(self._rows), kind))
-        header.size = len(content)  # mtime, uid and gid are 0, owner names empty: TarInfo's defaults
-        self._write(header.tobuf(tarfile.USTAR_FORMAT))
-        offset = self.bytes
-        self._write(content + bytes(-len(content) % _BLOCK))
-        return offset, len(content), xxhash.xxh3_64_intdigest(content)
-
-    def add(self, tokens: bytes, documents: bytes, n_tokens: int, n_documents: int) -> None:
-        self._rows.append([self._member(TOKENS, tokens), self._member(DOCUMENTS, documents)])
-        self.info.chunks += 1
-        self.info.tokens += n_tokens
-        self.info.documents += n_documents
-
-    def finish(self) -> ShardInfo:
-        self._write(bytes(2 * _BLOCK))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        index = io.BytesIO()
-        np.save(index, np.array(self._rows, dtype="<u8"), allow_pickle=False)
-        write_atomically(self.folder / self.info.index_name, index.getvalue())
-        os.replace(self._temporary, self.folder / self.info.name)
-        sync_folder(self.folder)
-        self.info.bytes, self.info.sha256 = self.bytes, self._sha256.hexdigest()
-        self.info.index_sha256 = hashlib.sha256(index.getvalue()).hexdigest()
-        return self.info
 
 
 def verify_corpus(manifest_path: str | Path, progress: Progress | None = None) -> list[str]:

@@ -22,7 +22,7 @@ from data_tools.curation import STAGES
 from data_tools.funnel import funnel_rows, funnel_table
 from data_tools.prepare import prepare
 from pretrain.config import ConfigError, load_config
-from pretrain.shards import load_manifest
+from pretrain.manifest import load_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROSE = (

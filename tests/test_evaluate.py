@@ -19,6 +19,7 @@ from launching import ROOT, Ranks
 from trained_run import SMALL, make_run, run_script, script, train_tokenizer
 
 from pretrain.config import ConfigError
+from pretrain.corpus_writer import CorpusWriter
 from pretrain.distributed import World
 from pretrain.evaluate import (
     HeldOutResult,
@@ -30,7 +31,7 @@ from pretrain.evaluate import (
 )
 from pretrain.loader import Batch
 from pretrain.model import Decoder, LossSums
-from pretrain.shards import Corpus, CorpusWriter
+from pretrain.shards import Corpus
 from pretrain.trained import load_trained
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))

@@ -30,6 +30,7 @@ ORDER = [
     "manifest",
     "tokenizer",
     "shards",
+    "corpus_writer",
     "inputs",
     "order",
     "loader",
@@ -56,7 +57,7 @@ ORDER = [
 ]
 # The ends of the line do not know each other; the trainer may evaluate.
 ENDS = {"export", "evaluate", "generate", "planner", "trainer"}
-DATA_TOOLS_MAY_IMPORT = {"config", "tokenizer", "manifest", "shards"}
+DATA_TOOLS_MAY_IMPORT = {"config", "tokenizer", "manifest", "shards", "corpus_writer"}
 
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 60

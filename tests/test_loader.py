@@ -23,9 +23,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import ConfigError, DataConfig, SourceConfig, StageConfig
+from pretrain.corpus_writer import CorpusWriter
 from pretrain.loader import IGNORED_LABEL, Batch, TrainLoader, _MicroBatches, build_batch
 from pretrain.order import Location, OrderState
-from pretrain.shards import Corpus, CorpusWriter
+from pretrain.shards import Corpus
 
 CHUNK = 64
 BOS, EOS = 1, 2

@@ -14,7 +14,8 @@ from data_tools.prepare import prepare
 from data_tools.remove import documents_of, remove
 from data_tools.verify import verify
 from pretrain.config import ConfigError
-from pretrain.shards import Corpus, load_manifest
+from pretrain.manifest import load_manifest
+from pretrain.shards import Corpus
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from pretrain.config import ConfigError
-from pretrain.shards import Corpus, CorpusWriter
+from pretrain.corpus_writer import CorpusWriter
+from pretrain.shards import Corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [*sorted(ROOT.glob("launch/*.sh")), ROOT / "tests/run.sh", ROOT / ".ci/run"]

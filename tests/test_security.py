@@ -33,7 +33,8 @@ from trained_run import make_run, train_tokenizer
 
 from pretrain import checkpoint, manifest, shards, tokenizer, trained
 from pretrain.config import ConfigError
-from pretrain.shards import Corpus, CorruptShardError, Manifest, load_manifest, verify_corpus
+from pretrain.manifest import CorruptShardError, Manifest, load_manifest
+from pretrain.shards import Corpus, verify_corpus
 from pretrain.tokenizer import Tokenizer
 
 SHIM = ROOT / "tests" / "fault_shims" / "pickles"

@@ -20,16 +20,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from pretrain.config import ConfigError
-from pretrain.shards import (
-    Corpus,
-    CorpusSource,
-    CorpusWriter,
-    CorruptShardError,
-    Manifest,
-    load_manifest,
-    token_dtype,
-    verify_corpus,
-)
+from pretrain.corpus_writer import CorpusWriter
+from pretrain.manifest import CorpusSource, CorruptShardError, Manifest, load_manifest, token_dtype
+from pretrain.shards import Corpus, verify_corpus
 
 os.environ["WDS_SECURE"] = "1"  # read when webdataset is imported
 import webdataset

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from pretrain.shards import CorpusWriter
+from pretrain.corpus_writer import CorpusWriter
 from pretrain.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
