@@ -20,8 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import fsspec
 from omegaconf import MISSING
 
 from data_tools.compare import compare_task, decide
@@ -179,7 +180,7 @@ def _recipe(config: CurateConfig, units: list[Unit]) -> dict[str, Any]:
 
 
 def _hashes_of_files(curation: CurationConfig) -> dict[str, str]:
-    """The content of every file on this machine that the options name: models, word lists, evaluation sets."""
+    """The content of every file that the options name, here or by URL: models, word lists, evaluation sets."""
 
     def strings(value: Any) -> Iterator[str]:
         if isinstance(value, str):
@@ -191,10 +192,17 @@ def _hashes_of_files(curation: CurationConfig) -> dict[str, str]:
     hashes = {}
     for name in curation.stages:
         for path in strings(to_dict(getattr(curation, name))):
-            if path and Path(path).expanduser().is_file():
-                with Path(path).expanduser().open("rb") as file:
-                    hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
+            if "://" in path or (path and Path(path).expanduser().is_file()):
+                with fsspec.open(path if "://" in path else str(Path(path).expanduser()), "rb") as file:
+                    hashes[path] = _sha256(file)
     return hashes
+
+
+def _sha256(file: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def _version(package: str) -> str | None:

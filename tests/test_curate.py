@@ -152,7 +152,7 @@ def test_what_is_done_to_text(curated: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("workers", [3])
+@pytest.mark.parametrize("workers", [3, 8])
 def test_any_number_of_workers_gives_the_same_bytes(
     workers: int, text: Path, curated: Path, tmp_path: Path
 ) -> None:
@@ -215,17 +215,18 @@ def test_another_recipe_is_refused_until_told(text: Path, curated: Path, tmp_pat
     assert len(kept(output)) == len(documents())  # one is a copy, one is new
 
 
+@pytest.mark.parametrize("scheme", ["", "file://{}/"])
 def test_another_content_of_a_named_file_is_noticed(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scheme: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where it is named without a folder."""
+    """Also where it is named without a folder, or by URL."""
     monkeypatch.chdir(tmp_path)
     questions = tmp_path / "questions.jsonl"
     questions.write_text(json.dumps({"text": PROSE[200:330]}) + "\n")
     few = [
         "executor.workers=1",
         "curation.stages=[decontaminate]",
-        "curation.decontaminate.files=[questions.jsonl]",
+        f"curation.decontaminate.files=['{scheme.format(tmp_path)}questions.jsonl']",
     ]
     few += ["curation.dedup.near=false"]
     assert curate(config(text, tmp_path / "out", *few)) == 0
