@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Within pretrain/ a file imports only files that stand above it here.
 ORDER = [
     "schemas",
+    "data_schemas",
+    "stages",
     "config",
     "heartbeat",
     "watchdog",
@@ -32,7 +34,11 @@ ORDER = [
     "shards",
     "corpus_writer",
     "inputs",
+    "permutation",
     "order",
+    "order_state",
+    "packing",
+    "sequences",
     "loader",
     "model",
     "objectives",
