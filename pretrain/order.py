@@ -115,6 +115,7 @@ class Order:
         if starts[0] != 0 or sorted(starts) != starts:
             raise ValueError(f"stages begin at {starts}, not at increasing samples from 0")
         self.stages, self.lanes, self.window_chunks, self.seed = list(stages), lanes, window_chunks, seed
+        self._parts = _distinct(stages)
         self._lengths = sorted({stage.sequence_length for stage in stages})
         per_chunk = [[size.sequences_per_chunk(length) for size in sizes] for length in self._lengths]
         common = [math.gcd(lanes, size.n_chunks) for size in sizes]
@@ -138,9 +139,9 @@ class Order:
 
     def _build_stages(self) -> None:
         """Tables of all stages: the pattern [S, P], each place's rank [S, P], quotas [S, K], and where a lane is."""
-        self._first_sample = np.array([stage.first_sample for stage in self.stages], np.int64)
-        self._length = np.array([self._lengths.index(s.sequence_length) for s in self.stages], np.int64)
-        self._quotas = np.array([quotas(stage.drawn_weights) for stage in self.stages], np.int64)
+        self._first_sample = np.array([stage.first_sample for stage in self._parts], np.int64)
+        self._length = np.array([self._lengths.index(s.sequence_length) for s in self._parts], np.int64)
+        self._quotas = np.array([quotas(stage.drawn_weights) for stage in self._parts], np.int64)
         n_stages, n_sources = self._quotas.shape
         lane = np.arange(self.lanes, dtype=np.int64)
         self._rotation = lane * _ROTATION % PERIOD
@@ -280,7 +281,7 @@ class Order:
 
     def chunks_read(self, sample: int) -> NDArray[np.float64]:
         """Chunks of each source that each lane has read before `sample`, in parts of one: [V, K]."""
-        stage = stage_at(self.stages, sample)
+        stage = stage_at(self._parts, sample)
         begin, drawn = self._begin[stage], self._drawn(stage, sample)
         per = self._pieces_per_sample(stage, begin.rest_length)
         n = begin.n + np.maximum(0, drawn + -begin.rest // per)
@@ -300,6 +301,16 @@ class Order:
         lane = np.arange(self.lanes)
         end = -((lane - n_epochs * self._n_chunks[source]) // self.lanes)
         return bool((self.chunks_read(sample)[:, source] > end).any())
+
+
+def _distinct(stages: Sequence[Stage]) -> list[Stage]:
+    """Without stages that change the batch alone, which has no part in the order."""
+    kept = [stages[0]]
+    for stage in stages[1:]:
+        before = quotas(kept[-1].drawn_weights), kept[-1].sequence_length
+        if (quotas(stage.drawn_weights), stage.sequence_length) != before:
+            kept.append(stage)
+    return kept
 
 
 class _Begin(NamedTuple):
