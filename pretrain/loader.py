@@ -26,9 +26,10 @@ from pretrain.config import ConfigError, DataConfig, RunError, SourceConfig
 from pretrain.heartbeat import memory_ran_out
 from pretrain.inputs import check_lengths
 from pretrain.manifest import CorruptShardError
-from pretrain.order import Location, Order, SourceSize, choose_lanes, end_sources, rank_samples
+from pretrain.order import Location, Order, SourceSize
 from pretrain.order_state import OrderState, Substitution
 from pretrain.permutation import Ints
+from pretrain.schedule import choose_lanes, end_sources, rank_samples
 from pretrain.sequences import IGNORED_LABEL as IGNORED_LABEL
 from pretrain.sequences import Counts, SequenceReader, Sequences
 from pretrain.shards import Corpus

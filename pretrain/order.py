@@ -47,21 +47,17 @@ at a time, known ahead.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.config import ConfigError
-from pretrain.permutation import Ints, key_of, permute
-from pretrain.stages import Stage, stage_at, tokens_before
+from pretrain.mixture import PERIOD, interleave, quotas
+from pretrain.permutation import Ints, key_of, permute, unpermute
+from pretrain.stages import Stage, stage_at
 
-PERIOD = 1 << 16
-"""P: positions of a lane after which the mixture pattern repeats; weights are exact to 1 / P."""
-MIN_ROWS = 16
-"""`choose_lanes` gives each lane at least this many chunks per epoch."""
 _ROTATION = 40503  # P / golden ratio, odd: successive lanes start at evenly spread, all different places
 _CHUNKS, _SEQUENCES = 0, 1  # what a permutation is for; part of its key
 
@@ -93,6 +89,15 @@ class Location(NamedTuple):
     """Tokens of the piece, where its chunk has so many."""
     row: Ints
     """Which of the asked samples the piece belongs to; ascending."""
+
+
+class Found(NamedTuple):
+    """Samples that hold something of one chunk; int64 arrays."""
+
+    sample: Ints
+    sequence: Ints
+    epoch: Ints
+    length: Ints
 
 
 class Order:
@@ -155,7 +160,7 @@ class Order:
         self._begin: list[_Begin] = []
         begin = _Begin(*np.zeros((4, self.lanes, n_sources), np.int64))
         for s in range(n_stages):
-            self._pattern[s] = _interleave(self._quotas[s])
+            self._pattern[s] = interleave(self._quotas[s])
             for k in range(n_sources):
                 mine = np.flatnonzero(self._pattern[s] == k)
                 self._rank[s, mine] = np.arange(len(mine))
@@ -279,6 +284,83 @@ class Order:
         shuffled = permute(np.minimum(rest, size - 1), size, key_of(self.seed, _CHUNKS, source, epoch))
         return np.where(is_short & (ordinal == place), last, shuffled)
 
+    def find(self, source: int, chunk: int, end_sample: int) -> Found:
+        """All samples before `end_sample` that hold something of a chunk: the inverse of `locate`."""
+        n_epochs = math.ceil(
+            self.chunks_read(end_sample)[:, source].max() * self.lanes / self._n_chunks[source]
+        )
+        parts = []
+        for epoch in range(n_epochs + 1):
+            place = epoch * self._n_chunks[source] + self._ordinal(source, epoch, chunk)
+            lane, row = int(place % self.lanes), int(place // self.lanes)
+            for length in range(len(self._lengths)):
+                n, sequence = self._drawn_as(length, source, lane, row, epoch)
+                parts += [
+                    (
+                        sample,
+                        sequence[which],
+                        np.full_like(sample, epoch),
+                        np.full_like(sample, self._lengths[length]),
+                    )
+                    for sample, which in self._samples_of(length, source, lane, n)
+                ]
+        found = (
+            [np.concatenate(column) for column in zip(*parts, strict=True)]
+            if parts
+            else [np.empty(0, np.int64)] * 4
+        )
+        kept = found[0] < end_sample
+        ascending = np.argsort(found[0][kept], kind="stable")
+        return Found(*(column[kept][ascending] for column in found))
+
+    def _ordinal(self, source: int, epoch: int, chunk: int) -> int:
+        """The inverse of `_chunk`."""
+        common, last = self._common[source], int(self._n_chunks[source]) - 1
+        is_short = self._missing[0, source] > 0
+        place = int(epoch // (self.lanes // common) % common)
+        if is_short and chunk == last:
+            return place
+        size = np.array([last + 1 - is_short])
+        [rest] = unpermute(np.array([chunk]), size, key_of(self.seed, _CHUNKS, source, epoch)).tolist()
+        return rest + (is_short and rest >= place)
+
+    def _drawn_as(self, length: int, source: int, lane: int, row: int, epoch: int) -> tuple[Ints, Ints]:
+        """When a lane draws the sequences of a row, as the n-th of the source; and which sequence each is."""
+        at = np.array([source]), np.array([lane])
+        rows = self._lane_rows(np.array([length]), *at)
+        _, low, high = self._window(rows, at[1], np.array([row]))
+        begin = rows.samples_before(low)
+        size = rows.samples_before(high) - begin
+        window = (low - self._first_row(rows, at[1], np.array([epoch]))) // self.window_chunks
+        first, end = (int(rows.samples_before(np.array([r]))[0]) for r in (row, row + 1))
+        placed = np.arange(first, end)
+        key = key_of(self.seed, _SEQUENCES, source, epoch, lane, window)
+        return begin + unpermute(placed - begin, np.broadcast_to(size, placed.shape), key), placed - first
+
+    def _samples_of(self, length: int, source: int, lane: int, n: Ints) -> Iterator[tuple[Ints, Ints]]:
+        """The samples that are the n-th sequences of a length from a source on a lane; and which of `n` they are."""
+        for s, quota in enumerate(self._quotas[:, source].tolist()):
+            begin = _Begin(*(int(table[s, lane, source]) for table in self._starts))
+            per = int(self._pieces_per_sample(s, np.array(begin.rest_length)))
+            is_own = (n >= begin.n) & (length == self._length[s])
+            in_rest = (n >= begin.rest_first) & (n < begin.rest_first + begin.rest)
+            for drawn, mask in (
+                (n - begin.n - -begin.rest // per, is_own),
+                ((n - begin.rest_first) // per, in_rest & (length == begin.rest_length)),
+            ):
+                if s + 1 < len(self._parts):
+                    mask &= drawn < self._drawn(s, self._parts[s + 1].first_sample)[lane, source]
+                which = np.flatnonzero(mask & (quota > 0))
+                if len(which):
+                    yield self._sample(s, source, lane, drawn[which]), which
+
+    def _sample(self, stage: int, source: int, lane: int, drawn: Ints) -> Ints:
+        """The inverse of `_draw`."""
+        turn, rank = np.divmod(drawn + self._skipped[stage, lane, source], self._quotas[stage, source])
+        place = np.flatnonzero(self._pattern[stage] == source)[rank]
+        position = turn * PERIOD + place - self._rotation[lane] + self._first_position[stage, lane]
+        return position * self.lanes + lane
+
     def chunks_read(self, sample: int) -> NDArray[np.float64]:
         """Chunks of each source that each lane has read before `sample`, in parts of one: [V, K]."""
         stage = stage_at(self._parts, sample)
@@ -347,88 +429,7 @@ class _LaneRows(NamedTuple):
         return turn * self.n_chunks + (rest + self.missing * after_short) // self.per_chunk
 
 
-def quotas(weights: Sequence[float]) -> list[int]:
-    """Places of each source in a period: proportional to the weights, at least 1 where a weight is positive."""
-    total = math.fsum(weights)  # exactly rounded: the same on every machine
-    if not total > 0:
-        raise ConfigError(
-            f"the mixture's weights {list(weights)} have no positive sum; give at least one source one"
-        )
-    exact = [weight / total * PERIOD for weight in weights]
-    counts = [max(1, math.floor(x)) if x > 0 else 0 for x in exact]
-    left = PERIOD - sum(counts)
-    for k in sorted(range(len(counts)), key=lambda k: counts[k] - exact[k])[: max(left, 0)]:
-        counts[k] += 1
-    for _ in range(-left):  # the sources raised to 1 took more than there was
-        counts[counts.index(max(counts))] -= 1
-    return counts
-
-
-def _interleave(source_quotas: Ints) -> Ints:
-    """The source of each place of the period."""
-    wanted = np.concatenate([(np.arange(q) + 0.5) / max(q, 1) for q in source_quotas.tolist()])
-    return np.repeat(np.arange(len(source_quotas)), source_quotas)[np.argsort(wanted, kind="stable")]
-
-
-def choose_lanes(sizes: list[SourceSize], global_batch_sequences: int) -> int:
-    """V for a new run: the largest divisor of the global batch that leaves each lane enough chunks; at least 1.
-
-    Many lanes are good: a batch then touches many chunks, and with V a multiple of the number of ranks each
-    rank reads chunks that no other rank reads. But a lane shuffles its own chunks only, so that it should have
-    at least MIN_ROWS of them per epoch of every source. A divisor of the batch gives all lanes the same pace.
-    """
-    most = min(size.n_chunks for size in sizes) // MIN_ROWS
-    return max((v for v in range(1, most + 1) if global_batch_sequences % v == 0), default=1)
-
-
-def rank_samples(first: int, count: int, *, lanes: int, rank: int, world_size: int) -> Ints:
-    """Global indices of the samples [first, first + count) of one batch that belong to `rank`: [count / ranks].
-
-    The batch sorted by (lane, index) is split in equal contiguous parts. If count is a multiple of `lanes` and
-    `lanes` of `world_size`, rank r so owns the lanes [r V/R, (r+1) V/R) for the whole run.
-    """
-    if count % world_size:
-        raise ValueError(f"a batch of {count} samples does not split evenly over {world_size} ranks")
-    samples = np.arange(first, first + count, dtype=np.int64)
-    ordered = samples[np.argsort(samples % lanes, kind="stable")]
-    mine = count // world_size
-    return ordered[rank * mine : (rank + 1) * mine]
-
-
 def _order_of(
     sizes: Sequence[SourceSize], stages: Sequence[Stage], lanes: int, window_chunks: int, seed: int
 ) -> Order:
     return Order(sizes, stages, lanes=lanes, window_chunks=window_chunks, seed=seed)
-
-
-def end_sources(
-    order: Order, max_epochs: Sequence[int | None], fixed_samples: int, end_sample: int
-) -> list[Stage]:
-    """The order's stages, with one more wherever a source has been read `max_epochs` times: it is drawn no more.
-
-    What lies before `fixed_samples` stays as it is. Raises ConfigError where all sources end before `end_sample`.
-    """
-    stages = order.stages
-    ends = []
-    for source, most in enumerate(max_epochs):
-        if most is not None and source not in stages[-1].ended and order.is_read(source, most, end_sample):
-            low, high = 0, end_sample  # is_read: not before low, before high
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (low, middle) if order.is_read(source, most, middle) else (middle, high)
-            stage = stages[stage_at(stages, low)]
-            ahead = (low - stage.first_sample) // stage.batch_sequences * stage.batch_sequences
-            ends.append((max(fixed_samples, stage.first_sample + ahead), source))
-    if not ends:
-        return stages
-    first, source = min(ends)
-    at = stage_at(stages, first)
-    inserted = replace(stages[at], first_sample=first, start_tokens=None)
-    later = [replace(stage, ended=(*stage.ended, source)) for stage in (inserted, *stages[at + 1 :])]
-    if not all(sum(stage.drawn_weights) for stage in later):
-        raise ConfigError(
-            f"all sources of the mixture are read max_epochs times after {tokens_before(stages, first):,} tokens, "
-            "before the run ends; raise max_epochs, add a source or shorten the run"
-        )
-    again = order.with_stages([*stages[: at + 1], *later])
-    return end_sources(again, max_epochs, fixed_samples, end_sample)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from pretrain.config import ConfigError
-from pretrain.order import quotas
+from pretrain.mixture import quotas
 from pretrain.stages import Stage
 
 STATE_SCHEMA = 2

@@ -12,17 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import ConfigError
-from pretrain.order import (
-    PERIOD,
-    Location,
-    Order,
-    SourceSize,
-    choose_lanes,
-    end_sources,
-    quotas,
-    rank_samples,
-)
+from pretrain.mixture import PERIOD, quotas
+from pretrain.order import Location, Order, SourceSize
 from pretrain.permutation import permute, unpermute
+from pretrain.schedule import choose_lanes, end_sources, rank_samples
 from pretrain.stages import Stage
 
 LANES = st.integers(1, 12)
@@ -356,6 +349,26 @@ def test_a_stage_to_come_changes_nothing_before_it(
     whole = Order(all_sizes, stages, lanes=lanes, window_chunks=window, seed=seed).locate(before)
     part = Order(all_sizes, stages[:kept], lanes=lanes, window_chunks=window, seed=seed).locate(before)
     assert all((a == b).all() for a, b in zip(whole, part, strict=True))
+
+
+@settings(max_examples=60)
+@given(case=growing(), window=st.integers(1, 4), seed=SEEDS, data=st.data())
+def test_every_reading_of_a_chunk_is_found(
+    case: tuple[list[SourceSize], list[Stage], int], window: int, seed: int, data: st.DataObject
+) -> None:
+    all_sizes, stages, lanes = case
+    order = Order(all_sizes, stages, lanes=lanes, window_chunks=window, seed=seed)
+    end = stages[-1].first_sample + data.draw(st.integers(0, 300))
+    source = data.draw(st.integers(0, len(all_sizes) - 1))
+    chunk = data.draw(st.integers(0, all_sizes[source].n_chunks - 1))
+    where = order.locate(np.arange(end))
+    mine = (where.source == source) & (where.chunk == chunk)
+    expected = sorted(
+        zip(*(v[mine].tolist() for v in (where.row, where.sequence, where.epoch, where.length)), strict=True)
+    )
+    found = order.find(source, chunk, end)
+    assert sorted(zip(*(values.tolist() for values in found), strict=True)) == expected
+    assert (np.diff(found.sample) >= 0).all()
 
 
 def test_sequences_grow_at_the_next_window() -> None:
