@@ -11,6 +11,7 @@ from typing import Any
 
 from pretrain import __version__, checkpoint
 from pretrain.checkpoint import CheckpointError, Found
+from pretrain.checkpoint_folder import root_of
 from pretrain.config import ConfigError, TrainConfig, to_dict
 from pretrain.device_peak import rank_peak_flops
 from pretrain.distributed import Vote, World, on_main
@@ -60,7 +61,7 @@ class Run:
 
 
 def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdog) -> Run:
-    root = checkpoint.root_of(run_dir, config.checkpoint.target)
+    root = root_of(run_dir, config.checkpoint.target)
     found = checkpoint.find_latest(root, world)
     if found.path is None and found.passed_over:
         raise CheckpointError(

@@ -340,8 +340,8 @@ class Order:
     def _samples_of(self, length: int, source: int, lane: int, n: Ints) -> Iterator[tuple[Ints, Ints]]:
         """The samples that are the n-th sequences of a length from a source on a lane; and which of `n` they are."""
         for s, quota in enumerate(self._quotas[:, source].tolist()):
-            begin = _Begin(*(int(table[s, lane, source]) for table in self._starts))
-            per = int(self._pieces_per_sample(s, np.array(begin.rest_length)))
+            begin = _Begin(*(table[s, lane, source] for table in self._starts))
+            per = self._pieces_per_sample(s, begin.rest_length)
             is_own = (n >= begin.n) & (length == self._length[s])
             in_rest = (n >= begin.rest_first) & (n < begin.rest_first + begin.rest)
             for drawn, mask in (

@@ -75,7 +75,7 @@ def _stretch(run: Run) -> ExitCode | None:
         sums = _agree(run, result, batches, step)
         plan = run.loader.plan[step]
         if sums.substitutions:
-            _note_substitutions(run, batches)
+            _note_substitutions(run, batches, step)
         loss = sums.nll / max(1, result.n_predicted)
         run.step = step
         run.watchdog.started()
@@ -194,13 +194,13 @@ def _after_step(run: Run, sums: Sums) -> ExitCode | None:
     return ExitCode.FINISHED if last else None
 
 
-def _note_substitutions(run: Run, batches: list[Batch]) -> None:
+def _note_substitutions(run: Run, batches: list[Batch], step: int) -> None:
     """Into the state of all ranks, and so into the next checkpoint: what another chunk was read for."""
     mine = [asdict(entry) for batch in batches for entry in batch.substitutions]
     found = [Substitution(**values) for values in sum(gather_objects(mine, run.world), [])]
     for entry in run.loader.substituted(found):
         facts = asdict(entry) | {"source": run.loader.names[entry.source]}
-        run.monitor.event("chunk_substituted", step=run.step, **facts)
+        run.monitor.event("chunk_substituted", step=step, **facts)
 
 
 def _compare_ranks(run: Run) -> None:
