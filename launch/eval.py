@@ -88,7 +88,7 @@ def main(config: EvalConfig) -> None:
         result = score_documents(
             trained.decoder(device, dtype),
             documents,
-            sequence_length=config.sequence_length or trained.config.data.sequence_length,
+            sequence_length=config.sequence_length or trained.sequence_length,
             micro_batch_sequences=config.micro_batch_sequences,
             device=device,
             progress=lambda document: progress.advance(document.text_bytes),

@@ -72,7 +72,7 @@ def main(config: GenerateConfig) -> None:
     from pretrain.trained import default_device, load_trained
 
     trained = load_trained(config.run_dir, config.step)
-    tokenizer, trained_length = trained.tokenizer, trained.config.data.sequence_length
+    tokenizer, trained_length = trained.tokenizer, trained.sequence_length
     dtype = torch.float32 if config.precision is Precision.fp32 else torch.bfloat16
     model = trained.decoder(default_device(), dtype)
     samples = [(text, number) for text in texts for number in range(config.n_samples)]

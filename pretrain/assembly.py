@@ -11,6 +11,7 @@ from typing import Any
 
 from pretrain import __version__, checkpoint
 from pretrain.checkpoint import CheckpointError, Found
+from pretrain.checkpoint_folder import root_of
 from pretrain.config import ConfigError, TrainConfig, to_dict
 from pretrain.device_peak import rank_peak_flops
 from pretrain.distributed import Vote, World, on_main
@@ -20,7 +21,7 @@ from pretrain.heartbeat import mark
 from pretrain.loader import TrainLoader
 from pretrain.model import flops_per_token
 from pretrain.monitor import Monitor
-from pretrain.order import OrderState
+from pretrain.order_state import OrderState
 from pretrain.resilience import LossGuard, StopRequest
 from pretrain.run_folder import check_resumable, heldout_losses_of, write_run_files
 from pretrain.saving import Saver
@@ -51,8 +52,6 @@ class Run:
     watchdog: Watchdog
     step: int
     """Completed optimizer updates."""
-    next_sample: int
-    """First sample of the next step, before what was passed over is left out."""
     saved_step: int = 0
     """The newest step whose checkpoint this process has seen published or has loaded; 0: none."""
     advised: bool = False
@@ -62,7 +61,7 @@ class Run:
 
 
 def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdog) -> Run:
-    root = checkpoint.root_of(run_dir, config.checkpoint.target)
+    root = root_of(run_dir, config.checkpoint.target)
     found = checkpoint.find_latest(root, world)
     if found.path is None and found.passed_over:
         raise CheckpointError(
@@ -78,7 +77,8 @@ def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdo
         micro_batch_sequences=config.micro_batch_sequences,
         rank=world.rank,
         world_size=world.size,
-        total_samples=config.n_steps * config.global_batch_sequences,
+        total_steps=config.total_steps,
+        total_tokens=config.total_tokens,
         state=OrderState.from_dict(state["order"]) if state else None,
     )
     identity = on_main(lambda: write_run_files(config, run_dir, state), world)
@@ -93,10 +93,10 @@ def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdo
         run_dir=run_dir,
         attempt=identity["attempt"],
         wandb_run_id=identity["wandb_run_id"],
-        flops_per_token=flops_per_token(config.model, config.data.sequence_length),
+        flops_per_token=lambda length: flops_per_token(config.model, length),
         peak_flops_per_second=rank_peak_flops(config, world.device),
         first_step=(state["step"] if state else 0) + 1,
-        n_steps=config.n_steps,
+        n_steps=loader.n_steps,
     )
     heldout_losses = heldout_losses_of(run_dir) if world.is_main and state else {}
     run = Run(
@@ -116,7 +116,6 @@ def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdo
         heldout_losses=heldout_losses,
         watchdog=watchdog,
         step=0,
-        next_sample=0,
     )
     _begin(run, found, changed)
     return run
@@ -135,7 +134,9 @@ def _begin(run: Run, found: Found, changed: list[str]) -> None:
         return
     if config.init_from is not None:
         _init_from(config.init_from, run.engine, world, run.loader.tokenizer_sha256)
-    run.monitor.event("started", world_size=world.size, n_steps=config.n_steps, init_from=config.init_from)
+    run.monitor.event(
+        "started", world_size=world.size, n_steps=run.loader.n_steps, init_from=config.init_from
+    )
 
 
 def _init_from(run_dir: str, engine: Engine, world: World, tokenizer_sha256: str) -> None:
@@ -159,7 +160,7 @@ def restore(run: Run, path: Path) -> dict[str, Any]:
     state = checkpoint.read_state(path)
     partitions = checkpoint.load(path, ["weight", *MOMENTS], run.engine.shapes, run.world)
     run.engine.restore(partitions, state["optimizer_step"])
-    run.step, run.next_sample = state["step"], state["order"]["consumed_samples"]
+    run.step = state["step"]
     run.saved_step = run.step
     for undone in [step for step in run.heldout_losses if step > run.step]:
         del run.heldout_losses[undone]
@@ -168,13 +169,14 @@ def restore(run: Run, path: Path) -> dict[str, Any]:
 
 def state_of(run: Run) -> dict[str, Any]:
     """state.json: all that a resumed run needs beside the tensors. Random state is a function of (seed, step, rank)."""
-    config = run.config
+    config, plan = run.config, run.loader.plan[run.step]
     return {
         "step": run.step,
-        "tokens_seen": run.step * config.tokens_per_step,
-        "samples_seen": run.step * config.global_batch_sequences,
+        "tokens_seen": plan.tokens_seen,
+        "samples_seen": plan.samples_seen,
+        "sequence_length": plan.sequence_length,
         "optimizer_step": run.engine.optimizer_step,
-        "order": run.loader.state_at(run.next_sample).to_dict(),
+        "order": run.loader.state_at(run.step).to_dict(),
         "loss_guard": run.guard.state(),
         "tokenizer_sha256": run.loader.tokenizer_sha256,
         "run_id": run.identity["run_id"],

@@ -17,9 +17,7 @@ Functions take the root of a run's checkpoints: the run folder itself, or what `
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 import shutil
 import tempfile
 import warnings
@@ -32,31 +30,34 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import xxhash
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from upath import UPath
 
-from pretrain.config import ConfigError, RunError, TrainConfig, validate
+from pretrain.checkpoint_folder import (
+    COMPLETE,
+    FORMAT_VERSION,
+    STATE,
+    CheckpointError,
+    checkpoint_path,
+    file_problem,
+    hash_file,
+    is_remote,
+    list_checkpoints,
+    listing,
+    read_state,
+    root_of_run,
+    step_of,
+)
+from pretrain.config import ConfigError, TrainConfig, validate
 from pretrain.distributed import Partition, World, gather_objects, share
 from pretrain.manifest import sync_folder
 
-FORMAT_VERSION = 1
-COMPLETE = "COMPLETE"
-STATE = "state.json"
-READ_BYTES = 16 << 20
-MAX_JSON_BYTES = 256 << 20
-"""COMPLETE and state.json are refused above this; those of a 70B model on 4,096 ranks have about 1 MB."""
 FILE_BYTES = 1 << 30
 """Tensors of a rank are put into files of about this size: safetensors builds each in memory."""
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 T = TypeVar("T")
-
-
-class CheckpointError(RunError):
-    """A checkpoint could not be written, or none that is left can be trusted."""
 
 
 @dataclass(frozen=True)
@@ -66,44 +67,6 @@ class Found:
     path: Path | None
     passed_over: list[str] = field(default_factory=list)
     """One sentence per checkpoint that was refused, newest first."""
-
-
-def root_of(run_dir: str | Path, target: str | None) -> Path:
-    """Where a run keeps its checkpoints: `checkpoint.target`, a folder or any fsspec URL, else the run folder.
-
-    Raises ConfigError where the URL's kind is unknown or the package for it is not installed.
-    """
-    if target is None:
-        return Path(run_dir)
-    try:
-        root = UPath(target)
-        _ = root.fs
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"checkpoint.target={target} cannot be used: {error}") from error
-    return root  # type: ignore[return-value]
-
-
-def checkpoint_path(root: Path, step: int) -> Path:
-    """Folder of the checkpoint after `step`."""
-    return root / "checkpoints" / f"step-{step:08d}"
-
-
-def list_checkpoints(root: Path) -> list[Path]:
-    """Published checkpoint folders, oldest first; not verified."""
-    folder = root / "checkpoints"
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
-
-
-def step_of(path: Path) -> int:
-    """Step of a checkpoint folder."""
-    return int(path.name.removeprefix("step-"))
-
-
-def is_remote(path: Path) -> bool:
-    """Whether a path is on a store without rename and fsync."""
-    return not isinstance(path, os.PathLike)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -239,15 +202,6 @@ def _write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def hash_file(path: Path) -> str:
-    """xxh3-128 of a file, hexadecimal."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _together(world: World, action: Callable[[], T]) -> list[T]:
     """Run `action` on every rank; when it failed on one, raise CheckpointError on all."""
     problem, value = None, None
@@ -287,63 +241,16 @@ def find_latest(
 def verify(path: Path, world: World = ALONE) -> str | None:
     """What is wrong with a checkpoint, or None. The files are divided over the ranks; all get the same answer."""
     try:
-        files = _listing(path)
+        files = listing(path)
         problem = None if STATE in files else f"{COMPLETE} does not list {STATE}"
         for index, name in enumerate(sorted(files) if problem is None else []):
             if index % world.size == world.rank and problem is None:
-                problem = _file_problem(path, name, files[name])
+                problem = file_problem(path, name, files[name])
     except FileNotFoundError:
         problem = f"no {COMPLETE} file"
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         problem = f"{COMPLETE} cannot be read ({type(error).__name__}: {error})"
     return next((found for found in gather_objects(problem, world) if found), None)
-
-
-def _listing(path: Path) -> dict[str, dict[str, Any]]:
-    """What COMPLETE says of each file."""
-    listing = json.loads(_read_text(path / COMPLETE))
-    if listing["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"format version {listing['format_version']}, not {FORMAT_VERSION}")
-    for name in listing["files"]:
-        if Path(name).name != name:
-            raise ValueError(f"it names a file outside the folder, {name}")
-    return listing["files"]
-
-
-def _read_text(path: Path) -> str:
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ValueError(f"{path.name} has {size} bytes, more than {MAX_JSON_BYTES}")
-    return path.read_text(encoding="utf-8")
-
-
-def _file_problem(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
-    path = folder / name
-    if not path.is_file():
-        return f"{name} is missing"
-    if path.stat().st_size != entry["bytes"]:
-        return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
-    if hash_file(path) != entry["xxh3_128"]:
-        return f"{name} differs from what was written (hash mismatch)"
-    return None
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a verified checkpoint. Raises CheckpointError where it claims what the files cannot hold."""
-    try:
-        state = json.loads(_read_text(path / STATE))
-        sizes = [n for shape in state["tensors"].values() for n in shape]
-        n_bytes = 4 * sum(math.prod(shape) for shape in state["tensors"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path / STATE} is no state of a run ({type(error).__name__}: {error})"
-        ) from error
-    held_bytes = sum(entry["bytes"] for entry in _listing(path).values())
-    if not all(type(n) is int and n >= 0 for n in sizes) or n_bytes > held_bytes:
-        raise CheckpointError(
-            f"{path / STATE} speaks of weights of {n_bytes:,} bytes, where the files have {held_bytes:,}"
-        )
-    return state
 
 
 def load(
@@ -398,13 +305,13 @@ def _local_copy(path: Path, world: World) -> Iterator[Path]:
 
 
 def _download(path: Path, folder: Path, part: int, parts: int) -> None:
-    files = _listing(path)
+    files = listing(path)
     for name in sorted(files)[part::parts]:
         try:
             path.fs.get_file((path / name).path, str(folder / name))  # type: ignore[attr-defined]
         except Exception as error:  # each kind of store has exceptions of its own
             raise OSError(f"{path / name} was not downloaded ({type(error).__name__}: {error})") from error
-        problem = _file_problem(folder, name, files[name])
+        problem = file_problem(folder, name, files[name])
         if problem is not None:
             raise OSError(f"{path}: {problem}")
 
@@ -431,10 +338,3 @@ def load_weights(
         _read(folder, dict(flat), no_dist=True)
     weights = {name: flat[f"weight.{name}"].view(shape) for name, shape in shapes.items()}
     return validate(TrainConfig, state["config"]), weights, state
-
-
-def root_of_run(run_dir: Path) -> Path:
-    """The root of an existing run's checkpoints, from its config.json."""
-    path = run_dir / "config.json"
-    config = json.loads(_read_text(path)) if path.exists() else {}
-    return root_of(run_dir, config.get("checkpoint", {}).get("target"))

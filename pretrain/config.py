@@ -23,10 +23,10 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pretrain.data_schemas import BadChunk, DataConfig, Packing, SourceConfig, StageConfig
 from pretrain.schemas import (
     CheckpointConfig,
     ConfigError,
-    DataConfig,
     EngineConfig,
     EvaluationConfig,
     ExitCode,
@@ -39,16 +39,16 @@ from pretrain.schemas import (
     RunError,
     ScheduleConfig,
     ScheduleName,
-    SourceConfig,
     SpikeAction,
-    StageConfig,
     WandbMode,
     WatchdogConfig,
     check_positive,
     missing,
 )
+from pretrain.stages import Stage, micro_batch_of, n_steps_of, plan_stages
 
 __all__ = [
+    "BadChunk",
     "CheckpointConfig",
     "ClusterConfig",
     "ConfigError",
@@ -61,6 +61,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "OptimizerName",
+    "Packing",
     "Precision",
     "PreflightConfig",
     "RunError",
@@ -140,27 +141,42 @@ class TrainConfig:
             )
 
     @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer update, over all ranks."""
-        return self.global_batch_sequences * self.data.sequence_length
+    def stages(self) -> list[Stage]:
+        """The stages of a run that begins with this configuration."""
+        return plan_stages(self.data, self.global_batch_sequences)
 
     @property
     def n_steps(self) -> int:
-        """Optimizer updates of the whole run."""
-        if self.total_steps is not None:
-            return self.total_steps
-        assert self.total_tokens is not None
-        return -(-self.total_tokens // self.tokens_per_step)
+        """Optimizer updates of a whole run that begins with this configuration."""
+        return n_steps_of(self.stages, self.total_steps, self.total_tokens)
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Most tokens of one forward pass."""
+        return self.micro_batch_sequences * self.data.sequence_length
 
     def grad_accum_steps(self, world_size: int) -> int:
-        """Forward passes per rank and update. Raises ConfigError where the batch does not divide."""
+        """Most forward passes per rank and update of all stages. ConfigError where a batch does not divide."""
         per_forward = self.micro_batch_sequences * world_size
         if self.global_batch_sequences % per_forward:
             raise ConfigError(
                 f"global_batch_sequences={self.global_batch_sequences} is not a multiple of "
                 f"micro_batch_sequences={self.micro_batch_sequences} x {world_size} ranks = {per_forward}"
             )
-        return self.global_batch_sequences // per_forward
+        for stage in self.data.stages:
+            if (stage.global_batch_sequences or world_size) % world_size:
+                raise ConfigError(
+                    f"data.stages: global_batch_sequences={stage.global_batch_sequences} is not a multiple of "
+                    f"{world_size} ranks"
+                )
+        return max(
+            stage.batch_sequences
+            // world_size
+            // micro_batch_of(
+                stage.batch_sequences, stage.sequence_length, world_size, self.micro_batch_tokens
+            )
+            for stage in self.stages
+        )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import tarfile
+from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -30,7 +31,7 @@ from pretrain.manifest import (
     token_dtype,
     write_atomically,
 )
-from pretrain.shards import SHARDS_FOLDER, ChunkDocuments
+from pretrain.shards import IDS_NAME, SHARDS_FOLDER, ChunkDocuments, hash_id
 
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -77,6 +78,7 @@ class CorpusWriter:
         self._shards: list[ShardInfo] = []
         self._shard: _ShardWriter | None = None
         self._n_chunks = 0
+        self._id_rows = array("Q")  # (hash of the id, first chunk) of every document: 16 bytes of memory each
         self._buffer = np.empty(chunk_tokens, dtype=self._dtype.newbyteorder("<"))
         self._start_chunk()
 
@@ -88,22 +90,23 @@ class CorpusWriter:
         self, tokens: Sequence[int] | np.ndarray, *, source: str, document_id: str, text_bytes: int = 0
     ) -> None:
         """Append one document, its bos and eos included in `tokens`. Raises ValueError for a foreign id."""
-        array = np.asarray(tokens)
-        if array.ndim != 1 or not len(array):
+        row = np.asarray(tokens)
+        if row.ndim != 1 or not len(row):
             raise ValueError(f"document {document_id!r} is not a non-empty row of tokens")
-        if int(array.min()) < 0 or int(array.max()) >= self._vocab_size:
+        if int(row.min()) < 0 or int(row.max()) >= self._vocab_size:
             raise ValueError(f"document {document_id!r} has token ids outside 0 to {self._vocab_size - 1}")
         totals = self._sources[number := self._source_index[source]]
         totals.documents += 1
-        totals.tokens += len(array)
+        totals.tokens += len(row)
         totals.text_bytes += text_bytes
+        self._id_rows.extend((hash_id(document_id), self._n_chunks))
         done = 0
-        while done < len(array):
-            room = min(self._chunk_tokens - self._filled, len(array) - done)
+        while done < len(row):
+            room = min(self._chunk_tokens - self._filled, len(row) - done)
             piece = (self._filled, number, document_id, done, 0 if done else text_bytes)
             for values, value in zip(self._pieces.values(), piece, strict=True):
                 values.append(value)
-            self._buffer[self._filled : self._filled + room] = array[done : done + room]
+            self._buffer[self._filled : self._filled + room] = row[done : done + room]
             self._filled += room
             done += room
             if self._filled == self._chunk_tokens:
@@ -131,6 +134,7 @@ class CorpusWriter:
             raise ValueError(f"no document was added to the corpus {self.folder}")
         self._shards.append(self._shard.finish())
         self._shard = None
+        self._write_ids()
         manifest = Manifest(
             **self._header,
             dtype=self._dtype.name,
@@ -139,11 +143,17 @@ class CorpusWriter:
             n_documents=sum(shard.documents for shard in self._shards),
             sources=self._sources,
             shards=self._shards,
-            files=[describe_file(self.folder, name) for name in self._files],
+            files=[describe_file(self.folder, name) for name in [*self._files, IDS_NAME]],
         )
         manifest.root_sha256 = manifest.compute_root_sha256()
         write_atomically(self.folder / MANIFEST_NAME, manifest.to_json().encode())
         return manifest
+
+    def _write_ids(self) -> None:
+        rows = np.frombuffer(self._id_rows, np.uint64).reshape(-1, 2)
+        content = io.BytesIO()
+        np.save(content, rows[np.argsort(rows[:, 0], kind="stable")].astype("<u8"), allow_pickle=False)
+        write_atomically(self.folder / IDS_NAME, content.getvalue())
 
 
 class _ShardWriter:

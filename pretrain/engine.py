@@ -68,7 +68,7 @@ class StepResult:
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     """The DeepSpeed dictionary of a run."""
-    engine = config.engine
+    engine, accum_steps = config.engine, config.grad_accum_steps(world_size)
     zero: dict[str, Any] = {
         "stage": engine.zero_stage,
         "reduce_bucket_size": engine.reduce_bucket_elements,
@@ -87,9 +87,9 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     if engine.offload_params:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     result: dict[str, Any] = {
-        "train_batch_size": config.global_batch_sequences,
+        "train_batch_size": config.micro_batch_sequences * accum_steps * world_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_sequences,
-        "gradient_accumulation_steps": config.grad_accum_steps(world_size),
+        "gradient_accumulation_steps": accum_steps,
         "gradient_clipping": config.optim.max_grad_norm,
         "bf16": {"enabled": config.engine.precision is Precision.bf16},
         "zero_optimization": zero,
@@ -158,13 +158,15 @@ class Engine:
         n_predicted = int(sum_over_ranks([predicted], self.world)[0])
         nll_sum = torch.zeros((), device=self.world.device)
         z_sum = torch.zeros((), device=self.world.device)
-        # DeepSpeed averages over accumulation steps and ranks; the scale turns that into the mean over tokens.
-        scale = float(len(batches) * self.world.size)
+        # DeepSpeed averages over its accumulation steps and ranks; the scale turns that into the mean over tokens.
+        scale = float(self._deepspeed.gradient_accumulation_steps() * self.world.size)
         self._deepspeed.train()
         for batch in batches:
             mark("micro batch", step)
             if give_up():
                 return None
+            # Told, not counted: stages of a run differ in their number of micro batches.
+            self._deepspeed.set_gradient_accumulation_boundary(batch is batches[-1])
             sums = self._forward(batch)
             nll_sum += sums.nll_sum.detach()
             z_sum += sums.z_sum.detach()

@@ -14,7 +14,6 @@ from torch import Tensor
 from pretrain.distributed import World, sum_over_ranks
 from pretrain.loader import IGNORED_LABEL, Batch, build_batch
 from pretrain.model import Decoder, LossSums
-from pretrain.order import Location
 from pretrain.shards import Corpus
 
 _BUFFERED_BATCHES = 16  # windows of this many batches are sorted by length, so that little is padding
@@ -87,9 +86,8 @@ def evaluate_loss(
         start = first + world.rank * micro_batch_sequences
         mine = np.arange(start, min(start + micro_batch_sequences, n_sequences))
         sequences = mine if len(mine) else np.array([n_sequences - 1])
-        zeros = np.zeros_like(sequences)
-        where = Location(zeros, zeros, sequences // per_chunk, sequences % per_chunk)
-        batch = build_batch([corpus], where, sequence_length, document_masking)
+        where = sequences // per_chunk, sequences % per_chunk
+        batch = build_batch(corpus, *where, sequence_length, document_masking)
         if not len(mine):
             batch = batch._replace(labels=torch.full_like(batch.labels, IGNORED_LABEL))
         found = forward(batch)

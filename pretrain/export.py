@@ -104,7 +104,7 @@ def export(
     with _published_together(output) as folder:
         try:
             write_model(trained, folder, dtype, max_shard_bytes)
-            write_tokenizer(trained.tokenizer, folder, trained.config.data.sequence_length)
+            write_tokenizer(trained.tokenizer, folder, trained.sequence_length)
         except SafetensorError as error:
             raise RunError(f"{output} cannot be written: {error}") from error
         check_tokenizer(trained.tokenizer, folder)
@@ -228,7 +228,7 @@ def compare_logits(trained: TrainedModel, folder: Path, dtype: torch.dtype) -> P
     """
     from transformers import AutoModelForCausalLM
 
-    ids = trained.tokenizer.encode_document(CHECK_TEXT)[: trained.config.data.sequence_length]
+    ids = trained.tokenizer.encode_document(CHECK_TEXT)[: trained.sequence_length]
     tokens = torch.tensor([ids])
     rounded = {name: weight.to(dtype).float() for name, weight in trained.weights.items()}
     ours = build_decoder(trained.config.model, rounded, "cpu", torch.float32)

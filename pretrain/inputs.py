@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.config import ConfigError, TrainConfig
@@ -20,11 +21,7 @@ def resolve_inputs(config: TrainConfig, world_size: int) -> TrainConfig:
     config.grad_accum_steps(world_size)
     manifests = {source.manifest: load_manifest(source.manifest) for source in config.data.corpora()}
     for path, manifest in manifests.items():
-        if manifest.chunk_tokens % config.data.sequence_length:
-            raise ConfigError(
-                f"data.sequence_length={config.data.sequence_length} does not divide the chunks of {path} "
-                f"({manifest.chunk_tokens} tokens); use a power of two up to that"
-            )
+        check_lengths([stage.sequence_length for stage in config.stages], manifest.chunk_tokens, path)
     if config.evaluation.manifest is not None:
         manifests[config.evaluation.manifest] = load_manifest(config.evaluation.manifest)
     first_path, first = next(iter(manifests.items()))
@@ -43,6 +40,17 @@ def resolve_inputs(config: TrainConfig, world_size: int) -> TrainConfig:
             f"({first.vocab_size}); leave it out or give at least {needed}"
         )
     return config
+
+
+def check_lengths(lengths: Sequence[int], chunk_tokens: int, manifest_path: str) -> None:
+    """Raise ConfigError for a sequence length that does not divide the chunks of a corpus."""
+    for length in lengths:
+        if chunk_tokens % length:
+            fits = max(t for t in range(1, min(length, chunk_tokens) + 1) if chunk_tokens % t == 0)
+            raise ConfigError(
+                f"data.sequence_length={length} does not divide the chunks of {manifest_path}, which have "
+                f"{chunk_tokens} tokens; {fits} would, or prepare the corpus with other chunk_tokens"
+            )
 
 
 def tokenizer_path(manifest_path: str) -> Path:

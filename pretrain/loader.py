@@ -19,31 +19,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain.config import ConfigError, DataConfig, RunError, SourceConfig
 from pretrain.heartbeat import memory_ran_out
+from pretrain.inputs import check_lengths
 from pretrain.manifest import CorruptShardError
-from pretrain.order import (
-    Ints,
-    Location,
-    Order,
-    OrderState,
-    SourceSize,
-    choose_lanes,
-    rank_samples,
-    step_start,
-)
+from pretrain.order import Location, Order, SourceSize
+from pretrain.order_state import OrderState, Substitution
+from pretrain.permutation import Ints
+from pretrain.schedule import choose_lanes, end_sources, rank_samples
+from pretrain.sequences import IGNORED_LABEL as IGNORED_LABEL
+from pretrain.sequences import Counts, SequenceReader, Sequences
 from pretrain.shards import Corpus
+from pretrain.stages import Step, Steps, micro_batch_of, n_steps_of, plan_stages, stage_at
 
-IGNORED_LABEL = -100
-"""Label of a position at which nothing is to be predicted."""
 _PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
-
-Packed = NDArray[np.int32]
 
 
 class Batch(NamedTuple):
@@ -55,63 +48,34 @@ class Batch(NamedTuple):
     positions: Tensor
     """Position within the visible piece of the document (when masking), else within the sequence."""
     document_ids: Tensor
-    """Documents of the sequence, counted from 0, padding being one of its own; all 0 without masking."""
+    """Pieces of documents in the sequence, counted from 0, padding being one of its own; all 0 without masking."""
     samples: Ints
     """Global sample indices, [B]."""
+    counts: Counts = Counts()
+    """How documents fell into these sequences."""
+    substitutions: Sequence[Substitution] = ()
+    """Chunks that were found bad while these were read."""
 
 
 def build_batch(
-    corpora: Sequence[Corpus],
-    locations: Location,
-    sequence_length: int,
-    document_masking: bool,
-    samples: Ints | None = None,
+    corpus: Corpus, chunk: Ints, sequence: Ints, sequence_length: int, document_masking: bool
 ) -> Batch:
-    """Read the sequences at `locations` (whose source is an index into `corpora`).
+    """Sequences of one corpus, cut every `sequence_length` tokens of a chunk.
 
-    A sequence that the chunk does not fill is padded with the corpus's eos. `samples` are the global indices to
-    put into the batch, by default 0 to B - 1. Raises CorruptShardError.
+    A sequence that the chunk does not fill is padded with the corpus's eos. Raises CorruptShardError.
     """
-    packed = _read_sequences(corpora, locations, sequence_length, document_masking)
-    return _unpack(packed, np.arange(len(locations.source)) if samples is None else samples)
+    samples = np.arange(len(chunk))
+    zeros = np.zeros_like(chunk)
+    where = Location(zeros, zeros, chunk, sequence, np.full_like(chunk, sequence_length), samples)
+    reader = SequenceReader([corpus], DataConfig(document_masking=document_masking))
+    return _to_batch(reader.read(where, samples, sequence_length), samples)
 
 
-def _unpack(packed: Packed, samples: Ints) -> Batch:
+def _to_batch(read: Sequences, samples: Ints) -> Batch:
     """In page-locked memory where there is a GPU, so that it is copied there in the background."""
-    tensor = torch.empty(packed.shape, dtype=torch.int64, pin_memory=torch.cuda.is_available())
-    tokens, labels, positions, document_ids = tensor.copy_(torch.from_numpy(packed)).unbind(0)
-    return Batch(tokens, labels, positions, document_ids, samples)
-
-
-def _read_sequences(
-    corpora: Sequence[Corpus], locations: Location, sequence_length: int, document_masking: bool
-) -> Packed:
-    """Tokens, labels, positions and document ids: [4, B, T]."""
-    n = len(locations.source)
-    tokens = np.empty((n, sequence_length + 1), np.int32)  # one beyond the sequence: the last label
-    n_read = np.empty((n, 1), np.int64)
-    begins = np.zeros((n, sequence_length + 1), np.bool_)  # a document, or the padding, begins here
-    where = zip(locations.source.tolist(), locations.chunk.tolist(), locations.sequence.tolist(), strict=True)
-    for row, (source, chunk, sequence) in enumerate(where):
-        corpus, start = corpora[source], sequence * sequence_length
-        found = corpus.read(chunk, start, start + sequence_length + 1)
-        tokens[row, : len(found)] = found
-        tokens[row, len(found) :] = corpus.manifest.eos_id
-        n_read[row] = len(found)
-        if document_masking:
-            starts = corpus.documents(chunk).starts
-            low, high = starts.searchsorted((start + 1, start + sequence_length + 1))
-            begins[row, starts[low:high] - start] = True
-            begins[row, len(found) : len(found) + 1] = True  # the padding, where there is any
-    out = np.empty((4, n, sequence_length), np.int32)
-    within = np.arange(sequence_length, dtype=np.int32)
-    out[0] = tokens[:, :-1]
-    out[1] = np.where((within + 1 < n_read) & ~begins[:, 1:], tokens[:, 1:], IGNORED_LABEL)
-    out[2] = within
-    if document_masking:
-        out[2] -= np.maximum.accumulate(np.where(begins[:, :-1], within, 0), axis=1)
-    np.cumsum(begins[:, :-1], axis=1, out=out[3])
-    return out
+    tensor = torch.empty(read.packed.shape, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+    tokens, labels, positions, document_ids = tensor.copy_(torch.from_numpy(read.packed)).unbind(0)
+    return Batch(tokens, labels, positions, document_ids, samples, read.counts, read.substitutions)
 
 
 class TrainLoader:
@@ -130,69 +94,109 @@ class TrainLoader:
         micro_batch_sequences: int,
         rank: int,
         world_size: int,
-        total_samples: int,
+        total_steps: int | None = None,
+        total_tokens: int | None = None,
         state: OrderState | None,
     ) -> None:
-        if global_batch_sequences % (micro_batch_sequences * world_size):
-            raise ConfigError(
-                f"global_batch_sequences={global_batch_sequences} is not a multiple of "
-                f"micro_batch_sequences={micro_batch_sequences} x {world_size} ranks"
-            )
         sources = data.corpora()
         corpora = [Corpus(source.manifest, data.verify_chunks) for source in sources]
-        _check_corpora(sources, corpora, data.sequence_length)
-        sizes = [SourceSize(c.n_chunks, c.chunk_tokens, c.last_chunk_tokens) for c in corpora]
-        lanes = data.lanes or (state.lanes if state else choose_lanes(sizes, global_batch_sequences))
+        _check_corpora(sources, corpora, data)
+        self._sizes = [SourceSize(c.n_chunks, c.chunk_tokens, c.last_chunk_tokens) for c in corpora]
+        lanes = data.lanes or (state.lanes if state else choose_lanes(self._sizes, global_batch_sequences))
         self.state = OrderState(
             manifest_sha=[corpus.manifest.root_sha256 for corpus in corpora],
             seed=seed,
-            stages=_stages(data, sources, lanes),
+            stages=plan_stages(data, global_batch_sequences),
             consumed_samples=0,
             lanes=lanes,
             chunk_tokens=[corpus.chunk_tokens for corpus in corpora],
             window_chunks=data.window_chunks,
-            sequence_length=data.sequence_length,
+            packing=data.packing.name,
         )
         if state is not None:
             state.check_compatible(self.state)
             self.state.consumed_samples = state.consumed_samples
             self.state.passed_over = state.passed_over
-        self.order = Order(
-            sizes,
-            self.state.stages,
-            sequence_length=data.sequence_length,
-            lanes=lanes,
-            window_chunks=data.window_chunks,
-            seed=seed,
-        )
+            self.state.substitutions = state.substitutions
+            self.state.stages = plan_stages(data, global_batch_sequences, state.begun, state.fixed_samples)
+        self._data, self._corpora = data, corpora
+        self.names = [source.name for source in sources]
+        self.n_steps = n_steps_of(self.state.stages, total_steps, total_tokens)
+        """Optimizer updates of the whole run."""
+        self._max_epochs = [source.max_epochs for source in sources]
+        self._rank, self._world_size = rank, world_size
+        self._micro_batch_tokens = micro_batch_sequences * data.sequence_length
+        self._plan()
         first = corpora[0].manifest
         self.tokenizer_sha256, self.vocab_size = first.tokenizer_sha256, first.vocab_size
         self.bos_id, self.eos_id = first.bos_id, first.eos_id
-        self.grad_accum_steps = global_batch_sequences // (micro_batch_sequences * world_size)
-        self._data, self._dataset = data, _MicroBatches(corpora, self.order, data)
-        self._plan = _Plan(
-            total_samples, global_batch_sequences, micro_batch_sequences, lanes, rank, world_size
+
+    def _plan(self) -> None:
+        state = self.state
+        order = Order(
+            self._sizes,
+            state.stages,
+            lanes=state.lanes,
+            window_chunks=state.window_chunks,
+            seed=state.seed,
         )
+        end = Steps(state.stages, state.passed_over)[self.n_steps].end_sample
+        state.stages = end_sources(order, self._max_epochs, state.fixed_samples, end)
+        if state.stages is not order.stages:
+            order = order.with_stages(state.stages)
+        self.order, self.plan = order, Steps(state.stages, state.passed_over)
 
-    def state_at(self, consumed_samples: int) -> OrderState:
-        """The state to save after the steps that consumed so many samples of the run."""
-        return replace(self.state, consumed_samples=consumed_samples)
+    def state_at(self, step: int) -> OrderState:
+        """The state to save after a step."""
+        return replace(self.state, consumed_samples=self.plan[step].end_sample)
 
-    def steps(self, first_step_sample: int) -> Iterator[list[Batch]]:
-        """The micro batches of each optimizer step, from a global sample index to the last whole step of the run.
+    def pass_over(self, step: int, n_steps: int) -> list[int]:
+        """Leave out the samples of so many steps, from `step` on, which has not been taken; their range."""
+        window = [self.plan[step].first_sample, self.plan.end_after(step, n_steps, self.state.stages)]
+        self.state.passed_over = [*self.state.passed_over, window]
+        self._plan()
+        return window
+
+    def substituted(self, found: Sequence[Substitution]) -> list[Substitution]:
+        """Note chunks that ranks found bad in a step; those that were not known. The same call on all ranks."""
+        known = {(s.source, s.epoch, s.chunk) for s in self.state.substitutions}
+        new: dict[tuple[int, int, int], Substitution] = {}
+        for entry in sorted(found, key=lambda s: (s.source, s.epoch, s.chunk, s.first_sample)):
+            if (key := (entry.source, entry.epoch, entry.chunk)) not in known:
+                new.setdefault(key, entry)
+        self.state.substitutions = [*self.state.substitutions, *new.values()]
+        return list(new.values())
+
+    def steps(self, first_step: int) -> Iterator[list[Batch]]:
+        """The micro batches of each optimizer step, from that of number `first_step` to the last one of the run.
 
         The iterator owns its worker processes, which end with it; call again to start elsewhere. Raises
         CorruptShardError, and RunError where a worker process died.
         """
-        starts = partial(self._plan.step_starts, first_step_sample, list(self.state.passed_over))
-        loader = _data_loader(self._dataset, self._plan.micro_batches(starts()), self._data)
+        reader = SequenceReader(self._corpora, self._data, self.state.seed, self.state.substitutions)
+        dataset = _MicroBatches(reader, self.order)
+        loader = _data_loader(dataset, self._micro_batches(first_step), self._data)
         micro_batches = _start_workers(loader) if self._data.loader_workers else iter(loader)
-        for _ in starts():
-            yield [_receive(micro_batches) for _ in range(self.grad_accum_steps)]
+        for number in range(first_step, self.n_steps + 1):
+            yield [_receive(micro_batches) for _ in self._micro_batches_of(self.plan[number])]
+
+    def _micro_batches(self, first_step: int) -> Iterator[Ints]:
+        for number in range(first_step, self.n_steps + 1):
+            yield from self._micro_batches_of(self.plan[number])
+
+    def _micro_batches_of(self, step: Step) -> list[Ints]:
+        """The samples of each forward pass of this rank."""
+        count = step.end_sample - step.first_sample
+        mine = rank_samples(
+            step.first_sample, count, lanes=self.state.lanes, rank=self._rank, world_size=self._world_size
+        )
+        size = micro_batch_of(count, step.sequence_length, self._world_size, self._micro_batch_tokens)
+        return list(mine.reshape(-1, size))
 
 
-def _check_corpora(sources: list[SourceConfig], corpora: list[Corpus], sequence_length: int) -> None:
+def _check_corpora(sources: list[SourceConfig], corpora: list[Corpus], data: DataConfig) -> None:
     first = corpora[0].manifest
+    lengths = [data.sequence_length, *(s.sequence_length for s in data.stages if s.sequence_length)]
     for source, corpus in zip(sources, corpora, strict=True):
         for name in ("tokenizer_sha256", "vocab_size", "bos_id", "eos_id"):
             here, there = getattr(corpus.manifest, name), getattr(first, name)
@@ -201,67 +205,25 @@ def _check_corpora(sources: list[SourceConfig], corpora: list[Corpus], sequence_
                     f"data.sources: {source.name!r} has {name} {here}, {sources[0].name!r} has {there}; "
                     "prepare all sources of a run with the same tokenizer"
                 )
-        if corpus.chunk_tokens % sequence_length:
-            fits = max(t for t in range(1, sequence_length) if corpus.chunk_tokens % t == 0)
-            raise ConfigError(
-                f"data.sequence_length={sequence_length} does not divide the chunks of {source.manifest}, which "
-                f"have {corpus.chunk_tokens} tokens; {fits} would, or prepare the corpus with other chunk_tokens"
-            )
-
-
-def _stages(data: DataConfig, sources: list[SourceConfig], lanes: int) -> list[tuple[int, list[float]]]:
-    """First sample, a multiple of `lanes`, and weights of each stage."""
-    stages = [(0, [float(source.weight) for source in sources])]
-    for stage in data.stages:
-        row = -(-stage.start_tokens // (data.sequence_length * lanes))
-        stages.append((row * lanes, [float(stage.weights.get(source.name, 0.0)) for source in sources]))
-    return stages
-
-
-class _Plan(NamedTuple):
-    """Which samples each step, and each micro batch of this rank, holds."""
-
-    total_samples: int
-    per_step: int
-    per_micro_batch: int
-    lanes: int
-    rank: int
-    world_size: int
-
-    def step_starts(self, first_sample: int, passed_over: list[list[int]]) -> Iterator[int]:
-        """The first sample of each whole step; as many are added at the end as were passed over."""
-        end = self.total_samples + sum(stop - start for start, stop in passed_over)
-        start = step_start(first_sample, self.per_step, passed_over)
-        while start + self.per_step <= end:
-            yield start
-            start = step_start(start + self.per_step, self.per_step, passed_over)
-
-    def micro_batches(self, step_starts: Iterator[int]) -> Iterator[Ints]:
-        for start in step_starts:
-            mine = rank_samples(
-                start, self.per_step, lanes=self.lanes, rank=self.rank, world_size=self.world_size
-            )
-            yield from mine.reshape(-1, self.per_micro_batch)
+        check_lengths(lengths, corpus.chunk_tokens, source.manifest)
 
 
 class _MicroBatches(Dataset):
-    """A map from the global indices of a micro batch to (packed [4, B, T], samples [B]).
+    """A map from the global indices of a micro batch to (its sequences, samples [B]).
 
     Arrays, not tensors: they travel through a pipe, while tensors would need shared memory (of which a container
     has 64 MB by default) and a socket server in every worker.
     """
 
-    def __init__(self, corpora: list[Corpus], order: Order, data: DataConfig) -> None:
-        self._corpora, self._order = corpora, order
-        self._sequence_length, self._document_masking = data.sequence_length, data.document_masking
+    def __init__(self, reader: SequenceReader, order: Order) -> None:
+        self._reader, self._order = reader, order
 
-    def __getitem__(self, samples: Ints) -> tuple[Packed, Ints] | Exception:
-        where = self._order.locate(samples)
+    def __getitem__(self, samples: Ints) -> tuple[Sequences, Ints] | Exception:
+        length = self._order.stages[stage_at(self._order.stages, int(samples[0]))].sequence_length
         try:
-            packed = _read_sequences(self._corpora, where, self._sequence_length, self._document_masking)
-        except (CorruptShardError, OSError) as error:
+            return self._reader.read(self._order.locate(samples), samples, length), samples
+        except (CorruptShardError, RunError, OSError) as error:
             return error  # as a value: raised here, its sentence would reach the trainer inside a traceback
-        return packed, samples
 
 
 def _data_loader(dataset: _MicroBatches, micro_batches: Iterator[Ints], data: DataConfig) -> DataLoader:
@@ -351,4 +313,4 @@ def _receive(micro_batches: Iterator[Any]) -> Batch:
             raise item
         finally:
             del item  # else it and this frame hold each other, and the workers with them
-    return _unpack(*item)
+    return _to_batch(*item)

@@ -53,6 +53,10 @@ class StepRecord:
     step: int
     tokens_seen: int
     samples_seen: int
+    step_tokens: int
+    """Of this step, over all ranks."""
+    sequence_length: int
+    """Tokens."""
     loss: float
     """Mean nats per predicted token over the global batch, without z-loss."""
     z_loss: float | None
@@ -63,6 +67,12 @@ class StepRecord:
     step_time_s: float
     """Wall time since the step before, the wait for data included."""
     data_wait_s: float
+    cut_documents_frac: float
+    """Pieces of documents in the step's sequences that are not whole documents; 0 without document masking."""
+    padding_tokens: int
+    """Of `step_tokens`, over all ranks."""
+    substituted_chunks: int
+    """Chunks of the run so far that could not be read, and others were read for."""
     skipped: bool
     """Whether the gradient was not finite and the update was left out."""
 
@@ -188,7 +198,7 @@ class Monitor:
         run_dir: Path,
         attempt: int,
         wandb_run_id: str,
-        flops_per_token: float,
+        flops_per_token: Callable[[int], float],
         peak_flops_per_second: PeakFlops | None,
         first_step: int,
         n_steps: int,
@@ -202,7 +212,7 @@ class Monitor:
         self._first_step = first_step
         self._n_steps = n_steps
         self._started: float | None = None
-        self._since_line = (0, 0.0)  # steps, seconds
+        self._since_line = (0, 0.0)  # tokens, seconds
         self._newest_step = first_step - 1
         self._ledger: JsonLines | None = None
         if config.logging.sample_ledger:
@@ -215,7 +225,7 @@ class Monitor:
         mode = wandb_mode(config.logging)
         self.event(
             "monitoring",
-            flops_per_token=flops_per_token,
+            flops_per_token=flops_per_token(config.data.sequence_length),
             peak_flops_per_second=self._peak.per_second if self._peak else None,
             peak_source=self._peak.source if self._peak else None,
             wandb=mode,
@@ -241,17 +251,17 @@ class Monitor:
             return
         self._newest_step = record.step
         time_s = max(record.step_time_s, 1e-9)
-        rate = self._config.tokens_per_step / time_s
+        rate = record.step_tokens / time_s
         line = asdict(record) | {
             "tokens_per_second": rate,
             "tokens_per_second_per_rank": rate / self._world_size,
-            "mfu_frac": self._mfu_frac(rate),
+            "mfu_frac": self._mfu_frac(rate, record.sequence_length),
             "eta_s": self._eta_s(record),
             "peak_memory_bytes": _peak_memory_bytes(),
         }
         self._metrics.append({"kind": "step", "attempt": self._attempt, "time": _now()} | line)
-        steps, seconds = self._since_line
-        self._since_line = (steps + 1, seconds + time_s)
+        tokens, seconds = self._since_line
+        self._since_line = (tokens + record.step_tokens, seconds + time_s)
         if record.step % self._config.logging.every_steps == 0 or record.step in (
             self._first_step,
             self._n_steps,
@@ -330,11 +340,12 @@ class Monitor:
         if self._wandb is not None:
             self._wandb.log(step, {k: v for k, v in values.items() if v is not None and k != "step"})
 
-    def _mfu_frac(self, tokens_per_second: float) -> float | None:
+    def _mfu_frac(self, tokens_per_second: float, sequence_length: int) -> float | None:
         """Model FLOPs utilization (PaLM, 2022, appendix B): useful FLOPs per second over the ranks' peak."""
         if self._peak is None:
             return None
-        return tokens_per_second * self._flops_per_token / (self._peak.per_second * self._world_size)
+        flops = tokens_per_second * self._flops_per_token(sequence_length)
+        return flops / (self._peak.per_second * self._world_size)
 
     def _eta_s(self, record: StepRecord) -> float:
         """Seconds to the last step at this attempt's pace; evaluations and checkpoints count as they came."""
@@ -345,9 +356,9 @@ class Monitor:
         return (now - self._started) / done * (self._n_steps - record.step)
 
     def _progress(self, record: StepRecord, eta_s: float) -> None:
-        steps, seconds = self._since_line
-        rate = steps * self._config.tokens_per_step / seconds
-        mfu = self._mfu_frac(rate)
+        tokens, seconds = self._since_line
+        rate = tokens / seconds
+        mfu = self._mfu_frac(rate, record.sequence_length)
         parts = [f"step {record.step}/{self._n_steps}", f"loss {record.loss:.4f}", f"lr {record.lr:.1e}"]
         if record.grad_norm is not None:
             parts.append(f"grad {record.grad_norm:.2f}")

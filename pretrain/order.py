@@ -12,11 +12,15 @@ fixed for a run while the number of ranks is not (`rank_samples` says which samp
 k's q_k places is wanted at (j + 1/2) / q_k of the period; sorting all places by that interleaves the sources
 evenly. Every lane repeats this pattern, rotated by an amount of its own, so that the lanes, and with them
 every batch, hold different sources at any time. How many samples of source k precede a position of a lane,
-    n = (whole periods) q_k + (places of k before this one in the period) + base[v, k],
+    n = begin[v, k] + (whole periods) q_k + (places of k before this one in the period) - (those before the rotation),
 is a table look-up. Over a period the shares are exact, and since the pattern repeats nothing drifts: on a
 lane a count is never further than the number of sources from its quota. A stage, with other weights, begins
-at a multiple of V, starts the pattern anew, and has the counts of all earlier stages in its `base`, so that no
+at any sample, starts the pattern anew, and has the counts of all earlier stages in its `begin`, so that no
 source loses or repeats a sample.
+
+A stage may have longer sequences, T' = m T. Then what each lane has left of the window (see 4) that it is reading
+from a source comes first, m of the short sequences, as they are permuted, to each long one (the last may be
+padded); from the next window on it reads sequences of T'. So here too no token is lost or read twice.
 
 **3. Chunks to lanes.** A source's epochs are concatenated to one stream of chunks, g = e N + ordinal, and
 dealt round robin: lane g mod V, row g div V. Each chunk thus belongs to one lane per epoch, and lanes that
@@ -43,27 +47,19 @@ at a time, known ahead.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.config import ConfigError
+from pretrain.mixture import PERIOD, interleave, quotas
+from pretrain.permutation import Ints, key_of, permute, unpermute
+from pretrain.stages import Stage, stage_at
 
-PERIOD = 1 << 16
-"""P: positions of a lane after which the mixture pattern repeats; weights are exact to 1 / P."""
-MIN_ROWS = 16
-"""`choose_lanes` gives each lane at least this many chunks per epoch."""
-STATE_SCHEMA = 1
 _ROTATION = 40503  # P / golden ratio, odd: successive lanes start at evenly spread, all different places
-_FEISTEL_ROUNDS = 6  # 4 are enough for large sizes; windows of five to eight sequences want more
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _CHUNKS, _SEQUENCES = 0, 1  # what a permutation is for; part of its key
-
-Ints = NDArray[np.int64]
-Keys = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -81,121 +77,335 @@ class SourceSize:
 
 
 class Location(NamedTuple):
-    """Where samples lie; int64 arrays of equal length."""
+    """Where samples lie, as pieces, one per sample but where the sequence length has just grown; int64 arrays."""
 
     source: Ints
     epoch: Ints
     chunk: Ints
     """Number of the chunk within its corpus."""
     sequence: Ints
-    """Number of the sequence within its chunk: its first token is sequence x T."""
+    """Number of the sequence within its chunk: its first token is sequence x length."""
+    length: Ints
+    """Tokens of the piece, where its chunk has so many."""
+    row: Ints
+    """Which of the asked samples the piece belongs to; ascending."""
+
+
+class Found(NamedTuple):
+    """Samples that hold something of one chunk; int64 arrays."""
+
+    sample: Ints
+    sequence: Ints
+    epoch: Ints
+    length: Ints
 
 
 class Order:
     """The order of all samples of a run.
 
-    `stages` are pairs of the first global sample index, a multiple of `lanes`, and one weight per source; the
-    first begins at 0. Tables take about (0.4 MB + 8 B x lanes x sources) per stage.
+    The first stage begins at 0. Tables take about (0.4 MB + 40 B x lanes x sources) per stage.
     """
 
     def __init__(
         self,
-        sizes: list[SourceSize],
-        stages: list[tuple[int, list[float]]],
+        sizes: Sequence[SourceSize],
+        stages: Sequence[Stage],
         *,
-        sequence_length: int,
         lanes: int,
         window_chunks: int,
         seed: int,
     ) -> None:
-        self._arguments = (sizes, stages, sequence_length, lanes, window_chunks, seed)
-        starts = [start for start, _ in stages]
-        if starts[0] != 0 or sorted(starts) != starts or any(start % lanes for start in starts):
-            raise ValueError(f"stages begin at {starts}, not at increasing multiples of {lanes} from 0")
-        self.lanes, self.window_chunks, self.seed = lanes, window_chunks, seed
-        per_chunk = [size.sequences_per_chunk(sequence_length) for size in sizes]
+        self._arguments = (sizes, stages, lanes, window_chunks, seed)
+        starts = [stage.first_sample for stage in stages]
+        if starts[0] != 0 or sorted(starts) != starts:
+            raise ValueError(f"stages begin at {starts}, not at increasing samples from 0")
+        self.stages, self.lanes, self.window_chunks, self.seed = list(stages), lanes, window_chunks, seed
+        self._parts = _distinct(stages)
+        self._lengths = sorted({stage.sequence_length for stage in stages})
+        per_chunk = [[size.sequences_per_chunk(length) for size in sizes] for length in self._lengths]
         common = [math.gcd(lanes, size.n_chunks) for size in sizes]
         self._n_chunks = np.array([size.n_chunks for size in sizes], np.int64)
-        self._per_chunk = np.array([full for full, _ in per_chunk], np.int64)
-        self._missing = np.array([full - last for full, last in per_chunk], np.int64)
+        self._per_chunk = np.array([[full for full, _ in row] for row in per_chunk], np.int64)  # [lengths, K]
+        self._missing = np.array([[full - last for full, last in row] for row in per_chunk], np.int64)
         self._common = np.array(common, np.int64)
         self._inverse = np.array(
             [pow(size.n_chunks // g, -1, lanes // g) for size, g in zip(sizes, common, strict=True)], np.int64
         )
-        self._build_stages(starts, [quotas(weights) for _, weights in stages])
+        self._build_stages()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Sent to another process as its arguments: see `Corpus.__reduce__`."""
         return _order_of, self._arguments
 
-    def _build_stages(self, starts: list[int], stage_quotas: list[list[int]]) -> None:
-        """Tables of all stages: the pattern [S, P], each place's rank [S, P], base counts [S, V, K], quotas [S, K]."""
-        self._first_position = np.array(starts, np.int64) // self.lanes
-        self._quotas = np.array(stage_quotas, np.int64)
+    def with_stages(self, stages: Sequence[Stage]) -> Order:
+        """The same with other stages."""
+        sizes, _, *rest = self._arguments
+        return _order_of(sizes, stages, *rest)
+
+    def _build_stages(self) -> None:
+        """Tables of all stages: the pattern [S, P], each place's rank [S, P], quotas [S, K], and where a lane is."""
+        self._first_sample = np.array([stage.first_sample for stage in self._parts], np.int64)
+        self._length = np.array([self._lengths.index(s.sequence_length) for s in self._parts], np.int64)
+        self._quotas = np.array([quotas(stage.drawn_weights) for stage in self._parts], np.int64)
         n_stages, n_sources = self._quotas.shape
-        self._rotation = np.arange(self.lanes, dtype=np.int64) * _ROTATION % PERIOD
+        lane = np.arange(self.lanes, dtype=np.int64)
+        self._rotation = lane * _ROTATION % PERIOD
+        # The first position of each lane in each stage, [S, V].
+        self._first_position = -((lane - self._first_sample[:, None]) // self.lanes)
         self._pattern = np.empty((n_stages, PERIOD), np.uint16)
         self._rank = np.empty((n_stages, PERIOD), np.int32)
-        self._base = np.empty((n_stages, self.lanes, n_sources), np.int64)
-        drawn = np.zeros((self.lanes, n_sources), np.int64)  # by all earlier stages
+        self._skipped = np.empty(
+            (n_stages, self.lanes, n_sources), np.int64
+        )  # places that the rotation leaves out
+        self._begin: list[_Begin] = []
+        begin = _Begin(*np.zeros((4, self.lanes, n_sources), np.int64))
         for s in range(n_stages):
-            self._pattern[s] = _interleave(self._quotas[s])
-            places = [np.flatnonzero(self._pattern[s] == k) for k in range(n_sources)]
-            for mine in places:
+            self._pattern[s] = interleave(self._quotas[s])
+            for k in range(n_sources):
+                mine = np.flatnonzero(self._pattern[s] == k)
                 self._rank[s, mine] = np.arange(len(mine))
-            skipped = _places_before(places, self._rotation)
-            self._base[s] = drawn - skipped
+            self._skipped[s] = self._places_before(s, self._rotation)
+            self._begin.append(begin)
             if s + 1 < n_stages:
-                end = self._rotation + self._first_position[s + 1] - self._first_position[s]
-                drawn += (end // PERIOD)[:, None] * self._quotas[s]
-                drawn += _places_before(places, end % PERIOD) - skipped
+                begin = self._next_begin(s)
+        self._starts = _Begin(*(np.stack(tables) for tables in zip(*self._begin, strict=True)))  # [S, V, K]
+
+    def _places_before(self, stage: int, end: Ints) -> Ints:
+        """How many of each source's places of the period lie before `end`: [len(end), K]."""
+        places = [np.flatnonzero(self._pattern[stage] == k) for k in range(self._quotas.shape[1])]
+        return np.stack([np.searchsorted(mine, end) for mine in places], axis=1)
+
+    def _drawn(self, stage: int, sample: int) -> Ints:
+        """Samples that each lane has drawn of each source from the stage's beginning up to `sample`: [V, K]."""
+        position = -((np.arange(self.lanes) - sample) // self.lanes)
+        end = self._rotation + position - self._first_position[stage]
+        drawn = (end // PERIOD)[:, None] * self._quotas[stage] + self._places_before(stage, end % PERIOD)
+        return drawn - self._skipped[stage]
+
+    def _next_begin(self, stage: int) -> _Begin:
+        """Where each lane goes on in each source when the next stage begins."""
+        begin = self._begin[stage]
+        drawn = self._drawn(stage, int(self._first_sample[stage + 1]))
+        per = self._pieces_per_sample(stage, begin.rest_length)
+        rest = np.maximum(0, begin.rest - drawn * per)
+        first = begin.rest_first + begin.rest - rest
+        n = begin.n + np.maximum(0, drawn + -begin.rest // per)
+        if self._length[stage + 1] == self._length[stage]:
+            return _Begin(n, first, rest, begin.rest_length)
+        # Longer sequences from here on. The window that is half read is read to its end in its short pieces.
+        source, lane = np.broadcast_arrays(np.arange(n.shape[1]), np.arange(self.lanes)[:, None])
+        rows = self._lane_rows(self._length[stage], source, lane)
+        _, low, high = self._window(rows, lane, rows.row_of(n))
+        fresh = rows.samples_before(low) == n
+        row = np.where(fresh, low, high)
+        own = np.where(fresh, 0, rows.samples_before(high) - n)
+        after = self._lane_rows(self._length[stage + 1], source, lane).samples_before(row)
+        in_rest = rest > 0  # of a still shorter length: then nothing of the window after it has been read
+        return _Begin(
+            after,
+            np.where(in_rest, first, n),
+            np.where(in_rest, rest, own),
+            np.where(in_rest, begin.rest_length, self._length[stage]),
+        )
+
+    def _pieces_per_sample(self, stage: int | Ints, rest_length: Ints) -> Ints:
+        lengths = np.array(self._lengths, np.int64)
+        return lengths[self._length[stage]] // lengths[rest_length]
 
     def locate(self, samples: Ints) -> Location:
         """Where the samples of the given global indices (any order, 1-D) lie. Exact up to 1e12 and beyond."""
         samples = np.asarray(samples, np.int64)
+        row = np.arange(len(samples))
         lane, position = samples % self.lanes, samples // self.lanes
-        source, n = self._draw(lane, position)
-        rows = self._lane_rows(source, lane)
-        row = rows.row_of(n)
-        # The window: up to W rows of the lane, within the epoch's rows [first, end).
-        epoch = (row * self.lanes + lane) // rows.n_chunks
-        first = -((lane - epoch * rows.n_chunks) // self.lanes)  # ceil((e N - v) / V)
-        end = -((lane - (epoch + 1) * rows.n_chunks) // self.lanes)
-        window = (row - first) // self.window_chunks
-        low = first + window * self.window_chunks
-        begin = rows.samples_before(low)
-        size = rows.samples_before(np.minimum(low + self.window_chunks, end)) - begin
-        n = begin + permute(n - begin, size, _key(self.seed, _SEQUENCES, source, epoch, lane, window))
-        row = rows.row_of(n)
-        ordinal = row * self.lanes + lane - epoch * rows.n_chunks
-        return Location(source, epoch, self._chunk(source, epoch, ordinal), n - rows.samples_before(row))
+        stage = np.searchsorted(self._first_sample, samples, side="right") - 1
+        source, drawn = self._draw(stage, lane, position)
+        begin = _Begin(*(table[stage, lane, source] for table in self._starts))
+        length = self._length[stage]
+        if not begin.rest.any():
+            return self._place(row, length, source, lane, begin.n + drawn)
+        per = self._pieces_per_sample(stage, begin.rest_length)
+        taken = drawn * per
+        in_rest = taken < begin.rest
+        n_pieces = np.where(in_rest, np.minimum(per, begin.rest - taken), 1)
+        n = np.where(in_rest, begin.rest_first + taken, begin.n + drawn + -begin.rest // per)
+        row = np.repeat(row, n_pieces)
+        within = np.arange(len(row)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)
+        length = np.where(in_rest, begin.rest_length, length)[row]
+        return self._place(row, length, source[row], lane[row], n[row] + within)
 
-    def _draw(self, lane: Ints, position: Ints) -> tuple[Ints, Ints]:
-        """Source of each sample, and how many samples of that source precede it on its lane."""
-        stage = np.searchsorted(self._first_position, position, side="right") - 1
-        along = position - self._first_position[stage] + self._rotation[lane]
+    def _place(self, row: Ints, length: Ints, source: Ints, lane: Ints, n: Ints) -> Location:
+        """The n-th sequence of so many tokens (an index of `_lengths`) of a source on a lane."""
+        rows = self._lane_rows(length, source, lane)
+        epoch, low, high = self._window(rows, lane, rows.row_of(n))
+        begin = rows.samples_before(low)
+        size = rows.samples_before(high) - begin
+        window = (low - self._first_row(rows, lane, epoch)) // self.window_chunks
+        n = begin + permute(n - begin, size, key_of(self.seed, _SEQUENCES, source, epoch, lane, window))
+        place = rows.row_of(n)
+        ordinal = place * self.lanes + lane - epoch * rows.n_chunks
+        chunk = self._chunk(source, epoch, ordinal)
+        tokens = np.array(self._lengths, np.int64)[length]
+        return Location(source, epoch, chunk, n - rows.samples_before(place), tokens, row)
+
+    def _first_row(self, rows: _LaneRows, lane: Ints, epoch: Ints) -> Ints:
+        return -((lane - epoch * rows.n_chunks) // self.lanes)  # ceil((e N - v) / V)
+
+    def _window(self, rows: _LaneRows, lane: Ints, row: Ints) -> tuple[Ints, Ints, Ints]:
+        """Epoch of a row, and its window: up to W rows [low, high) of the lane, within the epoch's rows."""
+        epoch = (row * self.lanes + lane) // rows.n_chunks
+        first = self._first_row(rows, lane, epoch)
+        low = first + (row - first) // self.window_chunks * self.window_chunks
+        return epoch, low, np.minimum(low + self.window_chunks, self._first_row(rows, lane, epoch + 1))
+
+    def _draw(self, stage: Ints, lane: Ints, position: Ints) -> tuple[Ints, Ints]:
+        """Source of each sample, and how many samples of that source the lane drew before it in its stage."""
+        along = position - self._first_position[stage, lane] + self._rotation[lane]
         turn, place = along // PERIOD, along % PERIOD
         source = self._pattern[stage, place].astype(np.int64)
-        n = self._base[stage, lane, source] + turn * self._quotas[stage, source] + self._rank[stage, place]
-        return source, n
+        n = turn * self._quotas[stage, source] + self._rank[stage, place]
+        return source, n - self._skipped[stage, lane, source]
 
-    def _lane_rows(self, source: Ints, lane: Ints) -> _LaneRows:
+    def _lane_rows(self, length: Ints, source: Ints, lane: Ints) -> _LaneRows:
         n_chunks, common = self._n_chunks[source], self._common[source]
         a, b = lane // common, lane % common
         epochs = self.lanes // common
         epoch = b * epochs + a * self._inverse[source] % epochs
         short_row = (epoch * n_chunks + b - lane) // self.lanes
-        return _LaneRows(n_chunks, self._per_chunk[source], self._missing[source], short_row)
+        return _LaneRows(n_chunks, self._per_chunk[length, source], self._missing[length, source], short_row)
 
     def _chunk(self, source: Ints, epoch: Ints, ordinal: Ints) -> Ints:
         """The chunk that has this ordinal in this epoch. A short last chunk has its fixed place, s(e)."""
+        # By the first stage's length, or the order would change where longer sequences make up for what is missing.
+        is_short = self._missing[0, source] > 0
         common, last = self._common[source], self._n_chunks[source] - 1
-        is_short = self._missing[source] > 0
         place = epoch // (self.lanes // common) % common
         rest = ordinal - (is_short & (ordinal > place))
         size = np.maximum(last + 1 - is_short, 1)
-        shuffled = permute(np.minimum(rest, size - 1), size, _key(self.seed, _CHUNKS, source, epoch))
+        shuffled = permute(np.minimum(rest, size - 1), size, key_of(self.seed, _CHUNKS, source, epoch))
         return np.where(is_short & (ordinal == place), last, shuffled)
+
+    def find(self, source: int, chunk: int, end_sample: int) -> Found:
+        """All samples before `end_sample` that hold something of a chunk: the inverse of `locate`."""
+        n_epochs = math.ceil(
+            self.chunks_read(end_sample)[:, source].max() * self.lanes / self._n_chunks[source]
+        )
+        parts = []
+        for epoch in range(n_epochs + 1):
+            place = epoch * self._n_chunks[source] + self._ordinal(source, epoch, chunk)
+            lane, row = int(place % self.lanes), int(place // self.lanes)
+            for length in range(len(self._lengths)):
+                n, sequence = self._drawn_as(length, source, lane, row, epoch)
+                parts += [
+                    (
+                        sample,
+                        sequence[which],
+                        np.full_like(sample, epoch),
+                        np.full_like(sample, self._lengths[length]),
+                    )
+                    for sample, which in self._samples_of(length, source, lane, n)
+                ]
+        found = (
+            [np.concatenate(column) for column in zip(*parts, strict=True)]
+            if parts
+            else [np.empty(0, np.int64)] * 4
+        )
+        kept = found[0] < end_sample
+        ascending = np.argsort(found[0][kept], kind="stable")
+        return Found(*(column[kept][ascending] for column in found))
+
+    def _ordinal(self, source: int, epoch: int, chunk: int) -> int:
+        """The inverse of `_chunk`."""
+        common, last = self._common[source], int(self._n_chunks[source]) - 1
+        is_short = self._missing[0, source] > 0
+        place = int(epoch // (self.lanes // common) % common)
+        if is_short and chunk == last:
+            return place
+        size = np.array([last + 1 - is_short])
+        [rest] = unpermute(np.array([chunk]), size, key_of(self.seed, _CHUNKS, source, epoch)).tolist()
+        return rest + (is_short and rest >= place)
+
+    def _drawn_as(self, length: int, source: int, lane: int, row: int, epoch: int) -> tuple[Ints, Ints]:
+        """When a lane draws the sequences of a row, as the n-th of the source; and which sequence each is."""
+        at = np.array([source]), np.array([lane])
+        rows = self._lane_rows(np.array([length]), *at)
+        _, low, high = self._window(rows, at[1], np.array([row]))
+        begin = rows.samples_before(low)
+        size = rows.samples_before(high) - begin
+        window = (low - self._first_row(rows, at[1], np.array([epoch]))) // self.window_chunks
+        first, end = (int(rows.samples_before(np.array([r]))[0]) for r in (row, row + 1))
+        placed = np.arange(first, end)
+        key = key_of(self.seed, _SEQUENCES, source, epoch, lane, window)
+        return begin + unpermute(placed - begin, np.broadcast_to(size, placed.shape), key), placed - first
+
+    def _samples_of(self, length: int, source: int, lane: int, n: Ints) -> Iterator[tuple[Ints, Ints]]:
+        """The samples that are the n-th sequences of a length from a source on a lane; and which of `n` they are."""
+        for s, quota in enumerate(self._quotas[:, source].tolist()):
+            begin = _Begin(*(table[s, lane, source] for table in self._starts))
+            per = self._pieces_per_sample(s, begin.rest_length)
+            is_own = (n >= begin.n) & (length == self._length[s])
+            in_rest = (n >= begin.rest_first) & (n < begin.rest_first + begin.rest)
+            for drawn, mask in (
+                (n - begin.n - -begin.rest // per, is_own),
+                ((n - begin.rest_first) // per, in_rest & (length == begin.rest_length)),
+            ):
+                if s + 1 < len(self._parts):
+                    mask &= drawn < self._drawn(s, self._parts[s + 1].first_sample)[lane, source]
+                which = np.flatnonzero(mask & (quota > 0))
+                if len(which):
+                    yield self._sample(s, source, lane, drawn[which]), which
+
+    def _sample(self, stage: int, source: int, lane: int, drawn: Ints) -> Ints:
+        """The inverse of `_draw`."""
+        turn, rank = np.divmod(drawn + self._skipped[stage, lane, source], self._quotas[stage, source])
+        place = np.flatnonzero(self._pattern[stage] == source)[rank]
+        position = turn * PERIOD + place - self._rotation[lane] + self._first_position[stage, lane]
+        return position * self.lanes + lane
+
+    def chunks_read(self, sample: int) -> NDArray[np.float64]:
+        """Chunks of each source that each lane has read before `sample`, in parts of one: [V, K]."""
+        stage = stage_at(self._parts, sample)
+        begin, drawn = self._begin[stage], self._drawn(stage, sample)
+        per = self._pieces_per_sample(stage, begin.rest_length)
+        n = begin.n + np.maximum(0, drawn + -begin.rest // per)
+        source, lane = np.broadcast_arrays(np.arange(n.shape[1]), np.arange(self.lanes)[:, None])
+        rows = self._lane_rows(self._length[stage], source, lane)
+        row = rows.row_of(n)
+        within = (n - rows.samples_before(row)) / rows.per_chunk
+        rest = np.maximum(0, begin.rest - drawn * per) / self._per_chunk[begin.rest_length, source]
+        return row + within - rest
+
+    def epochs(self, sample: int) -> list[float]:
+        """How often each source has been read before `sample`."""
+        return (self.chunks_read(sample).sum(axis=0) / self._n_chunks).tolist()
+
+    def is_read(self, source: int, n_epochs: int, sample: int) -> bool:
+        """Whether any lane draws from the source beyond so many epochs before `sample`."""
+        lane = np.arange(self.lanes)
+        end = -((lane - n_epochs * self._n_chunks[source]) // self.lanes)
+        return bool((self.chunks_read(sample)[:, source] > end).any())
+
+
+def _distinct(stages: Sequence[Stage]) -> list[Stage]:
+    """Without stages that change the batch alone, which has no part in the order."""
+    kept = [stages[0]]
+    for stage in stages[1:]:
+        before = quotas(kept[-1].drawn_weights), kept[-1].sequence_length
+        if (quotas(stage.drawn_weights), stage.sequence_length) != before:
+            kept.append(stage)
+    return kept
+
+
+class _Begin(NamedTuple):
+    """Where lanes go on in sources when a stage begins."""
+
+    n: Ints
+    """Sequences of the stage's length before the first one, once the rest is read."""
+    rest_first: Ints
+    """Of a window that was begun with shorter sequences: the first of those that are left,"""
+    rest: Ints
+    """their number,"""
+    rest_length: Ints
+    """and their length, as an index of the order's lengths."""
 
 
 class _LaneRows(NamedTuple):
@@ -219,212 +429,7 @@ class _LaneRows(NamedTuple):
         return turn * self.n_chunks + (rest + self.missing * after_short) // self.per_chunk
 
 
-def step_start(sample: int, per_step: int, passed_over: Sequence[Sequence[int]]) -> int:
-    """First sample of the step that begins at `sample` or behind what was passed over there."""
-    for first, end in sorted((first, end) for first, end in passed_over):
-        if sample < end and sample + per_step > first:
-            sample = end
-    return sample
-
-
-def quotas(weights: Sequence[float]) -> list[int]:
-    """Places of each source in a period: proportional to the weights, at least 1 where a weight is positive."""
-    total = math.fsum(weights)  # exactly rounded: the same on every machine
-    if not total > 0:
-        raise ConfigError(
-            f"the mixture's weights {list(weights)} have no positive sum; give at least one source one"
-        )
-    exact = [weight / total * PERIOD for weight in weights]
-    counts = [max(1, math.floor(x)) if x > 0 else 0 for x in exact]
-    left = PERIOD - sum(counts)
-    for k in sorted(range(len(counts)), key=lambda k: counts[k] - exact[k])[: max(left, 0)]:
-        counts[k] += 1
-    for _ in range(-left):  # the sources raised to 1 took more than there was
-        counts[counts.index(max(counts))] -= 1
-    return counts
-
-
-def _interleave(source_quotas: Ints) -> Ints:
-    """The source of each place of the period."""
-    wanted = np.concatenate([(np.arange(q) + 0.5) / max(q, 1) for q in source_quotas.tolist()])
-    return np.repeat(np.arange(len(source_quotas)), source_quotas)[np.argsort(wanted, kind="stable")]
-
-
-def _places_before(places: list[Ints], end: Ints) -> Ints:
-    """How many of each source's places lie before `end`: [len(end), K]."""
-    return np.stack([np.searchsorted(mine, end) for mine in places], axis=1)
-
-
-def permute(x: Ints, size: Ints, key: Keys) -> Ints:
-    """A bijection of [0, size) chosen by `key`, evaluated at `x` (1-D; element by element, 0 <= x < size)."""
-    # A balanced Feistel network permutes [0, 2^(2 half)), less than 4 size. Where it leaves [0, size), it is
-    # applied again until it comes back (cycle walking), which is a bijection of [0, size).
-    bits = np.frexp((size - 1).astype(np.float64))[1]  # bit length
-    half = np.maximum((bits + 1) // 2, 1).astype(np.uint64)
-    values, limit = x.astype(np.uint64), size.astype(np.uint64)
-    key = np.broadcast_to(key, values.shape)
-    todo = np.arange(len(values))
-    while len(todo):
-        shift = half[todo]
-        mask = (np.uint64(1) << shift) - np.uint64(1)
-        left, right = values[todo] >> shift, values[todo] & mask
-        round_key = key[todo]
-        for _ in range(_FEISTEL_ROUNDS):
-            left, right = right, left ^ (_mix(right + round_key) & mask)
-            round_key = round_key + _GOLDEN
-        values[todo] = (left << shift) | right
-        todo = todo[values[todo] >= limit[todo]]
-    return values.astype(np.int64)
-
-
-def _key(seed: int, *parts: int | Ints) -> Keys:
-    """A 64-bit hash of the seed and the parts (1-D arrays, or an integer for all)."""
-    key = _mix(np.array([seed % (1 << 64)], np.uint64) + _GOLDEN)
-    for part in parts:
-        key = _mix((key ^ np.atleast_1d(np.asarray(part, np.int64)).astype(np.uint64)) + _GOLDEN)
-    return key
-
-
-def _mix(x: Keys) -> Keys:
-    """Finalizer of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit words."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def choose_lanes(sizes: list[SourceSize], global_batch_sequences: int) -> int:
-    """V for a new run: the largest divisor of the global batch that leaves each lane enough chunks; at least 1.
-
-    Many lanes are good: a batch then touches many chunks, and with V a multiple of the number of ranks each
-    rank reads chunks that no other rank reads. But a lane shuffles its own chunks only, so that it should have
-    at least MIN_ROWS of them per epoch of every source. A divisor of the batch gives all lanes the same pace.
-    """
-    most = min(size.n_chunks for size in sizes) // MIN_ROWS
-    return max((v for v in range(1, most + 1) if global_batch_sequences % v == 0), default=1)
-
-
-def rank_samples(first: int, count: int, *, lanes: int, rank: int, world_size: int) -> Ints:
-    """Global indices of the samples [first, first + count) of one batch that belong to `rank`: [count / ranks].
-
-    The batch sorted by (lane, index) is split in equal contiguous parts. If count is a multiple of `lanes` and
-    `lanes` of `world_size`, rank r so owns the lanes [r V/R, (r+1) V/R) for the whole run.
-    """
-    if count % world_size:
-        raise ValueError(f"a batch of {count} samples does not split evenly over {world_size} ranks")
-    samples = np.arange(first, first + count, dtype=np.int64)
-    ordered = samples[np.argsort(samples % lanes, kind="stable")]
-    mine = count // world_size
-    return ordered[rank * mine : (rank + 1) * mine]
-
-
 def _order_of(
-    sizes: list[SourceSize],
-    stages: list[tuple[int, list[float]]],
-    sequence_length: int,
-    lanes: int,
-    window_chunks: int,
-    seed: int,
+    sizes: Sequence[SourceSize], stages: Sequence[Stage], lanes: int, window_chunks: int, seed: int
 ) -> Order:
-    return Order(
-        sizes, stages, sequence_length=sequence_length, lanes=lanes, window_chunks=window_chunks, seed=seed
-    )
-
-
-@dataclass(kw_only=True, slots=True)
-class OrderState:
-    """What a checkpoint holds of the data: where the run is in the order, and which order it is.
-
-    The same on every rank. `consumed_samples` counts samples of completed optimizer steps only.
-    """
-
-    schema: int = STATE_SCHEMA
-    manifest_sha: list[str]
-    """Root hash of each source's manifest, in the order of the sources."""
-    seed: int
-    stages: list[tuple[int, list[float]]]
-    """First global sample index, and one weight per source."""
-    consumed_samples: int
-    lanes: int
-    chunk_tokens: list[int]
-    """Per source."""
-    window_chunks: int
-    sequence_length: int
-    passed_over: list[list[int]] = field(default_factory=list)
-    """Sample indices [first, end) that rollbacks left out of the run, in the order of the rollbacks."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self) | {"stages": [[start, list(weights)] for start, weights in self.stages]}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> OrderState:
-        """The inverse of `to_dict`. ConfigError where another version of this program wrote the values."""
-        names = {f.name for f in fields(cls)}
-        if values.get("schema") != STATE_SCHEMA or set(values) | {"passed_over"} != names:
-            raise ConfigError(
-                f"the checkpoint's order of samples has schema {values.get('schema')} with the keys {sorted(values)}, "
-                f"this version reads schema {STATE_SCHEMA} with {sorted(names)}; resume with the version that wrote it"
-            )
-        stages = [(start, list(weights)) for start, weights in values["stages"]]
-        return cls(**(values | {"stages": stages}))
-
-    def check_compatible(self, other: OrderState) -> None:
-        """Raise ConfigError unless the configured order, `other`, goes on as this saved one began.
-
-        What is still unread may change: stages from `consumed_samples` on, and sources appended to the list
-        (they have no weight in what was read).
-        """
-        differences = [
-            f"{key}={new} was {old}"
-            for key, old, new in [
-                ("seed", self.seed, other.seed),
-                ("data.sequence_length", self.sequence_length, other.sequence_length),
-                ("data.lanes", self.lanes, other.lanes),
-                ("data.window_chunks", self.window_chunks, other.window_chunks),
-            ]
-            if old != new
-        ]
-        differences += self._corpus_differences(other)
-        old_stages, new_stages = (_begun(state, self.consumed_samples) for state in (self, other))
-        if old_stages != new_stages:
-            differences.append(
-                f"the mixture of the {self.consumed_samples} samples already read, as (first sample, weights), "
-                f"{_begun_text(other, self.consumed_samples)} was {_begun_text(self, self.consumed_samples)}"
-            )
-        if differences:
-            raise ConfigError(
-                f"the run cannot go on with this order of samples: {'; '.join(differences)}. "
-                "Restore what it began with, or start a new run_dir (init_from=RUN_DIR keeps the weights)"
-            )
-
-    def _corpus_differences(self, other: OrderState) -> list[str]:
-        if len(other.manifest_sha) < len(self.manifest_sha):
-            return [
-                f"the corpus changed: {len(other.manifest_sha)} sources, was {len(self.manifest_sha)} "
-                "(a source leaves by weight 0, not by its removal)"
-            ]
-        return [
-            f"the corpus changed: source {k} has root hash {new}, was {old}"
-            for k, (old, new) in enumerate(zip(self.manifest_sha, other.manifest_sha, strict=False))
-            if old != new
-        ] + [
-            f"the corpus changed: source {k} has chunks of {new} tokens, was {old}"
-            for k, (old, new) in enumerate(zip(self.chunk_tokens, other.chunk_tokens, strict=False))
-            if old != new
-        ]
-
-
-def _begun(state: OrderState, consumed: int) -> list[tuple[int, list[int]]]:
-    """The stages of which something was read, with trailing sources of quota 0 left out: what fixes the past."""
-    begun = []
-    for start, weights in state.stages:
-        if start < consumed:
-            counts = quotas(weights)
-            while counts[-1] == 0:
-                counts.pop()
-            begun.append((start, counts))
-    return begun
-
-
-def _begun_text(state: OrderState, consumed: int) -> str:
-    return str([(start, list(weights)) for start, weights in state.stages if start < consumed])
+    return Order(sizes, stages, lanes=lanes, window_chunks=window_chunks, seed=seed)

@@ -29,11 +29,6 @@ def check_resumable(config: TrainConfig, state: dict[str, Any]) -> list[str]:
             f"run_dir={config.run_dir} holds a run with another configuration: {what}; "
             "put these back, or use another run_dir (with init_from= to keep the weights)"
         )
-    if state["samples_seen"] != state["step"] * config.global_batch_sequences:
-        raise ConfigError(
-            f"global_batch_sequences={config.global_batch_sequences} differs from the run's "
-            f"{state['samples_seen'] // state['step']}; put it back"
-        )
     return [f"{key}: {old.get(key)} -> {new[key]}" for key in changed]
 
 

@@ -5,6 +5,7 @@ A corpus is a folder of webdataset tar shards and one `manifest.json`:
     manifest.json                 what is there, and a hash of all of it (`Manifest`)
     shards/shard-00000.tar        members NNNNNN.tok (a chunk: little-endian tokens) and NNNNNN.doc (JSON)
     shards/shard-00000.idx        where each member lies and its xxh3-64, as a .npy array
+    shards/ids.npy                uint64 [documents, 2]: xxh3-64 of each document's id, ascending, and its first chunk
 
 Documents, [bos] tokens [eos] each, are concatenated and cut into chunks of `chunk_tokens`; only the
 last chunk of a corpus may be shorter. NNNNNN is the number of the chunk in the corpus. A `.doc` member
@@ -44,6 +45,7 @@ from pretrain.manifest import (
 )
 
 SHARDS_FOLDER = "shards"
+IDS_NAME = f"{SHARDS_FOLDER}/ids.npy"
 _OPEN_SHARDS = 64  # file descriptors that one Corpus holds at most
 _CACHED_DOCUMENTS = 512  # parsed .doc members that one Corpus holds at most
 _BLOCK = tarfile.BLOCKSIZE
@@ -130,6 +132,29 @@ class Corpus:
             self._documents.popitem(last=False)
         return documents
 
+    def chunks_of(self, document_id: str) -> list[int]:
+        """The chunks that hold a document, or several of one id; empty: there is none.
+
+        Raises ConfigError where the corpus is older than its index of ids.
+        """
+        try:
+            rows = np.load(self.manifest_path.parent / IDS_NAME, mmap_mode="r", allow_pickle=False)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.manifest_path.parent} has no {IDS_NAME}, which finds documents by their id; prepare the corpus "
+                "again with this program"
+            ) from error
+        wanted = np.uint64(hash_id(document_id))
+        first, end = (int(np.searchsorted(rows[:, 0], wanted, side=side)) for side in ("left", "right"))
+        found: list[int] = []
+        for chunk in sorted(set(rows[first:end, 1].astype(int).tolist())):
+            while chunk < self.n_chunks and document_id in self.documents(chunk).ids:
+                found.append(chunk)
+                if self.documents(chunk).ids[-1] != document_id:
+                    break
+                chunk += 1  # it may go on there
+        return sorted(set(found))
+
     def _locate(self, chunk: int) -> tuple[_OpenShard, int]:
         number = int(np.searchsorted(self._first_chunks, chunk, side="right")) - 1
         info = self.manifest.shards[number]
@@ -140,6 +165,11 @@ class Corpus:
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
         return self._open[number], chunk - info.first_chunk
+
+
+def hash_id(document_id: str) -> int:
+    """xxh3-64 of a document's id."""
+    return xxhash.xxh3_64_intdigest(document_id.encode("utf-8", "surrogatepass"))
 
 
 class _OpenShard:

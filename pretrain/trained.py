@@ -26,6 +26,8 @@ class TrainedModel:
     tokenizer: Tokenizer
     step: int
     tokens_seen: int
+    sequence_length: int
+    """Tokens of the sequences that it was last trained on."""
 
     def decoder(self, device: torch.device, dtype: torch.dtype) -> Decoder:
         """The model in evaluation mode."""
@@ -39,7 +41,9 @@ def load_trained(run_dir: str | Path, step: int | None = None) -> TrainedModel:
     """
     config, weights, state = load_weights(run_dir, step)
     tokenizer = Tokenizer(Path(run_dir) / TOKENIZER_NAME, sha256=state["tokenizer_sha256"])
-    return TrainedModel(config, weights, tokenizer, state["step"], state["tokens_seen"])
+    return TrainedModel(
+        config, weights, tokenizer, state["step"], state["tokens_seen"], state["sequence_length"]
+    )
 
 
 def default_device() -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +21,10 @@ from pretrain.heartbeat import LAUNCHER_LOST, mark
 from pretrain.loader import Batch
 from pretrain.monitor import StepRecord
 from pretrain.optim import learning_rate
-from pretrain.order import step_start
+from pretrain.order_state import Substitution
 from pretrain.resilience import LossGuard, Verdict, lock_run
 from pretrain.saving import Saved, advised_interval_s
+from pretrain.sequences import Counts
 from pretrain.shards import Corpus
 from pretrain.watchdog import Watchdog
 
@@ -33,7 +35,7 @@ def train(config: TrainConfig, world: World, watchdog: Watchdog) -> ExitCode:
     run_dir.mkdir(parents=True, exist_ok=True)
     on_main(lambda: lock_run(run_dir), world)
     run = assemble(config, world, run_dir, watchdog)
-    code = ExitCode.FINISHED if run.step >= config.n_steps else _loop(run)
+    code = ExitCode.FINISHED if run.step >= run.loader.n_steps else _loop(run)
     if code is ExitCode.STOPPED:
         run.monitor.event("stopped", step=run.step, reason=_reason(run))
     else:
@@ -60,20 +62,22 @@ def _loop(run: Run) -> ExitCode:
 
 def _stretch(run: Run) -> ExitCode | None:
     """Train on; None after a rollback."""
-    config, per_step = run.config, run.config.global_batch_sequences
+    config = run.config
     before = time.monotonic()
-    for batches in run.loader.steps(run.next_sample):
+    for batches in run.loader.steps(run.step + 1):
         data_wait_s = time.monotonic() - before
         step, limit = run.step + 1, run.guard.limit()
-        lr = learning_rate(config.schedule, config.optim.lr, step, config.n_steps)
+        lr = learning_rate(config.schedule, config.optim.lr, step, run.loader.n_steps)
         result = run.engine.train_step(batches, step, lr, limit, run.stop_vote.last)
         if result is None:  # asked within the step: back to its beginning, which is the step before
             return _stop(run)
         mark("update done", step)
-        sums = _agree(run, result, step)
+        sums = _agree(run, result, batches, step)
+        plan = run.loader.plan[step]
+        if sums.substitutions:
+            _note_substitutions(run, batches, step)
         loss = sums.nll / max(1, result.n_predicted)
         run.step = step
-        run.next_sample = step_start(run.next_sample, per_step, run.loader.state.passed_over) + per_step
         run.watchdog.started()
         if config.logging.sample_ledger:
             run.monitor.ledger(step, *_ledger_entry(batches))
@@ -81,8 +85,13 @@ def _stretch(run: Run) -> ExitCode | None:
         run.monitor.step(
             StepRecord(
                 step=step,
-                tokens_seen=step * config.tokens_per_step,
-                samples_seen=step * per_step,
+                tokens_seen=plan.tokens_seen,
+                samples_seen=plan.samples_seen,
+                step_tokens=(plan.end_sample - plan.first_sample) * plan.sequence_length,
+                sequence_length=plan.sequence_length,
+                cut_documents_frac=sums.cut / max(1, sums.pieces),
+                padding_tokens=int(sums.padding),
+                substituted_chunks=len(run.loader.state.substitutions),
                 loss=loss,
                 z_loss=sums.z / max(1, result.n_predicted) if config.model.z_loss else None,
                 grad_norm=result.grad_norm,
@@ -122,10 +131,19 @@ class Sums(NamedTuple):
     """Memory, between two updates."""
     replica: float
     """Sum over the bits of what every rank holds."""
+    pieces: float
+    """Documents and parts of them in the sequences,"""
+    cut: float
+    """those of them that are not whole,"""
+    padding: float
+    """and tokens of padding."""
+    substitutions: float
+    """Chunks found bad while these sequences were read."""
 
 
-def _agree(run: Run, result: StepResult, step: int) -> Sums:
+def _agree(run: Run, result: StepResult, batches: list[Batch], step: int) -> Sums:
     """One exchange after each step. Raises RunError, alike on all ranks, where a rank's memory has changed."""
+    counts = Counts(*map(sum, zip(*(batch.counts for batch in batches), strict=True)))
     mine = Sums(
         nll=float(result.nll_sum),
         z=float(result.z_sum),
@@ -135,6 +153,8 @@ def _agree(run: Run, result: StepResult, step: int) -> Sums:
         probe=float(run.pace.wants_probe()),
         changed=float(result.memory_changed),
         replica=float(run.engine.replica_sum % REPLICA_MODULUS),
+        **{name: float(count) for name, count in counts._asdict().items()},
+        substitutions=float(sum(len(batch.substitutions) for batch in batches)),
     )
     sums = Sums(*sum_over_ranks(list(mine), run.world))
     check_memory(
@@ -154,7 +174,7 @@ def _after_step(run: Run, sums: Sums) -> ExitCode | None:
     _collect(run)
     if sums.probe:
         _compare_ranks(run)
-    last = step == config.n_steps
+    last = step == run.loader.n_steps
     if not last and (sums.asked or step == config.stop_at_step):
         return _stop(run)
     permanent = config.checkpoint.keep_every_steps and step % config.checkpoint.keep_every_steps == 0
@@ -172,6 +192,15 @@ def _after_step(run: Run, sums: Sums) -> ExitCode | None:
     if last or step % config.evaluation.every_steps == 0:
         _evaluate(run)
     return ExitCode.FINISHED if last else None
+
+
+def _note_substitutions(run: Run, batches: list[Batch], step: int) -> None:
+    """Into the state of all ranks, and so into the next checkpoint: what another chunk was read for."""
+    mine = [asdict(entry) for batch in batches for entry in batch.substitutions]
+    found = [Substitution(**values) for values in sum(gather_objects(mine, run.world), [])]
+    for entry in run.loader.substituted(found):
+        facts = asdict(entry) | {"source": run.loader.names[entry.source]}
+        run.monitor.event("chunk_substituted", step=step, **facts)
 
 
 def _compare_ranks(run: Run) -> None:
@@ -206,7 +235,7 @@ def _goes_wrong(run: Run, loss: float, limit: float, skipped: bool) -> bool:
 
 def _roll_back(run: Run, first_bad_step: int, reason: str) -> None:
     """Load the last checkpoint before `first_bad_step`; from that step on, leave out the samples of some steps."""
-    config, guard = run.config, run.config.loss_guard
+    guard = run.config.loss_guard
     advice = "lower optim.lr or lengthen schedule.warmup_steps, and look at the data"
     if len(run.loader.state.passed_over) == guard.max_rollbacks:
         raise ConfigError(
@@ -222,15 +251,9 @@ def _roll_back(run: Run, first_bad_step: int, reason: str) -> None:
     good = found.path
     for newer in on_main(lambda: _delete_after(run.root, good), run.world):
         run.monitor.event("checkpoint_deleted", step=run.step, path=newer)
-    from_step, passed_over = run.step, run.loader.state.passed_over
-    per_step = config.global_batch_sequences
+    from_step = run.step
     state = restore(run, good)
-    start = run.next_sample
-    for _ in range(run.step + 1, first_bad_step):
-        start = step_start(start, per_step, passed_over) + per_step
-    start = step_start(start, per_step, passed_over)
-    window = [start, start + guard.pass_over_steps * per_step]
-    run.loader.state.passed_over = [*passed_over, window]
+    window = run.loader.pass_over(first_bad_step, guard.pass_over_steps)
     run.guard = LossGuard(guard, state.get("loss_guard"))
     run.monitor.rolled_back(run.step, from_step=from_step, passed_over_samples=window, reason=reason)
 

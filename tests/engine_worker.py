@@ -1,6 +1,7 @@
 """One rank of the engine tests: train on fixed batches, write losses, optionally save and load a checkpoint.
 
-Argument: a JSON list of jobs {stage, precision, steps, out, load?, save?, overrides?}, done one after the other.
+Argument: a JSON list of jobs {stage, precision, steps, out, load?, save?, overrides?, micro?}, done in turn;
+micro: sequences per forward pass in each step, 2 by default.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ def batch_of(samples: np.ndarray) -> Batch:
     return Batch(tokens, labels, positions, torch.zeros_like(tokens), samples)
 
 
-def batches_of_step(step: int, world: World) -> list[Batch]:
+def batches_of_step(step: int, world: World, micro: int = MICRO) -> list[Batch]:
     mine = np.arange(GLOBAL // world.size) + (step - 1) * GLOBAL + world.rank * (GLOBAL // world.size)
-    return [batch_of(mine[i : i + MICRO]) for i in range(0, len(mine), MICRO)]
+    return [batch_of(mine[i : i + micro]) for i in range(0, len(mine), micro)]
 
 
 def run(job: dict, world: World) -> None:
@@ -77,7 +78,8 @@ def run(job: dict, world: World) -> None:
         first = state["step"] + 1
     losses, norms = [], []
     for step in range(first, first + job["steps"]):
-        result = engine.train_step(batches_of_step(step, world), step, lr=LR)
+        micro = job["micro"][step - first] if "micro" in job else MICRO
+        result = engine.train_step(batches_of_step(step, world, micro), step, lr=LR)
         assert not result.memory_changed, "nothing flips bits here"
         engine.evaluate(batches_of_step(step, world)[0])  # between two updates it may change nothing either
         (nll,) = sum_over_ranks([float(result.nll_sum)], world)

@@ -83,8 +83,10 @@ class Ranks:
         return "\n".join(f"--- {log.name}\n{log.read_text()}" for log in self.logs)
 
 
-def run_ranks(n_ranks: int, script: str, *args: str, log_dir: Path, timeout_s: float = 240) -> None:
-    """Run to the end; every rank must exit 0."""
+def run_ranks(
+    n_ranks: int, script: str, *args: str, log_dir: Path, timeout_s: float = 240, expect: int = 0
+) -> None:
+    """Run to the end; every rank must exit with the code that is expected."""
     with Ranks(n_ranks, script, *args, log_dir=log_dir) as ranks:
         codes = ranks.wait(timeout_s)
-    assert codes == [0] * n_ranks, f"exit codes {codes}\n{ranks.output()}"
+    assert codes == [expect] * n_ranks, f"exit codes {codes}\n{ranks.output()}"

@@ -125,7 +125,7 @@ def test_batch_divides_over_ranks() -> None:
 
 def test_total_tokens_rounds_up_to_whole_steps() -> None:
     config = compose("total_steps=null", "total_tokens=32769", "data.sequence_length=1024")
-    assert (config.tokens_per_step, config.n_steps) == (32768, 2)
+    assert (config.stages[0].batch_sequences * config.stages[0].sequence_length, config.n_steps) == (32768, 2)
 
 
 def run_train(*overrides: str) -> subprocess.CompletedProcess[str]:

@@ -23,6 +23,13 @@ VARIANTS = {
     "offload-": ["engine.offload_optimizer=true", "engine.offload_params=true"],
 }
 
+# Forward passes per step that change from step to step, as stages of a run make them.
+RAMP = {
+    "micro": [2, 2, 1, 1, 4, 4],
+    "overrides": ["data.stages=[{start_tokens: 900, global_batch_sequences: 16}]"],
+}
+RAMPED = [(stage, offload) for stage in (0, 1, 2, 3) for offload in (False, True) if stage or not offload]
+
 # fp32: sums over ranks and micro batches come in another order; 6 steps of Adam carry that on. Seen: 7e-7.
 # bf16: 8 bits of mantissa in weights and activations. Seen: 8e-4 after 6 steps.
 TOLERANCE = {"fp32": 5e-6, "bf16": 4e-3}
@@ -88,6 +95,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             }.items():
                 where = {"save": str(root / f"{kind}-{name}"), "out": str(root / f"{kind}-{name}.json")}
                 jobs.append({**common, **more, **where})
+        for stage, offload in RAMPED if ranks == 2 else []:
+            overrides = [*RAMP["overrides"], f"engine.offload_optimizer={offload}"]
+            job = {
+                "stage": stage,
+                "precision": "fp32",
+                "steps": STEPS,
+                "out": str(root / f"ramp-{stage}-{offload}.json"),
+            }
+            jobs.append(job | RAMP | {"overrides": overrides})
         run_ranks(ranks, "tests/engine_worker.py", json.dumps(jobs), log_dir=root / f"logs-{ranks}")
     return root
 
@@ -104,6 +120,13 @@ def test_losses_equal_a_plain_pytorch_loop(finished: Path, stage: int, precision
     ours = losses(finished, f"straight-{stage}-{precision}-{ranks}")
     assert ours == pytest.approx(plain_losses(STEPS), abs=TOLERANCE[precision])
     assert ours[-1] < ours[0] - 0.3  # it learns, so agreement says something
+
+
+@pytest.mark.parametrize(("stage", "offload"), RAMPED)
+def test_the_number_of_micro_batches_may_change(finished: Path, stage: int, offload: bool) -> None:
+    assert losses(finished, f"ramp-{stage}-{offload}") == pytest.approx(
+        plain_losses(STEPS), abs=TOLERANCE["fp32"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -309,7 +309,8 @@ def test_a_trained_model_is_read_back(tmp_path: Path) -> None:
     model = trained.decoder(torch.device("cpu"), torch.float32)
     tokens = torch.tensor([[1, 5, 9, 200]])
     assert torch.equal(model.logits(tokens), expected.logits(tokens))
-    assert (trained.step, trained.tokens_seen) == (3, 3 * trained.config.tokens_per_step)
+    tokens = trained.config.global_batch_sequences * trained.config.data.sequence_length
+    assert (trained.step, trained.tokens_seen) == (3, 3 * tokens)
     assert trained.tokenizer.decode(trained.tokenizer.encode("a good wife")) == "a good wife"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
 from dataclasses import replace
 
@@ -13,17 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import ConfigError
-from pretrain.order import (
-    PERIOD,
-    Location,
-    Order,
-    OrderState,
-    SourceSize,
-    choose_lanes,
-    permute,
-    quotas,
-    rank_samples,
-)
+from pretrain.mixture import PERIOD, quotas
+from pretrain.order import Location, Order, SourceSize
+from pretrain.permutation import permute, unpermute
+from pretrain.schedule import choose_lanes, end_sources, rank_samples
+from pretrain.stages import Stage
 
 LANES = st.integers(1, 12)
 SEEDS = st.integers(-(2**63), 2**63 - 1)
@@ -46,12 +39,18 @@ def make(
     all_sizes = size if isinstance(size, list) else [size]
     return Order(
         all_sizes,
-        stages or [(0, [1.0] * len(all_sizes))],
-        sequence_length=4,
+        as_stages(stages or [(0, [1.0] * len(all_sizes))]),
         lanes=lanes,
         window_chunks=window_chunks,
         seed=seed,
     )
+
+
+def as_stages(stages: list[tuple[int, list[float]]], sequence_length: int = 4) -> list[Stage]:
+    return [
+        Stage(first_sample=first, weights=tuple(weights), sequence_length=sequence_length, batch_sequences=1)
+        for first, weights in stages
+    ]
 
 
 def cover(size: SourceSize, lanes: int, epochs: int) -> np.ndarray:
@@ -164,7 +163,8 @@ def test_locate_is_a_pure_function_of_each_index(data: st.DataObject, lanes: int
     samples = np.array(data.draw(st.lists(st.integers(0, 10**12), min_size=1, max_size=20)), np.int64)
     together = make(both, stages, lanes=lanes, seed=seed).locate(samples)
     again = make(both, stages, lanes=lanes, seed=seed)
-    for field, values in together._asdict().items():
+    assert together.row.tolist() == list(range(len(samples)))
+    for field, values in zip(Location._fields[:5], together[:5], strict=True):
         alone = [int(getattr(again.locate(samples[i : i + 1]), field)[0]) for i in range(len(samples))]
         assert values.tolist() == alone
 
@@ -172,7 +172,7 @@ def test_locate_is_a_pure_function_of_each_index(data: st.DataObject, lanes: int
 def test_indices_far_beyond_any_run() -> None:
     """1e12 samples of a corpus of 57 million chunks: no overflow, everything within its bounds."""
     size = SourceSize(57_000_000, 2**18, 1234)
-    order = Order([size], [(0, [1.0])], sequence_length=2048, lanes=1536, window_chunks=32, seed=7)
+    order = Order([size], as_stages([(0, [1.0])], 2048), lanes=1536, window_chunks=32, seed=7)
     samples = np.random.default_rng(0).integers(0, 10**12, 2000)
     found = order.locate(samples)
     per_epoch = (size.n_chunks - 1) * 128 + 1
@@ -184,10 +184,9 @@ def test_indices_far_beyond_any_run() -> None:
 def test_the_order_is_what_it_was() -> None:
     """Existing runs resume by this function: another result is another order, and needs a new schema number."""
     both = [SourceSize(101, 4096, 1000), SourceSize(40, 4096, 4096)]
-    order = Order(
-        both, [(0, [0.7, 0.3]), (1600, [0.2, 0.8])], sequence_length=512, lanes=8, window_chunks=5, seed=42
-    )
-    found = np.stack(order.locate(np.arange(20_000))).astype("<i8")
+    stages = as_stages([(0, [0.7, 0.3]), (1600, [0.2, 0.8])], 512)
+    order = Order(both, stages, lanes=8, window_chunks=5, seed=42)
+    found = np.stack(order.locate(np.arange(20_000))[:4]).astype("<i8")
     assert hashlib.sha256(found.tobytes()).hexdigest()[:16] == "215a4bd8f216be1d"
 
 
@@ -280,10 +279,113 @@ def test_a_stage_may_follow_a_whole_number_of_periods_later() -> None:
     assert (found.sequence[mine] == reference.sequence).all()
 
 
-@pytest.mark.parametrize("starts", [[4], [0, 6], [0, 8, 4]])
-def test_stages_begin_at_whole_rows(starts: list[int]) -> None:
-    with pytest.raises(ValueError, match="multiples of 4"):
+@pytest.mark.parametrize("starts", [[4], [0, 8, 4]])
+def test_stages_begin_one_after_another_from_0(starts: list[int]) -> None:
+    with pytest.raises(ValueError, match="increasing samples from 0"):
         make(SourceSize(5, 16, 16), [(start, [1.0]) for start in starts], lanes=4)
+
+
+# --- longer sequences ---
+
+
+@st.composite
+def growing(draw: st.DrawFn) -> tuple[list[SourceSize], list[Stage], int]:
+    """Sources, stages whose sequences grow from 2 tokens to 16, lanes."""
+    lanes, k = draw(st.integers(1, 5)), draw(st.integers(1, 2))
+    all_sizes = [SourceSize(draw(st.integers(1, 12)), 48, draw(st.integers(1, 48))) for _ in range(k)]
+    lengths = [2, *draw(st.lists(st.sampled_from([2, 4, 8, 16]), min_size=1, max_size=4).map(sorted))]
+    weight = st.lists(st.sampled_from([0.0, 0.3, 1.0]), min_size=k, max_size=k).filter(any)
+    stages, first = [], 0
+    for length in lengths:
+        weights = tuple(draw(weight))
+        stages.append(Stage(first_sample=first, weights=weights, sequence_length=length, batch_sequences=1))
+        first += draw(st.integers(0, 60))
+    last = replace(stages[-1], first_sample=first, weights=(1.0,) * k)
+    return all_sizes, [*stages, last], lanes
+
+
+def tokens_read(size: SourceSize, found: Location, mask: np.ndarray) -> list[tuple[int, int, int]]:
+    """(epoch, chunk, token) of the pieces that the mask selects."""
+    tokens = []
+    for epoch, chunk, sequence, length in zip(
+        *(values[mask].tolist() for values in (found.epoch, found.chunk, found.sequence, found.length)),
+        strict=True,
+    ):
+        has = size.last_chunk_tokens if chunk == size.n_chunks - 1 else size.chunk_tokens
+        tokens += [(epoch, chunk, t) for t in range(sequence * length, min((sequence + 1) * length, has))]
+    return tokens
+
+
+@settings(max_examples=150)
+@given(case=growing(), window=st.integers(1, 4), seed=SEEDS)
+def test_longer_sequences_neither_lose_nor_repeat_a_token(
+    case: tuple[list[SourceSize], list[Stage], int], window: int, seed: int
+) -> None:
+    all_sizes, stages, lanes = case
+    order = Order(all_sizes, stages, lanes=lanes, window_chunks=window, seed=seed)
+    epoch_tokens = max(size.n_chunks for size in all_sizes) * 48
+    end = stages[-1].first_sample + 3 * len(all_sizes) * lanes * (epoch_tokens // 2)
+    found = order.locate(np.arange(end))
+    lengths = np.array([stage.sequence_length for stage in stages])
+    at = np.searchsorted([stage.first_sample for stage in stages], np.arange(end), side="right") - 1
+    taken = np.bincount(found.row, weights=found.length, minlength=end)
+    assert (taken <= lengths[at]).all(), "no more pieces than a sequence holds"
+    for source, size in enumerate(all_sizes):
+        read = tokens_read(size, found, found.source == source)
+        assert len(set(read)) == len(read), "a token was read twice in an epoch"
+        whole = {(0, c, t) for c in range(size.n_chunks - 1) for t in range(size.chunk_tokens)}
+        whole |= {(0, size.n_chunks - 1, t) for t in range(size.last_chunk_tokens)}
+        assert whole <= set(read), "a token of the first epoch was never read"
+
+
+@settings(max_examples=50)
+@given(case=growing(), window=st.integers(1, 4), seed=SEEDS, data=st.data())
+def test_a_stage_to_come_changes_nothing_before_it(
+    case: tuple[list[SourceSize], list[Stage], int], window: int, seed: int, data: st.DataObject
+) -> None:
+    all_sizes, stages, lanes = case
+    kept = data.draw(st.integers(1, len(stages) - 1))
+    before = np.arange(stages[kept].first_sample)
+    whole = Order(all_sizes, stages, lanes=lanes, window_chunks=window, seed=seed).locate(before)
+    part = Order(all_sizes, stages[:kept], lanes=lanes, window_chunks=window, seed=seed).locate(before)
+    assert all((a == b).all() for a, b in zip(whole, part, strict=True))
+
+
+@settings(max_examples=60)
+@given(case=growing(), window=st.integers(1, 4), seed=SEEDS, data=st.data())
+def test_every_reading_of_a_chunk_is_found(
+    case: tuple[list[SourceSize], list[Stage], int], window: int, seed: int, data: st.DataObject
+) -> None:
+    all_sizes, stages, lanes = case
+    order = Order(all_sizes, stages, lanes=lanes, window_chunks=window, seed=seed)
+    end = stages[-1].first_sample + data.draw(st.integers(0, 300))
+    source = data.draw(st.integers(0, len(all_sizes) - 1))
+    chunk = data.draw(st.integers(0, all_sizes[source].n_chunks - 1))
+    where = order.locate(np.arange(end))
+    mine = (where.source == source) & (where.chunk == chunk)
+    expected = sorted(
+        zip(*(v[mine].tolist() for v in (where.row, where.sequence, where.epoch, where.length)), strict=True)
+    )
+    found = order.find(source, chunk, end)
+    assert sorted(zip(*(values.tolist() for values in found), strict=True)) == expected
+    assert (np.diff(found.sample) >= 0).all()
+
+
+def test_sequences_grow_at_the_next_window() -> None:
+    """One lane, windows of two chunks of four short sequences: after five of them the window's other three come first,
+    two to a long sequence, then the next window in long ones."""
+    size = SourceSize(6, 16, 16)
+    stages = [
+        Stage(first_sample=0, weights=(1.0,), sequence_length=4, batch_sequences=1),
+        Stage(first_sample=5, weights=(1.0,), sequence_length=8, batch_sequences=1),
+    ]
+    found = Order([size], stages, lanes=1, window_chunks=2, seed=3).locate(np.arange(5, 11))
+    assert found.row.tolist() == [0, 0, 1, 2, 3, 4, 5]
+    assert found.length.tolist() == [4, 4, 4, 8, 8, 8, 8]
+    short = make(size, lanes=1, window_chunks=2, seed=3).locate(np.arange(8))
+    assert found.chunk[:3].tolist() == short.chunk[5:].tolist()
+    assert found.sequence[:3].tolist() == short.sequence[5:].tolist()
+    assert len(set(found.chunk[3:].tolist())) == 2
 
 
 # --- permutations ---
@@ -296,6 +398,7 @@ def test_permute_is_a_bijection_of_any_size(ns: list[int], seed: int) -> None:
     y = permute(x, np.repeat(ns, ns), keys)
     for part, n in zip(np.split(y, np.cumsum(ns)[:-1]), ns, strict=True):
         assert sorted(part.tolist()) == list(range(n))
+    assert unpermute(y, np.repeat(ns, ns), keys).tolist() == x.tolist()
 
 
 @pytest.mark.parametrize("n", [2**20, 2**20 + 1, 1_000_003])
@@ -357,85 +460,7 @@ def test_choose_lanes(n_chunks: list[int], batch: int, lanes: int) -> None:
     assert choose_lanes([SourceSize(n, 4096, 4096) for n in n_chunks], batch) == lanes
 
 
-# --- state ---
-
-STATE = OrderState(
-    manifest_sha=["a" * 64, "b" * 64],
-    seed=1,
-    stages=[(0, [0.5, 0.5]), (800, [0.9, 0.1]), (1600, [0.1, 0.9])],
-    consumed_samples=1000,
-    lanes=8,
-    chunk_tokens=[4096, 4096],
-    window_chunks=32,
-    sequence_length=512,
-)
-
-
-def test_state_survives_json_and_is_small() -> None:
-    text = json.dumps(STATE.to_dict())
-    assert OrderState.from_dict(json.loads(text)) == STATE
-    assert len(text) < 500
-    single = replace(STATE, manifest_sha=["a" * 64], stages=[(0, [1.0])], chunk_tokens=[4096])
-    assert len(json.dumps(single.to_dict())) < 280
-
-
-def test_state_of_another_version_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"schema 99.*reads schema 1"):
-        OrderState.from_dict(STATE.to_dict() | {"schema": 99})
-    values = STATE.to_dict()
-    del values["lanes"]
-    with pytest.raises(ConfigError, match="resume with the version that wrote it"):
-        OrderState.from_dict(values)
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"seed": 2}, "seed=2 was 1"),
-        ({"sequence_length": 1024}, "data.sequence_length=1024 was 512"),
-        ({"lanes": 16}, "data.lanes=16 was 8"),
-        ({"window_chunks": 4}, "data.window_chunks=4 was 32"),
-        (
-            {"manifest_sha": ["a" * 64, "c" * 64]},
-            f"the corpus changed: source 1 has root hash {'c' * 64}, was {'b' * 64}",
-        ),
-        ({"manifest_sha": ["a" * 64]}, "the corpus changed: 1 sources, was 2"),
-        ({"chunk_tokens": [4096, 8192]}, "the corpus changed: source 1 has chunks of 8192 tokens, was 4096"),
-        ({"stages": [(0, [0.5, 0.5])]}, r"1000 samples already read.*\(800, \[0.9, 0.1\]\)"),
-        ({"stages": [(0, [0.5, 0.5]), (808, [0.9, 0.1])]}, r"\(808, .* was .*\(800, "),
-        ({"stages": [(0, [0.4, 0.6]), (800, [0.9, 0.1])]}, r"\[0.4, 0.6\].* was .*\[0.5, 0.5\]"),
-    ],
-)
-def test_another_order_is_refused_by_name(change: dict, sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence) as refusal:
-        STATE.check_compatible(replace(STATE, **change))
-    assert str(refusal.value).count(" was ") == 1, "only what differs is named"
-
-
-def test_every_difference_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"seed=2 was 1; data\.lanes=16 was 8"):
-        STATE.check_compatible(replace(STATE, seed=2, lanes=16))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        {"consumed_samples": 0},
-        {"stages": STATE.stages[:2]},  # a stage to come is dropped
-        {"stages": [*STATE.stages[:2], (1000, [0.2, 0.8]), (9000, [1.0, 0.0])]},  # or others come
-        {"stages": [(0, [1.0, 1.0]), (800, [9.0, 1.0])]},  # the same mixture in other numbers
-        {  # a new source joins
-            "manifest_sha": [*STATE.manifest_sha, "c" * 64],
-            "chunk_tokens": [4096] * 3,
-            "stages": [(0, [0.5, 0.5, 0.0]), (800, [0.9, 0.1, 0.0]), (1200, [0.4, 0.3, 0.3])],
-        },
-    ],
-)
-def test_what_is_still_unread_may_change(change: dict) -> None:
-    STATE.check_compatible(replace(STATE, **change))
-    _, begun = replace(STATE, **change).stages[:2]
-    assert quotas(begun[1])[:2] == quotas([0.9, 0.1])
+# --- sources that join, and that end ---
 
 
 def test_a_source_that_joins_leaves_the_past_as_it_was() -> None:
@@ -445,3 +470,48 @@ def test_a_source_that_joins_leaves_the_past_as_it_was() -> None:
     after = make(new, [(0, [0.5, 0.5, 0.0]), (1200, [0.4, 0.3, 0.3])]).locate(np.arange(2400))
     assert all((a == b[:1200]).all() for a, b in zip(before, after, strict=True))
     assert (after.source[1200:] == 2).any()
+
+
+def first_epochs_over(order: Order, source: int, epochs: int, end: int) -> int | None:
+    """The first sample that is drawn from a source beyond so many epochs."""
+    found = order.locate(np.arange(end))
+    beyond = np.flatnonzero((found.source == source) & (found.epoch >= epochs))
+    return int(found.row[beyond[0]]) if len(beyond) else None
+
+
+@settings(max_examples=60)
+@given(data=st.data(), lanes=LANES, most=st.integers(1, 3), batch=st.integers(1, 9))
+def test_a_source_ends_after_max_epochs(data: st.DataObject, lanes: int, most: int, batch: int) -> None:
+    both = [data.draw(sizes()), SourceSize(50, 16, 16)]
+    stages = [Stage(weights=(0.5, 0.5), sequence_length=4, batch_sequences=batch)]
+    order = Order(both, stages, lanes=lanes, window_chunks=3, seed=1)
+    end = 9000
+    ended = end_sources(order, [most, None], 0, end)
+    over = first_epochs_over(order, 0, most, end)
+    if over is None:
+        assert ended == stages
+        return
+    assert [stage.ended for stage in ended] == [(), (0,)]
+    assert ended[1].first_sample == over // batch * batch, (
+        "it ends with the last step that keeps to its epochs"
+    )
+    assert first_epochs_over(order.with_stages(ended), 0, most, end) is None
+    again = end_sources(order.with_stages(ended), [most, None], 0, end)
+    assert again == ended
+
+
+def test_a_run_longer_than_all_its_sources_is_refused() -> None:
+    both = [SourceSize(5, 16, 16), SourceSize(10, 16, 16)]
+    order = make(both, lanes=2)
+    with pytest.raises(ConfigError, match=r"all sources .* max_epochs times after 2\d\d tokens"):
+        end_sources(order, [1, 1], 0, 100)
+
+
+def test_epochs_are_counted_in_tokens() -> None:
+    both = [SourceSize(40, 16, 16), SourceSize(10, 16, 16)]
+    stages = as_stages([(0, [0.5, 0.5])])
+    stages.append(Stage(first_sample=320, weights=(0.5, 0.5), sequence_length=8, batch_sequences=1))
+    order = Order(both, stages, lanes=4, window_chunks=2, seed=0)
+    assert order.epochs(320) == pytest.approx([1.0, 4.0], abs=0.05)
+    # Half of 160 samples, of 8 tokens each, are one epoch of 640 tokens, or four of 160.
+    assert order.epochs(480) == pytest.approx([2.0, 8.0], abs=0.1)

@@ -18,7 +18,7 @@ from test_training import losses, samples_by_step
 from tiny import TinyCorpus, events, make_corpus, run_arguments
 from upath import UPath
 
-from pretrain import checkpoint
+from pretrain import checkpoint, checkpoint_folder
 from pretrain.config import ConfigError
 
 pytestmark = pytest.mark.integration
@@ -139,4 +139,4 @@ def test_what_is_half_there_is_no_checkpoint(corpus: TinyCorpus, s3: str, tmp_pa
 
 def test_an_unknown_kind_of_store_is_named() -> None:
     with pytest.raises(ConfigError, match=r"checkpoint\.target=nowhere://x/y cannot be used"):
-        _ = checkpoint.root_of("unused", "nowhere://x/y")
+        _ = checkpoint_folder.root_of("unused", "nowhere://x/y")

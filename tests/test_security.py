@@ -31,7 +31,7 @@ from launching import ROOT, Ranks, free_port
 from tiny import TinyCorpus, events, make_corpus, run_arguments
 from trained_run import make_run, train_tokenizer
 
-from pretrain import checkpoint, manifest, shards, tokenizer, trained
+from pretrain import checkpoint, checkpoint_folder, manifest, shards, tokenizer, trained
 from pretrain.config import ConfigError
 from pretrain.manifest import CorruptShardError, Manifest, load_manifest
 from pretrain.shards import Corpus, verify_corpus
@@ -637,7 +637,7 @@ def forge_state(run_dir: Path, content: str | Callable[[dict[str, Any]], Any]) -
         (lambda state: state.pop("tensors"), "is no state of a run"),
         ("[" * 100_000, "is no state of a run"),
         ("{", "is no state of a run"),
-        (" " * (checkpoint.MAX_JSON_BYTES + 1), "is no state of a run .* bytes, more than"),
+        (" " * (checkpoint_folder.MAX_JSON_BYTES + 1), "is no state of a run .* bytes, more than"),
     ],
 )
 def test_a_state_that_claims_what_cannot_be_is_refused(tmp_path: Path, content: Any, words: str) -> None:
@@ -649,7 +649,7 @@ def test_a_state_that_claims_what_cannot_be_is_refused(tmp_path: Path, content: 
         trained.load_trained(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, " " * (checkpoint.MAX_JSON_BYTES + 1)])
+@pytest.mark.parametrize("content", ["[" * 100_000, " " * (checkpoint_folder.MAX_JSON_BYTES + 1)])
 def test_a_list_of_files_that_is_none_is_passed_over(tmp_path: Path, content: str) -> None:
     make_run(tmp_path)
     (checkpoint.checkpoint_path(tmp_path, 3) / "COMPLETE").write_text(content)

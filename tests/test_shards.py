@@ -341,7 +341,8 @@ def test_verify_lists_every_problem_and_shows_progress(folder: Path) -> None:
         "00099",
     ]
     assert "not in the manifest" in problems[-1]
-    assert seen[-1][0] == seen[-1][1] == sum(s.bytes for s in load_manifest(folder / "manifest.json").shards)
+    manifest = load_manifest(folder / "manifest.json")
+    assert seen[-1][0] == seen[-1][1] == sum(file.bytes for file in [*manifest.shards, *manifest.files])
 
 
 def test_the_error_survives_the_way_between_processes() -> None:
@@ -423,3 +424,32 @@ def test_the_root_hash_covers_every_field(original: Path) -> None:
     before = manifest.compute_root_sha256()
     manifest.shards[0].index_sha256 = "0"
     assert manifest.compute_root_sha256() != before
+
+
+def test_documents_are_found_by_their_ids(tmp_path: Path) -> None:
+    """Also those that begin in one chunk and end in another, and several of one id."""
+    writer = CorpusWriter(
+        tmp_path / "c",
+        tokenizer_sha256="f" * 64,
+        vocab_size=100,
+        bos_id=1,
+        eos_id=2,
+        chunk_tokens=16,
+        sources=["a"],
+    )
+    lengths = {"short": 5, "long": 40, "twice": 3, "文": 9}
+    for name in ("short", "long", "twice", "文", "twice"):
+        writer.add_document([1, *range(3, 3 + lengths[name]), 2], source="a", document_id=name)
+    writer.finish()
+    corpus = Corpus(tmp_path / "c" / "manifest.json")
+    expected = {
+        name: [chunk for chunk in range(corpus.n_chunks) if name in corpus.documents(chunk).ids]
+        for name in lengths
+    }
+    assert expected["long"] == [0, 1, 2, 3]
+    assert {name: corpus.chunks_of(name) for name in lengths} == expected
+    assert corpus.chunks_of("nobody") == []
+    (tmp_path / "c" / "shards" / "ids.npy").unlink()
+    with pytest.raises(ConfigError, match=r"has no shards/ids.npy, which finds documents by their id"):
+        corpus.chunks_of("short")
+    assert any("ids.npy cannot be read" in problem for problem in verify_corpus(corpus.manifest_path))

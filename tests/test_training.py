@@ -310,12 +310,12 @@ def test_the_rank_that_meets_a_damaged_chunk_says_so(corpus: TinyCorpus, tmp_pat
             micro_batch_sequences=2,
             rank=rank,
             world_size=2,
-            total_samples=N_STEPS * GLOBAL_BATCH,
+            total_steps=N_STEPS,
             state=None,
         )
         for rank in (0, 1)
     ]
-    first = [next(loader.steps(0)) for loader in loaders]
+    first = [next(loader.steps(1)) for loader in loaders]
     chunks = [
         {int(c) for b in batches for c in loaders[0].order.locate(b.samples).chunk} for batches in first
     ]

@@ -116,7 +116,8 @@ def _save(run_dir: Path, config: TrainConfig, decoder: Decoder, tokenizer: Token
     weights = {name: p.detach() for name, p in decoder.named_parameters()}
     state = {
         "step": step,
-        "tokens_seen": step * config.tokens_per_step,
+        "tokens_seen": step * config.global_batch_sequences * config.data.sequence_length,
+        "sequence_length": config.data.sequence_length,
         "tokenizer_sha256": tokenizer.sha256,
         "config": json.loads(json.dumps(to_dict(config))),
         "tensors": {name: list(weight.shape) for name, weight in weights.items()},

@@ -1,0 +1,116 @@
+"""What did the model read? `python launch/provenance.py run_dir=DIR step=N [rank=R]`, or `run_dir=DIR document=ID`
+
+step=N: the documents that each sequence of a step held, and their text. document=ID: the steps that read a document.
+From the newest checkpoint and the corpora alone, for a run of any length. With json=true the last line is JSON.
+Exit codes: 0 done, 1 a corpus is damaged, 2 the question or the run is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from omegaconf import MISSING
+
+from pretrain.config import ConfigError, run_command
+from pretrain.provenance import Piece, ReadHistory
+from pretrain.tokenizer import Tokenizer
+
+
+@dataclass(kw_only=True, slots=True)
+class ProvenanceConfig:
+    """What to look up."""
+
+    run_dir: str = MISSING
+    """Folder of the run."""
+    step: int | None = None
+    """Optimizer update, from 1. Give this or `document`."""
+    rank: int | None = None
+    """Only what this rank read; null: the whole batch."""
+    world_size: int | None = None
+    """Ranks at that time; null: as many as wrote the newest checkpoint."""
+    document: str | None = None
+    """Id of a document."""
+    max_chars: int = 300
+    """Text of each piece that is printed."""
+    json: bool = False
+    """End with one line of JSON."""
+
+    def check(self) -> None:
+        """Raise ConfigError unless it is one question."""
+        if (self.step is None) == (self.document is None):
+            raise ConfigError(f"step={self.step} and document={self.document}: give exactly one of them")
+        if self.max_chars < 0:
+            raise ConfigError(f"max_chars={self.max_chars} is negative; allowed: 0 or more")
+
+
+def main(config: ProvenanceConfig) -> None:
+    """Look it up and print it."""
+    config.check()
+    history = ReadHistory.of_run(Path(config.run_dir))
+    tokenizer = Tokenizer(Path(config.run_dir) / "tokenizer.model")
+    found = _document(config, history, tokenizer) if config.document else _step(config, history, tokenizer)
+    if config.json:
+        print(json.dumps(found, ensure_ascii=False))
+
+
+def _step(config: ProvenanceConfig, history: ReadHistory, tokenizer: Tokenizer) -> dict[str, Any]:
+    assert config.step is not None
+    sequences = history.read_in(config.step, config.rank, config.world_size)
+    values = []
+    for read in sequences:
+        pieces = []
+        print(f"sample {read.sample}, epoch {read.epoch}")
+        for piece in read.pieces:
+            text = history.text(piece, tokenizer)
+            print(f"  {_name(piece)}")
+            _print_text(text, config.max_chars)
+            pieces.append(asdict(piece) | {"text": text[: config.max_chars]})
+        values.append({"sample": read.sample, "epoch": read.epoch, "pieces": pieces})
+    return {"step": config.step, "rank": config.rank, "sequences": values}
+
+
+def _document(config: ProvenanceConfig, history: ReadHistory, tokenizer: Tokenizer) -> dict[str, Any]:
+    assert config.document is not None
+    reads = history.reads_of(config.document)
+    steps = sorted({read.step for read in reads if read.step is not None})
+    shown = ", ".join(map(str, steps)) or "none"
+    print(f"{config.document}: read at steps {shown} of the {history.step} in the newest checkpoint")
+    for read in reads:
+        where = f"step {read.step}" if read.step is not None else "passed over by a rollback"
+        print(f"{where}, sample {read.sample}, epoch {read.epoch}: {_name(read.piece)}")
+        _print_text(history.text(read.piece, tokenizer), config.max_chars)
+    return {"document": config.document, "steps": steps, "reads": [asdict(read) for read in reads]}
+
+
+def _name(piece: Piece) -> str:
+    return (
+        f"{piece.document} ({piece.corpus}/{piece.source}), tokens {piece.first_token} to "
+        f"{piece.first_token + piece.n_tokens - 1}"
+    )
+
+
+def _print_text(text: str, max_chars: int) -> None:
+    shown = text[:max_chars] + ("…" if len(text) > max_chars else "")
+    for line in shown.splitlines():
+        print(f"    | {line}")
+
+
+if __name__ == "__main__":
+    # Hydra would read commas, brackets and the like in an id as its own syntax.
+    ids = [
+        argument.removeprefix("document=") for argument in sys.argv[1:] if argument.startswith("document=")
+    ]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("document=")]
+
+    def with_id(config: ProvenanceConfig) -> None:
+        """Run with the id of the command line."""
+        config.document = ids[-1] if ids else None
+        main(config)
+
+    run_command(ProvenanceConfig, with_id, doc=__doc__)

@@ -1,0 +1,61 @@
+"""Which parts of a chunk's documents each of its sequences holds. Pure functions of where documents begin.
+
+Concatenation cuts the chunk every T tokens, wherever that falls. Best fit (Ding et al. 2024, "Fewer Truncations
+Improve Language Modeling") places documents so that few are cut. Here the number of sequences is fixed by the
+chunk's size, so that any sequence can be found without reading the ones before: what cannot be placed whole is
+cut to fill what is free. So nothing is padded, but for what a corpus's last chunk lacks, and nothing left out.
+"""
+
+from __future__ import annotations
+
+import bisect
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Segments = list[list[tuple[int, int]]]
+"""For each sequence, the token ranges [start, stop) of the chunk that it holds, one after another."""
+
+
+def best_fit(starts: Ints, n_tokens: int, length: int) -> Segments:
+    """The sequences of `length` tokens that a chunk of `n_tokens` with documents at `starts` is made into.
+
+    Of a document longer than a sequence, what fills whole sequences is cut off from its beginning. The rest of
+    it, like every shorter document, goes where the least room is left, longest first (best fit decreasing), whole
+    documents before such rests, so that what has to be cut to fill the gaps is most often cut already.
+    """
+    sequences: Segments = []
+    rests: list[tuple[bool, int, int]] = []  # (was cut, -tokens, start)
+    for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), n_tokens], strict=True):
+        n_full = (stop - start) // length
+        sequences += [[(start + i * length, start + (i + 1) * length)] for i in range(n_full)]
+        start += n_full * length
+        if stop > start:
+            rests.append((n_full > 0, start - stop, start))
+    n_open = -(-n_tokens // length) - len(sequences)
+    bins: Segments = [[] for _ in range(n_open)]
+    free = [(length, number) for number in range(n_open)]  # ascending
+    postponed = []
+    for _, minus_tokens, start in sorted(rests):
+        tokens = -minus_tokens
+        at = bisect.bisect_left(free, (tokens, 0))
+        if at == len(free):
+            postponed.append((start, start + tokens))
+            continue
+        room, number = free.pop(at)
+        bins[number].append((start, start + tokens))
+        bisect.insort(free, (room - tokens, number))
+    for start, stop in postponed:  # into the largest gaps, so that there are few cuts
+        while start < stop:
+            room, number = free.pop()
+            taken = min(room, stop - start)
+            bins[number].append((start, start + taken))
+            bisect.insort(free, (room - taken, number))
+            start += taken
+    return [*sequences, *(sorted(segments) for segments in bins)]
+
+
+def concat(n_tokens: int, length: int, sequence: int) -> list[tuple[int, int]]:
+    """The one range that a sequence holds where documents are cut every `length` tokens."""
+    return [(sequence * length, min((sequence + 1) * length, n_tokens))]

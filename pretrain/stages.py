@@ -1,0 +1,211 @@
+"""The stages of a run, and which samples each optimizer step takes. Pure integers; reads no file.
+
+A stage is a stretch of the run with one mixture, one sequence length and one batch size. Each begins where a step
+begins: with the first one at or after its `start_tokens`. Positions are sample indices of the order; a run takes
+them in turn, but for those that a rollback passes over.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+from pretrain.data_schemas import DataConfig
+from pretrain.schemas import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """A stretch of the order, up to the next stage."""
+
+    first_sample: int = 0
+    start_tokens: int | None = 0
+    """As configured, counted over the order; None: begun by a restart with another batch, or by a source's end."""
+    weights: tuple[float, ...]
+    """One per source, as configured."""
+    ended: tuple[int, ...] = ()
+    """Sources that have been read `max_epochs` times and so are not drawn any more."""
+    sequence_length: int
+    """T, tokens."""
+    batch_sequences: int
+    """Samples per optimizer step."""
+
+    @property
+    def drawn_weights(self) -> list[float]:
+        """One per source, 0 where it has ended."""
+        return [0.0 if k in self.ended else weight for k, weight in enumerate(self.weights)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self) | {"weights": list(self.weights), "ended": list(self.ended)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Stage:
+        """The inverse."""
+        return cls(**(values | {"weights": tuple(values["weights"]), "ended": tuple(values["ended"])}))
+
+
+def plan_stages(
+    data: DataConfig, batch_sequences: int, begun: Sequence[Stage] = (), fixed_samples: int = 0
+) -> list[Stage]:
+    """The stages that a configuration asks for, after those that have `begun` in a run's first `fixed_samples`.
+
+    Raises ConfigError where it asks for a stage in what is fixed already.
+    """
+    wanted = _wanted(data, batch_sequences)
+    width = len(wanted[0].weights)
+    stages = [replace(stage, weights=_padded(stage.weights, width)) for stage in begun] or [wanted[0]]
+    known = {stage.start_tokens for stage in stages}
+    current = [stage for stage in wanted if stage.start_tokens in known][-1]
+    if begun and current.batch_sequences != stages[-1].batch_sequences:
+        last, batch = stages[-1], current.batch_sequences
+        stages.append(replace(last, first_sample=fixed_samples, start_tokens=None, batch_sequences=batch))
+    for stage in wanted:
+        if stage.start_tokens in known:
+            continue
+        last, start = stages[-1], stage.start_tokens or 0
+        ahead = start - tokens_before(stages, last.first_sample)
+        n_steps = max(0, -(-ahead // (last.batch_sequences * last.sequence_length)))
+        first = last.first_sample + n_steps * last.batch_sequences
+        if first < fixed_samples:
+            raise ConfigError(
+                f"data.stages: start_tokens={start} lies in the {tokens_before(stages, fixed_samples)} tokens "
+                "that the run has read already; begin the stage later"
+            )
+        stages.append(replace(stage, first_sample=first, ended=last.ended))
+    return stages
+
+
+def _wanted(data: DataConfig, batch_sequences: int) -> list[Stage]:
+    """The configured stages, each with what it leaves as it was; where they begin is not yet known."""
+    names = [source.name for source in data.corpora()]
+    weights = tuple(float(source.weight) for source in data.corpora())
+    stages = [Stage(weights=weights, sequence_length=data.sequence_length, batch_sequences=batch_sequences)]
+    for stage in data.stages:
+        last = stages[-1]
+        if stage.weights is not None:
+            weights = tuple(float(stage.weights.get(name, 0.0)) for name in names)
+        stages.append(
+            Stage(
+                start_tokens=stage.start_tokens,
+                weights=weights,
+                sequence_length=stage.sequence_length or last.sequence_length,
+                batch_sequences=stage.global_batch_sequences or last.batch_sequences,
+            )
+        )
+    return stages
+
+
+def _padded(weights: tuple[float, ...], width: int) -> tuple[float, ...]:
+    return (*weights, *(0.0,) * (width - len(weights)))
+
+
+def stage_at(stages: Sequence[Stage], sample: int) -> int:
+    """Number of the stage that a sample belongs to."""
+    return bisect.bisect_right([stage.first_sample for stage in stages], sample) - 1
+
+
+def tokens_before(stages: Sequence[Stage], sample: int) -> int:
+    """Tokens of the order before a sample, padding and what was passed over included."""
+    total = 0
+    for stage, end in zip(stages, [*(s.first_sample for s in stages[1:]), sample], strict=True):
+        total += max(0, min(end, sample) - stage.first_sample) * stage.sequence_length
+    return total
+
+
+class Step(NamedTuple):
+    """One optimizer step: samples [first_sample, end_sample) of T tokens each."""
+
+    number: int
+    """Counts from 1."""
+    first_sample: int
+    end_sample: int
+    sequence_length: int
+    samples_seen: int
+    """Of this step and all before."""
+    tokens_seen: int
+    """Of this step and all before."""
+
+
+class _Span(NamedTuple):
+    """Samples that steps of one size take in a row, up to the next span."""
+
+    first_sample: int
+    end_sample: int | None
+    batch_sequences: int
+    sequence_length: int
+    steps_before: int
+    samples_before: int
+    tokens_before: int
+
+
+class Steps:
+    """Which samples each step of a run takes. `passed_over`: [first, end) of what rollbacks left out."""
+
+    def __init__(self, stages: Sequence[Stage], passed_over: Sequence[Sequence[int]] = ()) -> None:
+        holes = [(first, end) for first, end in passed_over]
+        edges = {stage.first_sample for stage in stages} | {edge for hole in holes for edge in hole}
+        borders = sorted(edges)
+        self._spans: list[_Span] = []
+        steps = samples = tokens = 0
+        for first, end in zip(borders, [*borders[1:], None], strict=True):
+            if any(start <= first < stop for start, stop in holes):
+                continue
+            stage = stages[stage_at(stages, first)]
+            batch, length = stage.batch_sequences, stage.sequence_length
+            self._spans.append(_Span(first, end, batch, length, steps, samples, tokens))
+            if end is not None:
+                steps += (end - first) // batch
+                samples += end - first
+                tokens += (end - first) * length
+
+    def __getitem__(self, number: int) -> Step:
+        """The step of this number; the one before the first, 0, is empty."""
+        if number == 0:
+            return Step(0, 0, 0, self._spans[0].sequence_length, 0, 0)
+        span = self._spans[bisect.bisect_left(self._spans, number, key=lambda s: s.steps_before) - 1]
+        within = number - span.steps_before  # from 1
+        first = span.first_sample + (within - 1) * span.batch_sequences
+        samples = within * span.batch_sequences
+        return Step(
+            number,
+            first,
+            first + span.batch_sequences,
+            span.sequence_length,
+            span.samples_before + samples,
+            span.tokens_before + samples * span.sequence_length,
+        )
+
+    def step_of(self, sample: int) -> int | None:
+        """Number of the step that takes a sample; None: it was passed over."""
+        span = self._spans[bisect.bisect_right(self._spans, sample, key=lambda s: s.first_sample) - 1]
+        if sample < span.first_sample or (span.end_sample is not None and sample >= span.end_sample):
+            return None
+        return span.steps_before + (sample - span.first_sample) // span.batch_sequences + 1
+
+    def steps_for(self, total_tokens: int) -> int:
+        """The fewest steps that see so many tokens."""
+        span = self._spans[bisect.bisect_left(self._spans, total_tokens, key=lambda s: s.tokens_before) - 1]
+        per_step = span.batch_sequences * span.sequence_length
+        return span.steps_before + -(-(total_tokens - span.tokens_before) // per_step)
+
+    def end_after(self, number: int, n_steps: int, stages: Sequence[Stage]) -> int:
+        """The sample at which `n_steps` steps from `number` on would end if nothing in them were passed over."""
+        sample = self[number].first_sample
+        for _ in range(n_steps):
+            sample += stages[stage_at(stages, sample)].batch_sequences
+        return sample
+
+
+def n_steps_of(stages: Sequence[Stage], total_steps: int | None, total_tokens: int | None) -> int:
+    """Length of the run in steps; what is passed over does not change it."""
+    return total_steps if total_steps is not None else Steps(stages).steps_for(total_tokens or 0)
+
+
+def micro_batch_of(step_sequences: int, sequence_length: int, world_size: int, tokens: int) -> int:
+    """Sequences per forward pass of a rank: the most that divide its share of the step within `tokens`, at least 1."""
+    share = step_sequences // world_size
+    most = max(1, tokens // sequence_length)
+    return max(n for n in range(1, min(share, most) + 1) if share % n == 0)
