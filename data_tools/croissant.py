@@ -1,7 +1,8 @@
 """croissant.json: the corpus as dataset search engines and loaders know datasets (MLCommons Croissant 1.0).
 
 Format: https://docs.mlcommons.org/croissant/docs/croissant-spec-1.0.html. Files are named relative to croissant.json,
-since a corpus has no address of its own. What nobody stated (a creator, a date) is left out.
+since a corpus has no address of its own. What nobody stated (a creator, a date) is left out. There is no record set of
+the training documents: of a file set that lies in several archives, mlcroissant 1.1 reads the last one only.
 """
 
 from __future__ import annotations
@@ -43,13 +44,7 @@ _SHARD_FIELDS = (
     ("documents", "sc:Integer", "documents that begin in it"),
     ("tokens", "sc:Integer", "tokens in it"),
 )
-_PIECE_FIELDS = (
-    ("id", "ids", "sc:Text", "id of the document"),
-    ("source", "source", "sc:Integer", "index into the sources of manifest.json"),
-    ("start", "starts", "sc:Integer", "where the piece begins in its chunk, in tokens"),
-    ("offset", "offsets", "sc:Integer", "where the piece begins in its document, in tokens"),
-    ("text_bytes", "text_bytes", "sc:Integer", "UTF-8 bytes of the document, with its first piece; else 0"),
-)
+_TEXT_FIELDS = (("id", "id of the document"), ("source", "where it comes from"), ("text", "its text"))
 
 
 def croissant(
@@ -72,7 +67,7 @@ def croissant(
         value["datePublished"] = stated["date_published"]
     has_text = (folder / HELDOUT_FOLDER / HELDOUT_TEXT).exists()
     value["distribution"] = _distribution(manifest, folder, has_text)
-    value["recordSet"] = [_shards(), _pieces(), *([_texts()] if has_text else [])]
+    value["recordSet"] = [_shards(), *([_texts()] if has_text else [])]
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
@@ -187,17 +182,9 @@ def _shards() -> dict[str, Any]:
     return _record_set("shards", "The files that hold the tokens.", fields)
 
 
-def _pieces() -> dict[str, Any]:
-    origin = {"fileSet": "documents"}
-    fields = [
-        _field("pieces", name, kind, text, origin, {"jsonPath": f"$.{key}[*]"})
-        for name, key, kind, text in _PIECE_FIELDS
-    ]
-    return _record_set("pieces", "The documents of the training part, as the chunks hold them.", fields)
-
-
 def _texts() -> dict[str, Any]:
     origin = {"fileObject": _TEXT_ID}
-    described = (("id", "id of the document"), ("source", "where it comes from"), ("text", "its text"))
-    fields = [_field("heldout", name, "sc:Text", text, origin, {"column": name}) for name, text in described]
+    fields = [
+        _field("heldout", name, "sc:Text", text, origin, {"column": name}) for name, text in _TEXT_FIELDS
+    ]
     return _record_set("heldout", "The documents that were kept out of training.", fields)
