@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from data_tools.config import CARD_FIELDS
+from data_tools.croissant import croissant
 from data_tools.fertility import fit_lines
-from data_tools.gather import Funnel
-from pretrain.manifest import CorpusSource, Manifest
+from data_tools.plots import write_plots
+from data_tools.workspace import (
+    CARD_NAME,
+    CROISSANT_NAME,
+    HELDOUT_FOLDER,
+    PLOTS_FOLDER,
+    STATISTICS_NAME,
+)
+from pretrain.manifest import MANIFEST_NAME, CorpusSource, Manifest, load_manifest, write_atomically
 
 _NOT_CURATED = " There was no other filter: personal data and unfit text were not looked for."
 HEADERS = ("source", "documents", "tokens", "text MB", "bytes per token", "license")
@@ -33,23 +44,84 @@ def _row(name: str, sources: Sequence[CorpusSource], license: str) -> tuple[str,
     return (name, f"{documents:,}", f"{tokens:,}", f"{text_bytes / 1e6:.2f}", ratio, license)
 
 
-def _markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
-    lines = ["| " + " | ".join(HEADERS) + " |", "|" + "---|" * len(HEADERS)]
-    return "\n".join(
-        [*lines, *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)]
+def describe(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write README.md, croissant.json and plots of the corpus in `folder`, where its manifest and statistics lie.
+
+    `report`: the content of prepare.json.
+    """
+    manifest = load_manifest(folder / MANIFEST_NAME)
+    held = folder / HELDOUT_FOLDER / MANIFEST_NAME
+    heldout = load_manifest(held) if held.exists() else None
+    statistics = json.loads((folder / STATISTICS_NAME).read_text(encoding="utf-8"))
+    stated = report.get("card") or dict.fromkeys(CARD_FIELDS)
+    name = stated["name"] or f"corpus-{manifest.root_sha256[:12]}"
+    n_sources = sum(source.documents > 0 for source in manifest.sources)
+    description = stated["description"] or (
+        f"Text for training language models, as tokens: {manifest.n_documents:,} documents, "
+        f"{manifest.n_tokens:,} tokens, sources: {n_sources:,}."
     )
+    plots = write_plots(statistics, folder / PLOTS_FOLDER)
+    text = _card(manifest, heldout, report, statistics, plots, (name, description))
+    write_atomically(folder / CARD_NAME, text.encode())
+    content = croissant(manifest, folder, stated, name, description)
+    write_atomically(folder / CROISSANT_NAME, content)
 
 
-def card(
-    manifest: Manifest,
-    heldout: Manifest | None,
-    funnel: Funnel,
-    tokenizer: str,
-    fits: dict[str, dict[str, Any]],
-    curations: list[str],
-) -> str:
-    """README.md of the corpus. `fits`: how the tokenizer fits held-out text, of `fertility.measure`. `curations`: the
-    funnels of what the input went through before, as text."""
+def _plain(text: str) -> str:
+    """A name in a cell or an alternative text: one line, without the signs that end it."""
+    return " ".join(text.split()).replace("|", "\\|").replace("[", "(").replace("]", ")")
+
+
+def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
+    return "\n".join([*lines, *("| " + " | ".join(map(_plain, row)) + " |" for row in rows)])
+
+
+def _statistics_lines(statistics: Mapping[str, Any]) -> list[str]:
+    lengths = statistics["lengths"]
+    lines = [
+        f"- tokens per document: median {lengths['p50']:,}, 5% have at most {lengths['p5']:,} and 95% at most "
+        f"{lengths['p95']:,}, the longest has {lengths['max']:,}"
+    ]
+    names = {"cjk": "Chinese, Japanese or Korean", "other": "in other scripts"}
+    scripts = (
+        f"{counts['documents']:,} {names[script]} ({counts['tokens']:,} tokens)"
+        for script, counts in statistics["scripts"].items()
+    )
+    lines.append(f"- documents: {', '.join(scripts)}")
+    for key, what in (
+        ("personal_data", "personal data that curation replaced, before duplicates were dropped"),
+        ("contamination", "documents that curation found to share text with evaluation sets"),
+    ):
+        if statistics[key] is not None:
+            counts = ", ".join(f"{name} {count:,}" for name, count in statistics[key].items())
+            lines.append(f"- {what}: {counts or 'none'}")
+        else:
+            lines.append(f"- {what}: not looked for")
+    return lines
+
+
+def _lineage_table(lineage: Sequence[Mapping[str, Any]]) -> str:
+    def short(value: str | None) -> str:
+        return f"`{value[:12]}`" if value else ""
+
+    def pair(stage: Mapping[str, Any], unit: str) -> str:
+        return " → ".join("" if n is None else f"{n:,}" for n in (stage[f"{unit}_in"], stage[f"{unit}_out"]))
+
+    rows = [
+        (
+            stage["stage"],
+            *(short(stage[f"{what}_sha256"]) for what in ("options", "input", "output")),
+            pair(stage, "documents").strip(" →"),
+            pair(stage, "bytes").strip(" →"),
+            ", ".join(f"{reason} {count:,}" for reason, count in list(stage["dropped"].items())[:3]),
+        )
+        for stage in lineage
+    ]
+    return _markdown_table(("stage", "options", "input", "output", "documents", "bytes", "dropped"), rows)
+
+
+def _head(manifest: Manifest, heldout: Manifest | None, tokenizer: Mapping[str, Any]) -> str:
     held = "There is no held-out text."
     if heldout is not None:
         held = (
@@ -57,41 +129,76 @@ def card(
             f"{heldout.n_tokens:,}. It is a\ncorpus of the same form, with its text in "
             "`heldout/documents.jsonl.gz`."
         )
-    return f"""# Corpus
-
-Text for training language models, as tokens. Written by {manifest.created_by}.
+    fits = tokenizer.get("heldout_fit", {})
+    return f"""Written by {manifest.created_by}.
 
 - documents: {manifest.n_documents:,}
 - tokens: {manifest.n_tokens:,}
 - chunks: {manifest.n_chunks:,} of {manifest.chunk_tokens:,} tokens, in shards: {len(manifest.shards):,}
 - root hash: `{manifest.root_sha256}`
-- tokenizer: {tokenizer}, {manifest.vocab_size:,} entries, sha256 `{manifest.tokenizer_sha256}`
+- tokenizer: {tokenizer.get("kind", "sentencepiece")}, {manifest.vocab_size:,} entries, sha256 \
+`{manifest.tokenizer_sha256}`
 - tokens are {manifest.dtype}, little-endian; a document begins with bos = {manifest.bos_id} and ends with
   eos = {manifest.eos_id}
 
 {held}
 
 {chr(10).join(["The tokenizer on held-out text:", "", *fit_lines(fits)]) if fits else ""}
+"""
 
+
+def _card(
+    manifest: Manifest,
+    heldout: Manifest | None,
+    report: Mapping[str, Any],
+    statistics: Mapping[str, Any],
+    plots: Mapping[str, str],
+    title: tuple[str, str],
+) -> str:
+    def plot(name: str) -> str:
+        file = f"{name}.svg"
+        return f"![{_plain(plots[file])}]({PLOTS_FOLDER}/{file})\n\n" if file in plots else ""
+
+    curations = report.get("curation_funnels", [])
+    before = "".join(f"Before that, by curation:\n\n```\n{text}\n```\n\n" for text in curations)
+    return f"""# {title[0]}
+
+{title[1]}
+
+{_head(manifest, heldout, report["tokenizer"])}
 ## Sources and licenses
 
 Each document stays under the license of its source.
 
-{_markdown_table(source_rows(manifest))}
+{_markdown_table(HEADERS, source_rows(manifest))}
 
+{plot("sources")}\
+## Statistics
+
+All of them, and more, are in `{STATISTICS_NAME}`.
+
+{chr(10).join(_statistics_lines(statistics))}
+
+{plot("lengths")}{plot("languages")}\
 ## From the input to here
 
 ```
-{chr(10).join(funnel.lines())}
+{chr(10).join(report["summary"])}
 ```
 
-{"".join(f"Before that, by curation:{chr(10) * 2}```{chr(10)}{text}{chr(10)}```{chr(10) * 2}" for text in curations)}\
+{before}{plot("funnel")}{plot("duplicates")}\
 Text was brought to Unicode NFC and freed of control characters; documents that are too short or too long and
 exact duplicates were dropped.{"" if curations else _NOT_CURATED}
+
+## Lineage
+
+Beginnings of sha256 hashes; the whole ones, with versions of program and libraries, are in `prepare.json`.
+
+{_lineage_table(report.get("lineage", []))}
 
 ## Reading it
 
 `python -m data_tools.show DIR` and `python -m data_tools.verify DIR`, or any webdataset reader: in
 `shards/shard-*.tar`, `NNNNNN.tok` holds the tokens of a chunk and `NNNNNN.doc` says, as JSON, which documents
-they come from.
+they come from. `{CROISSANT_NAME}` describes the same files to programs that read Croissant.
 """

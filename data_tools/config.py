@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import date
 from enum import Enum
 
 from omegaconf import MISSING
 
 from pretrain.config import ConfigError
+
+CARD_FIELDS = ("name", "description", "creator", "date_published")
 
 
 class ModelType(Enum):
@@ -43,6 +46,39 @@ class TokenizerConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class CardConfig:
+    """What the card and croissant.json say that the text does not. Another statement rewrites only these two."""
+
+    name: str | None = None
+    """Of the corpus; null: corpus-, and the beginning of its root hash."""
+    description: str | None = None
+    """null: a sentence with its size."""
+    creator: str | None = None
+    """Person or organization; null: not said."""
+    date_published: str | None = None
+    """YYYY-MM-DD; null: not said, since a clock would give other bytes each day."""
+    required: bool = False
+    """Refuse a card with one of these blank, or with a source whose license is not known."""
+
+    def __post_init__(self) -> None:
+        if self.date_published is not None:
+            try:
+                is_date = date.fromisoformat(self.date_published).isoformat() == self.date_published
+            except ValueError:
+                is_date = False
+            if not is_date:
+                raise ConfigError(f"card.date_published={self.date_published} is no date; give YYYY-MM-DD")
+        blank = [name for name in CARD_FIELDS if not (getattr(self, name) or "").strip()]
+        if self.required and blank:
+            names = ", ".join(f"card.{name}" for name in blank)
+            raise ConfigError(f"card.required=true, and {names} is blank; state it, or card.required=false")
+
+    def stated(self) -> dict[str, str | None]:
+        """The statements, None where there is none."""
+        return {name: (getattr(self, name) or "").strip() or None for name in CARD_FIELDS}
+
+
+@dataclass(kw_only=True, slots=True)
 class PrepareConfig:
     """From text to a corpus folder. The same input and options give the same bytes on every machine."""
 
@@ -70,6 +106,7 @@ class PrepareConfig:
     heldout_frac: float = 0.01
     """Share of the documents that is kept out of training, chosen by the hash of their text."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    card: CardConfig = field(default_factory=CardConfig)
     chunk_tokens: int | None = None
     """Tokens per chunk; null: 262144, halved until there are 512 chunks, but not below 4096."""
     shard_bytes: int = 1 << 30

@@ -27,12 +27,13 @@ from omegaconf import MISSING
 
 from data_tools.compare import compare_task, decide
 from data_tools.config import PrepareConfig
-from data_tools.curation import CleanTask, CurationConfig, FilterTask, Layout, Tally, write_json
+from data_tools.curation import STAGES, CleanTask, CurationConfig, FilterTask, Layout, Tally, write_json
 from data_tools.decontaminate import build_index
 from data_tools.executors import ExecutorConfig, run_phase
 from data_tools.funnel import DOCUMENTS, REPORT, funnel_table
 from data_tools.prepare import prepare
 from data_tools.read import ReadConfig, Unit, units_of
+from pretrain import __version__
 from pretrain.config import ConfigError, RunError, run_command, to_dict
 
 CURATION_VERSION = 1
@@ -136,7 +137,25 @@ def _run(config: CurateConfig, units: list[Unit], layout: Layout) -> dict[str, A
         )
         raise ConfigError(f"input={','.join(config.input)} leaves no document; dropped: {dropped or 'none'}")
     cleaned.add(filtered)
-    return {"tally": cleaned.to_json(), "clusters": clusters, "stages": curation.stages, "units": n_units}
+    return {
+        "created_by": f"pretrain {__version__}",
+        "tally": cleaned.to_json(),
+        "clusters": clusters,
+        "stages": [name for name in STAGES if name in curation.stages],
+        "units": n_units,
+        "texts_read": _digest(layout, "clean", n_units),
+        "output": _digest(layout, "filter", n_units),
+    }
+
+
+def _digest(layout: Layout, phase: str, n_units: int) -> dict[str, Any]:
+    """Bytes, and a hash over the hashes, of the texts that were read or the files that were written."""
+    digests = [json.loads(layout.digest(phase, rank).read_text(encoding="utf-8")) for rank in range(n_units)]
+    joined = "".join(digest["sha256"] for digest in digests)
+    return {
+        "bytes": sum(digest["bytes"] for digest in digests),
+        "sha256": hashlib.sha256(joined.encode()).hexdigest(),
+    }
 
 
 def _summed(layout: Layout, phase: str, n_units: int) -> Tally:

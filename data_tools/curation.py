@@ -9,6 +9,7 @@ Last phase, one task per unit again: what duplicates and repeated lines are left
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -36,7 +37,7 @@ from pretrain.config import ConfigError
 
 # Placeholders of personal data would hide what an evaluation set shares, so they come last.
 STAGES = ("normalize", "language", "boilerplate", "quality", "harm", "decontaminate", "pii")
-READ, DEDUP = "read", "dedup"
+READ, DECONTAMINATE, DEDUP = "read", "decontaminate", "dedup"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,6 +103,8 @@ class Tally:
     """Kept documents by the power of two of their characters."""
     counts: Counter[str] = field(default_factory=Counter)
     """What stages did within texts."""
+    contaminated: Counter[str] = field(default_factory=Counter)
+    """Documents that share text with an evaluation set, by set; those that were dropped for it included."""
     licenses: Counter[str] = field(default_factory=Counter)
     """Kept documents by `source/license`."""
 
@@ -211,6 +214,10 @@ class Layout:
     def documents(self, rank: int) -> Path:
         return self.work / "documents" / f"part-{rank:05d}.jsonl"
 
+    def digest(self, phase: str, rank: int) -> Path:
+        """Bytes and sha256 of the texts that the first phase read, or of the file that the last one wrote."""
+        return self.work / "digest" / phase / f"{rank:05d}.json"
+
     @property
     def rejected(self) -> Path:
         return self.work / "rejected"
@@ -239,6 +246,7 @@ class CleanTask:
         rejects = _Rejects(self.layout.rejected, rank)
         order = {name: place for place, name in enumerate(self.curation.dedup.priority)}
         source_ranks: list[int] = []
+        texts = hashlib.sha256()
 
         def on_bad(where: str, why: str) -> None:
             record = Record(id=where, text=why, source=READ)
@@ -247,7 +255,9 @@ class CleanTask:
 
         with _written(self.layout.kept(rank)) as file:
             for record in read_unit(self.units[rank], self.read, on_bad):
-                n_bytes = len(record.text.encode("utf-8", "replace"))
+                encoded = record.text.encode("utf-8", "replace")
+                n_bytes = len(encoded)
+                texts.update(b"%d " % n_bytes + encoded)
                 progress.advance(n_bytes)
                 tally.read[record.source] += 1
                 tally.read_bytes[record.source] += n_bytes
@@ -260,6 +270,8 @@ class CleanTask:
         rejects.close()
         save_array(self.layout.ranks(rank), np.array(source_ranks, dtype=np.uint32))
         write_json(self.layout.tally("clean", rank), tally.to_json())
+        digest = {"bytes": sum(tally.read_bytes.values()), "sha256": texts.hexdigest()}
+        write_json(self.layout.digest("clean", rank), digest)
         progress.finish(self.units[rank].size_bytes)
 
     def _dropped(
@@ -267,6 +279,11 @@ class CleanTask:
     ) -> bool:
         for stage in stages:
             reason = stage.process(record)
+            if stage.name == DECONTAMINATE:
+                prefix = f"{DECONTAMINATE}."
+                tally.contaminated.update(
+                    name.removeprefix(prefix) for name in record.counts if name.startswith(prefix)
+                )
             if reason is not None:
                 tally.drop(record, stage.name, reason, n_bytes)
                 rejects.add(stage.name, reason, record)
@@ -297,6 +314,7 @@ class FilterTask:
         removed = dict(load_array(self.layout.removed(rank)).tolist())
         lines = load_array(self.layout.lines, mapped=True)
         tally, rejects = Tally(), _Rejects(self.layout.rejected, rank)
+        written, n_written = hashlib.sha256(), 0
         with self.layout.kept(rank).open("rb") as kept, _written(self.layout.documents(rank)) as file:
             for number, line in enumerate(kept):
                 progress.advance(len(line))
@@ -311,8 +329,13 @@ class FilterTask:
                     continue
                 tally.counts.update(record.counts)
                 tally.keep(record, len(record.text.encode("utf-8", "replace")))
-                file.write(to_line(record))
+                out = to_line(record)
+                file.write(out)
+                written.update(out)
+                n_written += len(out)
         rejects.close()
+        digest = {"bytes": n_written, "sha256": written.hexdigest()}
+        write_json(self.layout.digest("filter", rank), digest)
         write_json(self.layout.tally("filter", rank), tally.to_json())
 
     def _without_lines(self, record: Record, repeated: np.ndarray, document: int) -> bool:

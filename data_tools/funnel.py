@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,48 @@ def curations_of(inputs: Iterable[str]) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class StageCounts:
+    """What a stage did with the documents that came to it."""
+
+    stage: str
+    documents_in: int
+    documents_out: int
+    bytes_in: int
+    bytes_out: int
+    """UTF-8 bytes of these documents as they were read; stages change the text too."""
+    dropped: dict[str, int]
+    """Documents by reason, most frequent first."""
+
+
+def stage_counts(report: Mapping[str, Any]) -> list[StageCounts]:
+    """Of a curation's report: what was read, then each stage in its order, and `dedup` last."""
+    tally = report["tally"]
+    left, left_bytes = sum(tally["read"].values()), sum(tally["read_bytes"].values())
+    bad = dict(_of_stage(tally["dropped"], "read"))
+    found = [StageCounts("read", left + sum(bad.values()), left, left_bytes, left_bytes, bad)]
+    for stage in (*report["stages"], "dedup"):
+        reasons = dict(sorted(_of_stage(tally["dropped"], stage), key=lambda item: (-item[1], item[0])))
+        after = left - sum(reasons.values())
+        after_bytes = left_bytes - sum(count for _, count in _of_stage(tally["dropped_bytes"], stage))
+        found.append(StageCounts(stage, left, after, left_bytes, after_bytes, reasons))
+        left, left_bytes = after, after_bytes
+    return found
+
+
+def _of_stage(counts: Mapping[str, int], stage: str) -> list[tuple[str, int]]:
+    return [(name.partition("/")[2], n) for name, n in counts.items() if name.startswith(f"{stage}/")]
+
+
 def funnel_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """One row per stage in its order: documents that came in, were dropped and why, and are left."""
-    tally = report["tally"]
-    left = sum(tally["read"].values())
-    left_bytes = sum(tally["read_bytes"].values())
-    rows: list[tuple[str, ...]] = [("read", f"{left:,}", "", f"{left_bytes / 1e6:.1f}", "")]
-    for stage in (*report["stages"], "dedup"):
-        reasons = {
-            name.partition("/")[2]: count
-            for name, count in tally["dropped"].items()
-            if name.startswith(f"{stage}/")
-        }
-        left -= sum(reasons.values())
-        left_bytes -= sum(
-            count for name, count in tally["dropped_bytes"].items() if name.startswith(f"{stage}/")
-        )
-        largest = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
-        why = ", ".join(f"{reason} {count:,}" for reason, count in largest[:5])
-        rows.append((stage, f"{left:,}", f"{-sum(reasons.values()):,}", f"{left_bytes / 1e6:.1f}", why))
+    read, *stages = stage_counts(report)
+    rows: list[tuple[str, ...]] = [("read", f"{read.documents_out:,}", "", f"{read.bytes_out / 1e6:.1f}", "")]
+    for counts in stages:
+        why = ", ".join(f"{reason} {count:,}" for reason, count in list(counts.dropped.items())[:5])
+        dropped = counts.documents_out - counts.documents_in
+        size = f"{counts.bytes_out / 1e6:.1f}"
+        rows.append((counts.stage, f"{counts.documents_out:,}", f"{dropped:,}", size, why))
     return rows
 
 

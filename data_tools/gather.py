@@ -8,6 +8,7 @@ A part is two files, both complete or absent:
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import sys
@@ -44,6 +45,10 @@ class Funnel:
     def drop(self, reason: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
     def lines(self) -> list[str]:
         """The funnel as a text of few lines."""
         lines = [f"{self.read:>12,} documents read"]
@@ -72,6 +77,8 @@ class Gathered:
     sample_bytes: int
     cjk_share: float
     """Share of Chinese, Japanese or Korean characters in the beginnings of the documents."""
+    read_sha256: str = ""
+    """Over the hash of every text that was read, in the order of reading."""
 
 
 @dataclass(slots=True)
@@ -97,6 +104,7 @@ class _State:
     parts: list[int] = field(default_factory=list)
     probed_chars: int = 0
     cjk_chars: int = 0
+    read_sha256: str = ""
 
 
 def part_path(work: Path, number: int) -> Path:
@@ -186,6 +194,9 @@ class _Gatherer:
         problem = clean.length_problem(text, self._config.min_chars, self._config.max_chars)
         digest = clean.digest(text)
         key = digest.order << 64 | digest.split
+        # A chain, so that it can go on from the state of the last part.
+        chained = f"{self._state.read_sha256}{key:032x}"
+        self._state.read_sha256 = hashlib.sha256(chained.encode()).hexdigest()
         if problem is None and key in self._seen:
             problem = "duplicate"
         if problem is not None:
@@ -240,8 +251,8 @@ class _Gatherer:
                 f"input={','.join(self._config.input)} leaves no document: {state.funnel.read} read, "
                 f"dropped: {dropped or 'none'}"
             )
-        unknown = sorted(name for name, known in state.licenses.items() if {"unknown", ""} & set(known))
-        if unknown and self._config.require_licenses:
+        unknown = sorted(name for name, known in state.licenses.items() if not all(map(is_known, known)))
+        if unknown and (self._config.require_licenses or self._config.card.required):
             others = " and others" if len(unknown) > 5 else ""
             raise ConfigError(
                 f"the license of {', '.join(unknown[:5])}{others} is not known; state it in the field license of "
@@ -260,7 +271,13 @@ class _Gatherer:
             sample_below=sample_below,
             sample_bytes=sample_bytes,
             cjk_share=state.cjk_chars / max(state.probed_chars, 1),
+            read_sha256=state.read_sha256,
         )
+
+
+def is_known(license: str) -> bool:
+    """Whether a license is stated; several are joined by semicolons."""
+    return not {"unknown", ""} & {part.strip() for part in license.split(";")}
 
 
 def heldout_bound(splits: np.ndarray, heldout_frac: float) -> int:

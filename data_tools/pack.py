@@ -21,6 +21,7 @@ from data_tools.config import PrepareConfig
 from data_tools.encode import EncodedPart, load_encoded, tokens_path
 from data_tools.gather import Gathered
 from data_tools.progress import stage
+from data_tools.statistics import DocumentCounts
 from data_tools.workspace import HELDOUT_FOLDER, HELDOUT_TEXT, TOKENIZER_NAME
 from pretrain.corpus_writer import CorpusWriter
 from pretrain.manifest import CorpusSource, Manifest
@@ -51,8 +52,11 @@ def choose_chunk_tokens(n_tokens: int) -> int:
 
 def pack(
     config: PrepareConfig, gathered: Gathered, work: Path, corpus: Path
-) -> tuple[Manifest, Manifest | None]:
-    """Write the corpus into the folder `corpus`, where its tokenizer lies already."""
+) -> tuple[Manifest, Manifest | None, DocumentCounts]:
+    """Write the corpus into the folder `corpus`, where its tokenizer lies already.
+
+    Manifests of the training and the held-out part, and counts of the training documents.
+    """
     tokenizer = Tokenizer(corpus / TOKENIZER_NAME)
     n_tokens = sum(_training_tokens(tokens_path(work, number)) for number in range(len(gathered.parts)))
     chunk_tokens = config.chunk_tokens or choose_chunk_tokens(n_tokens)
@@ -74,6 +78,7 @@ def pack(
     training = writer(corpus, [TOKENIZER_NAME] + [f"{HELDOUT_FOLDER}/manifest.json"] * has_heldout)
     heldout = writer(corpus / HELDOUT_FOLDER, [HELDOUT_TEXT]) if has_heldout else None
     text = HeldoutText(corpus / HELDOUT_FOLDER / HELDOUT_TEXT) if has_heldout else None
+    counts = DocumentCounts(tokenizer)
     with stage("writing shards", gathered.funnel.kept_bytes) as progress:
         for document in _placed(work, len(gathered.parts)):
             source = gathered.sources[document.source][0]
@@ -81,6 +86,8 @@ def pack(
             if document.heldout_text is not None and heldout is not None and text is not None:
                 target = heldout
                 text.add(document.id, source, document.heldout_text)
+            else:
+                counts.add(document.tokens, document.text_bytes)
             target.add_document(
                 document.tokens, source=source, document_id=document.id, text_bytes=document.text_bytes
             )
@@ -89,7 +96,7 @@ def pack(
         if heldout is not None and text is not None:
             text.close()
             heldout_manifest = heldout.finish()
-        return training.finish(), heldout_manifest
+        return training.finish(), heldout_manifest, counts
 
 
 class HeldoutText:

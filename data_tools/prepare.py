@@ -14,14 +14,16 @@ import shutil
 import sys
 from pathlib import Path
 
-from data_tools.card import HEADERS, card, source_rows
+from data_tools.card import HEADERS, describe, source_rows
 from data_tools.config import PrepareConfig
 from data_tools.encode import WorkerDiedError, encode_parts
 from data_tools.fertility import heldout_texts, measure
 from data_tools.funnel import curations_of, funnel_table
-from data_tools.gather import Gathered, gather
+from data_tools.gather import Gathered, gather, is_known
+from data_tools.lineage import curation_lineage, preparation_lineage
 from data_tools.pack import pack
 from data_tools.sources import find_files
+from data_tools.statistics import corpus_figures, drop_figures, to_text
 from data_tools.tables import plain_table
 from data_tools.vocabulary import train_tokenizer
 from data_tools.workspace import (
@@ -30,15 +32,18 @@ from data_tools.workspace import (
     HELDOUT_FOLDER,
     HELDOUT_TEXT,
     REPORT_NAME,
+    STATISTICS_NAME,
     TOKENIZER_NAME,
+    Recipe,
     check_places,
     is_finished,
     make_recipe,
     open_work,
     publish,
     remove_work,
+    write_report,
 )
-from pretrain.config import run_command
+from pretrain.config import ConfigError, run_command
 from pretrain.manifest import MANIFEST_NAME, Manifest, load_manifest, write_atomically
 from pretrain.tokenizer import Tokenizer
 
@@ -82,6 +87,7 @@ def _prepare(config: PrepareConfig) -> int:
     recipe = make_recipe(config, files, given_sha256)
     if is_finished(output, recipe, config.overwrite):
         remove_work(output)
+        _state_anew(config, output)
         print(f"already prepared: {output / MANIFEST_NAME} is of this very input and these options")
         return 0
     with open_work(output, recipe) as work:
@@ -94,7 +100,7 @@ def _prepare(config: PrepareConfig) -> int:
             elif not model.exists():
                 train_tokenizer(config.tokenizer, gathered, work, model)
             encode_parts(gathered, work, model, _n_workers(config))
-            _build(config, gathered, work, corpus)
+            _build(config, recipe, gathered, work, corpus)
             write_atomically(work / "packed", b"")
         publish(corpus, output)
     _report(output)
@@ -105,14 +111,14 @@ def _n_workers(config: PrepareConfig) -> int:
     return config.workers or len(os.sched_getaffinity(0))
 
 
-def _build(config: PrepareConfig, gathered: Gathered, work: Path, corpus: Path) -> None:
-    """Write the finished corpus, with its card and report, into `corpus`."""
+def _build(config: PrepareConfig, recipe: Recipe, gathered: Gathered, work: Path, corpus: Path) -> None:
+    """Write the finished corpus, with its card, statistics and report, into `corpus`."""
     shutil.rmtree(corpus, ignore_errors=True)
     corpus.mkdir()
     model = (work / TOKENIZER_NAME).read_bytes()
     write_atomically(corpus / TOKENIZER_NAME, model)
     try:
-        manifest, heldout = pack(config, gathered, work, corpus)
+        manifest, heldout, counts = pack(config, gathered, work, corpus)
     except OSError:  # a full disk: what is half-written would only keep it full
         shutil.rmtree(corpus, ignore_errors=True)
         raise
@@ -125,24 +131,48 @@ def _build(config: PrepareConfig, gathered: Gathered, work: Path, corpus: Path) 
             Tokenizer(corpus / TOKENIZER_NAME), heldout_texts(corpus / HELDOUT_FOLDER / HELDOUT_TEXT)
         )
     curations = curations_of(config.input)
-    funnels = [funnel_table(report) for _, report in curations]
-    text = card(manifest, heldout, gathered.funnel, kind, fits, funnels)
-    write_atomically(corpus / CARD_NAME, text.encode())
-    report = json.loads((work / REPORT_NAME).read_text(encoding="utf-8"))
-    funnel = {
-        name: getattr(gathered.funnel, name) for name in ("read", "dropped", "kept", "kept_bytes", "heldout")
+    reports = [report for _, report in curations]
+    statistics = corpus_figures(manifest, heldout, counts)
+    statistics |= drop_figures(reports, len(config.input), gathered.funnel)
+    write_atomically(corpus / STATISTICS_NAME, to_text(statistics))
+    lineage = [stage for name, report in curations for stage in curation_lineage(name, report)]
+    report = {
+        "recipe": {"options": recipe.options, "input": recipe.input},
+        "created_by": manifest.created_by,
+        "root_sha256": manifest.root_sha256,
+        "card": config.card.stated(),
+        "funnel": gathered.funnel.as_dict(),
+        "curations": {name: report["recipe"] for name, report in curations},
+        "curation_funnels": [funnel_table(report) for report in reports],
+        "tokenizer": {
+            "sha256": manifest.tokenizer_sha256,
+            "kind": kind,
+            "sample_bytes": gathered.sample_bytes,
+            "heldout_fit": fits,
+        },
+        "lineage": lineage + preparation_lineage(recipe, gathered, work, manifest, heldout),
+        "summary": gathered.funnel.lines(),
     }
-    report |= {"created_by": manifest.created_by, "root_sha256": manifest.root_sha256, "funnel": funnel}
-    report["curations"] = {name: report["recipe"] for name, report in curations}
-    report["curation_funnels"] = funnels
-    report["tokenizer"] = {
-        "sha256": manifest.tokenizer_sha256,
-        "kind": kind,
-        "sample_bytes": gathered.sample_bytes,
-        "heldout_fit": fits,
-    }
-    report["summary"] = gathered.funnel.lines()
-    write_atomically(corpus / REPORT_NAME, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+    describe(corpus, report)
+    write_report(corpus, report)
+
+
+def _state_anew(config: PrepareConfig, output: Path) -> None:
+    """Write the card of a finished corpus anew where other statements about it are given."""
+    report = json.loads((output / REPORT_NAME).read_text(encoding="utf-8"))
+    unknown = [s.name for s in load_manifest(output / MANIFEST_NAME).sources if not is_known(s.license)]
+    if config.card.required and unknown:
+        raise ConfigError(
+            f"card.required=true, and output={output} has sources of unknown license: {', '.join(unknown[:5])}; "
+            "prepare it again with license=NAME, or with the field license in the records"
+        )
+    stated = config.card.stated()
+    if stated == report.get("card", stated):  # programs before had no statements
+        return
+    report["card"] = stated
+    describe(output, report)
+    write_report(output, report)
+    print(f"written anew: {output / CARD_NAME}")
 
 
 def _report(output: Path) -> None:

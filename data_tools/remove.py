@@ -14,29 +14,33 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_tools.card import card
+from data_tools.card import describe
 from data_tools.gather import Funnel
+from data_tools.lineage import removal_lineage
 from data_tools.pack import HeldoutText
 from data_tools.progress import stage
+from data_tools.statistics import DocumentCounts, corpus_figures, drop_figures, preparation_counts, to_text
 from data_tools.workspace import (
-    CARD_NAME,
     HELDOUT_FOLDER,
     HELDOUT_TEXT,
     REPORT_NAME,
+    STATISTICS_NAME,
     TOKENIZER_NAME,
     WORK_FOLDER,
     publish,
+    write_report,
 )
 from pretrain.config import ConfigError, ExitCode
 from pretrain.corpus_writer import CorpusWriter
 from pretrain.manifest import MANIFEST_NAME, CorpusSource, CorruptShardError, Manifest, write_atomically
 from pretrain.shards import Corpus
+from pretrain.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,57 +84,74 @@ def remove(folder: Path, ids: set[str]) -> Counter[str]:
     work.mkdir(parents=True)
     shutil.copyfile(folder / TOKENIZER_NAME, work / TOKENIZER_NAME)
     has_heldout = (folder / HELDOUT_FOLDER).exists()
-    shard_bytes = report["recipe"]["options"]["shard_bytes"]
-    heldout, found = None, Counter[str]()
+    removal = _Removal(ids, report["recipe"]["options"]["shard_bytes"], Tokenizer(work / TOKENIZER_NAME))
+    heldout = None
     if has_heldout:
-        heldout = _rewrite(
-            folder / HELDOUT_FOLDER, work / HELDOUT_FOLDER, [HELDOUT_TEXT], shard_bytes, ids, found
-        )
+        heldout, _ = removal.rewrite(folder / HELDOUT_FOLDER, work / HELDOUT_FOLDER, [HELDOUT_TEXT])
     files = [TOKENIZER_NAME] + [f"{HELDOUT_FOLDER}/{MANIFEST_NAME}"] * has_heldout
-    manifest = _rewrite(folder, work, files, shard_bytes, ids, found)
-    if not found:
+    manifest, counts = removal.rewrite(folder, work, files)
+    if not removal.found:
         shutil.rmtree(folder / WORK_FOLDER)
-        return found
-    _describe(report, manifest, heldout, work, found.total())
+        return removal.found
+    report |= _without(removal.found, report, manifest, heldout)
+    funnel = Funnel(**report["funnel"])
+    statistics = drop_figures([], 0, funnel)
+    if (folder / STATISTICS_NAME).exists():  # not where an older program prepared it
+        statistics = json.loads((folder / STATISTICS_NAME).read_text(encoding="utf-8"))
+    statistics |= corpus_figures(manifest, heldout, counts)
+    statistics["funnel"][-1] = preparation_counts(funnel)
+    write_atomically(work / STATISTICS_NAME, to_text(statistics))
+    describe(work, report)
+    write_report(work, report)
     publish(work, folder)
-    return found
+    return removal.found
 
 
-def _rewrite(
-    old: Path, new: Path, files: list[str], shard_bytes: int, ids: set[str], found: Counter[str]
-) -> Manifest:
-    corpus = Corpus(old / MANIFEST_NAME)
-    was = corpus.manifest
-    writer = CorpusWriter(
-        new,
-        tokenizer_sha256=was.tokenizer_sha256,
-        vocab_size=was.vocab_size,
-        bos_id=was.bos_id,
-        eos_id=was.eos_id,
-        chunk_tokens=was.chunk_tokens,
-        sources=[CorpusSource(name=source.name, license=source.license) for source in was.sources],
-        shard_bytes=shard_bytes,
-        files=files,
-    )
-    n_left = 0
-    with stage(f"rewriting {old}", 2 * was.n_tokens) as progress:
-        for document in documents_of(corpus):
-            progress.advance(2 * len(document.tokens))
-            if document.id in ids:
-                found[document.id] += 1
-                continue
-            n_left += 1
-            writer.add_document(
-                document.tokens,
-                source=document.source,
-                document_id=document.id,
-                text_bytes=document.text_bytes,
-            )
-    if not n_left:
-        raise ConfigError(f"{old} would be left without a document; remove the whole corpus instead")
-    if (old / HELDOUT_TEXT).exists():
-        _rewrite_text(old / HELDOUT_TEXT, new / HELDOUT_TEXT, ids)
-    return writer.finish()
+@dataclass(slots=True)
+class _Removal:
+    """Which documents go, and which of them were found."""
+
+    ids: set[str]
+    shard_bytes: int
+    tokenizer: Tokenizer
+    found: Counter[str] = field(default_factory=Counter)
+
+    def rewrite(self, old: Path, new: Path, files: list[str]) -> tuple[Manifest, DocumentCounts]:
+        """Write a corpus, or its held-out part, without them; counts of the documents that are left."""
+        corpus = Corpus(old / MANIFEST_NAME)
+        was = corpus.manifest
+        writer = CorpusWriter(
+            new,
+            tokenizer_sha256=was.tokenizer_sha256,
+            vocab_size=was.vocab_size,
+            bos_id=was.bos_id,
+            eos_id=was.eos_id,
+            chunk_tokens=was.chunk_tokens,
+            sources=[CorpusSource(name=source.name, license=source.license) for source in was.sources],
+            shard_bytes=self.shard_bytes,
+            files=files,
+        )
+        counts = DocumentCounts(self.tokenizer)
+        n_left = 0
+        with stage(f"rewriting {old}", 2 * was.n_tokens) as progress:
+            for document in documents_of(corpus):
+                progress.advance(2 * len(document.tokens))
+                if document.id in self.ids:
+                    self.found[document.id] += 1
+                    continue
+                n_left += 1
+                counts.add(document.tokens, document.text_bytes)
+                writer.add_document(
+                    document.tokens,
+                    source=document.source,
+                    document_id=document.id,
+                    text_bytes=document.text_bytes,
+                )
+        if not n_left:
+            raise ConfigError(f"{old} would be left without a document; remove the whole corpus instead")
+        if (old / HELDOUT_TEXT).exists():
+            _rewrite_text(old / HELDOUT_TEXT, new / HELDOUT_TEXT, self.ids)
+        return writer.finish(), counts
 
 
 def _rewrite_text(old: Path, new: Path, ids: set[str]) -> None:
@@ -143,23 +164,26 @@ def _rewrite_text(old: Path, new: Path, ids: set[str]) -> None:
     text.close()
 
 
-def _describe(
-    report: dict[str, Any], manifest: Manifest, heldout: Manifest | None, work: Path, n_removed: int
-) -> None:
-    """Card and report of the new corpus."""
+def _without(
+    found: Counter[str], report: dict[str, Any], manifest: Manifest, heldout: Manifest | None
+) -> dict[str, Any]:
+    """What the report says otherwise of the new corpus."""
     funnel = Funnel(**report["funnel"])
+    n_removed, bytes_before = found.total(), funnel.kept_bytes
     funnel.dropped["removed_later"] = funnel.dropped.get("removed_later", 0) + n_removed
     funnel.kept -= n_removed
-    funnel.kept_bytes = sum(s.text_bytes for m in (manifest, heldout) if m for s in m.sources)
+    manifests = [manifest, heldout] if heldout is not None else [manifest]
+    funnel.kept_bytes = sum(source.text_bytes for m in manifests for source in m.sources)
     funnel.heldout = heldout.n_documents if heldout else 0
-    tokenizer = report["tokenizer"]
-    kind, fits = tokenizer.get("kind", "sentencepiece"), tokenizer.get("heldout_fit", {})
-    text = card(manifest, heldout, funnel, kind, fits, report.get("curation_funnels", []))
-    write_atomically(work / CARD_NAME, text.encode())
-    names = ("read", "dropped", "kept", "kept_bytes", "heldout")
-    report |= {"root_sha256": manifest.root_sha256, "funnel": {name: getattr(funnel, name) for name in names}}
-    report["summary"] = funnel.lines()
-    write_atomically(work / REPORT_NAME, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+    removed = removal_lineage(
+        found, report["root_sha256"], manifests, n_removed, (bytes_before, funnel.kept_bytes)
+    )
+    return {
+        "root_sha256": manifest.root_sha256,
+        "funnel": funnel.as_dict(),
+        "lineage": [*report.get("lineage", []), removed],
+        "summary": funnel.lines(),
+    }
 
 
 def read_ids(path: Path) -> set[str]:

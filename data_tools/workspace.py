@@ -25,6 +25,9 @@ from pretrain.shards import SHARDS_FOLDER
 
 REPORT_NAME = "prepare.json"
 CARD_NAME = "README.md"
+STATISTICS_NAME = "statistics.json"
+CROISSANT_NAME = "croissant.json"
+PLOTS_FOLDER = "plots"
 TOKENIZER_NAME = "tokenizer.model"
 HELDOUT_FOLDER = "heldout"
 HELDOUT_TEXT = "documents.jsonl.gz"
@@ -33,6 +36,9 @@ CORPUS_FOLDER = "corpus"  # in the work folder: the corpus before it is moved
 PRODUCTS = (
     REPORT_NAME,
     CARD_NAME,
+    PLOTS_FOLDER,
+    STATISTICS_NAME,
+    CROISSANT_NAME,
     TOKENIZER_NAME,
     HELDOUT_FOLDER,
     SHARDS_FOLDER,
@@ -43,7 +49,7 @@ PRODUCTS = (
 PIPELINE_VERSION = 1
 
 # Options that change where or how fast, but nothing in the corpus. The input counts by its files.
-_NOT_IN_KEY = ("input", "output", "overwrite", "workers", "max_bad_records")
+_NOT_IN_KEY = ("input", "output", "overwrite", "workers", "max_bad_records", "card")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +83,11 @@ def make_recipe(config: PrepareConfig, files: list[InputFile], tokenizer_sha256:
     """The recipe of a configuration and its input files."""
     options: dict[str, Any] = {}
     for name, value in to_dict(config).items():
+        if name in _NOT_IN_KEY:
+            continue
         if isinstance(value, dict):
             options.update({f"{name}.{inner}": inner_value for inner, inner_value in value.items()})
-        elif name not in _NOT_IN_KEY:
+        else:
             options[name] = value
     options["tokenizer.path"] = tokenizer_sha256  # the model counts, not where it lies
     listing = [(file.name, file.source, file.license, file.size_bytes, file.version) for file in files]
@@ -188,6 +196,12 @@ def open_work(output: Path, recipe: Recipe) -> Iterator[Path]:
                 with suppress(OSError):
                     output.rmdir()
             raise
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write prepare.json."""
+    content = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(folder / REPORT_NAME, content.encode())
 
 
 def publish(corpus: Path, output: Path) -> None:

@@ -15,6 +15,7 @@ import sysconfig
 import time
 import unicodedata
 from email.message import Message
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -341,10 +342,13 @@ def test_counts_agree(prepared: Path, stdlib_jsonl: Path) -> None:
     assert verify(prepared) == []
     assert sorted(path.name for path in prepared.iterdir()) == [
         "README.md",
+        "croissant.json",
         "heldout",
         "manifest.json",
+        *(["plots"] if find_spec("matplotlib") else []),
         "prepare.json",
         "shards",
+        "statistics.json",
         "tokenizer.model",
     ]
 

@@ -385,6 +385,47 @@ def test_lines_that_c4_drops_are_removed() -> None:
     assert kept.text == "Home\n" + ENGLISH
 
 
+# Edward Lear, 1846; Li Bai; a page of a reference work, and text that is broken.
+LIMERICK = """There was an Old Man with a beard,
+Who said, "It is just as I feared!--
+Two Owls and a Hen,
+Four Larks and a Wren,
+Have all built their nests in my beard!\""""
+POEM = "静夜思\n\n床前明月光,\n疑是地上霜。\n举头望明月,\n低头思故乡。"
+FACTS = "Area:\ntotal: 446,550 sq km\nland: 446,300 sq km\nwater: 250 sq km\n\nBorders:\nAlgeria 1,559 km\nSpain 6.3 km"
+
+
+@pytest.mark.parametrize(
+    ("text", "language"), [(LIMERICK, "en"), (POEM, "zh"), (FACTS, "en"), ("很好,推荐!", "zh")]
+)
+def test_chosen_sources_keep_what_is_short_or_not_prose(text: str, language: str) -> None:
+    stage = QualityStage(QualityConfig(curated_sources=["zh_*", "books"]))
+    for source, is_chosen in (("books", True), ("zh_poems", True), ("web", False), ("books2", False)):
+        record = Record(id="1", text=text, source=source, language=language)
+        reason = stage.process(record)
+        assert (reason is None) == is_chosen
+        assert record.text == text  # short lines too
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "reason"),
+    [
+        ("还成,不错还成,不错还成,不错还成,不错,物有所值", "zh", "high_top_2gram"),
+        ("hello? " * 12, "en", "high_top_2gram"),
+        ("\n".join(f"{n} {n * 7} {n * 13}.5" for n in range(100, 160)), "en", "low_alpha_words"),
+    ],
+)
+def test_chosen_sources_lose_what_is_broken(text: str, language: str, reason: str) -> None:
+    stage = QualityStage(QualityConfig(curated_sources=["*"]))
+    assert stage.process(Record(id="1", text=text, source="any", language=language)) == reason
+
+
+def test_programs_of_chosen_sources_are_judged_as_programs() -> None:
+    config = QualityConfig(curated_sources=["*"])
+    assert config.thresholds("code", "any") is config.code
+    assert config.thresholds("fr", "any") is config.curated
+
+
 def test_lines_without_terminal_punctuation_where_asked_for() -> None:
     record = Record(
         id="1", text="A line that ends in nothing\nRead more of it ...\n" + ENGLISH, source="s", language="en"
