@@ -93,7 +93,7 @@ def _prepare(config: PrepareConfig) -> int:
                 write_atomically(model, given.read_bytes())
             elif not model.exists():
                 train_tokenizer(config.tokenizer, gathered, work, model)
-            encode_parts(gathered, work, model, _n_workers(config))
+            encode_parts(gathered, work, model, _n_workers(config), config.format)
             _build(config, gathered, work, corpus)
             write_atomically(work / "packed", b"")
         publish(corpus, output)

@@ -51,7 +51,8 @@ class Batch(NamedTuple):
 
     tokens: Tensor
     labels: Tensor
-    """The next token; IGNORED_LABEL at the end of a chunk, at the end of a document when masking, in padding."""
+    """The next token; IGNORED_LABEL at the end of a chunk, at the end of a document when masking, in padding, and
+    where the corpus has a loss mask and the next token is no target."""
     positions: Tensor
     """Position within the visible piece of the document (when masking), else within the sequence."""
     document_ids: Tensor
@@ -91,6 +92,7 @@ def _read_sequences(
     tokens = np.empty((n, sequence_length + 1), np.int32)  # one beyond the sequence: the last label
     n_read = np.empty((n, 1), np.int64)
     begins = np.zeros((n, sequence_length + 1), np.bool_)  # a document, or the padding, begins here
+    wanted = np.empty((n, sequence_length + 1), np.bool_)  # what the loss mask lets count
     where = zip(locations.source.tolist(), locations.chunk.tolist(), locations.sequence.tolist(), strict=True)
     for row, (source, chunk, sequence) in enumerate(where):
         corpus, start = corpora[source], sequence * sequence_length
@@ -98,6 +100,7 @@ def _read_sequences(
         tokens[row, : len(found)] = found
         tokens[row, len(found) :] = corpus.manifest.eos_id
         n_read[row] = len(found)
+        wanted[row] = corpus.is_target(chunk, start, start + sequence_length + 1)
         if document_masking:
             starts = corpus.documents(chunk).starts
             low, high = starts.searchsorted((start + 1, start + sequence_length + 1))
@@ -106,7 +109,8 @@ def _read_sequences(
     out = np.empty((4, n, sequence_length), np.int32)
     within = np.arange(sequence_length, dtype=np.int32)
     out[0] = tokens[:, :-1]
-    out[1] = np.where((within + 1 < n_read) & ~begins[:, 1:], tokens[:, 1:], IGNORED_LABEL)
+    has_label = (within + 1 < n_read) & ~begins[:, 1:] & wanted[:, 1:]
+    out[1] = np.where(has_label, tokens[:, 1:], IGNORED_LABEL)
     out[2] = within
     if document_masking:
         out[2] -= np.maximum.accumulate(np.where(begins[:, :-1], within, 0), axis=1)
