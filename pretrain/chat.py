@@ -1,10 +1,10 @@
 """How a dialogue is written as tokens: the one template of fine-tuning data and of prompts to a fine-tuned model.
 
-    [bos] <|user|>⏎ What is a shard? [eos] <|assistant|>⏎ A tar file. [eos] <|user|>⏎ ...
+    [bos] user⏎ What is a shard? [eos] assistant⏎ A tar file. [eos] user⏎ ...
 
-Every turn is a marker, a line of ordinary text, then its content and eos. A marker is one only where it follows bos
-or eos, which no text encodes to: what a user writes cannot pass for another turn. Markers and contents are encoded one
-by one, so a prompt has the tokens that the dialogue had in training.
+Every turn is a marker, its role as a line of ordinary text, then its content and eos. A marker is one only where it
+follows bos or eos, which no text encodes to: what a user writes cannot pass for another turn. Markers and contents are
+encoded one by one, so a prompt has the tokens that the dialogue had in training.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class EncodedDialogue(NamedTuple):
 
 def marker(role: str) -> str:
     """The text that begins a turn."""
-    return f"<|{role}|>\n"
+    return f"{role}\n"
 
 
 def encode_dialogue(tokenizer: Tokenizer, messages: Iterable[Message]) -> EncodedDialogue:
