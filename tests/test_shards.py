@@ -289,6 +289,8 @@ def test_targets_come_back(documents: list[tuple[int, list[int]]], chunk_tokens:
     np.testing.assert_array_equal(np.concatenate(stream), np.concatenate([d.is_target for d in found]))
     for chunk, piece in enumerate(pieces):
         assert piece.targets is not None
+        assert piece.target_bytes is not None
+        assert ((piece.target_bytes > 0) == (piece.offsets == 0)).all()
         assert piece.targets.dtype == np.int64
         assert (np.diff(piece.targets) >= 0).all()
         assert set(piece.targets.tolist()) <= set(range(corpus.tokens_in(chunk) + 1))
