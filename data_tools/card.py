@@ -10,6 +10,8 @@ from data_tools.gather import Funnel
 from pretrain.manifest import CorpusSource, Manifest
 
 _NOT_CURATED = " There was no other filter: personal data and unfit text were not looked for."
+_MASKED = """
+- documents are dialogues with a loss mask: only what the assistant says, and the eos after it, is to be predicted"""
 HEADERS = ("source", "documents", "tokens", "text MB", "bytes per token", "license")
 
 
@@ -67,7 +69,7 @@ Text for training language models, as tokens. Written by {manifest.created_by}.
 - root hash: `{manifest.root_sha256}`
 - tokenizer: {tokenizer}, {manifest.vocab_size:,} entries, sha256 `{manifest.tokenizer_sha256}`
 - tokens are {manifest.dtype}, little-endian; a document begins with bos = {manifest.bos_id} and ends with
-  eos = {manifest.eos_id}
+  eos = {manifest.eos_id}{_MASKED if manifest.loss_mask else ""}
 
 {held}
 

@@ -162,6 +162,7 @@ def test_documents_are_the_dialogues_in_the_template(prepared: Path) -> None:
             len(m.content.encode()) for m in messages if m.role == ASSISTANT
         )
     assert any(len(document.tokens) > 256 for document in found.values())
+    assert "documents are dialogues with a loss mask" in (prepared / "README.md").read_text()
     assert verify(prepared) == []
 
 
@@ -264,6 +265,7 @@ def test_a_recipe_of_texts_says_nothing_of_dialogues(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out/prepare.json").read_text())
     assert "format" not in report["recipe"]["options"]
     assert "loss_mask" not in (tmp_path / "out/manifest.json").read_text()
+    assert "loss mask" not in (tmp_path / "out/README.md").read_text()
 
 
 # --- and on ---
