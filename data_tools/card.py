@@ -21,6 +21,8 @@ from data_tools.workspace import (
 from pretrain.manifest import MANIFEST_NAME, CorpusSource, Manifest, load_manifest, write_atomically
 
 _NOT_CURATED = " There was no other filter: personal data and unfit text were not looked for."
+_MASKED = """
+- documents are dialogues with a loss mask: only what the assistant says, and the eos after it, is to be predicted"""
 HEADERS = ("source", "documents", "tokens", "text MB", "bytes per token", "license")
 
 
@@ -139,7 +141,7 @@ def _head(manifest: Manifest, heldout: Manifest | None, tokenizer: Mapping[str, 
 - tokenizer: {tokenizer.get("kind", "sentencepiece")}, {manifest.vocab_size:,} entries, sha256 \
 `{manifest.tokenizer_sha256}`
 - tokens are {manifest.dtype}, little-endian; a document begins with bos = {manifest.bos_id} and ends with
-  eos = {manifest.eos_id}
+  eos = {manifest.eos_id}{_MASKED if manifest.loss_mask else ""}
 
 {held}
 

@@ -18,6 +18,11 @@ class ModelType(Enum):
     unigram = "unigram"
 
 
+class DocumentFormat(Enum):
+    text = "text"
+    chat = "chat"
+
+
 @dataclass(kw_only=True, slots=True)
 class TokenizerConfig:
     """The sentencepiece model: an existing one, or how to train it on the corpus."""
@@ -89,6 +94,9 @@ class PrepareConfig:
     """Folder of the corpus."""
     overwrite: bool = False
     """Replace a corpus in `output` that was prepared from other text or with other options."""
+    format: DocumentFormat = DocumentFormat.text
+    """chat: each record (.jsonl, .jsonl.gz, .parquet) is a dialogue, as `messages` of role and content, `prompt` and
+    `response`, or `instruction`, `input` and `output`; the corpus gets a loss mask, for fine-tuning."""
     text_field: str = "text"
     """Field of a JSON line, or column of a Parquet file, that holds the text."""
     license: str = "unknown"
@@ -100,7 +108,7 @@ class PrepareConfig:
     max_bad_records: int = 0
     """Lines that are no JSON, or have no text, that are passed over before the preparation is given up."""
     min_chars: int = 8
-    """Shorter documents are dropped."""
+    """Shorter documents are dropped; of a dialogue its contents count, all together."""
     max_chars: int = 5_000_000
     """Longer documents are dropped."""
     heldout_frac: float = 0.01
@@ -119,6 +127,10 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if self.input != MISSING and not self.input:
             raise ConfigError("input=[] names nothing; give input=[PATH,...] or input=[python]")
+        if self.format is DocumentFormat.chat and self.tokenizer.path is None:
+            raise ConfigError(
+                "format=chat needs the tokenizer of the model that is to be fine-tuned; give tokenizer.path="
+            )
         if not 0 <= self.heldout_frac <= 0.5:
             raise ConfigError(f"heldout_frac={self.heldout_frac} is outside 0 to 0.5")
         if not 1 <= self.min_chars <= self.max_chars:

@@ -6,7 +6,13 @@ Each part gives tokens-00000.npz, complete or absent:
     starts     int64 [documents + 1], where each document begins in `tokens`
     documents  int64 [documents, 3]: source index, text bytes, whether held out
     order      uint64 [documents]
-    text       JSON: ids of all documents, and the texts of the held-out ones
+    text       JSON: ids of all documents, and the texts of the held-out ones, as they stand in documents.jsonl.gz
+
+and, of dialogues, what is to be predicted:
+
+    targets        int64 [2 n], where targets start and stop in `tokens`, in turn
+    target_starts  int64 [documents + 1], where each document begins in `targets`
+    target_bytes   int64 [documents], UTF-8 bytes of the targets' text
 """
 
 from __future__ import annotations
@@ -23,11 +29,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from data_tools import dialogue
+from data_tools.config import DocumentFormat
 from data_tools.gather import Gathered, json_array, part_path, read_part, save_arrays
 from data_tools.progress import stage
+from pretrain.chat import ASSISTANT, encode_dialogue
 from pretrain.manifest import token_dtype
 from pretrain.tokenizer import Tokenizer
 
@@ -45,7 +55,10 @@ class EncodedPart:
     documents: np.ndarray
     order: np.ndarray
     ids: list[str]
-    heldout_texts: list[str]
+    heldout_texts: list[dict[str, Any]]
+    targets: np.ndarray | None = None
+    target_starts: np.ndarray | None = None
+    target_bytes: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +67,7 @@ class _Job:
     tokens: Path
     tokenizer: Path
     heldout_below: int
+    format: DocumentFormat
 
 
 _tokenizers: dict[Path, Tokenizer] = {}  # of this process
@@ -68,14 +82,17 @@ def load_encoded(path: Path) -> EncodedPart:
     """Read a tokenized part."""
     with np.load(path, allow_pickle=False) as saved:
         text = json.loads(saved["text"].tobytes())
-        arrays = {name: saved[name] for name in ("tokens", "starts", "documents", "order")}
+        arrays = {name: saved[name] for name in saved.files if name != "text"}
     return EncodedPart(**arrays, ids=text["ids"], heldout_texts=text["heldout"])
 
 
-def encode_parts(gathered: Gathered, work: Path, tokenizer: Path, workers: int) -> None:
+def encode_parts(
+    gathered: Gathered, work: Path, tokenizer: Path, workers: int, format: DocumentFormat
+) -> None:
     """Tokenize the parts that are not yet. Raises WorkerDiedError."""
+    below = gathered.heldout_below
     jobs = {
-        number: _Job(part_path(work, number), tokens_path(work, number), tokenizer, gathered.heldout_below)
+        number: _Job(part_path(work, number), tokens_path(work, number), tokenizer, below, format)
         for number in range(len(gathered.parts))
     }
     missing = {number: job for number, job in jobs.items() if not job.tokens.exists()}
@@ -145,16 +162,35 @@ def _encode_part(job: _Job) -> None:
     if tokenizer is None:
         tokenizer = _tokenizers[job.tokenizer] = Tokenizer(job.tokenizer)
     dtype = token_dtype(tokenizer.vocab_size)
+    is_chat = job.format is DocumentFormat.chat
     tokens, documents, order, ids, heldout_texts = [], [], [], [], []
+    targets: list[np.ndarray] = []
+    target_bytes: list[int] = []
     for document in read_part(job.text):
         held_out = document.split < job.heldout_below
-        tokens.append(np.array(tokenizer.encode_document(document.text), dtype=dtype))
-        documents.append((document.source, len(document.text.encode()), held_out))
+        text: dict[str, Any] = {"text": document.text}
+        if is_chat:
+            messages = dialogue.load(document.text)
+            encoded = encode_dialogue(tokenizer, messages)
+            tokens.append(np.array(encoded.tokens, dtype=dtype))
+            targets.append(np.array(encoded.targets, dtype=np.int64))
+            target_bytes.append(sum(len(m.content.encode()) for m in messages if m.role == ASSISTANT))
+            text = {"text": dialogue.plain(messages), "messages": [m._asdict() for m in messages]}
+        else:
+            tokens.append(np.array(tokenizer.encode_document(document.text), dtype=dtype))
+        documents.append((document.source, len(text["text"].encode()), held_out))
         order.append(document.order)
         ids.append(document.id)
         if held_out:
-            heldout_texts.append(document.text)
+            heldout_texts.append(text)
     starts = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
+    mask = {}
+    if is_chat:
+        mask = {
+            "targets": np.concatenate([t + start for t, start in zip(targets, starts, strict=False)]),
+            "target_starts": np.cumsum([0, *map(len, targets)], dtype=np.int64),
+            "target_bytes": np.array(target_bytes, dtype=np.int64),
+        }
     save_arrays(
         job.tokens,
         tokens=np.concatenate(tokens),
@@ -162,4 +198,5 @@ def _encode_part(job: _Job) -> None:
         documents=np.array(documents, dtype=np.int64),
         order=np.array(order, dtype=np.uint64),
         text=json_array({"ids": ids, "heldout": heldout_texts}),
+        **mask,
     )

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from data_tools import clean
-from data_tools.config import PrepareConfig
+from data_tools import clean, dialogue
+from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.progress import stage
 from data_tools.sources import Document, InputFile, Rejected, read_documents
 from pretrain.config import ConfigError
@@ -37,7 +37,7 @@ class Funnel:
 
     read: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
-    """By reason: bad_record, not_utf8, too_short, too_long, duplicate."""
+    """By reason: bad_record, not_utf8, too_short, too_long, duplicate; no_answer of dialogues."""
     kept: int = 0
     kept_bytes: int = 0
     heldout: int = 0
@@ -90,6 +90,7 @@ class PartDocument:
     order: int
     split: int
     text: str
+    """Of a dialogue, what `dialogue.dump` makes of it."""
 
 
 @dataclass(slots=True)
@@ -190,8 +191,11 @@ class _Gatherer:
         if isinstance(item, Rejected):
             self._reject(item)
             return
-        text = clean.clean(item.text)
-        problem = clean.length_problem(text, self._config.min_chars, self._config.max_chars)
+        if self._config.format is DocumentFormat.chat:  # cleaned already, message by message
+            text, plain = item.text, dialogue.plain(dialogue.load(item.text))
+        else:
+            text = plain = clean.clean(item.text)
+        problem = clean.length_problem(plain, self._config.min_chars, self._config.max_chars)
         digest = clean.digest(text)
         key = digest.order << 64 | digest.split
         # A chain, so that it can go on from the state of the last part.
@@ -207,8 +211,8 @@ class _Gatherer:
         if item.license not in licenses:
             licenses.append(item.license)
         source = self._source_index.setdefault(item.source, len(self._source_index))
-        n_bytes = len(text.encode())
-        visible_chars, cjk_chars = clean.count_cjk(text[:_PROBE_CHARS])
+        n_bytes = len(plain.encode())
+        visible_chars, cjk_chars = clean.count_cjk(plain[:_PROBE_CHARS])
         self._state.probed_chars += visible_chars
         self._state.cjk_chars += cjk_chars
         line = json.dumps([item.id, source, *digest, text], ensure_ascii=False)

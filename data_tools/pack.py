@@ -13,11 +13,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 
-from data_tools.config import PrepareConfig
+from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.encode import EncodedPart, load_encoded, tokens_path
 from data_tools.gather import Gathered
 from data_tools.progress import stage
@@ -39,7 +40,9 @@ class _PlacedDocument:
     source: int
     id: str
     text_bytes: int
-    heldout_text: str | None
+    heldout_text: dict[str, Any] | None
+    targets: np.ndarray | None
+    target_bytes: int
 
 
 def choose_chunk_tokens(n_tokens: int) -> int:
@@ -73,6 +76,7 @@ def pack(
             sources=[CorpusSource(name=name, license=license) for name, license in gathered.sources],
             shard_bytes=config.shard_bytes,
             files=files,
+            loss_mask=config.format is DocumentFormat.chat,
         )
 
     training = writer(corpus, [TOKENIZER_NAME] + [f"{HELDOUT_FOLDER}/manifest.json"] * has_heldout)
@@ -85,11 +89,16 @@ def pack(
             target = training
             if document.heldout_text is not None and heldout is not None and text is not None:
                 target = heldout
-                text.add(document.id, source, document.heldout_text)
+                text.add({"id": document.id, "source": source, **document.heldout_text})
             else:
                 counts.add(document.tokens, document.text_bytes)
             target.add_document(
-                document.tokens, source=source, document_id=document.id, text_bytes=document.text_bytes
+                document.tokens,
+                source=source,
+                document_id=document.id,
+                text_bytes=document.text_bytes,
+                targets=document.targets,
+                target_bytes=document.target_bytes,
             )
             progress.advance(document.text_bytes)
         heldout_manifest = None
@@ -106,8 +115,9 @@ class HeldoutText:
         self._raw = path.open("wb")
         self._gzip = gzip.GzipFile(filename="", mode="wb", fileobj=self._raw, mtime=0)
 
-    def add(self, document_id: str, source: str, text: str) -> None:
-        line = json.dumps({"id": document_id, "source": source, "text": text}, ensure_ascii=False)
+    def add(self, record: dict[str, Any]) -> None:
+        """One document: id, source, text, and messages of a dialogue."""
+        line = json.dumps(record, ensure_ascii=False)
         self._gzip.write(line.encode() + b"\n")
 
     def close(self) -> None:
@@ -140,10 +150,15 @@ def _placed_within(parts: list[EncodedPart]) -> Iterator[_PlacedDocument]:
         number, row = int(part_of[place]), int(row_of[place])
         part = parts[number]
         source, text_bytes, held_out = part.documents[row].tolist()
+        targets = None
+        if part.targets is not None and part.target_starts is not None:
+            targets = part.targets[slice(*part.target_starts[row : row + 2])] - part.starts[row]
         yield _PlacedDocument(
             tokens=part.tokens[part.starts[row] : part.starts[row + 1]],
             source=source,
             id=part.ids[row],
             text_bytes=text_bytes,
             heldout_text=part.heldout_texts[text_of[number][row]] if held_out else None,
+            targets=targets,
+            target_bytes=0 if part.target_bytes is None else int(part.target_bytes[row]),
         )

@@ -1,8 +1,9 @@
 """Prepare a corpus: python -m data_tools.prepare input=[PATH,...] output=DIR [KEY=VALUE ...]
 
 Reads text (JSONL, plain text, Parquet, folders of them, or `input=[python]` for the code and documentation
-that every machine has), cleans it, keeps some documents for evaluation, trains a tokenizer, tokenizes in
-parallel, and writes token shards, a manifest and a card. Run again, it goes on where it was interrupted.
+that every machine has) or, with `format=chat`, dialogues, cleans it, keeps some documents for evaluation, trains a
+tokenizer, tokenizes in parallel, and writes token shards, a manifest and a card. Run again, it goes on where it was
+interrupted.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def _prepare(config: PrepareConfig) -> int:
                 write_atomically(model, given.read_bytes())
             elif not model.exists():
                 train_tokenizer(config.tokenizer, gathered, work, model)
-            encode_parts(gathered, work, model, _n_workers(config))
+            encode_parts(gathered, work, model, _n_workers(config), config.format)
             _build(config, recipe, gathered, work, corpus)
             write_atomically(work / "packed", b"")
         publish(corpus, output)

@@ -13,7 +13,6 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,36 +38,8 @@ from data_tools.workspace import (
 from pretrain.config import ConfigError, ExitCode
 from pretrain.corpus_writer import CorpusWriter
 from pretrain.manifest import MANIFEST_NAME, CorpusSource, CorruptShardError, Manifest, write_atomically
-from pretrain.shards import Corpus
+from pretrain.shards import Corpus, documents_of
 from pretrain.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class StoredDocument:
-    """A document as a corpus holds it."""
-
-    tokens: np.ndarray
-    source: str
-    id: str
-    text_bytes: int
-
-
-def documents_of(corpus: Corpus) -> Iterator[StoredDocument]:
-    """Every document in its place, put together from its pieces. Raises CorruptShardError."""
-    parts: list[np.ndarray] = []
-    head: tuple[str, str, int] | None = None
-    for chunk in range(corpus.n_chunks):
-        pieces = corpus.documents(chunk)
-        tokens = np.split(corpus.read(chunk, 0, corpus.chunk_tokens), pieces.starts[1:])
-        rows = zip(tokens, pieces.source, pieces.ids, pieces.offsets, pieces.text_bytes, strict=True)
-        for piece, source, document_id, offset, text_bytes in rows:
-            if offset == 0:
-                if head is not None:
-                    yield StoredDocument(np.concatenate(parts), *head)
-                parts, head = [], (corpus.manifest.sources[source].name, document_id, int(text_bytes))
-            parts.append(piece)
-    if head is not None:
-        yield StoredDocument(np.concatenate(parts), *head)
 
 
 def remove(folder: Path, ids: set[str]) -> Counter[str]:
@@ -130,6 +101,7 @@ class _Removal:
             sources=[CorpusSource(name=source.name, license=source.license) for source in was.sources],
             shard_bytes=self.shard_bytes,
             files=files,
+            loss_mask=was.loss_mask,
         )
         counts = DocumentCounts(self.tokenizer)
         n_left = 0
@@ -146,6 +118,8 @@ class _Removal:
                     source=document.source,
                     document_id=document.id,
                     text_bytes=document.text_bytes,
+                    targets=None if document.is_target is None else _spans(document.is_target),
+                    target_bytes=document.target_bytes,
                 )
         if not n_left:
             raise ConfigError(f"{old} would be left without a document; remove the whole corpus instead")
@@ -154,13 +128,18 @@ class _Removal:
         return writer.finish(), counts
 
 
+def _spans(is_target: np.ndarray) -> list[int]:
+    """[start, stop, start, stop, ...] of the runs of true values."""
+    return np.flatnonzero(np.diff(is_target, prepend=False, append=False)).tolist()
+
+
 def _rewrite_text(old: Path, new: Path, ids: set[str]) -> None:
     text = HeldoutText(new)
     with gzip.open(old, "rt", encoding="utf-8") as lines:
         for line in lines:
             record = json.loads(line)
             if record["id"] not in ids:
-                text.add(record["id"], record["source"], record["text"])
+                text.add(record)
     text.close()
 
 

@@ -1,6 +1,7 @@
 """What a prepared corpus holds: python -m data_tools.show DIR [--chunk N]
 
-Its size, sources and licenses, and the beginning of one chunk, at random or the one given.
+Its size, sources and licenses, and the beginning of one chunk, at random or the one given. Where the corpus has a loss
+mask, ⟦ ⟧ hold what is to be predicted, and a line ends at each eos.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import argparse
 import random
 import sys
 from pathlib import Path
+
+import numpy as np
 
 from data_tools.card import HEADERS, source_rows
 from data_tools.tables import plain_table
@@ -45,7 +48,10 @@ def describe(manifest: Manifest, folder: Path) -> str:
 def describe_chunk(corpus: Corpus, tokenizer: Tokenizer, chunk: int) -> str:
     """Where a chunk comes from, and its first lines. Raises CorruptShardError."""
     documents = corpus.documents(chunk)
-    text = tokenizer.decode(corpus.read(chunk, 0, _TOKENS_SHOWN).tolist())
+    tokens = corpus.read(chunk, 0, _TOKENS_SHOWN)
+    text = tokenizer.decode(tokens.tolist())
+    if corpus.manifest.loss_mask:
+        text = marked_text(tokens, corpus.is_target(chunk, 0, len(tokens)), tokenizer)
     source = corpus.manifest.sources[int(documents.source[0])].name
     offset = int(documents.offsets[0])
     begins = f"begins at token {offset:,} of" if offset else "begins with"
@@ -53,7 +59,24 @@ def describe_chunk(corpus: Corpus, tokenizer: Tokenizer, chunk: int) -> str:
         f"chunk {chunk}: {corpus.tokens_in(chunk):,} tokens, pieces of documents: {len(documents.ids):,}; it "
         f"{begins} {documents.ids[0]} ({source})"
     )
+    if corpus.manifest.loss_mask:
+        n_targets = int(corpus.is_target(chunk, 0, corpus.tokens_in(chunk)).sum())
+        head += f"\nto be predicted, in ⟦ ⟧: {n_targets:,} of its tokens"
     return "\n".join([head, *(f"| {line[:_LINE_CHARS]}" for line in text.splitlines()[:_TEXT_LINES])])
+
+
+def marked_text(tokens: np.ndarray, is_target: np.ndarray, tokenizer: Tokenizer) -> str:
+    """The text of tokens with targets in brackets and a new line after each eos."""
+    borders = np.flatnonzero(np.diff(is_target)) + 1
+    turns = np.flatnonzero(tokens == tokenizer.eos_id) + 1
+    text = ""
+    cuts = np.union1d(borders, turns)
+    for piece, mask in zip(np.split(tokens, cuts), np.split(is_target, cuts), strict=True):
+        if len(piece):
+            words = tokenizer.decode(piece.tolist())
+            text += f"⟦{words}⟧" if mask[0] else words
+            text += "\n" if piece[-1] == tokenizer.eos_id else ""
+    return text
 
 
 def show(folder: Path, chunk: int | None) -> None:

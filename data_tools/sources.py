@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.config import PrepareConfig
+from data_tools import dialogue
+from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.python_text import python_files
 from pretrain.config import ConfigError
 
@@ -42,6 +43,7 @@ class Document:
     source: str
     license: str
     text: str
+    """Of a dialogue, what `dialogue.dump` makes of it."""
     position_bytes: int
     """How much of the file has been read."""
 
@@ -60,7 +62,11 @@ def find_files(config: PrepareConfig) -> list[InputFile]:
     """The files that `config.input` names, in a fixed order. Raises ConfigError."""
     files: list[InputFile] = []
     labels: dict[str, int] = {}
+    is_chat = config.format is DocumentFormat.chat
+    suffixes = tuple(s for s in SUFFIXES if not (is_chat and s in TEXT_SUFFIXES))
     for entry in config.input:
+        if entry == PYTHON and is_chat:
+            raise ConfigError(f"input=[{PYTHON}] holds no dialogues; give files for format=chat")
         if entry == PYTHON:
             limit = config.max_chars * UTF8_BYTES_PER_CHAR
             files += [
@@ -73,20 +79,20 @@ def find_files(config: PrepareConfig) -> list[InputFile]:
         labels[label] = labels.get(label, 0) + 1
         if labels[label] > 1:  # another input of that name: their documents' ids must differ
             label = f"{label}~{labels[label]}"
-        files += _files_below(root, label, config.license)
+        files += _files_below(root, label, config.license, suffixes)
     return files
 
 
-def _files_below(root: Path, label: str, license: str) -> list[InputFile]:
+def _files_below(root: Path, label: str, license: str, suffixes: tuple[str, ...]) -> list[InputFile]:
     if root.is_dir():
         found = sorted(path for path in root.rglob("*") if not _hidden(path.relative_to(root)))
-        found = [path for path in found if path.is_file() and _suffix(path)]
+        found = [path for path in found if path.is_file() and _suffix(path) in suffixes]
         if not found:
-            raise ConfigError(f"input={root} has no file that can be read; known are {', '.join(SUFFIXES)}")
+            raise ConfigError(f"input={root} has no file that can be read; known are {', '.join(suffixes)}")
     elif not root.exists():
         raise ConfigError(f"input={root} does not exist")
-    elif not _suffix(root):
-        raise ConfigError(f"input={root} is of an unknown kind; known are {', '.join(SUFFIXES)}")
+    elif _suffix(root) not in suffixes:
+        raise ConfigError(f"input={root} is of an unknown kind; known are {', '.join(suffixes)}")
     else:
         found = [root]
     files = []
@@ -119,9 +125,9 @@ def read_documents(file: InputFile, config: PrepareConfig) -> Iterator[Document 
     suffix = _suffix(file.path)
     try:
         if suffix == ".parquet":
-            yield from _read_parquet(file, config.text_field)
+            yield from _read_parquet(file, config)
         elif suffix.startswith(".jsonl"):
-            yield from _read_jsonl(file, config.text_field)
+            yield from _read_jsonl(file, config)
         else:
             yield _read_text(file, config.max_chars)
     except (OSError, EOFError, zlib.error) as error:  # BadGzipFile is an OSError
@@ -139,7 +145,7 @@ def _read_text(file: InputFile, max_chars: int) -> Document | Rejected:
     return Document(file.name, file.source, file.license, text, file.size_bytes)
 
 
-def _read_jsonl(file: InputFile, text_field: str) -> Iterator[Document | Rejected]:
+def _read_jsonl(file: InputFile, config: PrepareConfig) -> Iterator[Document | Rejected]:
     with file.path.open("rb") as raw:
         lines = gzip.GzipFile(fileobj=raw) if file.path.name.lower().endswith(".gz") else raw
         for number, line in enumerate(lines, 1):
@@ -156,10 +162,10 @@ def _read_jsonl(file: InputFile, text_field: str) -> Iterator[Document | Rejecte
                     "bad_record", f"{file.path}:{number} is no JSON object", raw.tell(), is_error=True
                 )
                 continue
-            yield _document(file, record, number, text_field, raw.tell())
+            yield _document(file, record, number, config, raw.tell())
 
 
-def _read_parquet(file: InputFile, text_field: str) -> Iterator[Document | Rejected]:
+def _read_parquet(file: InputFile, config: PrepareConfig) -> Iterator[Document | Rejected]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -167,38 +173,41 @@ def _read_parquet(file: InputFile, text_field: str) -> Iterator[Document | Rejec
         raise ConfigError(
             f"{file.path} is Parquet, which needs pyarrow: pip install 'pretrain[data]'"
         ) from error
+    is_chat = config.format is DocumentFormat.chat
+    content_fields = dialogue.FIELDS if is_chat else (config.text_field,)
     try:
         table = parquet.ParquetFile(file.path)
-        columns = [
-            c for c in dict.fromkeys((text_field, "id", "source", "license")) if c in table.schema_arrow.names
-        ]
-        if text_field not in columns:
-            raise ConfigError(
-                f"{file.path} has no column {text_field!r} (it has {', '.join(table.schema_arrow.names)}); "
-                "set text_field"
-            )
+        names = table.schema_arrow.names
+        columns = [c for c in dict.fromkeys((*content_fields, "id", "source", "license")) if c in names]
+        if not set(content_fields) & set(columns):
+            what = f"{config.text_field!r} (it has {', '.join(names)}); set text_field"
+            if is_chat:
+                what = f"of a dialogue (it has {', '.join(names)}); needed are {dialogue.NEEDED}"
+            raise ConfigError(f"{file.path} has no column {what}")
         number = 0
         for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
             for record in batch.to_pylist():
                 number += 1
                 position = file.size_bytes * number // table.metadata.num_rows
-                yield _document(file, record, number, text_field, position)
+                yield _document(file, record, number, config, position)
     except pyarrow.ArrowException as error:
         raise ConfigError(f"{file.path} is no good Parquet file: {error}") from error
 
 
 def _document(
-    file: InputFile, record: dict[str, Any], number: int, text_field: str, position_bytes: int
+    file: InputFile, record: dict[str, Any], number: int, config: PrepareConfig, position_bytes: int
 ) -> Document | Rejected:
-    text = record.get(text_field)
-    if not isinstance(text, str):
-        where = f"{file.path}:{number}"
-        if text_field in record:
-            problem = f"{where} has {type(text).__name__} in the field {text_field!r}, not text"
+    where = f"{file.path}:{number}"
+    try:
+        if config.format is DocumentFormat.chat:
+            messages = dialogue.parse(record)
+            if not dialogue.has_answer(messages):
+                return Rejected("no_answer", where, position_bytes, is_error=False)
+            text = dialogue.dump(messages)
         else:
-            names = ", ".join(map(str, list(record)[:8])) or "none"
-            problem = f"{where} has no field {text_field!r} (its fields: {names}); set text_field"
-        return Rejected("bad_record", problem, position_bytes, is_error=True)
+            text = _text_of(record, config.text_field)
+    except ValueError as error:
+        return Rejected("bad_record", f"{where} {error}", position_bytes, is_error=True)
     given = {
         key: _readable(value) for key in ("source", "license") if isinstance(value := record.get(key), str)
     }
@@ -211,3 +220,14 @@ def _document(
         text=text,
         position_bytes=position_bytes,
     )
+
+
+def _text_of(record: dict[str, Any], text_field: str) -> str:
+    """The text of a record. Raises ValueError, whose text says what is wrong with it."""
+    text = record.get(text_field)
+    if isinstance(text, str):
+        return text
+    if text_field in record:
+        raise ValueError(f"has {type(text).__name__} in the field {text_field!r}, not text")
+    names = ", ".join(map(str, list(record)[:8])) or "none"
+    raise ValueError(f"has no field {text_field!r} (its fields: {names}); set text_field")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.config import PrepareConfig
+from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.sources import PYTHON, InputFile
 from pretrain.config import ConfigError, to_dict
 from pretrain.manifest import MANIFEST_NAME, load_manifest, sync_folder, write_atomically
@@ -90,6 +90,8 @@ def make_recipe(config: PrepareConfig, files: list[InputFile], tokenizer_sha256:
         else:
             options[name] = value
     options["tokenizer.path"] = tokenizer_sha256  # the model counts, not where it lies
+    if config.format is DocumentFormat.text:  # unsaid, as in recipes from before there was another
+        del options["format"]
     listing = [(file.name, file.source, file.license, file.size_bytes, file.version) for file in files]
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
     total = sum(file.size_bytes for file in files)

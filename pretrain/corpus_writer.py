@@ -9,7 +9,7 @@ import os
 import tarfile
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,9 +31,10 @@ from pretrain.manifest import (
     token_dtype,
     write_atomically,
 )
-from pretrain.shards import IDS_NAME, SHARDS_FOLDER, ChunkDocuments, hash_id
+from pretrain.shards import IDS_NAME, SHARDS_FOLDER, hash_id
 
 _BLOCK = tarfile.BLOCKSIZE
+_PIECE_KEYS = ("starts", "source", "ids", "offsets", "text_bytes")
 
 
 class CorpusWriter:
@@ -41,7 +42,7 @@ class CorpusWriter:
 
     Every file gets a temporary name, is synced and renamed; the manifest comes last, in `finish`.
     `sources` are the names, or names with licenses, that `add_document` may use. Raises ConfigError
-    where `folder` holds a corpus already.
+    where `folder` holds a corpus already. With `loss_mask` every document says which of its tokens are predicted.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class CorpusWriter:
         sources: Sequence[str | CorpusSource],
         shard_bytes: int = 1 << 30,
         files: Sequence[str] = (),
+        loss_mask: bool = False,
     ) -> None:
         self.folder = Path(folder)
         if (self.folder / MANIFEST_NAME).exists():
@@ -71,7 +73,9 @@ class CorpusWriter:
             "bos_id": bos_id,
             "eos_id": eos_id,
             "chunk_tokens": chunk_tokens,
+            "loss_mask": loss_mask,
         }
+        self._loss_mask = loss_mask
         self._dtype = token_dtype(vocab_size)
         self._vocab_size, self._chunk_tokens = vocab_size, chunk_tokens
         self._shard_bytes, self._files = shard_bytes, list(files)
@@ -84,17 +88,37 @@ class CorpusWriter:
 
     def _start_chunk(self) -> None:
         self._filled = 0
-        self._pieces: dict[str, list[Any]] = {field.name: [] for field in fields(ChunkDocuments)}
+        self._pieces: dict[str, list[Any]] = {name: [] for name in _PIECE_KEYS}
+        self._targets: list[int] = []
+        self._target_bytes: list[int] = []
 
     def add_document(
-        self, tokens: Sequence[int] | np.ndarray, *, source: str, document_id: str, text_bytes: int = 0
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        *,
+        source: str,
+        document_id: str,
+        text_bytes: int = 0,
+        targets: Sequence[int] | np.ndarray | None = None,
+        target_bytes: int = 0,
     ) -> None:
-        """Append one document, its bos and eos included in `tokens`. Raises ValueError for a foreign id."""
+        """Append one document, its bos and eos included in `tokens`.
+
+        With a loss mask, `targets` are the tokens to be predicted, as [start, stop, start, stop, ...] in ascending
+        order, and `target_bytes` the UTF-8 bytes of their text. Raises ValueError for a foreign id, for targets that
+        are no such list, and where they are given without a loss mask or are missing with one.
+        """
         row = np.asarray(tokens)
         if row.ndim != 1 or not len(row):
             raise ValueError(f"document {document_id!r} is not a non-empty row of tokens")
         if int(row.min()) < 0 or int(row.max()) >= self._vocab_size:
             raise ValueError(f"document {document_id!r} has token ids outside 0 to {self._vocab_size - 1}")
+        if (targets is not None) is not self._loss_mask:
+            raise ValueError(f"document {document_id!r} has targets, or the corpus a loss mask, not both")
+        spans = np.asarray([] if targets is None else targets, np.int64)
+        bounds = np.concatenate([[0], spans, [len(row)]])
+        if len(spans) % 2 or (np.diff(bounds) < 0).any() or (spans[::2] == spans[1::2]).any():
+            raise ValueError(f"document {document_id!r} has targets that are no ascending starts and stops")
         totals = self._sources[number := self._source_index[source]]
         totals.documents += 1
         totals.tokens += len(row)
@@ -106,6 +130,8 @@ class CorpusWriter:
             piece = (self._filled, number, document_id, done, 0 if done else text_bytes)
             for values, value in zip(self._pieces.values(), piece, strict=True):
                 values.append(value)
+            self._target_bytes.append(0 if done else target_bytes)
+            self._targets += _spans_within(spans, done, done + room, self._filled)
             self._buffer[self._filled : self._filled + room] = row[done : done + room]
             self._filled += room
             done += room
@@ -114,7 +140,8 @@ class CorpusWriter:
 
     def _flush_chunk(self) -> None:
         tokens = self._buffer[: self._filled].tobytes()
-        documents = json.dumps(self._pieces, ensure_ascii=False, separators=(",", ":")).encode()
+        mask = {"targets": self._targets, "target_bytes": self._target_bytes} if self._loss_mask else {}
+        documents = json.dumps(self._pieces | mask, ensure_ascii=False, separators=(",", ":")).encode()
         size = padded_bytes(len(tokens)) + padded_bytes(len(documents))
         if self._shard is not None and self._shard.bytes + size > self._shard_bytes:
             self._shards.append(self._shard.finish())
@@ -154,6 +181,13 @@ class CorpusWriter:
         content = io.BytesIO()
         np.save(content, rows[np.argsort(rows[:, 0], kind="stable")].astype("<u8"), allow_pickle=False)
         write_atomically(self.folder / IDS_NAME, content.getvalue())
+
+
+def _spans_within(spans: np.ndarray, start: int, stop: int, offset: int) -> list[int]:
+    """The parts of `spans` that lie in tokens [start, stop) of a document, which are written at `offset`."""
+    pairs = np.clip(spans.reshape(-1, 2), start, stop)
+    pairs = pairs[pairs[:, 0] < pairs[:, 1]]
+    return (pairs - start + offset).flatten().tolist()
 
 
 class _ShardWriter:

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain.config import ConfigError
 from pretrain.distributed import World, sum_over_ranks
 from pretrain.loader import IGNORED_LABEL, Batch, build_batch
 from pretrain.model import Decoder, LossSums
-from pretrain.shards import Corpus
+from pretrain.shards import Corpus, documents_of
 
 _BUFFERED_BATCHES = 16  # windows of this many batches are sorted by length, so that little is padding
 
@@ -30,8 +31,9 @@ class Scores:
     bits_per_byte: float
     """Bits for all predicted tokens per UTF-8 byte of the text: comparable between tokenizers."""
     tokens: int
-    """Predicted tokens: those of the text and each document's EOS."""
+    """Predicted tokens: those of the text and each document's EOS; with a loss mask its targets."""
     text_bytes: int
+    """With a loss mask, of the targets' text."""
     documents: int
 
     def as_dict(self) -> dict[str, float]:
@@ -53,6 +55,16 @@ class TokenDocument(NamedTuple):
     source: str
     tokens: np.ndarray
     text_bytes: int
+    is_target: np.ndarray | None = None
+    """bool [tokens]: those that count, of a corpus with a loss mask; None: all."""
+    target_bytes: int = 0
+    """UTF-8 bytes of the text that they stand for."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The tokens as int64, IGNORED_LABEL for those that do not count."""
+        tokens = self.tokens.astype(np.int64)
+        return tokens if self.is_target is None else np.where(self.is_target, tokens, IGNORED_LABEL)
 
 
 @torch.no_grad()
@@ -73,7 +85,7 @@ def evaluate_loss(
 
     The start of a sequence has lost its context, so bits_per_byte is a little higher than `score_documents`
     finds. The bytes of a document that is cut off by `max_sequences` count in proportion to its tokens.
-    Raises CorruptShardError.
+    Raises CorruptShardError, and ConfigError where a loss mask leaves nothing to predict.
     """
     # A chunk that is no multiple of the sequence length ends in a sequence that is padded.
     per_chunk = -(-corpus.chunk_tokens // sequence_length)
@@ -93,6 +105,11 @@ def evaluate_loss(
         found = forward(batch)
         sums += torch.stack([found.nll_sum.double(), found.n_predicted.double()])
     nll_sum, n_predicted = sum_over_ranks(sums.tolist(), world)
+    if n_predicted == 0:
+        raise ConfigError(
+            f"the first {n_sequences} sequences of {corpus.manifest_path} hold no token that its loss mask lets count; "
+            "raise evaluation.max_sequences"
+        )
     chunk, sequence = divmod(n_sequences - 1, per_chunk)
     in_chunk = min((sequence + 1) * sequence_length, corpus.tokens_in(chunk))
     text_bytes, documents = _text_before(corpus, chunk * corpus.chunk_tokens + in_chunk)
@@ -108,7 +125,8 @@ def _text_before(corpus: Corpus, n_tokens: int) -> tuple[int, int]:
         found = corpus.documents(chunk)
         begins = found.offsets == 0
         starts += (chunk * corpus.chunk_tokens + found.starts[begins]).tolist()
-        sizes += found.text_bytes[begins].tolist()
+        text_bytes = found.text_bytes if found.target_bytes is None else found.target_bytes
+        sizes += text_bytes[begins].tolist()
         chunk += 1
     start = np.array(starts)
     length = np.diff(start, append=end)  # documents follow each other without a gap
@@ -152,12 +170,16 @@ class _Totals:
     def __init__(self, model: Decoder, micro_batch_sequences: int, device: torch.device) -> None:
         self.model, self.batch_size, self.device = model, micro_batch_sequences, device
         self.nll_sum, self.n_predicted, self.text_bytes, self.documents = 0.0, 0, 0, 0
-        self._windows: list[tuple[np.ndarray, int]] = []
+        self._windows: list[tuple[np.ndarray, np.ndarray, int]] = []
 
     def add(self, document: TokenDocument, sequence_length: int) -> None:
-        self.text_bytes += document.text_bytes
+        self.text_bytes += document.text_bytes if document.is_target is None else document.target_bytes
         self.documents += 1
-        self._windows += windows(document.tokens, sequence_length)
+        of_tokens = windows(document.tokens, sequence_length)
+        of_labels = windows(document.labels, sequence_length)
+        self._windows += [
+            (t, labels, first) for (t, first), (labels, _) in zip(of_tokens, of_labels, strict=True)
+        ]
         if len(self._windows) >= _BUFFERED_BATCHES * self.batch_size:
             self._flush()
 
@@ -192,34 +214,22 @@ def windows(tokens: np.ndarray, sequence_length: int) -> Iterator[tuple[np.ndarr
             return
 
 
-def _pad(batch: list[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
+def _pad(batch: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[Tensor, Tensor]:
     """Tokens and labels [B, T] of windows."""
-    length = max(len(window) for window, _ in batch) - 1
+    length = max(len(window) for window, _, _ in batch) - 1
     tokens = np.zeros((len(batch), length), np.int64)
     labels = np.full((len(batch), length), IGNORED_LABEL, np.int64)
-    for row, (window, first_label) in enumerate(batch):
+    for row, (window, its_labels, first_label) in enumerate(batch):
         n = len(window) - 1
         tokens[row, :n] = window[:-1]
-        labels[row, first_label:n] = window[1 + first_label :]
+        labels[row, first_label:n] = its_labels[1 + first_label :]
     return torch.from_numpy(tokens), torch.from_numpy(labels)
 
 
 def corpus_documents(corpus: Corpus) -> Iterator[TokenDocument]:
-    """The documents of a prepared corpus, put together from their pieces. Raises CorruptShardError."""
-    names = [source.name for source in corpus.manifest.sources]
-    pieces: list[np.ndarray] = []
-    source = text_bytes = 0
-    for chunk in range(corpus.n_chunks):
-        found = corpus.documents(chunk)
-        tokens = corpus.read(chunk, 0, corpus.tokens_in(chunk))
-        for number, piece in enumerate(np.split(tokens, found.starts[1:])):
-            if found.offsets[number] == 0:
-                if pieces:
-                    yield TokenDocument(names[source], np.concatenate(pieces), text_bytes)
-                pieces = []
-                source, text_bytes = int(found.source[number]), int(found.text_bytes[number])
-            pieces.append(piece)
-    yield TokenDocument(names[source], np.concatenate(pieces), text_bytes)
+    """The documents of a prepared corpus. Raises CorruptShardError."""
+    for found in documents_of(corpus):
+        yield TokenDocument(found.source, found.tokens, found.text_bytes, found.is_target, found.target_bytes)
 
 
 def _scores(nll_sum: float, n_predicted: float, text_bytes: float, documents: float) -> Scores:

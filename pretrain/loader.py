@@ -44,7 +44,8 @@ class Batch(NamedTuple):
 
     tokens: Tensor
     labels: Tensor
-    """The next token; IGNORED_LABEL at the end of a chunk, at the end of a document when masking, in padding."""
+    """The next token; IGNORED_LABEL at the end of a chunk, at the end of a document when masking, in padding, and
+    where the corpus has a loss mask and the next token is no target."""
     positions: Tensor
     """Position within the visible piece of the document (when masking), else within the sequence."""
     document_ids: Tensor

@@ -14,6 +14,7 @@ import stat
 import tarfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -99,6 +100,9 @@ class Manifest:
     sources: list[CorpusSource]
     shards: list[ShardInfo]
     files: list[FileInfo] = field(default_factory=list)
+    loss_mask: bool = False
+    """Only the tokens that the `.doc` members mark are to be predicted. Written where it is true only, so that other
+    corpora have the hashes that they had before there was a mask, and programs that know none refuse this corpus."""
     root_sha256: str = ""
 
     @property
@@ -108,12 +112,18 @@ class Manifest:
 
     def compute_root_sha256(self) -> str:
         """The hash over everything else in the manifest."""
-        content = {key: value for key, value in asdict(self).items() if key != "root_sha256"}
+        content = {key: value for key, value in self._content().items() if key != "root_sha256"}
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(self._content(), indent=1, ensure_ascii=False) + "\n"
+
+    def _content(self) -> dict[str, Any]:
+        content = asdict(self)
+        if self.loss_mask is False:
+            del content["loss_mask"]
+        return content
 
     @classmethod
     def from_json(cls, text: str, where: str = MANIFEST_NAME) -> Manifest:
@@ -156,6 +166,8 @@ class Manifest:
         counts += [n for s in self.shards for n in (s.bytes, s.first_chunk, s.chunks, s.documents, s.tokens)]
         counts += [n for s in self.sources for n in (s.documents, s.tokens, s.text_bytes)]
         counts += [file.bytes for file in self.files]
+        if type(self.loss_mask) is not bool:
+            raise ConfigError(f"{where} has loss_mask {self.loss_mask!r}, which is neither true nor false")
         if not all(type(n) is int and 0 <= n < 1 << 62 for n in counts):
             raise ConfigError(f"{where} has a size or count that is no whole number from 0 to 2^62")
         first = np.cumsum([0] + [shard.chunks for shard in self.shards])

@@ -163,7 +163,9 @@ class SequenceReader:
         read = corpus.read(chunk, start, stop + 1).astype(np.int32)  # one beyond: the last label
         tokens = read[: stop - start]
         labels = np.full(len(tokens), IGNORED_LABEL, np.int32)
-        labels[: len(read) - 1] = read[1:]
+        labels[: len(read) - 1] = np.where(
+            corpus.is_target(chunk, start + 1, start + len(read)), read[1:], IGNORED_LABEL
+        )
         begins = np.zeros(len(tokens) + 1, np.bool_)
         if not self._masking:
             return _Row(tokens, labels, begins[:-1], 0)

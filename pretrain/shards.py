@@ -13,6 +13,10 @@ describes the pieces of documents in its chunk: `starts` (token offset in the ch
 the manifest's sources), `ids` (document ids), `offsets` (the piece's first token, counted within its
 document: 0 unless it is a continuation), `text_bytes` (UTF-8 bytes of the document's text, given with its
 first piece, else 0).
+
+Where the manifest says `loss_mask`, only some tokens are to be predicted, and a `.doc` member has two lists more:
+`targets` ([start, stop, start, stop, ...], token offsets in the chunk, ascending) and `target_bytes` (UTF-8 bytes of
+the text that the document's targets stand for, given with its first piece, else 0).
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import json
 import os
 import tarfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,13 +59,15 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 @dataclass(frozen=True, slots=True)
 class ChunkDocuments:
-    """The pieces of documents in one chunk; every field has one entry per piece."""
+    """The pieces of documents in one chunk; every field but `targets` has one entry per piece."""
 
     starts: np.ndarray  # int64: token offset in the chunk; the first is 0
     source: np.ndarray  # int64: index into the manifest's sources
     ids: list[str]
     offsets: np.ndarray  # int64: the piece's first token within its document
     text_bytes: np.ndarray  # int64: of the document, where offsets is 0, else 0
+    targets: np.ndarray | None = None  # int64 [2 n]: start, stop, ... of what is predicted; None: all is
+    target_bytes: np.ndarray | None = None  # int64: of the document's targets, where offsets is 0, else 0
 
 
 class Corpus:
@@ -127,7 +133,9 @@ class Corpus:
             return self._documents[chunk]
         shard, row = self._locate(chunk)
         where = f"{shard.path}: {member_name(chunk, DOCUMENTS)}"
-        documents = self._documents[chunk] = _parse_documents(shard.member(row, DOCUMENTS), where)
+        content, masked = shard.member(row, DOCUMENTS), self.manifest.loss_mask
+        documents = _parse_documents(content, where, self.tokens_in(chunk), masked)
+        self._documents[chunk] = documents
         if len(self._documents) > _CACHED_DOCUMENTS:
             self._documents.popitem(last=False)
         return documents
@@ -154,6 +162,16 @@ class Corpus:
                     break
                 chunk += 1  # it may go on there
         return sorted(set(found))
+
+    def is_target(self, chunk: int, start: int, stop: int) -> np.ndarray:
+        """Whether the tokens [start, stop) of a chunk are to be predicted: bool [stop - start], all true without a
+        loss mask, false behind the chunk's end with one. Raises as `documents` does."""
+        if not self.manifest.loss_mask:
+            return np.ones(stop - start, np.bool_)
+        targets = self.documents(chunk).targets
+        assert targets is not None
+        # A token behind an odd number of starts and stops lies within a target.
+        return targets.searchsorted(np.arange(start, stop), side="right") % 2 == 1
 
     def _locate(self, chunk: int) -> tuple[_OpenShard, int]:
         number = int(np.searchsorted(self._first_chunks, chunk, side="right")) - 1
@@ -233,16 +251,76 @@ class _OpenShard:
         self.close()
 
 
-def _parse_documents(content: bytes, where: str) -> ChunkDocuments:
+@dataclass(frozen=True, slots=True)
+class StoredDocument:
+    """A document as a corpus holds it."""
+
+    source: str
+    id: str
+    tokens: np.ndarray
+    text_bytes: int
+    is_target: np.ndarray | None  # bool [tokens]: what is to be predicted; None without a loss mask: all
+    target_bytes: int
+
+
+def documents_of(corpus: Corpus) -> Iterator[StoredDocument]:
+    """Every document in its place, put together from its pieces. Raises CorruptShardError."""
+    parts: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
+    head: tuple[str, str] = ("", "")
+    text_bytes = target_bytes = 0
+
+    def document() -> StoredDocument:
+        mask = np.concatenate(masks) if corpus.manifest.loss_mask else None
+        return StoredDocument(*head, np.concatenate(parts), text_bytes, mask, target_bytes)
+
+    for chunk in range(corpus.n_chunks):
+        pieces, n_tokens = corpus.documents(chunk), corpus.tokens_in(chunk)
+        tokens = np.split(corpus.read(chunk, 0, n_tokens), pieces.starts[1:])
+        are_targets = np.split(corpus.is_target(chunk, 0, n_tokens), pieces.starts[1:])
+        for row, document_id in enumerate(pieces.ids):
+            if pieces.offsets[row] == 0:
+                if parts:
+                    yield document()
+                parts, masks = [], []
+                head = (corpus.manifest.sources[pieces.source[row]].name, document_id)
+                text_bytes = int(pieces.text_bytes[row])
+                target_bytes = 0 if pieces.target_bytes is None else int(pieces.target_bytes[row])
+            parts.append(tokens[row])
+            masks.append(are_targets[row])
+    yield document()
+
+
+def _parse_documents(content: bytes, where: str, n_tokens: int, masked: bool) -> ChunkDocuments:
     try:
         raw: dict[str, Any] = json.loads(content)
         arrays: dict[str, Any] = {k: np.array(v, np.int64) for k, v in raw.items() if k != "ids"}
         found = ChunkDocuments(ids=raw["ids"], **arrays)
-        if len({len(value) for value in (found.ids, *arrays.values())}) != 1:
+        per_piece = [value for name, value in arrays.items() if name != "targets"]
+        if len({len(value) for value in (found.ids, *per_piece)}) != 1:
             raise ValueError("its lists differ in length")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CorruptShardError(f"{where} is no list of documents; prepare the corpus again") from error
+    problem = _targets_problem(found, n_tokens, masked)
+    if problem is not None:
+        raise CorruptShardError(f"{where} {problem}; prepare the corpus again")
     return found
+
+
+def _targets_problem(found: ChunkDocuments, n_tokens: int, masked: bool) -> str | None:
+    """What is wrong with the loss mask of a chunk of `n_tokens`; None: nothing."""
+    targets = found.targets
+    if (targets is not None) is not masked or (found.target_bytes is not None) is not masked:
+        return f"has {'no' if masked else 'a'} loss mask, where its manifest says otherwise"
+    if targets is None:
+        return None
+    if targets.ndim != 1 or len(targets) % 2 or (np.diff(targets) < 0).any():
+        return "has targets that are no ascending pairs of start and stop"
+    if (targets[::2] == targets[1::2]).any() or (
+        len(targets) and not 0 <= targets[0] <= targets[-1] <= n_tokens
+    ):
+        return f"has targets that are empty or outside of the chunk's {n_tokens} tokens"
+    return None
 
 
 def verify_corpus(manifest_path: str | Path, progress: Progress | None = None) -> list[str]:
@@ -287,7 +365,8 @@ def _file_problems(folder: Path, expected: FileInfo) -> list[str]:
 
 
 def _member_problems(folder: Path, manifest: Manifest, number: int, damaged: bool) -> list[str]:
-    """Whether the index is whole, each tar header is as it says and, for a damaged shard, each member that differs."""
+    """Whether the index is whole, each tar header is as it says, and each loss mask marks tokens of its chunk; for a
+    damaged shard, each member that differs."""
     info = manifest.shards[number]
     try:
         index = read_index(folder, manifest, number)
@@ -309,6 +388,15 @@ def _member_problems(folder: Path, manifest: Manifest, number: int, damaged: boo
                     what = "is cut off"
                 elif xxhash.xxh3_64_intdigest(member) != digest:
                     what = "has another xxh3-64 than its index says"
+            elif kind == DOCUMENTS and manifest.loss_mask:
+                is_last = info.first_chunk + row == manifest.n_chunks - 1
+                n_tokens = manifest.last_chunk_tokens if is_last else manifest.chunk_tokens
+                try:
+                    _parse_documents(
+                        content.read(length), f"{folder / info.name}: {name}", n_tokens, masked=True
+                    )
+                except CorruptShardError as error:
+                    problems.append(str(error))
             if what is not None:
                 problems.append(f"{folder / info.name}: member {name} {what}")
     return problems

@@ -94,6 +94,10 @@ class Tokenizer:
 
     def _encode_plain(self, text: str) -> list[int]:
         lines = _LINES.findall(text) if self._lines_are_independent else [text]
+        if (
+            len(lines) == 1
+        ):  # a turn of a dialogue: for a list, sentencepiece starts a thread, at 25 times the cost
+            return self._processor.encode(text)
         return list(chain.from_iterable(self._processor.encode(lines, num_threads=1)))
 
     def encode_document(self, text: str) -> list[int]:

@@ -1,7 +1,8 @@
 """One rank of the engine tests: train on fixed batches, write losses, optionally save and load a checkpoint.
 
-Argument: a JSON list of jobs {stage, precision, steps, out, load?, save?, overrides?, micro?}, done in turn;
-micro: sequences per forward pass in each step, 2 by default.
+Argument: a JSON list of jobs {stage, precision, steps, out, load?, save?, overrides?, micro?, nothing_to_predict?},
+done in turn; `micro`: sequences per forward pass in each step, 2 by default; `nothing_to_predict` names steps all of
+whose labels are ignored.
 """
 
 from __future__ import annotations
@@ -49,12 +50,13 @@ def small_config(stage: int, precision: str, overrides: list[str]) -> TrainConfi
 
 
 def batch_of(samples: np.ndarray) -> Batch:
-    """Predictable sequences with unevenly many ignored labels, so that a wrong mean shows."""
+    """Predictable sequences with unevenly many ignored labels, so that a wrong mean shows; of some samples all are
+    ignored, which leave whole micro batches with nothing to predict."""
     rows = [torch.Generator().manual_seed(int(s)) for s in samples]
     start = torch.stack([torch.randint(0, VOCAB, (1,), generator=g) for g in rows])
     tokens = (start + torch.arange(T) * 3) % VOCAB
     labels = (tokens + 3) % VOCAB
-    keep = torch.tensor([4 + int(s) % (T - 4) for s in samples])
+    keep = torch.tensor([0 if int(s) % GLOBAL < MICRO else 4 + int(s) % (T - 4) for s in samples])
     labels[torch.arange(T)[None] >= keep[:, None]] = -100
     positions = torch.arange(T).expand(len(samples), T).contiguous()
     return Batch(tokens, labels, positions, torch.zeros_like(tokens), samples)
@@ -79,11 +81,14 @@ def run(job: dict, world: World) -> None:
     losses, norms = [], []
     for step in range(first, first + job["steps"]):
         micro = job["micro"][step - first] if "micro" in job else MICRO
-        result = engine.train_step(batches_of_step(step, world, micro), step, lr=LR)
+        batches = batches_of_step(step, world, micro)
+        if step in job.get("nothing_to_predict", []):
+            batches = [batch._replace(labels=torch.full_like(batch.labels, -100)) for batch in batches]
+        result = engine.train_step(batches, step, lr=LR)
         assert not result.memory_changed, "nothing flips bits here"
-        engine.evaluate(batches_of_step(step, world)[0])  # between two updates it may change nothing either
+        engine.evaluate(batches[0])  # between two updates it may change nothing either
         (nll,) = sum_over_ranks([float(result.nll_sum)], world)
-        losses.append(nll / result.n_predicted)
+        losses.append(nll / max(1, result.n_predicted))
         norms.append(result.grad_norm)
     last = first + job["steps"] - 1
     if "save" in job:

@@ -150,6 +150,27 @@ def test_dropout_is_at_work(finished: Path) -> None:
     assert losses(finished, "straight-dropout-3-bf16-2") != losses(finished, "straight-3-bf16-2")
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_with_nothing_to_predict_leaves_training_whole(tmp_path: Path, ranks: int) -> None:
+    """Fine-tuning data may fill a whole batch with a question: its loss counts as 0, and no weight becomes NaN."""
+    jobs = [
+        {
+            "stage": stage,
+            "precision": precision,
+            "steps": 6,
+            "nothing_to_predict": [3],
+            "out": str(tmp_path / name),
+        }
+        for stage, precision, name in [(0, "fp32", "0"), (2, "bf16", "2"), (3, "bf16", "3")]
+    ]
+    run_ranks(ranks, "tests/engine_worker.py", json.dumps(jobs), log_dir=tmp_path / "logs")
+    for job in jobs:
+        found = json.loads(Path(job["out"]).read_text())
+        assert found["losses"][2] == found["norms"][2] == 0
+        assert 0 < found["losses"][5] < found["losses"][1] < found["losses"][0]
+        assert all(0 < norm < float("inf") for step, norm in enumerate(found["norms"], 1) if step != 3)
+
+
 def test_state_travels_over_ranks_and_stages(finished: Path, tmp_path: Path) -> None:
     """2 ranks of ZeRO-3 -> 1 rank -> 3 ranks -> 2 ranks of ZeRO-1 -> ZeRO-2: the same tensors at each station."""
     origin = checkpoint.checkpoint_path(finished / "half-3-bf16-2", 4)
@@ -182,8 +203,9 @@ def test_micro_batches_of_different_size_have_the_mean_over_tokens() -> None:
     for start in range(0, GLOBAL, MICRO):
         labels = batch_of(torch.arange(start, start + MICRO).numpy()).labels
         weights.append(int((labels >= 0).sum()))
-        means.append(float(labels[labels >= 0].float().mean()))
+        means.append(float(labels[labels >= 0].float().mean()) if weights[-1] else 0.0)
     mean_of_means = sum(means) / len(means)
     mean = sum(m * w for m, w in zip(means, weights, strict=True)) / sum(weights)
     assert len(set(weights)) > 1
+    assert 0 in weights
     assert abs(mean - mean_of_means) > 0.1

@@ -39,8 +39,13 @@ MODEL = replace(SMALL, vocab_size=64)
 LENGTHS = [3, 40, 2, 17, 70, 9, 33, 5, 64, 21]
 
 
-def write_corpus(folder: Path, lengths: list[int] = LENGTHS, chunk_tokens: int = 64) -> Path:
-    """Documents of random tokens: [bos] ... [eos], three bytes of text per token, sources in turn."""
+def write_corpus(
+    folder: Path, lengths: list[int] = LENGTHS, chunk_tokens: int = 64, share: float | None = None
+) -> Path:
+    """Documents of random tokens: [bos] ... [eos], three bytes of text per token, sources in turn.
+
+    With `share`, there is a loss mask, and that share at the end of each document counts, with 5 bytes per token.
+    """
     draw = np.random.default_rng(0)
     writer = CorpusWriter(
         folder,
@@ -50,13 +55,26 @@ def write_corpus(folder: Path, lengths: list[int] = LENGTHS, chunk_tokens: int =
         eos_id=2,
         chunk_tokens=chunk_tokens,
         sources=["books", "code"],
+        loss_mask=share is not None,
     )
     for number, length in enumerate(lengths):
         tokens = np.concatenate([[1], draw.integers(4, 64, length - 2), [2]])
         source = ["books", "code"][number % 2]
-        writer.add_document(tokens, source=source, document_id=str(number), text_bytes=3 * (length - 2) + 1)
+        first = first_target(length, share or 0)
+        writer.add_document(
+            tokens,
+            source=source,
+            document_id=str(number),
+            text_bytes=3 * (length - 2) + 1,
+            targets=None if share is None else [first, length],
+            target_bytes=5 * (length - first),
+        )
     writer.finish()
     return folder / "manifest.json"
+
+
+def first_target(length: int, share: float) -> int:
+    return min(length - 1, round(length * (1 - share)))
 
 
 def decoder() -> Decoder:
@@ -109,6 +127,34 @@ def test_packed_loss_is_that_of_each_visible_piece(
     assert result.loss == pytest.approx(np.mean(expected), rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(np.mean(expected)), rel=1e-5)
     assert result.bits_per_byte == pytest.approx(sum(expected) / math.log(2) / result.text_bytes, rel=1e-6)
+
+
+def test_packed_loss_is_that_of_the_targets(tmp_path: Path) -> None:
+    """The same tokens as without a loss mask, of which half count."""
+    plain, masked = Corpus(write_corpus(tmp_path / "a")), Corpus(write_corpus(tmp_path / "b", share=0.5))
+    model = decoder()
+    expected: list[float] = []
+    for chunk in range(plain.n_chunks):
+        tokens, counts = plain.read(chunk, 0, 64), masked.is_target(chunk, 0, 64)
+        for start in range(0, len(tokens), 16):
+            seen, counted = tokens[start : start + 17], counts[start : start + 17]
+            expected += [
+                value for value, counts in zip(nll(model, seen), counted[1:], strict=False) if counts
+            ]
+    result = evaluate(model, masked, document_masking=False).overall
+    assert (
+        result.tokens == len(expected) < evaluate(model, plain, document_masking=False).overall.tokens * 0.6
+    )
+    assert result.loss == pytest.approx(np.mean(expected), rel=1e-6)
+    assert result.text_bytes == sum(5 * (length - first_target(length, 0.5)) for length in LENGTHS)
+    assert result.bits_per_byte == pytest.approx(sum(expected) / math.log(2) / result.text_bytes, rel=1e-6)
+
+
+def test_a_mask_that_leaves_nothing_is_said(tmp_path: Path) -> None:
+    corpus = Corpus(write_corpus(tmp_path, [60, 60], share=0.1))
+    with pytest.raises(ConfigError, match=r"the first 2 sequences of .* raise evaluation\.max_sequences"):
+        evaluate(decoder(), corpus, max_sequences=2)
+    assert evaluate(decoder(), corpus, max_sequences=4).overall.tokens == 6
 
 
 def test_without_document_masking_a_sequence_is_one_text(tmp_path: Path) -> None:
@@ -253,6 +299,30 @@ def test_documents_are_scored_whole(tmp_path: Path) -> None:
     assert result.overall.loss == pytest.approx(
         sum(part.loss * part.tokens for part in parts) / result.overall.tokens
     )
+
+
+@pytest.mark.parametrize("sequence_length", [80, 10])
+def test_only_targets_of_documents_are_scored(tmp_path: Path, sequence_length: int) -> None:
+    corpus, model = Corpus(write_corpus(tmp_path / "b", share=0.3)), decoder()
+    scored = list(corpus_documents(corpus))
+    device = torch.device("cpu")
+    arguments = {"sequence_length": sequence_length, "micro_batch_sequences": 3, "device": device}
+    found = score_documents(model, scored, **arguments).overall
+    everything = [d._replace(is_target=None) for d in scored]
+    before = [
+        d._replace(is_target=np.arange(len(d.tokens)) < first_target(len(d.tokens), 0.3)) for d in scored
+    ]
+    whole, rest = (score_documents(model, some, **arguments).overall for some in (everything, before))
+    assert found.tokens == sum(length - first_target(length, 0.3) for length in LENGTHS)
+    assert found.tokens + rest.tokens == whole.tokens
+    nats = found.loss * found.tokens
+    assert nats + rest.loss * rest.tokens == pytest.approx(whole.loss * whole.tokens, rel=1e-6)
+    assert abs(found.loss - rest.loss) > 0.05
+    assert found.text_bytes == 5 * found.tokens
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / found.text_bytes)
+    if sequence_length == 80:  # all of each document before a target is seen
+        expected = [v for d in scored for v in nll(model, d.tokens)[first_target(len(d.tokens), 0.3) - 1 :]]
+        assert found.loss == pytest.approx(np.mean(expected), rel=1e-6)
 
 
 def test_a_long_document_is_scored_in_overlapping_windows(tmp_path: Path) -> None:

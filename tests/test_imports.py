@@ -32,6 +32,7 @@ ORDER = [
     "health",
     "manifest",
     "tokenizer",
+    "chat",
     "shards",
     "corpus_writer",
     "inputs",
@@ -67,7 +68,7 @@ ORDER = [
 ]
 # The ends of the line do not know each other; the trainer may evaluate.
 ENDS = {"export", "evaluate", "generate", "planner", "trainer"}
-DATA_TOOLS_MAY_IMPORT = {"config", "tokenizer", "manifest", "shards", "corpus_writer"}
+DATA_TOOLS_MAY_IMPORT = {"chat", "config", "tokenizer", "manifest", "shards", "corpus_writer"}
 
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 60

@@ -37,11 +37,18 @@ class Text:
     """A corpus on disk, and what was put into it."""
 
     def __init__(
-        self, folder: Path, n_tokens: int, seed: int, vocab_size: int = 300, sha: str = "f" * 64
+        self,
+        folder: Path,
+        n_tokens: int,
+        seed: int,
+        vocab_size: int = 300,
+        sha: str = "f" * 64,
+        loss_mask: bool = False,
     ) -> None:
         self.manifest = str(folder / "manifest.json")
         self.stream: list[int] = []
         self.starts: list[int] = []  # of documents, in the stream
+        self.ignored: set[int] = set()  # tokens that the loss mask leaves out, in the stream
         writer = CorpusWriter(
             folder,
             tokenizer_sha256=sha,
@@ -51,15 +58,22 @@ class Text:
             chunk_tokens=CHUNK,
             sources=["text"],
             shard_bytes=16_384,
+            loss_mask=loss_mask,
         )
         random = np.random.default_rng(seed)
         while len(self.stream) < n_tokens:
             room = n_tokens - len(self.stream)
             length = min(int(random.choice([2, 3, 9, 30, 200])), room)
             document = [BOS, *random.integers(3, vocab_size, length).tolist(), EOS][:room]
-            self.starts.append(len(self.stream))
+            begin, targets = len(self.stream), None
+            if loss_mask:
+                borders = random.choice(len(document) + 1, size=min(4, len(document) // 2 * 2), replace=False)
+                targets = sorted(borders.tolist())
+                learned = {at for a, b in zip(targets[::2], targets[1::2], strict=True) for at in range(a, b)}
+                self.ignored |= {begin + at for at in range(len(document)) if at not in learned}
+            self.starts.append(begin)
             self.stream += document
-            writer.add_document(document, source="text", document_id=f"d{len(self.starts)}")
+            writer.add_document(document, source="text", document_id=f"d{len(self.starts)}", targets=targets)
         writer.finish()
 
     def sequences(self, sequence_length: int) -> list[tuple[int, int]]:
@@ -79,7 +93,8 @@ class Text:
                 document, position = document + 1, 0
             tokens.append(self.stream[at] if at < end else EOS)
             crosses = masking and at + 1 in self.starts
-            labels.append(self.stream[at + 1] if at + 1 < end and not crosses else IGNORED_LABEL)
+            counts = at + 1 < end and not crosses and at + 1 not in self.ignored
+            labels.append(self.stream[at + 1] if counts else IGNORED_LABEL)
             positions.append(position)
             ids.append(document)
             position += 1
@@ -88,9 +103,10 @@ class Text:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Text]:
-    """Two corpora with a short last chunk: 33 chunks and 3 tokens more, 20 chunks and 37 tokens more."""
+    """Two corpora with a short last chunk: 33 chunks and 3 tokens more; 20 chunks and 37 more, with a loss mask."""
     folder = tmp_path_factory.mktemp("corpora")
-    return [Text(folder / "a", 33 * CHUNK + 3, seed=1), Text(folder / "b", 20 * CHUNK + 37, seed=2)]
+    ordinary = Text(folder / "a", 33 * CHUNK + 3, seed=1)
+    return [ordinary, Text(folder / "b", 20 * CHUNK + 37, seed=2, loss_mask=True)]
 
 
 def data_config(texts: list[Text], **values: object) -> DataConfig:
@@ -152,6 +168,18 @@ def test_batches_equal_the_reference(texts: list[Text], length: int, masking: bo
             assert tensor.shape == (len(where), length)
         for row, (c, s) in enumerate(where):
             assert [tensor[row].tolist() for tensor in batch[:4]] == text.reference(c, s, length, masking)
+
+
+def test_a_loss_mask_lets_targets_count_alone(texts: list[Text]) -> None:
+    """Over a whole corpus just the targets count, but for the first token of a chunk, which has nothing before it."""
+    text = texts[1]
+    chunk, sequence = np.array(text.sequences(CHUNK)).T
+    batch = build_batch(Corpus(text.manifest), chunk, sequence, CHUNK, document_masking=False)
+    counted = {at for at in range(len(text.stream)) if at % CHUNK and at not in text.ignored}
+    assert 0 < len(counted) < len(text.stream) * 0.9
+    labels = batch.labels.flatten().tolist()
+    assert {at + 1 for at, label in enumerate(labels) if label != IGNORED_LABEL} == counted
+    assert all(labels[at - 1] == text.stream[at] for at in counted)
 
 
 @pytest.mark.parametrize("masking", [True, False])

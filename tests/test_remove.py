@@ -11,11 +11,11 @@ from test_prepare import ENGLISH, all_documents, config, content, run, write_jso
 
 from data_tools.config import TokenizerConfig
 from data_tools.prepare import prepare
-from data_tools.remove import documents_of, remove
+from data_tools.remove import remove
 from data_tools.verify import verify
 from pretrain.config import ConfigError
 from pretrain.manifest import load_manifest
-from pretrain.shards import Corpus
+from pretrain.shards import Corpus, documents_of
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from pretrain.config import ConfigError
 from pretrain.corpus_writer import CorpusWriter
 from pretrain.manifest import CorpusSource, CorruptShardError, Manifest, load_manifest, token_dtype
-from pretrain.shards import Corpus, verify_corpus
+from pretrain.shards import Corpus, documents_of, verify_corpus
 
 os.environ["WDS_SECURE"] = "1"  # read when webdataset is imported
 import webdataset
@@ -242,6 +242,126 @@ def test_few_files_are_open_at_a_time(original: Path, monkeypatch: pytest.Monkey
         assert corpus.documents(chunk).starts[0] == 0
     assert len(os.listdir("/proc/self/fd")) <= before + 2
     assert len(corpus._documents) == 2
+
+
+# --- a loss mask ---
+
+
+def write_masked(folder: Path, documents: list[tuple[int, list[int]]], **options: object) -> Manifest:
+    """Documents of (length, targets)."""
+    arguments = {"tokenizer_sha256": "0" * 64, "vocab_size": 1000, "bos_id": 1, "eos_id": 2}
+    arguments |= {"chunk_tokens": CHUNK_TOKENS, "sources": ["chat"], "shard_bytes": SHARD_BYTES}
+    writer = CorpusWriter(folder, **(arguments | {"loss_mask": True} | options))  # type: ignore[arg-type]
+    for number, (length, targets) in enumerate(documents):
+        tokens = np.arange(length) % 1000
+        name, size = f"d{number}", 7 + number
+        writer.add_document(tokens, source="chat", document_id=name, targets=targets, target_bytes=size)
+    return writer.finish()
+
+
+@st.composite
+def masked_document(draw: st.DrawFn) -> tuple[int, list[int]]:
+    length = draw(st.integers(1, 200))
+    borders = draw(st.lists(st.integers(0, length), max_size=9, unique=True))
+    return length, sorted(borders)[: len(borders) // 2 * 2]
+
+
+@hypothesis_settings(max_examples=50)
+@given(documents=st.lists(masked_document(), min_size=1, max_size=8), chunk_tokens=st.integers(16, 100))
+def test_targets_come_back(documents: list[tuple[int, list[int]]], chunk_tokens: int) -> None:
+    """Also where chunks cut them."""
+    with tempfile.TemporaryDirectory() as name:
+        manifest = write_masked(Path(name), documents, chunk_tokens=chunk_tokens)
+        corpus = Corpus(Path(name) / "manifest.json")
+        assert verify_corpus(Path(name) / "manifest.json") == []
+        found = list(documents_of(corpus))
+        pieces = [corpus.documents(chunk) for chunk in range(corpus.n_chunks)]
+        stream = [corpus.is_target(chunk, 0, corpus.tokens_in(chunk)) for chunk in range(corpus.n_chunks)]
+        assert not corpus.is_target(corpus.n_chunks - 1, corpus.last_chunk_tokens, 200).any()
+    assert manifest.loss_mask
+    for number, (document, (length, targets)) in enumerate(zip(found, documents, strict=True)):
+        expected = np.zeros(length, bool)
+        for start, stop in zip(targets[::2], targets[1::2], strict=True):
+            expected[start:stop] = True
+        np.testing.assert_array_equal(document.is_target, expected)
+        assert document.target_bytes == 7 + number
+        assert len(document.tokens) == length
+    np.testing.assert_array_equal(np.concatenate(stream), np.concatenate([d.is_target for d in found]))
+    for chunk, piece in enumerate(pieces):
+        assert piece.targets is not None
+        assert piece.target_bytes is not None
+        assert ((piece.target_bytes > 0) == (piece.offsets == 0)).all()
+        assert piece.targets.dtype == np.int64
+        assert (np.diff(piece.targets) >= 0).all()
+        assert set(piece.targets.tolist()) <= set(range(corpus.tokens_in(chunk) + 1))
+
+
+def test_a_corpus_without_a_mask_has_the_bytes_that_it_had_before_there_was_one(original: Path) -> None:
+    tars = b"".join(path.read_bytes() for path in sorted((original / "shards").glob("*.tar")))
+    assert (
+        hashlib.sha256(tars).hexdigest() == "d011db9b0a2f57f1f8ce8eb4df6b2584a9bb57db0c1b4759ddc321d18de02042"
+    )
+    text = (original / "manifest.json").read_text()
+    raw = json.loads(text)
+    assert "loss_mask" not in raw
+    root = raw.pop("root_sha256")
+    content = json.dumps(raw, sort_keys=True, separators=(",", ":"))
+    assert root == hashlib.sha256(content.encode()).hexdigest()
+    assert not load_manifest(original / "manifest.json").loss_mask
+    corpus = Corpus(original / "manifest.json")
+    assert corpus.documents(0).targets is None
+    assert corpus.is_target(0, 3, 9).tolist() == [True] * 6
+    assert all(document.is_target is None for document in documents_of(corpus))
+
+
+@pytest.mark.parametrize(
+    ("spans", "words"),
+    [
+        ([3], "no ascending pairs"),
+        ([5, 9, 7, 11], "no ascending pairs"),
+        ([4, 4], "empty or outside"),
+        ([60, CHUNK_TOKENS + 1], "empty or outside of the chunk's 64 tokens"),
+        ([-1, 2], "empty or outside"),
+        (["a", 2], "no list of documents"),
+    ],
+)
+def test_wrong_targets_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spans: list[object], words: str
+) -> None:
+    """Written by a program that is wrong, so that all hashes fit."""
+    monkeypatch.setattr("pretrain.corpus_writer._spans_within", lambda *_: spans)
+    write_masked(tmp_path, [(CHUNK_TOKENS, [1, 2])])
+    problems = verify_corpus(tmp_path / "manifest.json")
+    assert len(problems) == 1
+    assert f"shard-00000.tar: 000000.doc {'is' if 'no list' in words else 'has'}" in problems[0]
+    assert words in problems[0]
+    with pytest.raises(CorruptShardError, match=words):
+        Corpus(tmp_path / "manifest.json").documents(0)
+
+
+def test_manifest_and_chunks_agree_on_the_mask(tmp_path: Path, folder: Path) -> None:
+    write_masked(tmp_path / "masked", [(30, [1, 5])])
+    edit(tmp_path / "masked/manifest.json", loss_mask=False)
+    with pytest.raises(CorruptShardError, match="has a loss mask, where its manifest says otherwise"):
+        Corpus(tmp_path / "masked/manifest.json").documents(0)
+    edit(folder / "manifest.json", loss_mask=True)
+    assert "has no loss mask, where its manifest says otherwise" in verify_corpus(folder / "manifest.json")[0]
+    edit(folder / "manifest.json", loss_mask="no")
+    with pytest.raises(ConfigError, match="loss_mask 'no', which is neither true nor false"):
+        load_manifest(folder / "manifest.json")
+
+
+@pytest.mark.parametrize("targets", [[3], [5, 4], [4, 4], [0, 31], [-1, 3], [1, 6, 5, 9]])
+def test_the_writer_refuses_wrong_targets(tmp_path: Path, targets: list[int]) -> None:
+    with pytest.raises(ValueError, match="no ascending starts and stops"):
+        write_masked(tmp_path, [(30, targets)])
+
+
+def test_the_writer_wants_targets_just_where_there_is_a_mask(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not both"):
+        write_masked(tmp_path / "a", [(30, [1, 2])], loss_mask=False)
+    with pytest.raises(ValueError, match="not both"):
+        write_masked(tmp_path / "b", [(30, None)])  # type: ignore[list-item]
 
 
 # --- what the writer refuses ---
