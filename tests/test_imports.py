@@ -45,6 +45,7 @@ ORDER = [
     "sequences",
     "provenance",
     "loader",
+    "selftest",
     "model",
     "objectives",
     "optim",

@@ -292,7 +292,7 @@ def test_time_limits() -> None:
 
 
 def test_submitting_takes_the_groups_of_training() -> None:
-    """conf/submit.yaml repeats the defaults of conf/config.yaml; they may not drift apart."""
+    """conf/submit.yaml and conf/selftest.yaml repeat the defaults of conf/config.yaml; they may not drift apart."""
 
     def groups(name: str) -> list[Any]:
         listed = yaml.safe_load((ROOT / "conf" / name).read_text())["defaults"]
@@ -300,7 +300,7 @@ def test_submitting_takes_the_groups_of_training() -> None:
             entry for entry in listed if entry != {"cluster": "slurm"} and not str(entry).endswith("_schema")
         ]
 
-    assert groups("submit.yaml") == groups("config.yaml")
+    assert groups("submit.yaml") == groups("config.yaml") == groups("selftest.yaml")
     overrides = ["run_dir=r", "data.manifest=m", "experiment=7b_cluster", "cluster.nodes=8"]
     config = load_config(SubmitConfig, overrides, "submit")
     assert config.grad_accum_steps(config.cluster.world_size) == 8

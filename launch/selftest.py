@@ -1,0 +1,64 @@
+"""Does this cluster read this corpus right? `deepspeed launch/selftest.py data.manifest=DIR/manifest.json ...`
+
+Takes every key of launch/train.py, so that it reads what the run will read, and trains nothing. The first `steps` steps
+are read by as many ranks as were launched, by half as many, by twice as many, without loader workers, and by readers
+that are killed (SIGKILL) in the middle and start again. All must give the same samples, each once, with the same
+content. Exit codes: 0 it is so, 1 it is not, 2 the configuration is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pretrain.config import ConfigError, TrainConfig, launched_world_size, run_command
+
+
+@dataclass(kw_only=True, slots=True)
+class SelfTestConfig(TrainConfig):
+    """A training run whose reading is tested."""
+
+    run_dir: str = "unused"
+    """Nothing is written there."""
+    steps: int = 20
+    """Steps that are read each time."""
+    from_step: int = 1
+    """First of them; a late one tests the far end of a long run."""
+    kills: int = 2
+    """How often each rank's reader is killed."""
+    json: bool = False
+    """End with one line of JSON."""
+
+    def __post_init__(self) -> None:
+        # Of the zero-argument form Python makes a reference to the class before dataclass(slots=True) replaced it.
+        TrainConfig.__post_init__(self)
+        if self.steps < 2 or self.from_step < 1 or self.kills < 0:
+            raise ConfigError(
+                f"steps={self.steps}, from_step={self.from_step}, kills={self.kills} must be at least 2, 1 and 0"
+            )
+
+
+def main(config: SelfTestConfig) -> int:
+    """Test, print the verdict."""
+    from pretrain.inputs import resolve_inputs
+
+    resolve_inputs(config, launched_world_size())
+    from pretrain.distributed import init_world, shutdown_world
+    from pretrain.selftest import run_selftest, verdict_lines
+
+    world = init_world(config.engine.timeout_s)
+    checks = run_selftest(config, world, steps=config.steps, from_step=config.from_step, kills=config.kills)
+    if world.is_main:
+        print("\n".join(verdict_lines(checks, config, world.size)), flush=True)
+        if config.json:
+            print(json.dumps([vars(check) for check in checks]), flush=True)
+    shutdown_world()
+    return 0 if all(check.problem is None for check in checks) else 1
+
+
+if __name__ == "__main__":
+    run_command(SelfTestConfig, main, config_name="selftest", doc=__doc__)
