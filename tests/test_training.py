@@ -13,15 +13,18 @@ from pathlib import Path
 
 import pytest
 from launching import ROOT, Ranks, free_port, run_ranks
+from test_dialogue import chat_config, dialogues
 from test_engine import assert_same_state
+from test_prepare import write_jsonl
 from tiny import GLOBAL_BATCH, TinyCorpus, events, make_corpus, run_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from data_tools.prepare import prepare
 from pretrain import checkpoint
 from pretrain.config import TrainConfig, load_config
 from pretrain.journal import read_ledger, read_metrics
 from pretrain.loader import TrainLoader
-from pretrain.shards import Corpus
+from pretrain.shards import Corpus, documents_of
 
 pytestmark = pytest.mark.integration
 TRAIN = "launch/train.py"
@@ -362,6 +365,39 @@ def test_weights_only_start(corpus: TinyCorpus, straight: Path, tmp_path: Path) 
     first = read_metrics(run_dir)[0]["loss"]
     assert first < read_metrics(straight)[-1]["loss"] + 0.3
     assert first < read_metrics(straight)[0]["loss"] - 0.3
+
+
+def test_dialogues_fine_tune_a_run(corpus: TinyCorpus, straight: Path, tmp_path: Path) -> None:
+    """On 2 ranks, mixed with ordinary text; on held-out answers the loss falls below that of the run it began with."""
+    source = write_jsonl(tmp_path / "talks.jsonl", dialogues(200))
+    talks = TinyCorpus(tmp_path / "talks")
+    model = corpus.folder / "tokenizer.model"
+    assert prepare(chat_config(talks.folder, source, model=model, chunk_tokens=1024)) == 0
+    run_dir = tmp_path / "run"
+    arguments = [a for a in run_arguments(talks, run_dir) if not a.startswith("data.manifest=")]
+    sources = f"[{{name: talks, manifest: {talks.manifest}, weight: 3}}, {{name: code, manifest: {corpus.manifest}}}]"
+    arguments += [f"data.sources={sources}", f"init_from={straight}", "evaluation.max_sequences=null"]
+    run_ranks(2, TRAIN, *arguments, log_dir=tmp_path / "logs")
+
+    def answers(run: Path) -> dict[str, float]:
+        command = [
+            sys.executable,
+            "launch/eval.py",
+            f"run_dir={run}",
+            f"input=[{talks.heldout}]",
+            "json=true",
+        ]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout.splitlines()[-1])
+
+    before, after = answers(straight), answers(run_dir)
+    assert after["loss"] < before["loss"] - 0.3
+    heldout = Corpus(talks.heldout)
+    n_targets = sum(int(document.is_target.sum()) for document in documents_of(heldout))
+    assert before["tokens"] == after["tokens"] == n_targets
+    while_training = read_metrics(run_dir)[-1]["heldout/tokens"]  # less the first tokens of chunks
+    assert n_targets - heldout.n_chunks <= while_training <= n_targets
 
 
 def test_a_trained_run_is_evaluated_exported_and_generates(
