@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from pretrain.config import ConfigError, DataConfig, RunError, SourceConfig
 from pretrain.heartbeat import memory_ran_out
-from pretrain.manifest import CorruptShardError
 from pretrain.order import (
     Ints,
     Location,
@@ -36,6 +35,7 @@ from pretrain.order import (
     rank_samples,
     step_start,
 )
+from pretrain.remote import ReadOptions
 from pretrain.shards import Corpus
 
 IGNORED_LABEL = -100
@@ -139,7 +139,8 @@ class TrainLoader:
                 f"micro_batch_sequences={micro_batch_sequences} x {world_size} ranks"
             )
         sources = data.corpora()
-        corpora = [Corpus(source.manifest, data.verify_chunks) for source in sources]
+        options = ReadOptions.of(data)
+        corpora = [Corpus(source.manifest, data.verify_chunks, options=options) for source in sources]
         _check_corpora(sources, corpora, data.sequence_length)
         sizes = [SourceSize(c.n_chunks, c.chunk_tokens, c.last_chunk_tokens) for c in corpora]
         lanes = data.lanes or (state.lanes if state else choose_lanes(sizes, global_batch_sequences))
@@ -259,7 +260,7 @@ class _MicroBatches(Dataset):
         where = self._order.locate(samples)
         try:
             packed = _read_sequences(self._corpora, where, self._sequence_length, self._document_masking)
-        except (CorruptShardError, OSError) as error:
+        except (RunError, OSError) as error:
             return error  # as a value: raised here, its sentence would reach the trainer inside a traceback
         return packed, samples
 

@@ -16,11 +16,12 @@ first piece, else 0).
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tarfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ from pretrain.manifest import (
     read_index,
     resolve_inside,
 )
+from pretrain.remote import ReadOptions, as_path, folder_of, redact, retry_local
+from pretrain.remote_chunks import RemoteChunks, load_remote_manifest
 
 SHARDS_FOLDER = "shards"
 _OPEN_SHARDS = 64  # file descriptors that one Corpus holds at most
@@ -63,22 +66,30 @@ class ChunkDocuments:
 
 
 class Corpus:
-    """Random access to the tokens of a corpus.
+    """Random access to the tokens of a corpus, on a disk or behind any fsspec URL.
 
     Shards and indexes are opened at first use. Can be sent to a process, and used after a fork. With `verify_chunks`
-    the hash of a chunk is checked at its first use in this process. Raises CorruptShardError where the manifest's
-    root hash is not `root_sha256`, if given.
+    the hash of a chunk is checked at its first use in this process (always, where it comes from a URL). Raises
+    CorruptShardError where the manifest's root hash is not `root_sha256`, if given.
     """
 
     def __init__(
-        self, manifest_path: str | Path, verify_chunks: bool = True, root_sha256: str | None = None
+        self,
+        manifest_path: str | Path,
+        verify_chunks: bool = True,
+        root_sha256: str | None = None,
+        options: ReadOptions | None = None,
     ) -> None:
-        self.manifest_path = Path(manifest_path)
+        self.manifest_path = as_path(manifest_path)
         self.verify_chunks = verify_chunks
-        self.manifest = load_manifest(manifest_path)
+        self.options = options or ReadOptions()
+        if isinstance(self.manifest_path, str):
+            self.manifest = load_remote_manifest(self.manifest_path, self.options, root_sha256)
+        else:
+            self.manifest = load_manifest(self.manifest_path)
         if root_sha256 not in (None, self.manifest.root_sha256):
             raise CorruptShardError(
-                f"{manifest_path} is another corpus than the one begun with; put that back"
+                f"{redact(str(manifest_path))} is another corpus than the one begun with; put that back"
             )
         self.n_chunks = self.manifest.n_chunks
         self.chunk_tokens = self.manifest.chunk_tokens
@@ -88,11 +99,31 @@ class Corpus:
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._documents: OrderedDict[int, ChunkDocuments] = OrderedDict()
         self._verified = np.zeros(self.n_chunks, dtype=bool)
+        self._remote: RemoteChunks | None = None
+        if isinstance(self.manifest_path, str):
+            self._remote = self._new_remote()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Sent to another process as its name: one that is killed before it has read more than the 64 KiB that a
         pipe holds would keep its starter waiting for ever."""
-        return Corpus, (self.manifest_path, self.verify_chunks, self.manifest.root_sha256)
+        return Corpus, (self.manifest_path, self.verify_chunks, self.manifest.root_sha256, self.options)
+
+    def _new_remote(self) -> RemoteChunks:
+        return RemoteChunks(f"{folder_of(self.manifest_path)}/{SHARDS_FOLDER}", self.manifest, self.options)
+
+    def prefetch(self, chunks: Sequence[int]) -> None:
+        """Begin to fetch chunks that will soon be read, in this order; at most `data.prefetch_chunks` at a time.
+
+        Returns at once. Where it fails, `read` tries again and raises. Nothing to do for a corpus on a disk.
+        """
+        if self._remote is not None:
+            self._here(self._remote).prefetch(chunks)
+
+    def _here(self, remote: RemoteChunks) -> RemoteChunks:
+        """The reader of this process: threads and connections do not live on in a forked child."""
+        if remote.pid != os.getpid():
+            remote = self._remote = self._new_remote()
+        return remote
 
     def tokens_in(self, chunk: int) -> int:
         """Number of tokens of a chunk."""
@@ -101,19 +132,18 @@ class Corpus:
     def read(self, chunk: int, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of a chunk, `stop` clipped to its end; an array of the manifest's dtype.
 
-        Raises CorruptShardError, and IndexError for a chunk or start that does not exist.
+        Raises CorruptShardError, IndexError for a chunk or start that does not exist, and, behind a URL, ReadError
+        where the store is away for longer than `data.read_timeout_s`.
         """
         stop = min(stop, self.tokens_in(chunk))
         if not (0 <= chunk < self.n_chunks and 0 <= start <= stop):
             raise IndexError(f"{self.manifest_path}: no tokens {start} to {stop} in chunk {chunk}")
-        shard, row = self._locate(chunk)
         width = self._dtype.itemsize
-        if self.verify_chunks and not self._verified[chunk]:
-            content = shard.member(row, TOKENS)
-            self._verified[chunk] = True
-            content = content[start * width : stop * width]
-        else:
-            content = shard.read(row, TOKENS, start * width, stop * width)
+        try:
+            content = self._token_bytes(chunk, start * width, stop * width)
+        except CorruptShardError as error:
+            error.source_path, error.chunk = str(self.manifest_path), chunk
+            raise
         return np.frombuffer(content, dtype=self._dtype.newbyteorder("<")).astype(self._dtype)
 
     def documents(self, chunk: int) -> ChunkDocuments:
@@ -123,12 +153,33 @@ class Corpus:
         if chunk in self._documents:
             self._documents.move_to_end(chunk)
             return self._documents[chunk]
-        shard, row = self._locate(chunk)
-        where = f"{shard.path}: {member_name(chunk, DOCUMENTS)}"
-        documents = self._documents[chunk] = _parse_documents(shard.member(row, DOCUMENTS), where)
+        try:
+            where, content = self._document_bytes(chunk)
+            documents = self._documents[chunk] = _parse_documents(content, where)
+        except CorruptShardError as error:
+            error.source_path, error.chunk = str(self.manifest_path), chunk
+            raise
         if len(self._documents) > _CACHED_DOCUMENTS:
             self._documents.popitem(last=False)
         return documents
+
+    def _token_bytes(self, chunk: int, start: int, stop: int) -> bytes:
+        if self._remote is not None:
+            return self._here(self._remote).read(chunk, TOKENS, start, stop)
+        shard, row = self._locate(chunk)
+        if self.verify_chunks and not self._verified[chunk]:
+            content = shard.member(row, TOKENS)
+            self._verified[chunk] = True
+            return content[start:stop]
+        return shard.read(row, TOKENS, start, stop)
+
+    def _document_bytes(self, chunk: int) -> tuple[str, bytes]:
+        """Where a .doc member lies, in words, and the member."""
+        if self._remote is not None:
+            where = f"{redact(str(self.manifest_path))}: {member_name(chunk, DOCUMENTS)}"
+            return where, self._here(self._remote).read(chunk, DOCUMENTS, 0)
+        shard, row = self._locate(chunk)
+        return f"{shard.path}: {member_name(chunk, DOCUMENTS)}", shard.member(row, DOCUMENTS)
 
     def _locate(self, chunk: int) -> tuple[_OpenShard, int]:
         number = int(np.searchsorted(self._first_chunks, chunk, side="right")) - 1
@@ -136,7 +187,8 @@ class Corpus:
         if number in self._open:
             self._open.move_to_end(number)
         else:
-            self._open[number] = _OpenShard(self.manifest_path.parent / SHARDS_FOLDER, self.manifest, number)
+            folder = Path(self.manifest_path).parent / SHARDS_FOLDER
+            self._open[number] = _OpenShard(folder, self.manifest, number)
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
         return self._open[number], chunk - info.first_chunk
@@ -154,12 +206,20 @@ class _OpenShard:
         self.path = resolve_inside(folder, info.name)
         self.index = read_index(folder, manifest, number)
         try:
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            size = os.fstat(self._descriptor).st_size
+            self._descriptor, size = retry_local(self._open)
         except OSError as error:
             raise CorruptShardError(f"{self.path} cannot be opened: {error.strerror}") from error
         if size != info.bytes:
             raise CorruptShardError(self._size_problem(size))
+
+    def _open(self) -> tuple[int, int]:
+        """A descriptor, and the file's size."""
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return descriptor, os.fstat(descriptor).st_size
+        except OSError:
+            os.close(descriptor)
+            raise
 
     def _size_problem(self, size: int) -> str:
         ends = self.index[:, :, 0] + self.index[:, :, 1]  # uint64 [chunks, 2]
@@ -172,15 +232,30 @@ class _OpenShard:
 
     def read(self, row: int, kind: int, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a member, which are not checked."""
-        offset = int(self.index[row, kind, 0])
+        offset, size = int(self.index[row, kind, 0]) + start, stop - start
         try:
-            content = os.pread(self._descriptor, stop - start, offset + start)
+            content = os.pread(self._descriptor, size, offset)
+        except OSError:
+            content = b""
+        if len(content) == size:
+            return content
+        try:
+            return retry_local(lambda: self._read_anew(offset, size))
         except OSError as error:
             raise CorruptShardError(
                 f"{self.path}: member {self.member_name(row, kind)} cannot be read: {error.strerror}"
             ) from error
-        if len(content) != stop - start:
-            raise CorruptShardError(f"{self.path}: member {self.member_name(row, kind)} is cut off")
+
+    def _read_anew(self, offset: int, size: int) -> bytes:
+        """Of the file opened again: what a handle is stale for, or a cache holds half of, is whole there."""
+        descriptor, _ = self._open()
+        try:
+            content = os.pread(descriptor, size, offset)
+            if len(content) != size:
+                raise OSError(errno.EIO, f"it is cut off, {len(content)} of {size} bytes are there")
+            os.dup2(descriptor, self._descriptor, inheritable=False)
+        finally:
+            os.close(descriptor)
         return content
 
     def member(self, row: int, kind: int) -> bytes:
