@@ -250,9 +250,8 @@ def persist(what: str, attempt: Callable[[float], T], time_limit_s: float) -> T:
     `what`, how often it was tried and for how long.
     """
     started, failures = time.monotonic(), Counter[type[ReadError]]()
+    timeout_s = time_limit_s * _ATTEMPT_FRACTION
     for number in count(1):
-        left = started + time_limit_s - time.monotonic()
-        timeout_s = max(min(time_limit_s * _ATTEMPT_FRACTION, left), 0.05)
         try:
             return attempt(timeout_s)
         except ConfigError:
@@ -261,11 +260,12 @@ def persist(what: str, attempt: Callable[[float], T], time_limit_s: float) -> T:
             kind, reason, wish_s = _classify(error, timeout_s)
         failures[kind] += 1
         waited = time.monotonic() - started
-        if failures[kind] >= kind.max_attempts or waited >= time_limit_s:
+        left = time_limit_s - timeout_s - waited  # until the last moment for a whole attempt
+        if failures[kind] >= kind.max_attempts or left <= 0:
             times = f"{number} attempts" if number > 1 else "one attempt"
             raise kind(f"{what} cannot be read: {reason}; given up after {times} in {waited:.0f} s")
         _say_that_it_waits(what, reason, number, waited, time_limit_s)
-        time.sleep(min(max(_pause(number), wish_s), max(time_limit_s - waited, 0)))
+        time.sleep(min(max(_pause(number), wish_s), left))
     raise AssertionError("not reached")
 
 

@@ -95,7 +95,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         fault = self.owner.choose(urlsplit(self.path).path, self.headers.get("Range", ""))
-        if fault == "hang":
+        if self.owner.done.is_set():  # on a connection that was kept
+            self._break()
+        elif fault == "hang":
             self.owner.done.wait(60)
             self._break()
         elif fault == "reset":
