@@ -186,7 +186,7 @@ class NodeCache:
         if _is_at(part, path):  # not published
             with suppress(OSError):
                 os.unlink(path)
-        os.close(part)
+        _unlock(part)
 
     def _reserve(self, part: int, size: int) -> bool:
         """Give a `.part` its final size, under the limit, making room where there is none."""
@@ -219,7 +219,7 @@ class NodeCache:
                 time.sleep(_POLL_S)
             yield descriptor if locked else None
         finally:
-            os.close(descriptor)
+            _unlock(descriptor)
 
     def _sweep(self, max_bytes: int) -> int:
         """Remove what dead processes left and, where that is too much, what was not used for longest. Bytes left."""
@@ -278,6 +278,12 @@ def _lock_now(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _unlock(descriptor: int) -> None:
+    """Close a file that may be locked; a child forked meanwhile has it open too, and would keep the lock."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def _is_at(descriptor: int, path: str | Path) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import random
 import re
 import time
@@ -144,6 +145,8 @@ def _file_system(url: str) -> tuple[Any, str]:
         # One request per attempt: attempts are counted, timed and told of here.
         once = {"retries": {"mode": "standard", "total_max_attempts": 1}, "max_pool_connections": 32}
         options = {"config_kwargs": once, "use_listings_cache": False}
+    # Else gcsfs asks for each bucket's kind by gRPC, which survives no fork, and reads others than plain ones by it.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         file_system, path = url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
@@ -175,8 +178,6 @@ async def _get_http(file_system: Any, url: str, start: int, stop: int) -> bytes:
         "Accept-Encoding": "identity",
     }
     async with session.get(file_system.encode_url(url), **options) as response:
-        if response.status == 416:
-            return b""
         if response.status == 200 and start:
             raise DamagedError("the server answers a request for a part of the file with all of it")
         if response.status not in (200, 206):
@@ -258,6 +259,7 @@ def persist(what: str, attempt: Callable[[float], T], time_limit_s: float) -> T:
             raise
         except Exception as error:  # each kind of store has exceptions of its own
             kind, reason, wish_s = _classify(error, timeout_s)
+            error.__traceback__ = None  # a frame of fsspec in it holds it, and with it all frames up to here
         failures[kind] += 1
         waited = time.monotonic() - started
         left = time_limit_s - timeout_s - waited  # until the last moment for a whole attempt
@@ -287,6 +289,7 @@ def _classify(error: Exception, timeout_s: float) -> tuple[type[ReadError], str,
     if status == 416:
         return DamagedError, "it is shorter than it should be", 0
     refused = status is not None and 400 <= status < 500 and status not in _PASSING_STATUS
+    refused |= str(error).startswith("Forbidden: ")  # gcsfs
     if refused or isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
         return (
             DeniedError,

@@ -112,6 +112,7 @@ class RemoteChunks:
             with self._lock:
                 if self._under_way.get(chunk) is future:
                     del self._under_way[chunk]
+            del future  # else its exception and this frame hold each other, and the threads with them
 
     def _fetch(self, chunk: int) -> bytes:
         row, number = self._row(chunk), self._shard_of(chunk)

@@ -130,7 +130,8 @@ class _Handler(BaseHTTPRequestHandler):
             connection.close()
 
     def _from_folder(self, folder: Path) -> tuple[int, dict[str, str], bytes]:
-        path = folder / unquote(urlsplit(self.path).path).lstrip("/")
+        name = re.sub(r"^/download/storage/v1/b/[^/]+/o/", "", urlsplit(self.path).path)  # Google's store
+        path = folder / unquote(name).lstrip("/")
         if not path.is_file():
             return 404, {}, b"not here"
         content = path.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import multiprocessing
@@ -21,6 +22,7 @@ from served_corpus import CHUNK_TOKENS, N_CHUNKS, assert_same, options, write_co
 
 from pretrain import node_cache
 from pretrain.config import ConfigError
+from pretrain.manifest import CorruptShardError
 from pretrain.node_cache import NodeCache, default_folder
 from pretrain.shards import Corpus
 
@@ -318,6 +320,7 @@ def test_a_chunk_on_its_way_is_waited_for(folder: Path, tmp_path: Path) -> None:
         ahead = [*range(20), last]
         corpus.prefetch(ahead)
         corpus.prefetch(ahead)
+        assert corpus._remote._queue.qsize() <= len(ahead)
         threads = [threading.Thread(target=corpus.read, args=(c, 0, 1)) for c in (last, 0, 1, 10, 10, 2)]
         for thread in threads:
             thread.start()
@@ -358,15 +361,19 @@ def assert_same_chunk(corpus: Corpus, folder: Path, chunk: int) -> None:
 
 
 def test_a_corpus_that_goes_takes_its_threads_along(folder: Path, tmp_path: Path) -> None:
-    with FaultyServer(folder) as server:
+    """Also where it has failed: no exception holds it."""
+    before = set(threading.enumerate())
+    with FaultyServer(folder, always("404", r"shard-00000\.tar")) as server:
         corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path))
-        corpus.prefetch([0, 1, 2])
-        corpus.read(2, 0, 1)
-        threads = [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+        corpus.prefetch([0, 20, 21])
+        corpus.read(21, 0, 1)
+        with contextlib.suppress(CorruptShardError):
+            corpus.read(0, 0, 1)
+        threads = [t for t in threading.enumerate() if t not in before and t.name == "prefetch"]
         assert threads
         del corpus
         for thread in threads:
-            thread.join(60)
+            thread.join(10)
         assert not any(thread.is_alive() for thread in threads)
 
 

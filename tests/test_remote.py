@@ -15,6 +15,7 @@ import time
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from faulty_server import FAULTS, FaultyServer, always, at_rate
@@ -93,6 +94,23 @@ def test_other_processes_and_threads_can_use_it(folder: Path, tmp_path: Path, me
         assert_same(corpus, folder)
 
 
+def test_a_child_forked_while_chunks_are_on_their_way_reads_by_itself(folder: Path, tmp_path: Path) -> None:
+    def script(path: str, before: int) -> str | None:
+        return "hang" if "shard-00000.tar" in path and before == 0 else None
+
+    with FaultyServer(folder, script) as server:
+        corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path))
+        corpus.read(30, 0, 1)
+        corpus.prefetch([0, 1])
+        while len(server.asked(r"shard-00000\.tar")) < 2:
+            time.sleep(0.01)
+        process = multiprocessing.get_context("fork").Process(target=read_chunk, args=(corpus, 0))
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0
+        assert_same(corpus, folder)
+
+
 def read_chunk(corpus: Corpus, chunk: int) -> list[int]:
     return corpus.read(chunk, 0, CHUNK_TOKENS).tolist()
 
@@ -104,6 +122,28 @@ def test_only_the_first_process_asks_for_the_manifest_of_a_known_corpus(folder: 
         assert again.manifest == corpus.manifest
         assert again.options == corpus.options
         assert len(server.asked("manifest")) == 1
+
+
+def test_googles_store_is_read_too(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real client, and of the store what it asks for."""
+    monkeypatch.setenv(
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
+    )  # as remote.py does, before the first import
+    gcsfs = pytest.importorskip("gcsfs", reason="gcsfs, of the extra `gcs`, is not installed")
+    monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+    with FaultyServer(folder, at_rate(0.3, "reset", "wrong", "short", "cut", "drip")) as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        corpus = Corpus("gs://bucket/manifest.json", options=options(tmp_path, prefetch_chunks=16))
+        corpus.prefetch(range(corpus.n_chunks))
+        assert_same(corpus, folder)
+        for fault, kind in (("404", CorruptShardError), ("403", remote.DeniedError)):
+            server.script = always(fault, r"\.tar")
+            corpus = Corpus(
+                "gs://bucket/manifest.json", options=options(tmp_path / fault, read_timeout_s=1000)
+            )
+            with pytest.raises(kind, match="after 5 attempts"):
+                corpus.read(0, 0, 1)
 
 
 # --- what lasts ends in time, in a sentence ---
@@ -309,18 +349,23 @@ def test_a_short_read_of_a_local_file_is_tried_again(
     corpus, (expected, _) = copy_of(folder, tmp_path), everything(Corpus(folder / "manifest.json"))
     tar = tmp_path / "corpus/shards/shard-00000.tar"
     corpus.read(0, 0, 1)
-    content = tar.read_bytes()
+    shutil.copy(tar, tmp_path / "whole")
     os.truncate(tar, 600)
     pauses = []
-    with monkeypatch.context() as patched:  # it is mended during the second pause
-        patched.setattr(
-            remote.time,
-            "sleep",
-            lambda s: pauses.append(s) or (len(pauses) == 2 and tar.write_bytes(content)),
-        )
+
+    def mend(pause: float) -> None:  # during the second pause
+        pauses.append(pause)
+        if len(pauses) == 2:
+            os.replace(tmp_path / "whole", tar)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(remote.time, "sleep", mend)
         found = corpus.read(1, 0, CHUNK_TOKENS)
     np.testing.assert_array_equal(found, expected[CHUNK_TOKENS : 2 * CHUNK_TOKENS])
-    os.truncate(tar, 600)
+    tar.rename(tmp_path / "moved")
+    assert len(corpus.read(1, 0, 9)) == 9  # from the file that was opened anew
+    os.truncate(tmp_path / "moved", 600)
+    (tmp_path / "moved").rename(tar)
     with pytest.raises(
         CorruptShardError, match=r"member 000001\.doc cannot be read: it is cut off, 0 of"
     ) as caught:
