@@ -12,8 +12,8 @@ from pathlib import Path
 from data_tools.progress import stage
 from data_tools.workspace import HELDOUT_FOLDER
 from pretrain.config import ConfigError, ExitCode
+from pretrain.corpus_check import verify_corpus
 from pretrain.manifest import MANIFEST_NAME, load_manifest
-from pretrain.shards import verify_corpus
 
 
 def verify(folder: Path) -> list[str]:

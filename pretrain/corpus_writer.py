@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 
 from pretrain.config import ConfigError
+from pretrain.document_ids import IDS_NAME, hash_id
 from pretrain.manifest import (
     DOCUMENTS,
     MANIFEST_NAME,
@@ -31,7 +32,7 @@ from pretrain.manifest import (
     token_dtype,
     write_atomically,
 )
-from pretrain.shards import IDS_NAME, SHARDS_FOLDER, hash_id
+from pretrain.shards import SHARDS_FOLDER
 
 _BLOCK = tarfile.BLOCKSIZE
 _PIECE_KEYS = ("starts", "source", "ids", "offsets", "text_bytes")

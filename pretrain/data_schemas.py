@@ -18,7 +18,7 @@ class SourceConfig:
     name: str = MISSING
     """Name used in stages, metrics and reports."""
     manifest: str = MISSING
-    """Path of the corpus's manifest.json."""
+    """Path or URL of the corpus's manifest.json."""
     weight: float = 1.0
     """Share of the samples, relative to the other sources' weights."""
     max_epochs: int | None = None
@@ -54,7 +54,7 @@ class DataConfig:
     """What is read, and in which order."""
 
     manifest: str | None = None
-    """Path of one corpus's manifest.json. Give this or `sources`."""
+    """Path or URL (s3://bucket/corpus/manifest.json) of one corpus's manifest.json. Give this or `sources`."""
     sources: list[SourceConfig] = field(default_factory=list)
     """A mixture of corpora."""
     stages: list[StageConfig] = field(default_factory=list)
@@ -72,14 +72,23 @@ class DataConfig:
     prefetch_batches: int = 4
     """Micro batches that each worker keeps ready."""
     verify_chunks: bool = True
-    """Check the hash of each chunk at its first use."""
+    """Check the hash of each chunk at its first use; those behind a URL always are."""
+    read_timeout_s: float = 300
+    """Behind a URL: training waits so long for a store that is away; one attempt gets a tenth of it."""
+    cache_dir: str | None = None
+    """Chunks from URLs are kept here, for all processes of a node; null: $XDG_CACHE_HOME, else the temporary folder."""
+    cache_gib: float = 16
+    """Most that all files there take."""
+    prefetch_chunks: int = 8
+    """Chunks that each process fetches ahead at a time, from a URL."""
     packing: Packing = Packing.concat
     """How documents become sequences; best_fit needs document_masking."""
     on_bad_chunk: BadChunk = BadChunk.stop
     """What happens where a chunk cannot be read, or is not what its hash says, after all retries."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "data", "sequence_length", "window_chunks", "prefetch_batches")
+        positive = "sequence_length window_chunks prefetch_batches prefetch_chunks read_timeout_s cache_gib"
+        check_positive(self, "data", *positive.split())
         if self.lanes is not None:
             check_positive(self, "data", "lanes")
         if self.loader_workers < 0:

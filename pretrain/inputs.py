@@ -7,7 +7,9 @@ from pathlib import Path
 
 from pretrain.config import ConfigError, TrainConfig
 from pretrain.manifest import load_manifest
+from pretrain.remote import as_path, check_url, exists, folder_of, is_remote
 
+TOKENIZER_NAME = "tokenizer.model"
 VOCABULARY_MULTIPLE = (
     64  # matrix kernels like the output head's width in multiples of 64 (nanoGPT: 25% faster)
 )
@@ -19,11 +21,15 @@ def resolve_inputs(config: TrainConfig, world_size: int) -> TrainConfig:
     Reads manifests only; imports no torch, so that a mistake is answered at once.
     """
     config.grad_accum_steps(world_size)
-    manifests = {source.manifest: load_manifest(source.manifest) for source in config.data.corpora()}
+    _check_urls(config)
+    patience = config.data.read_timeout_s
+    manifests = {
+        source.manifest: load_manifest(source.manifest, patience) for source in config.data.corpora()
+    }
     for path, manifest in manifests.items():
         check_lengths([stage.sequence_length for stage in config.stages], manifest.chunk_tokens, path)
     if config.evaluation.manifest is not None:
-        manifests[config.evaluation.manifest] = load_manifest(config.evaluation.manifest)
+        manifests[config.evaluation.manifest] = load_manifest(config.evaluation.manifest, patience)
     first_path, first = next(iter(manifests.items()))
     for path, manifest in manifests.items():
         if manifest.tokenizer_sha256 != first.tokenizer_sha256:
@@ -53,11 +59,30 @@ def check_lengths(lengths: Sequence[int], chunk_tokens: int, manifest_path: str)
             )
 
 
-def tokenizer_path(manifest_path: str) -> Path:
-    """The tokenizer file of a corpus folder; a held-out corpus has its parent's. Raises ConfigError."""
-    folder = Path(manifest_path).resolve().parent
-    for candidate in (folder / "tokenizer.model", folder.parent / "tokenizer.model"):
-        if candidate.is_file():
+def _check_urls(config: TrainConfig) -> None:
+    key = "data.manifest" if config.data.manifest is not None else "data.sources: manifest"
+    named = [(key, source.manifest) for source in config.data.corpora()]
+    named += [("evaluation.manifest", config.evaluation.manifest or "")]
+    remote = [(key, url) for key, url in named if is_remote(url)]
+    for key, url in remote:
+        check_url(key, url)
+    if remote and config.data.read_timeout_s >= config.watchdog.step_s:
+        raise ConfigError(
+            f"data.read_timeout_s={config.data.read_timeout_s} is not less than watchdog.step_s="
+            f"{config.watchdog.step_s}, so that the watchdog would end a run that waits for its store; change one"
+        )
+
+
+def tokenizer_path(manifest_path: str) -> str | Path:
+    """The tokenizer file of a corpus's folder, a path or a URL; a held-out corpus has its parent's.
+
+    Raises ConfigError.
+    """
+    path = as_path(manifest_path)
+    folder = folder_of(path if isinstance(path, str) else path.resolve())
+    for place in (folder, folder_of(folder)):
+        candidate = f"{place}/{TOKENIZER_NAME}" if isinstance(place, str) else place / TOKENIZER_NAME
+        if exists(candidate):
             return candidate
     raise ConfigError(
         f"{folder} has no tokenizer.model; prepare the corpus again or copy its tokenizer there"

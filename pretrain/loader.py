@@ -25,16 +25,18 @@ from torch.utils.data import DataLoader, Dataset
 from pretrain.config import ConfigError, DataConfig, RunError, SourceConfig
 from pretrain.heartbeat import memory_ran_out
 from pretrain.inputs import check_lengths
-from pretrain.manifest import CorruptShardError
 from pretrain.order import Location, Order, SourceSize
 from pretrain.order_state import OrderState, Substitution
 from pretrain.permutation import Ints
+from pretrain.remote import ReadOptions
 from pretrain.schedule import choose_lanes, end_sources, rank_samples
 from pretrain.sequences import IGNORED_LABEL as IGNORED_LABEL
 from pretrain.sequences import Counts, SequenceReader, Sequences
 from pretrain.shards import Corpus
 from pretrain.stages import Step, Steps, micro_batch_of, n_steps_of, plan_stages, stage_at
 
+_STEPS_AHEAD = 16
+"""Chunks from a URL are asked for so many steps before they are read: a window of chunks begins all at once."""
 _PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 
@@ -100,7 +102,8 @@ class TrainLoader:
         state: OrderState | None,
     ) -> None:
         sources = data.corpora()
-        corpora = [Corpus(source.manifest, data.verify_chunks) for source in sources]
+        options = ReadOptions.of(data)
+        corpora = [Corpus(source.manifest, data.verify_chunks, options=options) for source in sources]
         _check_corpora(sources, corpora, data)
         self._sizes = [SourceSize(c.n_chunks, c.chunk_tokens, c.last_chunk_tokens) for c in corpora]
         lanes = data.lanes or (state.lanes if state else choose_lanes(self._sizes, global_batch_sequences))
@@ -181,9 +184,19 @@ class TrainLoader:
         for number in range(first_step, self.n_steps + 1):
             yield [_receive(micro_batches) for _ in self._micro_batches_of(self.plan[number])]
 
-    def _micro_batches(self, first_step: int) -> Iterator[Ints]:
+    def _micro_batches(self, first_step: int) -> Iterator[tuple[Ints, Ints]]:
+        """The samples of each forward pass, and those whose chunks should be fetched by now."""
+        is_remote = any(corpus.is_remote for corpus in self._corpora)
+        nothing = np.empty(0, np.int64)
         for number in range(first_step, self.n_steps + 1):
-            yield from self._micro_batches_of(self.plan[number])
+            ahead = (
+                [number + _STEPS_AHEAD] if number > first_step else range(number, number + _STEPS_AHEAD + 1)
+            )
+            wanted = [n for n in ahead if is_remote and n <= self.n_steps]
+            upcoming = [samples for n in wanted for samples in self._micro_batches_of(self.plan[n])]
+            for samples in self._micro_batches_of(self.plan[number]):
+                yield samples, np.concatenate(upcoming) if upcoming else nothing
+                upcoming = []
 
     def _micro_batches_of(self, step: Step) -> list[Ints]:
         """The samples of each forward pass of this rank."""
@@ -210,7 +223,7 @@ def _check_corpora(sources: list[SourceConfig], corpora: list[Corpus], data: Dat
 
 
 class _MicroBatches(Dataset):
-    """A map from the global indices of a micro batch to (its sequences, samples [B]).
+    """A map from (the global indices of a micro batch, those to come) to (its sequences, samples [B]).
 
     Arrays, not tensors: they travel through a pipe, while tensors would need shared memory (of which a container
     has 64 MB by default) and a socket server in every worker.
@@ -219,15 +232,20 @@ class _MicroBatches(Dataset):
     def __init__(self, reader: SequenceReader, order: Order) -> None:
         self._reader, self._order = reader, order
 
-    def __getitem__(self, samples: Ints) -> tuple[Sequences, Ints] | Exception:
+    def __getitem__(self, wanted: tuple[Ints, Ints]) -> tuple[Sequences, Ints] | Exception:
+        samples, upcoming = wanted
+        if len(upcoming):
+            self._reader.prefetch(self._order.locate(upcoming))
         length = self._order.stages[stage_at(self._order.stages, int(samples[0]))].sequence_length
         try:
             return self._reader.read(self._order.locate(samples), samples, length), samples
-        except (CorruptShardError, RunError, OSError) as error:
+        except (RunError, OSError) as error:
             return error  # as a value: raised here, its sentence would reach the trainer inside a traceback
 
 
-def _data_loader(dataset: _MicroBatches, micro_batches: Iterator[Ints], data: DataConfig) -> DataLoader:
+def _data_loader(
+    dataset: _MicroBatches, micro_batches: Iterator[tuple[Ints, Ints]], data: DataConfig
+) -> DataLoader:
     workers = data.loader_workers
     return DataLoader(
         dataset,

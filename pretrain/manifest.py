@@ -20,12 +20,14 @@ import numpy as np
 
 from pretrain import __version__
 from pretrain.config import ConfigError, RunError
+from pretrain.remote import DamagedError, as_path, is_remote, read_whole, retry_local
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 UINT16_VOCAB_SIZE = 65_536
 MAX_MANIFEST_BYTES = 64 << 20  # some 180,000 shards
 MAX_DOCUMENTS_BYTES = 64 << 20  # of one .doc member
+MANIFEST_TIMEOUT_S = 300.0  # for one behind a URL
 MAX_CHUNKS = 1 << 32  # of a corpus: 10^15 tokens in chunks of the usual size
 TOKENS, DOCUMENTS = 0, 1  # second axis of an index
 _SHARD_NAME = re.compile(r"shard-\d{5,}\.tar")
@@ -36,7 +38,12 @@ _BLOCK = tarfile.BLOCKSIZE
 
 
 class CorruptShardError(RunError):
-    """A shard is not what its manifest says. The text names the file, the member and what differs."""
+    """A shard is not what its manifest says, or not there. The text names the file, the member and what differs."""
+
+    def __init__(self, text: str, *, source_path: str | None = None, chunk: int | None = None) -> None:
+        super().__init__(text)
+        self.source_path, self.chunk = source_path, chunk
+        """The manifest of the corpus, as it was given, and the chunk that cannot be used; None: not of one chunk."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -188,8 +195,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("uint16" if vocab_size <= UINT16_VOCAB_SIZE else "uint32")
 
 
-def load_manifest(path: str | Path) -> Manifest:
-    """Read and check a manifest.json. Raises ConfigError."""
+def load_manifest(path: str | Path, time_limit_s: float = MANIFEST_TIMEOUT_S) -> Manifest:
+    """Read and check a manifest.json, a path or a URL. Raises ConfigError, and RunError where a store is away."""
+    if isinstance(path, str) and is_remote(path):
+        return _load_remote_manifest(path, time_limit_s)
+    path = as_path(path)
     try:
         text = read_capped(path, MAX_MANIFEST_BYTES).decode("utf-8")
     except FileNotFoundError as error:
@@ -198,6 +208,23 @@ def load_manifest(path: str | Path) -> Manifest:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise ConfigError(f"{path} cannot be read as a manifest: {reason}") from error
     return Manifest.from_json(text, str(path))
+
+
+def _load_remote_manifest(url: str, time_limit_s: float) -> Manifest:
+    found = []
+
+    def check(content: bytes) -> str | None:
+        try:
+            found.append(Manifest.from_json(content.decode("utf-8")))
+        except (ConfigError, UnicodeDecodeError) as error:
+            return str(error)
+        return None
+
+    try:
+        read_whole(url, MAX_MANIFEST_BYTES, time_limit_s, check)
+    except DamagedError as error:
+        raise ConfigError(str(error)) from error
+    return found[-1]
 
 
 def read_capped(path: str | Path, max_bytes: int) -> bytes:
@@ -245,13 +272,24 @@ def read_index(folder: Path, manifest: Manifest, number: int) -> np.ndarray:
     info = manifest.shards[number]
     path = resolve_inside(folder, info.index_name)
     try:
-        content = read_capped(path, _INDEX_HEADER_BYTES + info.chunks * _INDEX_ROW_BYTES)
+        content = retry_local(lambda: read_capped(path, index_bytes(info)))
     except ConfigError as error:
         raise CorruptShardError(str(error)) from error
     except OSError as error:
         raise CorruptShardError(f"{path} cannot be read: {error.strerror}") from error
     if hashlib.sha256(content).hexdigest() != info.index_sha256:
         raise CorruptShardError(f"{path} has another sha256 than its manifest says; restore the file")
+    return parse_index(content, manifest, number, str(path))
+
+
+def index_bytes(info: ShardInfo) -> int:
+    """Size of the index of a shard."""
+    return _INDEX_HEADER_BYTES + info.chunks * _INDEX_ROW_BYTES
+
+
+def parse_index(content: bytes, manifest: Manifest, number: int, path: str) -> np.ndarray:
+    """The index of a shard, of bytes with the right hash, read from `path`. Raises CorruptShardError."""
+    info = manifest.shards[number]
     try:
         index = np.load(io.BytesIO(content), allow_pickle=False)
     except ValueError as error:

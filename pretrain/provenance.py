@@ -14,9 +14,11 @@ import numpy as np
 
 from pretrain.checkpoint_folder import newest_state
 from pretrain.config import ConfigError, DataConfig, TrainConfig, validate
+from pretrain.document_ids import chunks_of
 from pretrain.order import Order, SourceSize
 from pretrain.order_state import OrderState, Substitution
 from pretrain.packing import best_fit, concat
+from pretrain.remote import ReadOptions
 from pretrain.schedule import rank_samples
 from pretrain.shards import Corpus
 from pretrain.stages import Steps
@@ -69,7 +71,10 @@ class ReadHistory:
         self.step, self.world_size = step, world_size
         self._state, self._data = state, data
         self.names = [source.name for source in data.corpora()]
-        self.corpora = [Corpus(source.manifest, data.verify_chunks) for source in data.corpora()]
+        options = ReadOptions.of(data)
+        self.corpora = [
+            Corpus(source.manifest, data.verify_chunks, options=options) for source in data.corpora()
+        ]
         found = [corpus.manifest.root_sha256 for corpus in self.corpora]
         for name, now, then in zip(self.names, found, state.manifest_sha, strict=False):
             if now != then:
@@ -131,7 +136,7 @@ class ReadHistory:
         found: list[DocumentRead] = []
         exists = False
         for source, corpus in enumerate(self.corpora):
-            for chunk in corpus.chunks_of(document):
+            for chunk in chunks_of(corpus, document):
                 exists = True
                 for sample, epoch, segments in self._readings(source, chunk, end):
                     found += [

@@ -109,6 +109,12 @@ class SequenceReader:
             packed[3] = 0
         return Sequences(packed, Counts(pieces, cut, n * sequence_length - sum(filled)), found)
 
+    def prefetch(self, where: Location) -> None:
+        """Begin to fetch the chunks of these places, the first ones first."""
+        for source, corpus in enumerate(self._corpora):
+            chunks = dict.fromkeys(where.chunk[where.source == source].tolist())
+            corpus.prefetch(list(chunks))
+
     def _read_piece(
         self, place: tuple[int, int, int, int], sequence: int, length: int, found: list[Substitution]
     ) -> list[_Row]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from pretrain.config import ConfigError
-from pretrain.manifest import read_capped
+from pretrain.manifest import MANIFEST_TIMEOUT_S, read_capped
+from pretrain.remote import DamagedError, as_path, read_whole
 
 MAX_MODEL_BYTES = 64 << 20  # vocabularies of 256,000 entries take about 4 MB
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
@@ -29,8 +30,8 @@ class Tokenizer:
 
     With a model trained by `data_tools.prepare`, `decode(encode(text)) == text` for every text.
     With `sha256`, the hash that the file must have, nothing else of it is looked at where it has another: a model
-    made with bad intent can crash the parser. Raises ConfigError for that, and where `path` is no sentencepiece
-    model or its special ids are others.
+    made with bad intent can crash the parser. Raises ConfigError for that, and where `path`, which may be a URL, is
+    no sentencepiece model or its special ids are others.
     """
 
     unk_id = UNK_ID
@@ -39,9 +40,9 @@ class Tokenizer:
     pad_id = PAD_ID
 
     def __init__(self, path: str | Path, sha256: str | None = None) -> None:
-        self.path = Path(path)
+        self.path = as_path(path)
         try:
-            model = read_capped(self.path, MAX_MODEL_BYTES)
+            model = _read_model(self.path, sha256)
         except OSError as error:
             raise ConfigError(
                 f"the tokenizer {self.path} cannot be read: {error.strerror or error}"
@@ -112,3 +113,17 @@ class Tokenizer:
     def piece(self, token: int) -> str:
         """How the vocabulary writes one token, for display."""
         return self._processor.id_to_piece(int(token))
+
+
+def _read_model(path: str | Path, sha256: str | None) -> bytes:
+    if not isinstance(path, str):
+        return read_capped(path, MAX_MODEL_BYTES)
+
+    def check(content: bytes) -> str | None:
+        same = sha256 in (None, hashlib.sha256(content).hexdigest())
+        return None if same else f"it has another sha256 than {sha256}, which is needed"
+
+    try:
+        return read_whole(path, MAX_MODEL_BYTES, MANIFEST_TIMEOUT_S, check)
+    except DamagedError as error:
+        raise ConfigError(f"the tokenizer {error}") from error

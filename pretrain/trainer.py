@@ -22,6 +22,7 @@ from pretrain.loader import Batch
 from pretrain.monitor import StepRecord
 from pretrain.optim import learning_rate
 from pretrain.order_state import Substitution
+from pretrain.remote import ReadOptions
 from pretrain.resilience import LossGuard, Verdict, lock_run
 from pretrain.saving import Saved, advised_interval_s
 from pretrain.sequences import Counts
@@ -283,7 +284,7 @@ def _evaluate(run: Run) -> None:
     started = time.monotonic()
     result = evaluate_loss(
         run.engine.evaluate,
-        Corpus(config.evaluation.manifest, config.data.verify_chunks),
+        Corpus(config.evaluation.manifest, config.data.verify_chunks, options=ReadOptions.of(config.data)),
         sequence_length=config.data.sequence_length,
         micro_batch_sequences=config.micro_batch_sequences,
         max_sequences=config.evaluation.max_sequences,

@@ -30,10 +30,15 @@ ORDER = [
     "checkpoint_folder",
     "distributed",
     "health",
+    "remote",
     "manifest",
+    "node_cache",
+    "remote_chunks",
     "tokenizer",
     "chat",
     "shards",
+    "corpus_check",
+    "document_ids",
     "corpus_writer",
     "inputs",
     "permutation",
@@ -69,7 +74,7 @@ ORDER = [
 ]
 # The ends of the line do not know each other; the trainer may evaluate.
 ENDS = {"export", "evaluate", "generate", "planner", "trainer"}
-DATA_TOOLS_MAY_IMPORT = {"chat", "config", "tokenizer", "manifest", "shards", "corpus_writer"}
+DATA_TOOLS_MAY_IMPORT = {"chat", "config", "tokenizer", "manifest", "shards", "corpus_writer", "corpus_check"}
 
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 60

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
+from faulty_server import FaultyServer, always
 from tiny import TinyCorpus, make_corpus, run_arguments
 
 from pretrain.config import ConfigError, TrainConfig, load_config
 from pretrain.inputs import resolve_inputs, tokenizer_path
+from pretrain.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +66,63 @@ def test_the_tokenizer_of_a_corpus_and_of_its_heldout_part(corpus: TinyCorpus, t
     assert tokenizer_path(str(corpus.heldout)) == corpus.folder.resolve() / "tokenizer.model"
     with pytest.raises(ConfigError, match=r"has no tokenizer\.model"):
         tokenizer_path(str(tmp_path / "x" / "manifest.json"))
+
+
+# --- corpora behind a URL ---
+
+
+def test_a_corpus_behind_a_url_fits_like_one_on_a_disk(corpus: TinyCorpus) -> None:
+    with FaultyServer(corpus.folder) as server:
+        urls = [
+            f"data.manifest={server.url}/manifest.json",
+            f"evaluation.manifest={server.url}/heldout/manifest.json",
+        ]
+        config = resolve_inputs(configure(corpus, *urls, "data.read_timeout_s=20"), 1)
+        assert config.model.vocab_size == 512
+        for url in (config.data.manifest, config.evaluation.manifest):
+            path = tokenizer_path(url)
+            assert path == f"{server.url}/tokenizer.model"
+            sha256 = hashlib.sha256((corpus.folder / "tokenizer.model").read_bytes()).hexdigest()
+            assert Tokenizer(path, sha256).model == (corpus.folder / "tokenizer.model").read_bytes()
+        server.script = always("wrong", "tokenizer")
+        with pytest.raises(ConfigError, match=r"the tokenizer http.*another sha256"):
+            Tokenizer(path, sha256)
+
+
+@pytest.mark.parametrize(
+    ("key", "sentence"),
+    [
+        ("data.manifest", r"^data\.manifest=http://\*\*\*@host/manifest\.json\?\*\*\* holds a user"),
+        (
+            "evaluation.manifest",
+            r"^evaluation\.manifest=http://\*\*\*@host/manifest\.json\?\*\*\* holds a user",
+        ),
+    ],
+)
+def test_a_url_with_credentials_is_refused_and_not_shown(corpus: TinyCorpus, key: str, sentence: str) -> None:
+    override = f"{key}='http://me:secret@host/manifest.json?signature=hidden'"
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        resolve_inputs(configure(corpus, override, "data.read_timeout_s=20"), 1)
+    assert "secret" not in str(caught.value)
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["data.manifest=nowhere://x/manifest.json"], r"nowhere://x/manifest\.json cannot be used"),
+        (
+            ["data.manifest=http://127.0.0.1:1/manifest.json", "data.read_timeout_s=60"],
+            r"data\.read_timeout_s=60.* is not less than watchdog\.step_s=60",
+        ),
+    ],
+)
+def test_urls_that_cannot_work_are_named(corpus: TinyCorpus, overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        resolve_inputs(configure(corpus, *overrides), 1)
+
+
+@pytest.mark.parametrize("key", ["read_timeout_s", "cache_gib", "prefetch_chunks"])
+def test_sizes_and_times_are_positive(corpus: TinyCorpus, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.{key}=0.* must be greater than 0"):
+        configure(corpus, f"data.{key}=0")

@@ -35,8 +35,9 @@ from data_tools.python_text import distribution_license, python_files
 from data_tools.sources import find_files
 from data_tools.verify import verify
 from pretrain.config import ConfigError, load_config
+from pretrain.corpus_check import verify_corpus
 from pretrain.manifest import load_manifest
-from pretrain.shards import Corpus, verify_corpus
+from pretrain.shards import Corpus
 from pretrain.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -33,8 +33,9 @@ from trained_run import make_run, train_tokenizer
 
 from pretrain import checkpoint, checkpoint_folder, manifest, shards, tokenizer, trained
 from pretrain.config import ConfigError
+from pretrain.corpus_check import verify_corpus
 from pretrain.manifest import CorruptShardError, Manifest, load_manifest
-from pretrain.shards import Corpus, verify_corpus
+from pretrain.shards import Corpus
 from pretrain.tokenizer import Tokenizer
 
 SHIM = ROOT / "tests" / "fault_shims" / "pickles"

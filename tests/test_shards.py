@@ -15,14 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from pretrain import document_ids
 from pretrain.config import ConfigError
+from pretrain.corpus_check import verify_corpus
 from pretrain.corpus_writer import CorpusWriter
+from pretrain.document_ids import chunks_of
 from pretrain.manifest import CorpusSource, CorruptShardError, Manifest, load_manifest, token_dtype
-from pretrain.shards import Corpus, documents_of, verify_corpus
+from pretrain.shards import Corpus, documents_of
 
 os.environ["WDS_SECURE"] = "1"  # read when webdataset is imported
 import webdataset
@@ -567,9 +570,23 @@ def test_documents_are_found_by_their_ids(tmp_path: Path) -> None:
         for name in lengths
     }
     assert expected["long"] == [0, 1, 2, 3]
-    assert {name: corpus.chunks_of(name) for name in lengths} == expected
-    assert corpus.chunks_of("nobody") == []
+    assert {name: chunks_of(corpus, name) for name in lengths} == expected
+    assert chunks_of(corpus, "nobody") == []
     (tmp_path / "c" / "shards" / "ids.npy").unlink()
-    with pytest.raises(ConfigError, match=r"has no shards/ids.npy, which finds documents by their id"):
-        corpus.chunks_of("short")
     assert any("ids.npy cannot be read" in problem for problem in verify_corpus(corpus.manifest_path))
+    corpus.manifest.files.clear()
+    with pytest.raises(ConfigError, match=r"has no shards/ids.npy, which finds documents by their id"):
+        chunks_of(corpus, "short")
+
+
+@settings(max_examples=20)
+@given(n=st.integers(1, 400), data=st.data())
+def test_ids_are_searched_in_blocks(n: int, data: st.DataObject) -> None:
+    """An index larger than a block: the first of equal hashes is found wherever it lies."""
+    hashes = np.sort(np.array(data.draw(st.lists(st.integers(0, 30), min_size=n, max_size=n)), np.uint64))
+    rows = np.stack([hashes, np.arange(n, dtype=np.uint64)], axis=1)
+    wanted = data.draw(st.integers(0, 31))
+    low = int(np.searchsorted(hashes, np.uint64(wanted)))
+    first = max(0, low - data.draw(st.integers(0, document_ids._BLOCK_ROWS)))
+    found = document_ids._equal_rows(lambda a, b: rows[a:b], first, n, wanted)
+    assert found == np.flatnonzero(hashes == np.uint64(wanted)).tolist()

@@ -1,0 +1,398 @@
+"""Corpora behind a URL: whatever a store does, no wrong byte is used, nothing waits for ever, and nothing is left over.
+
+The server and its faults are real (faulty_server.py), on loopback.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import multiprocessing.pool
+import os
+import re
+import shutil
+import time
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from faulty_server import FAULTS, FaultyServer, always, at_rate
+from served_corpus import CHUNK_TOKENS, assert_same, everything, options, write_corpus
+
+from pretrain import remote, shards
+from pretrain.config import ConfigError
+from pretrain.manifest import CorruptShardError, load_manifest
+from pretrain.remote import ReadError, is_remote, persist, redact
+from pretrain.shards import Corpus
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(remote, "LONGEST_PAUSE_S", 0.5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+# --- what is read is what there is ---
+
+
+def test_a_corpus_is_read_from_a_url(folder: Path, tmp_path: Path) -> None:
+    with FaultyServer(folder) as server:
+        corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path))
+        assert_same(corpus, folder)
+        assert len(server.asked(r"\.tar")) == corpus.n_chunks  # one request for both members of a chunk
+        whole = corpus.read(3, 0, CHUNK_TOKENS)
+        np.testing.assert_array_equal(corpus.read(3, 100, 200), whole[100:200])
+        assert len(server.asked(r"\.tar")) == corpus.n_chunks
+        with pytest.raises(IndexError):
+            corpus.read(corpus.n_chunks, 0, 1)
+
+
+def test_a_file_url_is_a_path(folder: Path) -> None:
+    corpus = Corpus(f"file://{folder}/manifest.json")
+    assert corpus.manifest_path == folder / "manifest.json"
+    assert_same(corpus, folder)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_at_a_high_rate_changes_nothing(folder: Path, tmp_path: Path, fault: str) -> None:
+    with FaultyServer(folder, at_rate(0.3, fault)) as server:
+        corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path, prefetch_chunks=16))
+        corpus.prefetch(range(corpus.n_chunks))
+        assert_same(corpus, folder)
+        assert {request.fault for request in server.requests} == {None, fault}
+
+
+def test_all_faults_together_change_nothing(folder: Path, tmp_path: Path) -> None:
+    with FaultyServer(folder, at_rate(0.5, *FAULTS)) as server:
+        corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path, prefetch_chunks=16))
+        corpus.prefetch(range(corpus.n_chunks))
+        assert_same(corpus, folder)
+        faults = [request.fault for request in server.requests if request.fault]
+        assert set(faults) == set(FAULTS)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes_and_threads_can_use_it(folder: Path, tmp_path: Path, method: str) -> None:
+    with FaultyServer(folder, at_rate(0.2, "reset", "503")) as server:
+        corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path))
+        expected = corpus.read(0, 0, 9).tolist()
+        assert len(ForkingPickler.dumps(corpus)) < 1000
+        context = multiprocessing.get_context(method)
+        with context.Pool(2) as pool:
+            parts = pool.starmap(read_chunk, [(corpus, chunk) for chunk in range(corpus.n_chunks)])
+        with multiprocessing.pool.ThreadPool(8) as threads:
+            again = threads.starmap(read_chunk, [(corpus, chunk) for chunk in range(corpus.n_chunks)])
+        assert parts[0][:9] == expected
+        assert parts == again
+        assert_same(corpus, folder)
+
+
+def test_a_child_forked_while_chunks_are_on_their_way_reads_by_itself(folder: Path, tmp_path: Path) -> None:
+    def script(path: str, before: int) -> str | None:
+        return "hang" if "shard-00000.tar" in path and before == 0 else None
+
+    with FaultyServer(folder, script) as server:
+        corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path))
+        corpus.read(30, 0, 1)
+        corpus.prefetch([0, 1])
+        while len(server.asked(r"shard-00000\.tar")) < 2:
+            time.sleep(0.01)
+        process = multiprocessing.get_context("fork").Process(target=read_chunk, args=(corpus, 0))
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0
+        assert_same(corpus, folder)
+
+
+def read_chunk(corpus: Corpus, chunk: int) -> list[int]:
+    return corpus.read(chunk, 0, CHUNK_TOKENS).tolist()
+
+
+def test_only_the_first_process_asks_for_the_manifest_of_a_known_corpus(folder: Path, tmp_path: Path) -> None:
+    with FaultyServer(folder) as server:
+        corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path))
+        again = ForkingPickler.loads(ForkingPickler.dumps(corpus))
+        assert again.manifest == corpus.manifest
+        assert again.options == corpus.options
+        assert len(server.asked("manifest")) == 1
+
+
+def test_googles_store_is_read_too(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real client, and of the store what it asks for."""
+    monkeypatch.setenv(
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
+    )  # as remote.py does, before the first import
+    gcsfs = pytest.importorskip("gcsfs", reason="gcsfs, of the extra `gcs`, is not installed")
+    monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+    with FaultyServer(folder, at_rate(0.3, "reset", "wrong", "short", "cut", "drip")) as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        corpus = Corpus("gs://bucket/manifest.json", options=options(tmp_path, prefetch_chunks=16))
+        corpus.prefetch(range(corpus.n_chunks))
+        assert_same(corpus, folder)
+        for fault, kind in (("404", CorruptShardError), ("403", remote.DeniedError)):
+            server.script = always(fault, r"\.tar")
+            corpus = Corpus(
+                "gs://bucket/manifest.json", options=options(tmp_path / fault, read_timeout_s=1000)
+            )
+            with pytest.raises(kind, match="after 5 attempts"):
+                corpus.read(0, 0, 1)
+
+
+# --- what lasts ends in time, in a sentence ---
+
+
+def test_a_missing_shard_is_named(folder: Path, tmp_path: Path) -> None:
+    with FaultyServer(folder, always("404", r"shard-00001\.tar")) as server:
+        url = f"{server.url}/manifest.json"
+        corpus = Corpus(url, options=options(tmp_path, read_timeout_s=1000))
+        chunk = corpus.manifest.shards[1].first_chunk
+        with pytest.raises(
+            CorruptShardError, match=r"shard-00001\.tar .* not there; .* after 5 attempts"
+        ) as caught:
+            corpus.read(chunk, 0, 1)
+        assert (caught.value.source_path, caught.value.chunk) == (url, chunk)
+        sent = ForkingPickler.loads(ForkingPickler.dumps(caught.value))
+        assert (str(sent), sent.source_path, sent.chunk) == (str(caught.value), url, chunk)
+        assert len(corpus.read(chunk - 1, 0, 9)) == 9
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("wrong", r"member 000002\.(tok|doc) has xxh3-64"),
+        ("short", r"member 000002\.(tok|doc) has \d+ bytes"),
+    ],
+)
+def test_bytes_that_stay_wrong_are_never_used(folder: Path, tmp_path: Path, fault: str, words: str) -> None:
+    with FaultyServer(folder, always(fault, r"\.tar")) as server:
+        corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path, read_timeout_s=1000))
+        for read in (lambda: corpus.read(2, 0, 1), lambda: corpus.documents(2)):
+            with pytest.raises(CorruptShardError, match=rf"chunk 2: .*{words}.*after 6 attempts") as caught:
+                read()
+            assert caught.value.chunk == 2
+        assert not list(tmp_path.glob("corpus-*/*.chunk*"))
+
+
+def test_a_wrong_index_is_no_index(folder: Path, tmp_path: Path) -> None:
+    with FaultyServer(folder, always("wrong", r"\.idx")) as server:
+        corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path))
+        with pytest.raises(CorruptShardError, match=r"shard-00000\.idx .*another sha256") as caught:
+            corpus.read(0, 0, 1)
+        assert caught.value.chunk == 0
+        assert not server.asked(r"\.tar")
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("503", "HTTP status 503"), ("reset", "the store failed"), ("hang", r"no whole answer within 0\.2 s")],
+)
+def test_a_store_that_stays_away_is_waited_for_so_long(
+    folder: Path, tmp_path: Path, fault: str, words: str
+) -> None:
+    """It is no damaged chunk: nothing else of that store could be read instead."""
+    with FaultyServer(folder) as server:
+        corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path, read_timeout_s=2))
+        server.script = always(fault)
+        expected = rf"{server.url}/shards/shard-00000\.idx .*{words}.*after \d+ attempts in \d+ s"
+        with pytest.raises(ReadError, match=expected) as caught:
+            corpus.read(0, 0, 1)
+        assert not isinstance(caught.value, CorruptShardError)
+        corpus.prefetch([0, 1])
+        with pytest.raises(ReadError, match=expected):  # what is fetched ahead in vain does not stay
+            corpus.read(0, 0, 1)
+        server.script = None
+        assert len(corpus.read(0, 0, 9)) == 9
+
+
+def test_a_server_that_is_gone_is_a_store_that_is_away(folder: Path, tmp_path: Path) -> None:
+    with FaultyServer(folder) as server:
+        corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path, read_timeout_s=1))
+    with pytest.raises(ReadError, match=r"ClientConnectorError"):
+        corpus.read(0, 0, 1)
+
+
+@pytest.mark.parametrize("status", ["401", "403", "400"])
+def test_a_refusal_is_told_apart(folder: Path, tmp_path: Path, status: str) -> None:
+    with FaultyServer(folder, always(status, "shards")) as server:
+        corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path, read_timeout_s=1000))
+        with pytest.raises(remote.DeniedError, match=r"refuses .*credentials.*after 5 attempts"):
+            corpus.read(0, 0, 1)
+
+
+def test_a_server_without_ranges_is_not_believed(folder: Path, tmp_path: Path) -> None:
+    class NoRanges(FaultyServer):
+        def choose(self, path: str, range_: str) -> str | None:
+            return "200" if "shard-00000.tar" in path else super().choose(path, range_)
+
+    with NoRanges(folder) as server:
+        corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path))
+        with pytest.raises(CorruptShardError, match="with all of it"):
+            corpus.read(0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("none.json", b"", "is not there"),
+        ("other.json", b"<html>", "is no corpus manifest"),
+        ("large.json", b"x" * 3000, "more than the 2,000 bytes"),
+    ],
+)
+def test_what_is_no_manifest_is_a_configuration_error(
+    tmp_path: Path, name: str, content: bytes, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.manifest.MAX_MANIFEST_BYTES", 2000)
+    if content:
+        (tmp_path / name).write_bytes(content)
+    with FaultyServer(tmp_path) as server, pytest.raises(ConfigError, match=words):
+        load_manifest(f"{server.url}/{name}")
+
+
+def test_an_unknown_kind_of_store_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere://x/manifest\.json cannot be used"):
+        load_manifest("nowhere://x/manifest.json")
+
+
+# --- retries ---
+
+
+def test_waiting_is_told_of_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(remote, "_SAY_AFTER_S", 0)
+    monkeypatch.setattr(remote, "_said_at", -1000.0)
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.001)
+    attempts = []
+
+    def attempt(timeout_s: float) -> str:
+        attempts.append(timeout_s)
+        if len(attempts) < 8:
+            raise OSError("see https://user:secret@host/x?signature=abc")
+        return "done"
+
+    with caplog.at_level(logging.WARNING):
+        assert persist("s3://bucket/x", attempt, 100) == "done"
+    (line,) = caplog.messages
+    assert re.match(
+        r"waiting for s3://bucket/x for 0 s \(1 attempts, until 100 s\): the store failed \(OSError", line
+    )
+    assert "secret" not in line
+    assert "abc" not in line
+    assert attempts == [10.0] * 8  # one attempt gets a tenth
+
+
+def test_pauses_grow_and_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for number, most in ((1, 0.25), (2, 0.5), (4, 2), (20, 20), (10_000, 20)):
+        pauses = [remote._pause(number) for _ in range(200)]
+        assert 0 <= min(pauses) < most / 4
+        assert most / 2 < max(pauses) <= most
+
+
+def test_a_server_says_when_to_come_again() -> None:
+    assert remote._seconds("3") == 3
+    assert (
+        0 < remote._seconds(time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 90))) <= 90
+    )
+    for nonsense in (None, "", "soon", "-1", "9" * 400, "Wed, 21 Oct 2015 07:28:00 GMT"):
+        assert remote._seconds(nonsense) in (0, float("inf"))
+    assert remote._classify(remote._HttpError(429, "7"), 1)[0::2] == (ReadError, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("s3://bucket/key is not there", "s3://bucket/key is not there"),
+        ("https://me:secret@host/a", "https://***@host/a"),
+        ("url='https://host/a?X-Amz-Signature=secret&b=c' x?", "url='https://host/a?***' x?"),
+        ("https://token@host/a?sig=s https://host/b", "https://***@host/a?*** https://host/b"),
+        ("write to me@host.org", "write to me@host.org"),
+    ],
+)
+def test_credentials_are_not_shown(text: str, expected: str) -> None:
+    assert redact(text) == expected
+
+
+def test_errors_show_no_credentials(folder: Path, tmp_path: Path) -> None:
+    with FaultyServer(folder) as server:
+        url = server.url.replace("http://", "http://me:secret@")
+        corpus = Corpus(f"{url}/manifest.json", options=options(tmp_path, read_timeout_s=1))
+        for fault in ("403", "404", "503", "wrong"):
+            server.script = always(fault, r"\.tar")
+            with pytest.raises((ReadError, CorruptShardError), match=r"http://\*\*\*@127") as caught:
+                corpus.read(0, 0, 1)
+            assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [("s3://b/m", True), ("https://h/m", True), ("file:///m", False), ("/m", False), (Path("s3://x"), False)],
+)
+def test_what_is_behind_a_url(path: str | Path, expected: bool) -> None:
+    assert is_remote(path) is expected
+
+
+# --- local files on a network's disk ---
+
+
+def test_a_short_read_of_a_local_file_is_tried_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, (expected, _) = copy_of(folder, tmp_path), everything(Corpus(folder / "manifest.json"))
+    tar = tmp_path / "corpus/shards/shard-00000.tar"
+    corpus.read(0, 0, 1)
+    shutil.copy(tar, tmp_path / "whole")
+    os.truncate(tar, 600)
+    pauses = []
+
+    def mend(pause: float) -> None:  # during the second pause
+        pauses.append(pause)
+        if len(pauses) == 2:
+            os.replace(tmp_path / "whole", tar)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(remote.time, "sleep", mend)
+        found = corpus.read(1, 0, CHUNK_TOKENS)
+    np.testing.assert_array_equal(found, expected[CHUNK_TOKENS : 2 * CHUNK_TOKENS])
+    tar.rename(tmp_path / "moved")
+    assert len(corpus.read(1, 0, 9)) == 9  # from the file that was opened anew
+    os.truncate(tmp_path / "moved", 600)
+    (tmp_path / "moved").rename(tar)
+    with pytest.raises(
+        CorruptShardError, match=r"member 000001\.doc cannot be read: it is cut off, 0 of"
+    ) as caught:
+        corpus.documents(1)
+    assert (caught.value.chunk, caught.value.source_path) == (1, str(tmp_path / "corpus/manifest.json"))
+
+
+@pytest.mark.parametrize("number", [5, 116])  # EIO, ESTALE
+def test_an_error_of_a_local_file_that_passes_is_tried_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A mock, named as one: no disk here fails on request. It fails as often as may be, then once more."""
+    corpus, failures, pread = copy_of(folder, tmp_path), [number] * 5, os.pread
+
+    def failing(*arguments: int) -> bytes:
+        if failures:
+            raise OSError(failures.pop(), "injected")
+        return pread(*arguments)
+
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(shards.os, "pread", failing)
+    assert len(corpus.read(0, 0, 9)) == 9
+    failures += [number] * 6
+    with pytest.raises(CorruptShardError, match=r"member 000001\.tok cannot be read: injected"):
+        corpus.read(1, 0, 9)
+    assert not failures
+
+
+def copy_of(folder: Path, tmp_path: Path) -> Corpus:
+    return Corpus(Path(shutil.copytree(folder, tmp_path / "corpus")) / "manifest.json")
