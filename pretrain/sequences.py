@@ -22,6 +22,8 @@ IGNORED_LABEL = -100
 """Label of a position at which nothing is to be predicted."""
 _PACKED_CHUNKS = 64  # whose packing is kept; a rank reads W chunks per lane and source at a time
 _SUBSTITUTES_TRIED = 8
+_ATTEMPTS = 3  # a chunk that comes and goes must not hold up a run for ever
+_NOTHING = np.empty(0, np.uint16)
 
 Packed = NDArray[np.int32]
 
@@ -48,14 +50,14 @@ class Sequences:
     """Chunks that could not be read, found while reading these."""
 
 
-class _Row(NamedTuple):
-    """A piece of a row."""
+class _Segment(NamedTuple):
+    """Tokens [start, stop) of a chunk, of which a row holds a copy."""
 
-    tokens: NDArray[np.int32]
-    labels: NDArray[np.int32]
-    begins: NDArray[np.bool_]
-    """Where a document begins; the first is always True."""
-    cut: int
+    row: int
+    source: int
+    chunk: int
+    start: int
+    stop: int
 
 
 class SequenceReader:
@@ -77,29 +79,65 @@ class SequenceReader:
 
     def read(self, where: Location, samples: Ints, sequence_length: int) -> Sequences:
         """The sequences at `where`, one row per sample. Raises CorruptShardError, and RunError without a substitute."""
-        n = len(samples)
-        tokens = np.empty((n, sequence_length), np.int32)
-        labels = np.full((n, sequence_length), IGNORED_LABEL, np.int32)
+        found: list[Substitution] = []
+        for _ in range(_ATTEMPTS):
+            try:
+                segments = self._segments(where, samples)
+                return self._fill(segments, len(samples), sequence_length, found)
+            except (CorruptShardError, OSError) as error:
+                if self._stops:
+                    raise
+                problem = error
+            found += self._substitute_bad_chunks(where, samples)
+        raise problem
+
+    def prefetch(self, where: Location) -> None:
+        """Begin to fetch the chunks of these places, the first ones first."""
+        for source, corpus in enumerate(self._corpora):
+            chunks = dict.fromkeys(where.chunk[where.source == source].tolist())
+            corpus.prefetch(list(chunks))
+
+    def _segments(self, where: Location, samples: Ints) -> list[_Segment]:
+        """What the rows hold, one after another."""
+        segments = []
+        for source, epoch, chunk, sequence, length, row in zip(*(a.tolist() for a in where), strict=True):
+            chunk = self._chunk(source, epoch, chunk, int(samples[row]))
+            if self._best_fit:
+                ranges = self._packing(source, chunk, length)[sequence]
+            else:
+                ranges = concat(self._corpora[source].tokens_in(chunk), length, sequence)
+            segments += [_Segment(row, source, chunk, start, stop) for start, stop in ranges]
+        return segments
+
+    def _fill(
+        self, segments: list[_Segment], n: int, sequence_length: int, found: list[Substitution]
+    ) -> Sequences:
+        packed = np.empty((4, n, sequence_length), np.int32)
+        tokens, labels = packed[0], packed[1]
+        labels[:] = IGNORED_LABEL
         begins = np.zeros((n, sequence_length), np.bool_)
         filled = [0] * n
         pieces = cut = 0
-        found: list[Substitution] = []
-        for source, epoch, chunk, sequence, length, row in zip(*(a.tolist() for a in where), strict=True):
-            place = (source, epoch, chunk, int(samples[row]))
-            for part in self._read_piece(place, sequence, length, found):
-                start, stop = filled[row], filled[row] + len(part.tokens)
-                tokens[row, start:stop] = part.tokens
-                labels[row, start:stop] = part.labels
-                begins[row, start:stop] = part.begins
-                filled[row] = stop
-                pieces += int(part.begins.sum())
-                cut += part.cut
+        for segment, read in zip(segments, self._read_tokens(segments), strict=True):
+            row, begin = segment.row, filled[segment.row]
+            size = segment.stop - segment.start
+            end = filled[row] = begin + size
+            tokens[row, begin:end] = read[:size]
+            labels[row, begin : begin + len(read) - 1] = read[1:]
+            corpus = self._corpora[segment.source]
+            if corpus.manifest.loss_mask:
+                targets = corpus.is_target(segment.chunk, segment.start + 1, segment.stop + 1)
+                labels[row, begin:end][~targets] = IGNORED_LABEL
+            if self._masking:
+                n_pieces, n_cut = self._mark(
+                    segment, begins[row, begin:end], labels[row, begin:end], read[size - 1]
+                )
+                pieces, cut = pieces + n_pieces, cut + n_cut
+        eos_id = self._corpora[0].manifest.eos_id
         for row, stop in enumerate(filled):
             if stop < sequence_length:
-                tokens[row, stop:] = self._corpora[int(where.source[0])].manifest.eos_id
+                tokens[row, stop:] = eos_id
                 begins[row, stop] = True
-        packed = np.empty((4, n, sequence_length), np.int32)
-        packed[0], packed[1] = tokens, labels
         packed[2] = np.arange(sequence_length, dtype=np.int32)
         if self._masking:
             begins[:, 0] = False  # documents of a row are counted from 0
@@ -109,44 +147,70 @@ class SequenceReader:
             packed[3] = 0
         return Sequences(packed, Counts(pieces, cut, n * sequence_length - sum(filled)), found)
 
-    def prefetch(self, where: Location) -> None:
-        """Begin to fetch the chunks of these places, the first ones first."""
+    def _read_tokens(self, segments: list[_Segment]) -> list[NDArray[np.integer]]:
+        """The tokens of each segment, and one beyond where its chunk has it: the last label."""
+        read: list[NDArray[np.integer]] = [_NOTHING] * len(segments)
         for source, corpus in enumerate(self._corpora):
-            chunks = dict.fromkeys(where.chunk[where.source == source].tolist())
-            corpus.prefetch(list(chunks))
+            mine = [i for i, segment in enumerate(segments) if segment.source == source]
+            ranges = [(segments[i].chunk, segments[i].start, segments[i].stop + 1) for i in mine]
+            for i, tokens in zip(mine, corpus.read_many(ranges), strict=True):
+                read[i] = tokens
+        return read
 
-    def _read_piece(
-        self, place: tuple[int, int, int, int], sequence: int, length: int, found: list[Substitution]
-    ) -> list[_Row]:
-        source, epoch, chunk, sample = place
+    def _mark(
+        self, segment: _Segment, begins: NDArray[np.bool_], labels: NDArray[np.int32], last: np.integer
+    ) -> tuple[int, int]:
+        """Mark where documents begin, and that no label crosses to the next; pieces, and those that are cut."""
+        corpus = self._corpora[segment.source]
+        documents = corpus.documents(segment.chunk)
+        low, high = documents.starts.searchsorted((segment.start, segment.stop))
+        at = documents.starts[low:high] - segment.start
+        begins[at] = True
+        labels[at[at > 0] - 1] = IGNORED_LABEL
+        ends = high < len(documents.starts) and documents.starts[high] == segment.stop
+        if ends:
+            labels[-1] = IGNORED_LABEL
+        whole_first = len(at) > 0 and at[0] == 0 and documents.offsets[low] == 0
+        whole_last = ends or last == corpus.manifest.eos_id
+        n = len(at) + (len(at) == 0 or at[0] > 0)
+        begins[0] = True
+        return n, (not whole_first) + (not whole_last) if n > 1 else int(not (whole_first and whole_last))
+
+    def _chunk(self, source: int, epoch: int, chunk: int, sample: int) -> int:
+        """The chunk to read where the order says `chunk`."""
         known = self._substitutions.get((source, epoch, chunk))
-        if known is not None and sample >= known.first_sample:
-            return self._rows(source, known.substitute, sequence, length)
-        try:
-            return self._rows(source, chunk, sequence, length)
-        except (CorruptShardError, OSError) as error:
-            if self._stops:
-                raise
-            reason = str(error)
-        for substitute in self._substitutes(source, epoch, chunk):
-            try:
-                rows = self._rows(source, substitute, sequence, length)
-            except (CorruptShardError, OSError):
+        return known.substitute if known is not None and sample >= known.first_sample else chunk
+
+    def _substitute_bad_chunks(self, where: Location, samples: Ints) -> list[Substitution]:
+        """Try every chunk of these places by itself, and choose others for those that cannot be read."""
+        found = []
+        for source, epoch, chunk, _, _, row in zip(*(a.tolist() for a in where), strict=True):
+            sample = int(samples[row])
+            reason = self._problem(source, self._chunk(source, epoch, chunk, sample))
+            if reason is None:
                 continue
+            candidates = self._substitutes(source, epoch, chunk)
+            good = next((other for other in candidates if self._problem(source, other) is None), None)
+            if good is None:
+                raise RunError(
+                    f"{reason}; and {_SUBSTITUTES_TRIED} chunks that would stand in for it cannot be read either"
+                )
             entry = Substitution(
-                source=source,
-                epoch=epoch,
-                chunk=chunk,
-                first_sample=sample,
-                substitute=substitute,
-                reason=reason,
+                source=source, epoch=epoch, chunk=chunk, first_sample=sample, substitute=good, reason=reason
             )
             self._substitutions[source, epoch, chunk] = entry
             found.append(entry)
-            return rows
-        raise RunError(
-            f"{reason}; and {_SUBSTITUTES_TRIED} chunks that would stand in for it cannot be read either"
-        )
+        return found
+
+    def _problem(self, source: int, chunk: int) -> str | None:
+        """What is wrong with a chunk, or None."""
+        corpus = self._corpora[source]
+        try:
+            corpus.read(chunk, 0, corpus.chunk_tokens)
+            corpus.documents(chunk)
+        except (CorruptShardError, OSError) as error:
+            return str(error)
+        return None
 
     def _substitutes(self, source: int, epoch: int, chunk: int) -> list[int]:
         """Chunks to be tried in place of a bad one: the same on every rank, and at every restart."""
@@ -155,36 +219,6 @@ class SequenceReader:
         keys = key_of(self._seed, source, epoch, chunk, tries)
         drawn = [int(key % np.uint64(max(n_full, 1))) for key in keys]
         return [other for other in dict.fromkeys(drawn) if other != chunk][:_SUBSTITUTES_TRIED]
-
-    def _rows(self, source: int, chunk: int, sequence: int, length: int) -> list[_Row]:
-        corpus = self._corpora[source]
-        n_tokens = corpus.tokens_in(chunk)
-        if self._best_fit:
-            segments = self._packing(source, chunk, length)[sequence]
-        else:
-            segments = concat(n_tokens, length, sequence)
-        return [self._segment(corpus, chunk, start, stop) for start, stop in segments]
-
-    def _segment(self, corpus: Corpus, chunk: int, start: int, stop: int) -> _Row:
-        read = corpus.read(chunk, start, stop + 1).astype(np.int32)  # one beyond: the last label
-        tokens = read[: stop - start]
-        labels = np.full(len(tokens), IGNORED_LABEL, np.int32)
-        labels[: len(read) - 1] = np.where(
-            corpus.is_target(chunk, start + 1, start + len(read)), read[1:], IGNORED_LABEL
-        )
-        begins = np.zeros(len(tokens) + 1, np.bool_)
-        if not self._masking:
-            return _Row(tokens, labels, begins[:-1], 0)
-        documents = corpus.documents(chunk)
-        low, high = documents.starts.searchsorted((start, stop + 1))
-        begins[documents.starts[low:high] - start] = True
-        labels[begins[1:]] = IGNORED_LABEL
-        whole_first = begins[0] and documents.offsets[low] == 0
-        whole_last = begins[-1] or tokens[-1] == corpus.manifest.eos_id
-        begins[0] = True
-        n = int(begins[:-1].sum())
-        cut = int(not whole_first) + int(not whole_last) if n > 1 else int(not (whole_first and whole_last))
-        return _Row(tokens, labels, begins[:-1], cut)
 
     def _packing(self, source: int, chunk: int, length: int) -> Segments:
         key = (source, chunk, length)

@@ -21,6 +21,7 @@ the text that the document's targets stand for, given with its first piece, else
 
 from __future__ import annotations
 
+import bisect
 import errno
 import json
 import os
@@ -28,6 +29,7 @@ import tarfile
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,7 @@ class Corpus:
         self.chunk_tokens = self.manifest.chunk_tokens
         self.last_chunk_tokens = self.manifest.last_chunk_tokens
         self._dtype = np.dtype(self.manifest.dtype)
-        self._first_chunks = np.array([shard.first_chunk for shard in self.manifest.shards])
+        self._first_chunks = [shard.first_chunk for shard in self.manifest.shards]
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._documents: OrderedDict[int, ChunkDocuments] = OrderedDict()
         self._verified = np.zeros(self.n_chunks, dtype=bool)
@@ -152,6 +154,31 @@ class Corpus:
             raise
         return np.frombuffer(content, dtype=self._dtype.newbyteorder("<")).astype(self._dtype)
 
+    def read_many(self, ranges: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
+        """Tokens [start, stop) of chunks, given as (chunk, start, stop), as `read` has them.
+
+        On a disk all go into one buffer, each by one system call: several times as fast as one by one.
+        """
+        if self._remote is not None or not ranges:
+            return [self.read(*wanted) for wanted in ranges]
+        width = self._dtype.itemsize
+        chunks, starts, stops = np.array(ranges, np.int64).T
+        stops = np.minimum(
+            stops, np.where(chunks == self.n_chunks - 1, self.last_chunk_tokens, self.chunk_tokens)
+        )
+        borders = np.concatenate([[0], np.cumsum(stops - starts)])
+        buffer = np.empty(int(borders[-1]), self._dtype.newbyteorder("<"))
+        into, at = buffer.data.cast("B"), (borders * width).tolist()
+        for i, (chunk, start) in enumerate(zip(chunks.tolist(), (starts * width).tolist(), strict=True)):
+            shard, row = self._locate(chunk)
+            target = into[at[i] : at[i + 1]]
+            if self.verify_chunks and not self._verified[chunk]:
+                target[:] = self._token_bytes(chunk, start, start + len(target))
+            elif not shard.read_into(row, start, target):
+                target[:] = shard.read(row, TOKENS, start, start + len(target))
+        tokens = buffer.astype(self._dtype, copy=False)
+        return [tokens[low:high] for low, high in pairwise(borders.tolist())]
+
     def documents(self, chunk: int) -> ChunkDocuments:
         """The document pieces of a chunk. Raises CorruptShardError, and IndexError for an unknown chunk."""
         if not 0 <= chunk < self.n_chunks:
@@ -199,7 +226,7 @@ class Corpus:
         return f"{shard.path}: {member_name(chunk, DOCUMENTS)}", shard.member(row, DOCUMENTS)
 
     def _locate(self, chunk: int) -> tuple[_OpenShard, int]:
-        number = int(np.searchsorted(self._first_chunks, chunk, side="right")) - 1
+        number = bisect.bisect_right(self._first_chunks, chunk) - 1
         info = self.manifest.shards[number]
         if number in self._open:
             self._open.move_to_end(number)
@@ -222,6 +249,7 @@ class _OpenShard:
         self.info = info = manifest.shards[number]
         self.path = resolve_inside(folder, info.name)
         self.index = read_index(folder, manifest, number)
+        self.offsets = self.index[:, TOKENS, 0].tolist()
         try:
             self._descriptor, size = retry_local(self._open)
         except OSError as error:
@@ -262,6 +290,13 @@ class _OpenShard:
             raise CorruptShardError(
                 f"{self.path}: member {self.member_name(row, kind)} cannot be read: {error.strerror}"
             ) from error
+
+    def read_into(self, row: int, start: int, target: memoryview) -> bool:
+        """Fill `target` with the bytes of a .tok member from `start` on, which are not checked; False: it failed."""
+        try:
+            return os.preadv(self._descriptor, (target,), self.offsets[row] + start) == len(target)
+        except OSError:
+            return False
 
     def _read_anew(self, offset: int, size: int) -> bytes:
         """Of the file opened again: what a handle is stale for, or a cache holds half of, is whole there."""
