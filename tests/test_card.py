@@ -357,7 +357,7 @@ def test_a_hash_changes_with_what_it_stands_for(tmp_path: Path) -> None:
     longer = stages("longer", numbered(20), max_chars=10_000)
     assert longer["gather"]["options_sha256"] != first["gather"]["options_sha256"]
     assert longer["shards"] == first["shards"]
-    duplicated = stages("duplicated", numbered(20) + numbered(1))
+    duplicated = stages("duplicated", numbered(1) + numbered(20))
     assert duplicated["gather"]["input_sha256"] != first["gather"]["input_sha256"]
     assert duplicated["gather"]["output_sha256"] == first["gather"]["output_sha256"]
     other = stages("other", numbered(20, ENGLISH + " So it is."))
