@@ -99,7 +99,7 @@ def _statistics_lines(statistics: Mapping[str, Any]) -> list[str]:
             counts = ", ".join(f"{name} {count:,}" for name, count in statistics[key].items())
             lines.append(f"- {what}: {counts or 'none'}")
         else:
-            lines.append(f"- {what}: not looked for")
+            lines.append(f"- {what}: not counted")
     return lines
 
 

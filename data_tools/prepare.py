@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from data_tools.card import HEADERS, describe, source_rows
-from data_tools.config import PrepareConfig
+from data_tools.config import CardConfig, PrepareConfig
 from data_tools.encode import WorkerDiedError, encode_parts
 from data_tools.fertility import heldout_texts, measure
 from data_tools.funnel import curations_of, funnel_table
@@ -168,8 +168,13 @@ def _state_anew(config: PrepareConfig, output: Path) -> None:
             "prepare it again with license=NAME, or with the field license in the records"
         )
     stated = config.card.stated()
-    if stated == report.get("card", stated):  # programs before had no statements
+    if stated == report.get("card", CardConfig().stated()):
         return
+    if not (output / STATISTICS_NAME).exists():
+        raise ConfigError(
+            f"output={output} was prepared by an older program, without {STATISTICS_NAME}; card.* can be stated "
+            "with overwrite=true, which prepares it again"
+        )
     report["card"] = stated
     describe(output, report)
     write_report(output, report)

@@ -22,13 +22,14 @@ from hypothesis import strategies as st
 from test_curate import PROSE, write_text
 from test_prepare import ENGLISH, config, content, numbered, run, write_jsonl
 
-from data_tools.config import CardConfig, TokenizerConfig
+from data_tools.config import CardConfig, PrepareConfig, TokenizerConfig
 from data_tools.curate import CurateConfig, curate
 from data_tools.fertility import measure
+from data_tools.gather import Funnel
 from data_tools.plots import write_plots
 from data_tools.prepare import prepare
 from data_tools.remove import documents_of, remove
-from data_tools.statistics import DocumentCounts, length_statistics
+from data_tools.statistics import DocumentCounts, drop_figures, length_statistics
 from pretrain.config import ConfigError, load_config
 from pretrain.manifest import load_manifest
 from pretrain.shards import Corpus
@@ -66,9 +67,14 @@ def curated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def prepared(curated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("prepared") / "corpus"
-    options = {"tokenizer": TokenizerConfig(vocab_size=2000), "heldout_frac": 0.2, "license": "CC0-1.0"}
-    assert prepare(config(output, curated / "documents", shard_bytes=65536, card=STATED, **options)) == 0
+    assert prepare(options_of(curated, output, card=STATED)) == 0
     return output
+
+
+def options_of(curated: Path, output: Path, **more: Any) -> PrepareConfig:
+    tokenizer = TokenizerConfig(vocab_size=2000)
+    options: dict[str, Any] = {"heldout_frac": 0.2, "license": "CC0-1.0", "shard_bytes": 65536}
+    return config(output, curated / "documents", tokenizer=tokenizer, **options, **more)
 
 
 def check_statistics(folder: Path) -> None:
@@ -184,7 +190,7 @@ def test_what_was_left_out_is_counted(prepared: Path, curated: Path) -> None:
     assert statistics["contamination"] == {"quiz": 14, "unseen": 0}
 
 
-def test_what_nobody_looked_for_is_not_zero(tmp_path: Path) -> None:
+def test_what_nobody_counted_is_not_zero(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [*numbered(20), *numbered(3)])
     assert prepare(config(tmp_path / "out", source)) == 0
     statistics = read(tmp_path / "out/statistics.json")
@@ -194,7 +200,17 @@ def test_what_nobody_looked_for_is_not_zero(tmp_path: Path) -> None:
     assert statistics["duplicates"] == {"exact_in_preparation": 3}
     assert statistics["scripts"]["other"]["documents"] == statistics["documents"] == 19
     card = (tmp_path / "out/README.md").read_text()
-    assert "share text with evaluation sets: not looked for" in card
+    assert "share text with evaluation sets: not counted" in card
+
+
+def test_several_curations_add_up(curated: Path) -> None:
+    report, funnel = read(curated / "report.json"), Funnel(read=2, kept=2)
+    one, two = (drop_figures([report] * n, n, funnel) for n in (1, 2))
+    assert two["funnel"][0]["documents_in"] == 2 * one["funnel"][0]["documents_in"]
+    assert [row["stage"] for row in two["funnel"]] == [row["stage"] for row in one["funnel"]]
+    assert two["duplicates"]["clusters"] == 2 * one["duplicates"]["clusters"] > 0
+    assert two["contamination"] == {"quiz": 28, "unseen": 0}
+    assert drop_figures([report], 2, funnel)["languages"] is None  # the other input's are not known
 
 
 def test_dropped_documents_count_as_contaminated(tmp_path: Path) -> None:
@@ -341,7 +357,7 @@ def test_a_hash_changes_with_what_it_stands_for(tmp_path: Path) -> None:
     longer = stages("longer", numbered(20), max_chars=10_000)
     assert longer["gather"]["options_sha256"] != first["gather"]["options_sha256"]
     assert longer["shards"] == first["shards"]
-    duplicated = stages("duplicated", numbered(20) + numbered(1))
+    duplicated = stages("duplicated", numbered(1) + numbered(20))
     assert duplicated["gather"]["input_sha256"] != first["gather"]["input_sha256"]
     assert duplicated["gather"]["output_sha256"] == first["gather"]["output_sha256"]
     other = stages("other", numbered(20, ENGLISH + " So it is."))
@@ -397,8 +413,7 @@ def test_another_statement_rewrites_the_card_alone(tmp_path: Path) -> None:
 
 
 def copy_of(prepared: Path, curated: Path, output: Path) -> Path:
-    options = {"tokenizer": TokenizerConfig(vocab_size=2000), "heldout_frac": 0.2, "license": "CC0-1.0"}
-    assert prepare(config(output, curated / "documents", shard_bytes=65536, card=STATED, **options)) == 0
+    assert prepare(options_of(curated, output, card=STATED)) == 0
     assert content(output) == content(prepared)
     return output
 
@@ -436,6 +451,9 @@ def test_a_corpus_of_an_older_program_can_be_cut_too(prepared: Path, curated: Pa
     (folder / "prepare.json").write_text(json.dumps(report))
     (folder / "statistics.json").unlink()
     (folder / "croissant.json").unlink()
+    with pytest.raises(ConfigError, match=r"was prepared by an older program, without statistics\.json"):
+        prepare(options_of(curated, folder, card=STATED))
+    assert prepare(options_of(curated, folder)) == 0
     gone = next(documents_of(Corpus(folder / "manifest.json"))).id
     assert remove(folder, {gone}) == {gone: 1}
     check_statistics(folder)
