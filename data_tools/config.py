@@ -17,10 +17,16 @@ class ModelType(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class TokenizerConfig:
-    """The sentencepiece model: an existing one, or how to train it on the corpus."""
+    """The tokenizer: an existing one, or how to train a sentencepiece model on the corpus."""
 
     path: str | None = None
-    """An existing model, whose special ids are unk 0, bos 1, eos 2, pad 3; null: train one."""
+    """An existing sentencepiece model or tokenizer.json of Hugging Face, or the folder that holds it; null: train
+    one."""
+    bos_token: str | None = None
+    """What begins a document, in the vocabulary of that tokenizer.json; null: as tokenizer_config.json beside it says.
+    Where only one of bos and eos is known, it is used as both."""
+    eos_token: str | None = None
+    """What ends a document, likewise."""
     vocab_size: int | None = None
     """null: 16384, or less where the corpus is small."""
     model_type: ModelType = ModelType.bpe

@@ -21,6 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -28,7 +29,6 @@ import numpy as np
 
 from data_tools.gather import Gathered, json_array, part_path, read_part, save_arrays
 from data_tools.progress import stage
-from pretrain.manifest import token_dtype
 from pretrain.tokenizer import Tokenizer
 
 
@@ -144,22 +144,22 @@ def _encode_part(job: _Job) -> None:
     tokenizer = _tokenizers.get(job.tokenizer)
     if tokenizer is None:
         tokenizer = _tokenizers[job.tokenizer] = Tokenizer(job.tokenizer)
-    dtype = token_dtype(tokenizer.vocab_size)
-    tokens, documents, order, ids, heldout_texts = [], [], [], [], []
-    for document in read_part(job.text):
-        held_out = document.split < job.heldout_below
-        tokens.append(np.array(tokenizer.encode_document(document.text), dtype=dtype))
-        documents.append((document.source, len(document.text.encode()), held_out))
-        order.append(document.order)
-        ids.append(document.id)
-        if held_out:
-            heldout_texts.append(document.text)
-    starts = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
+    documents = list(read_part(job.text))
+    encoded = tokenizer.encode_documents([document.text for document in documents])
+    heldout = [document.split < job.heldout_below for document in documents]
+    rows = [
+        (document.source, len(document.text.encode()), held_out)
+        for document, held_out in zip(documents, heldout, strict=True)
+    ]
+    text = {
+        "ids": [document.id for document in documents],
+        "heldout": [document.text for document in compress(documents, heldout)],
+    }
     save_arrays(
         job.tokens,
-        tokens=np.concatenate(tokens),
-        starts=starts,
-        documents=np.array(documents, dtype=np.int64),
-        order=np.array(order, dtype=np.uint64),
-        text=json_array({"ids": ids, "heldout": heldout_texts}),
+        tokens=encoded.tokens,
+        starts=encoded.starts,
+        documents=np.array(rows, dtype=np.int64),
+        order=np.array([document.order for document in documents], dtype=np.uint64),
+        text=json_array(text),
     )

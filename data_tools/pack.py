@@ -21,10 +21,10 @@ from data_tools.config import PrepareConfig
 from data_tools.encode import EncodedPart, load_encoded, tokens_path
 from data_tools.gather import Gathered
 from data_tools.progress import stage
-from data_tools.workspace import HELDOUT_FOLDER, HELDOUT_TEXT, TOKENIZER_NAME
+from data_tools.workspace import HELDOUT_FOLDER, HELDOUT_TEXT
 from pretrain.corpus_writer import CorpusWriter
 from pretrain.manifest import CorpusSource, Manifest
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import Tokenizer, tokenizer_in
 
 LARGEST_CHUNK_TOKENS = 1 << 18
 SMALLEST_CHUNK_TOKENS = 1 << 12
@@ -53,7 +53,7 @@ def pack(
     config: PrepareConfig, gathered: Gathered, work: Path, corpus: Path
 ) -> tuple[Manifest, Manifest | None]:
     """Write the corpus into the folder `corpus`, where its tokenizer lies already."""
-    tokenizer = Tokenizer(corpus / TOKENIZER_NAME)
+    tokenizer = Tokenizer(tokenizer_in(corpus))
     n_tokens = sum(_training_tokens(tokens_path(work, number)) for number in range(len(gathered.parts)))
     chunk_tokens = config.chunk_tokens or choose_chunk_tokens(n_tokens)
     has_heldout = gathered.funnel.heldout > 0
@@ -71,7 +71,7 @@ def pack(
             files=files,
         )
 
-    training = writer(corpus, [TOKENIZER_NAME] + [f"{HELDOUT_FOLDER}/manifest.json"] * has_heldout)
+    training = writer(corpus, [tokenizer.file_name] + [f"{HELDOUT_FOLDER}/manifest.json"] * has_heldout)
     heldout = writer(corpus / HELDOUT_FOLDER, [HELDOUT_TEXT]) if has_heldout else None
     text = HeldoutText(corpus / HELDOUT_FOLDER / HELDOUT_TEXT) if has_heldout else None
     with stage("writing shards", gathered.funnel.kept_bytes) as progress:

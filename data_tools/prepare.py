@@ -20,6 +20,7 @@ from data_tools.encode import WorkerDiedError, encode_parts
 from data_tools.fertility import heldout_texts, measure
 from data_tools.funnel import curations_of, funnel_table
 from data_tools.gather import Gathered, gather
+from data_tools.import_tokenizer import import_tokenizer
 from data_tools.pack import pack
 from data_tools.sources import find_files
 from data_tools.tables import plain_table
@@ -30,7 +31,6 @@ from data_tools.workspace import (
     HELDOUT_FOLDER,
     HELDOUT_TEXT,
     REPORT_NAME,
-    TOKENIZER_NAME,
     check_places,
     is_finished,
     make_recipe,
@@ -40,7 +40,7 @@ from data_tools.workspace import (
 )
 from pretrain.config import run_command
 from pretrain.manifest import MANIFEST_NAME, Manifest, load_manifest, write_atomically
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import SENTENCEPIECE_NAME, Tokenizer, tokenizer_in
 
 _SOURCES_SHOWN = 12
 _CANNOT_WRITE = {
@@ -76,10 +76,9 @@ def prepare(config: PrepareConfig) -> int:
 def _prepare(config: PrepareConfig) -> int:
     check_places(config)
     output = Path(config.output).expanduser().resolve()
-    given = Path(config.tokenizer.path).expanduser() if config.tokenizer.path is not None else None
-    given_sha256 = Tokenizer(given).sha256 if given is not None else None
+    given = import_tokenizer(config.tokenizer) if config.tokenizer.path is not None else None
     files = find_files(config)
-    recipe = make_recipe(config, files, given_sha256)
+    recipe = make_recipe(config, files, given.sha256 if given is not None else None)
     if is_finished(output, recipe, config.overwrite):
         remove_work(output)
         print(f"already prepared: {output / MANIFEST_NAME} is of this very input and these options")
@@ -88,9 +87,9 @@ def _prepare(config: PrepareConfig) -> int:
         corpus = work / CORPUS_FOLDER
         if not (work / "packed").exists():
             gathered = gather(config, files, work)
-            model = work / TOKENIZER_NAME
+            model = work / (given.file_name if given is not None else SENTENCEPIECE_NAME)
             if not model.exists() and given is not None:
-                write_atomically(model, given.read_bytes())
+                write_atomically(model, given.content)
             elif not model.exists():
                 train_tokenizer(config.tokenizer, gathered, work, model)
             encode_parts(gathered, work, model, _n_workers(config))
@@ -109,8 +108,8 @@ def _build(config: PrepareConfig, gathered: Gathered, work: Path, corpus: Path) 
     """Write the finished corpus, with its card and report, into `corpus`."""
     shutil.rmtree(corpus, ignore_errors=True)
     corpus.mkdir()
-    model = (work / TOKENIZER_NAME).read_bytes()
-    write_atomically(corpus / TOKENIZER_NAME, model)
+    model = tokenizer_in(work)
+    write_atomically(corpus / model.name, model.read_bytes())
     try:
         manifest, heldout = pack(config, gathered, work, corpus)
     except OSError:  # a full disk: what is half-written would only keep it full
@@ -121,9 +120,7 @@ def _build(config: PrepareConfig, gathered: Gathered, work: Path, corpus: Path) 
     )
     fits = {}
     if heldout is not None:  # text that the tokenizer was not trained on
-        fits = measure(
-            Tokenizer(corpus / TOKENIZER_NAME), heldout_texts(corpus / HELDOUT_FOLDER / HELDOUT_TEXT)
-        )
+        fits = measure(Tokenizer(corpus / model.name), heldout_texts(corpus / HELDOUT_FOLDER / HELDOUT_TEXT))
     curations = curations_of(config.input)
     funnels = [funnel_table(report) for _, report in curations]
     text = card(manifest, heldout, gathered.funnel, kind, fits, funnels)

@@ -29,7 +29,6 @@ from data_tools.workspace import (
     HELDOUT_FOLDER,
     HELDOUT_TEXT,
     REPORT_NAME,
-    TOKENIZER_NAME,
     WORK_FOLDER,
     publish,
 )
@@ -37,6 +36,7 @@ from pretrain.config import ConfigError, ExitCode
 from pretrain.corpus_writer import CorpusWriter
 from pretrain.manifest import MANIFEST_NAME, CorpusSource, CorruptShardError, Manifest, write_atomically
 from pretrain.shards import Corpus
+from pretrain.tokenizer import tokenizer_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,8 @@ def remove(folder: Path, ids: set[str]) -> Counter[str]:
     work = folder / WORK_FOLDER / "remove"
     shutil.rmtree(work, ignore_errors=True)  # of a call that was interrupted: it had changed nothing
     work.mkdir(parents=True)
-    shutil.copyfile(folder / TOKENIZER_NAME, work / TOKENIZER_NAME)
+    tokenizer = tokenizer_in(folder)
+    shutil.copyfile(tokenizer, work / tokenizer.name)
     has_heldout = (folder / HELDOUT_FOLDER).exists()
     shard_bytes = report["recipe"]["options"]["shard_bytes"]
     heldout, found = None, Counter[str]()
@@ -86,7 +87,7 @@ def remove(folder: Path, ids: set[str]) -> Counter[str]:
         heldout = _rewrite(
             folder / HELDOUT_FOLDER, work / HELDOUT_FOLDER, [HELDOUT_TEXT], shard_bytes, ids, found
         )
-    files = [TOKENIZER_NAME] + [f"{HELDOUT_FOLDER}/{MANIFEST_NAME}"] * has_heldout
+    files = [tokenizer.name] + [f"{HELDOUT_FOLDER}/{MANIFEST_NAME}"] * has_heldout
     manifest = _rewrite(folder, work, files, shard_bytes, ids, found)
     if not found:
         shutil.rmtree(folder / WORK_FOLDER)

@@ -14,8 +14,8 @@ from data_tools.gather import Gathered, part_path, read_digests, read_part
 from data_tools.progress import waiting
 from pretrain.config import ConfigError
 from pretrain.manifest import write_atomically
-from pretrain.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 
+UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 DEFAULT_VOCAB_SIZE = 16384
 SMALLEST_VOCAB_SIZE = 512
 # A vocabulary that is learned from less text has entries seen too rarely to train their embeddings.

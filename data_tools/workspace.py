@@ -22,10 +22,10 @@ from data_tools.sources import PYTHON, InputFile
 from pretrain.config import ConfigError, to_dict
 from pretrain.manifest import MANIFEST_NAME, load_manifest, sync_folder, write_atomically
 from pretrain.shards import SHARDS_FOLDER
+from pretrain.tokenizer import TOKENIZER_NAMES
 
 REPORT_NAME = "prepare.json"
 CARD_NAME = "README.md"
-TOKENIZER_NAME = "tokenizer.model"
 HELDOUT_FOLDER = "heldout"
 HELDOUT_TEXT = "documents.jsonl.gz"
 WORK_FOLDER = ".work"
@@ -33,7 +33,7 @@ CORPUS_FOLDER = "corpus"  # in the work folder: the corpus before it is moved
 PRODUCTS = (
     REPORT_NAME,
     CARD_NAME,
-    TOKENIZER_NAME,
+    *TOKENIZER_NAMES,
     HELDOUT_FOLDER,
     SHARDS_FOLDER,
     MANIFEST_NAME,
@@ -81,7 +81,9 @@ def make_recipe(config: PrepareConfig, files: list[InputFile], tokenizer_sha256:
             options.update({f"{name}.{inner}": inner_value for inner, inner_value in value.items()})
         elif name not in _NOT_IN_KEY:
             options[name] = value
-    options["tokenizer.path"] = tokenizer_sha256  # the model counts, not where it lies
+    # The tokenizer counts, not where it lies, nor who told what is special in it.
+    options["tokenizer.path"] = tokenizer_sha256
+    del options["tokenizer.bos_token"], options["tokenizer.eos_token"]
     listing = [(file.name, file.source, file.license, file.size_bytes, file.version) for file in files]
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
     total = sum(file.size_bytes for file in files)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pretrain.config import ConfigError, TrainConfig
 from pretrain.manifest import load_manifest
+from pretrain.tokenizer import TOKENIZER_NAMES, tokenizer_in
 
 VOCABULARY_MULTIPLE = (
     64  # matrix kernels like the output head's width in multiples of 64 (nanoGPT: 25% faster)
@@ -48,9 +49,9 @@ def resolve_inputs(config: TrainConfig, world_size: int) -> TrainConfig:
 def tokenizer_path(manifest_path: str) -> Path:
     """The tokenizer file of a corpus folder; a held-out corpus has its parent's. Raises ConfigError."""
     folder = Path(manifest_path).resolve().parent
-    for candidate in (folder / "tokenizer.model", folder.parent / "tokenizer.model"):
+    for candidate in (tokenizer_in(folder), tokenizer_in(folder.parent)):
         if candidate.is_file():
             return candidate
     raise ConfigError(
-        f"{folder} has no tokenizer.model; prepare the corpus again or copy its tokenizer there"
+        f"{folder} has no {' or '.join(TOKENIZER_NAMES)}; prepare the corpus again or copy its tokenizer there"
     )
