@@ -112,7 +112,7 @@ def read_digests(work: Path, number: int) -> np.ndarray:
 
 def read_part(path: Path, wanted: np.ndarray | None = None) -> Iterator[PartDocument]:
     """The documents of a part, or those that `wanted` (bool [documents]) marks."""
-    with path.open("rb") as file:
+    with path.open(encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file):
             if wanted is None or wanted[number]:
                 yield PartDocument(*json.loads(line))

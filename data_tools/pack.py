@@ -11,8 +11,8 @@ import gzip
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -32,8 +32,7 @@ CHUNKS_WANTED = 512  # so that the order of a small corpus can be shuffled well
 GROUP_PARTS = 64
 
 
-@dataclass(frozen=True, slots=True)
-class _PlacedDocument:
+class _PlacedDocument(NamedTuple):
     tokens: np.ndarray
     source: int
     id: str
@@ -126,15 +125,17 @@ def _placed(work: Path, n_parts: int) -> Iterator[_PlacedDocument]:
 
 
 def _placed_within(parts: list[EncodedPart]) -> Iterator[_PlacedDocument]:
-    part_of = np.concatenate([np.full(len(part.ids), number) for number, part in enumerate(parts)])
-    row_of = np.concatenate([np.arange(len(part.ids)) for part in parts])
-    text_of = [np.cumsum(part.documents[:, 2]) - 1 for part in parts]  # index into heldout_texts
-    for place in np.argsort(np.concatenate([part.order for part in parts]), kind="stable"):
-        number, row = int(part_of[place]), int(row_of[place])
+    place = np.argsort(np.concatenate([part.order for part in parts]), kind="stable")
+    part_of = np.concatenate([np.full(len(part.ids), number) for number, part in enumerate(parts)])[place]
+    row_of = np.concatenate([np.arange(len(part.ids)) for part in parts])[place]
+    # As lists: an element of an array is slow to get.
+    starts, documents = ([getattr(part, name).tolist() for part in parts] for name in ("starts", "documents"))
+    text_of = [(np.cumsum(part.documents[:, 2]) - 1).tolist() for part in parts]  # index into heldout_texts
+    for number, row in zip(part_of.tolist(), row_of.tolist(), strict=True):
         part = parts[number]
-        source, text_bytes, held_out = part.documents[row].tolist()
+        source, text_bytes, held_out = documents[number][row]
         yield _PlacedDocument(
-            tokens=part.tokens[part.starts[row] : part.starts[row + 1]],
+            tokens=part.tokens[starts[number][row] : starts[number][row + 1]],
             source=source,
             id=part.ids[row],
             text_bytes=text_bytes,

@@ -33,6 +33,7 @@ from pretrain.manifest import (
 from pretrain.shards import SHARDS_FOLDER, ChunkDocuments
 
 _BLOCK = tarfile.BLOCKSIZE
+_PIECE_FIELDS = [field.name for field in fields(ChunkDocuments)]
 
 
 class CorpusWriter:
@@ -82,7 +83,9 @@ class CorpusWriter:
 
     def _start_chunk(self) -> None:
         self._filled = 0
-        self._pieces: dict[str, list[Any]] = {field.name: [] for field in fields(ChunkDocuments)}
+        self._pieces: list[
+            tuple[int, int, str, int, int]
+        ] = []  # the fields of ChunkDocuments, piece by piece
 
     def add_document(
         self, tokens: Sequence[int] | np.ndarray, *, source: str, document_id: str, text_bytes: int = 0
@@ -91,7 +94,8 @@ class CorpusWriter:
         array = np.asarray(tokens)
         if array.ndim != 1 or not len(array):
             raise ValueError(f"document {document_id!r} is not a non-empty row of tokens")
-        if int(array.min()) < 0 or int(array.max()) >= self._vocab_size:
+        smallest = 0 if array.dtype.kind == "u" else np.minimum.reduce(array)
+        if smallest < 0 or np.maximum.reduce(array) >= self._vocab_size:
             raise ValueError(f"document {document_id!r} has token ids outside 0 to {self._vocab_size - 1}")
         totals = self._sources[number := self._source_index[source]]
         totals.documents += 1
@@ -100,9 +104,7 @@ class CorpusWriter:
         done = 0
         while done < len(array):
             room = min(self._chunk_tokens - self._filled, len(array) - done)
-            piece = (self._filled, number, document_id, done, 0 if done else text_bytes)
-            for values, value in zip(self._pieces.values(), piece, strict=True):
-                values.append(value)
+            self._pieces.append((self._filled, number, document_id, done, 0 if done else text_bytes))
             self._buffer[self._filled : self._filled + room] = array[done : done + room]
             self._filled += room
             done += room
@@ -111,7 +113,8 @@ class CorpusWriter:
 
     def _flush_chunk(self) -> None:
         tokens = self._buffer[: self._filled].tobytes()
-        documents = json.dumps(self._pieces, ensure_ascii=False, separators=(",", ":")).encode()
+        columns = dict(zip(_PIECE_FIELDS, zip(*self._pieces, strict=True), strict=True))
+        documents = json.dumps(columns, ensure_ascii=False, separators=(",", ":")).encode()
         size = padded_bytes(len(tokens)) + padded_bytes(len(documents))
         if self._shard is not None and self._shard.bytes + size > self._shard_bytes:
             self._shards.append(self._shard.finish())
@@ -119,7 +122,7 @@ class CorpusWriter:
         if self._shard is None:
             name = f"shard-{len(self._shards):05d}.tar"
             self._shard = _ShardWriter(self.folder / SHARDS_FOLDER, name, self._n_chunks)
-        self._shard.add(tokens, documents, self._filled, self._pieces["offsets"].count(0))
+        self._shard.add(tokens, documents, self._filled, columns["offsets"].count(0))
         self._n_chunks += 1
         self._start_chunk()
 

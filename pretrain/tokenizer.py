@@ -32,8 +32,9 @@ SPACE_SYMBOL = "\u2581"
 _UNITS = re.compile(rf" *(?:[^ \n{SPACE_SYMBOL}]+\n*|\n+)| +|{SPACE_SYMBOL}")
 _BETWEEN_SPACE_SYMBOLS = re.compile(rf"[^{SPACE_SYMBOL}]+|{SPACE_SYMBOL}")
 _WHOLE = re.compile(r"(?s).+")
-# A piece that lies across the end of a unit.
-_ACROSS_UNITS = re.compile(rf"[^{SPACE_SYMBOL}]{SPACE_SYMBOL}|\n[^\n]")
+# Where a piece lies across the end of a unit, in a text of all pieces with a zero after each.
+_ACROSS_UNITS = re.compile(rf"[^{SPACE_SYMBOL}\0]{SPACE_SYMBOL}|\n[^\n\0]")
+_LONG_UNIT_CHARS = 24
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character
 
@@ -196,21 +197,26 @@ class _SentencePiece:
         keeps_spaces = self._processor.normalize(sample) == sample.replace(" ", SPACE_SYMBOL)
         if not has_bytes or not keeps_spaces:
             return _WHOLE
-        pieces = (self.piece(i) for i in range(self.vocab_size))
-        return _BETWEEN_SPACE_SYMBOLS if any(map(_ACROSS_UNITS.search, pieces)) else _UNITS
+        pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
+        return _BETWEEN_SPACE_SYMBOLS if _ACROSS_UNITS.search("\0".join(pieces)) else _UNITS
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
         """Each different unit is encoded once: texts repeat their words."""
         numbers = _Numbers()
-        number, cut = numbers.__getitem__, self._units.findall
+        number = numbers.__getitem__
         rows: list[int] = []
         n_rows = [0]
         for text in texts:
             rows.append(_BOS)
-            rows += map(number, cut(text))
+            units = self._units
+            if units is _UNITS and text.count(" ") * _LONG_UNIT_CHARS < len(text):  # most of all Chinese
+                units = _BETWEEN_SPACE_SYMBOLS
+            rows += map(number, units.findall(text))
             rows.append(_EOS)
             n_rows.append(len(rows))
-        found = self._processor.encode(list(numbers), num_threads=1)
+        # For short units lists are made faster than arrays.
+        is_long = sum(map(len, numbers)) > _LONG_UNIT_CHARS * len(numbers)
+        found = self._processor.encode(list(numbers), num_threads=1, return_type="numpy" if is_long else int)
         ids = [[self.ids.bos], [self.ids.eos], self._space_symbol_ids, *found[1:]]
         return _put_together(ids, np.array(rows, np.int64), np.array(n_rows), token_dtype(self.vocab_size))
 
@@ -236,11 +242,14 @@ class _Numbers(dict[str, int]):
 
 
 def _put_together(
-    ids: list[list[int]], rows: np.ndarray, n_rows: np.ndarray, dtype: np.dtype
+    ids: Sequence[Sequence[int]], rows: np.ndarray, n_rows: np.ndarray, dtype: np.dtype
 ) -> EncodedTexts:
     """Replace unit numbers (`rows`, of all texts; text k ends at `n_rows[k + 1]`) by the ids of the units."""
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-    flat = np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum()))
+    if isinstance(ids[-1], np.ndarray):
+        flat = np.concatenate(ids, dtype=dtype, casting="unsafe")
+    else:
+        flat = np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum()))
     begins = np.cumsum(lengths) - lengths
     counts = lengths[rows]
     ends = np.concatenate([[0], np.cumsum(counts)])
