@@ -2,8 +2,9 @@
 
 Both get the documents that data_tools.prepare has gathered from the files, with one and the same model. The plain loop
 reads JSON lines, encodes each text by itself, and writes all tokens as one file. Ours is what prepare does then, with
-one worker and chunks as a large corpus has them: documents with bos and eos, each with its place, source and id, held-out text apart, shards with indexes and
-hashes, synced to disk. They are run in turn, --repeats times, on each file alone and on all of them.
+one worker and chunks as a large corpus has them: documents with bos and eos, each with its place, source and id,
+held-out text apart, shards with indexes and hashes, synced to disk. They are run in turn, --repeats times, on each file
+alone and on all of them.
 """
 
 from __future__ import annotations

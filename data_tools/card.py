@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from data_tools.fertility import fit_lines
 from data_tools.gather import Funnel
 from pretrain.manifest import CorpusSource, Manifest
 
@@ -45,10 +43,10 @@ def card(
     heldout: Manifest | None,
     funnel: Funnel,
     tokenizer: str,
-    fits: dict[str, dict[str, Any]],
+    fits: list[str],
     curations: list[str],
 ) -> str:
-    """README.md of the corpus. `fits`: how the tokenizer fits held-out text, of `fertility.measure`. `curations`: the
+    """README.md of the corpus. `fits`: how the tokenizer fits held-out text, in sentences. `curations`: the
     funnels of what the input went through before, as text."""
     held = "There is no held-out text."
     if heldout is not None:
@@ -71,7 +69,7 @@ Text for training language models, as tokens. Written by {manifest.created_by}.
 
 {held}
 
-{chr(10).join(["The tokenizer on held-out text:", "", *fit_lines(fits)]) if fits else ""}
+{chr(10).join(["The tokenizer on held-out text:", "", *fits]) if fits else ""}
 
 ## Sources and licenses
 

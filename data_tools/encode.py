@@ -6,7 +6,7 @@ Each part gives tokens-00000.npz, complete or absent:
     starts     int64 [documents + 1], where each document begins in `tokens`
     documents  int64 [documents, 3]: source index, text bytes, whether held out
     order      uint64 [documents]
-    text       JSON: ids of all documents, and the texts of the held-out ones
+    text       JSON: ids of all documents, and texts and languages of the held-out ones
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class EncodedPart:
     documents: np.ndarray
     order: np.ndarray
     ids: list[str]
-    heldout_texts: list[str]
+    heldout: list[tuple[str, str]]
+    """Text and language of each held-out document."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def load_encoded(path: Path) -> EncodedPart:
     with np.load(path, allow_pickle=False) as saved:
         text = json.loads(saved["text"].tobytes())
         arrays = {name: saved[name] for name in ("tokens", "starts", "documents", "order")}
-    return EncodedPart(**arrays, ids=text["ids"], heldout_texts=text["heldout"])
+    return EncodedPart(**arrays, ids=text["ids"], heldout=text["heldout"])
 
 
 def encode_parts(gathered: Gathered, work: Path, tokenizer: Path, workers: int) -> None:
@@ -153,7 +154,7 @@ def _encode_part(job: _Job) -> None:
     ]
     text = {
         "ids": [document.id for document in documents],
-        "heldout": [document.text for document in compress(documents, heldout)],
+        "heldout": [(document.text, document.language) for document in compress(documents, heldout)],
     }
     save_arrays(
         job.tokens,

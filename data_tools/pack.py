@@ -37,7 +37,8 @@ class _PlacedDocument(NamedTuple):
     source: int
     id: str
     text_bytes: int
-    heldout_text: str | None
+    heldout: tuple[str, str] | None
+    """Text and language of a held-out document."""
 
 
 def choose_chunk_tokens(n_tokens: int) -> int:
@@ -77,9 +78,9 @@ def pack(
         for document in _placed(work, len(gathered.parts)):
             source = gathered.sources[document.source][0]
             target = training
-            if document.heldout_text is not None and heldout is not None and text is not None:
+            if document.heldout is not None and heldout is not None and text is not None:
                 target = heldout
-                text.add(document.id, source, document.heldout_text)
+                text.add(document.id, source, *document.heldout)
             target.add_document(
                 document.tokens, source=source, document_id=document.id, text_bytes=document.text_bytes
             )
@@ -98,9 +99,11 @@ class HeldoutText:
         self._raw = path.open("wb")
         self._gzip = gzip.GzipFile(filename="", mode="wb", fileobj=self._raw, mtime=0)
 
-    def add(self, document_id: str, source: str, text: str) -> None:
-        line = json.dumps({"id": document_id, "source": source, "text": text}, ensure_ascii=False)
-        self._gzip.write(line.encode() + b"\n")
+    def add(self, document_id: str, source: str, text: str, language: str) -> None:
+        record = {"id": document_id, "source": source, "text": text}
+        if language:
+            record["language"] = language
+        self._gzip.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
     def close(self) -> None:
         self._gzip.close()
@@ -130,7 +133,7 @@ def _placed_within(parts: list[EncodedPart]) -> Iterator[_PlacedDocument]:
     row_of = np.concatenate([np.arange(len(part.ids)) for part in parts])[place]
     # As lists: an element of an array is slow to get.
     starts, documents = ([getattr(part, name).tolist() for part in parts] for name in ("starts", "documents"))
-    text_of = [(np.cumsum(part.documents[:, 2]) - 1).tolist() for part in parts]  # index into heldout_texts
+    text_of = [(np.cumsum(part.documents[:, 2]) - 1).tolist() for part in parts]  # index into heldout
     for number, row in zip(part_of.tolist(), row_of.tolist(), strict=True):
         part = parts[number]
         source, text_bytes, held_out = documents[number][row]
@@ -139,5 +142,5 @@ def _placed_within(parts: list[EncodedPart]) -> Iterator[_PlacedDocument]:
             source=source,
             id=part.ids[row],
             text_bytes=text_bytes,
-            heldout_text=part.heldout_texts[text_of[number][row]] if held_out else None,
+            heldout=part.heldout[text_of[number][row]] if held_out else None,
         )

@@ -13,11 +13,12 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from data_tools.card import HEADERS, card, source_rows
 from data_tools.config import PrepareConfig
 from data_tools.encode import WorkerDiedError, encode_parts
-from data_tools.fertility import heldout_texts, measure
+from data_tools.fertility import fit_lines, heldout_texts, measure
 from data_tools.funnel import curations_of, funnel_table
 from data_tools.gather import Gathered, gather
 from data_tools.import_tokenizer import import_tokenizer
@@ -115,15 +116,16 @@ def _build(config: PrepareConfig, gathered: Gathered, work: Path, corpus: Path) 
     except OSError:  # a full disk: what is half-written would only keep it full
         shutil.rmtree(corpus, ignore_errors=True)
         raise
-    kind = (
-        "given" if config.tokenizer.path is not None else f"sentencepiece {config.tokenizer.model_type.value}"
-    )
-    fits = {}
+    tokenizer = Tokenizer(corpus / model.name)
+    kind = f"sentencepiece {config.tokenizer.model_type.value}"
+    if config.tokenizer.path is not None:
+        kind = f"{'sentencepiece' if tokenizer.is_sentencepiece else 'Hugging Face'}, imported"
+    fits: tuple[dict[str, Any], dict[str, Any]] = {}, {}
     if heldout is not None:  # text that the tokenizer was not trained on
-        fits = measure(Tokenizer(corpus / model.name), heldout_texts(corpus / HELDOUT_FOLDER / HELDOUT_TEXT))
+        fits = measure(tokenizer, heldout_texts(corpus / HELDOUT_FOLDER / HELDOUT_TEXT))
     curations = curations_of(config.input)
     funnels = [funnel_table(report) for _, report in curations]
-    text = card(manifest, heldout, gathered.funnel, kind, fits, funnels)
+    text = card(manifest, heldout, gathered.funnel, kind, fit_lines(*fits), funnels)
     write_atomically(corpus / CARD_NAME, text.encode())
     report = json.loads((work / REPORT_NAME).read_text(encoding="utf-8"))
     funnel = {
@@ -135,9 +137,16 @@ def _build(config: PrepareConfig, gathered: Gathered, work: Path, corpus: Path) 
     report["tokenizer"] = {
         "sha256": manifest.tokenizer_sha256,
         "kind": kind,
-        "sample_bytes": gathered.sample_bytes,
-        "heldout_fit": fits,
+        "heldout_fit": fits[0],
+        "heldout_fit_by_language": fits[1],
     }
+    if config.tokenizer.path is None:
+        names = [name for name, _ in gathered.sources]
+        sizes = [sample.text_bytes for sample in gathered.sample]
+        report["tokenizer"] |= {
+            "sample_bytes": gathered.sample_bytes,
+            "sample_bytes_by_source": dict(zip(names, sizes, strict=True)),
+        }
     report["summary"] = gathered.funnel.lines()
     write_atomically(corpus / REPORT_NAME, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.card import card
+from data_tools.fertility import fit_lines
 from data_tools.gather import Funnel
 from data_tools.pack import HeldoutText
 from data_tools.progress import stage
@@ -140,7 +141,7 @@ def _rewrite_text(old: Path, new: Path, ids: set[str]) -> None:
         for line in lines:
             record = json.loads(line)
             if record["id"] not in ids:
-                text.add(record["id"], record["source"], record["text"])
+                text.add(record["id"], record["source"], record["text"], record.get("language", ""))
     text.close()
 
 
@@ -154,7 +155,8 @@ def _describe(
     funnel.kept_bytes = sum(s.text_bytes for m in (manifest, heldout) if m for s in m.sources)
     funnel.heldout = heldout.n_documents if heldout else 0
     tokenizer = report["tokenizer"]
-    kind, fits = tokenizer.get("kind", "sentencepiece"), tokenizer.get("heldout_fit", {})
+    kind = tokenizer.get("kind", "sentencepiece")
+    fits = fit_lines(tokenizer.get("heldout_fit", {}), tokenizer.get("heldout_fit_by_language", {}))
     text = card(manifest, heldout, funnel, kind, fits, report.get("curation_funnels", []))
     write_atomically(work / CARD_NAME, text.encode())
     names = ("read", "dropped", "kept", "kept_bytes", "heldout")

@@ -44,6 +44,8 @@ class Document:
     text: str
     position_bytes: int
     """How much of the file has been read."""
+    language: str = ""
+    """As data_tools.curate writes it; empty where it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +172,9 @@ def _read_parquet(file: InputFile, text_field: str) -> Iterator[Document | Rejec
     try:
         table = parquet.ParquetFile(file.path)
         columns = [
-            c for c in dict.fromkeys((text_field, "id", "source", "license")) if c in table.schema_arrow.names
+            c
+            for c in dict.fromkeys((text_field, "id", "source", "license", "language"))
+            if c in table.schema_arrow.names
         ]
         if text_field not in columns:
             raise ConfigError(
@@ -200,7 +204,9 @@ def _document(
             problem = f"{where} has no field {text_field!r} (its fields: {names}); set text_field"
         return Rejected("bad_record", problem, position_bytes, is_error=True)
     given = {
-        key: _readable(value) for key in ("source", "license") if isinstance(value := record.get(key), str)
+        key: _readable(value)
+        for key in ("source", "license", "language")
+        if isinstance(value := record.get(key), str)
     }
     own_id = record.get("id")
     is_id = isinstance(own_id, str | int) and not isinstance(own_id, bool) and own_id != ""
@@ -210,4 +216,5 @@ def _document(
         license=given.get("license") or file.license,
         text=text,
         position_bytes=position_bytes,
+        language=given.get("language", ""),
     )

@@ -40,7 +40,7 @@ PRODUCTS = (
 )  # manifest last
 
 # Raised when the program begins to give other bytes for the same input.
-PIPELINE_VERSION = 1
+PIPELINE_VERSION = 2
 
 # Options that change where or how fast, but nothing in the corpus. The input counts by its files.
 _NOT_IN_KEY = ("input", "output", "overwrite", "workers", "max_bad_records")
