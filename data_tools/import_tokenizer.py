@@ -151,10 +151,9 @@ def _make_certain(description: dict[str, Any]) -> None:
     if not isinstance(model["vocab"], list):
         return
     # A unigram model finds all of its pieces in a text, special ones included, unless others are more probable.
-    unk = unk_of(description)
     for token in description["added_tokens"]:
         number, name = token["id"], token["content"]
-        if token["special"] and name != unk and number < len(model["vocab"]):
+        if token["special"] and number < len(model["vocab"]):
             model["vocab"][number] = [name, _UNREACHABLE_SCORE]
 
 

@@ -135,6 +135,12 @@ def test_byte_level_decoding_gives_the_text_back(kinds: dict[str, Tokenizer], te
     assert kinds["gpt2"].decode(kinds["gpt2"].encode_document(text)) == text
 
 
+def test_the_name_of_unknown_is_known_by_its_characters(kinds: dict[str, Tokenizer]) -> None:
+    for name, text in (("t5", "a <unk> b"), ("bert", "a [UNK] b")):
+        assert kinds[name].unk_id not in kinds[name].encode(text)
+        assert kinds[name].unk_id in kinds[name].encode("Ж")
+
+
 def test_options_say_what_no_file_says(tmp_path: Path) -> None:
     folder = save(byte_level(["<a>", "<b>", "<c>"]), tmp_path)
     with pytest.raises(
@@ -184,7 +190,15 @@ def test_cutting_padding_and_chance_are_taken_out(tmp_path: Path) -> None:
     theirs.post_processor = processors.ByteLevel()
     theirs.model.dropout = 0.5
     tokenizer = imported(save(theirs, tmp_path))
+    written = json.loads(tokenizer.content)
+    assert written["truncation"] is written["padding"] is None
+    written["truncation"] = {"max_length": 5, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    written["padding"] = json.loads((tmp_path / "tokenizer.json").read_text())["padding"]
+    by_hand = Tokenizer.from_content(
+        json.dumps(written).encode(), tmp_path
+    )  # and if somebody had put them in
     ids = tokenizer.encode(CHECK_TEXT)
+    assert by_hand.encode(CHECK_TEXT) == ids
     assert len(ids) > 100
     assert tokenizer.decode(ids) == CHECK_TEXT
     assert all(tokenizer.encode(CHECK_TEXT) == ids for _ in range(5))
