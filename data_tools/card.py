@@ -131,7 +131,7 @@ def _head(manifest: Manifest, heldout: Manifest | None, tokenizer: Mapping[str, 
             f"{heldout.n_tokens:,}. It is a\ncorpus of the same form, with its text in "
             "`heldout/documents.jsonl.gz`."
         )
-    fits = tokenizer.get("heldout_fit", {})
+    fits = fit_lines(tokenizer.get("heldout_fit", {}), tokenizer.get("heldout_fit_by_language", {}))
     return f"""Written by {manifest.created_by}.
 
 - documents: {manifest.n_documents:,}
@@ -145,7 +145,7 @@ def _head(manifest: Manifest, heldout: Manifest | None, tokenizer: Mapping[str, 
 
 {held}
 
-{chr(10).join(["The tokenizer on held-out text:", "", *fit_lines(fits)]) if fits else ""}
+{chr(10).join(["The tokenizer on held-out text:", "", *fits]) if fits else ""}
 """
 
 

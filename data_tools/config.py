@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import date
 from enum import Enum
+from typing import Any
 
 from omegaconf import MISSING
 
 from pretrain.config import ConfigError
 
 CARD_FIELDS = ("name", "description", "creator", "date_published")
+_LARGEST_WEIGHT = 1000
 
 
 class ModelType(Enum):
@@ -25,10 +27,16 @@ class DocumentFormat(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class TokenizerConfig:
-    """The sentencepiece model: an existing one, or how to train it on the corpus."""
+    """The tokenizer: an existing one, or how to train a sentencepiece model on the corpus."""
 
     path: str | None = None
-    """An existing model, whose special ids are unk 0, bos 1, eos 2, pad 3; null: train one."""
+    """An existing sentencepiece model or tokenizer.json of Hugging Face, or the folder that holds it; null: train
+    one."""
+    bos_token: str | None = None
+    """What begins a document, in the vocabulary of that tokenizer.json; null: as tokenizer_config.json beside it says.
+    Where only one of bos and eos is known, it is used as both."""
+    eos_token: str | None = None
+    """What ends a document, likewise."""
     vocab_size: int | None = None
     """null: 16384, or less where the corpus is small."""
     model_type: ModelType = ModelType.bpe
@@ -36,7 +44,11 @@ class TokenizerConfig:
     """Share of the text whose characters get an entry of their own, the rest is written in bytes;
     null: 0.9995 for text in Chinese, Japanese or Korean, 0.9999 for other text."""
     sample_bytes: int = 100_000_000
-    """Text to train on, taken evenly from the training documents."""
+    """Text to train on at most, taken evenly from the training documents."""
+    source_weights: Any = None  # dict[str, float]: Hydra adds no key to a map with that type
+    """How much of that each source gives, as a multiple of its share of the text: {wiki: 2, code: 0.5}. A source that
+    is not named gives its share (1), one of weight 0 nothing. Where there is less text than `sample_bytes`, a source
+    of weight 2 counts twice."""
 
     def __post_init__(self) -> None:
         if self.vocab_size is not None and not 300 <= self.vocab_size <= 1_000_000:
@@ -48,6 +60,21 @@ class TokenizerConfig:
             raise ConfigError(f"tokenizer.character_coverage={self.character_coverage} is outside 0.9 to 1")
         if self.sample_bytes < 1:
             raise ConfigError(f"tokenizer.sample_bytes={self.sample_bytes} must be greater than 0")
+        if not isinstance(self.source_weights, dict | None):
+            raise ConfigError(
+                f"tokenizer.source_weights={self.source_weights} is no map; give one like {{wiki: 2, code: 0.5}}"
+            )
+        for name, weight in (self.source_weights or {}).items():
+            is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not is_number or not 0 <= weight <= _LARGEST_WEIGHT:
+                raise ConfigError(
+                    f"tokenizer.source_weights: {name!r} has weight {weight}; allowed: 0 to {_LARGEST_WEIGHT}"
+                )
+        if self.source_weights and self.path is not None:
+            raise ConfigError(
+                "tokenizer.source_weights says what to train a tokenizer on, and tokenizer.path gives one; leave out "
+                "one of them"
+            )
 
 
 @dataclass(kw_only=True, slots=True)

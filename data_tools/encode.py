@@ -6,7 +6,7 @@ Each part gives tokens-00000.npz, complete or absent:
     starts     int64 [documents + 1], where each document begins in `tokens`
     documents  int64 [documents, 3]: source index, text bytes, whether held out
     order      uint64 [documents]
-    text       JSON: ids of all documents, and the texts of the held-out ones, as they stand in documents.jsonl.gz
+    text       JSON: ids of all documents, and the held-out ones as they stand in documents.jsonl.gz
 
 and, of dialogues, what is to be predicted:
 
@@ -27,6 +27,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ class EncodedPart:
     documents: np.ndarray
     order: np.ndarray
     ids: list[str]
-    heldout_texts: list[dict[str, Any]]
+    heldout: list[dict[str, Any]]
+    """Of each held-out document, what documents.jsonl.gz has beside id and source."""
     targets: np.ndarray | None = None
     target_starts: np.ndarray | None = None
     target_bytes: np.ndarray | None = None
@@ -83,7 +85,7 @@ def load_encoded(path: Path) -> EncodedPart:
     with np.load(path, allow_pickle=False) as saved:
         text = json.loads(saved["text"].tobytes())
         arrays = {name: saved[name] for name in saved.files if name != "text"}
-    return EncodedPart(**arrays, ids=text["ids"], heldout_texts=text["heldout"])
+    return EncodedPart(**arrays, ids=text["ids"], heldout=text["heldout"])
 
 
 def encode_parts(
@@ -161,42 +163,55 @@ def _encode_part(job: _Job) -> None:
     tokenizer = _tokenizers.get(job.tokenizer)
     if tokenizer is None:
         tokenizer = _tokenizers[job.tokenizer] = Tokenizer(job.tokenizer)
-    dtype = token_dtype(tokenizer.vocab_size)
-    is_chat = job.format is DocumentFormat.chat
-    tokens, documents, order, ids, heldout_texts = [], [], [], [], []
-    targets: list[np.ndarray] = []
-    target_bytes: list[int] = []
-    for document in read_part(job.text):
-        held_out = document.split < job.heldout_below
-        text: dict[str, Any] = {"text": document.text}
-        if is_chat:
-            messages = dialogue.load(document.text)
-            encoded = encode_dialogue(tokenizer, messages)
-            tokens.append(np.array(encoded.tokens, dtype=dtype))
-            targets.append(np.array(encoded.targets, dtype=np.int64))
-            target_bytes.append(sum(len(m.content.encode()) for m in messages if m.role == ASSISTANT))
-            text = {"text": dialogue.plain(messages), "messages": [m._asdict() for m in messages]}
-        else:
-            tokens.append(np.array(tokenizer.encode_document(document.text), dtype=dtype))
-        documents.append((document.source, len(text["text"].encode()), held_out))
-        order.append(document.order)
-        ids.append(document.id)
-        if held_out:
-            heldout_texts.append(text)
-    starts = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
-    mask = {}
-    if is_chat:
-        mask = {
-            "targets": np.concatenate([t + start for t, start in zip(targets, starts, strict=False)]),
-            "target_starts": np.cumsum([0, *map(len, targets)], dtype=np.int64),
-            "target_bytes": np.array(target_bytes, dtype=np.int64),
-        }
+    documents = list(read_part(job.text))
+    if job.format is DocumentFormat.chat:
+        texts, arrays = _encode_dialogues(tokenizer, [document.text for document in documents])
+    else:
+        texts = [{"text": document.text} for document in documents]
+        encoded = tokenizer.encode_documents([document.text for document in documents])
+        arrays = {"tokens": encoded.tokens, "starts": encoded.starts}
+    heldout = [document.split < job.heldout_below for document in documents]
+    rows = [
+        (document.source, len(text["text"].encode()), held_out)
+        for document, text, held_out in zip(documents, texts, heldout, strict=True)
+    ]
+    for document, text in zip(documents, texts, strict=True):
+        if document.language:
+            text["language"] = document.language
+    content = {
+        "ids": [document.id for document in documents],
+        "heldout": list(compress(texts, heldout)),
+    }
     save_arrays(
         job.tokens,
-        tokens=np.concatenate(tokens),
-        starts=starts,
-        documents=np.array(documents, dtype=np.int64),
-        order=np.array(order, dtype=np.uint64),
-        text=json_array({"ids": ids, "heldout": heldout_texts}),
-        **mask,
+        **arrays,
+        documents=np.array(rows, dtype=np.int64),
+        order=np.array([document.order for document in documents], dtype=np.uint64),
+        text=json_array(content),
     )
+
+
+def _encode_dialogues(
+    tokenizer: Tokenizer, dialogues: list[str]
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """Texts and messages, and the arrays of tokens and targets."""
+    all_messages = [dialogue.load(text) for text in dialogues]
+    encoded = [encode_dialogue(tokenizer, messages) for messages in all_messages]
+    starts = np.cumsum([0, *(len(one.tokens) for one in encoded)], dtype=np.int64)
+    targets = [np.array(one.targets, np.int64) + start for one, start in zip(encoded, starts, strict=False)]
+    target_bytes = [
+        sum(len(message.content.encode()) for message in messages if message.role == ASSISTANT)
+        for messages in all_messages
+    ]
+    texts = [
+        {"text": dialogue.plain(messages), "messages": [message._asdict() for message in messages]}
+        for messages in all_messages
+    ]
+    dtype = token_dtype(tokenizer.vocab_size)
+    return texts, {
+        "tokens": np.concatenate([np.array(one.tokens, dtype) for one in encoded]),
+        "starts": starts,
+        "targets": np.concatenate(targets),
+        "target_starts": np.cumsum([0, *map(len, targets)], dtype=np.int64),
+        "target_bytes": np.array(target_bytes, dtype=np.int64),
+    }

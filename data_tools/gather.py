@@ -2,7 +2,7 @@
 
 A part is two files, both complete or absent:
 
-    text-00000.jsonl     one line per document: [id, source index, order, split, text]
+    text-00000.jsonl     one line per document: [id, source index, order, split, text, language]
     text-00000.npz       the digests and lengths, and what is needed to go on after this part
 """
 
@@ -12,10 +12,10 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from pretrain.manifest import write_atomically
 GATHERED_NAME = "gathered.json"
 _MAX_U64 = (1 << 64) - 1
 _PROBE_CHARS = 1000  # of each document, to tell its script
+_NAMED_SOURCES = 12
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,6 +62,17 @@ class Funnel:
         return lines
 
 
+class SourceSample(NamedTuple):
+    """What of a source's training documents the tokenizer is trained on."""
+
+    times: int
+    """How often each of them is in the sample."""
+    below: int
+    """Those whose `order` is smaller are in it once more."""
+    text_bytes: int
+    """How much that is."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Gathered:
     """Result of the stage."""
@@ -72,8 +84,8 @@ class Gathered:
     funnel: Funnel
     heldout_below: int
     """Documents whose `split` is smaller are held out."""
-    sample_below: int
-    """Training documents whose `order` is smaller are the tokenizer's sample."""
+    sample: list[SourceSample]
+    """Of each source, in the same order."""
     sample_bytes: int
     cjk_share: float
     """Share of Chinese, Japanese or Korean characters in the beginnings of the documents."""
@@ -91,6 +103,7 @@ class PartDocument:
     split: int
     text: str
     """Of a dialogue, what `dialogue.dump` makes of it."""
+    language: str
 
 
 @dataclass(slots=True)
@@ -114,14 +127,14 @@ def part_path(work: Path, number: int) -> Path:
 
 
 def read_digests(work: Path, number: int) -> np.ndarray:
-    """uint64 [documents, 3]: order, split and text bytes of a part's documents."""
+    """uint64 [documents, 4]: order, split, text bytes and source index of a part's documents."""
     with np.load(part_path(work, number).with_suffix(".npz"), allow_pickle=False) as saved:
         return saved["digests"]
 
 
 def read_part(path: Path, wanted: np.ndarray | None = None) -> Iterator[PartDocument]:
     """The documents of a part, or those that `wanted` (bool [documents]) marks."""
-    with path.open("rb") as file:
+    with path.open(encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file):
             if wanted is None or wanted[number]:
                 yield PartDocument(*json.loads(line))
@@ -137,6 +150,7 @@ def gather(config: PrepareConfig, files: list[InputFile], work: Path) -> Gathere
         write_atomically(result, json.dumps(asdict(gathered)).encode())
     raw: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     raw["sources"] = [tuple(source) for source in raw["sources"]]
+    raw["sample"] = [SourceSample(*sample) for sample in raw["sample"]]
     return Gathered(**{**raw, "funnel": Funnel(**raw["funnel"])})
 
 
@@ -148,13 +162,13 @@ class _Gatherer:
         self._state = _State()
         self._seen: set[int] = set()  # about 100 bytes of memory per document
         self._source_index: dict[str, int] = {}
-        self._digests: list[np.ndarray] = []  # per part: uint64 [documents, 3], (order, split, bytes)
+        self._digests: list[np.ndarray] = []  # per part, as `read_digests` gives them
         self._start_part()
         self._load()
 
     def _start_part(self) -> None:
         self._lines: list[bytes] = []
-        self._rows: list[tuple[int, int, int]] = []
+        self._rows: list[tuple[int, int, int, int]] = []
         self._bytes = 0
 
     def _load(self) -> None:
@@ -164,7 +178,7 @@ class _Gatherer:
                 self._digests.append(saved["digests"])
                 raw = json.loads(saved["state"].tobytes())
             self._state = _State(**{**raw, "funnel": Funnel(**raw["funnel"])})
-            self._seen.update(order << 64 | split for order, split, _ in self._digests[-1].tolist())
+            self._seen.update(order << 64 | split for order, split, *_ in self._digests[-1].tolist())
         self._source_index = {name: i for i, name in enumerate(self._state.licenses)}
 
     def run(self, files: list[InputFile]) -> None:
@@ -215,9 +229,9 @@ class _Gatherer:
         visible_chars, cjk_chars = clean.count_cjk(plain[:_PROBE_CHARS])
         self._state.probed_chars += visible_chars
         self._state.cjk_chars += cjk_chars
-        line = json.dumps([item.id, source, *digest, text], ensure_ascii=False)
+        line = json.dumps([item.id, source, *digest, text, item.language], ensure_ascii=False)
         self._lines.append(line.encode() + b"\n")
-        self._rows.append((*digest, n_bytes))
+        self._rows.append((*digest, n_bytes, source))
         self._bytes += n_bytes
         funnel.kept += 1
         funnel.kept_bytes += n_bytes
@@ -266,17 +280,34 @@ class _Gatherer:
         below = heldout_bound(digests[:, 1], self._config.heldout_frac)
         heldout = digests[:, 1] < np.uint64(below)
         state.funnel.heldout = int(heldout.sum())
-        sample_below, sample_bytes = sample_bound(digests[~heldout], self._config.tokenizer.sample_bytes)
+        sample = self._sample(digests[~heldout])
         return Gathered(
             parts=state.parts,
             sources=[(name, "; ".join(licenses)) for name, licenses in state.licenses.items()],
             funnel=state.funnel,
             heldout_below=below,
-            sample_below=sample_below,
-            sample_bytes=sample_bytes,
+            sample=sample,
+            sample_bytes=sum(source.text_bytes for source in sample),
             cjk_share=state.cjk_chars / max(state.probed_chars, 1),
             read_sha256=state.read_sha256,
         )
+
+    def _sample(self, digests: np.ndarray) -> list[SourceSample]:
+        """The tokenizer's sample of the training documents. Raises ConfigError where the weights do not fit."""
+        config, names = self._config.tokenizer, list(self._state.licenses)
+        given = {str(name): weight for name, weight in (config.source_weights or {}).items()}
+        for name in sorted(given.keys() - set(names)):
+            known = ", ".join(names[:_NAMED_SOURCES]) + (" and others" if len(names) > _NAMED_SOURCES else "")
+            raise ConfigError(
+                f"tokenizer.source_weights names {name!r}, which is no source of the input; its sources are {known}"
+            )
+        weights = [float(given.get(name, 1)) for name in names]
+        sample = choose_sample(digests, weights, config.sample_bytes)
+        if not any(source.text_bytes for source in sample):
+            raise ConfigError(
+                "tokenizer.source_weights leaves no text to train a tokenizer on; raise a weight"
+            )
+        return sample
 
 
 def is_known(license: str) -> bool:
@@ -299,12 +330,37 @@ def heldout_bound(splits: np.ndarray, heldout_frac: float) -> int:
 def sample_bound(digests: np.ndarray, sample_bytes: int) -> tuple[int, int]:
     """The bound on `order` that takes at least `sample_bytes` of text, or all, and how much it takes.
 
-    `digests` is uint64 [documents, 3]: (order, split, bytes).
+    `digests` is uint64 [documents, 3 or more]: (order, split, bytes, ...).
     """
     ordered = digests[np.argsort(digests[:, 0], kind="stable")]
     total = np.cumsum(ordered[:, 2])
     count = min(int(np.searchsorted(total, np.uint64(sample_bytes))) + 1, len(ordered))
     return min(int(ordered[count - 1, 0]) + 1, _MAX_U64), int(total[count - 1])
+
+
+def choose_sample(digests: np.ndarray, weights: Sequence[float], sample_bytes: int) -> list[SourceSample]:
+    """What the tokenizer is trained on: of each source, weight x its bytes, all scaled to `sample_bytes` at most.
+
+    `digests` is uint64 [documents, 4]: (order, split, bytes, source), `weights` one per source. Documents are taken in
+    the order of their hash, so neither the order nor the size of parts matters. Where all weights are the same, the
+    hash chooses among all documents at once.
+    """
+    source = digests[:, 3].astype(np.int64)
+    sizes = np.bincount(source, digests[:, 2], minlength=len(weights))
+    if len(set(weights)) == 1 and weights[0] > 0:
+        below, _ = sample_bound(digests, sample_bytes)
+        taken = np.bincount(source, digests[:, 2] * (digests[:, 0] < below), minlength=len(weights))
+        return [SourceSample(0, below, int(n_bytes)) for n_bytes in taken]
+    total = float(np.dot(sizes, weights))
+    scale = min(1.0, sample_bytes / total) if total else 0.0
+    sample = []
+    for number, (size, weight) in enumerate(zip(sizes.tolist(), weights, strict=True)):
+        times, part = divmod(scale * weight, 1)
+        below = taken = 0
+        if part * size >= 1:
+            below, taken = sample_bound(digests[source == number], int(part * size))
+        sample.append(SourceSample(int(times), below, int(times * size) + taken))
+    return sample
 
 
 def json_array(value: Any) -> np.ndarray:

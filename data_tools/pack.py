@@ -11,9 +11,8 @@ import gzip
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -23,10 +22,10 @@ from data_tools.encode import EncodedPart, load_encoded, tokens_path
 from data_tools.gather import Gathered
 from data_tools.progress import stage
 from data_tools.statistics import DocumentCounts
-from data_tools.workspace import HELDOUT_FOLDER, HELDOUT_TEXT, TOKENIZER_NAME
+from data_tools.workspace import HELDOUT_FOLDER, HELDOUT_TEXT
 from pretrain.corpus_writer import CorpusWriter
 from pretrain.manifest import CorpusSource, Manifest
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import Tokenizer, tokenizer_in
 
 LARGEST_CHUNK_TOKENS = 1 << 18
 SMALLEST_CHUNK_TOKENS = 1 << 12
@@ -34,13 +33,13 @@ CHUNKS_WANTED = 512  # so that the order of a small corpus can be shuffled well
 GROUP_PARTS = 64
 
 
-@dataclass(frozen=True, slots=True)
-class _PlacedDocument:
+class _PlacedDocument(NamedTuple):
     tokens: np.ndarray
     source: int
     id: str
     text_bytes: int
-    heldout_text: dict[str, Any] | None
+    heldout: dict[str, Any] | None
+    """Of a held-out document, what documents.jsonl.gz has beside id and source."""
     targets: np.ndarray | None
     target_bytes: int
 
@@ -60,7 +59,7 @@ def pack(
 
     Manifests of the training and the held-out part, and counts of the training documents.
     """
-    tokenizer = Tokenizer(corpus / TOKENIZER_NAME)
+    tokenizer = Tokenizer(tokenizer_in(corpus))
     n_tokens = sum(_training_tokens(tokens_path(work, number)) for number in range(len(gathered.parts)))
     chunk_tokens = config.chunk_tokens or choose_chunk_tokens(n_tokens)
     has_heldout = gathered.funnel.heldout > 0
@@ -79,7 +78,7 @@ def pack(
             loss_mask=config.format is DocumentFormat.chat,
         )
 
-    training = writer(corpus, [TOKENIZER_NAME] + [f"{HELDOUT_FOLDER}/manifest.json"] * has_heldout)
+    training = writer(corpus, [tokenizer.file_name] + [f"{HELDOUT_FOLDER}/manifest.json"] * has_heldout)
     heldout = writer(corpus / HELDOUT_FOLDER, [HELDOUT_TEXT]) if has_heldout else None
     text = HeldoutText(corpus / HELDOUT_FOLDER / HELDOUT_TEXT) if has_heldout else None
     counts = DocumentCounts(tokenizer)
@@ -87,9 +86,9 @@ def pack(
         for document in _placed(work, len(gathered.parts)):
             source = gathered.sources[document.source][0]
             target = training
-            if document.heldout_text is not None and heldout is not None and text is not None:
+            if document.heldout is not None and heldout is not None and text is not None:
                 target = heldout
-                text.add({"id": document.id, "source": source, **document.heldout_text})
+                text.add({"id": document.id, "source": source, **document.heldout})
             else:
                 counts.add(document.tokens, document.text_bytes)
             target.add_document(
@@ -143,22 +142,24 @@ def _placed(work: Path, n_parts: int) -> Iterator[_PlacedDocument]:
 
 
 def _placed_within(parts: list[EncodedPart]) -> Iterator[_PlacedDocument]:
-    part_of = np.concatenate([np.full(len(part.ids), number) for number, part in enumerate(parts)])
-    row_of = np.concatenate([np.arange(len(part.ids)) for part in parts])
-    text_of = [np.cumsum(part.documents[:, 2]) - 1 for part in parts]  # index into heldout_texts
-    for place in np.argsort(np.concatenate([part.order for part in parts]), kind="stable"):
-        number, row = int(part_of[place]), int(row_of[place])
+    place = np.argsort(np.concatenate([part.order for part in parts]), kind="stable")
+    part_of = np.concatenate([np.full(len(part.ids), number) for number, part in enumerate(parts)])[place]
+    row_of = np.concatenate([np.arange(len(part.ids)) for part in parts])[place]
+    # As lists: an element of an array is slow to get.
+    starts, documents = ([getattr(part, name).tolist() for part in parts] for name in ("starts", "documents"))
+    text_of = [(np.cumsum(part.documents[:, 2]) - 1).tolist() for part in parts]  # index into heldout
+    for number, row in zip(part_of.tolist(), row_of.tolist(), strict=True):
         part = parts[number]
-        source, text_bytes, held_out = part.documents[row].tolist()
+        source, text_bytes, held_out = documents[number][row]
         targets = None
         if part.targets is not None and part.target_starts is not None:
             targets = part.targets[slice(*part.target_starts[row : row + 2])] - part.starts[row]
         yield _PlacedDocument(
-            tokens=part.tokens[part.starts[row] : part.starts[row + 1]],
+            tokens=part.tokens[starts[number][row] : starts[number][row + 1]],
             source=source,
             id=part.ids[row],
             text_bytes=text_bytes,
-            heldout_text=part.heldout_texts[text_of[number][row]] if held_out else None,
+            heldout=part.heldout[text_of[number][row]] if held_out else None,
             targets=targets,
             target_bytes=0 if part.target_bytes is None else int(part.target_bytes[row]),
         )

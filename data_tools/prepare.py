@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from data_tools.card import HEADERS, describe, source_rows
 from data_tools.config import CardConfig, PrepareConfig
@@ -21,6 +22,7 @@ from data_tools.encode import WorkerDiedError, encode_parts
 from data_tools.fertility import heldout_texts, measure
 from data_tools.funnel import curations_of, funnel_table
 from data_tools.gather import Gathered, gather, is_known
+from data_tools.import_tokenizer import import_tokenizer
 from data_tools.lineage import curation_lineage, preparation_lineage
 from data_tools.pack import pack
 from data_tools.sources import find_files
@@ -34,7 +36,6 @@ from data_tools.workspace import (
     HELDOUT_TEXT,
     REPORT_NAME,
     STATISTICS_NAME,
-    TOKENIZER_NAME,
     Recipe,
     check_places,
     is_finished,
@@ -46,7 +47,7 @@ from data_tools.workspace import (
 )
 from pretrain.config import ConfigError, run_command
 from pretrain.manifest import MANIFEST_NAME, Manifest, load_manifest, write_atomically
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import SENTENCEPIECE_NAME, Tokenizer, tokenizer_in
 
 _SOURCES_SHOWN = 12
 _CANNOT_WRITE = {
@@ -82,10 +83,9 @@ def prepare(config: PrepareConfig) -> int:
 def _prepare(config: PrepareConfig) -> int:
     check_places(config)
     output = Path(config.output).expanduser().resolve()
-    given = Path(config.tokenizer.path).expanduser() if config.tokenizer.path is not None else None
-    given_sha256 = Tokenizer(given).sha256 if given is not None else None
+    given = import_tokenizer(config.tokenizer) if config.tokenizer.path is not None else None
     files = find_files(config)
-    recipe = make_recipe(config, files, given_sha256)
+    recipe = make_recipe(config, files, given.sha256 if given is not None else None)
     if is_finished(output, recipe, config.overwrite):
         remove_work(output)
         _state_anew(config, output)
@@ -95,9 +95,9 @@ def _prepare(config: PrepareConfig) -> int:
         corpus = work / CORPUS_FOLDER
         if not (work / "packed").exists():
             gathered = gather(config, files, work)
-            model = work / TOKENIZER_NAME
+            model = work / (given.file_name if given is not None else SENTENCEPIECE_NAME)
             if not model.exists() and given is not None:
-                write_atomically(model, given.read_bytes())
+                write_atomically(model, given.content)
             elif not model.exists():
                 train_tokenizer(config.tokenizer, gathered, work, model)
             encode_parts(gathered, work, model, _n_workers(config), config.format)
@@ -116,21 +116,20 @@ def _build(config: PrepareConfig, recipe: Recipe, gathered: Gathered, work: Path
     """Write the finished corpus, with its card, statistics and report, into `corpus`."""
     shutil.rmtree(corpus, ignore_errors=True)
     corpus.mkdir()
-    model = (work / TOKENIZER_NAME).read_bytes()
-    write_atomically(corpus / TOKENIZER_NAME, model)
+    model = tokenizer_in(work)
+    write_atomically(corpus / model.name, model.read_bytes())
     try:
         manifest, heldout, counts = pack(config, gathered, work, corpus)
     except OSError:  # a full disk: what is half-written would only keep it full
         shutil.rmtree(corpus, ignore_errors=True)
         raise
-    kind = (
-        "given" if config.tokenizer.path is not None else f"sentencepiece {config.tokenizer.model_type.value}"
-    )
-    fits = {}
+    tokenizer = Tokenizer(corpus / model.name)
+    kind = f"sentencepiece {config.tokenizer.model_type.value}"
+    if config.tokenizer.path is not None:
+        kind = f"{'sentencepiece' if tokenizer.is_sentencepiece else 'Hugging Face'}, imported"
+    fits: tuple[dict[str, Any], dict[str, Any]] = {}, {}
     if heldout is not None:  # text that the tokenizer was not trained on
-        fits = measure(
-            Tokenizer(corpus / TOKENIZER_NAME), heldout_texts(corpus / HELDOUT_FOLDER / HELDOUT_TEXT)
-        )
+        fits = measure(tokenizer, heldout_texts(corpus / HELDOUT_FOLDER / HELDOUT_TEXT))
     curations = curations_of(config.input)
     reports = [report for _, report in curations]
     statistics = corpus_figures(manifest, heldout, counts)
@@ -148,14 +147,27 @@ def _build(config: PrepareConfig, recipe: Recipe, gathered: Gathered, work: Path
         "tokenizer": {
             "sha256": manifest.tokenizer_sha256,
             "kind": kind,
-            "sample_bytes": gathered.sample_bytes,
-            "heldout_fit": fits,
+            "heldout_fit": fits[0],
+            "heldout_fit_by_language": fits[1],
+            **_sample_figures(config, gathered),
         },
         "lineage": lineage + preparation_lineage(recipe, gathered, work, manifest, heldout),
         "summary": gathered.funnel.lines(),
     }
     describe(corpus, report)
     write_report(corpus, report)
+
+
+def _sample_figures(config: PrepareConfig, gathered: Gathered) -> dict[str, Any]:
+    """What a tokenizer was trained on, where one was."""
+    if config.tokenizer.path is not None:
+        return {}
+    names = [name for name, _ in gathered.sources]
+    sizes = [sample.text_bytes for sample in gathered.sample]
+    return {
+        "sample_bytes": gathered.sample_bytes,
+        "sample_bytes_by_source": dict(zip(names, sizes, strict=True)),
+    }
 
 
 def _state_anew(config: PrepareConfig, output: Path) -> None:

@@ -30,7 +30,6 @@ from data_tools.workspace import (
     HELDOUT_TEXT,
     REPORT_NAME,
     STATISTICS_NAME,
-    TOKENIZER_NAME,
     WORK_FOLDER,
     publish,
     write_report,
@@ -39,7 +38,7 @@ from pretrain.config import ConfigError, ExitCode
 from pretrain.corpus_writer import CorpusWriter
 from pretrain.manifest import MANIFEST_NAME, CorpusSource, CorruptShardError, Manifest, write_atomically
 from pretrain.shards import Corpus, documents_of
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import Tokenizer, tokenizer_in
 
 
 def remove(folder: Path, ids: set[str]) -> Counter[str]:
@@ -53,13 +52,14 @@ def remove(folder: Path, ids: set[str]) -> Counter[str]:
     work = folder / WORK_FOLDER / "remove"
     shutil.rmtree(work, ignore_errors=True)  # of a call that was interrupted: it had changed nothing
     work.mkdir(parents=True)
-    shutil.copyfile(folder / TOKENIZER_NAME, work / TOKENIZER_NAME)
+    tokenizer = tokenizer_in(folder)
+    shutil.copyfile(tokenizer, work / tokenizer.name)
     has_heldout = (folder / HELDOUT_FOLDER).exists()
-    removal = _Removal(ids, report["recipe"]["options"]["shard_bytes"], Tokenizer(work / TOKENIZER_NAME))
+    removal = _Removal(ids, report["recipe"]["options"]["shard_bytes"], Tokenizer(work / tokenizer.name))
     heldout = None
     if has_heldout:
         heldout, _ = removal.rewrite(folder / HELDOUT_FOLDER, work / HELDOUT_FOLDER, [HELDOUT_TEXT])
-    files = [TOKENIZER_NAME] + [f"{HELDOUT_FOLDER}/{MANIFEST_NAME}"] * has_heldout
+    files = [tokenizer.name] + [f"{HELDOUT_FOLDER}/{MANIFEST_NAME}"] * has_heldout
     manifest, counts = removal.rewrite(folder, work, files)
     if not removal.found:
         shutil.rmtree(folder / WORK_FOLDER)

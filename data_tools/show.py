@@ -15,11 +15,11 @@ import numpy as np
 
 from data_tools.card import HEADERS, source_rows
 from data_tools.tables import plain_table
-from data_tools.workspace import HELDOUT_FOLDER, TOKENIZER_NAME
+from data_tools.workspace import HELDOUT_FOLDER
 from pretrain.config import ConfigError, ExitCode
 from pretrain.manifest import MANIFEST_NAME, CorruptShardError, Manifest, load_manifest
 from pretrain.shards import Corpus
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import Tokenizer, tokenizer_in
 
 _TEXT_LINES, _LINE_CHARS = 12, 110
 _TOKENS_SHOWN = 2048
@@ -87,9 +87,9 @@ def show(folder: Path, chunk: int | None) -> None:
         raise ConfigError(
             f"--chunk {chosen} does not exist; the corpus has chunks 0 to {corpus.n_chunks - 1}"
         )
-    model = folder / TOKENIZER_NAME
-    if not model.exists():  # the held-out part uses the model of the corpus around it
-        model = folder.parent / TOKENIZER_NAME
+    model = tokenizer_in(folder)
+    if not model.exists():  # the held-out part uses the tokenizer of the corpus around it
+        model = tokenizer_in(folder.parent)
     print(describe(corpus.manifest, folder))
     print()
     print(describe_chunk(corpus, Tokenizer(model, corpus.manifest.tokenizer_sha256), chosen))

@@ -46,6 +46,8 @@ class Document:
     """Of a dialogue, what `dialogue.dump` makes of it."""
     position_bytes: int
     """How much of the file has been read."""
+    language: str = ""
+    """As data_tools.curate writes it; empty where it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,9 @@ def _read_parquet(file: InputFile, config: PrepareConfig) -> Iterator[Document |
     try:
         table = parquet.ParquetFile(file.path)
         names = table.schema_arrow.names
-        columns = [c for c in dict.fromkeys((*content_fields, "id", "source", "license")) if c in names]
+        columns = [
+            c for c in dict.fromkeys((*content_fields, "id", "source", "license", "language")) if c in names
+        ]
         if not set(content_fields) & set(columns):
             what = f"{config.text_field!r} (it has {', '.join(names)}); set text_field"
             if is_chat:
@@ -209,7 +213,9 @@ def _document(
     except ValueError as error:
         return Rejected("bad_record", f"{where} {error}", position_bytes, is_error=True)
     given = {
-        key: _readable(value) for key in ("source", "license") if isinstance(value := record.get(key), str)
+        key: _readable(value)
+        for key in ("source", "license", "language")
+        if isinstance(value := record.get(key), str)
     }
     own_id = record.get("id")
     is_id = isinstance(own_id, str | int) and not isinstance(own_id, bool) and own_id != ""
@@ -219,6 +225,7 @@ def _document(
         license=given.get("license") or file.license,
         text=text,
         position_bytes=position_bytes,
+        language=given.get("language", ""),
     )
 
 

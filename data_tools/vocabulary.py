@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 
+import numpy as np
 from sentencepiece import SentencePieceTrainer
 
 from data_tools.config import TokenizerConfig
@@ -14,8 +16,8 @@ from data_tools.gather import Gathered, part_path, read_digests, read_part
 from data_tools.progress import waiting
 from pretrain.config import ConfigError
 from pretrain.manifest import write_atomically
-from pretrain.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 
+UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 DEFAULT_VOCAB_SIZE = 16384
 SMALLEST_VOCAB_SIZE = 512
 # A vocabulary that is learned from less text has entries seen too rarely to train their embeddings.
@@ -106,11 +108,13 @@ def _train(config: TokenizerConfig, vocab_size: int, coverage: float, lines: Ite
 
 def _sample(gathered: Gathered, work: Path) -> Iterator[str]:
     """The texts of the tokenizer's sample."""
+    times, below, _ = np.array(gathered.sample, np.uint64).T
     for number in range(len(gathered.parts)):
-        digests = read_digests(work, number)
-        wanted = (digests[:, 1] >= gathered.heldout_below) & (digests[:, 0] < gathered.sample_below)
-        for document in read_part(part_path(work, number), wanted):
-            yield document.text
+        order, split, _, source = read_digests(work, number).T
+        copies = (times[source] + (order < below[source])) * (split >= gathered.heldout_below)
+        documents = read_part(part_path(work, number), copies > 0)
+        for document, count in zip(documents, copies[copies > 0].tolist(), strict=True):
+            yield from repeat(document.text, count)
 
 
 def _trainer_lines(gathered: Gathered, work: Path) -> Iterator[str]:

@@ -22,13 +22,13 @@ from data_tools.sources import PYTHON, InputFile
 from pretrain.config import ConfigError, to_dict
 from pretrain.manifest import MANIFEST_NAME, load_manifest, sync_folder, write_atomically
 from pretrain.shards import SHARDS_FOLDER
+from pretrain.tokenizer import TOKENIZER_NAMES
 
 REPORT_NAME = "prepare.json"
 CARD_NAME = "README.md"
 STATISTICS_NAME = "statistics.json"
 CROISSANT_NAME = "croissant.json"
 PLOTS_FOLDER = "plots"
-TOKENIZER_NAME = "tokenizer.model"
 HELDOUT_FOLDER = "heldout"
 HELDOUT_TEXT = "documents.jsonl.gz"
 WORK_FOLDER = ".work"
@@ -39,14 +39,14 @@ PRODUCTS = (
     PLOTS_FOLDER,
     STATISTICS_NAME,
     CROISSANT_NAME,
-    TOKENIZER_NAME,
+    *TOKENIZER_NAMES,
     HELDOUT_FOLDER,
     SHARDS_FOLDER,
     MANIFEST_NAME,
 )  # manifest last
 
 # Raised when the program begins to give other bytes for the same input.
-PIPELINE_VERSION = 1
+PIPELINE_VERSION = 2
 
 # Options that change where or how fast, but nothing in the corpus. The input counts by its files.
 _NOT_IN_KEY = ("input", "output", "overwrite", "workers", "max_bad_records", "card")
@@ -89,7 +89,9 @@ def make_recipe(config: PrepareConfig, files: list[InputFile], tokenizer_sha256:
             options.update({f"{name}.{inner}": inner_value for inner, inner_value in value.items()})
         else:
             options[name] = value
-    options["tokenizer.path"] = tokenizer_sha256  # the model counts, not where it lies
+    # The tokenizer counts, not where it lies, nor who told what is special in it.
+    options["tokenizer.path"] = tokenizer_sha256
+    del options["tokenizer.bos_token"], options["tokenizer.eos_token"]
     if config.format is DocumentFormat.text:  # unsaid, as in recipes from before there was another
         del options["format"]
     listing = [(file.name, file.source, file.license, file.size_bytes, file.version) for file in files]

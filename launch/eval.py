@@ -121,7 +121,7 @@ def read_corpus(manifest: Path, trained: TrainedModel) -> tuple[Iterator[TokenDo
     if corpus.manifest.tokenizer_sha256 != trained.tokenizer.sha256:
         raise ConfigError(
             f"input={manifest} was made with another tokenizer than run_dir was trained with; "
-            "give the text itself, or prepare it with the run's tokenizer.model"
+            "give the text itself, or prepare it with tokenizer.path=run_dir"
         )
     return corpus_documents(corpus), sum(source.text_bytes for source in corpus.manifest.sources)
 

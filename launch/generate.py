@@ -100,11 +100,11 @@ def main(config: GenerateConfig) -> None:
             progress=progress.advance,
         )
         progress.finish(len(found) * config.max_new_tokens)
-        for (text, number), row in zip(samples[group], found, strict=True):
+        for (text, number), prompt, row in zip(samples[group], prompts[group], found, strict=True):
             record = {
                 "prompt": text,
                 "sample": number,
-                "text": tokenizer.decode(row.tokens),
+                "text": tokenizer.decode_after(prompt.tokens, row.tokens),
                 "tokens": row.tokens,
                 "finished": row.finished,
             }

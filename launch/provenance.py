@@ -19,7 +19,7 @@ from omegaconf import MISSING
 
 from pretrain.config import ConfigError, run_command
 from pretrain.provenance import Piece, ReadHistory
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer import Tokenizer, tokenizer_in
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,7 +53,7 @@ def main(config: ProvenanceConfig) -> None:
     """Look it up and print it."""
     config.check()
     history = ReadHistory.of_run(Path(config.run_dir))
-    tokenizer = Tokenizer(Path(config.run_dir) / "tokenizer.model")
+    tokenizer = Tokenizer(tokenizer_in(Path(config.run_dir)))
     found = _document(config, history, tokenizer) if config.document else _step(config, history, tokenizer)
     if config.json:
         print(json.dumps(found, ensure_ascii=False))

@@ -89,7 +89,7 @@ class CorpusWriter:
 
     def _start_chunk(self) -> None:
         self._filled = 0
-        self._pieces: dict[str, list[Any]] = {name: [] for name in _PIECE_KEYS}
+        self._pieces: list[tuple[int, int, str, int, int]] = []  # the values of _PIECE_KEYS, piece by piece
         self._targets: list[int] = []
         self._target_bytes: list[int] = []
 
@@ -112,14 +112,18 @@ class CorpusWriter:
         row = np.asarray(tokens)
         if row.ndim != 1 or not len(row):
             raise ValueError(f"document {document_id!r} is not a non-empty row of tokens")
-        if int(row.min()) < 0 or int(row.max()) >= self._vocab_size:
+        smallest = 0 if row.dtype.kind == "u" else np.minimum.reduce(row)
+        if smallest < 0 or np.maximum.reduce(row) >= self._vocab_size:
             raise ValueError(f"document {document_id!r} has token ids outside 0 to {self._vocab_size - 1}")
         if (targets is not None) is not self._loss_mask:
             raise ValueError(f"document {document_id!r} has targets, or the corpus a loss mask, not both")
         spans = np.asarray([] if targets is None else targets, np.int64)
-        bounds = np.concatenate([[0], spans, [len(row)]])
-        if len(spans) % 2 or (np.diff(bounds) < 0).any() or (spans[::2] == spans[1::2]).any():
-            raise ValueError(f"document {document_id!r} has targets that are no ascending starts and stops")
+        if targets is not None:
+            bounds = np.concatenate([[0], spans, [len(row)]])
+            if len(spans) % 2 or (np.diff(bounds) < 0).any() or (spans[::2] == spans[1::2]).any():
+                raise ValueError(
+                    f"document {document_id!r} has targets that are no ascending starts and stops"
+                )
         totals = self._sources[number := self._source_index[source]]
         totals.documents += 1
         totals.tokens += len(row)
@@ -128,11 +132,10 @@ class CorpusWriter:
         done = 0
         while done < len(row):
             room = min(self._chunk_tokens - self._filled, len(row) - done)
-            piece = (self._filled, number, document_id, done, 0 if done else text_bytes)
-            for values, value in zip(self._pieces.values(), piece, strict=True):
-                values.append(value)
-            self._target_bytes.append(0 if done else target_bytes)
-            self._targets += _spans_within(spans, done, done + room, self._filled)
+            self._pieces.append((self._filled, number, document_id, done, 0 if done else text_bytes))
+            if self._loss_mask:
+                self._target_bytes.append(0 if done else target_bytes)
+                self._targets += _spans_within(spans, done, done + room, self._filled)
             self._buffer[self._filled : self._filled + room] = row[done : done + room]
             self._filled += room
             done += room
@@ -141,8 +144,10 @@ class CorpusWriter:
 
     def _flush_chunk(self) -> None:
         tokens = self._buffer[: self._filled].tobytes()
-        mask = {"targets": self._targets, "target_bytes": self._target_bytes} if self._loss_mask else {}
-        documents = json.dumps(self._pieces | mask, ensure_ascii=False, separators=(",", ":")).encode()
+        columns: dict[str, Any] = dict(zip(_PIECE_KEYS, zip(*self._pieces, strict=True), strict=True))
+        if self._loss_mask:
+            columns |= {"targets": self._targets, "target_bytes": self._target_bytes}
+        documents = json.dumps(columns, ensure_ascii=False, separators=(",", ":")).encode()
         size = padded_bytes(len(tokens)) + padded_bytes(len(documents))
         if self._shard is not None and self._shard.bytes + size > self._shard_bytes:
             self._shards.append(self._shard.finish())
@@ -150,7 +155,7 @@ class CorpusWriter:
         if self._shard is None:
             name = f"shard-{len(self._shards):05d}.tar"
             self._shard = _ShardWriter(self.folder / SHARDS_FOLDER, name, self._n_chunks)
-        self._shard.add(tokens, documents, self._filled, self._pieces["offsets"].count(0))
+        self._shard.add(tokens, documents, self._filled, columns["offsets"].count(0))
         self._n_chunks += 1
         self._start_chunk()
 

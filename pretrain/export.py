@@ -1,12 +1,13 @@
 """A checkpoint as a Hugging Face folder, which is published only after it gave the same logits and tokens.
 
 The folder holds config.json, generation_config.json, model*.safetensors (LlamaForCausalLM, or Qwen3ForCausalLM
-with QK-norm), a tokenizer that `transformers.AutoTokenizer` loads, and the sentencepiece model it came from.
+with QK-norm), a tokenizer that `transformers.AutoTokenizer` loads and, if it came from one, the sentencepiece model.
 `transformers` is imported where it is used: it is an optional package.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -22,30 +23,14 @@ from torch import Tensor
 
 from pretrain.config import ConfigError, ModelConfig, RunError, TrainConfig
 from pretrain.model import build_decoder
-from pretrain.tokenizer import SPACE_SYMBOL, Tokenizer
-from pretrain.trained import TOKENIZER_NAME, TrainedModel
+from pretrain.tokenizer import CHECK_TEXT, SPACE_SYMBOL, Tokenizer, frame
+from pretrain.trained import TrainedModel
 
 MAX_SHARD_BYTES = 5_000_000_000
 RELATIVE_TOLERANCE = 1e-4
 """Largest difference of two fp32 logits, relative to the largest logit: summing in another order stays far below."""
 MIN_ARGMAX_AGREEMENT = 0.99
 _UNREACHABLE_SCORE = -1e4
-
-# What the two models and the two tokenizers are compared on: prose, Chinese, code, signs outside the vocabulary.
-CHECK_TEXT = """It is a truth universally acknowledged, that a single man in possession of a good fortune, \
-must be in want of a wife. However little known the feelings or views of such a man may be on his first entering \
-a neighborhood, this truth is so well fixed in the minds of the surrounding families, that he is considered as \
-the rightful property of some one or other of their daughters.
-
-道可道，非常道。名可名，非常名。無名天地之始；有名萬物之母。故常無欲，以觀其妙；常有欲，以觀其徼。
-
-def fibonacci(n: int) -> list[int]:
-    numbers = [0, 1]
-    while len(numbers) < n:
-        numbers.append(numbers[-1] + numbers[-2])  # 1, 2, 3, 5, 8
-    return numbers[:n]
-
-\tTabs,  double   spaces, 12,345.67 €, naïve façade, <s></s><0x0A>, a \u2581 b, 👩‍👩‍👧 🎉\r\n"""
 
 
 @dataclass(frozen=True)
@@ -144,7 +129,7 @@ def _published_together(output: Path) -> Iterator[Path]:
 # --- the model ---
 
 
-def hugging_face_config(config: TrainConfig, dtype: torch.dtype) -> Any:
+def hugging_face_config(config: TrainConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> Any:
     """The `transformers` configuration of the same model: Llama, or Qwen3 where heads are normalized."""
     from transformers import LlamaConfig, Qwen3Config
 
@@ -164,9 +149,9 @@ def hugging_face_config(config: TrainConfig, dtype: torch.dtype) -> Any:
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
         tie_word_embeddings=model.tie_embeddings,
         initializer_range=model.init_std,
-        bos_token_id=Tokenizer.bos_id,
-        eos_token_id=Tokenizer.eos_id,
-        pad_token_id=Tokenizer.pad_id,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
         dtype=dtype,
     )
 
@@ -199,7 +184,7 @@ def write_model(trained: TrainedModel, folder: Path, dtype: torch.dtype, max_sha
     """Write config.json, generation_config.json and the weights, in files of at most `max_shard_bytes`."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    config = hugging_face_config(trained.config, dtype)
+    config = hugging_face_config(trained.config, trained.tokenizer, dtype)
     names = hugging_face_names(trained.config.model)
     weights: dict[str, Tensor] = {
         theirs: trained.weights[ours].to(dtype).contiguous() for ours, theirs in names.items()
@@ -212,9 +197,9 @@ def write_model(trained: TrainedModel, folder: Path, dtype: torch.dtype, max_sha
     model.tie_weights()
     filling = list(range(trained.tokenizer.vocab_size, config.vocab_size))  # rows that stand for no token
     model.generation_config = GenerationConfig(
-        bos_token_id=Tokenizer.bos_id,
-        eos_token_id=Tokenizer.eos_id,
-        pad_token_id=Tokenizer.pad_id,
+        bos_token_id=trained.tokenizer.bos_id,
+        eos_token_id=trained.tokenizer.eos_id,
+        pad_token_id=trained.tokenizer.pad_id,
         suppress_tokens=filling or None,
     )
     model.save_pretrained(folder, max_shard_size=max_shard_bytes)
@@ -248,7 +233,7 @@ def compare_logits(trained: TrainedModel, folder: Path, dtype: torch.dtype) -> P
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_tokens: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json, which need no sentencepiece, and the sentencepiece model."""
+    """Write tokenizer.json and tokenizer_config.json and, where it is one, the sentencepiece model itself."""
     from transformers import PreTrainedTokenizerFast
 
     special = {
@@ -257,61 +242,103 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_tokens: int) -> None
         "eos": tokenizer.eos_id,
         "pad": tokenizer.pad_id,
     }
-    converted = PreTrainedTokenizerFast(
-        tokenizer_object=convert_tokenizer(tokenizer),
-        model_max_length=max_tokens,
-        padding_side="left",  # as generation from a batch of prompts needs it
-        clean_up_tokenization_spaces=False,
-        split_special_tokens=True,  # "</s>" in a text is text
-        **{f"{name}_token": tokenizer.piece(number) for name, number in special.items()},
-    )
-    converted.save_pretrained(folder)
-    (folder / TOKENIZER_NAME).write_bytes(tokenizer.model)
+    settings: dict[str, Any] = {
+        "model_max_length": max_tokens,
+        "padding_side": "left",  # as generation from a batch of prompts needs it
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # "</s>" in a text is text
+        **{f"{name}_token": tokenizer.piece(i) for name, i in special.items() if i is not None},
+    }
+    if tokenizer.is_sentencepiece:
+        converted = PreTrainedTokenizerFast(tokenizer_object=convert_tokenizer(tokenizer), **settings)
+        converted.save_pretrained(folder)
+        (folder / tokenizer.file_name).write_bytes(tokenizer.content)
+        return
+    description = json.loads(tokenizer.content)
+    bos = settings["bos_token"], tokenizer.bos_id
+    description["post_processor"] = frame(bos, None)  # a prompt has no end
+    settings["tokenizer_class"] = PreTrainedTokenizerFast.__name__
+    for name, value in ((tokenizer.file_name, description), ("tokenizer_config.json", settings)):
+        (folder / name).write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def convert_tokenizer(tokenizer: Tokenizer) -> Any:
-    """The same tokenizer as a `tokenizers.Tokenizer`, which puts bos before a text.
+    """A sentencepiece model as a `tokenizers.Tokenizer`, which puts bos before a text.
 
-    In its vocabulary a space is a space, where sentencepiece writes U+2581: so a real U+2581 in a text is
-    outside the vocabulary and becomes bytes, as it does in our tokenizer. Raises ConfigError for a model with
-    settings that `data_tools.prepare` never gives it.
+    In the vocabulary of a model that leaves text as it is, as `data_tools.prepare` makes them, a space is a space,
+    where sentencepiece writes U+2581: so a real U+2581 in a text is outside the vocabulary and becomes bytes, as it
+    does in our tokenizer. Models of others keep U+2581, which they read as a space.
     """
     import tokenizers
     from sentencepiece import sentencepiece_model_pb2 as proto
 
     model = proto.ModelProto()
-    model.ParseFromString(tokenizer.model)
-    normalizer, kinds = model.normalizer_spec, proto.ModelProto.SentencePiece
-    if normalizer.precompiled_charsmap or normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces:
-        raise ConfigError(
-            f"the tokenizer {tokenizer.path} changes text before it encodes it, and only tokenizers that do not "
-            "can be exported; train one with data_tools.prepare"
-        )
-    if any(piece.type in (kinds.USER_DEFINED, kinds.UNUSED) for piece in model.pieces):
-        raise ConfigError(f"the tokenizer {tokenizer.path} has user-defined pieces, which cannot be exported")
+    model.ParseFromString(tokenizer.content)
+    kinds = proto.ModelProto.SentencePiece
+    space = " " if tokenizer.encode(SPACE_SYMBOL) != tokenizer.encode(" ") else SPACE_SYMBOL
     learned = {
-        piece.piece.replace(SPACE_SYMBOL, " "): (number, piece.score)
+        piece.piece.replace(SPACE_SYMBOL, space): (number, piece.score)
         for number, piece in enumerate(model.pieces)
         if piece.type == kinds.NORMAL
     }
-    others = {piece.piece: n for n, piece in enumerate(model.pieces) if piece.type != kinds.NORMAL}
+    others = {
+        piece.piece.replace(SPACE_SYMBOL, " ") if piece.type == kinds.USER_DEFINED else piece.piece: number
+        for number, piece in enumerate(model.pieces)
+        if piece.type != kinds.NORMAL
+    }
     is_bpe = model.trainer_spec.model_type == proto.TrainerSpec.BPE
-    converted = tokenizers.Tokenizer(_bpe(learned, others) if is_bpe else _unigram(learned, others))
+    assert tokenizer.unk_id is not None  # sentencepiece knows no model without
+    build = _bpe if is_bpe else _unigram
+    converted = tokenizers.Tokenizer(build(learned, others, tokenizer.unk_id))
     if (splits := _splits(learned, others)) is not None:
         converted.pre_tokenizer = splits
-    converted.decoder = tokenizers.decoders.Sequence(
-        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
-    )
-    bos = model.pieces[tokenizer.bos_id].piece
+    if (normalizer := _normalizer(model.normalizer_spec, space)) is not None:
+        converted.normalizer = normalizer
+    converted.decoder = _decoder(model.normalizer_spec, space)
+    bos = tokenizer.piece(tokenizer.bos_id)
     converted.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos_id)]
     )
     special = [piece.piece for piece in model.pieces if piece.type in (kinds.UNKNOWN, kinds.CONTROL)]
     converted.add_special_tokens([tokenizers.AddedToken(p, special=True, normalized=False) for p in special])
+    # These are found before all others; one with a real space never, since a text has none after normalization.
+    own = [
+        p.piece.replace(SPACE_SYMBOL, " ")
+        for p in model.pieces
+        if p.type == kinds.USER_DEFINED and " " not in p.piece
+    ]
+    converted.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in own])
     return converted
 
 
-def _bpe(learned: dict[str, tuple[int, float]], others: dict[str, int]) -> Any:
+def _normalizer(spec: Any, space: str) -> Any:
+    """What a sentencepiece model does to a text first, or None."""
+    from tokenizers import Regex, normalizers
+
+    steps: list[Any] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(space))
+    if space != " ":
+        steps.append(normalizers.Replace(" ", space))
+    return normalizers.Sequence(steps) if steps else None
+
+
+def _decoder(spec: Any, space: str) -> Any:
+    """From pieces to text."""
+    from tokenizers import decoders
+
+    steps: list[Any] = [decoders.Replace(space, " ")] if space != " " else []
+    steps += [decoders.ByteFallback(), decoders.Fuse()]
+    if spec.add_dummy_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    return decoders.Sequence(steps)
+
+
+def _bpe(learned: dict[str, tuple[int, float]], others: dict[str, int], unk_id: int) -> Any:
     """sentencepiece joins the two pieces whose result has the best score, `tokenizers` the pair first in a list.
 
     So the list holds every way to make a piece from two others, better pieces first.
@@ -324,11 +351,11 @@ def _bpe(learned: dict[str, tuple[int, float]], others: dict[str, int]) -> Any:
         known = [(left, right) for left, right in pairs if left in learned and right in learned]
         merges += sorted(known, key=lambda pair: (learned[pair[0]][0], learned[pair[1]][0]))
     vocabulary = others | {piece: number for piece, (number, _) in learned.items()}
-    unk = min(others, key=others.__getitem__)
+    (unk,) = (piece for piece, number in others.items() if number == unk_id)
     return BPE(vocab=vocabulary, merges=merges, unk_token=unk, byte_fallback=True, fuse_unk=True)
 
 
-def _unigram(learned: dict[str, tuple[int, float]], others: dict[str, int]) -> Any:
+def _unigram(learned: dict[str, tuple[int, float]], others: dict[str, int], unk_id: int) -> Any:
     """`tokenizers` would find "<0x0A>" in a text, which sentencepiece never does.
 
     A score below that of any six characters keeps it from that.
@@ -338,7 +365,7 @@ def _unigram(learned: dict[str, tuple[int, float]], others: dict[str, int]) -> A
     scores = {number: (piece, score) for piece, (number, score) in learned.items()}
     scores |= {number: (piece, _UNREACHABLE_SCORE) for piece, number in others.items()}
     ordered = [scores[number] for number in range(len(scores))]
-    return Unigram(ordered, unk_id=Tokenizer.unk_id, byte_fallback=True)
+    return Unigram(ordered, unk_id=unk_id, byte_fallback=True)
 
 
 def _splits(learned: dict[str, tuple[int, float]], others: dict[str, int]) -> Any:
@@ -360,7 +387,7 @@ def _splits(learned: dict[str, tuple[int, float]], others: dict[str, int]) -> An
 
 
 def check_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Raises RunError where the tokenizer in `folder` encodes or decodes `CHECK_TEXT` in another way than ours.
+    """Raises RunError where the tokenizer in `folder` encodes or decodes `CHECK_TEXT` in another way than the run's.
 
     The same pieces in another order pass: a unigram model finds them equally probable, and rounding decides.
     """
@@ -369,7 +396,8 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     exported = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     expected = [tokenizer.bos_id, *tokenizer.encode(CHECK_TEXT)]
     found = exported.encode(CHECK_TEXT, verbose=False)
-    if sorted(found) != sorted(expected) or exported.decode(found, skip_special_tokens=True) != CHECK_TEXT:
+    text = exported.decode(found, skip_special_tokens=True)
+    if sorted(found) != sorted(expected) or text != tokenizer.decode(expected):
         at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(expected))
         raise RunError(
             f"the exported tokenizer differs from {tokenizer.path}: token {at} of the check text is "

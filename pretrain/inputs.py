@@ -8,8 +8,8 @@ from pathlib import Path
 from pretrain.config import ConfigError, TrainConfig
 from pretrain.manifest import load_manifest
 from pretrain.remote import as_path, check_url, exists, folder_of, is_remote
+from pretrain.tokenizer import TOKENIZER_NAMES
 
-TOKENIZER_NAME = "tokenizer.model"
 VOCABULARY_MULTIPLE = (
     64  # matrix kernels like the output head's width in multiples of 64 (nanoGPT: 25% faster)
 )
@@ -81,9 +81,9 @@ def tokenizer_path(manifest_path: str) -> str | Path:
     path = as_path(manifest_path)
     folder = folder_of(path if isinstance(path, str) else path.resolve())
     for place in (folder, folder_of(folder)):
-        candidate = f"{place}/{TOKENIZER_NAME}" if isinstance(place, str) else place / TOKENIZER_NAME
-        if exists(candidate):
+        names = [f"{place}/{name}" if isinstance(place, str) else place / name for name in TOKENIZER_NAMES]
+        for candidate in filter(exists, names):
             return candidate
     raise ConfigError(
-        f"{folder} has no tokenizer.model; prepare the corpus again or copy its tokenizer there"
+        f"{folder} has no {' or '.join(TOKENIZER_NAMES)}; prepare the corpus again or copy its tokenizer there"
     )

@@ -59,7 +59,7 @@ def write_run_files(config: TrainConfig, run_dir: Path, state: dict[str, Any] | 
     identity["attempt"] = max(identity["attempt"], state["attempt"] if state else 0) + 1
     write_atomically(path, (json.dumps(identity, indent=1) + "\n").encode())
     write_atomically(run_dir / "config.json", (json.dumps(to_dict(config), indent=1) + "\n").encode())
-    write_atomically(run_dir / "tokenizer.model", tokenizer.model)
+    write_atomically(run_dir / tokenizer.file_name, tokenizer.content)
     return identity
 
 

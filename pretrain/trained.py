@@ -11,9 +11,7 @@ from torch import Tensor
 from pretrain.checkpoint import load_weights
 from pretrain.config import TrainConfig
 from pretrain.model import Decoder, build_decoder
-from pretrain.tokenizer import Tokenizer
-
-TOKENIZER_NAME = "tokenizer.model"
+from pretrain.tokenizer import Tokenizer, tokenizer_in
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ def load_trained(run_dir: str | Path, step: int | None = None) -> TrainedModel:
     Raises ConfigError where there is no such checkpoint or the run folder holds another tokenizer.
     """
     config, weights, state = load_weights(run_dir, step)
-    tokenizer = Tokenizer(Path(run_dir) / TOKENIZER_NAME, sha256=state["tokenizer_sha256"])
+    tokenizer = Tokenizer(tokenizer_in(Path(run_dir)), sha256=state["tokenizer_sha256"])
     return TrainedModel(
         config, weights, tokenizer, state["step"], state["tokens_seen"], state["sequence_length"]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from trained_run import SMALL, TEXTS, make_run, run_script, script, train_tokenizer
@@ -236,23 +238,49 @@ def test_a_wrong_tokenizer_is_noticed(tmp_path: Path) -> None:
         check_tokenizer(other, tmp_path / "hf")
 
 
-def test_a_tokenizer_that_changes_text_is_refused(tmp_path: Path) -> None:
-    import sentencepiece
+IDENTITY = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
+OTHERS = {
+    "Llama 2": IDENTITY | {"model_type": "bpe", "split_digits": True},
+    "Gemma": IDENTITY
+    | {"model_type": "bpe", "add_dummy_prefix": False, "pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3}
+    | {"user_defined_symbols": ["<mask>", "\u2581\u2581", "\n\n"]},
+    "a unigram model with a prefix": IDENTITY | {"model_type": "unigram"},
+    "T5": {"model_type": "unigram", "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
+    "compatibility characters": {"model_type": "bpe", "byte_fallback": True},
+}
 
+
+@pytest.mark.parametrize("options", OTHERS.values(), ids=OTHERS)
+def test_a_sentencepiece_model_of_others_does_the_same(tmp_path: Path, options: dict[str, Any]) -> None:
+    """The text comes from `CHECK_TEXT`, so that it has the characters."""
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS),
-        model_prefix=str(tmp_path / "prefixed"),
-        vocab_size=350,
-        byte_fallback=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=3,
+        sentence_iterator=iter(CHECK_TEXT.split("\n") * 3),
+        model_writer=model,
+        vocab_size=420,
         hard_vocab_limit=False,
         minloglevel=2,
+        **options,
     )
-    with pytest.raises(ConfigError, match="changes text"):
-        export_module.convert_tokenizer(Tokenizer(tmp_path / "prefixed.model"))
+    (tmp_path / "other.model").write_bytes(model.getvalue())
+    ours = Tokenizer(tmp_path / "other.model")
+    theirs = exported_tokenizer(ours, tmp_path / "hf")
+    check_tokenizer(ours, tmp_path / "hf")
+    ids = (ours.bos_id, ours.eos_id, ours.pad_id, ours.unk_id)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, theirs.unk_token_id) == ids
+    for text in (
+        "",
+        "wife",
+        " wife",
+        "a  wife  ",
+        "\n\nx\n y",
+        "<mask>x",
+        "\ufb01ne \u2460",
+        "a <s>b</s>",
+        *TEXTS,
+    ):
+        assert theirs.encode(text) == [ours.bos_id, *ours.encode(text)], text
+        assert theirs.decode(theirs.encode(text), skip_special_tokens=True) == ours.decode(ours.encode(text))
 
 
 # --- launch/export.py ---

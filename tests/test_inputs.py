@@ -83,7 +83,7 @@ def test_a_corpus_behind_a_url_fits_like_one_on_a_disk(corpus: TinyCorpus) -> No
             path = tokenizer_path(url)
             assert path == f"{server.url}/tokenizer.model"
             sha256 = hashlib.sha256((corpus.folder / "tokenizer.model").read_bytes()).hexdigest()
-            assert Tokenizer(path, sha256).model == (corpus.folder / "tokenizer.model").read_bytes()
+            assert Tokenizer(path, sha256).content == (corpus.folder / "tokenizer.model").read_bytes()
         server.script = always("wrong", "tokenizer")
         with pytest.raises(ConfigError, match=r"the tokenizer http.*another sha256"):
             Tokenizer(path, sha256)

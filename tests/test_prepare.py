@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ import sys
 import sysconfig
 import time
 import unicodedata
+from collections import Counter
 from email.message import Message
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,13 +23,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
+import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
 from data_tools import clean
 from data_tools.config import PrepareConfig, TokenizerConfig
-from data_tools.gather import heldout_bound, sample_bound
+from data_tools.fertility import fit_lines, measure
+from data_tools.gather import choose_sample, heldout_bound, sample_bound
 from data_tools.pack import choose_chunk_tokens
 from data_tools.prepare import prepare
 from data_tools.progress import Stage
@@ -649,7 +653,7 @@ def test_a_given_tokenizer_is_used(small: tuple[Path, Path], tmp_path: Path) -> 
     assert prepare(config(tmp_path / "other", more, tokenizer=TokenizerConfig(path=str(model)))) == 0
     assert (tmp_path / "other/tokenizer.model").read_bytes() == model.read_bytes()
     assert load_manifest(tmp_path / "other/manifest.json").tokenizer_sha256 == Tokenizer(model).sha256
-    with pytest.raises(ConfigError, match=r"a\.jsonl is no sentencepiece model"):
+    with pytest.raises(ConfigError, match=r"a\.jsonl is no tokenizer\.json: "):
         prepare(config(tmp_path / "third", more, tokenizer=TokenizerConfig(path=str(source))))
     assert not (tmp_path / "third").exists()
 
@@ -775,3 +779,139 @@ def test_the_fit_of_the_tokenizer_is_told_by_script(tmp_path: Path) -> None:
     card = (tmp_path / "out/README.md").read_text()
     assert f"{fits['cjk']['characters_per_token']:.2f} characters per token" in card
     assert f"{fits['other']['tokens_per_word']:.2f} tokens per word" in card
+
+
+def test_the_fit_is_told_by_language_where_the_input_says_it(tmp_path: Path) -> None:
+    records = [{**record, "language": "en"} for record in numbered(60)]
+    records += [{"id": f"zh-{n}", "text": CHINESE.format(n), "language": "zh"} for n in range(60)]
+    records += [{"id": f"none-{n}", "text": f"x = {n}; y = x + 1"} for n in range(60)]
+    source = write_jsonl(tmp_path / "all.jsonl", records)
+    assert (
+        prepare(config(tmp_path / "out", source, heldout_frac=0.3, tokenizer=TokenizerConfig(vocab_size=500)))
+        == 0
+    )
+    with gzip.open(tmp_path / "out/heldout/documents.jsonl.gz", "rt", encoding="utf-8") as lines:
+        heldout = [json.loads(line) for line in lines]
+    report = json.loads((tmp_path / "out/prepare.json").read_text())["tokenizer"]
+    fits = report["heldout_fit_by_language"]
+    counts = Counter(record.get("language", "") for record in heldout)
+    assert {name: fit["documents"] for name, fit in fits.items()} == {"en": counts["en"], "zh": counts["zh"]}
+    assert fits["zh"] == report["heldout_fit"]["cjk"]
+    assert fits["en"]["unk_frac"] == 0
+    assert fits["en"]["returned"] == counts["en"]
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"- language `en`: {fits['en']['bytes_per_token']:.2f} bytes per token" in card
+    assert f"{fits['en']['tokens_per_word']:.2f} tokens per word" in card
+    assert f"{fits['zh']['characters_per_token']:.2f} characters per token" in card
+    (tmp_path / "ids").write_text(heldout[0]["id"] + "\n")
+    done = run(str(tmp_path / "out"), "--ids", str(tmp_path / "ids"), module="remove")
+    assert done.returncode == 0, done.stderr
+    with gzip.open(tmp_path / "out/heldout/documents.jsonl.gz", "rt", encoding="utf-8") as lines:
+        assert [json.loads(line) for line in lines] == heldout[1:]
+    assert "- language `en`: " in (tmp_path / "out/README.md").read_text()
+
+
+def test_unknown_characters_and_lost_text_are_counted(tmp_path: Path) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([ENGLISH] * 9),
+        model_writer=model,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (tmp_path / "small.model").write_bytes(model.getvalue())
+    fits, _ = measure(
+        Tokenizer(tmp_path / "small.model"), [("truth  universally", ""), ("truth ЖЖ truth", "")]
+    )
+    assert (fits["other"]["unk_tokens"], fits["other"]["returned"]) == (
+        1,
+        0,
+    )  # one run of two; a space is lost
+    assert "2 documents do not come back" in fit_lines(fits, {})[0]
+
+
+# --- the tokenizer's sample ---
+
+
+def weighted(*weights: float) -> st.SearchStrategy[tuple[float, ...]]:
+    return st.tuples(*[st.sampled_from(weights)] * 3)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2**64 - 2), st.just(0), st.integers(1, 50), st.integers(0, 2)),
+        min_size=1,
+        unique_by=lambda d: d[0],
+    ),
+    weighted(0.0, 0.5, 1.0, 2.0, 7.0),
+    st.integers(1, 4000),
+)
+def test_each_source_gives_its_weight_of_the_sample(
+    rows: list[tuple[int, int, int, int]], weights: tuple[float, ...], wanted: int
+) -> None:
+    sample = choose_sample(np.array(rows, np.uint64), weights, wanted)
+    sizes = [sum(size for _, _, size, source in rows if source == number) for number in range(3)]
+    total = sum(size * weight for size, weight in zip(sizes, weights, strict=True))
+    for number, (times, below, n_bytes) in enumerate(sample):
+        mine = [(order, size) for order, _, size, source in rows if source == number]
+        assert n_bytes == sum(size * (times + (order < below)) for order, size in mine)
+        if total and len(set(weights)) > 1:  # within one document, since documents are taken whole
+            share = min(1.0, wanted / total) * weights[number] * sizes[number]
+            assert -1 <= n_bytes - share < max((size for _, size in mine), default=1)
+    shuffled = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    assert choose_sample(np.array(shuffled, np.uint64), weights, wanted) == sample
+
+
+def letters(letter: str, count: int) -> list[dict[str, object]]:
+    """Documents of words of one letter, so that the vocabulary shows what was in the sample."""
+    return [
+        {
+            "id": f"{letter}{n}",
+            "source": letter,
+            "text": " ".join([letter * (1 + n % 7), *[letter] * 9, str(n)]),
+        }
+        for n in range(count)
+    ]
+
+
+def test_the_tokenizer_is_trained_on_sources_by_their_weight(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [*letters("a", 150), *letters("b", 150), *letters("c", 150)])
+    options = [f"input=[{source}]", "workers=1", "heldout_frac=0"]
+    weights = "tokenizer.source_weights={a: 2, b: 0.5, c: 0}"
+    outputs = [tmp_path / name for name in ("plain", "weighted", "parts")]
+    for output, more in zip(outputs, ([], [weights], [weights, "part_bytes=1000"]), strict=True):
+        assert prepare(load_config(PrepareConfig, [*options, f"output={output}", *more])) == 0
+    reports = [json.loads((output / "prepare.json").read_text())["tokenizer"] for output in outputs]
+    full = reports[0]["sample_bytes_by_source"]
+    found = reports[1]["sample_bytes_by_source"]
+    assert found["a"] == 2 * full["a"]
+    assert found["b"] == pytest.approx(full["b"] / 2, abs=30)
+    assert found["c"] == 0
+    models = [Tokenizer(output / "tokenizer.model") for output in outputs]
+    assert models[1].sha256 == models[2].sha256 != models[0].sha256
+    pieces = ["".join(model.piece(i) for i in range(model.vocab_size)) for model in models]
+    assert "cc" in pieces[0]
+    assert "cc" not in pieces[1]
+    with pytest.raises(ConfigError, match=r"tokenizer\.source_weights was \{'a': 2.*\} and is None"):
+        prepare(load_config(PrepareConfig, [*options, f"output={outputs[1]}"]))
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ("{d: 1}", "names 'd', which is no source of the input; its sources are a, b"),
+        ("{a: 0, b: 0}", "leaves no text to train a tokenizer on"),
+        ("{a: -1}", "'a' has weight -1; allowed: 0 to 1000"),
+        ("{a: much}", "'a' has weight much; allowed: 0 to 1000"),
+        ("2", "source_weights=2 is no map; give one like {wiki: 2, code: 0.5}"),
+        ("{a: nan}", "'a' has weight nan; allowed: 0 to 1000"),
+    ],
+)
+def test_weights_that_do_not_fit_are_one_sentence(tmp_path: Path, weights: str, words: str) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [*letters("a", 20), *letters("b", 20)])
+    arguments = [f"input=[{source}]", f"output={tmp_path}/out", "workers=1"]
+    with pytest.raises(ConfigError) as caught:
+        prepare(load_config(PrepareConfig, [*arguments, f"tokenizer.source_weights={weights}"]))
+    assert words in str(caught.value)
+    assert not (tmp_path / "out/manifest.json").exists()

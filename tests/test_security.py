@@ -31,7 +31,7 @@ from launching import ROOT, Ranks, free_port
 from tiny import TinyCorpus, events, make_corpus, run_arguments
 from trained_run import make_run, train_tokenizer
 
-from pretrain import checkpoint, checkpoint_folder, manifest, shards, tokenizer, trained
+from pretrain import checkpoint, checkpoint_folder, corpus_writer, manifest, shards, tokenizer, trained
 from pretrain.config import ConfigError
 from pretrain.corpus_check import verify_corpus
 from pretrain.manifest import CorruptShardError, Manifest, load_manifest
@@ -465,7 +465,7 @@ def overwrite(path: Path, offset: int, content: bytes) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A corpus of one shard with three chunks."""
-    writer = shards.CorpusWriter(
+    writer = corpus_writer.CorpusWriter(
         tmp_path / "corpus",
         tokenizer_sha256="0" * 64,
         vocab_size=100,
@@ -576,7 +576,7 @@ def test_a_member_that_other_tar_readers_would_see_otherwise_is_refused(
 )
 def test_documents_that_are_none_are_refused(folder: Path, content: str) -> None:
     with pytest.raises(CorruptShardError, match=r"x: 000000\.doc is no list of documents"):
-        shards._parse_documents(content.encode("latin-1"), "x: 000000.doc")
+        shards.parse_documents(content.encode("latin-1"), "x: 000000.doc", 16, masked=False)
 
 
 @pytest.mark.parametrize("value", [-1, 1 << 62, 1.5, "9", True, None])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +17,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from data_tools.config import ModelType, PrepareConfig, TokenizerConfig
 from data_tools.prepare import prepare
 from pretrain.config import ConfigError
-from pretrain.tokenizer import SPACE_SYMBOL, Tokenizer
+from pretrain.tokenizer import _BETWEEN_SPACE_SYMBOLS, _UNITS, _WHOLE, SPACE_SYMBOL, Tokenizer
 
 CHINESE = (
     "道可道，非常道。名可名，非常名。無名天地之始；有名萬物之母。故常無欲，以觀其妙；常有欲，以觀其徼。\n"
@@ -137,25 +139,100 @@ def test_a_document_has_bos_and_eos_which_decoding_drops(tokenizer: Tokenizer) -
 
 
 @given(text=CODE_LIKE)
-def test_line_by_line_gives_the_same_ids_as_the_whole(tokenizers: dict[str, Tokenizer], text: str) -> None:
+def test_unit_by_unit_gives_the_same_ids_as_the_whole(tokenizers: dict[str, Tokenizer], text: str) -> None:
     for tokenizer in tokenizers.values():
         processor = SentencePieceProcessor(model_file=str(tokenizer.path))
-        assert tokenizer._lines_are_independent
+        assert tokenizer._model._units is _UNITS
         assert tokenizer.encode(text) == processor.encode(text)
 
 
-def test_a_model_where_lines_depend_on_each_other_is_not_cut(tmp_path: Path) -> None:
-    """One that puts a space before every text would put one before every line."""
-    path = train(tmp_path / "prefix.model", byte_fallback=True, pad_id=3, normalization_rule_name="identity")
-    tokenizer, text = Tokenizer(path), "the fox\nthe fox\n"
-    assert not tokenizer._lines_are_independent
+@given(texts=st.lists(st.one_of(st.text(), CODE_LIKE), max_size=5))
+def test_many_documents_give_what_each_gives(tokenizers: dict[str, Tokenizer], texts: list[str]) -> None:
+    for tokenizer in tokenizers.values():
+        tokens, starts = tokenizer.encode_documents(texts)
+        assert (tokens.dtype, starts.dtype) == (np.uint16, np.int64)
+        cut = [tokens[a:b].tolist() for a, b in itertools.pairwise(starts)]
+        assert cut == [tokenizer.encode_document(text) for text in texts]
+        assert len(tokens) == starts[-1]
+
+
+def test_units_are_what_the_text_is_made_of() -> None:
+    text = "def f(x):\n    return x\n\n\u2581 b  \n c  "
+    units = _UNITS.findall(text)
+    assert "".join(units) == text
+    assert units == ["def", " f(x):\n", "    return", " x\n\n", "\u2581", " b", "  \n", " c", "  "]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"remove_extra_whitespaces": False}, "a space before every text"),
+        ({"add_dummy_prefix": False}, "spaces that are taken out"),
+        ({"remove_extra_whitespaces": False, "add_dummy_prefix": False, "byte_fallback": False}, "no bytes"),
+    ],
+)
+def test_a_model_that_changes_text_is_given_it_whole(
+    tmp_path: Path, options: dict[str, object], reason: str
+) -> None:
+    options = {"byte_fallback": True, "normalization_rule_name": "identity", "pad_id": 3} | options
+    path = train(tmp_path / "other.model", **options)
+    tokenizer, text = Tokenizer(path), "the  fox\nthe fox \u2581 \n"
+    assert tokenizer._model._units is _WHOLE, reason
     assert tokenizer.encode(text) == SentencePieceProcessor(model_file=str(path)).encode(text)
+    assert tokenizer.encode_documents([text, SPACE_SYMBOL]).tokens.tolist() == [
+        *tokenizer.encode_document(text),
+        *tokenizer.encode_document(SPACE_SYMBOL),
+    ]
 
 
-def test_other_special_ids_are_refused(tmp_path: Path) -> None:
-    path = train(tmp_path / "other.model")  # sentencepiece's own default has no padding
-    with pytest.raises(ConfigError, match=r"other\.model.*\(0, 1, 2, -1\).*\(0, 1, 2, 3\)"):
+def test_a_model_whose_pieces_hold_several_words_is_not_cut_at_spaces(tmp_path: Path) -> None:
+    """And yet the character that stands for a space comes back."""
+    options = {"remove_extra_whitespaces": False, "add_dummy_prefix": False, "split_by_whitespace": False}
+    path = train(tmp_path / "a.model", byte_fallback=True, normalization_rule_name="identity", **options)
+    tokenizer, text = Tokenizer(path), "the quick brown fox\nthe quick"
+    assert tokenizer._model._units is _BETWEEN_SPACE_SYMBOLS
+    assert tokenizer.encode(text) == SentencePieceProcessor(model_file=str(path)).encode(text)
+    assert any(" " in tokenizer.decode([i]).strip() for i in tokenizer.encode(text))
+    assert tokenizer.decode(tokenizer.encode(f"{text}{SPACE_SYMBOL} the")) == f"{text}{SPACE_SYMBOL} the"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (0, 1, 2, 2)),  # Llama 2: no padding, eos serves
+        ({"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3}, (3, 2, 1, 0)),  # Gemma
+        ({"pad_id": 0, "eos_id": 1, "bos_id": -1, "unk_id": 2}, (2, 1, 1, 0)),  # T5: no bos, eos serves
+    ],
+)
+def test_special_ids_are_those_of_the_model(
+    tmp_path: Path, options: dict[str, int], expected: tuple[int, ...]
+) -> None:
+    tokenizer = Tokenizer(train(tmp_path / "other.model", byte_fallback=True, **options))
+    unk, bos, eos, pad = expected
+    assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == expected
+    ids = tokenizer.encode_document("quick <s> </s> fox")
+    assert (ids[0], ids[-1]) == (bos, eos)
+    assert not {*expected} & {*ids[1:-1]}
+    assert tokenizer.decode([pad, *ids, unk]) == "quick <s> </s> fox"
+
+
+def test_a_model_without_bos_and_eos_is_refused(tmp_path: Path) -> None:
+    path = train(tmp_path / "other.model", bos_id=-1, eos_id=-1)
+    with pytest.raises(ConfigError, match=r"other\.model has neither bos nor eos"):
         Tokenizer(path)
+
+
+def test_the_text_after_a_context_keeps_its_first_space(tmp_path: Path) -> None:
+    """Which is lost where a model takes the first space of a text for its own."""
+    tokenizer = Tokenizer(train(tmp_path / "other.model", byte_fallback=True))
+    ids = tokenizer.encode("the quick brown fox")
+    assert tokenizer.decode(ids[-1:]) == "fox"
+    assert tokenizer.decode_after(ids[:-1], ids[-1:]) == " fox"
+
+
+def test_bytes_of_characters_are_told_from_characters(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("上🎉")
+    assert [tokenizer.is_part_of_character(i) for i in ids] == [False, *[True] * 4]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"this is no model", b"\x0a\xff\xff", bytes(64)])

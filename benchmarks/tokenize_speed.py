@@ -1,0 +1,159 @@
+"""Tokens and shards per core, beside a plain loop: `python benchmarks/tokenize_speed.py FILE.jsonl...`
+
+Both get the documents that data_tools.prepare has gathered from the files, with one and the same model. The plain loop
+reads JSON lines, encodes each text by itself, and writes all tokens as one file. Ours is what prepare does then, with
+one worker and chunks as a large corpus has them: documents with bos and eos, each with its place, source and id,
+held-out text apart, shards with indexes and hashes, synced to disk. They are run in turn, --repeats times, on each file
+alone and on all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+from shutil import rmtree
+from typing import NamedTuple
+
+from sentencepiece import SentencePieceProcessor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data_tools.config import PrepareConfig
+from data_tools.encode import encode_parts
+from data_tools.gather import Gathered, gather, part_path, read_part
+from data_tools.pack import pack
+from data_tools.sources import find_files
+from data_tools.vocabulary import train_tokenizer
+from pretrain.tokenizer import SENTENCEPIECE_NAME
+
+
+class Text(NamedTuple):
+    """What both work on."""
+
+    config: PrepareConfig
+    gathered: Gathered
+    work: Path
+    lines: Path
+    """The same documents as JSON lines, for the plain loop."""
+
+
+class Cost(NamedTuple):
+    """Seconds of one run."""
+
+    cpu_s: float
+    wall_s: float
+
+
+def gather_text(files: list[Path], work: Path) -> Text:
+    """Read, clean and leave out duplicates: not part of what is measured."""
+    work.mkdir()
+    config = PrepareConfig(
+        input=[str(file) for file in files], output=str(work), workers=1, chunk_tokens=1 << 18
+    )
+    gathered = gather(config, find_files(config), work)
+    lines = work / "lines.jsonl"
+    with lines.open("w", encoding="utf-8") as out:
+        for number in range(len(gathered.parts)):
+            for document in read_part(part_path(work, number)):
+                out.write(json.dumps({"id": document.id, "text": document.text}, ensure_ascii=False) + "\n")
+    return Text(config, gathered, work, lines)
+
+
+def plain(text: Text, model: Path) -> None:
+    """The loop that one would write first."""
+    processor = SentencePieceProcessor(model_file=str(model))
+    tokens = array.array("H")
+    with text.lines.open(encoding="utf-8") as lines:
+        for line in lines:
+            tokens.extend(processor.encode(json.loads(line)["text"]))
+    with (text.work / "tokens.bin").open("wb") as out:
+        tokens.tofile(out)
+
+
+def ours(text: Text, model: Path) -> None:
+    """What `prepare` does after gathering."""
+    for old in text.work.glob("tokens-*.npz"):
+        old.unlink()
+    corpus = text.work / "corpus"
+    rmtree(corpus, ignore_errors=True)
+    corpus.mkdir()
+    (corpus / SENTENCEPIECE_NAME).write_bytes(model.read_bytes())
+    encode_parts(text.gathered, text.work, model, 1)
+    pack(text.config, text.gathered, text.work, corpus)
+
+
+def cost(work: Callable[[Text, Path], None], text: Text, model: Path) -> Cost:
+    """Of one run, without its progress lines."""
+    with redirect_stderr(StringIO()):
+        cpu_s, wall_s = time.process_time(), time.perf_counter()
+        work(text, model)
+        return Cost(time.process_time() - cpu_s, time.perf_counter() - wall_s)
+
+
+def spread(values: list[float]) -> str:
+    """Median and range."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
+
+
+def measure(name: str, text: Text, model: Path, repeats: int) -> str:
+    """One row of the table."""
+    theirs, mine = [], []
+    for _ in range(repeats):
+        theirs.append(cost(plain, text, model))
+        mine.append(cost(ours, text, model))
+    megabytes = text.gathered.funnel.kept_bytes / 1e6
+    cells = [name, f"{megabytes:.1f}", f"{text.gathered.funnel.kept:,}"]
+    cells += [spread([megabytes / run.cpu_s for run in runs]) for runs in (theirs, mine)]
+    pairs = list(zip(theirs, mine, strict=True))
+    cells.append(spread([a.cpu_s / b.cpu_s for a, b in pairs]))
+    cells.append(spread([a.wall_s / b.wall_s for a, b in pairs]))
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help='JSON lines with "text"')
+    parser.add_argument(
+        "--tokenizer", type=Path, help="a sentencepiece model; else one is trained on all files"
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        everything = gather_text(args.files, Path(folder) / "all")
+        model = args.tokenizer
+        if model is None:
+            model = Path(folder) / SENTENCEPIECE_NAME
+            train_tokenizer(everything.config.tokenizer, everything.gathered, everything.work, model)
+        texts = {"all": everything}
+        if len(args.files) > 1:
+            texts = {
+                file.stem: gather_text([file], Path(folder) / str(n)) for n, file in enumerate(args.files)
+            }
+            texts["all"] = everything
+        n_entries = SentencePieceProcessor(model_file=str(model)).get_piece_size()
+        print(
+            f"a vocabulary of {n_entries:,}, one worker, {args.repeats} repeats in turn; median (range); MB are those "
+            "of the text\n"
+        )
+        print("| text | MB | documents | plain loop, MB/s of CPU time | ours | ratio | ratio of wall time |")
+        print("|---|---|---|---|---|---|---|")
+        for name, text in texts.items():
+            print(measure(name, text, model, args.repeats), flush=True)
+
+
+if __name__ == "__main__":
+    main()

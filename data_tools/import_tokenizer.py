@@ -1,0 +1,185 @@
+"""Take over a tokenizer that others have made, so that its file alone says all that a corpus needs of it.
+
+A sentencepiece model does so as it is. A `tokenizer.json` of Hugging Face is written anew: its post-processor puts bos
+before a text and eos after it; cutting off, dropout and fixed lengths are taken out. Nothing of it is run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from data_tools.config import TokenizerConfig
+from pretrain.config import ConfigError
+from pretrain.manifest import read_capped
+from pretrain.tokenizer import (
+    CHECK_TEXT,
+    HUGGING_FACE_NAME,
+    MAX_MODEL_BYTES,
+    TOKENIZER_NAMES,
+    Tokenizer,
+    frame,
+    frame_of,
+    pad_of,
+    parse_tokenizer_json,
+    unk_of,
+)
+
+_CONFIG_NAME = "tokenizer_config.json"
+_END_OF_TEXT = "<|endoftext|>"  # GPT-2's only special token
+_UNREACHABLE_SCORE = -1e4
+_NAMED_SPECIAL_TOKENS = 8
+
+
+def import_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer at `config.path`, as it will lie in the corpus. Raises ConfigError.
+
+    Says on stderr where a text does not come back from it as it was.
+    """
+    assert config.path is not None
+    path = Path(config.path).expanduser()
+    if path.is_dir():
+        found = [path / name for name in reversed(TOKENIZER_NAMES) if (path / name).is_file()]
+        if not found:
+            raise ConfigError(
+                f"tokenizer.path={path} holds neither {' nor '.join(TOKENIZER_NAMES)}; give the tokenizer's file"
+            )
+        path = found[0]
+    content = _read(path)
+    if content.lstrip().startswith(b"{"):
+        tokenizer = Tokenizer.from_content(_rewritten(path, content, config), path)
+        _check_names_are_text(tokenizer)
+    elif config.bos_token is not None or config.eos_token is not None:
+        raise ConfigError(
+            f"tokenizer.bos_token and tokenizer.eos_token are for a {HUGGING_FACE_NAME}, and {path} is none; "
+            "leave them out"
+        )
+    else:
+        tokenizer = Tokenizer.from_content(content, path)
+    _tell_losses(tokenizer)
+    return tokenizer
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return read_capped(path, MAX_MODEL_BYTES)
+    except OSError as error:
+        raise ConfigError(f"the tokenizer {path} cannot be read: {error.strerror or error}") from error
+
+
+def _rewritten(path: Path, content: bytes, config: TokenizerConfig) -> bytes:
+    """The tokenizer.json of a corpus. What is not touched here stays as it is; a second import changes nothing."""
+    parsed, description = parse_tokenizer_json(content, path)
+    description.setdefault("added_tokens", [])
+    bos, eos, pad = _special_tokens(path, description, config)
+    added = {token["content"]: token for token in description["added_tokens"]}
+    for name in (bos, eos):
+        if name not in added:  # an entry that was learned could come from a text
+            raise ConfigError(f"{name!r} is no special token of the tokenizer {path}{_named(description)}")
+    for name in {bos, eos, pad} & added.keys():
+        added[name]["special"] = True
+    _make_certain(description)
+    description["truncation"] = None
+    # Nothing is padded here, but this is where such a file names the token for it.
+    description["padding"] = None
+    if pad in added:
+        description["padding"] = {
+            "strategy": "BatchLongest",
+            "direction": "Left",
+            "pad_to_multiple_of": None,
+            "pad_id": parsed.token_to_id(pad),
+            "pad_type_id": 0,
+            "pad_token": pad,
+        }
+    description["post_processor"] = frame(*((name, parsed.token_to_id(name)) for name in (bos, eos)))
+    return json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _special_tokens(
+    path: Path, description: dict[str, Any], config: TokenizerConfig
+) -> tuple[str, str, str | None]:
+    """bos, eos, pad: as the options say, else tokenizer_config.json beside the file, else the file itself."""
+    beside = _config_beside(path)
+    inside = frame_of(description) or (None, None)
+    bos = config.bos_token or beside.get("bos_token") or inside[0]
+    eos = config.eos_token or beside.get("eos_token") or inside[1]
+    special = [token["content"] for token in description["added_tokens"] if token["special"]]
+    if bos is None and eos is None and special == [_END_OF_TEXT]:
+        eos = _END_OF_TEXT
+    bos, eos = bos or eos, eos or bos
+    if bos is None or eos is None:
+        raise ConfigError(
+            f"the tokenizer {path} does not say which of its special tokens ends a document{_named(description)}; "
+            "name it with tokenizer.eos_token, and with tokenizer.bos_token what begins one"
+        )
+    pad = beside.get("pad_token") or pad_of(description)
+    return bos, eos, pad if pad not in ("", bos, eos) else None
+
+
+def _config_beside(path: Path) -> dict[str, str]:
+    """The special tokens that the tokenizer_config.json beside a tokenizer names, by their role."""
+    beside = path.parent / _CONFIG_NAME
+    if not beside.is_file():
+        return {}
+    try:
+        content = json.loads(_read(beside))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{beside} is no JSON; mend or remove it") from error
+    found = {}
+    for role in ("bos_token", "eos_token", "pad_token") if isinstance(content, dict) else ():
+        match content.get(role):
+            case str(name) | {"content": str(name)}:
+                found[role] = name
+    return found
+
+
+def _named(description: dict[str, Any]) -> str:
+    """The special tokens of a tokenizer.json, for a message."""
+    special = [token["content"] for token in description["added_tokens"] if token["special"]]
+    more = " and others" if len(special) > _NAMED_SPECIAL_TOKENS else ""
+    return f" (it has {', '.join(special[:_NAMED_SPECIAL_TOKENS]) or 'none'}{more})"
+
+
+def _make_certain(description: dict[str, Any]) -> None:
+    """Take out what would give other tokens at every call, or special ones for a text."""
+    model = description["model"]
+    if model.get("dropout") is not None:
+        model["dropout"] = None
+    if not isinstance(model["vocab"], list):
+        return
+    # A unigram model finds all of its pieces in a text, special ones included, unless others are more probable.
+    for token in description["added_tokens"]:
+        number, name = token["id"], token["content"]
+        if token["special"] and number < len(model["vocab"]):
+            model["vocab"][number] = [name, _UNREACHABLE_SCORE]
+
+
+def _check_names_are_text(tokenizer: Tokenizer) -> None:
+    """Raises ConfigError where a text that holds the name of a special token would get its id."""
+    description = json.loads(tokenizer.content)
+    unk = unk_of(description)
+    for token in description["added_tokens"]:
+        name = token["content"]
+        if not token["special"] or name == unk:
+            continue
+        for text in (name, f" {name}", f"a{name}b", f"a {name} b\n{name}\n"):
+            if name in map(tokenizer.piece, tokenizer.encode(text)):
+                raise ConfigError(
+                    f"the tokenizer {tokenizer.path} reads {name!r} in a text as its special token, so that a text "
+                    "could end a document; give another"
+                )
+
+
+def _tell_losses(tokenizer: Tokenizer) -> None:
+    """A note on stderr where a text does not come back as it was, with an example."""
+    for text in re.findall(r"\S+\s*|\s+", CHECK_TEXT) + CHECK_TEXT.splitlines(keepends=True):
+        if (back := tokenizer.decode(tokenizer.encode(text))) != text:
+            print(
+                f"note: the tokenizer {tokenizer.path} loses something of some texts: {text!r} comes back as {back!r}",
+                file=sys.stderr,
+                flush=True,
+            )
+            return
