@@ -19,30 +19,38 @@ from data_tools.clean import count_cjk
 from data_tools.funnel import StageCounts, stage_counts
 from data_tools.gather import Funnel
 from pretrain.manifest import Manifest
-from pretrain.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Tokenizer
+from pretrain.tokenizer import Tokenizer
 
 _PERCENTILES = (5, 50, 95)
 # First bytes of the UTF-8 of U+3000 to U+DFFF: Chinese, Japanese and Korean but for a few hundred signs.
 _CJK_BYTES = range(0xE3, 0xEE)
 _FIRST_BYTES = (*range(0x21, 0x7F), *range(0xC2, 0xF5))
+_PROBE_TOKENS = 512  # of a document, decoded to tell its script where the pieces of a vocabulary are no text
 
 
 class DocumentCounts:
     """Lengths and scripts of documents, added one by one; memory does not grow with their number."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        pieces = [_piece_characters(tokenizer.piece(token)) for token in range(tokenizer.vocab_size)]
-        self._characters, self._cjk = np.array(pieces, dtype=np.uint8).T
-        for special in (UNK_ID, BOS_ID, EOS_ID, PAD_ID):
-            self._characters[special] = 0
+        self._tokenizer = tokenizer
+        if tokenizer.is_sentencepiece:  # whose pieces are text
+            pieces = [_piece_characters(tokenizer.piece(token)) for token in range(tokenizer.vocab_size)]
+            self._characters, self._cjk = np.array(pieces, dtype=np.uint8).T
+            for special in (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id):
+                self._characters[special] = 0
         self._lengths: Counter[int] = Counter()
         self._scripts: dict[str, Counter[str]] = {}
 
     def add(self, tokens: np.ndarray, text_bytes: int) -> None:
         """One document, with its bos and eos. `tokens`: int [length]."""
         self._lengths[len(tokens)] += 1
-        n_cjk = int(self._cjk[tokens].sum(dtype=np.int64))
-        script = "cjk" if 2 * n_cjk > int(self._characters[tokens].sum(dtype=np.int64)) else "other"
+        if self._tokenizer.is_sentencepiece:
+            n_characters, n_cjk = (
+                int(counts[tokens].sum(dtype=np.int64)) for counts in (self._characters, self._cjk)
+            )
+        else:
+            n_characters, n_cjk = count_cjk(self._tokenizer.decode(tokens[:_PROBE_TOKENS].tolist()))
+        script = "cjk" if 2 * n_cjk > n_characters else "other"
         counts = {"documents": 1, "tokens": len(tokens), "text_bytes": text_bytes}
         self._scripts.setdefault(script, Counter()).update(counts)
 

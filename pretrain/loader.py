@@ -154,6 +154,10 @@ class TrainLoader:
         """The state to save after a step."""
         return replace(self.state, consumed_samples=self.plan[step].end_sample)
 
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often each source has been read, in the order, by the end of a step."""
+        return dict(zip(self.names, self.order.epochs(self.plan[step].end_sample), strict=True))
+
     def pass_over(self, step: int, n_steps: int) -> list[int]:
         """Leave out the samples of so many steps, from `step` on, which has not been taken; their range."""
         window = [self.plan[step].first_sample, self.plan.end_after(step, n_steps, self.state.stages)]

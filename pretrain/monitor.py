@@ -16,7 +16,7 @@ import string
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,8 @@ class StepRecord:
     """Chunks of the run so far that could not be read, and others were read for."""
     skipped: bool
     """Whether the gradient was not finite and the update was left out."""
+    epochs: dict[str, float] = field(default_factory=dict)
+    """How often each source has been read, by name; empty but every `logging.every_steps`."""
 
 
 def new_run_id() -> str:
@@ -252,7 +254,9 @@ class Monitor:
         self._newest_step = record.step
         time_s = max(record.step_time_s, 1e-9)
         rate = record.step_tokens / time_s
-        line = asdict(record) | {
+        epochs = {f"epochs/{name}": value for name, value in record.epochs.items()}
+        line = {key: value for key, value in asdict(record).items() if key != "epochs"} | epochs
+        line |= {
             "tokens_per_second": rate,
             "tokens_per_second_per_rank": rate / self._world_size,
             "mfu_frac": self._mfu_frac(rate, record.sequence_length),

@@ -100,6 +100,7 @@ def _stretch(run: Run) -> ExitCode | None:
                 step_time_s=now - before,
                 data_wait_s=data_wait_s,
                 skipped=result.skipped,
+                epochs=run.loader.epochs(step) if step % config.logging.every_steps == 0 else {},
             )
         )
         run.pace.note(now - before, data_wait_s)

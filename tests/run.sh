@@ -2,7 +2,7 @@
 # Sets up the environment and runs the tests: bash tests/run.sh [pytest arguments]
 #
 # Without arguments: the linters, the type checker and every test, quick ones first.
-# With arguments: pytest alone, with them. The exit code is pytest's, or 1 where only a linter failed.
+# With arguments: pytest alone, with them. The exit code is pytest's last failing one, or 1 where only a linter failed.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -23,9 +23,18 @@ if [ $# -eq 0 ]; then
     check mypy pretrain/
 fi
 
-echo "== pytest $*"
 status=0
-python -m pytest "$@" || status=$?
+run() {
+    echo "== pytest $*"
+    python -m pytest "$@" || status=$?
+}
+if [ $# -gt 0 ]; then
+    run "$@"
+else # quick tests on all cores, most of which wait; those with real processes one after another
+    slow="integration or cluster or container"
+    run -n auto --dist loadfile -m "not ($slow)"
+    run -m "$slow"
+fi
 if [ "$status" -eq 0 ] && [ "$checks" -ne 0 ]; then
     echo "tests/run.sh: the tests passed, but a check above them failed" >&2
     exit 1

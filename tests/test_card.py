@@ -89,7 +89,8 @@ def check_statistics(folder: Path) -> None:
     assert statistics["lengths"]["p50"] == lengths[(len(lengths) - 1) // 2]
     assert sum(statistics["lengths"]["histogram"].values()) == len(documents)
     tokenizer = Tokenizer(folder / "tokenizer.model")
-    fits = measure(tokenizer, (tokenizer.decode(document.tokens.tolist()) for document in documents))
+    texts = ((tokenizer.decode(document.tokens.tolist()), "") for document in documents)
+    fits, _ = measure(tokenizer, texts)
     assert {name: counts["documents"] for name, counts in statistics["scripts"].items()} == {
         name: fit["documents"] for name, fit in fits.items()
     }

@@ -343,7 +343,11 @@ def test_counts_agree(prepared: Path, stdlib_jsonl: Path) -> None:
         == heldout.tokenizer_sha256
         == Tokenizer(prepared / "tokenizer.model").sha256
     )
-    assert {file.name for file in manifest.files} == {"tokenizer.model", "heldout/manifest.json"}
+    assert {file.name for file in manifest.files} == {
+        "tokenizer.model",
+        "heldout/manifest.json",
+        "shards/ids.npy",
+    }
     assert verify(prepared) == []
     assert sorted(path.name for path in prepared.iterdir()) == [
         "README.md",

@@ -42,7 +42,7 @@ def straight(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return run_dir
 
 
-def test_stages_are_trained_as_configured(straight: Path) -> None:
+def test_stages_are_trained_as_configured(corpus: TinyCorpus, straight: Path) -> None:
     records = read_metrics(straight)
     assert [r["step_tokens"] for r in records] == [512] * 8 + [1024] * 4
     assert [r["sequence_length"] for r in records] == [64] * 4 + [128] * 8
@@ -52,6 +52,10 @@ def test_stages_are_trained_as_configured(straight: Path) -> None:
     assert records[-1]["loss"] < records[0]["loss"] - 0.5
     assert all(0 < r["cut_documents_frac"] <= 1 for r in records)
     assert all(r["padding_tokens"] <= 2 * 128 for r in records)
+    n_tokens = Corpus(corpus.manifest).manifest.n_tokens
+    epochs = {r["step"]: r["epochs/corpus"] for r in records if "epochs/corpus" in r}
+    assert sorted(epochs) == [4, 8, 12]
+    assert epochs[12] == pytest.approx(records[-1]["tokens_seen"] / n_tokens, rel=0.05)
 
 
 def test_resuming_in_a_later_stage_is_bit_identical(

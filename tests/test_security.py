@@ -447,7 +447,7 @@ def test_a_wrong_member_is_not_parsed(folder: Path, calls: Callable[..., list[st
     with tarfile.open(shard) as tar:
         offset = tar.getmember("000000.doc").offset_data
     overwrite(shard, offset + 2, b"x")
-    parsed = calls(shards, "_parse_documents")
+    parsed = calls(shards, "parse_documents")
     with pytest.raises(CorruptShardError, match=r"000000\.doc has xxh3-64"):
         Corpus(folder / "manifest.json").documents(0)
     assert parsed == []
