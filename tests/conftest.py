@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tiny import TinyCorpus
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,6 +34,25 @@ settings.load_profile("pretrain")
 def private_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Compiled extensions of this test run only: a stale lock file in a shared folder hangs every later load."""
     os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("torch_extensions"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
+    """A small real corpus, not to be changed."""
+    from tiny import make_corpus
+
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def straight(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing disturbed, on 2 ranks."""
+    from launching import run_ranks
+    from tiny import run_arguments
+
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    run_ranks(2, "launch/train.py", *run_arguments(corpus, run_dir), log_dir=run_dir.parent / "logs")
+    return run_dir
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,11 +23,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, Ranks, free_port, run_ranks
+from launching import ROOT, Ranks, free_port
 from safetensors.torch import load_file
 from save_worker import SHAPES
 from test_training import assert_equals_undisturbed, samples_by_step, steps_done, wait_for
-from tiny import GLOBAL_BATCH, TinyCorpus, events, make_corpus, run_arguments, train_tokenizer
+from tiny import GLOBAL_BATCH, TinyCorpus, events, run_arguments, train_tokenizer
 
 from pretrain import checkpoint
 from pretrain.checkpoint import find_latest
@@ -254,19 +254,6 @@ def test_row_12_a_save_that_the_disk_refuses(
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def straight(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing disturbed, on 2 ranks."""
-    run_dir = tmp_path_factory.mktemp("straight") / "run"
-    run_ranks(2, TRAIN, *run_arguments(corpus, run_dir), log_dir=run_dir.parent / "logs")
-    return run_dir
 
 
 def train_once(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -15,11 +15,6 @@ from pretrain.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
     return make_corpus(tmp_path_factory.mktemp("foreign"), vocab_size=500)
 

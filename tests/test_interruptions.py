@@ -25,11 +25,6 @@ pytestmark = pytest.mark.integration
 TRAIN = "launch/train.py"
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
 # ---- requests to stop ------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from launching import ROOT, run_ranks
 from test_loader import CHUNK, Text, data_config, make_loader
 from test_schedule import staged
-from tiny import TinyCorpus, make_corpus
+from tiny import TinyCorpus
 
 from pretrain.config import BadChunk, ConfigError, Packing, StageConfig
 from pretrain.journal import read_ledger
@@ -134,11 +134,6 @@ def test_a_late_step_of_a_long_run_is_found_at_once(texts: list[Text]) -> None:
 
 
 # --- a finished run ---
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

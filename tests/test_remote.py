@@ -22,7 +22,8 @@ from faulty_server import FAULTS, FaultyServer, always, at_rate
 from served_corpus import CHUNK_TOKENS, assert_same, everything, options, write_corpus
 
 from pretrain import remote, shards
-from pretrain.config import ConfigError
+from pretrain.config import ConfigError, DataConfig
+from pretrain.loader import TrainLoader
 from pretrain.manifest import CorruptShardError, load_manifest
 from pretrain.remote import ReadError, is_remote, persist, redact
 from pretrain.shards import Corpus
@@ -396,3 +397,42 @@ def test_an_error_of_a_local_file_that_passes_is_tried_again(
 
 def copy_of(folder: Path, tmp_path: Path) -> Corpus:
     return Corpus(Path(shutil.copytree(folder, tmp_path / "corpus")) / "manifest.json")
+
+
+# --- ahead of need ---
+
+
+def test_a_run_asks_for_chunks_before_it_reads_them(folder: Path, tmp_path: Path) -> None:
+    """After the first step the chunks of the sixteen next ones are on their way, and no chunk is asked for twice."""
+    with FaultyServer(folder) as server:
+        data = DataConfig(
+            manifest=f"{server.url}/manifest.json",
+            sequence_length=128,
+            lanes=1,
+            window_chunks=4,
+            loader_workers=0,
+            cache_dir=str(tmp_path),
+        )
+        loader = TrainLoader(
+            data,
+            0,
+            global_batch_sequences=2,
+            micro_batch_sequences=1,
+            rank=0,
+            world_size=1,
+            total_steps=60,
+            state=None,
+        )
+
+        def chunks_of(last_step: int) -> set[int]:
+            return set(loader.order.locate(np.arange(loader.plan[last_step].end_sample)).chunk.tolist())
+
+        steps = loader.steps(1)
+        next(steps)
+        deadline = time.monotonic() + 10
+        while len(server.asked(r"\.tar")) < len(chunks_of(17)):
+            assert time.monotonic() < deadline, "the chunks of the steps ahead were not asked for"
+            time.sleep(0.01)
+        assert len(server.asked(r"\.tar")) == len(chunks_of(17)) > len(chunks_of(1))
+        assert len(list(steps)) == 59
+        assert len(server.asked(r"\.tar")) == len(chunks_of(60))

@@ -10,7 +10,7 @@ import torch
 from launching import Ranks
 from object_store import s3_server
 from test_training import losses, samples_by_step
-from tiny import TinyCorpus, events, make_corpus, run_arguments
+from tiny import TinyCorpus, events, run_arguments
 
 from pretrain import checkpoint, checkpoint_folder
 from pretrain.config import ConfigError
@@ -23,11 +23,6 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of an empty bucket; the environment says how to reach it."""
     with s3_server(tmp_path_factory.mktemp("s3")) as bucket:
         yield bucket
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def train(corpus: TinyCorpus, run_dir: Path, logs: Path, *more: str, ranks: int = 2) -> list[int]:

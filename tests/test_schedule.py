@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from launching import Ranks, run_ranks
 from test_training import TRAIN, losses, samples_by_step
-from tiny import TinyCorpus, events, make_corpus, run_arguments
+from tiny import TinyCorpus, events, run_arguments
 
 from pretrain import checkpoint
 from pretrain.config import TrainConfig, load_config
@@ -24,11 +24,6 @@ STAGES = (
     "data.stages=[{start_tokens: 2048, sequence_length: 128, global_batch_sequences: 4}, "
     "{start_tokens: 4096, global_batch_sequences: 8}]"
 )
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def staged(corpus: TinyCorpus, run_dir: Path, *more: str) -> list[str]:

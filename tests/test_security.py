@@ -28,7 +28,7 @@ import psutil
 import pytest
 import xxhash
 from launching import ROOT, Ranks, free_port
-from tiny import TinyCorpus, events, make_corpus, run_arguments
+from tiny import TinyCorpus, events, run_arguments
 from trained_run import make_run, train_tokenizer
 
 from pretrain import checkpoint, checkpoint_folder, corpus_writer, manifest, shards, tokenizer, trained
@@ -112,11 +112,6 @@ class Life:
     watch: Watch
     pickles: list[dict[str, Any]]
     """Each load of a pickle in any of its processes."""
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

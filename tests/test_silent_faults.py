@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import Ranks, run_ranks
 from test_training import assert_equals_undisturbed, steps_done, wait_for
-from tiny import TinyCorpus, events, make_corpus, run_arguments
+from tiny import TinyCorpus, events, run_arguments
 
 from pretrain import checkpoint, health
 from pretrain.checkpoint import ALONE
@@ -88,19 +88,6 @@ def test_who_waits_for_data_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- real runs -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def straight(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing disturbed, on 2 ranks."""
-    run_dir = tmp_path_factory.mktemp("straight") / "run"
-    run_ranks(2, TRAIN, *run_arguments(corpus, run_dir), log_dir=run_dir.parent / "logs")
-    return run_dir
 
 
 @pytest.mark.integration

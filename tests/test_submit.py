@@ -26,16 +26,11 @@ import yaml
 from pretrain.config import ClusterConfig, ConfigError, SubmitConfig, TrainConfig, load_config, run_command
 from pretrain.journal import JsonLines
 from tests.slurm_stand_ins import install, requests, start_batch
-from tests.tiny import TinyCorpus, make_corpus
+from tests.tiny import TinyCorpus
 
 ROOT = Path(__file__).resolve().parent.parent
 SUBMIT = ROOT / "launch" / "submit.py"
 ODD = 'o\'dd "run" #1 %j $HOME; é'
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

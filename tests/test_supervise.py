@@ -17,7 +17,7 @@ import pytest
 from launching import ROOT, run_ranks
 from supervised import CANARY, Supervised, deepspeed, processes, processes_of
 from test_training import assert_equals_undisturbed, steps_done
-from tiny import TinyCorpus, events, make_corpus, run_arguments
+from tiny import TinyCorpus, events, run_arguments
 
 from pretrain.attempts import Attempt, Cause, account, error_sentence, judge
 from pretrain.config import ConfigError
@@ -384,11 +384,6 @@ def test_the_supervisor_needs_no_torch() -> None:
 
 
 # --- real runs ---
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

@@ -31,19 +31,6 @@ TRAIN = "launch/train.py"
 N_STEPS = 12
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def straight(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing disturbed, on 2 ranks."""
-    run_dir = tmp_path_factory.mktemp("straight") / "run"
-    run_ranks(2, TRAIN, *run_arguments(corpus, run_dir), log_dir=run_dir.parent / "logs")
-    return run_dir
-
-
 def losses(run_dir: Path) -> list[str]:
     """The loss stream as hexadecimal floats: equal means bit-identical."""
     return [record["loss"].hex() for record in read_metrics(run_dir)]
