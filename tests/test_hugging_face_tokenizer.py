@@ -331,7 +331,8 @@ def test_from_text_to_a_trained_and_exported_model(tmp_path: Path) -> None:
     manifest = load_manifest(corpus / "manifest.json")
     assert (manifest.bos_id, manifest.eos_id, manifest.vocab_size) == (2, 0, 800)
     assert manifest.tokenizer_sha256 == tokenizer.sha256
-    assert [file.name for file in manifest.files] == ["tokenizer.json", "heldout/manifest.json"]
+    names = ["tokenizer.json", "heldout/manifest.json", "shards/ids.npy"]
+    assert [file.name for file in manifest.files] == names
     assert "already prepared" in script("-m data_tools.prepare", *places, "chunk_tokens=1024")
     assert "| " in script("-m data_tools.show", str(corpus / "heldout"), "--chunk", "0")
 
