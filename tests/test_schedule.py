@@ -47,10 +47,11 @@ def test_stages_are_trained_as_configured(corpus: TinyCorpus, straight: Path) ->
     assert records[-1]["loss"] < records[0]["loss"] - 0.5
     assert all(0 < r["cut_documents_frac"] <= 1 for r in records)
     assert all(r["padding_tokens"] <= 2 * 128 for r in records)
-    n_tokens = Corpus(corpus.manifest).manifest.n_tokens
+    manifest = Corpus(corpus.manifest).manifest
     epochs = {r["step"]: r["epochs/corpus"] for r in records if "epochs/corpus" in r}
     assert sorted(epochs) == [4, 8, 12]
-    assert epochs[12] == pytest.approx(records[-1]["tokens_seen"] / n_tokens, rel=0.05)
+    read = records[-1]["tokens_seen"] / manifest.n_tokens
+    assert epochs[12] == pytest.approx(read, abs=1.5 / manifest.n_chunks)  # a short last chunk counts as one
 
 
 def test_resuming_in_a_later_stage_is_bit_identical(
