@@ -375,7 +375,7 @@ class Order:
         return row + within - rest
 
     def epochs(self, sample: int) -> list[float]:
-        """How often each source has been read before `sample`, by its chunks, of which a short last one counts as one."""
+        """How often each source has been read before `sample`, in chunks: a short last one counts as one."""
         return (self.chunks_read(sample).sum(axis=0) / self._n_chunks).tolist()
 
     def is_read(self, source: int, n_epochs: int, sample: int) -> bool:
