@@ -101,6 +101,7 @@ def residual(run: Run, constants: dict[str, Calibration]) -> float:
         run.each,
         run.accum_steps,
         constants=constants[run.cluster.gpu.calibrated_as],
+        host_s_per_block=0.0,  # FSDP's hooks are not DeepSpeed's
     )
     return math.log(step.tokens_per_second / run.cluster.n_ranks / run.tokens_per_s_gpu)
 

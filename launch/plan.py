@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from pretrain.schemas import check_positive
 
 CHOSEN_BATCH_TOKENS = 4_000_000  # Llama 2 (Touvron et al., 2023)
 ASSUMED_VOCABULARY = 32_000  # of the same
+TRAINED_MICRO_BATCH = next(f.default for f in fields(TrainConfig) if f.name == "micro_batch_sequences")
 
 
 class Table(Enum):
@@ -85,7 +86,7 @@ class PlanConfig(TrainConfig):
     global_batch_sequences: int | None = None  # type: ignore[assignment]
     """Sequences per optimizer update; null: about 4 million tokens, and at least one sequence per rank."""
     micro_batch_sequences: int | None = None  # type: ignore[assignment]
-    """With search=false: sequences per rank and forward pass; null: 1."""
+    """With search=false: sequences per rank and forward pass; null: as launch/train.py has it."""
     data: PlanDataConfig = MISSING
     cluster: PlanClusterConfig = MISSING
     search: bool = True
@@ -117,8 +118,10 @@ class PlanConfig(TrainConfig):
         if self.global_batch_sequences is None:
             doublings = math.log2(max(1.0, CHOSEN_BATCH_TOKENS / data.sequence_length / ranks))
             self.global_batch_sequences = ranks * 2 ** int(doublings)
-        if self.micro_batch_sequences is None or self.search:
+        if self.search:  # all sizes are tried
             self.micro_batch_sequences = 1
+        elif self.micro_batch_sequences is None:
+            self.micro_batch_sequences = TRAINED_MICRO_BATCH
         TrainConfig.__post_init__(self)
 
 

@@ -42,6 +42,9 @@ class Gpu:
     """Whose fitted constants are used: `a100` or `h100`, the only two with published runs."""
 
 
+# Which sheets were compared with a second place: H200 and B200 (memory, NVLink, PCIe, network; system descriptions in
+#   https://github.com/mlcommons/inference_results_v4.1 and _v6.0), L40S (a reseller's copy), H100 (bandwidth, NVLink).
+#   V100, A100, RTX 4090, PCIe rates and DGX networks rest on the sheet that is named; check before you buy by them.
 # Host memory: DGX-1 512 GB (2017), DGX A100 1 TB and 2 TB (2020, 2021), DGX H100, H200 and B200 2 TB, each for 8 GPUs;
 #   L40S and RTX 4090: assumed.
 # V100: "NVIDIA V100 Tensor Core GPU" data sheet (2020): 125 TFLOP/s tensor (fp16 only), 15.7 fp32, 32 GB, 900 GB/s,
@@ -52,7 +55,8 @@ class Gpu:
 #   3.35 TB/s, NVLink 900 GB/s both ways; PCIe 5.0 x16: 63 GB/s. DGX H100 (2023): 8 x 400 Gb/s.
 # H200 SXM: "NVIDIA H200 Tensor Core GPU" data sheet (2024): as H100, 141 GB, 4.8 TB/s. DGX H200: 8 x 400 Gb/s.
 # B200: "NVIDIA DGX B200" data sheet (2024): for 8 GPUs 36 PFLOP/s sparse bf16, 1,440 GB, 64 TB/s, NVLink 14.4 TB/s
-#   both ways; 8 x 400 Gb/s. fp32: HGX page (2024), 80 TFLOP/s per GPU, rounded.
+#   both ways; 8 x 400 Gb/s. fp32: no sheet at hand; 75 TFLOP/s assumed. A driver was seen to report 7.67 TB/s:
+#   https://github.com/pytorch/ao/pull/4002
 # L40S: "NVIDIA L40S" data sheet (2023): 362.05 TFLOP/s dense bf16, 91.6 fp32, 48 GB, 864 GB/s, PCIe 4.0 x16, no
 #   NVLink. Network: assumed, 100 Gb/s.
 # RTX 4090: "NVIDIA Ada GPU architecture" white paper (2022): 165.2 TFLOP/s bf16 with fp32 accumulation, 82.6 fp32,
@@ -138,7 +142,7 @@ GPUS: dict[str, Gpu] = {
             name="b200",
             label="B200",
             bf16_flops=2250e12,
-            fp32_flops=80e12,
+            fp32_flops=75e12,
             memory_bytes=180 * GB,
             hbm_bytes_per_s=8000 * GB,
             link_bytes_per_s=900 * GB,

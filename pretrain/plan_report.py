@@ -6,6 +6,7 @@ from typing import Any
 
 from pretrain.hardware import GIB
 from pretrain.planner import (
+    CALIBRATED,
     FITTED,
     MEASURED,
     PROJECTED,
@@ -44,14 +45,14 @@ def memory_figures(judged: Judged) -> dict[str, Figure]:
         for name, size in judged.device.items()
     }
     for name, size in judged.host.items():
-        found[f"host: {name}"] = Figure(size, "bytes", MEASURED if name in COUNTED else PROJECTED)
+        found[f"host: {name}"] = Figure(size, "bytes", PROJECTED)  # no run with offload was counted
     return found
 
 
 def time_figures(plan: Plan) -> dict[str, Figure]:
     """The step by part, and what follows from it."""
     best, step, good = plan.best, plan.best.step, plan.goodput
-    calibrated = plan.cluster.gpu.name in ("a100", "a100_40", "h100") and plan.cluster.n_ranks <= 64
+    calibrated = plan.cluster.gpu.name in CALIBRATED and plan.cluster.n_ranks <= 64
     known = FITTED if calibrated else PROJECTED
     return {
         "step_time_s": Figure(step.total_s, "s", known),
@@ -64,7 +65,7 @@ def time_figures(plan: Plan) -> dict[str, Figure]:
         "tokens_per_second_per_rank": Figure(
             step.tokens_per_second / plan.cluster.n_ranks, "tokens/s", known
         ),
-        "steps": Figure(plan.config.n_steps, "", MEASURED),
+        "steps": Figure(plan.config.n_steps, "", PROJECTED),
         "days": Figure(plan.days, "days", PROJECTED),
         "cost_usd": Figure(plan.usd, "USD", PROJECTED),
         "checkpoint_bytes": Figure(good.checkpoint_bytes, "bytes", MEASURED),
@@ -110,10 +111,16 @@ def plan_values(plan: Plan) -> dict[str, Any]:
             {"what": what, "more_frac": more, "known": PROJECTED} for what, more in uncertainties(plan)
         ],
         "ranked": [
-            {"option": j.option.name, "step_time_s": j.step.total_s, "memory_bytes": j.device_total}
+            {
+                "option": j.option.name,
+                "step_time_s": Figure(j.step.total_s, "s", PROJECTED),
+                "memory": Figure(j.device_total, "bytes", PROJECTED),
+            }
             for j in fits
         ],
-        "left_out": [{"option": j.option.name, "why": j.problem} for j in plan.ranked if j.problem],
+        "left_out": [
+            {"option": j.option.name, "why": j.problem, "known": PROJECTED} for j in plan.ranked if j.problem
+        ],
     }
 
 
@@ -123,6 +130,8 @@ def plan_lines(plan: Plan) -> list[str]:
     lines = [
         f"{cluster.nodes} nodes x {cluster.gpus_per_node} {cluster.gpu.label}, "
         f"{cluster.nic_bits_per_s / 1e9:g} Gb/s each; nothing below was run on a GPU of this project",
+        "measured: the formula gives what CPU runs of 1 and 2 ranks count; fitted: on runs that others published,",
+        "of up to 64 GPUs; projected: neither (docs/planning.md)",
         f"sequence_length={config.data.sequence_length}, global_batch_sequences={config.global_batch_sequences} "
         f"({best.step.tokens:,} tokens), vocabulary {config.model.vocab_size:,}, "
         f"document_masking={str(config.data.document_masking).lower()}",
@@ -139,7 +148,7 @@ def plan_lines(plan: Plan) -> list[str]:
         "",
         f"{'sent per step':<34}{'by a rank':>10}{'into a node':>17}",
         *(
-            f"  {name:<32}{by_rank / 1e9:>10.2f} GB{into_node / 1e9:>14.2f} GB  {MEASURED} formula"
+            f"  {name:<32}{by_rank / 1e9:>10.2f} GB{into_node / 1e9:>14.2f} GB  {MEASURED}"
             for name, by_rank, into_node in sent_bytes(best, cluster)
         ),
         "",

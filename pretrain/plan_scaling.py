@@ -75,7 +75,7 @@ def best_step(model: ModelConfig, scheme: Scheme, cluster: Cluster) -> tuple[Ste
 
 def scaling_table() -> str:
     """Markdown: a row per model and number of GPUs; step time, MFU and efficiency of each scheme."""
-    names = " | ".join(f"{s.name}: step, MFU, efficiency" for s in SCHEMES)
+    names = " | ".join(f"{s.name}, projected: step, MFU, efficiency" for s in SCHEMES)
     lines = [f"| model | H100 | {names} |", f"|---|---|{'---|' * len(SCHEMES)}"]
     for label, model in SHAPES.items():
         reference: float | None = None

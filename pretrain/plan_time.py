@@ -56,6 +56,10 @@ HBM_FRAC = 0.8
 """Assumed: of the memory bandwidth that an optimizer's kernel reaches."""
 HOST_BYTES_PER_S = 30e9
 """Of one rank that updates on the host: AdamW moved 28 bytes for each of 57.7 million values in 54 ms here."""
+HOST_S_PER_BLOCK = {0: 4.8e-3, 1: 4.8e-3, 2: 4.8e-3, 3: 14.8e-3}
+"""By stage: what the host's main thread takes for one block and micro batch, forward and backward: launching operations
+and, under stage 3, DeepSpeed's hooks. Its CPU time in 2-rank runs here, 12 blocks less 4, where computing is next to
+nothing. A device that is done sooner waits. Assumed to be the same beside a GPU."""
 MASK_FACTOR = 2.0
 """Assumed: with a mask, attention does not skip what comes later, and so computes twice as much."""
 
@@ -171,7 +175,8 @@ def collectives(
     copies = cluster.n_ranks // n
     if copies > 1:  # hybrid sharding: the copies' gradient shards are summed, rank by rank
         per_node = max(1, cluster.gpus_per_node // n)
-        once.append(make("all-reduce", "update", total / n, buckets, (copies, per_node)))
+        calls = max(1, -(-total // n // engine.reduce_bucket_elements))
+        once.append(make("all-reduce", "update", total / n, calls, (copies, per_node)))
     return [c for c in each if c.payload_bytes], once
 
 
@@ -237,6 +242,7 @@ class StepTime:
     """Seconds of one optimizer update by part; they add up to `total_s`."""
 
     compute_s: float
+    """Of the device, or of the host where it is the slower."""
     exposed_communication_s: float
     optimizer_s: float
     communication_s: float
@@ -267,16 +273,21 @@ def step_time(
     *,
     quantized: ZeroPlusPlus | None = None,
     constants: Calibration | None = None,
+    host_s_per_block: float | None = None,
 ) -> StepTime:
     """One update of `accum_steps` micro batches.
 
     In each pass, communication hides behind computing: max(compute, communication) + exposed_frac of the smaller. What
     happens at the update hides behind nothing, but stage 1's reduction of the gradients, which overlaps the last
-    backward pass.
+    backward pass. `host_s_per_block` None: HOST_S_PER_BLOCK.
     """
     fitted = constants or CALIBRATIONS[cluster.gpu.calibrated_as]
     micro, once = collectives(model, engine, sharding, cluster, quantized)
     forward, backward = compute_s(model, engine, each, cluster.gpu, fitted)
+    host = HOST_S_PER_BLOCK[engine.zero_stage] if host_s_per_block is None else host_s_per_block
+    third = host * model.n_layers / 3
+    forward = max(forward, third)
+    backward = max(backward, third * (3 if model.activation_checkpointing else 2))
     seconds = dict.fromkeys(("forward", "backward", "update"), 0.0)
     for collective in (*micro, *once):
         seconds[collective.when] += collective_s(collective, cluster, fitted)

@@ -15,7 +15,16 @@ from typing import NamedTuple
 from pretrain.config import TrainConfig
 from pretrain.hardware import GIB
 from pretrain.plan_memory import Pass, Sharding, count_parameters, memory_bytes
-from pretrain.plan_time import CALIBRATIONS, Calibration, Cluster, StepTime, collectives, mfu_frac, step_time
+from pretrain.plan_time import (
+    CALIBRATIONS,
+    HOST_S_PER_BLOCK,
+    Calibration,
+    Cluster,
+    StepTime,
+    collectives,
+    mfu_frac,
+    step_time,
+)
 from pretrain.schemas import ConfigError, EngineConfig, ModelConfig, Precision
 
 MEASURED, FITTED, PROJECTED = "measured", "fitted", "projected"
@@ -24,8 +33,8 @@ BYTES_PER_PARAMETER_SAVED = 12
 HOURS_BETWEEN_FAILURES_PER_RANK = 50_000.0
 """As `pretrain.saving`: Llama 3 (2024), 419 unexpected interruptions in 54 days on 16,384 GPUs."""
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
-FIT_RMS = 0.06
-"""Of log(predicted / published) over the runs that the constants are fitted on."""
+CALIBRATED = ("a100", "a100_40", "h100")
+"""Devices of the published runs, which had 8 to 64 of them."""
 OTHER_STACKS = 0.15
 """The same of programs and models that were not fitted: torchtitan, 8 to 128 GPUs."""
 
@@ -139,7 +148,13 @@ def options(config: TrainConfig, cluster: Cluster, search: bool = True) -> Itera
                     )
 
 
-def judge(option: Option, cluster: Cluster, site: Site, constants: Calibration | None = None) -> Judged:
+def judge(
+    option: Option,
+    cluster: Cluster,
+    site: Site,
+    constants: Calibration | None = None,
+    host_s_per_block: float | None = None,
+) -> Judged:
     """Memory, time and whether it fits."""
     device, host = memory_bytes(option.model, option.engine, option.sharding, option.each)
     step = step_time(
@@ -150,6 +165,7 @@ def judge(option: Option, cluster: Cluster, site: Site, constants: Calibration |
         option.each,
         option.accum_steps,
         constants=constants,
+        host_s_per_block=host_s_per_block,
     )
     problem = None
     needs, has = sum(device.values()), cluster.gpu.memory_bytes
@@ -266,20 +282,23 @@ def uncertainties(plan: Plan) -> list[tuple[str, float]]:
     constants = CALIBRATIONS[plan.cluster.gpu.calibrated_as]
     option, total = plan.best.option, plan.best.step.total_s
 
-    def slower(worse: Calibration, cluster: Cluster = plan.cluster) -> float:
-        return judge(option, cluster, plan.site, worse).step.total_s / total - 1
+    def slower(worse: Calibration, cluster: Cluster = plan.cluster, host: float | None = None) -> float:
+        return judge(option, cluster, plan.site, worse, host).step.total_s / total - 1
 
     halved = replace(plan.cluster, nic_bits_per_s=plan.cluster.nic_bits_per_s / 2)
     hidden = replace(constants, exposed_frac=1.0)
+    twice = 2 * HOST_S_PER_BLOCK[option.engine.zero_stage]
     often = goodput(plan.config.model, plan.cluster, plan.site, plan.config.checkpoint.mtbf_hours, failures=3)
-    unlike = 2 * OTHER_STACKS if plan.cluster.gpu.name not in ("a100", "a100_40", "h100") else OTHER_STACKS
+    unlike = OTHER_STACKS if plan.cluster.gpu.name in CALIBRATED else 2 * OTHER_STACKS
     found = [
         ("this program's kernels against those of the published runs", math.exp(unlike) - 1),
         ("the network gives half of what was fitted", slower(constants, halved)),
         ("no communication hides behind computing", slower(hidden)),
+        ("the host takes twice as long for each block", slower(constants, host=twice)),
         ("failures are three times as many", plan.goodput.frac / often.frac - 1 if often.frac else math.inf),
-        ("the price: from 2.69 to 12.29 USD were asked for the same H100 (2026)", 12.29 / 3.99 - 1),
     ]
+    if plan.site.usd_per_gpu_hour == plan.cluster.gpu.usd_per_hour is not None:
+        found.append(("the price, which for one H100 was 2.69 to 12.29 USD (2026)", 12.29 / 3.99 - 1))
     return sorted(found, key=lambda item: -item[1])
 
 

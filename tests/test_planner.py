@@ -46,6 +46,7 @@ from pretrain.plan_report import plan_values
 from pretrain.plan_scaling import SHAPES, best_step, scaling_table
 from pretrain.plan_time import (
     CALIBRATIONS,
+    HOST_S_PER_BLOCK,
     Cluster,
     Collective,
     ZeroPlusPlus,
@@ -55,7 +56,6 @@ from pretrain.plan_time import (
     step_time,
 )
 from pretrain.planner import (
-    FIT_RMS,
     HOURS_BETWEEN_FAILURES_PER_RANK,
     OTHER_STACKS,
     Site,
@@ -438,7 +438,7 @@ def test_residuals_are_within_the_reported_spread(capsys: pytest.CaptureFixture[
         groups.setdefault(kind, []).append(fitting.residual(run, CALIBRATIONS))
     _, rms, most = fitting.spread(groups["fitted"])
     assert len(groups["fitted"]) == 182
-    assert rms < FIT_RMS + 0.005 and most < 0.29
+    assert rms < 0.065 and most < 0.29
     mean, rms, most = fitting.spread(groups["llm-foundry"])  # 128 to 512 GPUs
     assert len(groups["llm-foundry"]) == 27
     assert abs(mean) < 0.01 and rms < 0.035 and most < 0.11
@@ -446,6 +446,19 @@ def test_residuals_are_within_the_reported_spread(capsys: pytest.CaptureFixture[
         assert fitting.spread(groups[source])[2] < OTHER_STACKS + 0.01
     # Hybrid sharding over slow networks is projected too slow: the fitted network fraction is of other fabrics.
     assert all(-0.55 < r < -0.4 for r in groups["fms-fsdp"])
+
+
+def test_the_pages_residuals_are_those_of_now() -> None:
+    """Every row of the table in docs/planning.md: number, mean, root mean square, largest."""
+    groups: dict[tuple, list[float]] = {}
+    for run in RUNS:
+        gpu = run.cluster.gpu.name if run.source == "llm-foundry" else ""
+        groups.setdefault((run.source, run.fitted, gpu), []).append(fitting.residual(run, CALIBRATIONS))
+    assert len(groups) == 8
+    page = (ROOT / "docs" / "planning.md").read_text()
+    for found in groups.values():
+        mean, rms, most = fitting.spread(found)
+        assert f"| {len(found)} | {mean:+.3f} | {rms:.3f} | {most:.3f} |" in page
 
 
 def test_what_was_run_is_not_judged_far_too_large() -> None:
@@ -456,7 +469,32 @@ def test_what_was_run_is_not_judged_far_too_large() -> None:
         assert sum(device.values()) < 1.25 * run.cluster.gpu.memory_bytes
 
 
+def test_published_memory_falls_as_the_formula_says() -> None:
+    """torchtitan, Llama 3.1 8B with FSDP, from 8 to 128 H100: 82.4 - 67.0 GiB eager, 77.0 - 62.0 compiled. FSDP holds
+    16 bytes per parameter and shard where ZeRO-3 holds 18; buffers and activations do not change."""
+    model = ModelConfig(n_layers=32, d_model=4096, n_heads=32, n_kv_heads=8, d_ff=14336, vocab_size=128_256)
+    engine = EngineConfig(zero_stage=3, persistence_threshold_elements=0)
+    few, many = (sum(state_bytes(model, engine, Sharding(n_ranks=n, n_shards=n)).values()) for n in (8, 128))
+    fallen = (few - many) * 16 / 18 / 2**30
+    assert fallen == pytest.approx(14.0, abs=0.1)
+    assert 0.9 < fallen / 15.4 < fallen / 15.0 < 1
+
+
 # ---- plans ----
+
+
+def test_a_host_that_is_slower_than_the_device_sets_the_pace() -> None:
+    """125M parameters on 1,024 tokens are nothing for an H100: 12 blocks of 14.8 ms each micro batch."""
+    model = ModelConfig(n_layers=12, d_model=768, n_heads=12, d_ff=2048, vocab_size=32_000)
+    engine, sharding = EngineConfig(zero_stage=3), Sharding(n_ranks=8, n_shards=8)
+    small, large = (Pass(sequences=b, sequence_length=1024, document_masking=False) for b in (1, 256))
+    steps = [step_time(model, engine, sharding, cluster_of(1), each, 2) for each in (small, large)]
+    alone = [
+        step_time(model, engine, sharding, cluster_of(1), each, 2, host_s_per_block=0).compute_s
+        for each in (small, large)
+    ]
+    assert alone[0] < steps[0].compute_s == pytest.approx(2 * 12 * HOST_S_PER_BLOCK[3])
+    assert alone[1] == steps[1].compute_s
 
 
 def a_config(*overrides: str) -> TrainConfig:
@@ -476,8 +514,8 @@ def test_options_are_ranked_and_none_that_does_not_fit_comes_first() -> None:
 
 
 def test_search_off_plans_what_is_configured() -> None:
-    plan = make_plan(a_config("engine=zero2", "micro_batch_sequences=2"), cluster_of(1), SITE, search=False)
-    [only] = plan.ranked
+    made = make_plan(a_config("engine=zero2", "micro_batch_sequences=2"), cluster_of(1), SITE, search=False)
+    [only] = made.ranked
     assert only.option.overrides == [
         "engine.zero_stage=2",
         "micro_batch_sequences=2",
@@ -486,6 +524,10 @@ def test_search_off_plans_what_is_configured() -> None:
         "engine.offload_params=false",
     ]
     assert only.option.accum_steps == 4
+    done = plan("model=1b", "data.tokens=1_000_000_000", "cluster.nodes=1", "search=false", "json=true")
+    values = json.loads(done.stdout.splitlines()[-1])
+    assert "micro_batch_sequences=4" in values["overrides"], "as launch/train.py has it"
+    assert len(values["ranked"]) == 1
 
 
 def test_cost_and_days_follow_from_the_step() -> None:
@@ -518,6 +560,11 @@ def test_uncertainties_are_sorted_and_positive() -> None:
     widths = [width for _, width in found]
     assert widths == sorted(widths, reverse=True)
     assert all(width >= 0 and not math.isnan(width) for width in widths)
+    assert not any("price" in what for what, _ in found), "a price that was given is known"
+    listed = make_plan(
+        a_config(), cluster_of(4), replace(SITE, usd_per_gpu_hour=known_gpu("h100").usd_per_hour)
+    )
+    assert "price" in uncertainties(listed)[0][0]
 
 
 def test_nothing_fits() -> None:
