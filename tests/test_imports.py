@@ -70,7 +70,12 @@ ORDER = [
     "trainer",
     "export",
     "generate",
+    "hardware",
+    "plan_memory",
+    "plan_time",
     "planner",
+    "plan_report",
+    "plan_scaling",
 ]
 # The ends of the line do not know each other; the trainer may evaluate.
 ENDS = {"export", "evaluate", "generate", "planner", "trainer"}
