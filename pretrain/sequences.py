@@ -20,7 +20,7 @@ from pretrain.shards import Corpus
 
 IGNORED_LABEL = -100
 """Label of a position at which nothing is to be predicted."""
-_PACKED_CHUNKS = 64  # whose packing is kept; a rank reads W chunks per lane and source at a time
+_PACKED_CHUNKS = 512  # whose packing is kept, 60 KB each: W chunks per lane and source are read at a time
 _SUBSTITUTES_TRIED = 8
 _ATTEMPTS = 3  # a chunk that comes and goes must not hold up a run for ever
 _NOTHING = np.empty(0, np.uint16)

@@ -10,7 +10,7 @@ import pytest
 from tests.cluster.hosts import Cluster, unavailable
 from tests.cluster.runs import arguments
 from tests.launching import run_ranks
-from tests.tiny import TinyCorpus, make_corpus
+from tests.tiny import TinyCorpus
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,11 +21,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.cluster)
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session")
