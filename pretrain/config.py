@@ -25,11 +25,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.data_schemas import BadChunk, DataConfig, Packing, SourceConfig, StageConfig
 from pretrain.schemas import (
+    AttentionKernel,
     CheckpointConfig,
     ConfigError,
     EngineConfig,
     EvaluationConfig,
     ExitCode,
+    KernelsConfig,
     LoggingConfig,
     LossGuardConfig,
     ModelConfig,
@@ -40,6 +42,7 @@ from pretrain.schemas import (
     ScheduleConfig,
     ScheduleName,
     SpikeAction,
+    Switch,
     WandbMode,
     WatchdogConfig,
     check_positive,
@@ -48,6 +51,7 @@ from pretrain.schemas import (
 from pretrain.stages import Stage, micro_batch_of, n_steps_of, plan_stages
 
 __all__ = [
+    "AttentionKernel",
     "BadChunk",
     "CheckpointConfig",
     "ClusterConfig",
@@ -56,6 +60,7 @@ __all__ = [
     "EngineConfig",
     "EvaluationConfig",
     "ExitCode",
+    "KernelsConfig",
     "LoggingConfig",
     "LossGuardConfig",
     "ModelConfig",
@@ -71,6 +76,7 @@ __all__ = [
     "SpikeAction",
     "StageConfig",
     "SubmitConfig",
+    "Switch",
     "TrainConfig",
     "WandbMode",
     "WatchdogConfig",
@@ -110,6 +116,7 @@ class TrainConfig:
     optim: OptimConfig = MISSING
     schedule: ScheduleConfig = MISSING
     engine: EngineConfig = MISSING
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     checkpoint: CheckpointConfig = MISSING
     evaluation: EvaluationConfig = MISSING
     logging: LoggingConfig = MISSING

@@ -128,6 +128,28 @@ class ModelConfig:
         return self.n_kv_heads if self.n_kv_heads is not None else self.n_heads
 
 
+class AttentionKernel(Enum):
+    auto = "auto"  # the best of the others that this device, precision and installation can do
+    sdpa = "sdpa"  # torch's scaled_dot_product_attention, with a mask where documents need one
+    flex = "flex"  # torch's FlexAttention, which leaves out what no token may see
+    flash = "flash"  # flash-attn's kernel for sequences of varying length: documents need no mask
+
+
+class Switch(Enum):
+    auto = "auto"  # where it is known to pay
+    always = "always"
+    never = "never"
+
+
+@dataclass(kw_only=True, slots=True)
+class KernelsConfig:
+    """How the same model is computed: nothing here changes what is computed but by rounding."""
+
+    attention: AttentionKernel = AttentionKernel.auto
+    compile: Switch = Switch.auto
+    """torch.compile of each block and of the loss; auto: on a GPU."""
+
+
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
     """Optimizer and gradient clipping."""
