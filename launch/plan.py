@@ -85,8 +85,8 @@ class PlanConfig(TrainConfig):
     """Nothing is written there."""
     global_batch_sequences: int | None = None  # type: ignore[assignment]
     """Sequences per optimizer update; null: about 4 million tokens, and at least one sequence per rank."""
-    micro_batch_sequences: int | None = None  # type: ignore[assignment]
-    """With search=false: sequences per rank and forward pass; null: as launch/train.py has it."""
+    micro_batch_sequences: int | str | None = None  # type: ignore[assignment]
+    """With search=false: sequences per rank and forward pass; null: as launch/train.py has it; auto: all are tried."""
     data: PlanDataConfig = MISSING
     cluster: PlanClusterConfig = MISSING
     search: bool = True

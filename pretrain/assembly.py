@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import platform
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pretrain import __version__, checkpoint
+from pretrain import __version__, batch_search, checkpoint
 from pretrain.checkpoint import CheckpointError, Found
 from pretrain.checkpoint_folder import root_of
-from pretrain.config import ConfigError, TrainConfig, to_dict
+from pretrain.config import AUTO, ConfigError, TrainConfig, to_dict
 from pretrain.device_peak import rank_peak_flops
 from pretrain.distributed import Vote, World, on_main
 from pretrain.engine import MOMENTS, Engine
@@ -52,6 +52,8 @@ class Run:
     watchdog: Watchdog
     step: int
     """Completed optimizer updates."""
+    searched: bool
+    """Whether the micro batch was asked for as `auto`."""
     saved_step: int = 0
     """The newest step whose checkpoint this process has seen published or has loaded; 0: none."""
     advised: bool = False
@@ -70,11 +72,14 @@ def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdo
         )
     state = checkpoint.read_state(found.path) if found.path else None
     changed = check_resumable(config, state) if state else []
+    searched = config.micro_batch_sequences == AUTO
+    if searched and state and (known := batch_search.kept(state, changed, world)) is not None:
+        config = replace(config, micro_batch_sequences=known)
     loader = TrainLoader(
         config.data,
         config.seed,
         global_batch_sequences=config.global_batch_sequences,
-        micro_batch_sequences=config.micro_batch_sequences,
+        micro_batch_sequences=config.micro_batch,
         rank=world.rank,
         world_size=world.size,
         total_steps=config.total_steps,
@@ -98,6 +103,8 @@ def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdo
         first_step=(state["step"] if state else 0) + 1,
         n_steps=loader.n_steps,
     )
+    if config.micro_batch_sequences == AUTO:
+        config = _search_micro_batch(config, world, engine, loader, monitor)
     heldout_losses = heldout_losses_of(run_dir) if world.is_main and state else {}
     run = Run(
         config=config,
@@ -116,9 +123,22 @@ def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdo
         heldout_losses=heldout_losses,
         watchdog=watchdog,
         step=0,
+        searched=searched,
     )
     _begin(run, found, changed)
     return run
+
+
+def _search_micro_batch(
+    config: TrainConfig, world: World, engine: Engine, loader: TrainLoader, monitor: Monitor
+) -> TrainConfig:
+    """The configuration with the largest micro batch that fits, which engine and loader use from now on."""
+    found = batch_search.find_micro_batch(engine, config, world)
+    config = replace(config, micro_batch_sequences=found.micro_batch_sequences)
+    engine.set_micro_batch(config)
+    loader.set_micro_batch(config.micro_batch)
+    monitor.event("micro_batch_found", **found.facts())
+    return config
 
 
 def _begin(run: Run, found: Found, changed: list[str]) -> None:
@@ -190,5 +210,6 @@ def state_of(run: Run) -> dict[str, Any]:
             **{name: version(name) for name in ("torch", "deepspeed")},
         },
         "config": to_dict(config),
+        "micro_batch_found": run.searched,
         "tensors": {name: list(shape) for name, shape in run.engine.shapes.items()},
     }

@@ -23,6 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pretrain.cluster_schemas import ClusterConfig, PreflightConfig
 from pretrain.data_schemas import BadChunk, DataConfig, Packing, SourceConfig, StageConfig
 from pretrain.schemas import (
     AttentionKernel,
@@ -51,6 +52,7 @@ from pretrain.schemas import (
 from pretrain.stages import Stage, micro_batch_of, n_steps_of, plan_stages
 
 __all__ = [
+    "AUTO",
     "AttentionKernel",
     "BadChunk",
     "CheckpointConfig",
@@ -86,6 +88,9 @@ __all__ = [
     "validate",
 ]
 
+AUTO = "auto"
+"""Of micro_batch_sequences: to be found before the first step."""
+
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -107,8 +112,9 @@ class TrainConfig:
     """The same so many seconds after the start, for a known end of allocation; leave room for one step and a save."""
     global_batch_sequences: int = 32
     """Sequences per optimizer update, over all ranks."""
-    micro_batch_sequences: int = 4
-    """Sequences per rank and forward pass; accumulation steps follow from it."""
+    micro_batch_sequences: int | str = 4
+    """Sequences per rank and forward pass; accumulation steps follow from it. auto: the most that fit, found before
+    the first step."""
     init_from: str | None = None
     """Run folder whose newest checkpoint gives the initial weights (weights only)."""
     model: ModelConfig = MISSING
@@ -126,7 +132,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if missing(self):
             return
-        check_positive(self, "", "global_batch_sequences", "micro_batch_sequences")
+        check_positive(self, "", "global_batch_sequences")
+        if self.micro_batch_sequences != AUTO:
+            if not isinstance(self.micro_batch_sequences, int):
+                raise ConfigError(
+                    f"micro_batch_sequences={self.micro_batch_sequences} is not a whole number; give one, or auto"
+                )
+            check_positive(self, "", "micro_batch_sequences")
         if (self.total_steps is None) == (self.total_tokens is None):
             raise ConfigError(
                 f"total_steps={self.total_steps} and total_tokens={self.total_tokens}: give exactly one of them"
@@ -134,7 +146,7 @@ class TrainConfig:
         for name in ("total_steps", "total_tokens", "stop_at_step", "stop_after_s"):
             if getattr(self, name) is not None:
                 check_positive(self, "", name)
-        if self.global_batch_sequences % self.micro_batch_sequences:
+        if self.global_batch_sequences % self.micro_batch:
             raise ConfigError(
                 f"global_batch_sequences={self.global_batch_sequences} is not a multiple of "
                 f"micro_batch_sequences={self.micro_batch_sequences}"
@@ -158,17 +170,22 @@ class TrainConfig:
         return n_steps_of(self.stages, self.total_steps, self.total_tokens)
 
     @property
+    def micro_batch(self) -> int:
+        """Sequences per rank and forward pass; 1, which divides every batch, as long as `auto` is not yet found."""
+        return 1 if self.micro_batch_sequences == AUTO else int(self.micro_batch_sequences)
+
+    @property
     def micro_batch_tokens(self) -> int:
         """Most tokens of one forward pass."""
-        return self.micro_batch_sequences * self.data.sequence_length
+        return self.micro_batch * self.data.sequence_length
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Most forward passes per rank and update of all stages. ConfigError where a batch does not divide."""
-        per_forward = self.micro_batch_sequences * world_size
+        per_forward = self.micro_batch * world_size
         if self.global_batch_sequences % per_forward:
             raise ConfigError(
                 f"global_batch_sequences={self.global_batch_sequences} is not a multiple of "
-                f"micro_batch_sequences={self.micro_batch_sequences} x {world_size} ranks = {per_forward}"
+                f"micro_batch_sequences={self.micro_batch} x {world_size} ranks = {per_forward}"
             )
         for stage in self.data.stages:
             if (stage.global_batch_sequences or world_size) % world_size:
@@ -184,102 +201,6 @@ class TrainConfig:
             )
             for stage in self.stages
         )
-
-
-@dataclass(kw_only=True, slots=True)
-class PreflightConfig:
-    """What a node must have to train; checked by `launch/preflight.py` on every node before each start of a job."""
-
-    enabled: bool = True
-    check_timeout_s: int = 60
-    """Longest that one check may take, the first import of torch included; all together: ten times that."""
-    min_memory_gib: float = 2.0
-    """Memory that is available."""
-    min_run_dir_gib: float = 10.0
-    """Free space for the run folder."""
-    min_tmpdir_gib: float = 1.0
-    """Free space in TMPDIR."""
-    min_write_mib_per_second: float = 20.0
-    """Writing and fsync of one file in the run folder."""
-    max_clock_offset_s: float = 10.0
-    """Between neighboring nodes."""
-    min_network_mib_per_second: float = 100.0
-    """Of one connection between neighboring nodes over cluster.network_interface."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "cluster.preflight", "check_timeout_s", "max_clock_offset_s")
-
-
-@dataclass(kw_only=True, slots=True)
-class ClusterConfig:
-    """Where `launch/submit.py` sends a run (Slurm)."""
-
-    nodes: int = 1
-    gpus_per_node: int = 8
-    """GPUs, and so ranks, per node; 0: CPU ranks, `ranks_per_node` of them."""
-    ranks_per_node: int | None = None
-    """Processes per node; null: gpus_per_node. For CPU nodes only."""
-    cpus_per_rank: int = 8
-    """Cores, and so threads, of each rank."""
-    memory_per_node_gib: int | None = None
-    """null: all of the node."""
-    exclusive: bool = True
-    """Take whole nodes. false: only where the cluster hides other jobs' GPUs (ConstrainDevices=yes)."""
-    time_limit: str = "24:00:00"
-    """Slurm time, [days-]hours:minutes:seconds."""
-    stop_before_end_s: int = 300
-    """The run is asked to stop and save this long before the time limit (Slurm may be 60 s early)."""
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    exclude: list[str] = field(default_factory=list)
-    """Nodes not to use."""
-    job_name: str | None = None
-    """null: the run folder's name."""
-    setup: list[str] = field(default_factory=list)
-    """Shell lines run on each node before training: modules, environment."""
-    python: str | None = None
-    """Python interpreter on the nodes; null: the one that submits."""
-    network_interface: str | None = None
-    """Interface of NCCL and gloo; null: their own choice."""
-    chain_jobs: int = 1
-    """Jobs, each after the one before: a job then ends at its time limit and the next goes on, instead of a requeue."""
-    preflight: PreflightConfig = field(default_factory=PreflightConfig)
-
-    def __post_init__(self) -> None:
-        check_positive(self, "cluster", "nodes", "cpus_per_rank", "stop_before_end_s", "chain_jobs")
-        for name in ("ranks_per_node", "memory_per_node_gib"):
-            if getattr(self, name) is not None:
-                check_positive(self, "cluster", name)
-        if self.gpus_per_node < 0 or (self.gpus_per_node == 0 and self.ranks_per_node is None):
-            raise ConfigError(
-                f"cluster.gpus_per_node={self.gpus_per_node} gives no ranks; for CPU nodes set cluster.ranks_per_node"
-            )
-        if self.gpus_per_node and self.ranks_per_node not in (None, self.gpus_per_node):
-            raise ConfigError(
-                f"cluster.ranks_per_node={self.ranks_per_node} differs from "
-                f"cluster.gpus_per_node={self.gpus_per_node}; each GPU has one rank, so leave ranks_per_node out"
-            )
-        if not re.fullmatch(r"(\d+-)?\d+:[0-5]\d:[0-5]\d", self.time_limit):
-            raise ConfigError(f"cluster.time_limit={self.time_limit!r} is not [days-]hours:minutes:seconds")
-        if not self.stop_before_end_s < min(self.time_limit_s, 65536):  # Slurm keeps it in 16 bits
-            raise ConfigError(
-                f"cluster.stop_before_end_s={self.stop_before_end_s} must be less than "
-                f"cluster.time_limit={self.time_limit} and than 65536"
-            )
-
-    @property
-    def world_size(self) -> int:
-        """Ranks of the job."""
-        return self.nodes * (self.ranks_per_node or self.gpus_per_node)
-
-    @property
-    def time_limit_s(self) -> int:
-        """The time limit in seconds."""
-        days, _, clock = self.time_limit.rpartition("-")
-        hours, minutes, seconds = (int(part) for part in clock.split(":"))
-        return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 @dataclass(kw_only=True, slots=True)

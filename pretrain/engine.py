@@ -87,8 +87,8 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     if engine.offload_params:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     result: dict[str, Any] = {
-        "train_batch_size": config.micro_batch_sequences * accum_steps * world_size,
-        "train_micro_batch_size_per_gpu": config.micro_batch_sequences,
+        "train_batch_size": config.micro_batch * accum_steps * world_size,
+        "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": accum_steps,
         "gradient_clipping": config.optim.max_grad_norm,
         "bf16": {"enabled": config.engine.precision is Precision.bf16},
@@ -136,6 +136,13 @@ class Engine:
         self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=settings)
         self._allocate_moments()
         self._sums = StateSums(self._partitioned_state, self._replicated_state)
+
+    def set_micro_batch(self, config: TrainConfig) -> None:
+        """Another micro batch from the next step on: as if the engine had been made with this configuration."""
+        self.config = config
+        self._deepspeed.set_train_micro_batch_size(config.micro_batch)
+        accum_steps = config.grad_accum_steps(self.world.size)
+        self._deepspeed.set_train_batch_size(config.micro_batch * accum_steps * self.world.size)
 
     def train_step(
         self,
@@ -216,6 +223,7 @@ class Engine:
         if skipped:
             for parameter in self._parameters.values():
                 parameter.grad = None
+            self._deepspeed.set_gradient_accumulation_boundary(False)  # else it would clip what is not there
         self._deepspeed.step()
         return norm, skipped
 

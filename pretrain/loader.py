@@ -129,11 +129,15 @@ class TrainLoader:
         """Optimizer updates of the whole run."""
         self._max_epochs = [source.max_epochs for source in sources]
         self._rank, self._world_size = rank, world_size
-        self._micro_batch_tokens = micro_batch_sequences * data.sequence_length
+        self.set_micro_batch(micro_batch_sequences)
         self._plan()
         first = corpora[0].manifest
         self.tokenizer_sha256, self.vocab_size = first.tokenizer_sha256, first.vocab_size
         self.bos_id, self.eos_id = first.bos_id, first.eos_id
+
+    def set_micro_batch(self, sequences: int) -> None:
+        """Another size of the forward passes, from the next call of `steps` on; the order stays as it is."""
+        self._micro_batch_tokens = sequences * self._data.sequence_length
 
     def _plan(self) -> None:
         state = self.state

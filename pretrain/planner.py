@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from pretrain.config import TrainConfig
+from pretrain.config import AUTO, TrainConfig
 from pretrain.hardware import GIB
 from pretrain.plan_memory import Pass, Sharding, count_parameters, memory_bytes
 from pretrain.plan_time import (
@@ -120,7 +120,9 @@ def options(config: TrainConfig, cluster: Cluster, search: bool = True) -> Itera
     micros: tuple[int, ...] = MICRO_BATCHES
     recomputes = [False, True]
     if not search:
-        stages, micros = [engine.zero_stage], (config.micro_batch_sequences,)
+        stages = [engine.zero_stage]
+        if config.micro_batch_sequences != AUTO:
+            micros = (config.micro_batch,)
         offloads, recomputes = (
             [(engine.offload_optimizer, engine.offload_params)],
             [model.activation_checkpointing],

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import ConfigError, TrainConfig, to_dict
+from pretrain.config import AUTO, ConfigError, TrainConfig, to_dict
 from pretrain.inputs import tokenizer_path
 from pretrain.journal import HELDOUT_PREFIX, read_metrics
 from pretrain.manifest import load_manifest, write_atomically
@@ -21,6 +21,8 @@ NOT_OF_THE_RUN = ("run_dir", "stop_at_step", "stop_after_s")
 def check_resumable(config: TrainConfig, state: dict[str, Any]) -> list[str]:
     """Changed keys that a resumed run may have. Raises ConfigError for those that make it another run."""
     old, new = _flat(state["config"]), _flat(to_dict(config))
+    if state.get("micro_batch_found"):
+        old["micro_batch_sequences"] = AUTO
     changed = [key for key in new if old.get(key) != new[key] and key not in NOT_OF_THE_RUN]
     fixed = [key for key in changed if key == "seed" or _shapes_the_run(key)]
     if fixed:

@@ -99,7 +99,7 @@ def _loader(config: TrainConfig, rank: int, n_ranks: int) -> TrainLoader:
         config.data,
         config.seed,
         global_batch_sequences=config.global_batch_sequences,
-        micro_batch_sequences=config.micro_batch_sequences,
+        micro_batch_sequences=config.micro_batch,
         rank=rank,
         world_size=n_ranks,
         total_steps=config.total_steps,

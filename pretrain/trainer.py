@@ -287,7 +287,7 @@ def _evaluate(run: Run) -> None:
         run.engine.evaluate,
         Corpus(config.evaluation.manifest, config.data.verify_chunks, options=ReadOptions.of(config.data)),
         sequence_length=config.data.sequence_length,
-        micro_batch_sequences=config.micro_batch_sequences,
+        micro_batch_sequences=config.micro_batch,
         max_sequences=config.evaluation.max_sequences,
         world=run.world,
         document_masking=config.data.document_masking,

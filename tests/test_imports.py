@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Within pretrain/ a file imports only files that stand above it here.
 ORDER = [
     "schemas",
+    "cluster_schemas",
     "data_schemas",
     "stages",
     "config",
@@ -65,6 +66,7 @@ ORDER = [
     "supervise",
     "device_peak",
     "monitor",
+    "batch_search",
     "run_folder",
     "assembly",
     "trainer",
