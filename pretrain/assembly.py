@@ -91,17 +91,8 @@ def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdo
     stop = StopRequest(run_dir, watch_file=world.is_main, stop_after_s=config.stop_after_s)
     mark("engine")
     engine = Engine(config, world)
-    monitor = Monitor(
-        config,
-        rank=world.rank,
-        world_size=world.size,
-        run_dir=run_dir,
-        attempt=identity["attempt"],
-        wandb_run_id=identity["wandb_run_id"],
-        flops_per_token=lambda length: flops_per_token(config.model, length),
-        peak_flops_per_second=rank_peak_flops(config, world.device),
-        first_step=(state["step"] if state else 0) + 1,
-        n_steps=loader.n_steps,
+    monitor = _monitor(
+        config, world, run_dir, identity, loader, first_step=(state["step"] if state else 0) + 1
     )
     if config.micro_batch_sequences == AUTO:
         config = _search_micro_batch(config, world, engine, loader, monitor)
@@ -127,6 +118,28 @@ def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdo
     )
     _begin(run, found, changed)
     return run
+
+
+def _monitor(
+    config: TrainConfig,
+    world: World,
+    run_dir: Path,
+    identity: dict[str, Any],
+    loader: TrainLoader,
+    first_step: int,
+) -> Monitor:
+    return Monitor(
+        config,
+        rank=world.rank,
+        world_size=world.size,
+        run_dir=run_dir,
+        attempt=identity["attempt"],
+        wandb_run_id=identity["wandb_run_id"],
+        flops_per_token=lambda length: flops_per_token(config.model, length),
+        peak_flops_per_second=rank_peak_flops(config, world.device),
+        first_step=first_step,
+        n_steps=loader.n_steps,
+    )
 
 
 def _search_micro_batch(

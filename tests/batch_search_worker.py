@@ -21,7 +21,7 @@ from pretrain.distributed import World, init_world, shutdown_world, sum_over_ran
 from pretrain.engine import Engine
 
 GLOBAL = 16
-# Wide enough that the activations of one sequence, some 10 MB, stand out from what an allocator rounds.
+# Wide enough that the activations of one sequence, some 10 MiB, stand out from what an allocator rounds.
 WIDE = ["data.sequence_length=256", "model.d_model=128", "model.d_ff=512", f"global_batch_sequences={GLOBAL}"]
 
 

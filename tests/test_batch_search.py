@@ -163,7 +163,11 @@ def test_the_largest_micro_batch_that_fits_is_found_and_trains_as_if_it_had_been
 
 @pytest.mark.integration
 def test_a_run_finds_its_micro_batch_and_keeps_it(corpus: TinyCorpus, straight: Path, tmp_path: Path) -> None:
-    arguments = [*run_arguments(corpus, tmp_path / "auto"), "micro_batch_sequences=auto"]
+    arguments = [
+        *run_arguments(corpus, tmp_path / "auto"),
+        "micro_batch_sequences=auto",
+        "data.loader_workers=0",
+    ]
     run_ranks(2, TRAIN, *arguments, "stop_at_step=4", log_dir=tmp_path, expect=75)
     run_ranks(2, TRAIN, *arguments, log_dir=tmp_path)
     searches = [e for e in events(tmp_path / "auto") if e["event"] == "micro_batch_found"]
