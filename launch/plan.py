@@ -97,9 +97,14 @@ class PlanConfig(TrainConfig):
     """scaling: the table of docs/scaling.md instead, which depends on no other key."""
 
     def __post_init__(self) -> None:
-        if MISSING in (self.data, self.cluster, self.model):
+        if MISSING in (self.data, self.cluster, self.model, self.engine):
             return
         data, ranks = self.data, self.cluster.world_size
+        if self.engine.sequence_parallel_ranks > 1:
+            raise ConfigError(
+                f"engine.sequence_parallel_ranks={self.engine.sequence_parallel_ranks} is not known to the planner; "
+                "leave it out"
+            )
         if data.manifest is None and not data.sources:
             data.manifest = "unused"
         if self.table is Table.scaling and data.tokens is None:

@@ -45,7 +45,7 @@ def _train(config: TrainConfig, watchdog: Watchdog) -> int:
     from pretrain.trainer import train
 
     mark("rendezvous")
-    world = init_world(config.engine.timeout_s)
+    world = init_world(config.engine.timeout_s, config.engine.sequence_parallel_ranks)
     watchdog.join(gather_objects(watchdog.address, world)[0])
     code = train(config, world, watchdog)
     mark("leave")

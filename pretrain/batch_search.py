@@ -133,14 +133,14 @@ _ADVICE = (
 
 def _shapes_of_candidates(config: TrainConfig, world: World) -> dict[int, set[Shape]]:
     """Each micro batch that divides a rank's sequences, with the forward passes that it means in the run's stages."""
-    share = config.global_batch_sequences // world.size
+    share = config.global_batch_sequences // world.n_readers
     return {
         candidate: {
             Shape(
                 micro_batch_of(
                     stage.batch_sequences,
                     stage.sequence_length,
-                    world.size,
+                    world.n_readers,
                     candidate * config.data.sequence_length,
                 ),
                 stage.sequence_length,

@@ -7,6 +7,7 @@ imported from here, and `TrainConfig` over them. `run_command` turns `ConfigErro
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import sys
@@ -151,6 +152,7 @@ class TrainConfig:
                 f"global_batch_sequences={self.global_batch_sequences} is not a multiple of "
                 f"micro_batch_sequences={self.micro_batch_sequences}"
             )
+        _check_sequence_parallel(self)
         if self.data.manifest is None and not self.data.sources:
             raise ConfigError("data.manifest is missing; give the manifest.json of a prepared corpus")
         warmup, total = self.schedule.warmup_steps, self.n_steps
@@ -179,8 +181,18 @@ class TrainConfig:
         """Most tokens of one forward pass."""
         return self.micro_batch * self.data.sequence_length
 
+    def reader_ranks(self, world_size: int) -> int:
+        """Ranks, or groups of ranks that share sequences, each with sequences of its own. ConfigError."""
+        shared_by = self.engine.sequence_parallel_ranks
+        if world_size % shared_by:
+            raise ConfigError(
+                f"engine.sequence_parallel_ranks={shared_by} does not divide the {world_size} ranks; change either"
+            )
+        return world_size // shared_by
+
     def grad_accum_steps(self, world_size: int) -> int:
         """Most forward passes per rank and update of all stages. ConfigError where a batch does not divide."""
+        world_size = self.reader_ranks(world_size)
         per_forward = self.micro_batch * world_size
         if self.global_batch_sequences % per_forward:
             raise ConfigError(
@@ -201,6 +213,23 @@ class TrainConfig:
             )
             for stage in self.stages
         )
+
+
+def _check_sequence_parallel(config: TrainConfig) -> None:
+    """What must divide where ranks share sequences. ConfigError."""
+    ranks, model = config.engine.sequence_parallel_ranks, config.model
+    for key, heads in (("model.n_kv_heads", model.kv_heads), ("model.n_heads", model.n_heads)):
+        if heads % ranks:
+            raise ConfigError(
+                f"engine.sequence_parallel_ranks={ranks} does not divide {key}={heads}, and each rank attends with "
+                f"its part of the heads; give at most {math.gcd(model.kv_heads, ranks)} ranks"
+            )
+    for stage in config.stages:
+        if stage.sequence_length % ranks:
+            raise ConfigError(
+                f"engine.sequence_parallel_ranks={ranks} does not divide data.sequence_length="
+                f"{stage.sequence_length}, and each rank holds its part of the tokens; change either"
+            )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -41,19 +41,43 @@ class World:
     device: torch.device
     group: dist.ProcessGroup | None = None
     """Process group of `gather_objects` and of checkpoints; None: the one that all else uses."""
+    sequence_ranks: int = 1
+    """So many neighboring ranks share each sequence (`sequence_parallel.py`)."""
 
     @property
     def is_main(self) -> bool:
         """Whether this is the one rank that writes the run's files."""
         return self.rank == 0
 
+    @property
+    def reader(self) -> int:
+        """Number of this rank among those that have sequences of their own; ranks that share them have the same."""
+        return self.rank // self.sequence_ranks
 
-def init_world(timeout_s: int) -> World:
+    @property
+    def n_readers(self) -> int:
+        """How many have sequences of their own."""
+        return self.size // self.sequence_ranks
+
+    @property
+    def is_first_reader(self) -> bool:
+        """Whether what this rank reads counts: it is one of those that share it only."""
+        return self.rank % self.sequence_ranks == 0
+
+
+def init_world(timeout_s: int, sequence_ranks: int = 1) -> World:
     """Join the process group of the run. Collectives fail after `timeout_s` without progress.
+
+    `sequence_ranks`: how many ranks, all of one host, share each sequence.
 
     Raises ConfigError, and RunError, where the ranks cannot meet at MASTER_ADDR:MASTER_PORT.
     """
     rank, size = launched_rank(), launched_world_size()
+    if (launched_local_size() or sequence_ranks) % sequence_ranks:
+        raise ConfigError(
+            f"engine.sequence_parallel_ranks={sequence_ranks} does not divide the {launched_local_size()} ranks of a "
+            "host, and those that share sequences must be on one; change either"
+        )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -72,7 +96,7 @@ def init_world(timeout_s: int) -> World:
     else:
         store = _store(rank, size, timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    return World(rank=rank, size=size, local_rank=local_rank, device=device)
+    return World(rank=rank, size=size, local_rank=local_rank, device=device, sequence_ranks=sequence_ranks)
 
 
 def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:

@@ -40,6 +40,7 @@ from pretrain.loader import Batch
 from pretrain.model import Decoder, LossSums
 from pretrain.objectives import training_loss
 from pretrain.optim import build_optimizer, parameter_groups
+from pretrain.sequence_parallel import SequenceGroup
 
 # DeepSpeed calls collectives by names that torch has begun to rename; nothing a user can do.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -121,11 +122,14 @@ class Engine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
         settings = deepspeed_config(config, world.size)
+        self._sequences = SequenceGroup(world) if world.sequence_ranks > 1 else None
         stage = config.engine.zero_stage
         with deepspeed.zero.Init(
             config_dict_or_path=settings, enabled=stage == 3, mem_efficient_linear=False
         ):
             model = Decoder(config.model, config.seed)
+        if self._sequences is not None:
+            model.share_sequences(self._sequences)
         named = list(model.named_parameters())
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named}
         """Full shape of every parameter."""
@@ -158,6 +162,8 @@ class Engine:
         global batch) is above `loss_limit`. `give_up` is asked before each micro batch, and must answer alike on all
         ranks; once it says yes, the result is None, and weights and moments are as before.
         """
+        if self._sequences is not None:
+            batches = [self._sequences.own_part(batch) for batch in batches]
         seed_step(self.config.seed, step, self.world.rank)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -231,6 +237,8 @@ class Engine:
     def evaluate(self, batch: Batch) -> LossSums:
         """Loss sums of this rank's batch, dropout off. Under stage 3 all ranks call this together."""
         mark("evaluation")
+        if self._sequences is not None:
+            batch = self._sequences.own_part(batch)
         self._deepspeed.eval()
         return self._forward(batch)
 

@@ -80,8 +80,9 @@ def evaluate_loss(
 ) -> HeldOutResult:
     """Loss of the corpus's first `max_sequences` sequences, cut and batched as in training.
 
-    The sequences are split over the ranks; `forward` is called equally often on each, with all labels ignored
-    where a rank has none left, because under ZeRO-3 it is collective. Every rank returns the same result.
+    The sequences are split over the ranks (those that share sequences get the same); `forward` is called equally
+    often on each, with all labels ignored where a rank has none left, because under ZeRO-3 it is collective. Every
+    rank returns the same result.
 
     The start of a sequence has lost its context, so bits_per_byte is a little higher than `score_documents`
     finds. The bytes of a document that is cut off by `max_sequences` count in proportion to its tokens.
@@ -92,10 +93,10 @@ def evaluate_loss(
     n_sequences = (corpus.n_chunks - 1) * per_chunk + -(-corpus.last_chunk_tokens // sequence_length)
     if max_sequences is not None:
         n_sequences = min(n_sequences, max_sequences)
-    per_call = micro_batch_sequences * world.size
+    per_call = micro_batch_sequences * world.n_readers
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     for first in range(0, n_sequences, per_call):
-        start = first + world.rank * micro_batch_sequences
+        start = first + world.reader * micro_batch_sequences
         mine = np.arange(start, min(start + micro_batch_sequences, n_sequences))
         sequences = mine if len(mine) else np.array([n_sequences - 1])
         where = sequences // per_chunk, sequences % per_chunk

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ModelConfig
 from pretrain.loader import IGNORED_LABEL
+from pretrain.sequence_parallel import SequenceGroup
 
 
 class LossSums(NamedTuple):
@@ -117,6 +118,8 @@ class Attention(nn.Module):
         self.layer = layer
         self.d_head = config.head_width
         self.n_repeats = config.n_heads // config.kv_heads
+        self.sequences: SequenceGroup | None = None
+        """Ranks that share sequences with this one."""
         self.q = Linear(width, q_width, std, generator)
         self.k = Linear(width, kv_width, std, generator)
         self.v = Linear(width, kv_width, std, generator)
@@ -135,12 +138,16 @@ class Attention(nn.Module):
         q, k = _rotate(q.transpose(1, 2), cos, sin), _rotate(k.transpose(1, 2), cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
+        if self.sequences is not None:
+            q, k, v = self.sequences.to_heads(q, k, v)
         if mask is not None and self.n_repeats > 1:
             # With a mask, CUDA has no fast kernel that groups queries itself: it would hold all scores.
             k, v = k.repeat_interleave(self.n_repeats, dim=1), v.repeat_interleave(self.n_repeats, dim=1)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=mask is None and self.n_repeats > 1
         )
+        if self.sequences is not None:
+            y = self.sequences.to_tokens(y)
         return self.output(y.transpose(1, 2).flatten(2))
 
 
@@ -236,6 +243,11 @@ class Decoder(nn.Module):
         tied = self.embed.weight if config.tie_embeddings else None
         self.head = Head(config, config.vocab_size, tied, generator)
 
+    def share_sequences(self, ranks: SequenceGroup) -> None:
+        """From now on a forward pass gets this rank's part of sequences that it shares with these ranks."""
+        for block in self.blocks:
+            block.attention.sequences = ranks  # type: ignore[union-attr]
+
     def forward(
         self,
         tokens: Tensor,
@@ -245,7 +257,8 @@ class Decoder(nn.Module):
     ) -> LossSums:
         """Loss sums of a batch. All arguments are int64 [B, T].
 
-        A token attends to earlier ones of its own document, or to all earlier ones without `document_ids`.
+        A token attends to earlier ones of its own document, or to all earlier ones without `document_ids`. Where ranks
+        share sequences, T is this rank's part, but for `document_ids`, which are of all tokens.
         `positions` are the rotary positions (0, 1, ... by default); labels of -100 are not predicted.
         """
         hidden = self.hidden(tokens, positions, document_ids)

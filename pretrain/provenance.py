@@ -67,8 +67,11 @@ class DocumentRead:
 class ReadHistory:
     """The reading of a run, as the state after `step` steps has it."""
 
-    def __init__(self, data: DataConfig, state: OrderState, step: int, world_size: int) -> None:
-        self.step, self.world_size = step, world_size
+    def __init__(
+        self, data: DataConfig, state: OrderState, step: int, world_size: int, sequence_ranks: int = 1
+    ) -> None:
+        """`sequence_ranks`: how many neighboring ranks share each sequence."""
+        self.step, self.world_size, self._sequence_ranks = step, world_size, sequence_ranks
         self._state, self._data = state, data
         self.names = [source.name for source in data.corpora()]
         options = ReadOptions.of(data)
@@ -92,7 +95,8 @@ class ReadHistory:
         """From the newest checkpoint of a run. Raises ConfigError where there is none."""
         state = newest_state(run_dir)
         config = validate(TrainConfig, state["config"])
-        return cls(config.data, OrderState.from_dict(state["order"]), state["step"], state["world_size"])
+        order, shared_by = OrderState.from_dict(state["order"]), config.engine.sequence_parallel_ranks
+        return cls(config.data, order, state["step"], state["world_size"], shared_by)
 
     def read_in(
         self, step: int, rank: int | None = None, world_size: int | None = None
@@ -107,12 +111,18 @@ class ReadHistory:
         samples = np.arange(taken.first_sample, taken.end_sample)
         if rank is not None:
             n_ranks = world_size or self.world_size
-            if not 0 <= rank < n_ranks or len(samples) % n_ranks:
+            readers, rest = divmod(n_ranks, self._sequence_ranks)
+            if not 0 <= rank < n_ranks or rest or len(samples) % readers:
                 raise ConfigError(
                     f"rank={rank} does not exist where {len(samples)} sequences are split over {n_ranks} ranks"
+                    + (f", {self._sequence_ranks} to each" if self._sequence_ranks > 1 else "")
                 )
             samples = rank_samples(
-                taken.first_sample, len(samples), lanes=self._state.lanes, rank=rank, world_size=n_ranks
+                taken.first_sample,
+                len(samples),
+                lanes=self._state.lanes,
+                rank=rank // self._sequence_ranks,
+                world_size=readers,
             )
         where = self._order.locate(samples)
         found = []

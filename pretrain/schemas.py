@@ -220,6 +220,8 @@ class EngineConfig:
     """Stage 3: smaller parameters stay whole on every rank."""
     max_live_elements: int = 1_000_000_000
     """Stage 3: gathered parameters kept at most."""
+    sequence_parallel_ranks: int = 1
+    """So many neighboring ranks share each sequence, for long ones (Ulysses); 1: each rank has sequences of its own."""
     timeout_s: int = 1800
     """A collective that takes longer ends the process."""
     deepspeed_overrides: dict[str, Any] = field(default_factory=dict)
@@ -241,6 +243,7 @@ class EngineConfig:
         if self.offload_optimizer and self.zero_stage == 0:
             raise ConfigError("engine.offload_optimizer=true needs engine.zero_stage 1, 2 or 3, not 0")
         check_positive(self, "engine", "reduce_bucket_elements", "prefetch_bucket_elements", "timeout_s")
+        check_positive(self, "engine", "sequence_parallel_ranks")
 
 
 @dataclass(kw_only=True, slots=True)

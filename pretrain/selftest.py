@@ -58,7 +58,7 @@ def run_selftest(config: TrainConfig, world: World, *, steps: int, from_step: in
     # Python would warn, at the end, of the semaphores of the readers that were killed.
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
     last = min(from_step + steps - 1, _loader(config, 0, 1).n_steps)
-    n = world.size
+    n = config.reader_ranks(world.size)
     half, double = max(1, n // 2), 2 * n
     workers = config.data.loader_workers
     ways = [(f"{n} ranks, {workers} workers each", n, workers, 0)]

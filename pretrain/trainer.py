@@ -80,7 +80,7 @@ def _stretch(run: Run) -> ExitCode | None:
         loss = sums.nll / max(1, result.n_predicted)
         run.step = step
         run.watchdog.started()
-        if config.logging.sample_ledger:
+        if config.logging.sample_ledger and run.world.is_first_reader:
             run.monitor.ledger(step, *_ledger_entry(batches))
         now = time.monotonic()
         run.monitor.step(
@@ -146,6 +146,8 @@ class Sums(NamedTuple):
 def _agree(run: Run, result: StepResult, batches: list[Batch], step: int) -> Sums:
     """One exchange after each step. Raises RunError, alike on all ranks, where a rank's memory has changed."""
     counts = Counts(*map(sum, zip(*(batch.counts for batch in batches), strict=True)))
+    if not run.world.is_first_reader:
+        counts = Counts()
     mine = Sums(
         nll=float(result.nll_sum),
         z=float(result.z_sum),

@@ -52,6 +52,7 @@ ORDER = [
     "provenance",
     "loader",
     "selftest",
+    "sequence_parallel",
     "model",
     "objectives",
     "optim",
