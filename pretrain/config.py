@@ -7,7 +7,6 @@ imported from here, and `TrainConfig` over them. `run_command` turns `ConfigErro
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 import sys
@@ -217,19 +216,22 @@ class TrainConfig:
 
 def _check_sequence_parallel(config: TrainConfig) -> None:
     """What must divide where ranks share sequences. ConfigError."""
-    ranks, model = config.engine.sequence_parallel_ranks, config.model
-    for key, heads in (("model.n_kv_heads", model.kv_heads), ("model.n_heads", model.n_heads)):
-        if heads % ranks:
-            raise ConfigError(
-                f"engine.sequence_parallel_ranks={ranks} does not divide {key}={heads}, and each rank attends with "
-                f"its part of the heads; give at most {math.gcd(model.kv_heads, ranks)} ranks"
-            )
-    for stage in config.stages:
-        if stage.sequence_length % ranks:
-            raise ConfigError(
-                f"engine.sequence_parallel_ranks={ranks} does not divide data.sequence_length="
-                f"{stage.sequence_length}, and each rank holds its part of the tokens; change either"
-            )
+    ranks, heads, length = (
+        config.engine.sequence_parallel_ranks,
+        config.model.kv_heads,  # which divide the query heads
+        config.data.sequence_length,  # which divides those of later stages
+    )
+    if heads % ranks:
+        allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ConfigError(
+            f"engine.sequence_parallel_ranks={ranks} does not divide model.n_kv_heads={heads}, and each rank attends "
+            f"with its part of the heads; allowed: {allowed}"
+        )
+    if length % ranks:
+        raise ConfigError(
+            f"engine.sequence_parallel_ranks={ranks} does not divide data.sequence_length={length}, and each rank "
+            "holds its part of the tokens; change either"
+        )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,5 +1,6 @@
-"""One rank of the tests of sequence parallelism. Argument: a JSON list of jobs {stage, precision, shared_by, out, load?,
-save?, steps, overrides?}, done in turn.
+"""One rank of the tests of sequence parallelism. Argument: a JSON list of jobs, done in turn.
+
+A job: {stage, precision, shared_by, steps, out, load?, save?, overrides?}.
 
 Each job trains on sequences of several documents that cross the borders between the ranks' parts, and writes losses,
 gradient norms and the evaluated loss.
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from engine_worker import GLOBAL, LR, T, batch_of, small_config
+from engine_worker import GLOBAL, LR, VOCAB, T, batch_of, small_config
 
 from pretrain import checkpoint
 from pretrain.distributed import World, init_world, shutdown_world, sum_over_ranks
@@ -40,8 +41,11 @@ def batches_of_step(step: int, world: World) -> list[Batch]:
     mine = np.arange(share) + (step - 1) * GLOBAL + world.reader * share
     batches = []
     for samples in (mine[i : i + 2] for i in range(0, share, 2)):
-        ids, positions = documents_of(samples)
-        batches.append(batch_of(samples)._replace(positions=positions, document_ids=ids))
+        batch, (ids, positions) = batch_of(samples), documents_of(samples)
+        labels = (batch.tokens + 3) % VOCAB  # the rule by which batch_of makes them
+        labels[:, :-1][ids[:, :-1] != ids[:, 1:]] = -100
+        labels[torch.from_numpy(samples % 3 == 0), T // 2 :] = -100  # so that ranks predict unevenly many
+        batches.append(batch._replace(labels=labels, positions=positions, document_ids=ids))
     return batches
 
 
