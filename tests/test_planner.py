@@ -567,6 +567,12 @@ def test_uncertainties_are_sorted_and_positive() -> None:
     assert "price" in uncertainties(listed)[0][0]
 
 
+def test_auto_tries_all_micro_batches_of_the_engine_that_is_asked_for() -> None:
+    tried = list(options(a_config("engine=zero2", "micro_batch_sequences=auto"), cluster_of(1), search=False))
+    assert {option.engine.zero_stage for option in tried} == {2}
+    assert [option.each.sequences for option in tried] == [1, 2, 4]
+
+
 def test_nothing_fits() -> None:
     with pytest.raises(
         ConfigError, match=r"none of \d+ options fits 1 x rtx4090: .* GiB of host memory do not fit"
@@ -628,6 +634,7 @@ def test_the_planned_option_is_one_that_training_takes() -> None:
         ([*EXAMPLE, "global_batch_sequences=100"], "is not a multiple of 128 ranks; try 128"),
         ([*EXAMPLE, "cluster.gpu=v100"], "cluster.gpu=v100 has no bf16"),
         ([*EXAMPLE, "cluster.gpus_per_node=0", "cluster.ranks_per_node=2"], "the planner knows GPUs only"),
+        ([*EXAMPLE, "engine=zero3_ulysses"], "engine.sequence_parallel_ranks=2 is not known to the planner"),
         ([*EXAMPLE, "data.token=5"], "data.token is not a key of the configuration; did you mean tokens?"),
         ([*EXAMPLE, "cluster.nodes=1", "cluster.gpus_per_node=1", "model=70b"], "options fits 1 x h100"),
     ],

@@ -250,6 +250,15 @@ def test_a_mistake_is_named_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ranks_that_share_sequences_are_on_one_node(
+    submit: Submit, corpus: TinyCorpus, slurm: dict[str, str]
+) -> None:
+    more = ["engine=zero3_ulysses", "cluster.gpus_per_node=3", "global_batch_sequences=12"]
+    done = submit(*a_run(corpus, *more), env=slurm)
+    assert done.returncode == 2
+    assert "engine.sequence_parallel_ranks=2 does not divide the 3 ranks of a node" in done.stderr
+
+
 def test_without_slurm_one_sentence(corpus: TinyCorpus, tmp_path: Path) -> None:
     """As a process of its own."""
     done = subprocess.run(
