@@ -61,6 +61,7 @@ from pretrain.planner import (
     Site,
     advised_interval_s,
     make_plan,
+    options,
     uncertainties,
 )
 
@@ -570,7 +571,7 @@ def test_uncertainties_are_sorted_and_positive() -> None:
 def test_auto_tries_all_micro_batches_of_the_engine_that_is_asked_for() -> None:
     tried = list(options(a_config("engine=zero2", "micro_batch_sequences=auto"), cluster_of(1), search=False))
     assert {option.engine.zero_stage for option in tried} == {2}
-    assert [option.each.sequences for option in tried] == [1, 2, 4]
+    assert [option.each.sequences for option in tried] == [1, 2, 4, 8]
 
 
 def test_nothing_fits() -> None:
