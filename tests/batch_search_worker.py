@@ -1,7 +1,7 @@
-"""One rank of the tests of the batch search. Argument: a JSON object {stages: [[stage, precision], ...], out}.
+"""One rank of the tests of the batch search. Argument: a JSON object {cases, out}.
 
-For each stage: what is found without a limit and with one between two candidates; then losses, norms and state of a run
-with the number found, and of one with the same number given.
+For each case, stage-precision or stage-precision-offload: what is found without a limit and with one between two
+candidates; then losses, norms and state of a run with the number found, and of one with the same number given.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ GLOBAL = 16
 WIDE = ["data.sequence_length=256", "model.d_model=128", "model.d_ff=512", f"global_batch_sequences={GLOBAL}"]
 
 
-def config_with(stage: int, precision: str, micro: int | str) -> TrainConfig:
-    return small_config(stage, precision, [*WIDE, f"micro_batch_sequences={micro}", "model.dropout=0.1"])
+def config_with(case: str, micro: int | str) -> TrainConfig:
+    stage, precision, *offload = case.split("-")
+    more = [f"micro_batch_sequences={micro}", "model.dropout=0.1"]
+    more += ["engine.offload_optimizer=true"] if offload else []
+    return small_config(int(stage), precision, [*WIDE, *more])
 
 
 def trained(engine: Engine, micro: int, world: World) -> dict:
@@ -43,8 +46,8 @@ def trained(engine: Engine, micro: int, world: World) -> dict:
     return {"losses": losses, "norms": norms, "state": digest.hexdigest(), "updates": engine.optimizer_step}
 
 
-def run(stage: int, precision: str, world: World) -> dict:
-    config = config_with(stage, precision, "auto")
+def run(case: str, world: World) -> dict:
+    config = config_with(case, "auto")
     engine = Engine(config, world)
 
     def search(usable_bytes: float) -> Found:
@@ -60,7 +63,7 @@ def run(stage: int, precision: str, world: World) -> dict:
     except ConfigError as error:
         refused = str(error)
     found = tight.micro_batch_sequences
-    given = config_with(stage, precision, found)
+    given = config_with(case, found)
     engine.set_micro_batch(given)
     return {
         "free": free.facts(),
@@ -74,7 +77,7 @@ def run(stage: int, precision: str, world: World) -> dict:
 def main() -> None:
     job = json.loads(sys.argv[1])
     world = init_world(60)
-    results = {f"{stage}-{precision}": run(stage, precision, world) for stage, precision in job["stages"]}
+    results = {case: run(case, world) for case in job["cases"]}
     Path(f"{job['out']}-{world.rank}.json").write_text(json.dumps(results))
     shutdown_world()
 

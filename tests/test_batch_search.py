@@ -18,7 +18,7 @@ from pretrain.distributed import World
 from pretrain.journal import read_metrics
 
 TRAIN = "launch/train.py"
-CASES = {1: [(0, "fp32"), (3, "fp32")], 2: [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "bf16")]}
+CASES = {1: ["0-fp32", "1-bf16", "2-fp32-offload"], 2: ["0-fp32", "1-fp32", "2-fp32", "3-bf16"]}
 
 
 def search(
@@ -133,9 +133,9 @@ def test_the_tightest_control_group_counts(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module", params=CASES)
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What each rank has found, by stage and precision."""
+    """What each rank has found, by case."""
     root, n_ranks = tmp_path_factory.mktemp("search"), request.param
-    job = json.dumps({"stages": CASES[n_ranks], "out": str(root / "out")})
+    job = json.dumps({"cases": CASES[n_ranks], "out": str(root / "out")})
     run_ranks(n_ranks, "tests/batch_search_worker.py", job, log_dir=root)
     return [json.loads((root / f"out-{rank}.json").read_text()) for rank in range(n_ranks)]
 
@@ -145,7 +145,7 @@ def test_the_largest_micro_batch_that_fits_is_found_and_trains_as_if_it_had_been
     found: list[dict],
 ) -> None:
     share = 16 // len(found)
-    for case in (f"{stage}-{precision}" for stage, precision in CASES[len(found)]):
+    for case in CASES[len(found)]:
         first = found[0][case]
         assert first["free"]["micro_batch_sequences"] == share
         assert first["tight"]["micro_batch_sequences"] == share // 2, first["tight"]
