@@ -75,8 +75,8 @@ class Found:
 def save(root: Path, step: int, partitions: dict[str, Partition], state: dict[str, Any], world: World) -> int:
     """Write and publish one checkpoint; all ranks call this together and return when it is durable. Its bytes.
 
-    `partitions` is `Engine.snapshot()`; `state` goes to state.json and is rank 0's. Raises CheckpointError on every
-    rank when any rank failed; then nothing is published and nothing temporary is left.
+    `partitions` is `EngineState.snapshot()`; `state` goes to state.json and is rank 0's. Raises CheckpointError on
+    every rank when any rank failed; then nothing is published and nothing temporary is left.
     """
     final = checkpoint_path(root, step)
     with _workplace(final, world) as folder:
@@ -256,7 +256,7 @@ def verify(path: Path, world: World = ALONE) -> str | None:
 def load(
     path: Path, keys: list[str], shapes: dict[str, tuple[int, ...]], world: World
 ) -> dict[str, torch.Tensor]:
-    """This rank's share of each tensor of a verified checkpoint, for `Engine.restore`. All ranks together.
+    """This rank's share of each tensor of a verified checkpoint, for `EngineState.restore`. All ranks together.
 
     `keys`: the kinds to read (`weight`, `exp_avg`, ...). Raises ConfigError where the model has other tensors.
     """
