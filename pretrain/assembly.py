@@ -16,7 +16,6 @@ from pretrain.config import ConfigError, TrainConfig, to_dict
 from pretrain.device_peak import rank_peak_flops
 from pretrain.distributed import Vote, World, on_main
 from pretrain.engine import Engine
-from pretrain.engine_state import MOMENTS
 from pretrain.health import Pace
 from pretrain.heartbeat import mark
 from pretrain.loader import TrainLoader
@@ -149,7 +148,8 @@ def _init_from(run_dir: str, engine: Engine, world: World, tokenizer_sha256: str
         )
     if checkpoint.read_state(found.path)["tokenizer_sha256"] != tokenizer_sha256:
         raise ConfigError(f"init_from={run_dir} was trained with another tokenizer than this corpus")
-    engine.state.restore_weights(checkpoint.load(found.path, ["weight"], engine.state.shapes, world))
+    state = engine.state
+    state.restore_weights(checkpoint.load(found.path, state.weight_keys, state.shapes, world))
 
 
 # ---- state ----
@@ -159,8 +159,9 @@ def restore(run: Run, path: Path) -> dict[str, Any]:
     """Weights, moments, step and place in the data as a verified checkpoint has them; its state.json."""
     mark("load")
     state = checkpoint.read_state(path)
-    partitions = checkpoint.load(path, ["weight", *MOMENTS], run.engine.state.shapes, run.world)
-    run.engine.state.restore(partitions, state["optimizer_step"])
+    held = run.engine.state
+    partitions = checkpoint.load(path, held.weight_keys + held.moment_keys, held.shapes, run.world)
+    held.restore(partitions, state["optimizer_step"])
     run.step = state["step"]
     run.saved_step = run.step
     for undone in [step for step in run.heldout_losses if step > run.step]:

@@ -1,6 +1,6 @@
 """The model under DeepSpeed: one optimizer step, one evaluation pass, and all state as whole, named tensors.
 
-Beside engine_state.py the only file that imports deepspeed. DeepSpeed's own checkpoints are not used: `Engine.state`
+The only file that imports deepspeed. DeepSpeed's own checkpoints are not used: `Engine.state`
 exchanges weights and moments with `checkpoint.py`.
 """
 
@@ -22,7 +22,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 
-from pretrain.config import Precision, TrainConfig
+from pretrain.config import OptimizerName, Precision, TrainConfig
 from pretrain.distributed import World, seed_step, sum_over_ranks
 from pretrain.engine_state import EngineState
 from pretrain.heartbeat import mark
@@ -81,6 +81,7 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
         "bf16": {"enabled": config.engine.precision is Precision.bf16},
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW serves offload too; nothing is compiled
+        "zero_allow_untested_optimizer": config.optim.name is OptimizerName.muon,  # ours
         "steps_per_print": 2**31,
     }
     if engine.zero_stage == 3:
@@ -118,7 +119,9 @@ class Engine:
         self._parameters = dict(named)
         self._optimizer = build_optimizer(parameter_groups(named, config.optim), config.optim)
         self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=settings)
-        self.state = EngineState(self._deepspeed.optimizer, self._optimizer, self._parameters, stage, world)
+        self.state = EngineState(
+            self._deepspeed.optimizer, self._optimizer, self._parameters, config.optim, stage, world
+        )
         """Weights and moments, to be copied for a checkpoint and put back."""
 
     def train_step(

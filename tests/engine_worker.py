@@ -20,7 +20,6 @@ from pretrain import checkpoint
 from pretrain.config import TrainConfig, load_config
 from pretrain.distributed import World, init_world, shutdown_world, sum_over_ranks
 from pretrain.engine import Engine
-from pretrain.engine_state import MOMENTS
 from pretrain.loader import Batch
 
 T, VOCAB, GLOBAL, MICRO, LR = 32, 128, 8, 2, 3e-3
@@ -76,10 +75,9 @@ def run(job: dict, world: World) -> None:
         path = Path(job["load"])
         assert checkpoint.verify(path, world) is None
         state = checkpoint.read_state(path)
-        kinds = ["weight", *MOMENTS]
-        engine.state.restore(
-            checkpoint.load(path, kinds, engine.state.shapes, world), state["optimizer_step"]
-        )
+        held = engine.state
+        loaded = checkpoint.load(path, held.weight_keys + held.moment_keys, held.shapes, world)
+        held.restore(loaded, state["optimizer_step"])
         first = state["step"] + 1
     losses, norms = [], []
     for step in range(first, first + job["steps"]):

@@ -57,7 +57,6 @@ from engine_worker import batches_of_step, small_config
 
 from pretrain.distributed import World, init_world, shutdown_world
 from pretrain.engine import Engine
-from pretrain.engine_state import MOMENTS
 
 
 def storage_bytes(tensors: list[torch.Tensor]) -> int:
@@ -68,9 +67,9 @@ def storage_bytes(tensors: list[torch.Tensor]) -> int:
 
 def held(engine: Engine, stage: int) -> dict[str, int]:
     """Bytes that this rank holds between two updates, by part; `state`: of all together, each storage once."""
-    masters, parameters = engine.state._flat_masters(), list(engine._parameters.values())
+    masters, parameters = list(engine.state._pieces), list(engine._parameters.values())
     found = {
-        "moments": [state[kind] for state in engine._optimizer.state.values() for kind in MOMENTS],
+        "moments": [t for s in engine._optimizer.state.values() for kind, t in s.items() if kind != "step"],
         "masters": masters,
         "parameters": [p.ds_tensor if stage == 3 else p.data for p in parameters],
     }
