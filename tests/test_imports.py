@@ -54,6 +54,7 @@ ORDER = [
     "model",
     "objectives",
     "optim",
+    "engine_state",
     "engine",
     "checkpoint",
     "saving",
