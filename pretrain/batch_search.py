@@ -275,7 +275,9 @@ def _budget_bytes(engine: Engine, world: World) -> int:
         return free + torch.cuda.memory_reserved()
     n_ranks = launched_local_size() or 1
     left = min(_available_bytes(), _cgroup_left_bytes())
-    snapshot = 12 * sum(torch.Size(shape).numel() for shape in engine.shapes.values()) // world.size
+    state = engine.state
+    saved = [torch.Size(state.shapes[key.split(".", 1)[1]]) for key in state.weight_keys + state.moment_keys]
+    snapshot = 4 * sum(shape.numel() for shape in saved) // world.size
     return _status_bytes("VmRSS") + left // n_ranks - snapshot
 
 

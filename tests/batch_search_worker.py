@@ -41,9 +41,14 @@ def trained(engine: Engine, micro: int, world: World) -> dict:
         losses.append(sum_over_ranks([float(result.nll_sum)], world)[0].hex())
         norms.append(result.grad_norm.hex())
     digest = hashlib.sha256()
-    for partition in engine.snapshot().values():
+    for partition in engine.state.snapshot().values():
         digest.update(partition.values.numpy().tobytes())
-    return {"losses": losses, "norms": norms, "state": digest.hexdigest(), "updates": engine.optimizer_step}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "state": digest.hexdigest(),
+        "updates": engine.state.optimizer_step,
+    }
 
 
 def run(case: str, world: World) -> dict:

@@ -21,7 +21,7 @@ from engine_worker import GLOBAL, LR, VOCAB, T, batch_of, small_config
 
 from pretrain import checkpoint
 from pretrain.distributed import World, init_world, shutdown_world, sum_over_ranks
-from pretrain.engine import MOMENTS, Engine
+from pretrain.engine import Engine
 from pretrain.loader import Batch
 
 HEADS = ["model.n_heads=8", "model.n_kv_heads=4", "model.d_head=4"]
@@ -58,8 +58,9 @@ def run(job: dict, world: World) -> None:
     if "load" in job:
         path = Path(job["load"])
         state = checkpoint.read_state(path)
-        partitions = checkpoint.load(path, ["weight", *MOMENTS], engine.shapes, world)
-        engine.restore(partitions, state["optimizer_step"])
+        held = engine.state
+        partitions = checkpoint.load(path, held.weight_keys + held.moment_keys, held.shapes, world)
+        held.restore(partitions, state["optimizer_step"])
         first = state["step"] + 1
     last = first + job["steps"] - 1
     losses, norms = [], []
@@ -73,11 +74,11 @@ def run(job: dict, world: World) -> None:
     nll, n_predicted = sum_over_ranks(both, world)
     state = {
         "step": last,
-        "optimizer_step": engine.optimizer_step,
-        "tensors": {name: list(shape) for name, shape in engine.shapes.items()},
+        "optimizer_step": engine.state.optimizer_step,
+        "tensors": {name: list(shape) for name, shape in engine.state.shapes.items()},
     }
     if "save" in job:
-        checkpoint.save(Path(job["save"]), last, engine.snapshot(), state, world)
+        checkpoint.save(Path(job["save"]), last, engine.state.snapshot(), state, world)
     if world.is_main:
         found = {"losses": losses, "norms": norms, "heldout": nll / n_predicted, "predicted": n_predicted}
         Path(job["out"]).write_text(json.dumps(found))

@@ -56,6 +56,7 @@ ORDER = [
     "model",
     "objectives",
     "optim",
+    "engine_state",
     "engine",
     "checkpoint",
     "saving",

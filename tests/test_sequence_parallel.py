@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import run_ranks
+from launching import ROOT, run_ranks
 from test_engine import read_tensors
 from test_training import assert_each_sample_once
-from tiny import TinyCorpus, events, run_arguments
+from tiny import events, make_corpus, run_arguments
 
 from pretrain import checkpoint
 from pretrain.config import ConfigError, TrainConfig, load_config
@@ -157,8 +157,12 @@ def test_a_run_goes_on_without_sharing(trained: Path) -> None:
 
 
 @pytest.mark.integration
-def test_a_whole_run(corpus: TinyCorpus, tmp_path: Path) -> None:
+def test_a_whole_run(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
+    texts = [path.read_text()[:3000] for path in sorted((ROOT / "pretrain").glob("*.py"))[1:7]]
+    documents = [(str(n), text) for n, text in enumerate(texts)]
+    # So small that its last chunk, which is not full, is read within the run.
+    corpus = make_corpus(tmp_path / "corpus", documents=documents)
     more = ["engine.sequence_parallel_ranks=2", "model.n_kv_heads=2", "engine.precision=fp32"]
     more += ["data.loader_workers=0", "data.packing=best_fit", "micro_batch_sequences=auto"]
     run_ranks(2, TRAIN, *run_arguments(corpus, run_dir, *more), log_dir=tmp_path)
