@@ -30,14 +30,16 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
+    set_z3_leaf_modules,
 )
 
-from pretrain.config import Precision, TrainConfig
+from pretrain.config import Precision, Recompute, TrainConfig
 from pretrain.distributed import Partition, World, seed_step, share, sum_over_ranks
 from pretrain.health import StateSums
 from pretrain.heartbeat import mark
+from pretrain.kernels import capability_of, resolve
 from pretrain.loader import Batch
-from pretrain.model import Decoder, LossSums
+from pretrain.model import Block, Decoder, LossSums
 from pretrain.objectives import training_loss
 from pretrain.optim import build_optimizer, parameter_groups
 
@@ -116,6 +118,7 @@ class Engine:
     def __init__(self, config: TrainConfig, world: World) -> None:
         """`config.model.vocab_size` is set. All ranks call this together."""
         self.config, self.world = config, world
+        kernels = resolve(config, capability_of(world.device))
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         # Compiled at each start for 30 to 90 s, used by inference only, and leaks shared memory.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -125,7 +128,11 @@ class Engine:
         with deepspeed.zero.Init(
             config_dict_or_path=settings, enabled=stage == 3, mem_efficient_linear=False
         ):
-            model = Decoder(config.model, config.seed)
+            model = Decoder(config.model, config.seed, kernels)
+        if stage == 3 and config.model.activation_checkpointing is Recompute.selective:
+            # Blocks are gathered whole, before they run: among operations that are compared when they are computed
+            # again, torch does not bear those of gathering, which differ.
+            set_z3_leaf_modules(model, [Block])
         named = list(model.named_parameters())
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named}
         """Full shape of every parameter."""

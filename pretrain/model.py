@@ -21,8 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.config import ModelConfig
+from pretrain.attention import Visibility, attend, visibility
+from pretrain.config import KernelsConfig, ModelConfig
+from pretrain.kernels import PLAIN
 from pretrain.loader import IGNORED_LABEL
+from pretrain.recompute import recomputed
 
 
 class LossSums(NamedTuple):
@@ -116,7 +119,6 @@ class Attention(nn.Module):
         q_width, kv_width = config.n_heads * config.head_width, config.kv_heads * config.head_width
         self.layer = layer
         self.d_head = config.head_width
-        self.n_repeats = config.n_heads // config.kv_heads
         self.q = Linear(width, q_width, std, generator)
         self.k = Linear(width, kv_width, std, generator)
         self.v = Linear(width, kv_width, std, generator)
@@ -125,7 +127,7 @@ class Attention(nn.Module):
         self.output = Linear(q_width, width, _residual_std(config), generator)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, visible: Visibility, cache: KVCache | None
     ) -> Tensor:
         q = self.q(x).unflatten(-1, (-1, self.d_head))  # [B, T, H, K]
         k = self.k(x).unflatten(-1, (-1, self.d_head))  # [B, T, G, K]
@@ -135,12 +137,7 @@ class Attention(nn.Module):
         q, k = _rotate(q.transpose(1, 2), cos, sin), _rotate(k.transpose(1, 2), cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        if mask is not None and self.n_repeats > 1:
-            # With a mask, CUDA has no fast kernel that groups queries itself: it would hold all scores.
-            k, v = k.repeat_interleave(self.n_repeats, dim=1), v.repeat_interleave(self.n_repeats, dim=1)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=mask is None and self.n_repeats > 1
-        )
+        y = attend(q, k, v, visible)
         return self.output(y.transpose(1, 2).flatten(2))
 
 
@@ -163,15 +160,22 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, generator: torch.Generator) -> None:
         super().__init__()
         self.dropout = config.dropout
+        self.recompute = config.activation_checkpointing
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config, layer, generator)
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = FeedForward(config, generator)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, visible: Visibility, cache: KVCache | None
     ) -> Tensor:
-        y = self.attention(self.attention_norm(x), cos, sin, mask, cache)
+        # Inside the block, so that torch.compile of a block, and ZeRO's gathering for it, include recomputing.
+        return recomputed(self.recompute, self._forward, x, cos, sin, visible, cache)
+
+    def _forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, visible: Visibility, cache: KVCache | None
+    ) -> Tensor:
+        y = self.attention(self.attention_norm(x), cos, sin, visible, cache)
         x = x + F.dropout(y, self.dropout, self.training)
         y = self.feed_forward(self.feed_forward_norm(x))
         return x + F.dropout(y, self.dropout, self.training)
@@ -222,14 +226,15 @@ class Decoder(nn.Module):
     """A decoder-only transformer.
 
     The weights are a pure function of (config, seed): drawn in fp32 on the CPU in the order of construction,
-    the same on any device and any number of ranks. `config.vocab_size` must be set.
+    the same on any device and any number of ranks. `config.vocab_size` must be set. `kernels` is what
+    `pretrain.kernels.resolve` returned.
     """
 
-    def __init__(self, config: ModelConfig, seed: int) -> None:
+    def __init__(self, config: ModelConfig, seed: int, kernels: KernelsConfig = PLAIN) -> None:
         super().__init__()
         assert config.vocab_size is not None, "model.vocab_size is resolved before the model is built"
         generator = torch.Generator("cpu").manual_seed(seed)
-        self.config = config
+        self.config, self.kernels = config, kernels
         self.embed = Embedding(config.vocab_size, config.d_model, config.init_std, generator)
         self.blocks = nn.ModuleList(Block(config, layer, generator) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -276,17 +281,13 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         cos, sin = _rotary_tables(positions, self.config)
-        mask = None
         if cache is not None:
-            mask = cache.advance(positions)
-        elif document_ids is not None:
-            mask = _document_mask(document_ids)
+            visible: Visibility = cache.advance(positions)
+        else:
+            visible = visibility(document_ids, self.kernels.attention)
         x = self.embed(tokens)
         for block in self.blocks:
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, None, use_reentrant=False)
-            else:
-                x = block(x, cos, sin, mask, cache)
+            x = block(x, cos, sin, visible, cache)
         return self.norm(x)
 
 
@@ -365,9 +366,3 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions of x [B, heads, T, K]; dimension i pairs with i + K/2, as in Hugging Face's Llama."""
     first, second = x.float().chunk(2, dim=-1)  # fp32: in bf16 the products would lose the angle's precision
     return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
-
-
-def _document_mask(document_ids: Tensor) -> Tensor:
-    """Who sees whom, bool [B, 1, T, T]: earlier or same position, same document."""
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-    return same.tril()

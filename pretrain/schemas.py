@@ -54,6 +54,14 @@ class WandbMode(Enum):
     disabled = "disabled"
 
 
+class Recompute(Enum):
+    none = "none"  # all that the backward pass needs is kept
+    selective = (
+        "selective"  # results of matrix products and attention are kept, what is cheap is computed again
+    )
+    full = "full"  # of each block only the input is kept
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """Shape of the decoder (Llama family)."""
@@ -88,8 +96,8 @@ class ModelConfig:
     """Standard deviation of the initial weights; residual outputs get init_std / sqrt(2 n_layers)."""
     loss_chunk_tokens: int = 8192
     """The output head and the loss run on at most this many tokens at a time."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more compute."""
+    activation_checkpointing: Recompute = Recompute.none
+    """What of each block the backward pass computes again: less memory; full: about a third more compute."""
 
     def __post_init__(self) -> None:
         check_positive(
@@ -131,8 +139,8 @@ class ModelConfig:
 class AttentionKernel(Enum):
     auto = "auto"  # the best of the others that this device, precision and installation can do
     sdpa = "sdpa"  # torch's scaled_dot_product_attention, with a mask where documents need one
-    flex = "flex"  # torch's FlexAttention, which leaves out what no token may see
-    flash = "flash"  # flash-attn's kernel for sequences of varying length: documents need no mask
+    flex = "flex"  # torch's FlexAttention, which leaves out blocks that no token may see
+    flash = "flash"  # torch's FlashAttention, each document by itself: nothing is masked
 
 
 class Switch(Enum):
