@@ -33,7 +33,7 @@ from deepspeed.utils import (
     set_z3_leaf_modules,
 )
 
-from pretrain.config import Precision, Recompute, TrainConfig
+from pretrain.config import KernelsConfig, Precision, Switch, TrainConfig
 from pretrain.distributed import Partition, World, seed_step, share, sum_over_ranks
 from pretrain.health import StateSums
 from pretrain.heartbeat import mark
@@ -104,6 +104,12 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     return _merged(result, engine.deepspeed_overrides)
 
 
+def _compiles(kernels: KernelsConfig, device: torch.device) -> bool:
+    if kernels.compile is Switch.auto:
+        return device.type == "cuda"
+    return kernels.compile is Switch.always
+
+
 def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in overrides.items():
@@ -129,10 +135,13 @@ class Engine:
             config_dict_or_path=settings, enabled=stage == 3, mem_efficient_linear=False
         ):
             model = Decoder(config.model, config.seed, kernels)
-        if stage == 3 and config.model.activation_checkpointing is Recompute.selective:
-            # Blocks are gathered whole, before they run: among operations that are compared when they are computed
-            # again, torch does not bear those of gathering, which differ.
+        if stage == 3:
+            # A block's parameters come and go together: one gather and one set of hooks, and none inside the block
+            # that would break a compiled graph, or differ when the block is computed again (torch compares the two
+            # under selective activation checkpointing).
             set_z3_leaf_modules(model, [Block])
+        if _compiles(config.kernels, world.device):
+            model.compile_parts()
         named = list(model.named_parameters())
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named}
         """Full shape of every parameter."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from launching import run_ranks
+from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,13 +25,14 @@ from pretrain.plan_memory import saved_bytes_per_token, selected_bytes_per_token
 torch.set_num_threads(1)
 
 SMALL = ModelConfig(n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, vocab_size=96, dropout=0.2)
-IDS = torch.arange(24).expand(2, -1) // 7
 TOKENS = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
-def losses_and_gradients(model: Decoder) -> list[torch.Tensor]:
+def losses_and_gradients(model: Decoder, longest: int = 7) -> list[torch.Tensor]:
+    """With documents of so many tokens."""
     torch.manual_seed(5)  # dropout
-    loss = model(TOKENS, TOKENS.roll(-1, 1), document_ids=IDS).nll_sum
+    documents = torch.arange(24).expand(2, -1) // longest
+    loss = model(TOKENS, TOKENS.roll(-1, 1), document_ids=documents).nll_sum
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
@@ -99,16 +102,23 @@ def test_what_is_kept_is_what_the_planner_says(n_kv_heads: int) -> None:
 
 @pytest.mark.parametrize("kernel", [AttentionKernel.sdpa, AttentionKernel.flash])
 @pytest.mark.parametrize("mode", Recompute)
-def test_a_compiled_block_includes_it(mode: Recompute, kernel: AttentionKernel) -> None:
-    """One graph, whatever is computed again. Without code generation, which takes a minute and changes roundings."""
+def test_a_compiled_block_includes_it(
+    mode: Recompute, kernel: AttentionKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One graph for all blocks and one for the loss, whatever is computed again and however many documents there are.
+    Without code generation, which takes a minute and changes roundings."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
     torch._dynamo.reset()
+    counters["stats"].clear()
     config = replace(SMALL, activation_checkpointing=mode, dropout=0.0)
     kernels = replace(PLAIN, attention=kernel)
     plain, compiled = Decoder(config, 0, kernels), Decoder(config, 0, kernels)
-    for block in compiled.blocks:
-        block.compile(fullgraph=True, backend="aot_eager")
-    for a, b in zip(losses_and_gradients(plain), losses_and_gradients(compiled), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    compiled.compile_parts()
+    for longest in (24, 7, 1):
+        found = (losses_and_gradients(model, longest) for model in (plain, compiled))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.integration
