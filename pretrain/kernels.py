@@ -27,6 +27,8 @@ class Capability(NamedTuple):
     varlen: bool = False
     """torch has FlashAttention for sequences of varying length with grouped queries (2.13)."""
     triton: bool = False
+    liger: bool = False
+    """The package liger-kernel."""
 
 
 def capability_of(device: torch.device) -> Capability:
@@ -41,6 +43,7 @@ def capability_of(device: torch.device) -> Capability:
         10 * major + minor,
         "enable_gqa" in varlen.varlen_attn.__annotations__,
         importlib.util.find_spec("triton") is not None,
+        importlib.util.find_spec("liger_kernel") is not None,
     )
 
 
@@ -56,6 +59,15 @@ def resolve(config: TrainConfig, capability: Capability) -> KernelsConfig:
         asked = next(kernel for kernel, problem in problems.items() if problem is None)
     if problems[asked]:
         raise ConfigError(f"kernels.attention={asked.value} {problems[asked]}; use kernels.attention=auto")
+    if config.kernels.fp8 and capability.compute < 89:
+        raise ConfigError(
+            "kernels.fp8=true needs a GPU of compute capability 8.9 or newer (L40S, H100); use kernels.fp8=false"
+        )
+    if config.kernels.liger and not (capability.device == "cuda" and capability.triton and capability.liger):
+        raise ConfigError(
+            "kernels.liger=true needs a GPU and the packages triton and liger-kernel (the extra liger); "
+            "use kernels.liger=false"
+        )
     return replace(config.kernels, attention=asked)
 
 

@@ -14,6 +14,7 @@ S key positions (T, or what the cache holds).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pretrain import float8, liger
 from pretrain.attention import Visibility, attend, visibility
 from pretrain.config import KernelsConfig, ModelConfig
 from pretrain.kernels import PLAIN
@@ -78,12 +80,14 @@ class KVCache:
 class Linear(nn.Module):
     """Matrix product without bias; weights from a normal distribution."""
 
+    product: Callable[[Tensor, Tensor], Tensor] = staticmethod(F.linear)
+
     def __init__(self, n_in: int, n_out: int, std: float, generator: torch.Generator) -> None:
         super().__init__()
         self.weight = _normal_parameter(n_out, n_in, std, generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return self.product(x, self.weight)
 
 
 class Embedding(nn.Module):
@@ -97,8 +101,15 @@ class Embedding(nn.Module):
         return F.embedding(tokens, self.weight)
 
 
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    # Fused on CUDA; where it is not, PyTorch decomposes it with the statistics in fp32.
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, computed in fp32 (Zhang and Sennrich, 2019)."""
+
+    norm: Callable[[Tensor, Tensor, float], Tensor] = staticmethod(_rms_norm)
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -106,8 +117,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Fused on CUDA; where it is not, PyTorch decomposes it with the statistics in fp32.
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -141,8 +151,14 @@ class Attention(nn.Module):
         return self.output(y.transpose(1, 2).flatten(2))
 
 
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, 2020)."""
+
+    swiglu: Callable[[Tensor, Tensor], Tensor] = staticmethod(_swiglu)
 
     def __init__(self, config: ModelConfig, generator: torch.Generator) -> None:
         super().__init__()
@@ -151,7 +167,7 @@ class FeedForward(nn.Module):
         self.down = Linear(config.d_ff, config.d_model, _residual_std(config), generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(self.swiglu(self.gate(x), self.up(x)))
 
 
 class Block(nn.Module):
@@ -193,6 +209,7 @@ class Head(nn.Module):
         super().__init__()
         self.chunk_tokens = config.loss_chunk_tokens
         self.with_z_gradient = config.z_loss > 0
+        self.fused = False
         self.weight = (
             weight
             if weight is not None
@@ -204,6 +221,9 @@ class Head(nn.Module):
         if labels is None:
             return (F.linear(hidden, self.weight),)
         hidden, labels = hidden.flatten(0, 1), labels.flatten()
+        if self.fused:  # z_sum is left out: nothing uses it without a weight
+            nll_sum = liger.nll_sum(hidden, self.weight, labels, IGNORED_LABEL)
+            return nll_sum, torch.zeros_like(nll_sum)
         if len(labels) <= self.chunk_tokens:
             return self.sums(hidden, labels)
         sums = [
@@ -241,6 +261,17 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         tied = self.embed.weight if config.tie_embeddings else None
         self.head = Head(config, config.vocab_size, tied, generator)
+        self._replace_parts(kernels)
+
+    def _replace_parts(self, kernels: KernelsConfig) -> None:
+        for part in self.modules():
+            if isinstance(part, Linear) and kernels.fp8:
+                part.product = float8.product
+            elif isinstance(part, RMSNorm) and kernels.liger:
+                part.norm = liger.rms_norm
+            elif isinstance(part, FeedForward) and kernels.liger:
+                part.swiglu = liger.swiglu
+        self.head.fused = kernels.liger
 
     def compile_parts(self) -> None:
         """Compile each block's computation and the loss, at their first use and anew for each shape.

@@ -156,6 +156,39 @@ class KernelsConfig:
     attention: AttentionKernel = AttentionKernel.auto
     compile: Switch = Switch.auto
     """torch.compile of each block and of the loss; auto: on a GPU."""
+    fp8: bool = False
+    """Products with the weights of the blocks in 8 bits (not those of the head), on GPUs from L40S and H100 on."""
+    liger: bool = False
+    """Norms, SwiGLU and the loss by the package liger-kernel, instead of compiling them."""
+
+    def check(self, model: ModelConfig, engine: EngineConfig, sequence_lengths: set[int]) -> None:
+        """Raises ConfigError where these kernels cannot compute the model on any device."""
+        if self.liger and self.compile is not Switch.never:
+            raise ConfigError(
+                f"kernels.liger=true takes the place of compiling: set kernels.compile=never, not {self.compile.value}"
+            )
+        if self.liger and model.z_loss > 0:
+            raise ConfigError(
+                f"model.z_loss={model.z_loss} needs kernels.liger=false, since Liger's loss does not give it in fp32"
+            )
+        if not self.fp8:
+            return
+        if engine.precision is not Precision.bf16:
+            raise ConfigError(
+                f"kernels.fp8=true rounds bf16 values, so it needs engine.precision=bf16, not {engine.precision.value}"
+            )
+        sizes = {
+            "model.d_model": {model.d_model},
+            "model.d_ff": {model.d_ff},
+            "heads x head width": {model.n_heads * model.head_width, model.kv_heads * model.head_width},
+            "sequence length": sequence_lengths,
+        }
+        for name, found in sizes.items():
+            odd = [size for size in sorted(found) if size % 16]
+            if odd:
+                raise ConfigError(
+                    f"kernels.fp8=true needs multiples of 16, and {name} is {odd[0]}; use kernels.fp8=false"
+                )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -54,6 +54,8 @@ ORDER = [
     "kernels",
     "attention",
     "recompute",
+    "float8",
+    "liger",
     "model",
     "objectives",
     "optim",
