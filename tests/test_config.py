@@ -87,7 +87,7 @@ def test_every_experiment_composes(name: str) -> None:
         (["data.sources=[{name: a, manifst: b}]", "data.manifest=null"], ["manifst", "manifest"]),
         (["optim.lr"], ["optim.lr", "EQUAL"]),
         (["model.activation_checkpointing=true"], ["model.activation_checkpointing", "selective"]),
-        (["kernels=fp8", "engine.precision=fp32"], ["kernels.fp8=true", "engine.precision=fp32"]),
+        (["kernels=fp8", "engine.precision=fp32"], ["kernels.fp8=true", "bf16, not fp32"]),
         (["kernels=fp8", "model.d_ff=712"], ["model.d_ff is 712", "16"]),
         (["kernels=fp8", "model.d_head=20"], ["head width is 40", "16"]),
         (["kernels=fp8", "data.sequence_length=1000"], ["sequence length is 1000", "16"]),
