@@ -59,6 +59,7 @@ ORDER = [
     "model",
     "objectives",
     "optim",
+    "engine_state",
     "engine",
     "checkpoint",
     "saving",
