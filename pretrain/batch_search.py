@@ -123,7 +123,7 @@ def find_micro_batch(
 
 
 _ADVICE = (
-    "set model.activation_checkpointing=true, engine=zero3_offload or a shorter data.sequence_length, "
+    "set model.activation_checkpointing=full, engine=zero3_offload or a shorter data.sequence_length, "
     "or take more ranks"
 )
 

@@ -154,7 +154,7 @@ def test_the_largest_micro_batch_that_fits_is_found_and_trains_as_if_it_had_been
             assert result["refused"].startswith(
                 "micro_batch_sequences=auto: one sequence of 256 tokens takes 0."
             )
-            assert "model.activation_checkpointing=true" in result["refused"]
+            assert "model.activation_checkpointing=full" in result["refused"]
             assert result["searched"] == result["given"], (
                 "losses, gradient norms, weights and moments, to the bit"
             )

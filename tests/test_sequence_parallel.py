@@ -28,7 +28,7 @@ CASES = {
     "zero3": (3, "fp32", []),
     "bf16": (3, "bf16", []),
     "one-document": (1, "fp32", ["data.document_masking=false"]),
-    "recomputed": (3, "fp32", ["model.activation_checkpointing=true", "model.loss_chunk_tokens=16"]),
+    "recomputed": (3, "fp32", ["model.activation_checkpointing=full", "model.loss_chunk_tokens=16"]),
 }
 # (ranks, ranks that share a sequence, name), each compared with 2 ranks that share none.
 SHARED = [(2, 2, name) for name in CASES] + [(4, 2, "zero3"), (4, 4, "zero3")]
