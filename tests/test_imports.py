@@ -54,6 +54,7 @@ ORDER = [
     "kernels",
     "attention",
     "recompute",
+    "linear",
     "float8",
     "liger",
     "model",
