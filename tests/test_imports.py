@@ -56,6 +56,7 @@ ORDER = [
     "kernels",
     "attention",
     "recompute",
+    "linear",
     "float8",
     "liger",
     "model",
