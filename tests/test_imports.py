@@ -28,6 +28,7 @@ ORDER = [
     "watchdog",
     "watcher",
     "checkpoint_folder",
+    "collectives",
     "distributed",
     "health",
     "remote",
