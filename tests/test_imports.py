@@ -77,6 +77,9 @@ ORDER = [
     "planner",
     "plan_report",
     "plan_scaling",
+    "bench_worker",
+    "bench_report",
+    "bench_session",
 ]
 # The ends of the line do not know each other; the trainer may evaluate.
 ENDS = {"export", "evaluate", "generate", "planner", "trainer"}
