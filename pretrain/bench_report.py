@@ -96,14 +96,13 @@ def parts_table(runs: Sequence[dict[str, Any]], variants: Sequence[str]) -> Tabl
         ]
         calls, moved = results[0]["calls"], sum(results[0]["bytes"].values())
         gathers = sum(count for kind, count in calls.items() if kind.startswith(GATHERS))
+        counts = [f"{sum(calls.values()):,.0f}", f"{gathers:,.0f}", f"{moved / 1e6:,.3f}"]
         rows.append(
             [
                 variant,
                 spread([1000 * seconds for seconds in steps], "{:,.1f}".format),
                 *parts,
-                f"{sum(calls.values()):,.0f}",
-                f"{gathers:,.0f}",
-                f"{moved / 1e6:,.3f}",
+                *(counts if calls else ["-"] * 3),  # one process, or collectives that C++ starts
             ]
         )
     return header, rows
