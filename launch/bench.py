@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from omegaconf import MISSING
 
 from pretrain.config import ConfigError, Precision, TrainConfig, load_config, run_command, to_dict
+from pretrain.inputs import resolve_inputs
 from pretrain.schemas import check_positive
 
 SYNTHETIC = "synthetic"
@@ -121,6 +122,8 @@ def check_variant(text: str, config: BenchConfig) -> None:
     runner, model = text.split()[0], config.model
     config.grad_accum_steps(config.bench.ranks)
     if runner == "pretrain":
+        if config.data.manifest != SYNTHETIC:
+            resolve_inputs(config, config.bench.ranks)
         return
     wrong = {
         "optim.name": config.optim.name.value != "adamw",
@@ -171,45 +174,61 @@ def job_values(runner: str, config: BenchConfig) -> dict[str, Any]:
     }
 
 
-def main(config: BenchConfig) -> int:
-    """Run what is missing, print the tables."""
-    bench, given = config.bench, sys.argv[1:]
-    configs = {text: variant_config(text, given) for text in bench.variants}
+def checked_variants(config: BenchConfig, given: list[str]) -> dict[str, BenchConfig]:
+    """The configuration of each variant by its text. Raises ConfigError, before anything is started."""
+    configs = {text: variant_config(text, given) for text in config.bench.variants}
     for text, one in configs.items():
         check_variant(text, one)
+    return configs
+
+
+def installed(configs: dict[str, BenchConfig], peers_python: str) -> dict[str, BenchConfig]:
+    """Without the peers that are not there, which is said. Raises ConfigError where none is left."""
+    from pretrain.bench_session import missing_module
+
+    left = {}
+    for text, one in configs.items():
+        runner = RUNNERS[text.split()[0]]
+        if runner.module is not None and missing_module(peers_python, runner.module):
+            print(
+                f"{text}: left out, since {peers_python} has no {runner.package}; benchmarks/peers/requirements.txt "
+                "says how to install it, and bench.peers_python names the interpreter",
+                flush=True,
+            )
+        else:
+            left[text] = one
+    if not left:
+        raise ConfigError(f"bench.variants={list(configs)} has none that is installed")
+    return left
+
+
+def main(config: BenchConfig) -> int:
+    """Run what is missing, print the tables."""
+    bench = config.bench
+    configs = checked_variants(config, sys.argv[1:])
+    peers_python = bench.peers_python or sys.executable
+    configs = installed(configs, peers_python)
     from rich.console import Console
     from rich.table import Table
 
-    from pretrain.bench_session import PEAK, Session, Variant, missing_module
+    from pretrain.bench_session import PEAK, Session, Variant
     from pretrain.bench_worker import Job
     from pretrain.model import count_parameters, flops_per_token
 
-    peers_python = bench.peers_python or sys.executable
-
-    def variant(text: str, runner: str, script: str, python: str, one: BenchConfig) -> Variant:
+    def variant(text: str, one: BenchConfig) -> Variant:
+        name = text.split()[0]
+        runner = RUNNERS.get(name, Runner("runners/run_peak.py"))
         return Variant(
             text=text,
-            script=ROOT / "benchmarks" / script,
-            python=python,
-            job=Job(**job_values(runner, one)),
+            script=ROOT / "benchmarks" / runner.script,
+            python=peers_python if runner.module else sys.executable,
+            job=Job(**job_values(name, one)),
             n_parameters=count_parameters(one.model),
             flops_per_token=flops_per_token(one.model, one.data.sequence_length),
         )
 
-    variants = []
-    for text, one in configs.items():
-        runner = text.split()[0]
-        script, module, package = RUNNERS[runner]
-        if module is not None and missing_module(peers_python, module):
-            print(
-                f"{text}: left out, since {peers_python} has no {package}; benchmarks/peers/requirements.txt says how "
-                "to install it, and bench.peers_python names the interpreter",
-                flush=True,
-            )
-            continue
-        variants.append(variant(text, runner, script, peers_python if module else sys.executable, one))
-    peak = variant(PEAK, PEAK, "runners/run_peak.py", sys.executable, config)
-    session = Session(Path(bench.output), variants, peak, bench.repeats, bench.run_timeout_s)
+    variants = [variant(text, one) for text, one in configs.items()]
+    session = Session(Path(bench.output), variants, variant(PEAK, config), bench.repeats, bench.run_timeout_s)
     session.run(lambda line: print(line, flush=True))
     session.write()
     console = Console(width=None if sys.stdout.isatty() else 200)
