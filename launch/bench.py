@@ -15,6 +15,7 @@ was stopped; results.json and table.md are in bench.output. docs/benchmarks.md s
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,6 +183,16 @@ def checked_variants(config: BenchConfig, given: list[str]) -> dict[str, BenchCo
     return configs
 
 
+def interpreter(given: str | None) -> str:
+    """The interpreter of the peers, as a full path. Raises ConfigError."""
+    found = shutil.which(given or sys.executable)
+    if found is None:
+        raise ConfigError(
+            f"bench.peers_python={given} cannot be run; give the python of the peers' environment"
+        )
+    return os.path.abspath(found)  # links are kept: that of an environment says which environment it is
+
+
 def installed(configs: dict[str, BenchConfig], peers_python: str) -> dict[str, BenchConfig]:
     """Without the peers that are not there, which is said. Raises ConfigError where none is left."""
     from pretrain.bench_session import missing_module
@@ -206,7 +217,7 @@ def main(config: BenchConfig) -> int:
     """Run what is missing, print the tables."""
     bench = config.bench
     configs = checked_variants(config, sys.argv[1:])
-    peers_python = bench.peers_python or sys.executable
+    peers_python = interpreter(bench.peers_python)
     configs = installed(configs, peers_python)
     from rich.console import Console
     from rich.table import Table
@@ -228,7 +239,9 @@ def main(config: BenchConfig) -> int:
         )
 
     variants = [variant(text, one) for text, one in configs.items()]
-    session = Session(Path(bench.output), variants, variant(PEAK, config), bench.repeats, bench.run_timeout_s)
+    session = Session(
+        Path(bench.output).resolve(), variants, variant(PEAK, config), bench.repeats, bench.run_timeout_s
+    )
     session.run(lambda line: print(line, flush=True))
     session.write()
     console = Console(width=None if sys.stdout.isatty() else 200)

@@ -182,7 +182,7 @@ def _run_ranks(command: list[str], job: Job, folder: Path, timeout_s: float) -> 
             }
             env = os.environ | {name: str(value) for name, value in variables.items()}
             with (folder / f"rank-{rank}.log").open("w") as log:
-                processes.append(subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log))
+                processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
         codes = _wait(processes, timeout_s)
     finally:
         for process in processes:

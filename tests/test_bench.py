@@ -212,6 +212,12 @@ def test_overrides_of_a_variant_take_the_place_of_what_is_given(script: ModuleTy
     assert [(job["ranks"], job["grad_accum_steps"]) for job in jobs] == [(2, 4), (2, 8), (1, 8)]
 
 
+def test_an_interpreter_that_is_not_there_is_refused(script: ModuleType) -> None:
+    with pytest.raises(ConfigError, match="bench.peers_python=/no/such/python cannot be run"):
+        script.interpreter("/no/such/python")
+    assert script.interpreter(None) == sys.executable
+
+
 def test_groups_are_those_of_training() -> None:
     ours, training = (
         yaml.safe_load((ROOT / "conf" / f"{name}.yaml").read_text())["defaults"]
