@@ -213,7 +213,7 @@ def test_overrides_of_a_variant_take_the_place_of_what_is_given(script: ModuleTy
 
 
 def test_an_interpreter_that_is_not_there_is_refused(script: ModuleType) -> None:
-    with pytest.raises(ConfigError, match="bench.peers_python=/no/such/python cannot be run"):
+    with pytest.raises(ConfigError, match="peers_python=/no/such/python cannot be run"):
         script.interpreter("/no/such/python")
     assert script.interpreter(None) == sys.executable
 
