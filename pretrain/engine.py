@@ -30,14 +30,15 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
+    set_z3_leaf_modules,
 )
 
-from pretrain.config import Precision, TrainConfig
+from pretrain.config import KernelsConfig, Precision, Switch, TrainConfig
 from pretrain.distributed import Partition, World, seed_step, share, sum_over_ranks
 from pretrain.health import StateSums
 from pretrain.heartbeat import mark
 from pretrain.loader import Batch
-from pretrain.model import Decoder, LossSums
+from pretrain.model import Block, Decoder, LossSums
 from pretrain.objectives import training_loss
 from pretrain.optim import build_optimizer, parameter_groups
 
@@ -102,6 +103,12 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     return _merged(result, engine.deepspeed_overrides)
 
 
+def _compiles(kernels: KernelsConfig, device: torch.device) -> bool:
+    if kernels.compile is Switch.auto:
+        return device.type == "cuda"
+    return kernels.compile is Switch.always
+
+
 def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in overrides.items():
@@ -126,6 +133,12 @@ class Engine:
             config_dict_or_path=settings, enabled=stage == 3, mem_efficient_linear=False
         ):
             model = Decoder(config.model, config.seed)
+        if stage == 3:
+            # A block's parameters come and go together: one gather and one set of hooks, and none inside the block
+            # that would break a compiled graph.
+            set_z3_leaf_modules(model, [Block])
+        if _compiles(config.kernels, world.device):
+            model.compile_parts()
         named = list(model.named_parameters())
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named}
         """Full shape of every parameter."""
