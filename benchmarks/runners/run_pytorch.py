@@ -30,9 +30,7 @@ def build_model(config: TrainConfig, device: torch.device, compiled: bool) -> De
     if config.engine.precision is Precision.bf16:
         model.bfloat16()
     if compiled:
-        for block in model.blocks:
-            block.compile()
-        model.head._sums = torch.compile(model.head._sums)
+        model.compile_parts()
     return model
 
 
