@@ -259,9 +259,9 @@ def test_a_session(tmp_path: Path) -> None:
     """Our engine beside the bare loop: the same weights and tokens give the same losses, and a second start runs
     nothing again.
 
-    Losses are at most 0.01 apart: the bare loop sums its micro batches in bf16 and stage 3 in fp32, which is a
-    relative error of 2^-9 in each gradient; over 4 steps that lower the loss by about 0.5 nats it changes the loss by a
-    few thousandths at most. Another initial weight or token shows in the first digit.
+    Losses are at most 0.002 apart: the bare loop sums its micro batches in bf16 and stage 3 in fp32, a relative error
+    of 2^-9 in each gradient, of which Adam's first steps let little through; 0.00013 was seen. A bare loop that does
+    not reduce its gradients is 0.017 apart at the third step; another initial weight shows in the first digit.
     """
     variants = ["pretrain", "pytorch"]
     arguments = [f"bench.output={tmp_path}", f"bench.variants=[{','.join(variants)}]", *TINY]
@@ -271,7 +271,7 @@ def test_a_session(tmp_path: Path) -> None:
     assert [run["variant"] for run in done] == ["peak", *variants]
     ours, bare = (run["result"] for run in done[1:])
     assert ours["n_parameters"] == bare["n_parameters"]
-    assert ours["losses"] == pytest.approx(bare["losses"], abs=0.01)
+    assert ours["losses"] == pytest.approx(bare["losses"], abs=0.002)
     assert ours["losses"][-1] < ours["losses"][0] - 0.05
     weights = 2 * ours["n_parameters"]
     assert bare["bytes"] == {"all_reduce bfloat16": weights}
