@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -215,6 +216,8 @@ def installed(configs: dict[str, BenchConfig], peers_python: str) -> dict[str, B
 
 def main(config: BenchConfig) -> int:
     """Run what is missing, print the tables."""
+    # Ended by a signal, it ends its ranks first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     bench = config.bench
     configs = checked_variants(config, sys.argv[1:])
     peers_python = interpreter(bench.peers_python)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -53,24 +54,23 @@ class Session:
         old = json.loads(self._path.read_text())["runs"] if self._path.exists() else []
         jobs = {variant.text: asdict(variant.job) for variant in [*variants, peak]}
         self.runs: list[dict[str, Any]] = [
-            run
-            for run in old
-            if run["job"] == jobs.get(run["variant"]) and run["repeat"] < repeats and "result" in run
+            run for run in old if run["job"] == jobs.get(run["variant"], run["job"]) and "result" in run
         ]
+        """Those of variants that are not asked for now stay in the file."""
         self._taken_s: dict[str, list[float]] = {}
 
     def run(self, say: Callable[[str], None]) -> None:
         """All runs that are missing. A variant that fails is not tried in later repeats."""
         by_text = {variant.text: variant for variant in self.variants}
-        kept = {(run["variant"], run["repeat"]) for run in self.runs}
-        todo = [
+        known = {(run["variant"], run["repeat"]) for run in self.runs}
+        wanted = [
             (repeat, variant)
             for repeat in range(self._repeats)
             for variant in [self._peak, *(by_text[text] for text in alternated(list(by_text), repeat))]
-            if (variant.text, repeat) not in kept
         ]
-        if kept:
-            say(f"{len(kept)} runs of {self._path} are kept")
+        todo = [(repeat, variant) for repeat, variant in wanted if (variant.text, repeat) not in known]
+        if len(todo) < len(wanted):
+            say(f"{len(wanted) - len(todo)} runs of {self._path} are kept")
         failed: set[str] = set()
         for number, (repeat, variant) in enumerate(todo):
             if variant.text in failed:
@@ -98,8 +98,8 @@ class Session:
         return sum(means.get(text, overall) for text in texts)
 
     def _run_one(self, variant: Variant, repeat: int) -> dict[str, Any]:
-        number = [v.text for v in [self._peak, *self.variants]].index(variant.text)
-        folder = self.folder / "logs" / f"repeat-{repeat + 1}-{number:02d}-{variant.job.runner}"
+        name = re.sub(r"[^\w.=-]+", "_", variant.text)[:100]
+        folder = self.folder / "logs" / f"repeat-{repeat + 1}-{name}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         (folder / "job.json").write_text(json.dumps(asdict(variant.job), indent=1))

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,7 @@ from pretrain.bench_report import (
     speed_table,
     spread,
 )
+from pretrain.bench_session import Session, Variant
 from pretrain.bench_worker import Job, own_tokens
 from pretrain.config import ConfigError, load_config
 
@@ -237,6 +239,69 @@ def test_peers_that_are_not_installed_are_left_out(tmp_path: Path) -> None:
 
 
 # ---- a session ----
+
+STAND_IN = """
+import json, os, sys, time
+from pathlib import Path
+path, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+job = json.loads(path.read_text())
+if job["runner"] == "broken":
+    if rank == 1:
+        sys.exit("no more memory")
+    time.sleep(600)  # waits for rank 1
+values = {"flops_per_second": 1e9}
+if job["runner"] != "peak":
+    seconds = {"fast": 0.1, "slow": 0.2}.get(job["runner"], 0.1)
+    values = {"n_parameters": 1002 if job["runner"] == "larger" else 1000, "step_s": [seconds] * 2}
+    values |= {"losses": [2.0, 1.0], "peak_memory_bytes": 2**30, "parts_s": {}, "calls": {}, "bytes": {}}
+(path.parent / f"rank-{rank}.json").write_text(json.dumps(values))
+"""
+"""In the place of a runner: what a rank does and reports."""
+
+
+def session(folder: Path, *runners: str, repeats: int = 2) -> tuple[Session, list[str]]:
+    script = folder.parent / "stand_in.py"
+    script.write_text(STAND_IN)
+
+    def variant(runner: str) -> Variant:
+        return Variant(runner, script, sys.executable, replace(job(2), runner=runner), 1000, 6000.0)
+
+    made, lines = Session(folder, [variant(r) for r in runners], variant("peak"), repeats, 60), []
+    made.run(lines.append)
+    return made, lines
+
+
+def test_runs_alternate_and_are_kept(tmp_path: Path) -> None:
+    first, _ = session(tmp_path / "out", "slow", "fast")
+    ran = [(run["repeat"], run["variant"]) for run in first.runs]
+    assert ran == [(0, "peak"), (0, "slow"), (0, "fast"), (1, "peak"), (1, "fast"), (1, "slow")]
+    assert paired_ratios(first.runs, "fast", "slow") == pytest.approx([2, 2])
+    [speed, _] = [rows for _, (_, rows) in first.tables()]
+    assert [row[1] for row in speed] == ["10,240 (10,240..10,240)", "20,480 (20,480..20,480)"]
+    assert speed[0][3].startswith("3.1%")  # 10,240 x 6,000 / (2 ranks x 1e9)
+    more, lines = session(tmp_path / "out", "slow", "other", repeats=3)
+    assert lines[0] == f"4 runs of {tmp_path / 'out' / 'results.json'} are kept"
+    assert [(run["repeat"], run["variant"]) for run in more.runs[6:]] == [
+        (0, "other"), (1, "other"), (2, "peak"), (2, "slow"), (2, "other"),
+    ]  # fmt: skip
+    assert more.runs[:6] == first.runs
+
+
+def test_a_variant_that_fails_is_told_and_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its other rank does not outlive it, and the others go on; the next start tries it again."""
+    monkeypatch.setattr("pretrain.bench_session._GRACE_S", 0.2)
+    found, lines = session(tmp_path / "out", "fast", "broken", "larger")
+    assert sorted(found.problems) == ["broken", "larger"]
+    assert "rank 1 ended with exit code 1" in found.problems["broken"]
+    assert "no more memory" in found.problems["broken"]
+    assert "has 1,002 parameters where the others have 1,000" in found.problems["larger"]
+    assert len(lines) == 6  # two peaks, two of the one that is well, one of each that is not
+    assert "| broken | left out |" in (tmp_path / "out" / "table.md").read_text()
+    again, _ = session(tmp_path / "out", "fast", "larger", repeats=1)
+    assert [run["variant"] for run in again.runs] == ["peak", "fast", "peak", "fast", "larger"]
+
 
 TINY = [
     "model.n_layers=2",
