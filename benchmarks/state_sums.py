@@ -42,12 +42,12 @@ def main() -> None:
         started = time.perf_counter()
         engine.train_step([batch], step, 1e-3)
         done = time.perf_counter()
-        engine._sums.changed()
-        engine._sums.remember()
+        engine.state.sums.changed()
+        engine.state.sums.remember()
         steps_s.append(done - started)
         sums_s.append(time.perf_counter() - done)
     shares = [100 * sums / step for sums, step in zip(sums_s[2:], steps_s[2:], strict=True)]
-    n_parameters = sum(torch.Size(s).numel() for s in engine.shapes.values())
+    n_parameters = sum(torch.Size(s).numel() for s in engine.state.shapes.values())
     print(
         f"{n_parameters:,} parameters, {tokens.numel():,} tokens per step: step "
         f"{1000 * statistics.median(steps_s[2:]):.0f} ms, sums {1000 * statistics.median(sums_s[2:]):.1f} ms, "

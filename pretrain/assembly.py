@@ -15,7 +15,7 @@ from pretrain.checkpoint_folder import root_of
 from pretrain.config import ConfigError, TrainConfig, to_dict
 from pretrain.device_peak import rank_peak_flops
 from pretrain.distributed import Vote, World, on_main
-from pretrain.engine import MOMENTS, Engine
+from pretrain.engine import Engine
 from pretrain.health import Pace
 from pretrain.heartbeat import mark
 from pretrain.loader import TrainLoader
@@ -148,7 +148,8 @@ def _init_from(run_dir: str, engine: Engine, world: World, tokenizer_sha256: str
         )
     if checkpoint.read_state(found.path)["tokenizer_sha256"] != tokenizer_sha256:
         raise ConfigError(f"init_from={run_dir} was trained with another tokenizer than this corpus")
-    engine.restore_weights(checkpoint.load(found.path, ["weight"], engine.shapes, world))
+    state = engine.state
+    state.restore_weights(checkpoint.load(found.path, state.weight_keys, state.shapes, world))
 
 
 # ---- state ----
@@ -158,8 +159,9 @@ def restore(run: Run, path: Path) -> dict[str, Any]:
     """Weights, moments, step and place in the data as a verified checkpoint has them; its state.json."""
     mark("load")
     state = checkpoint.read_state(path)
-    partitions = checkpoint.load(path, ["weight", *MOMENTS], run.engine.shapes, run.world)
-    run.engine.restore(partitions, state["optimizer_step"])
+    held = run.engine.state
+    partitions = checkpoint.load(path, held.weight_keys + held.moment_keys, held.shapes, run.world)
+    held.restore(partitions, state["optimizer_step"])
     run.step = state["step"]
     run.saved_step = run.step
     for undone in [step for step in run.heldout_losses if step > run.step]:
@@ -175,7 +177,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "tokens_seen": plan.tokens_seen,
         "samples_seen": plan.samples_seen,
         "sequence_length": plan.sequence_length,
-        "optimizer_step": run.engine.optimizer_step,
+        "optimizer_step": run.engine.state.optimizer_step,
         "order": run.loader.state_at(run.step).to_dict(),
         "loss_guard": run.guard.state(),
         "tokenizer_sha256": run.loader.tokenizer_sha256,
@@ -190,5 +192,5 @@ def state_of(run: Run) -> dict[str, Any]:
             **{name: version(name) for name in ("torch", "deepspeed")},
         },
         "config": to_dict(config),
-        "tensors": {name: list(shape) for name, shape in run.engine.shapes.items()},
+        "tensors": {name: list(shape) for name, shape in run.engine.state.shapes.items()},
     }

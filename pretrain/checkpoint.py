@@ -75,8 +75,8 @@ class Found:
 def save(root: Path, step: int, partitions: dict[str, Partition], state: dict[str, Any], world: World) -> int:
     """Write and publish one checkpoint; all ranks call this together and return when it is durable. Its bytes.
 
-    `partitions` is `Engine.snapshot()`; `state` goes to state.json and is rank 0's. Raises CheckpointError on every
-    rank when any rank failed; then nothing is published and nothing temporary is left.
+    `partitions` is `EngineState.snapshot()`; `state` goes to state.json and is rank 0's. Raises CheckpointError on
+    every rank when any rank failed; then nothing is published and nothing temporary is left.
     """
     final = checkpoint_path(root, step)
     with _workplace(final, world) as folder:
@@ -256,9 +256,9 @@ def verify(path: Path, world: World = ALONE) -> str | None:
 def load(
     path: Path, keys: list[str], shapes: dict[str, tuple[int, ...]], world: World
 ) -> dict[str, torch.Tensor]:
-    """This rank's share of each tensor of a verified checkpoint, for `Engine.restore`. All ranks together.
+    """This rank's share of each tensor of a verified checkpoint, for `EngineState.restore`. All ranks together.
 
-    `keys`: the kinds to read (`weight`, `exp_avg`, ...). Raises ConfigError where the model has other tensors.
+    `keys`: those to read (`weight.<name>`, `exp_avg.<name>`, ...). Raises ConfigError where the model has others.
     """
     saved = {name: tuple(shape) for name, shape in read_state(path)["tensors"].items()}
     for name in sorted(saved.keys() | shapes.keys()):
@@ -268,11 +268,10 @@ def load(
                 f"{shapes.get(name, 'absent')} in this configuration; use the model it was trained with"
             )
     targets = {}
-    for kind in keys:
-        for name, shape in shapes.items():
-            numel = torch.Size(shape).numel()
-            start, stop = share(numel, world)
-            targets[f"{kind}.{name}"] = (torch.zeros(stop - start), numel)
+    for key in keys:
+        numel = torch.Size(shapes[key.split(".", 1)[1]]).numel()
+        start, stop = share(numel, world)
+        targets[key] = (torch.zeros(stop - start), numel)
     with _local_copy(path, world) as folder:
         _read(folder, _as_dtensors(targets, world), no_dist=False)
     return {key: values for key, (values, _) in targets.items()}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
-from pretrain.config import OptimConfig, ScheduleConfig, ScheduleName
+from pretrain.config import OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
 
 
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int, n_steps: int) -> float:
@@ -35,16 +37,29 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, n_steps: int
     return peak + (floor - peak) * done
 
 
+def is_matrix_of_block(name: str) -> bool:
+    """Whether a parameter of the decoder is a matrix inside a block: what Muon is for."""
+    return name.startswith("blocks.") and not name.endswith("norm.weight")
+
+
+def moments_of(name: str, config: OptimConfig) -> tuple[str, ...]:
+    """Keys of the state that the optimizer keeps of a parameter, each in fp32 and of the parameter's size."""
+    if config.name is OptimizerName.muon and is_matrix_of_block(name):
+        return ("momentum_buffer",)
+    return ("exp_avg", "exp_avg_sq")
+
+
 def parameter_groups(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimConfig
 ) -> list[dict]:
-    """Two groups of trained parameters, with and without weight decay; empty ones are left out.
+    """Groups of trained parameters: with weight decay, without, and Muon's (`muon`: True); empty ones are left out.
 
     Norm gains (`*norm.weight`) and the token embedding are decayed only as configured. Names decide, not shapes:
     under ZeRO-3 every local parameter is flat.
     """
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
+    matrices: list[torch.nn.Parameter] = []
     for name, parameter in named_parameters:
         if name.endswith("norm.weight"):
             decay = config.decay_norms
@@ -52,17 +67,120 @@ def parameter_groups(
             decay = config.decay_embeddings
         else:
             decay = True
-        (decayed if decay else plain).append(parameter)
+        if config.name is OptimizerName.muon and is_matrix_of_block(name):
+            matrices.append(parameter)
+        else:
+            (decayed if decay else plain).append(parameter)
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": config.weight_decay, "muon": False},
+        {"params": plain, "weight_decay": 0.0, "muon": False},
+        {"params": matrices, "weight_decay": config.weight_decay, "muon": True},
     ]
     return [group for group in groups if group["params"]]
 
 
 def build_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over the groups. Its learning rate is set at each step by the engine."""
+    """The configured optimizer over the groups. Its learning rate is set at each step by the engine."""
+    if config.name is OptimizerName.muon:
+        return Muon(groups, config)
     # fused: one kernel for all tensors; four times faster than the default on the CPU.
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where the values of one parameter are in the flat partitions of all ranks."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    offset: int
+    """At which element of this rank's flat partition its part begins."""
+    spans: tuple[tuple[int, int], ...]
+    """By rank: the elements [start, stop) of the flattened parameter that it holds. One: every rank holds all."""
+
+
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan et al., 2024) for groups with `muon`: True, AdamW for the others.
+
+    The momentum of a matrix, with Nesterov's look-ahead, is replaced by the nearest matrix with orthogonal rows or
+    columns, and scaled by 0.2 sqrt(longer side), which gives it the size of AdamW's update, so that AdamW's learning
+    rate and weight decay serve both (Liu et al., Muon is Scalable for LLM Training, 2025).
+
+    Under ZeRO a rank holds flat parts of matrices. So each matrix is put together on one rank, which computes for it
+    and sends the parts back: a rank sends and receives its share of the values twice, 2 bytes each, and computes for
+    its share of the matrices.
+    """
+
+    def __init__(self, groups: list[dict], config: OptimConfig) -> None:
+        super().__init__(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+        self.momentum = config.momentum
+        self.pieces: dict[torch.Tensor, list[Piece]] = {}
+        """What lies in each parameter of this optimizer that may be Muon's; the engine sets it."""
+        self.rank, self.device = 0, torch.device("cpu")
+        """Of this process; the engine sets them."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update; all ranks together, in the same order of parameters."""
+        groups = self.param_groups
+        for group in groups:
+            for parameter in group["params"] if group["muon"] else []:
+                self._update(parameter, group["lr"], group["weight_decay"])
+        self.param_groups = [group for group in groups if not group["muon"]]
+        super().step()
+        self.param_groups = groups
+
+    def _update(self, parameter: torch.Tensor, lr: float, weight_decay: float) -> None:
+        gradient, momentum = parameter.grad, self.state[parameter]["momentum_buffer"]
+        assert gradient is not None
+        momentum.lerp_(gradient, 1 - self.momentum)
+        direction = gradient.lerp(momentum, self.momentum).flatten()
+        parameter.mul_(1 - lr * weight_decay)
+        values = parameter.view(-1)
+        pieces = sorted(self.pieces[parameter], key=lambda piece: piece.shape)  # alike ones side by side
+        n_ranks = len(pieces[0].spans)
+        for first in range(0, len(pieces), n_ranks):
+            wave = pieces[first : first + n_ranks]
+            for piece, update in zip(wave, self._orthogonalized(direction, wave), strict=True):
+                scale = 0.2 * math.sqrt(max(piece.shape))
+                part = values[piece.offset : piece.offset + update.numel()]
+                part.add_(update.to(part), alpha=-lr * scale)
+
+    def _orthogonalized(self, direction: torch.Tensor, wave: list[Piece]) -> list[torch.Tensor]:
+        """This rank's parts of the orthogonalized matrices of a wave, of which rank i computes the i-th."""
+        parts = []
+        for piece in wave:
+            start, stop = piece.spans[self.rank if len(piece.spans) > 1 else 0]
+            part = direction[piece.offset : piece.offset + stop - start]
+            parts.append(part.to(self.device, torch.bfloat16))
+        n_ranks = len(wave[0].spans)
+        if n_ranks == 1:
+            return [newton_schulz(parts[0].view(wave[0].shape)).flatten()]
+        here = [part.numel() for part in parts] + [0] * (n_ranks - len(wave))
+        mine = wave[self.rank] if self.rank < len(wave) else None
+        there = [stop - start for start, stop in mine.spans] if mine else [0] * n_ranks
+        sent = torch.cat(parts)
+        matrix = sent.new_empty(sum(there))
+        dist.all_to_all_single(matrix, sent, there, here)
+        if mine:
+            matrix = newton_schulz(matrix.view(mine.shape)).flatten()
+        back = torch.empty_like(sent)
+        dist.all_to_all_single(back, matrix, here, there)
+        return list(back.split(here))[: len(wave)]
+
+
+def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
+    """Singular values to about 1 (0.7 to 1.2), singular vectors kept: five quintic steps, in the matrix's own dtype.
+
+    Coefficients of Jordan et al., 2024.
+    """
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, polynomial, x, beta=3.4445)
+    return x.T.contiguous() if matrix.shape[0] > matrix.shape[1] else x

@@ -1,7 +1,7 @@
 """Saving beside training: one thread writes a checkpoint, keeps what the policy wants and deletes the rest.
 
-Training stops for the copy to host memory only (`Engine.snapshot`). At most one save is in flight; a save that comes
-due meanwhile waits for it (the trainer sees to that, alike on all ranks).
+Training stops for the copy to host memory only (`EngineState.snapshot`). At most one save is in flight; a save that
+comes due meanwhile waits for it (the trainer sees to that, alike on all ranks).
 """
 
 from __future__ import annotations

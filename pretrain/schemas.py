@@ -33,6 +33,7 @@ class RunError(RuntimeError):
 
 class OptimizerName(Enum):
     adamw = "adamw"
+    muon = "muon"  # for the matrices of the blocks; adamw for the rest
 
 
 class ScheduleName(Enum):
@@ -162,6 +163,8 @@ class OptimConfig:
     beta2: float = 0.95
     """Decay of the second moment."""
     eps: float = 1e-8
+    momentum: float = 0.95
+    """Muon: decay of the momentum of the blocks' matrices."""
     weight_decay: float = 0.1
     """Decoupled weight decay, multiplied by the learning rate at each step."""
     decay_norms: bool = False
@@ -173,7 +176,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "optim", "lr", "eps")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} is outside 0 up to below 1")
         for name in ("weight_decay", "max_grad_norm"):

@@ -307,7 +307,7 @@ def _minutes_are_over(run: Run) -> bool:
 def _begin_save(run: Run) -> None:
     mark("save")
     run.saved_at = time.monotonic()
-    run.saver.start(run.step, run.engine.snapshot, state_of(run))
+    run.saver.start(run.step, run.engine.state.snapshot, state_of(run))
 
 
 def _collect(run: Run, *, wait: bool = False) -> Saved | None:

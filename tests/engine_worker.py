@@ -19,7 +19,7 @@ import torch
 from pretrain import checkpoint
 from pretrain.config import TrainConfig, load_config
 from pretrain.distributed import World, init_world, shutdown_world, sum_over_ranks
-from pretrain.engine import MOMENTS, Engine
+from pretrain.engine import Engine
 from pretrain.loader import Batch
 
 T, VOCAB, GLOBAL, MICRO, LR = 32, 128, 8, 2, 3e-3
@@ -75,8 +75,9 @@ def run(job: dict, world: World) -> None:
         path = Path(job["load"])
         assert checkpoint.verify(path, world) is None
         state = checkpoint.read_state(path)
-        kinds = ["weight", *MOMENTS]
-        engine.restore(checkpoint.load(path, kinds, engine.shapes, world), state["optimizer_step"])
+        held = engine.state
+        loaded = checkpoint.load(path, held.weight_keys + held.moment_keys, held.shapes, world)
+        held.restore(loaded, state["optimizer_step"])
         first = state["step"] + 1
     losses, norms = [], []
     for step in range(first, first + job["steps"]):
@@ -94,10 +95,10 @@ def run(job: dict, world: World) -> None:
     if "save" in job:
         state = {
             "step": last,
-            "optimizer_step": engine.optimizer_step,
-            "tensors": {name: list(shape) for name, shape in engine.shapes.items()},
+            "optimizer_step": engine.state.optimizer_step,
+            "tensors": {name: list(shape) for name, shape in engine.state.shapes.items()},
         }
-        checkpoint.save(Path(job["save"]), last, engine.snapshot(), state, world)
+        checkpoint.save(Path(job["save"]), last, engine.state.snapshot(), state, world)
     if world.is_main:
         Path(job["out"]).write_text(json.dumps({"losses": losses, "norms": norms, "step": last}))
 

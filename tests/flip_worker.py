@@ -24,12 +24,12 @@ def flip(tensor) -> None:
 def tensor_of(engine, kind: str):
     match kind:
         case "master":
-            return engine._flat_masters()[0]
+            return next(iter(engine.state._pieces))
         case "exp_avg":
-            return engine._optimizer.state[engine._flat_masters()[0]]["exp_avg"]
+            return engine._optimizer.state[next(iter(engine.state._pieces))]["exp_avg"]
         case "working":
             return engine._deepspeed.optimizer.fp16_partitioned_groups_flat[0]
-    return engine._replicated_state()[0]
+    return engine.state._replicated_state()[0]
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from engine_worker import batches_of_step, small_config
 
 from pretrain.collectives import Traffic, counted, watch
 from pretrain.distributed import World, init_world, shutdown_world
-from pretrain.engine import MOMENTS, Engine
+from pretrain.engine import Engine
 
 
 def storage_bytes(tensors: list[torch.Tensor]) -> int:
@@ -30,9 +30,9 @@ def storage_bytes(tensors: list[torch.Tensor]) -> int:
 
 def held(engine: Engine, stage: int) -> dict[str, int]:
     """Bytes that this rank holds between two updates, by part; `state`: of all together, each storage once."""
-    masters, parameters = engine._flat_masters(), list(engine._parameters.values())
+    masters, parameters = list(engine.state._pieces), list(engine._parameters.values())
     found = {
-        "moments": [state[kind] for state in engine._optimizer.state.values() for kind in MOMENTS],
+        "moments": [t for s in engine._optimizer.state.values() for kind, t in s.items() if kind != "step"],
         "masters": masters,
         "parameters": [p.ds_tensor if stage == 3 else p.data for p in parameters],
     }
@@ -90,7 +90,7 @@ def run(job: dict, world: World) -> None:
         "calls": traffic.by_kind(traffic.calls),
         "kinds": sorted([*kind, traffic.calls[kind], traffic.bytes[kind]] for kind in traffic.calls),
         "held": held(engine, job["stage"]),
-        "snapshot": sum(partition.values.nbytes for partition in engine.snapshot().values()),
+        "snapshot": sum(partition.values.nbytes for partition in engine.state.snapshot().values()),
     }
     if seen:
         result["held"]["gradients"] = max(seen)

@@ -20,6 +20,7 @@ from pretrain.distributed import Partition, World, share
 from pretrain.saving import retain
 
 SHAPES = {"a.weight": (3, 5), "b.weight": (7,)}
+KEYS = [f"weight.{name}" for name in SHAPES]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,7 +53,7 @@ def test_round_trip(run_dir: Path) -> None:
     assert found.path == checkpoint.checkpoint_path(run_dir, 30)
     assert found.passed_over == []
     assert checkpoint.read_state(found.path)["step"] == 30
-    tensors = checkpoint.load(found.path, ["weight"], SHAPES, ALONE)
+    tensors = checkpoint.load(found.path, KEYS, SHAPES, ALONE)
     assert torch.equal(tensors["weight.a.weight"], torch.arange(15.0) + 30)
     assert torch.equal(tensors["weight.b.weight"], torch.arange(7.0) + 30)
 
@@ -188,9 +189,9 @@ def test_nothing_is_deleted_while_the_newest_is_bad(run_dir: Path) -> None:
 def test_another_model_is_refused(run_dir: Path) -> None:
     path = checkpoint.checkpoint_path(run_dir, 30)
     with pytest.raises(ConfigError, match=r"b\.weight is \(7,\) there and \(8,\)"):
-        checkpoint.load(path, ["weight"], SHAPES | {"b.weight": (8,)}, ALONE)
+        checkpoint.load(path, KEYS, SHAPES | {"b.weight": (8,)}, ALONE)
     with pytest.raises(ConfigError, match=r"c\.weight is absent there and \(1,\)"):
-        checkpoint.load(path, ["weight"], SHAPES | {"c.weight": (1,)}, ALONE)
+        checkpoint.load(path, KEYS, SHAPES | {"c.weight": (1,)}, ALONE)
 
 
 @pytest.mark.parametrize("missing", ["folder", "checkpoints"])

@@ -55,6 +55,7 @@ ORDER = [
     "model",
     "objectives",
     "optim",
+    "engine_state",
     "engine",
     "checkpoint",
     "saving",
