@@ -52,7 +52,7 @@ def main() -> None:
         return result.nll_sum * world.size / result.n_predicted
 
     meter.measure(train_step)
-    n_parameters = sum(torch.Size(shape).numel() for shape in engine.shapes.values())
+    n_parameters = sum(torch.Size(shape).numel() for shape in engine.state.shapes.values())
     meter.report(n_parameters, deepspeed=version("deepspeed"))
     shutdown_world()
 
