@@ -20,7 +20,7 @@ from pretrain.bench_worker import Job, Meter, is_compiled, own_tokens, read_job
 JOB, FOLDER = read_job()
 
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 
 class Sequences(Dataset):
@@ -124,6 +124,7 @@ def training_arguments(job: Job) -> TrainingArguments:
 def main() -> None:
     job, shape = JOB, JOB.model
     arguments = training_arguments(job)  # before the model, which then is made in partitions
+    set_seed(job.seed)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=shape["vocab_size"],
