@@ -135,9 +135,11 @@ def check_variant(text: str, config: BenchConfig) -> None:
         wrong |= {
             "engine.precision": config.engine.precision is not Precision.bf16,
             "data.document_masking": config.data.document_masking,
+            "kernels.fp8": config.kernels.fp8,
+            "kernels.liger": config.kernels.liger,
             "model.qk_norm": model.qk_norm,
             "model.tie_embeddings": model.tie_embeddings,
-            "model.activation_checkpointing": model.activation_checkpointing,
+            "model.activation_checkpointing": model.activation_checkpointing.value != "none",
             "model.dropout": model.dropout > 0,
             "model.z_loss": model.z_loss > 0,
         }

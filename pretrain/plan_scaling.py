@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pretrain.config import EngineConfig, ModelConfig
+from pretrain.config import EngineConfig, ModelConfig, Recompute
 from pretrain.hardware import known_gpu
 from pretrain.plan_memory import Pass, Sharding, memory_bytes
 from pretrain.plan_time import Cluster, StepTime, ZeroPlusPlus, mfu_frac, step_time
@@ -55,12 +55,12 @@ def best_step(model: ModelConfig, scheme: Scheme, cluster: Cluster) -> tuple[Ste
             share = GLOBAL_BATCH_SEQUENCES // n
             if share % micro:
                 continue
-            for recompute in (False, True):
+            for recompute in Recompute:
                 shape = replace(model, activation_checkpointing=recompute)
                 sharding = Sharding(
                     n_ranks=n, n_shards=n_shards, hpz_ranks=GPUS_PER_NODE if scheme.quantized.hpz else 0
                 )
-                each = Pass(sequences=micro, sequence_length=SEQUENCE_LENGTH, document_masking=False)
+                each = Pass(sequences=micro, sequence_length=SEQUENCE_LENGTH, masked=False)
                 device, _ = memory_bytes(shape, ENGINE, sharding, each)
                 if sum(device.values()) <= cluster.gpu.memory_bytes:
                     found.append(

@@ -198,29 +198,6 @@ def test_full_logits_are_never_held() -> None:
     assert held > full_bytes
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activation_checkpointing_changes_nothing_but_memory(dropout: float) -> None:
-    config = replace(SMALL, dropout=dropout)
-    tokens, labels = batch()
-    documents = (torch.arange(24) > 9).long().expand(2, -1)
-    found = []
-    for checkpointing in (False, True):
-        model = Decoder(replace(config, activation_checkpointing=checkpointing), seed=0)
-        n_saved = 0
-
-        def count(tensor: torch.Tensor) -> torch.Tensor:
-            nonlocal n_saved
-            n_saved += 1
-            return tensor
-
-        torch.manual_seed(5)
-        with saved_tensors_hooks(count, lambda tensor: tensor):
-            sums = model(tokens, labels, document_ids=documents)
-        found.append((sums.nll_sum, gradients(model, sums.nll_sum), n_saved))
-    torch.testing.assert_close(found[0][:2], found[1][:2])
-    assert found[1][2] < found[0][2]
-
-
 @shapes
 def test_documents_do_not_see_each_other(config: ModelConfig) -> None:
     model = Decoder(config, seed=0).double()

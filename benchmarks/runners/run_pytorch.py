@@ -18,6 +18,7 @@ from own_batches import synthetic_batches, train_config
 from pretrain.bench_worker import Meter, is_compiled, read_job
 from pretrain.config import Precision, TrainConfig
 from pretrain.distributed import World, init_world, shutdown_world
+from pretrain.kernels import capability_of, resolve
 from pretrain.loader import Batch
 from pretrain.model import Decoder
 from pretrain.objectives import training_loss
@@ -26,7 +27,7 @@ from pretrain.optim import build_optimizer, parameter_groups
 
 def build_model(config: TrainConfig, device: torch.device, compiled: bool) -> Decoder:
     """The decoder with its initial weights."""
-    model = Decoder(config.model, config.seed).to(device)
+    model = Decoder(config.model, config.seed, resolve(config, capability_of(device))).to(device)
     if config.engine.precision is Precision.bf16:
         model.bfloat16()
     if compiled:
