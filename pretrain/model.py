@@ -26,6 +26,7 @@ from pretrain import float8, liger
 from pretrain.attention import Visibility, attend, visibility
 from pretrain.config import KernelsConfig, ModelConfig
 from pretrain.kernels import PLAIN
+from pretrain.linear import linear
 from pretrain.loader import IGNORED_LABEL
 from pretrain.recompute import recomputed
 
@@ -80,7 +81,7 @@ class KVCache:
 class Linear(nn.Module):
     """Matrix product without bias; weights from a normal distribution."""
 
-    product: Callable[[Tensor, Tensor], Tensor] = staticmethod(F.linear)
+    product: Callable[[Tensor, Tensor], Tensor] = staticmethod(linear)
 
     def __init__(self, n_in: int, n_out: int, std: float, generator: torch.Generator) -> None:
         super().__init__()
@@ -219,7 +220,7 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
         """Of hidden [B, T, D]: (logits [B, T, V],) without labels, (nll_sum, z_sum) with labels [B, T]."""
         if labels is None:
-            return (F.linear(hidden, self.weight),)
+            return (linear(hidden, self.weight),)
         hidden, labels = hidden.flatten(0, 1), labels.flatten()
         if self.fused:  # z_sum is left out: nothing uses it without a weight
             nll_sum = liger.nll_sum(hidden, self.weight, labels, IGNORED_LABEL)
@@ -234,7 +235,7 @@ class Head(nn.Module):
 
     def sums(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(nll_sum, z_sum) of one chunk: hidden [N, D], labels [N]."""
-        logits = F.linear(hidden, self.weight).float()  # [N, V]
+        logits = linear(hidden, self.weight).float()  # [N, V]
         nll = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED_LABEL)  # [N]
         # log Z = logit of the label + its nll. Its gradient costs another [N, V]: only where it is used.
         with torch.set_grad_enabled(self.with_z_gradient and torch.is_grad_enabled()):

@@ -55,6 +55,7 @@ ORDER = [
     "kernels",
     "attention",
     "recompute",
+    "linear",
     "float8",
     "liger",
     "model",

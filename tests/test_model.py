@@ -198,6 +198,25 @@ def test_full_logits_are_never_held() -> None:
     assert held > full_bytes
 
 
+def test_no_view_of_a_weight_is_kept() -> None:
+    """ZeRO-3 lets go of a gathered weight by giving the parameter other storage: what autograd keeps must be the
+    parameter itself, for any view would hold the storage until the backward pass."""
+    model = Decoder(SMALL, seed=0)
+    owners = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
+    kept: list[bool] = []
+
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        owner = owners.get(tensor.untyped_storage().data_ptr())
+        if owner is not None:
+            kept.append(tensor is owner)
+        return tensor
+
+    with saved_tensors_hooks(record, lambda tensor: tensor):
+        model(*batch())
+    assert len(kept) >= 7 * SMALL.n_layers + 1  # the matrices of the blocks, and the head
+    assert all(kept)
+
+
 @shapes
 def test_documents_do_not_see_each_other(config: ModelConfig) -> None:
     model = Decoder(config, seed=0).double()
