@@ -1,14 +1,13 @@
 """One rank that counts: bytes of collectives per step, and bytes of state held, of a real run of the engine.
 
-Argument: a JSON list of jobs {stage, precision, overrides, out}. Every collective of torch.distributed is wrapped
-before DeepSpeed is imported; each job is one engine, two steps, of which the second is counted.
+Argument: a JSON list of jobs {stage, precision, overrides, out}. Each job is one engine,
+two steps, of which the second is counted.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,45 +15,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import torch.distributed as dist
-
-COUNTED: Counter[str] = Counter()
-"""`kind dtype` -> bytes of the whole tensor that a collective moves (before the (N-1)/N of a ring)."""
-CALLS: Counter[str] = Counter()
-
-
-def counting(name: str, size: Callable[..., tuple[int, torch.dtype]]) -> None:
-    """Replace dist.<name> by one that counts first."""
-    inner = getattr(dist, name)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        n_bytes, dtype = size(*args, **kwargs)
-        COUNTED[f"{name} {dtype}".replace("torch.", "")] += n_bytes
-        CALLS[f"{name} {dtype}".replace("torch.", "")] += 1
-        return inner(*args, **kwargs)
-
-    setattr(dist, name, call)
-
-
-def of(tensor: torch.Tensor) -> tuple[int, torch.dtype]:
-    return tensor.numel() * tensor.element_size(), tensor.dtype
-
-
-def of_all(tensors: list[torch.Tensor]) -> tuple[int, torch.dtype]:
-    return sum(of(tensor)[0] for tensor in tensors), tensors[0].dtype
-
-
-counting("all_reduce", lambda tensor, *a, **k: of(tensor))
-counting("reduce", lambda tensor, *a, **k: of(tensor))
-counting("broadcast", lambda tensor, *a, **k: of(tensor))
-counting("all_gather", lambda tensor_list, *a, **k: of_all(tensor_list))
-counting("all_gather_into_tensor", lambda output_tensor, *a, **k: of(output_tensor))
-counting("reduce_scatter_tensor", lambda output, input, *a, **k: of(input))
-counting("reduce_scatter", lambda output, input_list, *a, **k: of_all(input_list))
-counting("all_to_all_single", lambda output, *a, **k: of(output))
-
 from engine_worker import batches_of_step, small_config
 
+from pretrain.collectives import Traffic, counted, watch
 from pretrain.distributed import World, init_world, shutdown_world
 from pretrain.engine import Engine
 
@@ -97,18 +60,35 @@ def gradients_at_rest(engine: Engine) -> list[int]:
     return seen
 
 
+def phased(traffic: Traffic, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function; what is moved within it is of this phase."""
+
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        traffic.phase = phase
+        try:
+            return call(*args, **kwargs)
+        finally:
+            traffic.phase = ""
+
+    return inner
+
+
 def run(job: dict, world: World) -> None:
     config = small_config(job["stage"], job["precision"], job.get("overrides", []))
     engine = Engine(config, world)
     micro = config.micro_batch_sequences
     seen = gradients_at_rest(engine) if job["stage"] < 3 else []
-    for step in (1, 2):
-        COUNTED.clear()
-        CALLS.clear()
-        engine.train_step(batches_of_step(step, world, micro), step, lr=1e-3)
+    traffic = Traffic()
+    engine._forward = phased(traffic, "forward", engine._forward)
+    engine._deepspeed.backward = phased(traffic, "backward", engine._deepspeed.backward)
+    engine._deepspeed.step = phased(traffic, "update", engine._deepspeed.step)
+    engine.train_step(batches_of_step(1, world, micro), 1, lr=1e-3)
+    with counted(traffic):
+        engine.train_step(batches_of_step(2, world, micro), 2, lr=1e-3)
     result = {
-        "bytes": dict(COUNTED),
-        "calls": dict(CALLS),
+        "bytes": traffic.by_kind(traffic.bytes),
+        "calls": traffic.by_kind(traffic.calls),
+        "kinds": sorted([*kind, traffic.calls[kind], traffic.bytes[kind]] for kind in traffic.calls),
         "held": held(engine, job["stage"]),
         "snapshot": sum(partition.values.nbytes for partition in engine.state.snapshot().values()),
     }
@@ -118,6 +98,7 @@ def run(job: dict, world: World) -> None:
 
 
 def main() -> None:
+    watch()
     world = init_world(60)
     for job in json.loads(sys.argv[1]):
         run(job, world)

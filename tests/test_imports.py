@@ -29,6 +29,7 @@ ORDER = [
     "watchdog",
     "watcher",
     "checkpoint_folder",
+    "collectives",
     "distributed",
     "health",
     "remote",
@@ -86,6 +87,9 @@ ORDER = [
     "planner",
     "plan_report",
     "plan_scaling",
+    "bench_worker",
+    "bench_report",
+    "bench_session",
 ]
 # The ends of the line do not know each other; the trainer may evaluate.
 ENDS = {"export", "evaluate", "generate", "planner", "trainer"}

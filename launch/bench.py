@@ -1,0 +1,262 @@
+"""How fast is it, beside what else there is? `python launch/bench.py bench.output=DIR model=125m bench.ranks=2 ...`
+
+Runs several variants side by side, each as fresh processes on this machine, in alternating order (A B C, C B A, ...),
+and prints tokens per second, MFU, memory, parts of a step and what its collectives move. A variant is a runner's name
+and overrides for it alone:
+
+    'bench.variants=[pretrain, "pretrain engine=zero1 kernels=compiled", pytorch, olmo_core_fsdp]'
+
+Runners: pretrain (this program), pytorch (the same model in a bare loop), and peers, which need an environment of
+their own (bench.peers_python): olmo_core_fsdp, olmo_core_ddp, litgpt, litgpt_bf16_true, hf_trainer. Takes every key of
+launch/train.py; run_dir is not used, and without data.manifest tokens are drawn. The same command goes on where it
+was stopped; results.json and table.md are in bench.output. docs/benchmarks.md says how to read them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from omegaconf import MISSING
+
+from pretrain.config import ConfigError, Precision, TrainConfig, load_config, run_command, to_dict
+from pretrain.inputs import resolve_inputs
+from pretrain.schemas import check_positive
+
+SYNTHETIC = "synthetic"
+VOCABULARY = 32_768
+COUNTED_STEPS = 2
+
+
+class Runner(NamedTuple):
+    """A program that is measured."""
+
+    script: str
+    module: str | None = None
+    """What a peer imports, in its own environment."""
+    package: str | None = None
+    """Its name for pip."""
+
+
+RUNNERS = {
+    "pretrain": Runner("runners/run_pretrain.py"),
+    "pytorch": Runner("runners/run_pytorch.py"),
+    "olmo_core_fsdp": Runner("peers/run_olmo_core.py", "olmo_core", "ai2-olmo-core"),
+    "olmo_core_ddp": Runner("peers/run_olmo_core.py", "olmo_core", "ai2-olmo-core"),
+    "litgpt": Runner("peers/run_litgpt.py", "litgpt", "litgpt"),
+    "litgpt_bf16_true": Runner("peers/run_litgpt.py", "litgpt", "litgpt"),
+    "hf_trainer": Runner("peers/run_hf_trainer.py", "transformers", "transformers"),
+}
+ONE_PROCESS = ("litgpt", "litgpt_bf16_true")
+
+
+@dataclass(kw_only=True, slots=True)
+class BenchSettings:
+    """What is measured, and how often."""
+
+    variants: list[str] = field(default_factory=lambda: ["pretrain", "pytorch"])
+    """Each a runner and overrides for it alone, separated by blanks. Ratios are to the first."""
+    ranks: int = 1
+    """Processes of each variant; the machine's cores are shared among them."""
+    steps: int = 20
+    """Optimizer updates that are timed in each run."""
+    warmup_steps: int = 3
+    """Before them: compiling, allocating; not timed."""
+    repeats: int = 3
+    """Runs of each variant."""
+    output: str = MISSING
+    """Folder for results.json, table.md and logs. Runs there with the same settings are kept."""
+    peers_python: str | None = None
+    """Interpreter of the environment with the peers; null: this one."""
+    run_timeout_s: float = 3600
+    """A run that takes longer has failed."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "bench", "ranks", "steps", "warmup_steps", "repeats", "run_timeout_s")
+        for text in self.variants:
+            runner, *overrides = text.split() or [""]
+            if runner not in RUNNERS or not all("=" in override for override in overrides):
+                raise ConfigError(
+                    f"bench.variants: {text!r} is not a runner followed by KEY=VALUE overrides; "
+                    f"runners: {', '.join(RUNNERS)}"
+                )
+        if len(set(self.variants)) != len(self.variants) or not self.variants:
+            raise ConfigError(f"bench.variants={self.variants} must be at least one, and all different")
+
+
+@dataclass(kw_only=True, slots=True)
+class BenchConfig(TrainConfig):
+    """A training run that is measured."""
+
+    run_dir: str = "unused"
+    """Nothing is written there."""
+    bench: BenchSettings = field(default_factory=BenchSettings)
+
+    def __post_init__(self) -> None:
+        if MISSING in (self.data, self.model):
+            return
+        if self.data.manifest is None and not self.data.sources:
+            self.data.manifest = SYNTHETIC
+        if self.model.vocab_size is None:
+            self.model.vocab_size = VOCABULARY
+        if self.total_steps is None and self.total_tokens is None:
+            self.total_steps = self.bench.warmup_steps + self.bench.steps + COUNTED_STEPS
+        TrainConfig.__post_init__(self)
+
+
+def variant_config(text: str, given: list[str]) -> BenchConfig:
+    """The configuration of one variant: what was given on the command line, and its own overrides in place of it."""
+    own = text.split()[1:]
+    keys = {override.partition("=")[0] for override in own}
+    return load_config(BenchConfig, [o for o in given if o.partition("=")[0] not in keys] + own, "bench")
+
+
+def check_variant(text: str, config: BenchConfig) -> None:
+    """Raise ConfigError where a runner cannot do what is asked of it."""
+    runner, model = text.split()[0], config.model
+    config.grad_accum_steps(config.bench.ranks)
+    if runner == "pretrain":
+        if config.data.manifest != SYNTHETIC:
+            resolve_inputs(config, config.bench.ranks)
+        return
+    wrong = {
+        "optim.name": config.optim.name.value != "adamw",
+        "data.manifest": config.data.manifest != SYNTHETIC,
+    }
+    if RUNNERS[runner].module is not None:
+        wrong |= {
+            "engine.precision": config.engine.precision is not Precision.bf16,
+            "data.document_masking": config.data.document_masking,
+            "kernels.fp8": config.kernels.fp8,
+            "kernels.liger": config.kernels.liger,
+            "model.qk_norm": model.qk_norm,
+            "model.tie_embeddings": model.tie_embeddings,
+            "model.activation_checkpointing": model.activation_checkpointing.value != "none",
+            "model.dropout": model.dropout > 0,
+            "model.z_loss": model.z_loss > 0,
+        }
+    keys = [key for key, is_wrong in wrong.items() if is_wrong]
+    if keys:
+        raise ConfigError(
+            f"bench.variants: {text!r} cannot do what {', '.join(keys)} says; set it for others alone"
+        )
+    if runner in ONE_PROCESS and config.bench.ranks != 1:
+        raise ConfigError(
+            f"bench.variants: {text!r} is measured in one process; write '{text} bench.ranks=1'"
+        )
+
+
+def job_values(runner: str, config: BenchConfig) -> dict[str, Any]:
+    """The values of a Job."""
+    model, bench, values = config.model, config.bench, to_dict(config)
+    del values["bench"]
+    shape = values["model"] | {"n_kv_heads": model.kv_heads, "d_head": model.head_width}
+    return {
+        "runner": runner,
+        "ranks": bench.ranks,
+        "threads": max(1, len(os.sched_getaffinity(0)) // bench.ranks),
+        "warmup_steps": bench.warmup_steps,
+        "steps": bench.steps,
+        "counted_steps": COUNTED_STEPS,
+        "model": shape,
+        "optim": values["optim"],
+        "compile": config.kernels.compile.value,
+        "sequence_length": config.data.sequence_length,
+        "global_batch_sequences": config.global_batch_sequences,
+        "micro_batch_sequences": config.micro_batch_sequences,
+        "grad_accum_steps": config.grad_accum_steps(bench.ranks),
+        "seed": config.seed,
+        "config": values,
+    }
+
+
+def checked_variants(config: BenchConfig, given: list[str]) -> dict[str, BenchConfig]:
+    """The configuration of each variant by its text. Raises ConfigError, before anything is started."""
+    configs = {text: variant_config(text, given) for text in config.bench.variants}
+    for text, one in configs.items():
+        check_variant(text, one)
+    return configs
+
+
+def interpreter(given: str | None) -> str:
+    """The interpreter of the peers, as a full path. Raises ConfigError."""
+    found = shutil.which(given or sys.executable)
+    if found is None:
+        raise ConfigError(
+            f"bench.peers_python={given} cannot be run; give the python of the peers' environment"
+        )
+    return os.path.abspath(found)  # links are kept: that of an environment says which environment it is
+
+
+def installed(configs: dict[str, BenchConfig], peers_python: str) -> dict[str, BenchConfig]:
+    """Without the peers that are not there, which is said. Raises ConfigError where none is left."""
+    from pretrain.bench_session import missing_module
+
+    left = {}
+    for text, one in configs.items():
+        runner = RUNNERS[text.split()[0]]
+        if runner.module is not None and missing_module(peers_python, runner.module):
+            print(
+                f"{text}: left out, since {peers_python} has no {runner.package}; benchmarks/peers/requirements.txt "
+                "says how to install it, and bench.peers_python names the interpreter",
+                flush=True,
+            )
+        else:
+            left[text] = one
+    if not left:
+        raise ConfigError(f"bench.variants={list(configs)} has none that is installed")
+    return left
+
+
+def main(config: BenchConfig) -> int:
+    """Run what is missing, print the tables."""
+    # Ended by a signal, it ends its ranks first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    bench = config.bench
+    configs = checked_variants(config, sys.argv[1:])
+    peers_python = interpreter(bench.peers_python)
+    configs = installed(configs, peers_python)
+    from rich.console import Console
+    from rich.table import Table
+
+    from pretrain.bench_session import PEAK, Session, Variant
+    from pretrain.bench_worker import Job
+    from pretrain.model import count_parameters, flops_per_token
+
+    def variant(text: str, one: BenchConfig) -> Variant:
+        name = text.split()[0]
+        runner = RUNNERS.get(name, Runner("runners/run_peak.py"))
+        return Variant(
+            text=text,
+            script=ROOT / "benchmarks" / runner.script,
+            python=peers_python if runner.module else sys.executable,
+            job=Job(**job_values(name, one)),
+            n_parameters=count_parameters(one.model),
+            flops_per_token=flops_per_token(one.model, one.data.sequence_length),
+        )
+
+    variants = [variant(text, one) for text, one in configs.items()]
+    session = Session(
+        Path(bench.output).resolve(), variants, variant(PEAK, config), bench.repeats, bench.run_timeout_s
+    )
+    session.run(lambda line: print(line, flush=True))
+    session.write()
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for title, (header, rows) in session.tables():
+        table = Table(*header, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table, markup=False)
+    return 1 if session.problems else 0
+
+
+if __name__ == "__main__":
+    run_command(BenchConfig, main, config_name="bench", doc=__doc__)
