@@ -12,7 +12,7 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -180,9 +180,13 @@ def shutdown_world() -> None:
         dist.destroy_process_group()
 
 
-def sum_over_ranks(values: list[float], world: World) -> list[float]:
-    """Element-wise sums over all ranks, in fp64; the same on every rank."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=world.device)
+def sum_over_ranks(values: Sequence[float | torch.Tensor], world: World) -> list[float]:
+    """Element-wise sums over all ranks, in fp64; the same on every rank. It waits for a device once."""
+    given = [0.0 if isinstance(value, torch.Tensor) else value for value in values]
+    tensor = torch.tensor(given, dtype=torch.float64, device=world.device)
+    for place, value in enumerate(values):
+        if isinstance(value, torch.Tensor):
+            tensor[place] = value
     if world.size > 1:
         dist.all_reduce(tensor)
     return tensor.tolist()

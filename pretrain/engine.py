@@ -24,7 +24,7 @@ import deepspeed
 from deepspeed.utils import set_z3_leaf_modules
 
 from pretrain.config import KernelsConfig, OptimizerName, Precision, Switch, TrainConfig
-from pretrain.distributed import World, seed_step, sum_over_ranks
+from pretrain.distributed import World, seed_step
 from pretrain.engine_state import EngineState
 from pretrain.heartbeat import mark
 from pretrain.kernels import capability_of, resolve
@@ -171,7 +171,9 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         predicted = sum(int((batch.labels >= 0).sum()) for batch in batches)
-        n_predicted = int(sum_over_ranks([predicted], self.world)[0])
+        n_predicted = torch.tensor(predicted, device=self.world.device)
+        if self.world.size > 1:
+            dist.all_reduce(n_predicted)  # not read here: a device goes on to the forward pass
         nll_sum = torch.zeros((), device=self.world.device)
         z_sum = torch.zeros((), device=self.world.device)
         # DeepSpeed averages over its accumulation steps and ranks; the scale turns that into the mean over tokens.
@@ -186,7 +188,7 @@ class Engine:
             sums = self._forward(batch)
             nll_sum += sums.nll_sum.detach()
             z_sum += sums.z_sum.detach()
-            loss = training_loss(sums, self.config.model.z_loss, max(1, n_predicted), scale)
+            loss = training_loss(sums, self.config.model.z_loss, n_predicted.clamp(min=1), scale)
             if batch is batches[-1] and loss_limit < math.inf:
                 loss = loss * self._factor(nll_sum, n_predicted, loss_limit)
             self._deepspeed.backward(loss)
@@ -199,14 +201,14 @@ class Engine:
             self.state.sums.forget()
         else:
             self.state.sums.remember()
-        return StepResult(nll_sum, z_sum, n_predicted, grad_norm, skipped, changed)
+        return StepResult(nll_sum, z_sum, int(n_predicted), grad_norm, skipped, changed)
 
     @property
     def replica_sum(self) -> torch.Tensor:
         """Sum over the bits of all that every rank holds whole, after the last update; on a device."""
         return self.state.sums.replica
 
-    def _factor(self, nll_sum: torch.Tensor, n_predicted: int, loss_limit: float) -> torch.Tensor:
+    def _factor(self, nll_sum: torch.Tensor, n_predicted: torch.Tensor, loss_limit: float) -> torch.Tensor:
         """1, or NaN where the loss is above the limit: DeepSpeed leaves out an update that is not finite.
 
         Found on the device, without waiting for it.
@@ -215,7 +217,7 @@ class Engine:
         if self.world.size > 1:
             dist.all_reduce(total)
         one = torch.ones((), device=nll_sum.device)
-        return torch.where(total > loss_limit * max(1, n_predicted), one * math.nan, one)
+        return torch.where(total > loss_limit * n_predicted.clamp(min=1), one * math.nan, one)
 
     def _update(self) -> tuple[float, bool]:
         """Apply the summed gradient; its norm, and whether the update was left out."""

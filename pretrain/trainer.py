@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import xxhash
 
 from pretrain import checkpoint
@@ -115,7 +116,7 @@ def _stretch(run: Run) -> ExitCode | None:
 
 
 class Sums(NamedTuple):
-    """What one rank says after a step, or the sums of that over all ranks."""
+    """The sums over all ranks of what each says after a step."""
 
     nll: float
     """Negative log-likelihoods, nats."""
@@ -148,22 +149,22 @@ def _agree(run: Run, result: StepResult, batches: list[Batch], step: int) -> Sum
     counts = Counts(*map(sum, zip(*(batch.counts for batch in batches), strict=True)))
     if not run.world.is_first_reader:
         counts = Counts()
-    mine = Sums(
-        nll=float(result.nll_sum),
-        z=float(result.z_sum),
-        asked=float(run.stop.asked()),
-        busy=float(run.saver.busy),
-        due=float(run.world.is_main and _minutes_are_over(run)),
-        probe=float(run.pace.wants_probe()),
-        changed=float(result.memory_changed),
-        replica=float(run.engine.replica_sum % REPLICA_MODULUS),
-        **{name: float(count) for name, count in counts._asdict().items()},
-        substitutions=float(sum(len(batch.substitutions) for batch in batches)),
-    )
-    sums = Sums(*sum_over_ranks(list(mine), run.world))
+    mine: dict[str, float | torch.Tensor] = {
+        "nll": result.nll_sum,
+        "z": result.z_sum,
+        "asked": run.stop.asked(),
+        "busy": run.saver.busy,
+        "due": run.world.is_main and _minutes_are_over(run),
+        "probe": run.pace.wants_probe(),
+        "changed": result.memory_changed,
+        "replica": run.engine.replica_sum % REPLICA_MODULUS,
+        **counts._asdict(),
+        "substitutions": sum(len(batch.substitutions) for batch in batches),
+    }
+    sums = Sums(*sum_over_ranks([mine[name] for name in Sums._fields], run.world))
     check_memory(
-        changed=mine.changed > 0,
-        replica=mine.replica,
+        changed=bool(mine["changed"]),
+        replica=float(mine["replica"]),
         n_changed=sums.changed,
         replica_total=sums.replica,
         step=step,
