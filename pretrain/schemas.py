@@ -215,6 +215,15 @@ class EngineConfig:
     """Keep optimizer state and master weights in host memory (stages 1 to 3)."""
     offload_params: bool = False
     """Keep the bf16 parameter partitions in host memory (stage 3)."""
+    nvme_path: str | None = None
+    """Folder on a fast disk of each host, to which an offloaded optimizer goes instead of host memory (stage 3)."""
+    hpz_partition_ranks: int = 1
+    """ZeRO++ hpZ: so many neighboring ranks, at most those of a node, hold one more copy of the parameters (stage 3);
+    1: none."""
+    quantized_weights: bool = False
+    """ZeRO++ qwZ: parameters travel as 8-bit integers (stage 3, GPU)."""
+    quantized_gradients: bool = False
+    """ZeRO++ qgZ: gradients travel between nodes as 4-bit integers (stage 3, GPU)."""
     reduce_bucket_elements: int = 50_000_000
     """Gradients are reduced in buckets of this many elements."""
     prefetch_bucket_elements: int = 50_000_000
@@ -243,7 +252,43 @@ class EngineConfig:
             )
         if self.offload_optimizer and self.zero_stage == 0:
             raise ConfigError("engine.offload_optimizer=true needs engine.zero_stage 1, 2 or 3, not 0")
+        if self.nvme_path is not None and not (self.offload_optimizer and self.zero_stage == 3):
+            raise ConfigError(
+                f"engine.nvme_path={self.nvme_path} needs engine.offload_optimizer=true (it is "
+                f"{str(self.offload_optimizer).lower()}) and engine.zero_stage=3 (it is {self.zero_stage})"
+            )
+        self._check_zeropp()
         check_positive(self, "engine", "reduce_bucket_elements", "prefetch_bucket_elements", "timeout_s")
+
+    def _check_zeropp(self) -> None:
+        check_positive(self, "engine", "hpz_partition_ranks")
+        used = [
+            f"engine.{name}={str(getattr(self, name)).lower()}"
+            for name in ("hpz_partition_ranks", "quantized_weights", "quantized_gradients")
+            if getattr(self, name) not in (1, False)
+        ]
+        if used and self.zero_stage != 3:
+            raise ConfigError(
+                f"{used[0]} needs engine.zero_stage=3, not {self.zero_stage}: it is a part of ZeRO++"
+            )
+        if self.hpz_partition_ranks > 1 and self.offload_params:
+            raise ConfigError(
+                f"engine.hpz_partition_ranks={self.hpz_partition_ranks} keeps a second copy of what "
+                "engine.offload_params=true takes off the device; set one of them back"
+            )
+        if (self.quantized_weights or self.quantized_gradients) and self.precision is not Precision.bf16:
+            raise ConfigError(
+                f"{used[-1]} needs engine.precision=bf16, not {self.precision.value}: its kernels take half precision"
+            )
+
+    def check_ranks(self, world_size: int, local_size: int | None) -> None:
+        """ConfigError where hpZ's groups do not fit `world_size` ranks, `local_size` (None: unknown) of them per host."""
+        group = self.hpz_partition_ranks
+        for ranks, what in ((world_size, "ranks"), (local_size or world_size, "ranks of a host")):
+            if ranks % group:
+                raise ConfigError(
+                    f"engine.hpz_partition_ranks={group} does not divide the {ranks} {what}; give a divisor of it"
+                )
 
 
 @dataclass(kw_only=True, slots=True)

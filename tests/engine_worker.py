@@ -100,7 +100,10 @@ def run(job: dict, world: World) -> None:
         }
         checkpoint.save(Path(job["save"]), last, engine.state.snapshot(), state, world)
     if world.is_main:
-        Path(job["out"]).write_text(json.dumps({"losses": losses, "norms": norms, "step": last}))
+        files = [path.name for path in Path(config.engine.nvme_path or "/none").rglob("*.swp")]
+        result = {"losses": losses, "norms": norms, "step": last, "files": files}
+        Path(job["out"]).write_text(json.dumps(result))
+    engine.close()
 
 
 def main() -> None:

@@ -1,0 +1,70 @@
+"""Where stage 3 keeps its partitions: an optimizer on NVMe, and a second copy of the parameters (hpZ)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from launching import run_ranks
+from test_engine import assert_same_state, losses
+
+from pretrain import checkpoint
+
+STEPS = 3
+# A rank's part of a sub-group must be 1 MiB at least to be moved to a file.
+WIDE = ["model.d_model=128", "model.d_ff=640"]
+VARIANTS = {
+    "plain": [],
+    "host": ["engine.offload_optimizer=true", "engine.offload_params=true"],
+    "nvme": ["engine.offload_optimizer=true", "engine.offload_params=true", "engine.nvme_path={root}"],
+    "nvme-muon": ["optim=muon", "engine.offload_optimizer=true", "engine.nvme_path={root}"],
+    "hpz": ["engine.hpz_partition_ranks=2"],
+}
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every variant on 2 ranks: all steps straight, and the first, saved, loaded and the others."""
+    root = tmp_path_factory.mktemp("options")
+    (root / "nvme").mkdir()
+    jobs = []
+    for name, words in VARIANTS.items():
+        overrides = WIDE + [word.format(root=root / "nvme") for word in words]
+        first = str(checkpoint.checkpoint_path(root / f"first-{name}", 1))
+        for kind, more in {
+            "straight": {"steps": STEPS},
+            "first": {"steps": 1},
+            "resumed": {"steps": STEPS - 1, "load": first},
+        }.items():
+            where = {"save": str(root / f"{kind}-{name}"), "out": str(root / f"{kind}-{name}.json")}
+            jobs.append({"stage": 3, "precision": "bf16", "overrides": overrides, **more, **where})
+    run_ranks(2, "tests/engine_worker.py", json.dumps(jobs), log_dir=root / "logs")
+    return root
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_resume_is_bit_identical(trained: Path, name: str) -> None:
+    assert losses(trained, f"first-{name}") + losses(trained, f"resumed-{name}") == losses(
+        trained, f"straight-{name}"
+    )
+    straight, resumed = trained / f"straight-{name}", trained / f"resumed-{name}"
+    assert_same_state(checkpoint.checkpoint_path(straight, STEPS), checkpoint.checkpoint_path(resumed, STEPS))
+
+
+@pytest.mark.parametrize("name", ["host", "nvme", "hpz"])
+def test_where_partitions_are_kept_changes_nothing(trained: Path, name: str) -> None:
+    assert losses(trained, f"straight-{name}") == losses(trained, "straight-plain")
+    one, other = (
+        checkpoint.checkpoint_path(trained / f"straight-{variant}", STEPS) for variant in (name, "plain")
+    )
+    assert_same_state(one, other)
+
+
+@pytest.mark.parametrize("name", ["nvme", "nvme-muon"])
+def test_the_optimizer_is_in_files_while_training_and_they_go_at_the_end(trained: Path, name: str) -> None:
+    files = json.loads((trained / f"straight-{name}.json").read_text())["files"]
+    assert any("momentum_buffer" in file if "muon" in name else "exp_avg_sq" in file for file in files)
+    assert list((trained / "nvme").iterdir()) == []
