@@ -34,13 +34,10 @@ from pretrain.loader import Batch
 from pretrain.model import Decoder, LossSums
 from pretrain.objectives import training_loss
 from pretrain.optim import build_optimizer, parameter_groups
+from pretrain.schemas import NVME_SUB_GROUP_ELEMENTS
 
 # DeepSpeed calls collectives by names that torch has begun to rename; nothing a user can do.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-
-
-NVME_SUB_GROUP_ELEMENTS = 100_000_000
-"""Of a rank: what is updated at a time. DeepSpeed keeps four fp32 buffers of this size in host memory."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def check_resumable(config: TrainConfig, state: dict[str, Any]) -> list[str]:
     """Changed keys that a resumed run may have. Raises ConfigError for those that make it another run."""
     old, new = _flat(state["config"]), _flat(to_dict(config))
     changed = [key for key in new if old.get(key) != new[key] and key not in NOT_OF_THE_RUN]
-    fixed = [key for key in changed if key == "seed" or _shapes_the_run(key)]
+    fixed = [key for key in changed if key in ("seed", "optim.name") or _shapes_the_run(key)]
     if fixed:
         what = ", ".join(f"{key}={new[key]} (was {old.get(key)})" for key in fixed)
         raise ConfigError(

@@ -204,6 +204,10 @@ class ScheduleConfig:
         check_fraction(self, "schedule", "min_lr_frac")
 
 
+NVME_SUB_GROUP_ELEMENTS = 100_000_000
+"""Of a rank: what an optimizer on NVMe updates at a time. Four fp32 buffers of this size stay in host memory."""
+
+
 @dataclass(kw_only=True, slots=True)
 class EngineConfig:
     """How DeepSpeed holds and moves the model."""
@@ -262,11 +266,9 @@ class EngineConfig:
 
     def _check_zeropp(self) -> None:
         check_positive(self, "engine", "hpz_partition_ranks")
-        used = [
-            f"engine.{name}={str(getattr(self, name)).lower()}"
-            for name in ("hpz_partition_ranks", "quantized_weights", "quantized_gradients")
-            if getattr(self, name) not in (1, False)
-        ]
+        used = [f"engine.hpz_partition_ranks={self.hpz_partition_ranks}"] * (self.hpz_partition_ranks > 1)
+        used += ["engine.quantized_weights=true"] * self.quantized_weights
+        used += ["engine.quantized_gradients=true"] * self.quantized_gradients
         if used and self.zero_stage != 3:
             raise ConfigError(
                 f"{used[0]} needs engine.zero_stage=3, not {self.zero_stage}: it is a part of ZeRO++"
@@ -282,7 +284,7 @@ class EngineConfig:
             )
 
     def check_ranks(self, world_size: int, local_size: int | None) -> None:
-        """ConfigError where hpZ's groups do not fit `world_size` ranks, `local_size` (None: unknown) of them per host."""
+        """ConfigError where hpZ's groups do not fit the ranks of the job and of a host (None: unknown)."""
         group = self.hpz_partition_ranks
         for ranks, what in ((world_size, "ranks"), (local_size or world_size, "ranks of a host")):
             if ranks % group:

@@ -37,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for kind, more in {
             "straight": {"steps": STEPS},
             "first": {"steps": 1},
-            "resumed": {"steps": STEPS - 1, "load": first},
+            "resumed": {"steps": STEPS - 1, "load": first, "before_load": 1},
         }.items():
             where = {"save": str(root / f"{kind}-{name}"), "out": str(root / f"{kind}-{name}.json")}
             jobs.append({"stage": 3, "precision": "bf16", "overrides": overrides, **more, **where})
@@ -61,6 +61,16 @@ def test_where_partitions_are_kept_changes_nothing(trained: Path, name: str) -> 
         checkpoint.checkpoint_path(trained / f"straight-{variant}", STEPS) for variant in (name, "plain")
     )
     assert_same_state(one, other)
+
+
+def test_parameters_are_held_twice(trained: Path) -> None:
+    """After a forward pass; else the two runs above would agree for nothing."""
+    copies = {
+        name: json.loads((trained / f"straight-{name}.json").read_text())["second_copies"]
+        for name in ("plain", "hpz")
+    }
+    assert copies["plain"] == 0
+    assert copies["hpz"] >= 2 * 7  # each matrix of the blocks
 
 
 @pytest.mark.parametrize("name", ["nvme", "nvme-muon"])

@@ -134,7 +134,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for kind, more in {
                 "straight": {"steps": STEPS},
                 "first": {"steps": 1},
-                "resumed": {"steps": STEPS - 1, "load": first},
+                "resumed": {"steps": STEPS - 1, "load": first, "before_load": 1},
             }.items():
                 where = {"save": str(root / f"{kind}-{name}"), "out": str(root / f"{kind}-{name}.json")}
                 jobs.append({"stage": stage, "precision": precision, "overrides": overrides, **more, **where})
