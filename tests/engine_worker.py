@@ -1,8 +1,8 @@
 """One rank of the engine tests: train on fixed batches, write losses, optionally save and load a checkpoint.
 
 Argument: a JSON list of jobs {stage, precision, steps, out, load?, save?, overrides?, micro?, nothing_to_predict?,
-before_load?}, done in turn; `before_load`: steps of other data before the checkpoint is loaded; `micro`: sequences per forward pass in each step, 2 by default; `nothing_to_predict` names steps all of
-whose labels are ignored.
+before_load?}, done in turn; `micro`: sequences per forward pass in each step, 2 by default; `nothing_to_predict` names
+steps all of whose labels are ignored; `before_load`: steps of other data before the checkpoint is loaded.
 """
 
 from __future__ import annotations
