@@ -24,14 +24,14 @@ import torch.distributed as dist
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
-from deepspeed.utils import groups
+from deepspeed.utils import groups, set_z3_leaf_modules
 
-from pretrain.config import ConfigError, OptimizerName, Precision, TrainConfig
+from pretrain.config import ConfigError, KernelsConfig, OptimizerName, Precision, Switch, TrainConfig
 from pretrain.distributed import World, gather_objects, seed_step, sum_over_ranks
 from pretrain.engine_state import EngineState
 from pretrain.heartbeat import mark
 from pretrain.loader import Batch
-from pretrain.model import Decoder, LossSums
+from pretrain.model import Block, Decoder, LossSums
 from pretrain.objectives import training_loss
 from pretrain.optim import build_optimizer, parameter_groups
 from pretrain.schemas import NVME_SUB_GROUP_ELEMENTS
@@ -133,6 +133,12 @@ def nvme_folder(config: TrainConfig, rank: int) -> Path | None:
     return Path(config.engine.nvme_path) / f"pretrain-{run}-rank{rank}"
 
 
+def _compiles(kernels: KernelsConfig, device: torch.device) -> bool:
+    if kernels.compile is Switch.auto:
+        return device.type == "cuda"
+    return kernels.compile is Switch.always
+
+
 def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in overrides.items():
@@ -162,6 +168,12 @@ class Engine:
             zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
         ):
             model = Decoder(config.model, config.seed)
+        if stage == 3:
+            # A block's parameters come and go together: one gather and one set of hooks, and none inside the block
+            # that would break a compiled graph.
+            set_z3_leaf_modules(model, [Block])
+        if _compiles(config.kernels, world.device):
+            model.compile_parts()
         named = list(model.named_parameters())
         self._stage = stage
         self._parameters = dict(named)

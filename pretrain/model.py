@@ -201,14 +201,15 @@ class Head(nn.Module):
             return (F.linear(hidden, self.weight),)
         hidden, labels = hidden.flatten(0, 1), labels.flatten()
         if len(labels) <= self.chunk_tokens:
-            return self._sums(hidden, labels)
+            return self.sums(hidden, labels)
         sums = [
-            checkpoint(self._sums, h, y, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(self.sums, h, y, use_reentrant=False, preserve_rng_state=False)
             for h, y in zip(hidden.split(self.chunk_tokens), labels.split(self.chunk_tokens), strict=True)
         ]
         return torch.stack([nll for nll, _ in sums]).sum(), torch.stack([z for _, z in sums]).sum()
 
-    def _sums(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def sums(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(nll_sum, z_sum) of one chunk: hidden [N, D], labels [N]."""
         logits = F.linear(hidden, self.weight).float()  # [N, V]
         nll = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED_LABEL)  # [N]
         # log Z = logit of the label + its nll. Its gradient costs another [N, V]: only where it is used.
@@ -235,6 +236,16 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         tied = self.embed.weight if config.tie_embeddings else None
         self.head = Head(config, config.vocab_size, tied, generator)
+
+    def compile_parts(self) -> None:
+        """Compile each block's computation and the loss, at their first use and anew for each shape.
+
+        The functions are compiled, not the modules: hooks, by which ZeRO gathers parameters, stay outside, so that a
+        block is one graph; and blocks of one shape share it.
+        """
+        for block in self.blocks:
+            block.forward = torch.compile(block.forward, dynamic=False)
+        self.head.sums = torch.compile(self.head.sums, dynamic=False)  # type: ignore[method-assign]
 
     def forward(
         self,

@@ -16,7 +16,6 @@ Korthikanti et al., 2022.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pretrain.hardware import GIB
@@ -83,38 +82,20 @@ def element_bytes(engine: EngineConfig) -> int:
 def kept_elements(model: ModelConfig, engine: EngineConfig) -> int:
     """Stage 3: gathered elements that are not let go between the forward and the backward pass.
 
-    When a module is done, DeepSpeed looks `max_live_elements` elements ahead and keeps what comes again. A parameter
-    that x elements follow in the forward pass comes again after 2x.
+    When a part is done, DeepSpeed 0.19 looks `max_live_elements` elements ahead and keeps what comes again. A block,
+    gathered as a whole, is kept where the backward pass begins within them; when it looks ahead from the embedding, it
+    counts the norm and the head, but not the blocks.
     """
-    kept = after = 0
-    for size in _from_the_end(model):
-        if 2 * after >= engine.max_live_elements:
-            break
-        kept += size if size > engine.persistence_threshold_elements else 0
-        after += size
-    return kept if engine.zero_stage == 3 else 0
-
-
-def _from_the_end(model: ModelConfig) -> Iterator[int]:
-    """Elements of the parameters in the order of the backward pass."""
-    assert model.vocab_size is not None
-    width = model.d_model
-    q, kv = model.n_heads * model.head_width, model.kv_heads * model.head_width
-    norms = [model.head_width] * 2 if model.qk_norm else []
-    yield from (model.vocab_size * width, width)
-    for _ in range(model.n_layers):
-        yield from (
-            *[width * model.d_ff] * 3,
-            width,
-            q * width,
-            *norms,
-            kv * width,
-            kv * width,
-            q * width,
-            width,
-        )
-    if not model.tie_embeddings:
-        yield model.vocab_size * width
+    if engine.zero_stage != 3:
+        return 0
+    (matrix, matrices), *_ = parameter_sizes(model)
+    limit, tail = engine.max_live_elements, matrix + model.d_model
+    blocks = min(model.n_layers, max(0, -(-(limit - tail) // block_elements(model))))
+    partitioned = count_parameters(model) - persistent_elements(model, engine)
+    if matrix <= engine.persistence_threshold_elements:
+        return partitioned * blocks // model.n_layers
+    kept_matrices = (limit > 0) + (limit > 2 * tail and matrices == 2)  # the head, the embedding
+    return (partitioned - matrix * matrices) * blocks // model.n_layers + matrix * kept_matrices
 
 
 def state_bytes(model: ModelConfig, engine: EngineConfig, sharding: Sharding) -> dict[str, int]:
