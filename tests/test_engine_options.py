@@ -12,8 +12,8 @@ from test_engine import assert_same_state, losses
 from pretrain import checkpoint
 
 STEPS = 3
-# A rank's part of a sub-group must be 1 MiB at least to be moved to a file; and no parameter stays gathered, so that each
-# is gathered again for the backward pass.
+# A rank's part of a sub-group must be 1 MiB at least to be moved to a file; and no parameter stays gathered, so that
+# each is gathered again for the backward pass.
 WIDE = ["model.d_model=128", "model.d_ff=640", "engine.max_live_elements=1"]
 VARIANTS = {
     "plain": [],
