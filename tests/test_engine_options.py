@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import json
 from pathlib import Path
 
@@ -24,6 +25,12 @@ VARIANTS = {
 }
 
 pytestmark = pytest.mark.integration
+ON_NVME = ("nvme", "nvme-muon")
+
+
+def needs_libaio(name: str) -> None:
+    if name in ON_NVME and not ctypes.util.find_library("aio"):
+        pytest.skip("libaio is not installed (tests/install_system.sh)")
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +40,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "nvme").mkdir()
     jobs = []
     for name, words in VARIANTS.items():
+        if name in ON_NVME and not ctypes.util.find_library("aio"):
+            continue
         overrides = WIDE + [word.format(root=root / "nvme") for word in words]
         first = str(checkpoint.checkpoint_path(root / f"first-{name}", 1))
         for kind, more in {
@@ -42,12 +51,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }.items():
             where = {"save": str(root / f"{kind}-{name}"), "out": str(root / f"{kind}-{name}.json")}
             jobs.append({"stage": 3, "precision": "bf16", "overrides": overrides, **more, **where})
-    run_ranks(2, "tests/engine_worker.py", json.dumps(jobs), log_dir=root / "logs")
+    run_ranks(
+        2, "tests/engine_worker.py", json.dumps(jobs), log_dir=root / "logs", timeout_s=900
+    )  # compiles once
     return root
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_resume_is_bit_identical(trained: Path, name: str) -> None:
+    needs_libaio(name)
     assert losses(trained, f"first-{name}") + losses(trained, f"resumed-{name}") == losses(
         trained, f"straight-{name}"
     )
@@ -57,6 +69,7 @@ def test_resume_is_bit_identical(trained: Path, name: str) -> None:
 
 @pytest.mark.parametrize(("name", "same"), [("hpz", "plain"), ("nvme", "host")])
 def test_where_partitions_are_kept_changes_nothing(trained: Path, name: str, same: str) -> None:
+    needs_libaio(name)
     assert losses(trained, f"straight-{name}") == losses(trained, f"straight-{same}")
     one, other = (checkpoint.checkpoint_path(trained / f"straight-{kept}", STEPS) for kept in (name, same))
     assert_same_state(one, other)
@@ -72,8 +85,9 @@ def test_parameters_are_held_twice(trained: Path) -> None:
     assert copies["hpz"] >= 2 * 7  # each matrix of the blocks
 
 
-@pytest.mark.parametrize("name", ["nvme", "nvme-muon"])
+@pytest.mark.parametrize("name", ON_NVME)
 def test_the_optimizer_is_in_files_while_training_and_they_go_at_the_end(trained: Path, name: str) -> None:
+    needs_libaio(name)
     files = json.loads((trained / f"straight-{name}.json").read_text())["files"]
     assert any("momentum_buffer" in file if "muon" in name else "exp_avg_sq" in file for file in files)
     assert list((trained / "nvme").iterdir()) == []
