@@ -18,7 +18,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pretrain.config import EngineConfig, ModelConfig
+from pretrain.config import EngineConfig, ModelConfig, Recompute
 from pretrain.hardware import known_gpu
 from pretrain.plan_memory import Pass, Sharding
 from pretrain.plan_time import CALIBRATIONS, Calibration, Cluster, step_time
@@ -70,7 +70,7 @@ def _run(row: dict[str, str]) -> Run:
         d_ff=d_ff if row["gated"] == "1" else round(2 * d_ff / 3),
         vocab_size=int(row["vocab"]),
         tie_embeddings=row["tied"] == "1",
-        activation_checkpointing=row["checkpointing"] == "full",
+        activation_checkpointing=Recompute.full if row["checkpointing"] == "full" else Recompute.none,
     )
     # FSDP keeps nothing whole and gathers all again for the backward pass.
     engine = EngineConfig(zero_stage=int(row["stage"]), persistence_threshold_elements=0, max_live_elements=0)
@@ -84,7 +84,7 @@ def _run(row: dict[str, str]) -> Run:
         cluster=Cluster(
             gpu=gpu, nodes=nodes, gpus_per_node=n // nodes, nic_bits_per_s=float(row["nic_gbit"]) * 1e9
         ),
-        each=Pass(sequences=int(row["micro"]), sequence_length=int(row["seq"]), document_masking=False),
+        each=Pass(sequences=int(row["micro"]), sequence_length=int(row["seq"]), masked=False),
         accum_steps=int(row["accum"]),
         tokens_per_s_gpu=float(row["tokens_per_s_gpu"]),
         parameters=int(row["parameters"]) if row["parameters"] else None,

@@ -38,6 +38,7 @@ from pretrain.schemas import (
     OptimConfig,
     OptimizerName,
     Precision,
+    Recompute,
     RunError,
     ScheduleConfig,
     ScheduleName,
@@ -69,6 +70,7 @@ __all__ = [
     "Packing",
     "Precision",
     "PreflightConfig",
+    "Recompute",
     "RunError",
     "ScheduleConfig",
     "ScheduleName",
@@ -141,6 +143,7 @@ class TrainConfig:
             )
         if self.data.manifest is None and not self.data.sources:
             raise ConfigError("data.manifest is missing; give the manifest.json of a prepared corpus")
+        self.kernels.check(self.model, self.engine, {stage.sequence_length for stage in self.stages})
         warmup, total = self.schedule.warmup_steps, self.n_steps
         if warmup >= total and self.schedule.name is not ScheduleName.constant:
             raise ConfigError(

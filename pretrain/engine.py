@@ -30,6 +30,7 @@ from pretrain.config import ConfigError, KernelsConfig, OptimizerName, Precision
 from pretrain.distributed import World, gather_objects, seed_step, sum_over_ranks
 from pretrain.engine_state import EngineState
 from pretrain.heartbeat import mark
+from pretrain.kernels import capability_of, resolve
 from pretrain.loader import Batch
 from pretrain.model import Block, Decoder, LossSums
 from pretrain.objectives import training_loss
@@ -153,6 +154,7 @@ class Engine:
     def __init__(self, config: TrainConfig, world: World) -> None:
         """`config.model.vocab_size` is set. All ranks call this together."""
         self.config, self.world = config, world
+        kernels = resolve(config, capability_of(world.device))
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         # Compiled at each start for 30 to 90 s, used by inference only, and leaks shared memory.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -167,10 +169,11 @@ class Engine:
             # hpZ's, where an engine before this one has made it.
             zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
         ):
-            model = Decoder(config.model, config.seed)
+            model = Decoder(config.model, config.seed, kernels)
         if stage == 3:
             # A block's parameters come and go together: one gather and one set of hooks, and none inside the block
-            # that would break a compiled graph.
+            # that would break a compiled graph, or differ when the block is computed again (torch compares the two
+            # under selective activation checkpointing).
             set_z3_leaf_modules(model, [Block])
         if _compiles(config.kernels, world.device):
             model.compile_parts()

@@ -14,6 +14,7 @@ S key positions (T, or what the cache holds).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.config import ModelConfig
+from pretrain import float8, liger
+from pretrain.attention import Visibility, attend, visibility
+from pretrain.config import KernelsConfig, ModelConfig
+from pretrain.kernels import PLAIN
+from pretrain.linear import linear
 from pretrain.loader import IGNORED_LABEL
+from pretrain.recompute import recomputed
 
 
 class LossSums(NamedTuple):
@@ -75,12 +81,14 @@ class KVCache:
 class Linear(nn.Module):
     """Matrix product without bias; weights from a normal distribution."""
 
+    product: Callable[[Tensor, Tensor], Tensor] = staticmethod(linear)
+
     def __init__(self, n_in: int, n_out: int, std: float, generator: torch.Generator) -> None:
         super().__init__()
         self.weight = _normal_parameter(n_out, n_in, std, generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return self.product(x, self.weight)
 
 
 class Embedding(nn.Module):
@@ -94,8 +102,15 @@ class Embedding(nn.Module):
         return F.embedding(tokens, self.weight)
 
 
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    # Fused on CUDA; where it is not, PyTorch decomposes it with the statistics in fp32.
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, computed in fp32 (Zhang and Sennrich, 2019)."""
+
+    norm: Callable[[Tensor, Tensor, float], Tensor] = staticmethod(_rms_norm)
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -103,8 +118,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Fused on CUDA; where it is not, PyTorch decomposes it with the statistics in fp32.
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -116,7 +130,6 @@ class Attention(nn.Module):
         q_width, kv_width = config.n_heads * config.head_width, config.kv_heads * config.head_width
         self.layer = layer
         self.d_head = config.head_width
-        self.n_repeats = config.n_heads // config.kv_heads
         self.q = Linear(width, q_width, std, generator)
         self.k = Linear(width, kv_width, std, generator)
         self.v = Linear(width, kv_width, std, generator)
@@ -125,7 +138,7 @@ class Attention(nn.Module):
         self.output = Linear(q_width, width, _residual_std(config), generator)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, visible: Visibility, cache: KVCache | None
     ) -> Tensor:
         q = self.q(x).unflatten(-1, (-1, self.d_head))  # [B, T, H, K]
         k = self.k(x).unflatten(-1, (-1, self.d_head))  # [B, T, G, K]
@@ -135,17 +148,18 @@ class Attention(nn.Module):
         q, k = _rotate(q.transpose(1, 2), cos, sin), _rotate(k.transpose(1, 2), cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        if mask is not None and self.n_repeats > 1:
-            # With a mask, CUDA has no fast kernel that groups queries itself: it would hold all scores.
-            k, v = k.repeat_interleave(self.n_repeats, dim=1), v.repeat_interleave(self.n_repeats, dim=1)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=mask is None and self.n_repeats > 1
-        )
+        y = attend(q, k, v, visible)
         return self.output(y.transpose(1, 2).flatten(2))
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, 2020)."""
+
+    swiglu: Callable[[Tensor, Tensor], Tensor] = staticmethod(_swiglu)
 
     def __init__(self, config: ModelConfig, generator: torch.Generator) -> None:
         super().__init__()
@@ -154,7 +168,7 @@ class FeedForward(nn.Module):
         self.down = Linear(config.d_ff, config.d_model, _residual_std(config), generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(self.swiglu(self.gate(x), self.up(x)))
 
 
 class Block(nn.Module):
@@ -163,15 +177,22 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, generator: torch.Generator) -> None:
         super().__init__()
         self.dropout = config.dropout
+        self.recompute = config.activation_checkpointing
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config, layer, generator)
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = FeedForward(config, generator)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, visible: Visibility, cache: KVCache | None
     ) -> Tensor:
-        y = self.attention(self.attention_norm(x), cos, sin, mask, cache)
+        # Inside the block, so that torch.compile of a block, and ZeRO's gathering for it, include recomputing.
+        return recomputed(self.recompute, self._forward, x, cos, sin, visible, cache)
+
+    def _forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, visible: Visibility, cache: KVCache | None
+    ) -> Tensor:
+        y = self.attention(self.attention_norm(x), cos, sin, visible, cache)
         x = x + F.dropout(y, self.dropout, self.training)
         y = self.feed_forward(self.feed_forward_norm(x))
         return x + F.dropout(y, self.dropout, self.training)
@@ -189,6 +210,7 @@ class Head(nn.Module):
         super().__init__()
         self.chunk_tokens = config.loss_chunk_tokens
         self.with_z_gradient = config.z_loss > 0
+        self.fused = False
         self.weight = (
             weight
             if weight is not None
@@ -198,8 +220,11 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
         """Of hidden [B, T, D]: (logits [B, T, V],) without labels, (nll_sum, z_sum) with labels [B, T]."""
         if labels is None:
-            return (F.linear(hidden, self.weight),)
+            return (linear(hidden, self.weight),)
         hidden, labels = hidden.flatten(0, 1), labels.flatten()
+        if self.fused:  # z_sum is left out: nothing uses it without a weight
+            nll_sum = liger.nll_sum(hidden, self.weight, labels, IGNORED_LABEL)
+            return nll_sum, torch.zeros_like(nll_sum)
         if len(labels) <= self.chunk_tokens:
             return self.sums(hidden, labels)
         sums = [
@@ -210,7 +235,7 @@ class Head(nn.Module):
 
     def sums(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(nll_sum, z_sum) of one chunk: hidden [N, D], labels [N]."""
-        logits = F.linear(hidden, self.weight).float()  # [N, V]
+        logits = linear(hidden, self.weight).float()  # [N, V]
         nll = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED_LABEL)  # [N]
         # log Z = logit of the label + its nll. Its gradient costs another [N, V]: only where it is used.
         with torch.set_grad_enabled(self.with_z_gradient and torch.is_grad_enabled()):
@@ -223,19 +248,31 @@ class Decoder(nn.Module):
     """A decoder-only transformer.
 
     The weights are a pure function of (config, seed): drawn in fp32 on the CPU in the order of construction,
-    the same on any device and any number of ranks. `config.vocab_size` must be set.
+    the same on any device and any number of ranks. `config.vocab_size` must be set. `kernels` is what
+    `pretrain.kernels.resolve` returned.
     """
 
-    def __init__(self, config: ModelConfig, seed: int) -> None:
+    def __init__(self, config: ModelConfig, seed: int, kernels: KernelsConfig = PLAIN) -> None:
         super().__init__()
         assert config.vocab_size is not None, "model.vocab_size is resolved before the model is built"
         generator = torch.Generator("cpu").manual_seed(seed)
-        self.config = config
+        self.config, self.kernels = config, kernels
         self.embed = Embedding(config.vocab_size, config.d_model, config.init_std, generator)
         self.blocks = nn.ModuleList(Block(config, layer, generator) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         tied = self.embed.weight if config.tie_embeddings else None
         self.head = Head(config, config.vocab_size, tied, generator)
+        self._replace_parts(kernels)
+
+    def _replace_parts(self, kernels: KernelsConfig) -> None:
+        for part in self.modules():
+            if isinstance(part, Linear) and kernels.fp8:
+                part.product = float8.product
+            elif isinstance(part, RMSNorm) and kernels.liger:
+                part.norm = liger.rms_norm
+            elif isinstance(part, FeedForward) and kernels.liger:
+                part.swiglu = liger.swiglu
+        self.head.fused = kernels.liger
 
     def compile_parts(self) -> None:
         """Compile each block's computation and the loss, at their first use and anew for each shape.
@@ -287,17 +324,13 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         cos, sin = _rotary_tables(positions, self.config)
-        mask = None
         if cache is not None:
-            mask = cache.advance(positions)
-        elif document_ids is not None:
-            mask = _document_mask(document_ids)
+            visible: Visibility = cache.advance(positions)
+        else:
+            visible = visibility(document_ids, self.kernels.attention)
         x = self.embed(tokens)
         for block in self.blocks:
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, None, use_reentrant=False)
-            else:
-                x = block(x, cos, sin, mask, cache)
+            x = block(x, cos, sin, visible, cache)
         return self.norm(x)
 
 
@@ -376,9 +409,3 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions of x [B, heads, T, K]; dimension i pairs with i + K/2, as in Hugging Face's Llama."""
     first, second = x.float().chunk(2, dim=-1)  # fp32: in bf16 the products would lose the angle's precision
     return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
-
-
-def _document_mask(document_ids: Tensor) -> Tensor:
-    """Who sees whom, bool [B, 1, T, T]: earlier or same position, same document."""
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-    return same.tril()

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pretrain.hardware import GIB
-from pretrain.schemas import NVME_SUB_GROUP_ELEMENTS, EngineConfig, ModelConfig, Precision
+from pretrain.schemas import NVME_SUB_GROUP_ELEMENTS, EngineConfig, ModelConfig, Precision, Recompute
 
 CONTEXT_BYTES = 1.5 * GIB
 """Assumed: CUDA context, NCCL's and cuBLAS's buffers."""
@@ -136,8 +136,8 @@ class Pass:
     """B."""
     sequence_length: int
     """T, tokens."""
-    document_masking: bool
-    """Attention gets a mask [B, 1, T, T]; false: the causal kernel, which needs none."""
+    masked: bool
+    """Attention gets a mask [B, 1, T, T], as with documents and kernels.attention=sdpa; others need none."""
 
     @property
     def tokens(self) -> int:
@@ -161,20 +161,33 @@ def saved_bytes_per_token(model: ModelConfig, width: int, sequence_length: int, 
     return width * elements + 4 * statistics + (width * sequence_length if masked else 0)
 
 
+def selected_bytes_per_token(model: ModelConfig, width: int) -> int:
+    """What selective activation checkpointing keeps of one block, bytes per token.
+
+    Its input (D), and the results of products: queries, keys, values, the output of attention (D), gate and up (2 F),
+    the output of the feed-forward layer (D); and of attention (H K, and a log-sum-exp in fp32 for each head).
+    """
+    q, kv = model.n_heads * model.head_width, model.kv_heads * model.head_width
+    return width * (3 * model.d_model + 2 * q + 2 * kv + 2 * model.d_ff) + 4 * model.n_heads
+
+
 def activation_bytes(model: ModelConfig, engine: EngineConfig, each: Pass) -> dict[str, int]:
     """Peak of one micro batch by part."""
     width, tokens = element_bytes(engine), each.tokens
-    block = tokens * saved_bytes_per_token(model, width, each.sequence_length, each.document_masking)
+    block = tokens * saved_bytes_per_token(model, width, each.sequence_length, each.masked)
     stream = width * tokens * model.d_model
-    if model.activation_checkpointing:
-        kept, at_work = model.n_layers * stream, block
-    else:
-        kept, at_work = model.n_layers * block, 0
+    match model.activation_checkpointing:
+        case Recompute.none:
+            kept, at_work = model.n_layers * block, 0
+        case Recompute.selective:
+            kept, at_work = model.n_layers * tokens * selected_bytes_per_token(model, width), block
+        case Recompute.full:
+            kept, at_work = model.n_layers * stream, block
     assert model.vocab_size is not None
     # Log-probabilities, their gradient and that of the logits, fp32, of one chunk.
     logits = 12 * model.vocab_size * min(tokens, model.loss_chunk_tokens)
     # While the head runs, no block is being recomputed: the greater of the two counts.
-    tables = 8 * tokens * model.head_width + (each.sequence_length * tokens if each.document_masking else 0)
+    tables = 8 * tokens * model.head_width + (each.sequence_length * tokens if each.masked else 0)
     # Gradients of the widest intermediate of a block, and rotary positions in fp32.
     workspace = tokens * max(3 * width * model.d_ff, 12 * model.n_heads * model.head_width)
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pretrain.config import EngineConfig, ModelConfig
+from pretrain.config import EngineConfig, ModelConfig, Recompute
 from pretrain.hardware import known_gpu
 from pretrain.plan_memory import Pass, Sharding, memory_bytes
 from pretrain.plan_time import Cluster, StepTime, mfu_frac, step_time
@@ -56,10 +56,10 @@ def best_step(model: ModelConfig, scheme: Scheme, cluster: Cluster) -> tuple[Ste
             share = GLOBAL_BATCH_SEQUENCES // n
             if share % micro:
                 continue
-            for recompute in (False, True):
+            for recompute in Recompute:
                 shape = replace(model, activation_checkpointing=recompute)
                 sharding = Sharding(n_ranks=n, n_shards=n_shards)
-                each = Pass(sequences=micro, sequence_length=SEQUENCE_LENGTH, document_masking=False)
+                each = Pass(sequences=micro, sequence_length=SEQUENCE_LENGTH, masked=False)
                 device, _ = memory_bytes(shape, scheme.engine, sharding, each)
                 if sum(device.values()) <= cluster.gpu.memory_bytes:
                     found.append(step_time(shape, scheme.engine, sharding, cluster, each, share // micro))

@@ -18,7 +18,7 @@ from pretrain.plan_memory import (
     persistent_elements,
     saved_bytes_per_token,
 )
-from pretrain.schemas import ConfigError, EngineConfig, ModelConfig, Precision
+from pretrain.schemas import ConfigError, EngineConfig, ModelConfig, Precision, Recompute
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,15 +204,20 @@ def compute_s(
     """Of the forward and of the backward pass of one micro batch, recomputation included."""
     peak = peak_flops(gpu, engine.precision)
     dense, attention = flops_per_token(model, each.sequence_length)
-    if each.document_masking:
+    if each.masked:
         attention *= MASK_FACTOR
-    kept = saved_bytes_per_token(model, element_bytes(engine), each.sequence_length, each.document_masking)
+    kept = saved_bytes_per_token(model, element_bytes(engine), each.sequence_length, each.masked)
     memory = constants.passes * kept * model.n_layers / gpu.hbm_bytes_per_s
     per_token = (
         dense / (peak * constants.matmul_frac) + attention / (peak * constants.attention_frac) + memory
     )
     forward = each.tokens * per_token / 3
-    return forward, 2 * forward + (forward if model.activation_checkpointing else 0.0)
+    again = {
+        Recompute.none: 0.0,
+        Recompute.selective: each.tokens * memory / 3,  # all but products and attention
+        Recompute.full: forward,
+    }
+    return forward, 2 * forward + again[model.activation_checkpointing]
 
 
 def optimizer_s(model: ModelConfig, engine: EngineConfig, sharding: Sharding, gpu: Gpu) -> float:
@@ -274,7 +279,7 @@ def step_time(
     host = HOST_S_PER_BLOCK[engine.zero_stage] if host_s_per_block is None else host_s_per_block
     third = host * model.n_layers / 3
     forward = max(forward, third)
-    backward = max(backward, third * (3 if model.activation_checkpointing else 2))
+    backward = max(backward, third * (2 if model.activation_checkpointing is Recompute.none else 3))
     seconds = dict.fromkeys(("forward", "backward", "update"), 0.0)
     for collective in (*micro, *once):
         seconds[collective.when] += collective_s(collective, cluster, fitted)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from pretrain.config import TrainConfig
+from pretrain.config import AttentionKernel, Recompute, TrainConfig
 from pretrain.hardware import GIB
 from pretrain.plan_memory import Pass, Sharding, count_parameters, memory_bytes
 from pretrain.plan_time import (
@@ -52,6 +52,13 @@ class Site:
     """Memory of a node."""
 
 
+_CHECKPOINTING = {
+    Recompute.none: "",
+    Recompute.selective: "selective checkpointing",
+    Recompute.full: "checkpointing",
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
     """One way to run the model: a point of the search."""
@@ -66,7 +73,7 @@ class Option:
     def name(self) -> str:
         """Stage, micro batch, and what is switched on."""
         extra = [
-            "checkpointing" if self.model.activation_checkpointing else "",
+            _CHECKPOINTING[self.model.activation_checkpointing],
             "offload optimizer" if self.engine.offload_optimizer else "",
             "offload parameters" if self.engine.offload_params else "",
             "on NVMe" if self.engine.nvme_path is not None else "",
@@ -84,7 +91,7 @@ class Option:
         return [
             f"engine.zero_stage={engine.zero_stage}",
             f"micro_batch_sequences={self.each.sequences}",
-            f"model.activation_checkpointing={str(self.model.activation_checkpointing).lower()}",
+            f"model.activation_checkpointing={self.model.activation_checkpointing.value}",
             f"engine.offload_optimizer={str(engine.offload_optimizer).lower()}",
             f"engine.offload_params={str(engine.offload_params).lower()}",
             f"engine.nvme_path={'null' if engine.nvme_path is None else engine.nvme_path}",
@@ -123,10 +130,11 @@ def options(config: TrainConfig, cluster: Cluster, search: bool = True) -> Itera
             f"try {max(1, share) * n}"
         )
     engine, model = config.engine, config.model
+    masked = config.data.document_masking and config.kernels.attention is AttentionKernel.sdpa
     stages = [s for s in (0, 1, 2, 3) if s or engine.precision is Precision.fp32]
     offloads = [(False, False), (True, False), (True, True)]
     micros: tuple[int, ...] = MICRO_BATCHES
-    recomputes = [False, True]
+    recomputes = list(Recompute)
     if not search:
         stages, micros = [engine.zero_stage], (config.micro_batch_sequences,)
         offloads, recomputes = (
@@ -148,7 +156,7 @@ def options(config: TrainConfig, cluster: Cluster, search: bool = True) -> Itera
                         each=Pass(
                             sequences=micro,
                             sequence_length=config.data.sequence_length,
-                            document_masking=config.data.document_masking,
+                            masked=masked,
                         ),
                         accum_steps=share // micro,
                     )

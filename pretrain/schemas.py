@@ -55,6 +55,14 @@ class WandbMode(Enum):
     disabled = "disabled"
 
 
+class Recompute(Enum):
+    none = "none"  # all that the backward pass needs is kept
+    selective = (
+        "selective"  # results of matrix products and attention are kept, what is cheap is computed again
+    )
+    full = "full"  # of each block only the input is kept
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """Shape of the decoder (Llama family)."""
@@ -89,8 +97,8 @@ class ModelConfig:
     """Standard deviation of the initial weights; residual outputs get init_std / sqrt(2 n_layers)."""
     loss_chunk_tokens: int = 8192
     """The output head and the loss run on at most this many tokens at a time."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more compute."""
+    activation_checkpointing: Recompute = Recompute.none
+    """What of each block the backward pass computes again: less memory; full: about a third more compute."""
 
     def __post_init__(self) -> None:
         check_positive(
@@ -132,8 +140,8 @@ class ModelConfig:
 class AttentionKernel(Enum):
     auto = "auto"  # the best of the others that this device, precision and installation can do
     sdpa = "sdpa"  # torch's scaled_dot_product_attention, with a mask where documents need one
-    flex = "flex"  # torch's FlexAttention, which leaves out what no token may see
-    flash = "flash"  # flash-attn's kernel for sequences of varying length: documents need no mask
+    flex = "flex"  # torch's FlexAttention, which leaves out blocks that no token may see
+    flash = "flash"  # torch's FlashAttention, each document by itself: nothing is masked
 
 
 class Switch(Enum):
@@ -149,6 +157,39 @@ class KernelsConfig:
     attention: AttentionKernel = AttentionKernel.auto
     compile: Switch = Switch.auto
     """torch.compile of each block and of the loss; auto: on a GPU."""
+    fp8: bool = False
+    """Products with the weights of the blocks in 8 bits (not those of the head), on GPUs from L40S and H100 on."""
+    liger: bool = False
+    """Norms, SwiGLU and the loss by the package liger-kernel, instead of compiling them."""
+
+    def check(self, model: ModelConfig, engine: EngineConfig, sequence_lengths: set[int]) -> None:
+        """Raises ConfigError where these kernels cannot compute the model on any device."""
+        if self.liger and self.compile is not Switch.never:
+            raise ConfigError(
+                f"kernels.liger=true takes the place of compiling: set kernels.compile=never, not {self.compile.value}"
+            )
+        if self.liger and model.z_loss > 0:
+            raise ConfigError(
+                f"model.z_loss={model.z_loss} needs kernels.liger=false, since Liger's loss does not give it in fp32"
+            )
+        if not self.fp8:
+            return
+        if engine.precision is not Precision.bf16:
+            raise ConfigError(
+                f"kernels.fp8=true rounds bf16 values, so it needs engine.precision=bf16, not {engine.precision.value}"
+            )
+        sizes = {
+            "model.d_model": {model.d_model},
+            "model.d_ff": {model.d_ff},
+            "heads x head width": {model.n_heads * model.head_width, model.kv_heads * model.head_width},
+            "sequence length": sequence_lengths,
+        }
+        for name, found in sizes.items():
+            odd = [size for size in sorted(found) if size % 16]
+            if odd:
+                raise ConfigError(
+                    f"kernels.fp8=true needs multiples of 16, and {name} is {odd[0]}; use kernels.fp8=false"
+                )
 
 
 @dataclass(kw_only=True, slots=True)

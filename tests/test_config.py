@@ -87,6 +87,13 @@ def test_every_experiment_composes(name: str) -> None:
         (["run_dir=???"], ["run_dir is missing"]),
         (["data.sources=[{name: a, manifst: b}]", "data.manifest=null"], ["manifst", "manifest"]),
         (["optim.lr"], ["optim.lr", "EQUAL"]),
+        (["model.activation_checkpointing=true"], ["model.activation_checkpointing", "selective"]),
+        (["kernels=fp8", "engine.precision=fp32"], ["kernels.fp8=true", "bf16, not fp32"]),
+        (["kernels=fp8", "model.d_ff=712"], ["model.d_ff is 712", "16"]),
+        (["kernels=fp8", "model.d_head=20"], ["head width is 40", "16"]),
+        (["kernels=fp8", "data.sequence_length=1000"], ["sequence length is 1000", "16"]),
+        (["kernels=liger", "kernels.compile=auto"], ["kernels.compile=never", "auto"]),
+        (["kernels=liger", "model.z_loss=1e-4"], ["model.z_loss=0.0001", "kernels.liger=false"]),
     ],
 )
 def test_mistakes_are_named_in_one_sentence(overrides: list[str], words: list[str]) -> None:

@@ -24,9 +24,19 @@ from hypothesis import strategies as st
 from launching import run_ranks
 
 from pretrain import device_peak, saving
-from pretrain.config import ConfigError, EngineConfig, ModelConfig, Precision, TrainConfig, load_config
+from pretrain.attention import Documents, visibility
+from pretrain.config import (
+    AttentionKernel,
+    ConfigError,
+    EngineConfig,
+    ModelConfig,
+    Precision,
+    Recompute,
+    TrainConfig,
+    load_config,
+)
 from pretrain.hardware import GPUS, known_gpu
-from pretrain.model import Block, Decoder, _document_mask, _rotary_tables
+from pretrain.model import Block, Decoder, _rotary_tables
 from pretrain.model import count_parameters as model_parameters
 from pretrain.model import flops_per_token as model_flops
 from pretrain.plan_memory import (
@@ -183,9 +193,9 @@ def test_a_snapshot_is_twelve_bytes_per_parameter(counted: Callable[[str], dict]
     assert counted(f"3-bf16-{ranks}")["snapshot"] == 12 * count_parameters(config.model) // ranks
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kernel", [None, AttentionKernel.sdpa, AttentionKernel.flash])
 @pytest.mark.parametrize("n_kv_heads", [8, 2])
-def test_saved_activations_equal_the_formula(masked: bool, n_kv_heads: int) -> None:
+def test_saved_activations_equal_the_formula(kernel: AttentionKernel | None, n_kv_heads: int) -> None:
     """Storages that autograd keeps of a real block. The CPU has no fused norm: of each it keeps the input and the
     normalized input in fp32, 8 D bytes per token, where a fused one keeps the input in bf16, 2 D."""
     config = ModelConfig(n_layers=1, d_model=256, n_heads=8, n_kv_heads=n_kv_heads, d_ff=704, vocab_size=512)
@@ -193,8 +203,10 @@ def test_saved_activations_equal_the_formula(masked: bool, n_kv_heads: int) -> N
     block = Block(config, 0, torch.Generator().manual_seed(0)).bfloat16()
     x = torch.randn(rows, length, config.d_model, dtype=torch.bfloat16, requires_grad=True)
     cos, sin = _rotary_tables(torch.arange(length).expand(rows, length), config)
-    mask = _document_mask(torch.zeros(rows, length, dtype=torch.long)) if masked else None
-    known = {t.untyped_storage().data_ptr() for t in (*block.parameters(), cos, sin)}
+    documents = torch.zeros(rows, length, dtype=torch.long)
+    visible = visibility(documents, kernel) if kernel else None
+    starts = visible[:1] if isinstance(visible, Documents) else ()
+    known = {t.untyped_storage().data_ptr() for t in (*block.parameters(), cos, sin, *starts)}
     saved: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -202,9 +214,9 @@ def test_saved_activations_equal_the_formula(masked: bool, n_kv_heads: int) -> N
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        block(x, cos, sin, mask, None)
+        block(x, cos, sin, visible, None)
     seen = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in known)
-    formula = saved_bytes_per_token(config, 2, length, masked)
+    formula = saved_bytes_per_token(config, 2, length, kernel is AttentionKernel.sdpa)
     assert seen == rows * length * (formula + 2 * (8 - 2) * config.d_model)
 
 
@@ -222,7 +234,7 @@ MODELS = st.builds(
     vocab_size=st.integers(8, 300),
     tie_embeddings=st.booleans(),
     qk_norm=st.booleans(),
-    activation_checkpointing=st.booleans(),
+    activation_checkpointing=st.sampled_from(Recompute),
 )
 ENGINES = st.builds(
     EngineConfig,
@@ -234,7 +246,7 @@ ENGINES = st.builds(
     offload_optimizer=st.booleans(),
 )
 PASSES = st.builds(
-    Pass, sequences=st.integers(1, 8), sequence_length=st.integers(8, 64), document_masking=st.booleans()
+    Pass, sequences=st.integers(1, 8), sequence_length=st.integers(8, 64), masked=st.booleans()
 )
 
 
@@ -311,13 +323,14 @@ def test_offload_moves_state_and_loses_none(model: ModelConfig, engine: EngineCo
 def test_checkpointing_saves_memory_and_costs_time(
     model: ModelConfig, engine: EngineConfig, each: Pass
 ) -> None:
-    plain, again = (replace(model, activation_checkpointing=flag) for flag in (False, True))
-    kept = [activation_bytes(m, engine, each)["activations kept"] for m in (plain, again)]
-    assert kept[1] < kept[0]
+    ways = [replace(model, activation_checkpointing=mode) for mode in Recompute]  # none, selective, full
+    kept = [activation_bytes(m, engine, each)["activations kept"] for m in ways]
+    assert kept[2] < kept[1] < kept[0]
     sharding, cluster = Sharding(n_ranks=8, n_shards=8), cluster_of(1)
-    times = [step_time(m, engine, sharding, cluster, each, 2) for m in (plain, again)]
-    assert times[1].compute_s == pytest.approx(times[0].compute_s * 4 / 3)
-    assert times[1].model_flops == times[0].model_flops
+    times = [step_time(m, engine, sharding, cluster, each, 2) for m in ways]
+    assert times[0].compute_s <= times[1].compute_s <= times[2].compute_s
+    assert times[2].compute_s == pytest.approx(times[0].compute_s * 4 / 3)
+    assert len({step.model_flops for step in times}) == 1
 
 
 @settings(deadline=None)
@@ -479,7 +492,7 @@ def test_a_host_that_is_slower_than_the_device_sets_the_pace() -> None:
     """125M parameters on 1,024 tokens are nothing for an H100: 12 blocks of 14.8 ms each micro batch."""
     model = ModelConfig(n_layers=12, d_model=768, n_heads=12, d_ff=2048, vocab_size=32_000)
     engine, sharding = EngineConfig(zero_stage=3), Sharding(n_ranks=8, n_shards=8)
-    small, large = (Pass(sequences=b, sequence_length=1024, document_masking=False) for b in (1, 256))
+    small, large = (Pass(sequences=b, sequence_length=1024, masked=False) for b in (1, 256))
     steps = [step_time(model, engine, sharding, cluster_of(1), each, 2) for each in (small, large)]
     alone = [
         step_time(model, engine, sharding, cluster_of(1), each, 2, host_s_per_block=0).compute_s
@@ -511,7 +524,7 @@ def test_search_off_plans_what_is_configured() -> None:
     assert only.option.overrides == [
         "engine.zero_stage=2",
         "micro_batch_sequences=2",
-        "model.activation_checkpointing=false",
+        "model.activation_checkpointing=none",
         "engine.offload_optimizer=false",
         "engine.offload_params=false",
         "engine.nvme_path=null",

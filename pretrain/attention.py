@@ -1,0 +1,194 @@
+"""Who attends to whom, in the form that each kernel wants, and the kernels.
+
+`visibility` is called once per forward pass, `attend` in every layer with what it returned: tensors, which pass
+through activation checkpointing and torch.compile as they are. A token attends to itself and to earlier tokens of its
+own document; the tokens of a document follow each other.
+
+Shapes: B batch, T sequence, S key positions, H query heads, G key/value heads, K head width, N = B T, D documents.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.schemas import AttentionKernel
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+class Documents(NamedTuple):
+    """Where each document of a batch, taken as one row of N tokens, begins. No document reaches over two sequences."""
+
+    starts: Tensor
+    """int32 [D + 1]: 0, ..., N."""
+    longest: int
+    """Upper bound of a document's tokens: T."""
+
+
+Visibility: TypeAlias = "Tensor | Documents | BlockMask | None"
+"""None: all earlier tokens. Tensor: True where a query (row) sees a key, bool [B, 1, T, S]."""
+
+
+def visibility(document_ids: Tensor | None, kernel: AttentionKernel) -> Visibility:
+    """What `attend` needs for documents, int [B, T]; without them every kernel is torch's causal attention."""
+    if document_ids is None:
+        return None
+    match kernel:
+        case AttentionKernel.flash:
+            return _documents(document_ids)
+        case AttentionKernel.flex:
+            return _block_mask(document_ids)
+        case _:
+            return _mask(document_ids)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v over what is visible: q [B, H, T, K], k and v [B, G, S, K] -> [B, H, T, K].
+
+    Query head h reads key/value head h // (H / G).
+    """
+    n_repeats = q.shape[1] // k.shape[1]
+    if visible is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=n_repeats > 1)
+    if isinstance(visible, Tensor):
+        if n_repeats > 1:
+            # With a mask, CUDA has no fast kernel that groups queries itself: it would hold all scores.
+            k, v = k.repeat_interleave(n_repeats, dim=1), v.repeat_interleave(n_repeats, dim=1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    if isinstance(visible, Documents):
+        return _attend_by_document(q, k, v, visible)
+    return _attend_by_blocks(q, k, v, visible)
+
+
+def _mask(document_ids: Tensor) -> Tensor:
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+    return same.tril()
+
+
+# ---- flash: each document by itself, so that nothing is computed and then masked -----------------------------------
+
+
+def _documents(document_ids: Tensor) -> Documents:
+    first = torch.ones_like(document_ids, dtype=torch.bool)
+    first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    # On a GPU this waits for the device, once per forward pass: how many there are decides the shape.
+    starts = first.flatten().nonzero()[:, 0]
+    starts = F.pad(starts, (0, 1), value=document_ids.numel()).to(torch.int32)
+    # Else a compiled block would be compiled anew for each number of documents.
+    torch._dynamo.mark_dynamic(starts, 0)
+    return Documents(starts, document_ids.shape[1])
+
+
+def _attend_by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    n_rows = q.shape[0]
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [N, heads, K]
+    if q.device.type == "cpu":
+        y, _ = attend_on_cpu(q, k, v, documents.starts)
+    else:
+        y = _attend_on_gpu(q, k, v, documents)
+    return y.unflatten(0, (n_rows, -1)).transpose(1, 2)
+
+
+def _attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """FlashAttention-2 (Dao, 2023), as torch has it."""
+    from torch.nn.attention.varlen import varlen_attn  # takes 2 s to import
+
+    starts, longest = documents
+    return varlen_attn(  # type: ignore[return-value]
+        q, k, v, starts, starts, longest, longest, window_size=(-1, 0), enable_gqa=True
+    )
+
+
+@torch.library.custom_op("pretrain::attend_on_cpu", mutates_args=())
+def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal attention of each document of q [N, H, K], k, v [N, G, K]; and log-sum-exps [N, H] in fp32.
+
+    One operator, since torch.compile cannot follow shapes that depend on data, and autograd of many parts is slow.
+    """
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    for start, stop in pairwise(starts.tolist()):
+        y, lse_of_heads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *_heads(q.shape[1], start, stop, q, k, v), is_causal=True
+        )
+        out[start:stop], lse[start:stop] = y[0].transpose(0, 1), lse_of_heads[0].transpose(0, 1)
+    return out, lse
+
+
+@attend_on_cpu.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("pretrain::attend_on_cpu_backward", mutates_args=())
+def _attend_on_cpu_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    n_heads, n_groups = q.shape[1], k.shape[1]
+    for start, stop in pairwise(starts.tolist()):
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *_heads(n_heads, start, stop, dy, q, k, v, y),
+            lse[start:stop].transpose(0, 1)[None],
+            0.0,
+            is_causal=True,
+        )
+        dq_part, dk_part, dv_part = (x[0].transpose(0, 1) for x in found)  # [n, H, K]
+        dq[start:stop] = dq_part
+        dk[start:stop] = dk_part.unflatten(1, (n_groups, -1)).sum(2)
+        dv[start:stop] = dv_part.unflatten(1, (n_groups, -1)).sum(2)
+    return dq, dk, dv
+
+
+@_attend_on_cpu_backward.register_fake
+def _(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _heads(n_heads: int, start: int, stop: int, *tensors: Tensor) -> list[Tensor]:
+    """Of each [N, heads, K] the tokens of one document as [1, n_heads, n, K]."""
+    parts = (x[start:stop] for x in tensors)
+    return [x.repeat_interleave(n_heads // x.shape[1], dim=1).transpose(0, 1)[None] for x in parts]
+
+
+def _save_for_backward(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    q, k, v, starts = inputs
+    ctx.save_for_backward(q, k, v, *output, starts)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor, _: Tensor | None) -> tuple:
+    return *_attend_on_cpu_backward(dy, *ctx.saved_tensors), None  # type: ignore[attr-defined]
+
+
+attend_on_cpu.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+# ---- flex: blocks that nobody may see are left out ------------------------------------------------------------------
+
+
+def _block_mask(document_ids: Tensor) -> BlockMask:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document_ids[row, query] == document_ids[row, key])
+
+    n_rows, length = document_ids.shape
+    # Compiled, it never holds the [B, 1, T, T] mask that it is made of.
+    make = create_block_mask if document_ids.device.type == "cpu" else torch.compile(create_block_mask)
+    return make(sees, n_rows, None, length, length, device=document_ids.device)
+
+
+def _attend_by_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
+    """FlexAttention (Dong et al., 2024). Compiled it is a kernel; else, on a CPU, all scores, and no backward."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    inside = torch.compiler.is_compiling() or q.device.type == "cpu"
+    flex = flex_attention if inside else torch.compile(flex_attention)
+    return flex(q, k, v, block_mask=blocks, enable_gqa=True)  # type: ignore[return-value]

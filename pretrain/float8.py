@@ -1,0 +1,64 @@
+"""Products of activations and weights in 8-bit floating point, forward and backward (Micikevicius et al., 2022).
+
+Each factor has one scale, so that its largest value is the largest of the format: e4m3 for activations and weights,
+e5m2, with more range, for gradients. Scales are found anew each time, from the values themselves. Weights, their
+gradients and sums stay as they are. The recipe is torchao's "tensorwise".
+
+Shapes: N tokens, I and O widths; I, O and N are multiples of 16, which `torch._scaled_mm` asks for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_E4M3, _E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., I] @ weight [O, I] transposed -> [..., O] in the dtype of x, as F.linear."""
+    return _Product.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+
+
+class _Product(torch.autograd.Function):
+    """Keeps the weight itself for the backward pass: of a view of it, ZeRO-3 could not let go."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        x8, x_scale = _rounded(x, _E4M3)
+        w8, w_scale = _rounded(weight, _E4M3)
+        return _multiplied(x8, x_scale, w8.t(), w_scale, x.dtype, fast=True)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        dy8, dy_scale = _rounded(dy, _E5M2)
+        x8, x_scale = _rounded(x, _E4M3)
+        w8, w_scale = _rounded(weight, _E4M3)
+        dx = _multiplied(dy8, dy_scale, w8, w_scale, x.dtype)
+        dw = _multiplied(dy8.t(), dy_scale, x8, x_scale, weight.dtype)
+        return dx, dw
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x in 8 bits, and the fp32 scalar that it is to be multiplied by."""
+    largest = torch.finfo(dtype).max
+    scale = x.abs().amax().float().clamp(min=1e-12) / largest
+    return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
+
+
+def _multiplied(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool = False
+) -> Tensor:
+    """a [M, K] @ b [K, N]. The device wants a by rows, b by columns. `fast`: sums in less than fp32."""
+    return torch._scaled_mm(
+        a.contiguous(),
+        b.t().contiguous().t(),
+        scale_a=a_scale,
+        scale_b=b_scale,
+        out_dtype=dtype,
+        use_fast_accum=fast,
+    )
