@@ -24,11 +24,11 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.data_schemas import BadChunk, DataConfig, Packing, SourceConfig, StageConfig
+from pretrain.engine_schemas import EngineConfig
 from pretrain.schemas import (
     AttentionKernel,
     CheckpointConfig,
     ConfigError,
-    EngineConfig,
     EvaluationConfig,
     ExitCode,
     KernelsConfig,
@@ -143,7 +143,9 @@ class TrainConfig:
             )
         if self.data.manifest is None and not self.data.sources:
             raise ConfigError("data.manifest is missing; give the manifest.json of a prepared corpus")
-        self.kernels.check(self.model, self.engine, {stage.sequence_length for stage in self.stages})
+        self.kernels.check(
+            self.model, self.engine.precision, {stage.sequence_length for stage in self.stages}
+        )
         warmup, total = self.schedule.warmup_steps, self.n_steps
         if warmup >= total and self.schedule.name is not ScheduleName.constant:
             raise ConfigError(

@@ -28,6 +28,7 @@ from deepspeed.utils import groups, set_z3_leaf_modules
 
 from pretrain.config import ConfigError, KernelsConfig, OptimizerName, Precision, Switch, TrainConfig
 from pretrain.distributed import World, gather_objects, seed_step, sum_over_ranks
+from pretrain.engine_schemas import NVME_SUB_GROUP_ELEMENTS
 from pretrain.engine_state import EngineState
 from pretrain.heartbeat import mark
 from pretrain.kernels import capability_of, resolve
@@ -35,7 +36,6 @@ from pretrain.loader import Batch
 from pretrain.model import Block, Decoder, LossSums
 from pretrain.objectives import training_loss
 from pretrain.optim import build_optimizer, parameter_groups
-from pretrain.schemas import NVME_SUB_GROUP_ELEMENTS
 
 # DeepSpeed calls collectives by names that torch has begun to rename; nothing a user can do.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

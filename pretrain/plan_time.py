@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pretrain.engine_schemas import EngineConfig
 from pretrain.hardware import Gpu
 from pretrain.plan_memory import (
     Pass,
@@ -18,7 +19,7 @@ from pretrain.plan_memory import (
     persistent_elements,
     saved_bytes_per_token,
 )
-from pretrain.schemas import ConfigError, EngineConfig, ModelConfig, Precision, Recompute
+from pretrain.schemas import ConfigError, ModelConfig, Precision, Recompute
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from pretrain.config import AttentionKernel, Recompute, TrainConfig
+from pretrain.engine_schemas import EngineConfig
 from pretrain.hardware import GIB
 from pretrain.plan_memory import Pass, Sharding, count_parameters, memory_bytes
 from pretrain.plan_time import (
@@ -25,7 +26,7 @@ from pretrain.plan_time import (
     mfu_frac,
     step_time,
 )
-from pretrain.schemas import ConfigError, EngineConfig, ModelConfig, Precision
+from pretrain.schemas import ConfigError, ModelConfig, Precision
 
 MEASURED, FITTED, PROJECTED = "measured", "fitted", "projected"
 BYTES_PER_PARAMETER_SAVED = 12
