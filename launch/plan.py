@@ -128,6 +128,7 @@ class PlanConfig(TrainConfig):
         elif self.micro_batch_sequences is None:
             self.micro_batch_sequences = TRAINED_MICRO_BATCH
         TrainConfig.__post_init__(self)
+        self.engine.check_ranks(ranks, self.cluster.gpus_per_node)
 
 
 def main(config: PlanConfig) -> None:

@@ -240,15 +240,7 @@ def _check(config: SubmitConfig) -> None:
     if config.init_from is not None and not Path(config.init_from).is_dir():
         raise ConfigError(f"init_from={config.init_from} does not exist; give the run_dir of a trained run")
     resolve_inputs(config, config.cluster.world_size)
-    per_node, shared_by = (
-        config.cluster.world_size // config.cluster.nodes,
-        config.engine.sequence_parallel_ranks,
-    )
-    if per_node % shared_by:
-        raise ConfigError(
-            f"engine.sequence_parallel_ranks={shared_by} does not divide the {per_node} ranks of a node, and those "
-            "that share sequences must be on one; change either"
-        )
+    config.engine.check_ranks(config.cluster.world_size, config.cluster.world_size // config.cluster.nodes)
 
 
 def _next_folder(parent: Path) -> Path:

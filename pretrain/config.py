@@ -25,11 +25,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.cluster_schemas import ClusterConfig, PreflightConfig
 from pretrain.data_schemas import BadChunk, DataConfig, Packing, SourceConfig, StageConfig
+from pretrain.engine_schemas import EngineConfig
 from pretrain.schemas import (
     AttentionKernel,
     CheckpointConfig,
     ConfigError,
-    EngineConfig,
     EvaluationConfig,
     ExitCode,
     KernelsConfig,
@@ -156,7 +156,9 @@ class TrainConfig:
         _check_sequence_parallel(self)
         if self.data.manifest is None and not self.data.sources:
             raise ConfigError("data.manifest is missing; give the manifest.json of a prepared corpus")
-        self.kernels.check(self.model, self.engine, {stage.sequence_length for stage in self.stages})
+        self.kernels.check(
+            self.model, self.engine.precision, {stage.sequence_length for stage in self.stages}
+        )
         warmup, total = self.schedule.warmup_steps, self.n_steps
         if warmup >= total and self.schedule.name is not ScheduleName.constant:
             raise ConfigError(

@@ -6,12 +6,15 @@ exchanges weights and moments with `checkpoint.py`.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +24,11 @@ import torch.distributed as dist
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
-from deepspeed.utils import set_z3_leaf_modules
+from deepspeed.utils import groups, set_z3_leaf_modules
 
-from pretrain.config import KernelsConfig, OptimizerName, Precision, Switch, TrainConfig
-from pretrain.distributed import World, seed_step
+from pretrain.config import ConfigError, KernelsConfig, OptimizerName, Precision, Switch, TrainConfig
+from pretrain.distributed import World, gather_objects, seed_step
+from pretrain.engine_schemas import NVME_SUB_GROUP_ELEMENTS
 from pretrain.engine_state import EngineState
 from pretrain.heartbeat import mark
 from pretrain.kernels import capability_of, resolve
@@ -56,8 +60,8 @@ class StepResult:
     """1 where this rank's weights or moments were not as the update before had left them, else 0; on a device."""
 
 
-def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed dictionary of a run."""
+def deepspeed_config(config: TrainConfig, world_size: int, files: Path | None = None) -> dict[str, Any]:
+    """The DeepSpeed dictionary of a run. `files`: folder of this rank's optimizer, where it is on NVMe."""
     engine, accum_steps = config.engine, config.grad_accum_steps(world_size)
     zero: dict[str, Any] = {
         "stage": engine.zero_stage,
@@ -72,8 +76,15 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
             "stage3_max_live_parameters": engine.max_live_elements,
             "stage3_max_reuse_distance": engine.max_live_elements,
         }
+        if engine.hpz_partition_ranks > 1:
+            zero["zero_hpz_partition_size"] = engine.hpz_partition_ranks
+        zero["zero_quantized_weights"] = engine.quantized_weights
+        zero["zero_quantized_gradients"] = engine.quantized_gradients
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if files is not None:
+        zero["offload_optimizer"] |= {"device": "nvme", "nvme_path": str(files)}
+        zero["sub_group_size"] = NVME_SUB_GROUP_ELEMENTS
     if engine.offload_params:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     result: dict[str, Any] = {
@@ -90,7 +101,38 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     if engine.zero_stage == 3:
         # Micro batches are summed in fp32. Stages 1 and 2 sum them in bf16: fp32 there selects another wrapper.
         result["data_types"] = {"grad_accum_dtype": "fp32"}
+    if engine.quantized_gradients:
+        # The kernels of qgZ read any tensor's bits as fp16 (csrc/quantization/pt_binding.cpp, ds_swizzle_quant).
+        result["communication_data_type"] = "fp16"
     return _merged(result, engine.deepspeed_overrides)
+
+
+def _host_problem(config: TrainConfig, folder: Path | None) -> str | None:
+    """What this host lacks for the configuration. Empties `folder`, where an optimizer on NVMe keeps its files."""
+    engine = config.engine
+    if (engine.quantized_weights or engine.quantized_gradients) and not torch.cuda.is_available():
+        return (
+            f"engine.quantized_weights={engine.quantized_weights}, engine.quantized_gradients="
+            f"{engine.quantized_gradients}: DeepSpeed quantizes on NVIDIA GPUs only; set both to false"
+        )
+    if folder is None:
+        return None
+    if not deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible(verbose=False):
+        return f"engine.nvme_path={engine.nvme_path} needs the library libaio (Debian and Ubuntu: libaio-dev)"
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
+        folder.mkdir()
+    except OSError as error:
+        return f"engine.nvme_path={engine.nvme_path} cannot be written to ({error.strerror}); give an existing folder"
+    return None
+
+
+def nvme_folder(config: TrainConfig, rank: int) -> Path | None:
+    """Where a rank keeps its optimizer: its own, so that ranks and runs of one host do not meet."""
+    if config.engine.nvme_path is None:
+        return None
+    run = hashlib.sha256(str(Path(config.run_dir).resolve()).encode()).hexdigest()[:12]
+    return Path(config.engine.nvme_path) / f"pretrain-{run}-rank{rank}"
 
 
 def _compiles(kernels: KernelsConfig, device: torch.device) -> bool:
@@ -118,11 +160,16 @@ class Engine:
         # Compiled at each start for 30 to 90 s, used by inference only, and leaks shared memory.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
-        settings = deepspeed_config(config, world.size)
+        stage, self._files = config.engine.zero_stage, nvme_folder(config, world.rank)
+        self._check_hosts()
+        settings = deepspeed_config(config, world.size, self._files)
         self._sequences = SequenceGroup(world) if world.sequence_ranks > 1 else None
-        stage = config.engine.zero_stage
         with deepspeed.zero.Init(
-            config_dict_or_path=settings, enabled=stage == 3, mem_efficient_linear=False
+            config_dict_or_path=settings,
+            enabled=stage == 3,
+            mem_efficient_linear=False,
+            # hpZ's, where an engine before this one has made it.
+            zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
         ):
             model = Decoder(config.model, config.seed, kernels)
         if self._sequences is not None:
@@ -143,6 +190,18 @@ class Engine:
             self._deepspeed.optimizer, self._optimizer, self._parameters, config.optim, stage, world
         )
         """Weights and moments, to be copied for a checkpoint and put back."""
+
+    def _check_hosts(self) -> None:
+        """Raise ConfigError on all ranks where one host lacks something: only the host itself can tell."""
+        found = gather_objects((_host_problem(self.config, self._files), os.uname().nodename), self.world)
+        for problem, host in found:
+            if problem:
+                raise ConfigError(f"{problem} (seen on {host})")
+
+    def close(self) -> None:
+        """Delete the files of an optimizer on NVMe. Nothing of the engine can be used afterwards."""
+        if self._files is not None:
+            shutil.rmtree(self._files, ignore_errors=True)
 
     def set_micro_batch(self, config: TrainConfig) -> None:
         """Another micro batch from the next step on: as if the engine had been made with this configuration."""

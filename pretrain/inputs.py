@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain.config import ConfigError, TrainConfig
+from pretrain.config import ConfigError, TrainConfig, launched_local_size
 from pretrain.manifest import load_manifest
 from pretrain.remote import as_path, check_url, exists, folder_of, is_remote
 from pretrain.tokenizer import TOKENIZER_NAMES
@@ -21,6 +21,7 @@ def resolve_inputs(config: TrainConfig, world_size: int) -> TrainConfig:
     Reads manifests only; imports no torch, so that a mistake is answered at once.
     """
     config.grad_accum_steps(world_size)
+    config.engine.check_ranks(world_size, launched_local_size())
     _check_urls(config)
     patience = config.data.read_timeout_s
     manifests = {

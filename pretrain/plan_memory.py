@@ -18,8 +18,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pretrain.engine_schemas import NVME_SUB_GROUP_ELEMENTS, EngineConfig
 from pretrain.hardware import GIB
-from pretrain.schemas import EngineConfig, ModelConfig, Precision, Recompute
+from pretrain.schemas import ModelConfig, Precision, Recompute
 
 CONTEXT_BYTES = 1.5 * GIB
 """Assumed: CUDA context, NCCL's and cuBLAS's buffers."""
@@ -35,8 +36,6 @@ class Sharding:
     """Ranks of the job."""
     n_shards: int
     """Ranks that hold one copy of the state together; the job has n_ranks / n_shards copies."""
-    hpz_ranks: int = 0
-    """ZeRO++: each group of so many ranks holds one more copy of the bf16 parameters, to gather it from; 0: none."""
 
 
 def parameter_sizes(model: ModelConfig) -> list[tuple[int, int]]:
@@ -125,8 +124,8 @@ def state_bytes(model: ModelConfig, engine: EngineConfig, sharding: Sharding) ->
                 "moments": 8 * share,
                 "gradients": 4 * share,
             }
-            if sharding.hpz_ranks:
-                held["secondary parameters (hpZ)"] = width * -(-total // sharding.hpz_ranks)
+            if engine.hpz_partition_ranks > 1:
+                held["secondary parameters (hpZ)"] = width * -(-total // engine.hpz_partition_ranks)
             return held
 
 
@@ -227,6 +226,10 @@ def memory_bytes(
         for part in ("masters", "moments", "gradients"):
             if part != "gradients" or engine.zero_stage > 1:
                 host[part] = device.pop(part)
+    if engine.nvme_path is not None:  # the gradients stay, and four buffers of what is updated at a time
+        del host["masters"], host["moments"]
+        share = -(-count_parameters(model) // sharding.n_shards)
+        host["buffers for NVMe"] = 4 * 4 * min(NVME_SUB_GROUP_ELEMENTS, share)
     if engine.offload_params:
         host["parameters"] = device.pop("parameters")
     device |= buffer_bytes(model, engine, sharding)

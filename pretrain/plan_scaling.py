@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pretrain.config import EngineConfig, ModelConfig, Recompute
 from pretrain.hardware import known_gpu
 from pretrain.plan_memory import Pass, Sharding, memory_bytes
-from pretrain.plan_time import Cluster, StepTime, ZeroPlusPlus, mfu_frac, step_time
+from pretrain.plan_time import Cluster, StepTime, mfu_frac, step_time
 
 SEQUENCE_LENGTH = 4096
 GLOBAL_BATCH_SEQUENCES = 4096
@@ -22,6 +22,7 @@ SHAPES = {
     "70b": ModelConfig(n_layers=80, d_model=8192, n_heads=64, n_kv_heads=8, d_ff=28672, vocab_size=32_000),
 }
 ENGINE = EngineConfig(zero_stage=3)
+ZEROPP = EngineConfig(hpz_partition_ranks=GPUS_PER_NODE, quantized_weights=True, quantized_gradients=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,14 +30,14 @@ class Scheme:
     """One way to cut the state of stage 3."""
 
     name: str
-    quantized: ZeroPlusPlus
+    engine: EngineConfig
     hybrid: bool = False
 
 
 SCHEMES = (
-    Scheme(name="ZeRO-3", quantized=ZeroPlusPlus()),
-    Scheme(name="ZeRO++", quantized=ZeroPlusPlus(hpz=True, qwz=True, qgz=True)),
-    Scheme(name="hybrid", quantized=ZeroPlusPlus(), hybrid=True),
+    Scheme(name="ZeRO-3", engine=ENGINE),
+    Scheme(name="ZeRO++", engine=ZEROPP),
+    Scheme(name="hybrid", engine=ENGINE, hybrid=True),
 )
 
 
@@ -57,17 +58,11 @@ def best_step(model: ModelConfig, scheme: Scheme, cluster: Cluster) -> tuple[Ste
                 continue
             for recompute in Recompute:
                 shape = replace(model, activation_checkpointing=recompute)
-                sharding = Sharding(
-                    n_ranks=n, n_shards=n_shards, hpz_ranks=GPUS_PER_NODE if scheme.quantized.hpz else 0
-                )
+                sharding = Sharding(n_ranks=n, n_shards=n_shards)
                 each = Pass(sequences=micro, sequence_length=SEQUENCE_LENGTH, masked=False)
-                device, _ = memory_bytes(shape, ENGINE, sharding, each)
+                device, _ = memory_bytes(shape, scheme.engine, sharding, each)
                 if sum(device.values()) <= cluster.gpu.memory_bytes:
-                    found.append(
-                        step_time(
-                            shape, ENGINE, sharding, cluster, each, share // micro, quantized=scheme.quantized
-                        )
-                    )
+                    found.append(step_time(shape, scheme.engine, sharding, cluster, each, share // micro))
         if found:
             return min(found, key=lambda step: step.total_s), n_shards
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pretrain.engine_schemas import EngineConfig
 from pretrain.hardware import Gpu
 from pretrain.plan_memory import (
     Pass,
@@ -18,7 +19,7 @@ from pretrain.plan_memory import (
     persistent_elements,
     saved_bytes_per_token,
 )
-from pretrain.schemas import ConfigError, EngineConfig, ModelConfig, Precision, Recompute
+from pretrain.schemas import ConfigError, ModelConfig, Precision, Recompute
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +57,8 @@ HBM_FRAC = 0.8
 """Assumed: of the memory bandwidth that an optimizer's kernel reaches."""
 HOST_BYTES_PER_S = 30e9
 """Of one rank that updates on the host: AdamW moved 28 bytes for each of 57.7 million values in 54 ms here."""
+NVME_BYTES_PER_S = 1e9
+"""Assumed: of one rank, reading or writing, where the ranks of a host share a disk."""
 HOST_S_PER_BLOCK = {0: 4.8e-3, 1: 4.8e-3, 2: 4.8e-3, 3: 14.8e-3}
 """By stage: what the host's main thread takes for one block and micro batch, forward and backward: launching operations
 and, under stage 3, DeepSpeed's hooks. Its CPU time in 2-rank runs here, 12 blocks less 4, where computing is next to
@@ -117,24 +120,8 @@ class Collective:
         return self.rounds * self.payload_bytes * (self.nodes - 1) / self.nodes
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ZeroPlusPlus:
-    """Parts of ZeRO++ (Wang et al., 2023)."""
-
-    hpz: bool = False
-    """The backward pass gathers within the node, from a second copy."""
-    qwz: bool = False
-    """Parameters travel as 8-bit integers in the forward pass."""
-    qgz: bool = False
-    """Gradients travel as 4-bit integers."""
-
-
 def collectives(
-    model: ModelConfig,
-    engine: EngineConfig,
-    sharding: Sharding,
-    cluster: Cluster,
-    quantized: ZeroPlusPlus | None = None,
+    model: ModelConfig, engine: EngineConfig, sharding: Sharding, cluster: Cluster
 ) -> tuple[list[Collective], list[Collective]]:
     """Those of each micro batch, and those once per step.
 
@@ -143,7 +130,7 @@ def collectives(
     for the backward pass, and scatters the sum of the gradients. Stages 1 and 2 gather parameters after the update.
     """
     width, stage = element_bytes(engine), engine.zero_stage
-    total, n, plus = count_parameters(model), sharding.n_shards, quantized or ZeroPlusPlus()
+    total, n = count_parameters(model), sharding.n_shards
     everywhere = (cluster.n_ranks, min(cluster.gpus_per_node, cluster.n_ranks))
     buckets = max(1, -(-total // engine.reduce_bucket_elements))
 
@@ -165,11 +152,12 @@ def collectives(
     small, kept = persistent_elements(model, engine), kept_elements(model, engine)
     forward, backward = total - small, total - small - kept
     blocks = model.n_layers + 2
-    again = shards if not plus.hpz else (min(sharding.hpz_ranks, n), min(sharding.hpz_ranks, n))
+    near = min(engine.hpz_partition_ranks, n)
+    again = (near, near) if near > 1 else shards
     each = [
-        make("all-gather", "forward", forward / (2 if plus.qwz else 1), blocks, shards),
+        make("all-gather", "forward", forward / (2 if engine.quantized_weights else 1), blocks, shards),
         make("all-gather", "backward", backward, blocks if backward else 0, again),
-        make("reduce-scatter", "backward", total / (4 if plus.qgz else 1), buckets, shards),
+        make("reduce-scatter", "backward", total / (4 if engine.quantized_gradients else 1), buckets, shards),
     ]
     once = [make("all-gather", "update", small, 1, shards)] if small else []
     copies = cluster.n_ranks // n
@@ -239,7 +227,8 @@ def optimizer_s(model: ModelConfig, engine: EngineConfig, sharding: Sharding, gp
     if not engine.offload_optimizer:
         return 30 * share / (gpu.hbm_bytes_per_s * HBM_FRAC)
     over = share * (4 + element_bytes(engine)) / gpu.pcie_bytes_per_s
-    return over + 30 * share / HOST_BYTES_PER_S
+    disk = 24 * share / NVME_BYTES_PER_S if engine.nvme_path is not None else 0.0  # 12 bytes read, 12 written
+    return over + 30 * share / HOST_BYTES_PER_S + disk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -276,7 +265,6 @@ def step_time(
     each: Pass,
     accum_steps: int,
     *,
-    quantized: ZeroPlusPlus | None = None,
     constants: Calibration | None = None,
     host_s_per_block: float | None = None,
 ) -> StepTime:
@@ -287,7 +275,7 @@ def step_time(
     backward pass. `host_s_per_block` None: HOST_S_PER_BLOCK.
     """
     fitted = constants or CALIBRATIONS[cluster.gpu.calibrated_as]
-    micro, once = collectives(model, engine, sharding, cluster, quantized)
+    micro, once = collectives(model, engine, sharding, cluster)
     forward, backward = compute_s(model, engine, each, cluster.gpu, fitted)
     host = HOST_S_PER_BLOCK[engine.zero_stage] if host_s_per_block is None else host_s_per_block
     third = host * model.n_layers / 3

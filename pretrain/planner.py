@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from pretrain.config import AUTO, AttentionKernel, Recompute, TrainConfig
+from pretrain.engine_schemas import EngineConfig
 from pretrain.hardware import GIB
 from pretrain.plan_memory import Pass, Sharding, count_parameters, memory_bytes
 from pretrain.plan_time import (
@@ -25,7 +26,7 @@ from pretrain.plan_time import (
     mfu_frac,
     step_time,
 )
-from pretrain.schemas import ConfigError, EngineConfig, ModelConfig, Precision
+from pretrain.schemas import ConfigError, ModelConfig, Precision
 
 MEASURED, FITTED, PROJECTED = "measured", "fitted", "projected"
 BYTES_PER_PARAMETER_SAVED = 12
@@ -76,6 +77,10 @@ class Option:
             _CHECKPOINTING[self.model.activation_checkpointing],
             "offload optimizer" if self.engine.offload_optimizer else "",
             "offload parameters" if self.engine.offload_params else "",
+            "on NVMe" if self.engine.nvme_path is not None else "",
+            f"hpZ {self.engine.hpz_partition_ranks}" if self.engine.hpz_partition_ranks > 1 else "",
+            "qwZ" if self.engine.quantized_weights else "",
+            "qgZ" if self.engine.quantized_gradients else "",
         ]
         words = [f"ZeRO-{self.engine.zero_stage}", f"micro batch {self.each.sequences}", *filter(None, extra)]
         return ", ".join(words)
@@ -90,6 +95,10 @@ class Option:
             f"model.activation_checkpointing={self.model.activation_checkpointing.value}",
             f"engine.offload_optimizer={str(engine.offload_optimizer).lower()}",
             f"engine.offload_params={str(engine.offload_params).lower()}",
+            f"engine.nvme_path={'null' if engine.nvme_path is None else engine.nvme_path}",
+            f"engine.hpz_partition_ranks={engine.hpz_partition_ranks}",
+            f"engine.quantized_weights={str(engine.quantized_weights).lower()}",
+            f"engine.quantized_gradients={str(engine.quantized_gradients).lower()}",
         ]
 
 
@@ -145,9 +154,7 @@ def options(config: TrainConfig, cluster: Cluster, search: bool = True) -> Itera
                         continue
                     yield Option(
                         model=replace(model, activation_checkpointing=recompute),
-                        engine=replace(
-                            engine, zero_stage=stage, offload_optimizer=optimizer, offload_params=params
-                        ),
+                        engine=_with(engine, stage, optimizer, params),
                         sharding=Sharding(n_ranks=n, n_shards=n),
                         each=Pass(
                             sequences=micro,
@@ -156,6 +163,20 @@ def options(config: TrainConfig, cluster: Cluster, search: bool = True) -> Itera
                         ),
                         accum_steps=share // micro,
                     )
+
+
+def _with(engine: EngineConfig, stage: int, optimizer: bool, params: bool) -> EngineConfig:
+    """The configured engine with another stage and offload; what then cannot be is off."""
+    return replace(
+        engine,
+        zero_stage=stage,
+        offload_optimizer=optimizer,
+        offload_params=params,
+        nvme_path=engine.nvme_path if stage == 3 and optimizer else None,
+        hpz_partition_ranks=engine.hpz_partition_ranks if stage == 3 and not params else 1,
+        quantized_weights=engine.quantized_weights and stage == 3,
+        quantized_gradients=engine.quantized_gradients and stage == 3,
+    )
 
 
 def judge(

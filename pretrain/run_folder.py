@@ -24,7 +24,7 @@ def check_resumable(config: TrainConfig, state: dict[str, Any]) -> list[str]:
     if state.get("micro_batch_found"):
         old["micro_batch_sequences"] = AUTO
     changed = [key for key in new if old.get(key) != new[key] and key not in NOT_OF_THE_RUN]
-    fixed = [key for key in changed if key == "seed" or _shapes_the_run(key)]
+    fixed = [key for key in changed if key in ("seed", "optim.name") or _shapes_the_run(key)]
     if fixed:
         what = ", ".join(f"{key}={new[key]} (was {old.get(key)})" for key in fixed)
         raise ConfigError(

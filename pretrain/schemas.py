@@ -162,7 +162,7 @@ class KernelsConfig:
     liger: bool = False
     """Norms, SwiGLU and the loss by the package liger-kernel, instead of compiling them."""
 
-    def check(self, model: ModelConfig, engine: EngineConfig, sequence_lengths: set[int]) -> None:
+    def check(self, model: ModelConfig, precision: Precision, sequence_lengths: set[int]) -> None:
         """Raises ConfigError where these kernels cannot compute the model on any device."""
         if self.liger and self.compile is not Switch.never:
             raise ConfigError(
@@ -174,9 +174,9 @@ class KernelsConfig:
             )
         if not self.fp8:
             return
-        if engine.precision is not Precision.bf16:
+        if precision is not Precision.bf16:
             raise ConfigError(
-                f"kernels.fp8=true rounds bf16 values, so it needs engine.precision=bf16, not {engine.precision.value}"
+                f"kernels.fp8=true rounds bf16 values, so it needs engine.precision=bf16, not {precision.value}"
             )
         sizes = {
             "model.d_model": {model.d_model},
@@ -243,51 +243,6 @@ class ScheduleConfig:
         if self.decay_steps is not None:
             check_positive(self, "schedule", "decay_steps")
         check_fraction(self, "schedule", "min_lr_frac")
-
-
-@dataclass(kw_only=True, slots=True)
-class EngineConfig:
-    """How DeepSpeed holds and moves the model."""
-
-    zero_stage: int = 3
-    """What is partitioned over the ranks: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters."""
-    precision: Precision = Precision.bf16
-    offload_optimizer: bool = False
-    """Keep optimizer state and master weights in host memory (stages 1 to 3)."""
-    offload_params: bool = False
-    """Keep the bf16 parameter partitions in host memory (stage 3)."""
-    reduce_bucket_elements: int = 50_000_000
-    """Gradients are reduced in buckets of this many elements."""
-    prefetch_bucket_elements: int = 50_000_000
-    """Stage 3: parameters gathered ahead of use."""
-    persistence_threshold_elements: int = 100_000
-    """Stage 3: smaller parameters stay whole on every rank."""
-    max_live_elements: int = 1_000_000_000
-    """Stage 3: gathered parameters kept at most."""
-    sequence_parallel_ranks: int = 1
-    """So many neighboring ranks share each sequence, for long ones (Ulysses); 1: each rank has sequences of its own."""
-    timeout_s: int = 1800
-    """A collective that takes longer ends the process."""
-    deepspeed_overrides: dict[str, Any] = field(default_factory=dict)
-    """Raw DeepSpeed keys, merged last; for experts."""
-
-    def __post_init__(self) -> None:
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ConfigError(f"engine.zero_stage={self.zero_stage} is unknown; allowed: 0, 1, 2, 3")
-        if self.zero_stage == 0 and self.precision is Precision.bf16:
-            raise ConfigError(
-                "engine.precision=bf16 with engine.zero_stage=0 is refused, since DeepSpeed's wrapper for it "
-                "applies an optimizer step at start; use engine=zero1, or engine.precision=fp32"
-            )
-        if self.offload_params and self.zero_stage != 3:
-            raise ConfigError(
-                f"engine.offload_params=true needs engine.zero_stage=3, not {self.zero_stage}: "
-                "the other stages do not partition parameters"
-            )
-        if self.offload_optimizer and self.zero_stage == 0:
-            raise ConfigError("engine.offload_optimizer=true needs engine.zero_stage 1, 2 or 3, not 0")
-        check_positive(self, "engine", "reduce_bucket_elements", "prefetch_bucket_elements", "timeout_s")
-        check_positive(self, "engine", "sequence_parallel_ranks")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -43,6 +43,7 @@ def train(config: TrainConfig, world: World, watchdog: Watchdog) -> ExitCode:
     else:
         run.monitor.event("finished", step=run.step)
     run.monitor.close(int(code))
+    run.engine.close()
     return code
 
 

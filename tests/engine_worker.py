@@ -1,8 +1,8 @@
 """One rank of the engine tests: train on fixed batches, write losses, optionally save and load a checkpoint.
 
-Argument: a JSON list of jobs {stage, precision, steps, out, load?, save?, overrides?, micro?, nothing_to_predict?},
-done in turn; `micro`: sequences per forward pass in each step, 2 by default; `nothing_to_predict` names steps all of
-whose labels are ignored.
+Argument: a JSON list of jobs {stage, precision, steps, out, load?, save?, overrides?, micro?, nothing_to_predict?,
+before_load?}, done in turn; `micro`: sequences per forward pass in each step, 2 by default; `nothing_to_predict` names
+steps all of whose labels are ignored; `before_load`: steps of other data before the checkpoint is loaded.
 """
 
 from __future__ import annotations
@@ -71,6 +71,10 @@ def run(job: dict, world: World) -> None:
     config = small_config(job["stage"], job["precision"], job.get("overrides", []))
     engine = Engine(config, world)
     first = 1
+    for step in range(90, 90 + job.get("before_load", 0)):  # what a rollback finds
+        batches = batches_of_step(step, world)
+        engine.train_step(batches, step, lr=LR)
+        engine.evaluate(batches[0])
     if "load" in job:
         path = Path(job["load"])
         assert checkpoint.verify(path, world) is None
@@ -100,7 +104,12 @@ def run(job: dict, world: World) -> None:
         }
         checkpoint.save(Path(job["save"]), last, engine.state.snapshot(), state, world)
     if world.is_main:
-        Path(job["out"]).write_text(json.dumps({"losses": losses, "norms": norms, "step": last}))
+        files = [path.name for path in Path(config.engine.nvme_path or "/none").rglob("*.swp")]
+        parameters = engine._parameters.values()
+        seconds = sum(getattr(p, "ds_secondary_tensor", None) is not None for p in parameters)
+        result = {"losses": losses, "norms": norms, "step": last, "files": files, "second_copies": seconds}
+        Path(job["out"]).write_text(json.dumps(result))
+    engine.close()
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the Debian packages of the tests that need real parts: Slurm, ssh, strace, faketime, a Docker engine.
+# Installs the Debian packages of the tests that need real parts: Slurm, ssh, strace, faketime, libaio, a Docker engine.
 #
 # Needs root and apt-get; quick where everything is there already. Without it those tests are skipped, saying why.
 set -euo pipefail
@@ -9,6 +9,8 @@ PACKAGES=(
     slurmctld slurmd slurm-client munge openssh-server openssh-client pdsh iproute2
     # faults at system calls, another clock
     strace faketime
+    # an optimizer on NVMe
+    libaio-dev
     # a Docker engine, and what makes a base image without a registry
     docker.io debootstrap docker-compose
 )

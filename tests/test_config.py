@@ -45,6 +45,7 @@ def test_defaults_compose() -> None:
 )
 def test_every_group_option_composes(group: str, option: str) -> None:
     extra = ["data.sources=[{name: a, manifest: b}]", "data.manifest=null"] if option == "mixture" else []
+    extra += ["engine.nvme_path=/nvme"] if option == "zero3_nvme" else []
     config = compose(f"{group}={option}", *extra)
     assert config.data.corpora()
 

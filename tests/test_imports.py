@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Within pretrain/ a file imports only files that stand above it here.
 ORDER = [
     "schemas",
+    "engine_schemas",
     "cluster_schemas",
     "data_schemas",
     "stages",

@@ -57,7 +57,6 @@ from pretrain.plan_time import (
     HOST_S_PER_BLOCK,
     Cluster,
     Collective,
-    ZeroPlusPlus,
     collective_s,
     collectives,
     flops_per_token,
@@ -390,11 +389,12 @@ def test_a_ring_by_hand() -> None:
 def test_volumes_of_zero_plus_plus() -> None:
     """Between nodes, in units of 2 P bytes: ZeRO-3 3, ZeRO++ 0.75 (Wang et al., 2023, table 1)."""
     model = SHAPES["7b"]
-    engine = EngineConfig(zero_stage=3, persistence_threshold_elements=0, max_live_elements=0)
+    plain = EngineConfig(zero_stage=3, persistence_threshold_elements=0, max_live_elements=0)
+    plus = replace(plain, hpz_partition_ranks=8, quantized_weights=True, quantized_gradients=True)
     cluster, unit = cluster_of(64), 2 * count_parameters(model)
-    sharding = Sharding(n_ranks=512, n_shards=512, hpz_ranks=8)
-    for plus, expected in ((None, 3.0), (ZeroPlusPlus(hpz=True, qwz=True, qgz=True), 0.75)):
-        micro, _ = collectives(model, engine, sharding, cluster, plus)
+    sharding = Sharding(n_ranks=512, n_shards=512)
+    for engine, expected in ((plain, 3.0), (plus, 0.75)):
+        micro, _ = collectives(model, engine, sharding, cluster)
         assert sum(c.between_nodes_bytes for c in micro) == pytest.approx(expected * unit * 63 / 64)
 
 
@@ -528,12 +528,32 @@ def test_search_off_plans_what_is_configured() -> None:
         "model.activation_checkpointing=none",
         "engine.offload_optimizer=false",
         "engine.offload_params=false",
+        "engine.nvme_path=null",
+        "engine.hpz_partition_ranks=1",
+        "engine.quantized_weights=false",
+        "engine.quantized_gradients=false",
     ]
     assert only.option.accum_steps == 4
     done = plan("model=1b", "data.tokens=1_000_000_000", "cluster.nodes=1", "search=false", "json=true")
     values = json.loads(done.stdout.splitlines()[-1])
     assert "micro_batch_sequences=4" in values["overrides"], "as launch/train.py has it"
     assert len(values["ranked"]) == 1
+
+
+def test_zero_plus_plus_and_nvme_are_planned_from_their_keys() -> None:
+    """And every option is one that training would accept: another stage goes without them."""
+    ranked = make_plan(a_config("engine=zeropp"), cluster_of(2), SITE).ranked
+    assert {j.option.engine.zero_stage for j in ranked} == {1, 2, 3}
+    for option in (j.option for j in ranked):
+        engine = option.engine
+        assert engine.quantized_gradients == (engine.zero_stage == 3)
+        assert ("hpZ 8" in option.name) == (engine.zero_stage == 3 and not engine.offload_params)
+        assert f"engine.hpz_partition_ranks={engine.hpz_partition_ranks}" in option.overrides
+    words = ("engine=zero3_nvme", "engine.nvme_path=/nvme", "micro_batch_sequences=2")
+    [nvme] = make_plan(a_config(*words), cluster_of(1), SITE, search=False).ranked
+    [host] = make_plan(a_config("engine=zero3_offload", words[2]), cluster_of(1), SITE, search=False).ranked
+    assert "masters" in host.host and "masters" not in nvme.host and "moments" not in nvme.host
+    assert nvme.step.optimizer_s > host.step.optimizer_s
 
 
 def test_cost_and_days_follow_from_the_step() -> None:
