@@ -180,7 +180,7 @@ class Engine:
             # under selective activation checkpointing).
             set_z3_leaf_modules(model, [Block])
         if _compiles(config.kernels, world.device):
-            model.compile_parts()
+            model.compile_parts(fall_back=config.kernels.compile is Switch.auto)
         named = list(model.named_parameters())
         self._stage = stage
         self._parameters = dict(named)

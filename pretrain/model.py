@@ -286,12 +286,15 @@ class Decoder(nn.Module):
         for block in self.blocks:
             block.attention.sequences = ranks  # type: ignore[union-attr]
 
-    def compile_parts(self) -> None:
+    def compile_parts(self, fall_back: bool = False) -> None:
         """Compile each block's computation and the loss, at their first use and anew for each shape.
+
+        `fall_back`: what cannot be compiled here is computed as it stands, and torch warns; else it raises.
 
         The functions are compiled, not the modules: hooks, by which ZeRO gathers parameters, stay outside, so that a
         block is one graph; and blocks of one shape share it.
         """
+        torch._dynamo.config.suppress_errors = fall_back
         for block in self.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
         self.head.sums = torch.compile(self.head.sums, dynamic=False)  # type: ignore[method-assign]

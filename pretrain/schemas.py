@@ -156,7 +156,7 @@ class KernelsConfig:
 
     attention: AttentionKernel = AttentionKernel.auto
     compile: Switch = Switch.auto
-    """torch.compile of each block and of the loss; auto: on a GPU."""
+    """torch.compile of each block and of the loss; auto: on a GPU, where it works."""
     fp8: bool = False
     """Products with the weights of the blocks in 8 bits (not those of the head), on GPUs from L40S and H100 on."""
     liger: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 
 import pytest
@@ -208,3 +209,26 @@ def test_they_are_for_gpus_that_can() -> None:
     for name, capability, word in refused:
         with pytest.raises(ConfigError, match=f"kernels.{name}=true.*{word}.*kernels.{name}=false"):
             resolve(config_of(f"kernels={name}"), capability)
+
+
+# ---- compiling ----
+
+
+def test_what_cannot_be_compiled_is_computed_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where compiling was chosen and not asked for, a device or an installation that cannot costs speed only."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)  # put back afterwards
+    expected = Decoder(SMALL, 0)(TOKENS, LABELS).nll_sum
+    for fall_back in (True, False):
+        torch._dynamo.reset()
+        model = Decoder(SMALL, 0)
+        model.compile_parts(fall_back)
+        if fall_back:
+            assert torch.equal(model(TOKENS, LABELS).nll_sum, expected)
+        else:
+            with pytest.raises(Exception, match="no compiler here"):
+                model(TOKENS, LABELS)
