@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up the environment and runs the tests: bash tests/run.sh [pytest arguments]
 #
-# Without arguments: the linters, the type checker and every test, quick ones first.
+# Without arguments: the linters, the type checker and every test, quick ones first (with CI=true: but the long ones).
 # With arguments: pytest alone, with them. The exit code is pytest's last failing one, or 1 where only a linter failed.
 set -euo pipefail
 
@@ -33,7 +33,12 @@ if [ $# -gt 0 ]; then
 else # quick tests on all cores, most of which wait; those with real processes one after another
     slow="integration or cluster or container"
     run -n auto --dist loadfile -m "not ($slow)"
-    run -m "$slow"
+    if [ "${CI:-}" = true ]; then
+        echo "== CI: without the tests marked long (pytest -m long)"
+        run -m "($slow) and not long"
+    else
+        run -m "$slow"
+    fi
 fi
 if [ "$status" -eq 0 ] && [ "$checks" -ne 0 ]; then
     echo "tests/run.sh: the tests passed, but a check above them failed" >&2

@@ -24,7 +24,8 @@ VARIANTS = {
     "hpz": ["engine.hpz_partition_ranks=2"],
 }
 
-pytestmark = pytest.mark.integration
+# Long: DeepSpeed compiles its reader and writer of NVMe for the first engine that has one, which takes minutes.
+pytestmark = [pytest.mark.integration, pytest.mark.long]
 ON_NVME = ("nvme", "nvme-muon")
 
 
