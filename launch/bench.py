@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from omegaconf import MISSING
 
-from pretrain.config import ConfigError, Precision, TrainConfig, load_config, run_command, to_dict
+from pretrain.config import AUTO, ConfigError, Precision, TrainConfig, load_config, run_command, to_dict
 from pretrain.inputs import resolve_inputs
 from pretrain.schemas import check_positive
 
@@ -123,14 +123,15 @@ def check_variant(text: str, config: BenchConfig) -> None:
     """Raise ConfigError where a runner cannot do what is asked of it."""
     runner, model = text.split()[0], config.model
     config.grad_accum_steps(config.bench.ranks)
-    if runner == "pretrain":
-        if config.data.manifest != SYNTHETIC:
-            resolve_inputs(config, config.bench.ranks)
-        return
     wrong = {
-        "optim.name": config.optim.name.value != "adamw",
-        "data.manifest": config.data.manifest != SYNTHETIC,
+        "micro_batch_sequences": config.micro_batch_sequences == AUTO,
+        "engine.sequence_parallel_ranks": config.engine.sequence_parallel_ranks > 1,
     }
+    if runner != "pretrain":
+        wrong |= {
+            "optim.name": config.optim.name.value != "adamw",
+            "data.manifest": config.data.manifest != SYNTHETIC,
+        }
     if RUNNERS[runner].module is not None:
         wrong |= {
             "engine.precision": config.engine.precision is not Precision.bf16,
@@ -152,6 +153,8 @@ def check_variant(text: str, config: BenchConfig) -> None:
         raise ConfigError(
             f"bench.variants: {text!r} is measured in one process; write '{text} bench.ranks=1'"
         )
+    if config.data.manifest != SYNTHETIC:
+        resolve_inputs(config, config.bench.ranks)
 
 
 def job_values(runner: str, config: BenchConfig) -> dict[str, Any]:

@@ -192,6 +192,8 @@ def script() -> ModuleType:
             "'hf_trainer' cannot do what model.qk_norm says",
         ),
         (["bench.variants=[pytorch]", "data.manifest=x.json"], "'pytorch' cannot do what data.manifest says"),
+        (["micro_batch_sequences=auto"], "'pretrain' cannot do what micro_batch_sequences says"),
+        (["bench.ranks=2", "engine=zero3_ulysses"], "cannot do what engine.sequence_parallel_ranks says"),
         (["bench.steps=0"], "bench.steps=0 must be greater than 0"),
     ],
 )

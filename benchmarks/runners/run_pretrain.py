@@ -54,6 +54,7 @@ def main() -> None:
     meter.measure(train_step)
     n_parameters = sum(torch.Size(shape).numel() for shape in engine.state.shapes.values())
     meter.report(n_parameters, deepspeed=version("deepspeed"))
+    engine.close()
     shutdown_world()
 
 
