@@ -72,6 +72,8 @@ class BenchSettings:
     """Before them: compiling, allocating; not timed."""
     repeats: int = 3
     """Runs of each variant."""
+    in_turns: bool = False
+    """All variants of a repeat at once, a step of each in turn: for small differences, where the memory is enough."""
     output: str = MISSING
     """Folder for results.json, table.md and logs. Runs there with the same settings are kept."""
     peers_python: str | None = None
@@ -177,6 +179,7 @@ def job_values(runner: str, config: BenchConfig) -> dict[str, Any]:
         "micro_batch_sequences": config.micro_batch_sequences,
         "grad_accum_steps": config.grad_accum_steps(bench.ranks),
         "seed": config.seed,
+        "in_turns": bench.in_turns and runner != "peak",
         "config": values,
     }
 

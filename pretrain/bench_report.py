@@ -35,11 +35,25 @@ def done(runs: Sequence[dict[str, Any]], variant: str) -> dict[int, dict[str, An
 
 
 def paired_ratios(
-    runs: Sequence[dict[str, Any]], variant: str, reference: str, value: str = "tokens_per_second"
+    runs: Sequence[dict[str, Any]], variant: str, reference: str, *, in_turns: bool = False
 ) -> list[float]:
-    """Of each repeat that both have done: what ran within the same minutes is compared."""
+    """Speed over the reference's, of each repeat that both have done: what ran within the same minutes is compared.
+
+    `in_turns`: of each step, which both have done one after the other.
+    """
     ours, theirs = done(runs, variant), done(runs, reference)
-    return [ours[repeat][value] / theirs[repeat][value] for repeat in sorted(ours) if repeat in theirs]
+    both = [(ours[repeat], theirs[repeat]) for repeat in sorted(ours) if repeat in theirs]
+    if not in_turns:
+        return [one["tokens_per_second"] / other["tokens_per_second"] for one, other in both]
+    steps = [zip(_step_speeds(one), _step_speeds(other), strict=True) for one, other in both]
+    return [mine / its for pairs in steps for mine, its in pairs]
+
+
+def _step_speeds(result: dict[str, Any]) -> list[float]:
+    """Tokens per second of each timed step."""
+    seconds = result["step_s"]
+    tokens = result["tokens_per_second"] * sum(seconds) / len(seconds)
+    return [tokens / one for one in seconds]
 
 
 def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
@@ -55,6 +69,8 @@ def speed_table(
     variants: Sequence[str],
     flops_per_token: dict[str, float],
     peak_flops_per_second: float,
+    *,
+    in_turns: bool = False,
 ) -> Table:
     """Tokens per second, its ratio to the first variant, MFU, memory, and the losses, which should be alike."""
     header = ["variant", "tokens/s", "ratio", "MFU", "GiB per rank", "loss first, last"]
@@ -72,7 +88,7 @@ def speed_table(
             [
                 variant,
                 spread(speeds, "{:,.0f}".format),
-                spread(paired_ratios(runs, variant, variants[0]), "{:.3f}".format),
+                spread(paired_ratios(runs, variant, variants[0], in_turns=in_turns), "{:.3f}".format),
                 spread(used, "{:.1%}".format),
                 spread(memory, "{:.2f}".format),
                 f"{losses[0]:.4f}, {losses[-1]:.4f}",

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -14,16 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pretrain.bench_ranks import Ranks, RunFailed, take_turns
 from pretrain.bench_report import alternated, markdown, merged, parts_table, speed_table
 from pretrain.bench_worker import Job
 
 ROOT = Path(__file__).resolve().parent.parent
 PEAK = "peak"
 """The runner that measures matrix products; it comes first in each repeat."""
-_TAIL_LINES = 15
 _PARAMETERS_MAY_DIFFER_FRAC = 1e-3
-_GRACE_S = 10
-"""What other ranks get to end by themselves after one has failed."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +33,6 @@ class Variant:
     job: Job
     n_parameters: int
     flops_per_token: float
-
-
-class RunFailed(Exception):
-    """A run gave no result; the text says why, and where its logs are."""
 
 
 class Session:
@@ -61,57 +53,81 @@ class Session:
 
     def run(self, say: Callable[[str], None]) -> None:
         """All runs that are missing. A variant that fails is not tried in later repeats."""
-        by_text = {variant.text: variant for variant in self.variants}
+        wanted = [(repeat, group) for repeat in range(self._repeats) for group in self._groups(repeat)]
         known = {(run["variant"], run["repeat"]) for run in self.runs}
-        wanted = [
-            (repeat, variant)
-            for repeat in range(self._repeats)
-            for variant in [self._peak, *(by_text[text] for text in alternated(list(by_text), repeat))]
+        todo = [
+            (repeat, group)
+            for repeat, group in wanted
+            if not {(variant.text, repeat) for variant in group} <= known
         ]
-        todo = [(repeat, variant) for repeat, variant in wanted if (variant.text, repeat) not in known]
-        if len(todo) < len(wanted):
-            say(f"{len(wanted) - len(todo)} runs of {self._path} are kept")
-        failed: set[str] = set()
-        for number, (repeat, variant) in enumerate(todo):
-            if variant.text in failed:
+        kept = sum(len(group) for _, group in wanted) - sum(len(group) for _, group in todo)
+        if kept:
+            say(f"{kept} runs of {self._path} are kept")
+        for number, (repeat, group) in enumerate(todo):
+            group = [variant for variant in group if variant.text not in self.problems]
+            if not group:
                 continue
-            before = f"[{number + 1}/{len(todo)}] repeat {repeat + 1}, {variant.text}:"
             started = time.monotonic()
-            run: dict[str, Any] = {"variant": variant.text, "repeat": repeat, "job": asdict(variant.job)}
-            try:
-                run["result"] = self._run_one(variant, repeat)
-                said = _said(run["result"])
-            except RunFailed as error:
-                run["problem"] = said = str(error)
-                failed.add(variant.text)
-            self.runs.append(run)
+            runs = self._run_group(group, repeat)
+            again = {(run["variant"], run["repeat"]) for run in runs}
+            self.runs = [run for run in self.runs if (run["variant"], run["repeat"]) not in again] + runs
             self.write()
             taken = time.monotonic() - started
-            self._taken_s.setdefault(variant.text, []).append(taken)
-            left = self._left_s([v.text for _, v in todo[number + 1 :] if v.text not in failed])
-            say(f"{before} {said} ({taken:.0f} s{f', about {left / 60:.0f} min left' if left else ''})")
+            self._taken_s.setdefault(_name(group), []).append(taken)
+            left = self._left_s([_name(coming) for _, coming in todo[number + 1 :]])
+            for run in runs:
+                said = _said(run["result"]) if "result" in run else run["problem"]
+                say(
+                    f"[{number + 1}/{len(todo)}] repeat {repeat + 1}, {run['variant']}: {said} "
+                    f"({taken:.0f} s{f', about {left / 60:.0f} min left' if left else ''})"
+                )
 
-    def _left_s(self, texts: list[str]) -> float:
-        """How long the coming runs will take: each as the same variant before, else as the mean of all."""
-        means = {text: sum(taken) / len(taken) for text, taken in self._taken_s.items()}
+    def _groups(self, repeat: int) -> list[list[Variant]]:
+        """What is run at once, in the order of a repeat."""
+        by_text = {variant.text: variant for variant in self.variants}
+        ordered = [by_text[text] for text in alternated(list(by_text), repeat)]
+        in_turns = self.variants[0].job.in_turns
+        return [[self._peak], *([ordered] if in_turns else [[variant] for variant in ordered])]
+
+    def _left_s(self, names: list[str]) -> float:
+        """How long the coming groups will take: each as the same one before, else as the mean of all."""
+        means = {name: sum(taken) / len(taken) for name, taken in self._taken_s.items()}
         overall = sum(means.values()) / len(means)
-        return sum(means.get(text, overall) for text in texts)
+        return sum(means.get(name, overall) for name in names)
 
-    def _run_one(self, variant: Variant, repeat: int) -> dict[str, Any]:
+    def _run_group(self, group: list[Variant], repeat: int) -> list[dict[str, Any]]:
+        """Start the processes of these variants, let them take turns, and return the run of each."""
+        deadline = time.monotonic() + self._timeout_s * len(group)
+        started: list[Ranks] = []
+        runs: list[dict[str, Any]] = []
+        try:
+            for variant in group:
+                folder = self._fresh_folder(variant, repeat)
+                command = [variant.python, str(variant.script), str(folder / "job.json")]
+                started.append(Ranks(command, folder, variant.job))
+            if group[0].job.in_turns:
+                take_turns(started, deadline)
+            for variant, ranks in zip(group, started, strict=True):
+                run: dict[str, Any] = {"variant": variant.text, "repeat": repeat, "job": asdict(variant.job)}
+                try:
+                    ranks.wait(deadline)
+                    run["result"] = _result(variant, ranks.folder)
+                except RunFailed as error:
+                    run["problem"] = str(error)
+                runs.append(run)
+        finally:
+            for ranks in started:
+                ranks.kill()
+        return runs
+
+    def _fresh_folder(self, variant: Variant, repeat: int) -> Path:
+        """For the job and the logs of one run."""
         name = re.sub(r"[^\w.=-]+", "_", variant.text)[:100]
         folder = self.folder / "logs" / f"repeat-{repeat + 1}-{name}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         (folder / "job.json").write_text(json.dumps(asdict(variant.job), indent=1))
-        command = [variant.python, str(variant.script), str(folder / "job.json")]
-        _run_ranks(command, variant.job, folder, self._timeout_s)
-        ranks = [json.loads((folder / f"rank-{r}.json").read_text()) for r in range(variant.job.ranks)]
-        if variant.job.runner == PEAK:
-            return ranks[0] | {"flops_per_second": sum(rank["flops_per_second"] for rank in ranks)}
-        found, expected = ranks[0]["n_parameters"], variant.n_parameters
-        if abs(found - expected) > _PARAMETERS_MAY_DIFFER_FRAC * expected:
-            raise RunFailed(f"has {found:,} parameters where the others have {expected:,}: not comparable")
-        return merged(ranks, variant.job.global_batch_sequences * variant.job.sequence_length)
+        return folder
 
     # ---- what was found ----
 
@@ -135,10 +151,10 @@ class Session:
         title = (
             f"{first.global_batch_sequences} x {first.sequence_length} tokens per step, {first.steps} steps, "
             f"{self._repeats} repeats; peak {peak / 1e12:.3f} TFLOP/s; median (min..max); "
-            f"ratio: to the first variant in the same repeat"
+            f"ratio: to the first variant in the same {'step, taken in turns' if first.in_turns else 'repeat'}"
         )
         return [
-            (title, speed_table(self.runs, texts, flops, peak)),
+            (title, speed_table(self.runs, texts, flops, peak, in_turns=first.in_turns)),
             (
                 "Milliseconds of a step; parts and collectives of instrumented steps",
                 parts_table(self.runs, texts),
@@ -155,56 +171,27 @@ class Session:
             new.replace(self.folder / name)
 
 
+def _name(group: list[Variant]) -> str:
+    return " / ".join(sorted(variant.text for variant in group))
+
+
+def _result(variant: Variant, folder: Path) -> dict[str, Any]:
+    """What the ranks of a run have reported, as one. Raises RunFailed where it cannot be compared with the others."""
+    job = variant.job
+    ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(job.ranks)]
+    if job.runner == PEAK:
+        return ranks[0] | {"flops_per_second": sum(rank["flops_per_second"] for rank in ranks)}
+    found, expected = ranks[0]["n_parameters"], variant.n_parameters
+    if abs(found - expected) > _PARAMETERS_MAY_DIFFER_FRAC * expected:
+        raise RunFailed(f"has {found:,} parameters where the others have {expected:,}: not comparable")
+    return merged(ranks, job.global_batch_sequences * job.sequence_length)
+
+
 def _said(result: dict[str, Any]) -> str:
     if "tokens_per_second" not in result:
         return f"{result['flops_per_second'] / 1e12:.3f} TFLOP/s"
     losses = result["losses"]
     return f"{result['tokens_per_second']:,.0f} tokens/s, loss {losses[0]:.4f} -> {losses[-1]:.4f}"
-
-
-def _run_ranks(command: list[str], job: Job, folder: Path, timeout_s: float) -> None:
-    """Start the processes of one run and wait for them. Raises RunFailed; none is left behind."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    processes = []
-    try:
-        for rank in range(job.ranks):
-            variables = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": job.ranks,
-                "LOCAL_WORLD_SIZE": job.ranks,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "OMP_NUM_THREADS": job.threads,
-                "HF_HUB_OFFLINE": 1,
-            }
-            env = os.environ | {name: str(value) for name, value in variables.items()}
-            with (folder / f"rank-{rank}.log").open("w") as log:
-                processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
-        codes = _wait(processes, timeout_s)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-    if any(code != 0 for code in codes):
-        rank = max(range(len(codes)), key=lambda r: (codes[r] not in (0, None), codes[r] is None))
-        lines = (folder / f"rank-{rank}.log").read_text().splitlines()[-_TAIL_LINES:]
-        ended = "took too long" if codes[rank] is None else f"ended with exit code {codes[rank]}"
-        text = "\n    ".join([f"failed: rank {rank} {ended}; its last lines ({folder}):", *lines])
-        raise RunFailed(text)
-
-
-def _wait(processes: list[subprocess.Popen[bytes]], timeout_s: float) -> list[int | None]:
-    """Exit codes, None for a process that still ran at the end."""
-    deadline = time.monotonic() + timeout_s
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        if any(process.poll() for process in processes):
-            deadline = min(deadline, time.monotonic() + _GRACE_S)
-        time.sleep(0.1)
-    return [process.poll() for process in processes]
 
 
 def missing_module(python: str, module: str) -> bool:

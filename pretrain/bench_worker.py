@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import resource
+import socket
 import sys
 import time
 from collections import defaultdict
@@ -27,6 +28,8 @@ from pretrain.collectives import Traffic, counted, watch
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "rest")
 """Of a step, in which a runner tells them apart; communication is found by itself, rest is what remains."""
+TURNS_PORT = "BENCH_TURNS_PORT"
+"""Variable with the port where a process asks before each step, if several runs take turns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,8 @@ class Job:
     micro_batch_sequences: int
     grad_accum_steps: int
     seed: int
+    in_turns: bool
+    """Whether runs of all variants take turns, a step of each."""
     config: dict[str, Any]
     """All of it, for runners that build a TrainConfig."""
 
@@ -109,6 +114,8 @@ class Meter:
         self._traffic = Traffic(device)
         self._counting = ExitStack()
         self._within = False
+        port = os.environ.get(TURNS_PORT)
+        self._turns = socket.create_connection(("127.0.0.1", int(port))) if port else None
 
     def measure(self, train_step: Callable[[int], torch.Tensor | float]) -> None:
         """Do all steps. `train_step(n)`, n from 0, returns the mean loss of this rank's tokens."""
@@ -117,7 +124,10 @@ class Meter:
             self.end(train_step(step))
 
     def begin(self) -> None:
-        """A step begins."""
+        """A step begins, once it is this run's turn."""
+        if self._turns is not None:
+            self._turns.sendall(b"?")
+            self._turns.recv(1)
         first_timed = self.job.warmup_steps
         if self._step == first_timed:
             if self._size > 1 and dist.is_initialized():
@@ -135,6 +145,8 @@ class Meter:
         self._step += 1
         if self._step == self.job.all_steps:
             self._counting.close()
+            if self._turns is not None:
+                self._turns.close()
 
     @property
     def _is_counting(self) -> bool:

@@ -77,6 +77,15 @@ def test_ratios_are_of_the_same_repeat() -> None:
     assert paired_ratios(found, "b", "none") == []
 
 
+def test_ratios_in_turns_are_of_the_same_step() -> None:
+    """Seconds of steps; the second and third pair ran while the machine was slow."""
+    bare, ours = (
+        {"variant": name, "repeat": 0, "result": result(3 * tokens / sum(step_s), step_s=step_s)}
+        for name, tokens, step_s in (("bare", 8, [1.0, 2.0, 3.0]), ("ours", 8, [1.25, 2.5, 6.0]))
+    )
+    assert paired_ratios([bare, ours], "ours", "bare", in_turns=True) == pytest.approx([0.8, 0.8, 0.5])
+
+
 def test_spread() -> None:
     assert spread([3.0, 1.0, 2.0], "{:.1f}".format) == "2.0 (1.0..3.0)"
     assert spread([3.0], "{:.1f}".format) == "3.0"
@@ -136,6 +145,7 @@ def job(ranks: int) -> Job:
         sequence_length=512,
         global_batch_sequences=4,
         micro_batch_sequences=1,
+        in_turns=False,
         config={},
         **numbers,
     )
@@ -243,7 +253,7 @@ def test_peers_that_are_not_installed_are_left_out(tmp_path: Path) -> None:
 # ---- a session ----
 
 STAND_IN = """
-import json, os, sys, time
+import json, os, socket, sys, time
 from pathlib import Path
 path, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 job = json.loads(path.read_text())
@@ -251,6 +261,16 @@ if job["runner"] == "broken":
     if rank == 1:
         sys.exit("no more memory")
     time.sleep(600)  # waits for rank 1
+if "BENCH_TURNS_PORT" in os.environ:
+    with socket.create_connection(("127.0.0.1", int(os.environ["BENCH_TURNS_PORT"]))) as turns:
+        for step in range(3):
+            turns.sendall(b"?")
+            assert turns.recv(1) == b"g"
+            if job["runner"] == "weak" and step == 1:
+                sys.exit("died in its step")
+            with (path.parents[2] / "order").open("a") as order:
+                print(job["runner"], rank, step, file=order)
+            time.sleep(0.05)
 values = {"flops_per_second": 1e9}
 if job["runner"] != "peak":
     seconds = {"fast": 0.1, "slow": 0.2}.get(job["runner"], 0.1)
@@ -261,12 +281,15 @@ if job["runner"] != "peak":
 """In the place of a runner: what a rank does and reports."""
 
 
-def session(folder: Path, *runners: str, repeats: int = 2) -> tuple[Session, list[str]]:
+def session(
+    folder: Path, *runners: str, repeats: int = 2, in_turns: bool = False
+) -> tuple[Session, list[str]]:
     script = folder.parent / "stand_in.py"
     script.write_text(STAND_IN)
 
     def variant(runner: str) -> Variant:
-        return Variant(runner, script, sys.executable, replace(job(2), runner=runner), 1000, 6000.0)
+        own = replace(job(2), runner=runner, in_turns=in_turns and runner != "peak")
+        return Variant(runner, script, sys.executable, own, 1000, 6000.0)
 
     made, lines = Session(folder, [variant(r) for r in runners], variant("peak"), repeats, 60), []
     made.run(lines.append)
@@ -293,7 +316,7 @@ def test_a_variant_that_fails_is_told_and_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its other rank does not outlive it, and the others go on; the next start tries it again."""
-    monkeypatch.setattr("pretrain.bench_session._GRACE_S", 0.2)
+    monkeypatch.setattr("pretrain.bench_ranks._GRACE_S", 0.2)
     found, lines = session(tmp_path / "out", "fast", "broken", "larger")
     assert sorted(found.problems) == ["broken", "larger"]
     assert "rank 1 ended with exit code 1" in found.problems["broken"]
@@ -303,6 +326,23 @@ def test_a_variant_that_fails_is_told_and_not_tried_again(
     assert "| broken | left out |" in (tmp_path / "out" / "table.md").read_text()
     again, _ = session(tmp_path / "out", "fast", "larger", repeats=1)
     assert [run["variant"] for run in again.runs] == ["peak", "fast", "peak", "fast", "larger"]
+
+
+def test_variants_take_turns(tmp_path: Path) -> None:
+    """Step by step, both ranks of one before any of the next; a variant that fails does not hold up the others."""
+    made, lines = session(tmp_path / "out", "slow", "weak", "fast", repeats=1, in_turns=True)
+    steps = [line.split() for line in (tmp_path / "out" / "order").read_text().splitlines()]
+    turns = [(runner, step) for runner, rank, step in steps if rank == "0"]
+    assert turns == [
+        ("slow", "0"), ("weak", "0"), ("fast", "0"), ("fast", "1"), ("slow", "1"), ("slow", "2"), ("fast", "2"),
+    ]  # fmt: skip
+    assert [turn for turn in turns for _ in range(2)] == [(runner, step) for runner, _, step in steps]
+    assert "died in its step" in made.problems["weak"] and len(lines) == 4
+    again, lines = session(tmp_path / "out", "slow", "fast", repeats=1, in_turns=True)
+    assert lines == [f"3 runs of {tmp_path / 'out' / 'results.json'} are kept"]
+    assert "in the same step, taken in turns" in again.tables()[0][0]
+    _, lines = session(tmp_path / "out", "slow", "other", repeats=1, in_turns=True)
+    assert [line.split(":")[0] for line in lines[1:]] == ["[1/1] repeat 1, slow", "[1/1] repeat 1, other"]
 
 
 TINY = [

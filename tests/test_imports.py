@@ -89,6 +89,7 @@ ORDER = [
     "plan_report",
     "plan_scaling",
     "bench_worker",
+    "bench_ranks",
     "bench_report",
     "bench_session",
 ]

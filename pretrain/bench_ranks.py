@@ -1,0 +1,117 @@
+"""The processes of benchmark runs: started, given turns, waited for, and none left behind."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretrain.bench_worker import TURNS_PORT, Job
+
+_TAIL_LINES = 15
+_GRACE_S = 10
+"""What other ranks get to end by themselves after one has failed."""
+_POLL_S = 0.1
+
+
+class RunFailed(Exception):
+    """A run gave no result; the text says why, and where its logs are."""
+
+
+class Ranks:
+    """The processes of one run."""
+
+    def __init__(self, command: Sequence[str], folder: Path, job: Job) -> None:
+        """Starts them. `folder`: for their logs."""
+        self.folder = folder
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._asking: list[socket.socket] = []
+        variables = {
+            "WORLD_SIZE": job.ranks,
+            "LOCAL_WORLD_SIZE": job.ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": _free_port(),
+            "OMP_NUM_THREADS": job.threads,
+            "HF_HUB_OFFLINE": 1,
+        }
+        if job.in_turns:
+            variables[TURNS_PORT] = self._listener.getsockname()[1]
+        self._processes: list[subprocess.Popen[bytes]] = []
+        for rank in range(job.ranks):
+            own = variables | {"RANK": rank, "LOCAL_RANK": rank}
+            env = os.environ | {name: str(value) for name, value in own.items()}
+            with (folder / f"rank-{rank}.log").open("w") as log:
+                self._processes.append(subprocess.Popen(list(command), env=env, stdout=log, stderr=log))
+
+    @property
+    def _codes(self) -> list[int | None]:
+        return [process.poll() for process in self._processes]
+
+    def wait(self, deadline: float) -> None:
+        """Until they have ended, or it is `deadline` (time.monotonic). Raises RunFailed."""
+        while None in self._codes and time.monotonic() < deadline:
+            if any(self._codes):
+                deadline = min(deadline, time.monotonic() + _GRACE_S)
+            time.sleep(_POLL_S)
+        codes = self._codes
+        if any(code != 0 for code in codes):
+            rank = max(range(len(codes)), key=lambda r: (codes[r] not in (0, None), codes[r] is None))
+            lines = (self.folder / f"rank-{rank}.log").read_text().splitlines()[-_TAIL_LINES:]
+            ended = "took too long" if codes[rank] is None else f"ended with exit code {codes[rank]}"
+            text = "\n    ".join([f"failed: rank {rank} {ended}; its last lines ({self.folder}):", *lines])
+            raise RunFailed(text)
+
+    def kill(self) -> None:
+        """Those that are left."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        for opened in (self._listener, *self._asking):
+            opened.close()
+
+    def wait_for_step(self, deadline: float) -> bool:
+        """Until each of them asks for its next step. False where one does not: it has ended, or is late."""
+        waiting = [*self._asking, *([self._listener] if not self._asking else [])]
+        while waiting and time.monotonic() < deadline:
+            for found in select.select(waiting, [], [], _POLL_S)[0]:
+                if found is self._listener:
+                    waiting.append(found.accept()[0])
+                    self._asking.append(waiting[-1])
+                    if len(self._asking) < len(self._processes):
+                        continue
+                elif not found.recv(1):
+                    return False
+                waiting.remove(found)
+            if any(code is not None for code in self._codes):
+                return False
+        return not waiting
+
+    def let_step(self) -> None:
+        """Let each of them do a step."""
+        for connection in self._asking:
+            connection.sendall(b"g")
+
+
+def take_turns(runs: Sequence[Ranks], deadline: float) -> None:
+    """Let runs do a step each, in the order A B C, C B A, ..., until they have ended or it is `deadline`.
+
+    Where one fails the others go on; its `wait` tells.
+    """
+    left = [run for run in runs if run.wait_for_step(deadline)]
+    while left:
+        for run in list(left):
+            run.let_step()
+            if not run.wait_for_step(deadline):
+                left.remove(run)
+        left.reverse()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
