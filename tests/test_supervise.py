@@ -400,7 +400,7 @@ def straight(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Pa
     [
         ("rank", {"killed"}),
         ("launcher", {"launcher lost"}),  # `deepspeed` returns 0 then
-        # Long: the chaos run kills these, too.
+        # Long: for the supervisor, the launcher is lost as above.
         pytest.param("deepspeed", {"launcher lost"}, marks=pytest.mark.long),
         pytest.param("guard", {"launcher lost"}, marks=pytest.mark.long),
     ],
