@@ -35,7 +35,7 @@ else # quick tests on all cores, most of which wait; those with real processes o
     run -n auto --dist loadfile -m "not ($slow)"
     if [ "${CI:-}" = true ]; then
         echo "== CI: without the tests marked long (pytest -m long)"
-        run -m "($slow) and not long"
+        run --durations=25 -m "($slow) and not long"
     else
         run -m "$slow"
     fi

@@ -22,7 +22,8 @@ from tiny import GLOBAL_BATCH, TinyCorpus, events, make_corpus, run_arguments
 from pretrain import checkpoint
 from pretrain.journal import read_ledger, read_metrics
 
-pytestmark = [pytest.mark.integration, pytest.mark.container]
+# Long: the image takes minutes to build, and what runs in it is tested outside of it.
+pytestmark = [pytest.mark.integration, pytest.mark.container, pytest.mark.long]
 N_STEPS = 40
 USER = 10001
 CANARY = f"canary-{secrets.token_hex(8)}"  # not a constant: this file is in the image

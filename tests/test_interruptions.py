@@ -57,10 +57,11 @@ def launched(arguments: list[str], log: Path) -> Iterator[dict[str, list[psutil.
 @pytest.mark.parametrize(
     ("victim", "number", "reason"),
     [
-        ("deepspeed", signal.SIGTERM, LAUNCHER_LOST),
+        # Long: the launcher is lost, as by SIGKILL below.
+        pytest.param("deepspeed", signal.SIGTERM, LAUNCHER_LOST, marks=pytest.mark.long),
         ("deepspeed", signal.SIGKILL, LAUNCHER_LOST),
         ("launch", signal.SIGTERM, "SIGTERM"),
-        ("launch", signal.SIGUSR1, LAUNCHER_LOST),
+        pytest.param("launch", signal.SIGUSR1, LAUNCHER_LOST, marks=pytest.mark.long),
         ("rank", signal.SIGUSR1, "SIGUSR1"),
     ],
 )

@@ -91,7 +91,16 @@ def test_who_waits_for_data_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("kind", ["master", "exp_avg", "working", "replica", "copy"])
+@pytest.mark.parametrize(
+    "kind",  # long: the same sums over other tensors
+    [
+        "master",
+        pytest.param("exp_avg", marks=pytest.mark.long),
+        pytest.param("working", marks=pytest.mark.long),
+        "replica",
+        "copy",
+    ],
+)
 def test_row_8_a_flipped_bit_is_noticed_in_its_step_and_never_saved(
     kind: str, corpus: TinyCorpus, straight: Path, tmp_path: Path
 ) -> None:
