@@ -64,7 +64,7 @@ class Session:
         if kept:
             say(f"{kept} runs of {self._path} are kept")
         for number, (repeat, group) in enumerate(todo):
-            group = [variant for variant in group if variant.text not in self.problems]
+            group = self._well(group)
             if not group:
                 continue
             started = time.monotonic()
@@ -74,7 +74,8 @@ class Session:
             self.write()
             taken = time.monotonic() - started
             self._taken_s.setdefault(_name(group), []).append(taken)
-            left = self._left_s([_name(coming) for _, coming in todo[number + 1 :]])
+            coming = [group for _, group in todo[number + 1 :]]
+            left = self._left_s([_name(group) for group in coming if self._well(group)])
             for run in runs:
                 said = _said(run["result"]) if "result" in run else run["problem"]
                 say(
@@ -88,6 +89,10 @@ class Session:
         ordered = [by_text[text] for text in alternated(list(by_text), repeat)]
         in_turns = self.variants[0].job.in_turns
         return [[self._peak], *([ordered] if in_turns else [[variant] for variant in ordered])]
+
+    def _well(self, group: list[Variant]) -> list[Variant]:
+        """Without those that have failed."""
+        return [variant for variant in group if variant.text not in self.problems]
 
     def _left_s(self, names: list[str]) -> float:
         """How long the coming groups will take: each as the same one before, else as the mean of all."""

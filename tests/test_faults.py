@@ -488,6 +488,7 @@ def test_row_16_an_unreachable_wandb_does_not_stop_training(corpus: TinyCorpus, 
 
 
 @pytest.mark.integration
+@pytest.mark.long  # ten starts of a rank; 2 to 1 ranks and back in test_training.py
 def test_row_20_4_to_2_to_4_ranks_give_the_same_sequence_of_samples(
     corpus: TinyCorpus, tmp_path: Path
 ) -> None:

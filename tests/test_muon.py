@@ -172,6 +172,7 @@ def test_resume_is_bit_identical(trained: Path, name: str) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.long  # as in test_engine.py
 def test_momenta_travel_over_ranks_and_stages(trained: Path, tmp_path: Path) -> None:
     """2 ranks of ZeRO-3 with offload -> 1 rank -> 3 ranks of ZeRO-2: the same tensors at each station."""
     origin = checkpoint.checkpoint_path(trained / "first-3-bf16-True-2", 1)

@@ -268,7 +268,7 @@ def test_two_fit_nodes(module: ModuleType, tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("absent", ["n1", "n2"])
+@pytest.mark.parametrize("absent", ["n1", pytest.param("n2", marks=pytest.mark.long)])
 def test_a_node_that_does_not_come_is_blamed_alone(module: ModuleType, tmp_path: Path, absent: str) -> None:
     there = "n2" if absent == "n1" else "n1"
     node = start_node(tmp_path, there, free_port(), "check_timeout_s=12")

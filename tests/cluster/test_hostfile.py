@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.cluster.hosts import Cluster, wait_until
 from tests.cluster.runs import (
     ENVIRONMENT,
@@ -74,6 +76,7 @@ def test_hostfile_run_equals_one_machine(
     assert_equals_undisturbed(run.run_dir, straight)
 
 
+@pytest.mark.long  # on one host in test_supervise.py
 def test_supervised_hostfile_run_survives_a_killed_rank(
     cluster: Cluster, corpus: TinyCorpus, straight: Path, tmp_path: Path
 ) -> None:

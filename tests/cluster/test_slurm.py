@@ -10,6 +10,8 @@ import re
 import time
 from pathlib import Path
 
+import pytest
+
 from pretrain.checkpoint import checkpoint_path, list_checkpoints
 from pretrain.journal import read_lines
 from tests.cluster.hosts import Cluster
@@ -88,6 +90,7 @@ def test_preempted_requeued_resumed(
     report("preempted", to_stop_s=stopped - asked, to_resume_s=resumed - asked)
 
 
+@pytest.mark.long  # requeued as after a preemption
 def test_time_limit_saves_requeues_and_finishes(
     cluster: Cluster, corpus: TinyCorpus, straight: Path, tmp_path: Path
 ) -> None:
@@ -142,6 +145,7 @@ def test_a_node_lost_silently_is_replaced(
     report("node lost silently", to_notice_s=noticed - lost, to_resume_s=resumed - lost)
 
 
+@pytest.mark.long  # a cluster of its own; a silent loss is harder
 def test_a_node_that_dies_is_replaced_before_slurm_gives_it_up(
     corpus: TinyCorpus, straight: Path, tmp_path: Path
 ) -> None:
@@ -171,6 +175,7 @@ def test_a_node_that_dies_is_replaced_before_slurm_gives_it_up(
         report("node died", to_name_s=named_s, to_resume_s=resumed - died)
 
 
+@pytest.mark.long  # Slurm's own work, most of it
 def test_slurmctld_restarted_under_a_running_job(
     cluster: Cluster, corpus: TinyCorpus, straight: Path, tmp_path: Path
 ) -> None:
@@ -205,6 +210,7 @@ def test_the_stop_file_ends_the_job(cluster: Cluster, corpus: TinyCorpus, tmp_pa
     assert not events(run.run_dir, "resumed")
 
 
+@pytest.mark.long  # the checks themselves are in test_preflight.py
 def test_a_bad_node_is_excluded_by_name(
     wide_cluster: Cluster, corpus: TinyCorpus, straight: Path, tmp_path: Path
 ) -> None:
@@ -234,6 +240,7 @@ def test_a_bad_node_is_excluded_by_name(
     report("bad node", to_name_s=named_s, whole_s=time.monotonic() - submitted)
 
 
+@pytest.mark.long  # each link is a job as above
 def test_a_chain_of_jobs_goes_on_and_ends(
     cluster: Cluster, corpus: TinyCorpus, straight: Path, tmp_path: Path
 ) -> None:
