@@ -157,19 +157,16 @@ def _search_micro_batch(
 def _begin(run: Run, found: Found, changed: list[str]) -> None:
     """Put the state in place: of a checkpoint, of another run's weights, or fresh."""
     config, world = run.config, run.world
+    facts = {"world_size": world.size, "kernels": to_dict(run.engine.kernels)}
     for reason in found.passed_over:
         run.monitor.event("checkpoint_passed_over", reason=reason)
     if found.path is not None:
         restore(run, found.path)
-        run.monitor.event(
-            "resumed", step=run.step, path=str(found.path), world_size=world.size, config_changed=changed
-        )
+        run.monitor.event("resumed", step=run.step, path=str(found.path), config_changed=changed, **facts)
         return
     if config.init_from is not None:
         _init_from(config.init_from, run.engine, world, run.loader.tokenizer_sha256)
-    run.monitor.event(
-        "started", world_size=world.size, n_steps=run.loader.n_steps, init_from=config.init_from
-    )
+    run.monitor.event("started", n_steps=run.loader.n_steps, init_from=config.init_from, **facts)
 
 
 def _init_from(run_dir: str, engine: Engine, world: World, tokenizer_sha256: str) -> None:

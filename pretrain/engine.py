@@ -26,7 +26,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 from deepspeed.utils import groups, set_z3_leaf_modules
 
-from pretrain.config import ConfigError, KernelsConfig, OptimizerName, Precision, Switch, TrainConfig
+from pretrain.config import ConfigError, OptimizerName, Precision, Switch, TrainConfig
 from pretrain.distributed import World, gather_objects, seed_step
 from pretrain.engine_schemas import NVME_SUB_GROUP_ELEMENTS
 from pretrain.engine_state import EngineState
@@ -135,12 +135,6 @@ def nvme_folder(config: TrainConfig, rank: int) -> Path | None:
     return Path(config.engine.nvme_path) / f"pretrain-{run}-rank{rank}"
 
 
-def _compiles(kernels: KernelsConfig, device: torch.device) -> bool:
-    if kernels.compile is Switch.auto:
-        return device.type == "cuda"
-    return kernels.compile is Switch.always
-
-
 def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in overrides.items():
@@ -155,7 +149,8 @@ class Engine:
     def __init__(self, config: TrainConfig, world: World) -> None:
         """`config.model.vocab_size` is set. All ranks call this together."""
         self.config, self.world = config, world
-        kernels = resolve(config, capability_of(world.device))
+        self.kernels = resolve(config, capability_of(world.device))
+        """Those that compute the model, with nothing left to choose."""
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         # Compiled at each start for 30 to 90 s, used by inference only, and leaks shared memory.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -171,7 +166,7 @@ class Engine:
             # hpZ's, where an engine before this one has made it.
             zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
         ):
-            model = Decoder(config.model, config.seed, kernels)
+            model = Decoder(config.model, config.seed, self.kernels)
         if self._sequences is not None:
             model.share_sequences(self._sequences)
         if stage == 3:
@@ -179,7 +174,7 @@ class Engine:
             # that would break a compiled graph, or differ when the block is computed again (torch compares the two
             # under selective activation checkpointing).
             set_z3_leaf_modules(model, [Block])
-        if _compiles(config.kernels, world.device):
+        if self.kernels.compile is Switch.always:
             model.compile_parts(fall_back=config.kernels.compile is Switch.auto)
         named = list(model.named_parameters())
         self._stage = stage

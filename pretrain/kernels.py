@@ -68,7 +68,10 @@ def resolve(config: TrainConfig, capability: Capability) -> KernelsConfig:
             "kernels.liger=true needs a GPU and the packages triton and liger-kernel (the extra liger); "
             "use kernels.liger=false"
         )
-    return replace(config.kernels, attention=asked)
+    compile = config.kernels.compile
+    if compile is Switch.auto:
+        compile = Switch.always if capability.device == "cuda" else Switch.never
+    return replace(config.kernels, attention=asked, compile=compile)
 
 
 def _flash_problem(config: TrainConfig, capability: Capability) -> str | None:

@@ -214,6 +214,19 @@ def test_they_are_for_gpus_that_can() -> None:
 # ---- compiling ----
 
 
+@pytest.mark.parametrize(
+    ("asked", "capability", "chosen"),
+    [
+        ("auto", H100, "always"),
+        ("auto", Capability("cpu"), "never"),
+        ("always", Capability("cpu"), "always"),
+        ("never", H100, "never"),
+    ],
+)
+def test_a_gpu_compiles_unless_told_otherwise(asked: str, capability: Capability, chosen: str) -> None:
+    assert resolve(config_of(f"kernels.compile={asked}"), capability).compile.value == chosen
+
+
 def test_what_cannot_be_compiled_is_computed_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where compiling was chosen and not asked for, a device or an installation that cannot costs speed only."""
 

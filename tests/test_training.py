@@ -88,6 +88,9 @@ def test_straight_run_learns_and_leaves_what_it_should(straight: Path) -> None:
     assert_each_sample_once(straight)
     assert not list(straight.rglob("*.tmp"))
     assert events(straight)[-1]["event"] == "finished"
+    started = next(e for e in events(straight) if e["event"] == "started")
+    # What `auto` chose on a CPU.
+    assert started["kernels"] == {"attention": "flash", "compile": "never", "fp8": False, "liger": False}
     advice = [e for e in events(straight) if e["event"] == "checkpoint_interval_advised"]
     stall_s = next(e["stall_s"] for e in events(straight) if e["event"] == "checkpoint_saved")
     assert [e["interval_s"] for e in advice] == [pytest.approx((2 * stall_s * 25_000 * 3600) ** 0.5)]

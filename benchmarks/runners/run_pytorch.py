@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from own_batches import synthetic_batches, train_config
 
-from pretrain.bench_worker import Meter, is_compiled, read_job
-from pretrain.config import Precision, TrainConfig
+from pretrain.bench_worker import Meter, read_job
+from pretrain.config import Precision, Switch, TrainConfig
 from pretrain.distributed import World, init_world, shutdown_world
 from pretrain.kernels import capability_of, resolve
 from pretrain.loader import Batch
@@ -25,12 +25,13 @@ from pretrain.objectives import training_loss
 from pretrain.optim import build_optimizer, parameter_groups
 
 
-def build_model(config: TrainConfig, device: torch.device, compiled: bool) -> Decoder:
+def build_model(config: TrainConfig, device: torch.device) -> Decoder:
     """The decoder with its initial weights."""
-    model = Decoder(config.model, config.seed, resolve(config, capability_of(device))).to(device)
+    kernels = resolve(config, capability_of(device))
+    model = Decoder(config.model, config.seed, kernels).to(device)
     if config.engine.precision is Precision.bf16:
         model.bfloat16()
-    if compiled:
+    if kernels.compile is Switch.always:
         model.compile_parts()
     return model
 
@@ -82,7 +83,7 @@ def main() -> None:
     job, folder = read_job()
     config = train_config(job)
     world = init_world(config.engine.timeout_s)
-    loop = Loop(config, world, build_model(config, world.device, is_compiled(job)))
+    loop = Loop(config, world, build_model(config, world.device))
     batches = synthetic_batches(job, world.rank)
     meter = Meter(job, folder, world.device)
     forward = meter.part("forward", loop.forward)
