@@ -189,6 +189,11 @@ def checked_variants(config: BenchConfig, given: list[str]) -> dict[str, BenchCo
     configs = {text: variant_config(text, given) for text in config.bench.variants}
     for text, one in configs.items():
         check_variant(text, one)
+    turns = {(one.bench.in_turns, one.bench.warmup_steps, one.bench.steps) for one in configs.values()}
+    if len(turns) > 1 and any(in_turns for in_turns, *_ in turns):
+        raise ConfigError(
+            "bench.variants: in turns, bench.in_turns, bench.warmup_steps and bench.steps must be the same for all"
+        )
     return configs
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pretrain.bench_worker import TURNS_PORT, Job
@@ -84,7 +85,7 @@ class Ranks:
                     self._asking.append(waiting[-1])
                     if len(self._asking) < len(self._processes):
                         continue
-                elif not found.recv(1):
+                elif not _asks(found):
                     return False
                 waiting.remove(found)
             if any(code is not None for code in self._codes):
@@ -92,9 +93,10 @@ class Ranks:
         return not waiting
 
     def let_step(self) -> None:
-        """Let each of them do a step."""
+        """Let each of them do a step. One that has died since it asked is noticed by the next wait."""
         for connection in self._asking:
-            connection.sendall(b"g")
+            with suppress(OSError):
+                connection.sendall(b"g")
 
 
 def take_turns(runs: Sequence[Ranks], deadline: float) -> None:
@@ -109,6 +111,14 @@ def take_turns(runs: Sequence[Ranks], deadline: float) -> None:
             if not run.wait_for_step(deadline):
                 left.remove(run)
         left.reverse()
+
+
+def _asks(connection: socket.socket) -> bool:
+    """Whether a process asks for a step; else its end has closed the connection."""
+    try:
+        return bool(connection.recv(1))
+    except OSError:
+        return False
 
 
 def _free_port() -> int:

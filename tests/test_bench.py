@@ -204,6 +204,10 @@ def script() -> ModuleType:
         (["bench.variants=[pytorch]", "data.manifest=x.json"], "'pytorch' cannot do what data.manifest says"),
         (["micro_batch_sequences=auto"], "'pretrain' cannot do what micro_batch_sequences says"),
         (["bench.ranks=2", "engine=zero3_ulysses"], "cannot do what engine.sequence_parallel_ranks says"),
+        (
+            ["bench.in_turns=true", 'bench.variants=[pretrain, "pytorch bench.steps=3"]'],
+            "in turns, bench.in_turns, bench.warmup_steps and bench.steps must be the same for all",
+        ),
         (["bench.steps=0"], "bench.steps=0 must be greater than 0"),
     ],
 )
@@ -268,6 +272,9 @@ if "BENCH_TURNS_PORT" in os.environ:
             assert turns.recv(1) == b"g"
             if job["runner"] == "weak" and step == 1:
                 sys.exit("died in its step")
+            if job["runner"] == "killed" and step == 1:
+                turns.sendall(b"?")
+                os.kill(os.getpid(), 9)  # while the others have their turns
             with (path.parents[2] / "order").open("a") as order:
                 print(job["runner"], rank, step, file=order)
             time.sleep(0.05)
@@ -343,6 +350,12 @@ def test_variants_take_turns(tmp_path: Path) -> None:
     assert "in the same step, taken in turns" in again.tables()[0][0]
     _, lines = session(tmp_path / "out", "slow", "other", repeats=1, in_turns=True)
     assert [line.split(":")[0] for line in lines[1:]] == ["[1/1] repeat 1, slow", "[1/1] repeat 1, other"]
+
+
+def test_one_that_is_killed_while_it_waits_is_left_out(tmp_path: Path) -> None:
+    made, _ = session(tmp_path / "out", "killed", "slow", "fast", repeats=1, in_turns=True)
+    assert "ended with exit code -9" in made.problems["killed"]
+    assert {run["variant"] for run in made.runs if "result" in run} == {"peak", "slow", "fast"}
 
 
 TINY = [

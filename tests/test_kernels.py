@@ -227,6 +227,7 @@ def test_a_gpu_compiles_unless_told_otherwise(asked: str, capability: Capability
     assert resolve(config_of(f"kernels.compile={asked}"), capability).compile.value == chosen
 
 
+@torch._dynamo.config.patch(suppress_errors=False)  # compile_parts sets it; put back afterwards
 def test_what_cannot_be_compiled_is_computed_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where compiling was chosen and not asked for, a device or an installation that cannot costs speed only."""
 
@@ -234,7 +235,6 @@ def test_what_cannot_be_compiled_is_computed_as_it_stands(monkeypatch: pytest.Mo
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)  # put back afterwards
     expected = Decoder(SMALL, 0)(TOKENS, LABELS).nll_sum
     for fall_back in (True, False):
         torch._dynamo.reset()
