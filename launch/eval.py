@@ -45,7 +45,8 @@ class EvalConfig:
     """Context of the model in tokens; null: as in training."""
     micro_batch_sequences: int = 8
     """Windows of text per forward pass."""
-    precision: Precision = Precision.fp32
+    precision: Precision = Precision.auto
+    """What the model computes in. `auto` is bf16 where the device computes it in hardware, else fp32."""
     text_field: str = "text"
     """Field of a JSON line, or column of a Parquet file, that holds the text."""
     json: bool = False
@@ -70,11 +71,10 @@ class Work:
 
 def main(config: EvalConfig) -> None:
     """Load the model, score every document, print the table."""
-    import torch
-
     from data_tools.progress import stage
     from pretrain.evaluate import score_documents
-    from pretrain.trained import default_device, load_trained
+    from pretrain.kernels import DTYPES
+    from pretrain.trained import default_device, load_trained, precision_on
 
     for entry in config.input:
         if not Path(entry).expanduser().exists():
@@ -82,20 +82,20 @@ def main(config: EvalConfig) -> None:
     trained = load_trained(config.run_dir, config.step)
     work = find_documents(config, trained)
     device = default_device()
-    dtype = torch.float32 if config.precision is Precision.fp32 else torch.bfloat16
+    precision = precision_on(device, config.precision)
     documents = (document for documents in work.documents for document in documents)
     with stage("evaluating", work.text_bytes) as progress:
         result = score_documents(
-            trained.decoder(device, dtype),
+            trained.decoder(device, DTYPES[precision]),
             documents,
             sequence_length=config.sequence_length or trained.sequence_length,
             micro_batch_sequences=config.micro_batch_sequences,
             device=device,
             progress=lambda document: progress.advance(document.text_bytes),
         )
-    print_table(result, trained)
+    print_table(result, trained, precision)
     if config.json:
-        print(json.dumps(as_json(result, trained, config)))
+        print(json.dumps(as_json(result, trained, config, precision)))
 
 
 def find_documents(config: EvalConfig, trained: TrainedModel) -> Work:
@@ -154,12 +154,13 @@ def read_text(entry: str, config: EvalConfig, trained: TrainedModel) -> tuple[It
     return documents, sum(len(text.encode()) for _, text in found)
 
 
-def print_table(result: HeldOutResult, trained: TrainedModel) -> None:
+def print_table(result: HeldOutResult, trained: TrainedModel, precision: Precision) -> None:
     """The scores of each source, and of all together."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"step {trained.step}, {trained.tokens_seen:,} tokens seen", title_justify="left")
+    title = f"step {trained.step}, {trained.tokens_seen:,} tokens seen, computed in {precision.value}"
+    table = Table(title=title, title_justify="left")
     table.add_column("source")
     for name in ("loss", "perplexity", "bits/byte", "tokens", "bytes", "documents"):
         table.add_column(name, justify="right")
@@ -171,12 +172,15 @@ def print_table(result: HeldOutResult, trained: TrainedModel) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def as_json(result: HeldOutResult, trained: TrainedModel, config: EvalConfig) -> dict[str, object]:
+def as_json(
+    result: HeldOutResult, trained: TrainedModel, config: EvalConfig, precision: Precision
+) -> dict[str, object]:
     """What the last line of output says."""
     return {
         "run_dir": config.run_dir,
         "step": trained.step,
         "tokens_seen": trained.tokens_seen,
+        "precision": precision.value,
         **result.overall.as_dict(),
         "sources": {name: scores.as_dict() for name, scores in result.sources.items()},
     }

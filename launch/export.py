@@ -9,19 +9,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from omegaconf import MISSING
 
-from pretrain.config import run_command
-
-
-class Dtype(Enum):
-    bf16 = "bf16"
-    fp32 = "fp32"
+from pretrain.config import Precision, run_command
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,8 +28,8 @@ class ExportConfig:
     """Folder to write."""
     step: int | None = None
     """Checkpoint to take; null: the newest good one."""
-    dtype: Dtype = Dtype.bf16
-    """Of the weights: as they are used (bf16), or the fp32 master weights."""
+    dtype: Precision = Precision.auto
+    """Of the weights. `auto` is what the run last computed in; fp32: its master weights."""
     overwrite: bool = False
     """Replace what is in `output`."""
 
@@ -48,17 +42,14 @@ def main(config: ExportConfig) -> None:
     output = Path(config.output).expanduser()
     check_output(output, config.overwrite)
 
-    import torch
-
+    from pretrain.kernels import DTYPES
     from pretrain.trained import load_trained
 
     print(f"reading {config.run_dir}", file=sys.stderr, flush=True)
     trained = load_trained(config.run_dir, config.step)
-    print(
-        f"writing step {trained.step} as {config.dtype.value}, then checking it", file=sys.stderr, flush=True
-    )
-    dtype = torch.bfloat16 if config.dtype is Dtype.bf16 else torch.float32
-    parity = export(trained, output, dtype=dtype, overwrite=config.overwrite)
+    dtype = trained.precision if config.dtype is Precision.auto else config.dtype
+    print(f"writing step {trained.step} as {dtype.value}, then checking it", file=sys.stderr, flush=True)
+    parity = export(trained, output, dtype=DTYPES[dtype], overwrite=config.overwrite)
     print(
         f"transformers agrees on {parity.tokens} tokens: logits differ by at most {parity.max_difference:.2g} "
         f"(allowed {parity.tolerance:.2g}), the most probable token is the same at {parity.argmax_agreement:.1%}; "

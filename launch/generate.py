@@ -49,7 +49,8 @@ class GenerateConfig:
     seed: int = 0
     batch_sequences: int = 16
     """Continuations written at a time."""
-    precision: Precision = Precision.fp32
+    precision: Precision = Precision.auto
+    """What the model computes in. `auto` is bf16 where the device computes it in hardware, else fp32."""
     json: bool = False
     """End with one line of JSON."""
 
@@ -66,15 +67,15 @@ def main(config: GenerateConfig) -> None:
     sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     texts = config.prompt + read_prompts(config.prompt_file) or [""]
 
-    import torch
-
     from pretrain.generate import Prompt, generate
-    from pretrain.trained import default_device, load_trained
+    from pretrain.kernels import DTYPES
+    from pretrain.trained import default_device, load_trained, precision_on
 
     trained = load_trained(config.run_dir, config.step)
     tokenizer, trained_length = trained.tokenizer, trained.sequence_length
-    dtype = torch.float32 if config.precision is Precision.fp32 else torch.bfloat16
-    model = trained.decoder(default_device(), dtype)
+    device = default_device()
+    precision = precision_on(device, config.precision)
+    model = trained.decoder(device, DTYPES[precision])
     samples = [(text, number) for text in texts for number in range(config.n_samples)]
     prompts = []
     for text, number in samples:
@@ -111,7 +112,8 @@ def main(config: GenerateConfig) -> None:
             records.append(record)
             show(record, many=len(samples) > 1)
     if config.json:
-        print(json.dumps({"run_dir": config.run_dir, "step": trained.step, "samples": records}))
+        facts = {"run_dir": config.run_dir, "step": trained.step, "precision": precision.value}
+        print(json.dumps({**facts, "samples": records}))
 
 
 def read_prompts(path: str | None) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from pretrain.plan_report import plan_lines, plan_values
 from pretrain.plan_scaling import scaling_table
 from pretrain.plan_time import Cluster
 from pretrain.planner import Site, make_plan
+from pretrain.precision import resolve_precision
 from pretrain.schemas import check_positive
 
 CHOSEN_BATCH_TOKENS = 4_000_000  # Llama 2 (Touvron et al., 2023)
@@ -100,6 +101,8 @@ class PlanConfig(TrainConfig):
         if MISSING in (self.data, self.cluster, self.model, self.engine):
             return
         data, ranks = self.data, self.cluster.world_size
+        has_bf16 = known_gpu(self.cluster.gpu).bf16_flops is not None
+        self.engine = replace(self.engine, precision=resolve_precision(self.engine.precision, has_bf16))
         if self.engine.sequence_parallel_ranks > 1:
             raise ConfigError(
                 f"engine.sequence_parallel_ranks={self.engine.sequence_parallel_ranks} is not known to the planner; "

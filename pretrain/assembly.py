@@ -12,16 +12,19 @@ from typing import Any
 from pretrain import __version__, batch_search, checkpoint
 from pretrain.checkpoint import CheckpointError, Found
 from pretrain.checkpoint_folder import root_of
-from pretrain.config import AUTO, ConfigError, TrainConfig, to_dict
-from pretrain.device_peak import rank_peak_flops
+from pretrain.config import AUTO, ConfigError, Precision, TrainConfig, to_dict
+from pretrain.device_peak import emulation_warning, rank_peak_flops
 from pretrain.distributed import Vote, World, on_main
 from pretrain.engine import Engine
 from pretrain.health import Pace
 from pretrain.heartbeat import mark
+from pretrain.journal import say
 from pretrain.loader import TrainLoader
+from pretrain.loss_scale import LossScale
 from pretrain.model import flops_per_token
 from pretrain.monitor import Monitor
 from pretrain.order_state import OrderState
+from pretrain.precision import precision_of
 from pretrain.resilience import LossGuard, StopRequest
 from pretrain.run_folder import check_resumable, heldout_losses_of, write_run_files
 from pretrain.saving import Saver
@@ -91,8 +94,11 @@ def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdo
     stop = StopRequest(run_dir, watch_file=world.is_main, stop_after_s=config.stop_after_s)
     mark("engine")
     engine = Engine(config, world)
+    warning = emulation_warning(engine.config.engine.precision, engine.capability, world.device)
+    if warning and world.is_main:
+        say(f"warning: {warning}")
     monitor = _monitor(
-        config, world, run_dir, identity, loader, first_step=(state["step"] if state else 0) + 1
+        engine, world, run_dir, identity, loader, first_step=(state["step"] if state else 0) + 1
     )
     if config.micro_batch_sequences == AUTO:
         config = _search_micro_batch(config, world, engine, loader, monitor)
@@ -121,13 +127,14 @@ def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdo
 
 
 def _monitor(
-    config: TrainConfig,
+    engine: Engine,
     world: World,
     run_dir: Path,
     identity: dict[str, Any],
     loader: TrainLoader,
     first_step: int,
 ) -> Monitor:
+    config = engine.config
     return Monitor(
         config,
         rank=world.rank,
@@ -157,11 +164,17 @@ def _search_micro_batch(
 def _begin(run: Run, found: Found, changed: list[str]) -> None:
     """Put the state in place: of a checkpoint, of another run's weights, or fresh."""
     config, world = run.config, run.world
-    facts = {"world_size": world.size, "kernels": to_dict(run.engine.kernels)}
+    chosen = run.engine.config
+    facts: dict[str, Any] = {"world_size": world.size, "precision": chosen.engine.precision.value}
+    if config.engine.precision is Precision.auto:
+        facts["precision_decided_by"] = run.engine.capability.host
+    facts["kernels"] = to_dict(chosen.kernels)
     for reason in found.passed_over:
         run.monitor.event("checkpoint_passed_over", reason=reason)
     if found.path is not None:
-        restore(run, found.path)
+        before = precision_of(restore(run, found.path))
+        if before is not chosen.engine.precision:
+            facts["precision_before"] = before.value
         run.monitor.event("resumed", step=run.step, path=str(found.path), config_changed=changed, **facts)
         return
     if config.init_from is not None:
@@ -192,6 +205,8 @@ def restore(run: Run, path: Path) -> dict[str, Any]:
     held = run.engine.state
     partitions = checkpoint.load(path, held.weight_keys + held.moment_keys, held.shapes, run.world)
     held.restore(partitions, state["optimizer_step"])
+    if run.engine.loss_scale is not None:
+        run.engine.loss_scale = LossScale(state.get("loss_scale"))
     run.step = state["step"]
     run.saved_step = run.step
     for undone in [step for step in run.heldout_losses if step > run.step]:
@@ -216,6 +231,8 @@ def state_of(run: Run) -> dict[str, Any]:
         "attempt": run.identity["attempt"],
         "world_size": run.world.size,
         "zero_stage": config.engine.zero_stage,
+        "precision": run.engine.config.engine.precision.value,
+        "loss_scale": run.engine.loss_scale.state() if run.engine.loss_scale else None,
         "versions": {
             "pretrain": __version__,
             "python": platform.python_version(),

@@ -153,6 +153,11 @@ class TrainConfig:
                 f"global_batch_sequences={self.global_batch_sequences} is not a multiple of "
                 f"micro_batch_sequences={self.micro_batch_sequences}"
             )
+        if self.optim.name is OptimizerName.muon and self.engine.precision is Precision.fp16:
+            raise ConfigError(
+                "optim.name=muon orthogonalizes its updates in bf16, so it cannot be used with engine.precision=fp16; "
+                "use optim=adamw, or engine.precision=fp32"
+            )
         _check_sequence_parallel(self)
         if self.data.manifest is None and not self.data.sources:
             raise ConfigError("data.manifest is missing; give the manifest.json of a prepared corpus")

@@ -10,6 +10,7 @@ import torch
 
 from pretrain.config import Precision, TrainConfig
 from pretrain.journal import say
+from pretrain.kernels import DTYPES, Capability
 
 
 class PeakFlops(NamedTuple):
@@ -48,6 +49,7 @@ _PEAKS_16_BIT: list[tuple[str, str, float]] = [
 _PEAKS_FP16_ONLY: list[tuple[str, str, float]] = [
     (r"V100-SXM2-\d+GB(-LS)?", "V100 SXM2", 125e12),  # V100 data sheet; no bf16
     (r"V100-PCIE-\d+GB", "V100 PCIe", 112e12),
+    (r"T4", "T4", 65e12),  # T4 data sheet; no bf16
 ]
 
 
@@ -65,15 +67,20 @@ def known_peak(name: str, dtype: torch.dtype) -> PeakFlops | None:
     return None
 
 
-def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+def measure_matmul_flops(
+    device: torch.device, dtype: torch.dtype, seconds: float = 1.0, width: int = 1024
+) -> float:
     """The best rate of several matrix products on this device in about `seconds`, in FLOP/s.
+
+    `width` is the size of the smallest side of the larger products, times 8 on a GPU. A single product of the default
+    size takes seconds where its precision is emulated.
 
     Ranks that share a host must measure at the same time: what one of them gets alone is not what it gets in training.
     """
-    scale = 8 if device.type == "cuda" else 1
-    shapes = [(1024, 1024, 1024), (2048, 1024, 1024), (512, 4096, 1024), (1024, 1024, 4096)]
+    w = width * (8 if device.type == "cuda" else 1)
+    shapes = [(w, w, w), (2 * w, w, w), (w // 2, 4 * w, w), (w, w, 4 * w)]
     best = 0.0
-    for m, k, n in ((scale * m, scale * k, scale * n) for m, k, n in shapes):
+    for m, k, n in shapes:
         x = torch.randn(m, k, device=device).to(dtype)
         weight = torch.randn(n, k, device=device).to(dtype)  # as a linear layer holds it
         torch.nn.functional.linear(x, weight)
@@ -92,11 +99,14 @@ def _synchronized(device: torch.device) -> float:
 
 
 def rank_peak_flops(config: TrainConfig, device: torch.device) -> PeakFlops:
-    """The peak of this rank's device: configured, from the table, else measured. All ranks call it together."""
+    """The peak of this rank's device: configured, from the table, else measured. All ranks call it together.
+
+    `config` has its precision chosen.
+    """
     if config.logging.peak_flops_per_second is not None:
         return PeakFlops(config.logging.peak_flops_per_second, "configured peak")
-    dtype = torch.bfloat16 if config.engine.precision is Precision.bf16 else torch.float32
-    if device.type == "cuda" and dtype is torch.bfloat16:
+    dtype = DTYPES[config.engine.precision]
+    if device.type == "cuda" and dtype is not torch.float32:
         name = torch.cuda.get_device_name(device)
         peak = known_peak(name, dtype)
         if peak is not None:
@@ -104,3 +114,27 @@ def rank_peak_flops(config: TrainConfig, device: torch.device) -> PeakFlops:
         if device.index in (None, 0):  # once per host
             say(f"warning: the peak of {name} is not known; MFU is relative to a measured matrix product")
     return PeakFlops(measure_matmul_flops(device, dtype), "measured peak")
+
+
+def emulation_warning(precision: Precision, capability: Capability, device: torch.device) -> str | None:
+    """A sentence where matrix products in this precision are slower than in fp32; ranks of a host call it together.
+
+    Only precisions that the device may have to emulate are measured, which takes about half a second.
+    """
+    in_hardware = {
+        Precision.fp32: True,
+        Precision.bf16: capability.bf16,
+        Precision.fp16: device.type == "cuda",  # every GPU that torch still supports
+    }
+    if in_hardware[precision]:
+        return None
+    asked, plain = (
+        measure_matmul_flops(device, DTYPES[p], seconds=0.2, width=256) for p in (precision, Precision.fp32)
+    )
+    if asked >= plain:
+        return None
+    return (
+        f"engine.precision={precision.value} is emulated on {capability.host}: a matrix product runs at "
+        f"{asked / 1e9:,.1f} GFLOP/s per rank, and at {plain / 1e9:,.1f} in fp32; engine.precision=auto takes the "
+        "faster one"
+    )

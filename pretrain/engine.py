@@ -13,7 +13,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch.distributed as dist
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups, set_z3_leaf_modules
 
 from pretrain.config import ConfigError, OptimizerName, Precision, Switch, TrainConfig
@@ -31,8 +32,9 @@ from pretrain.distributed import World, gather_objects, seed_step
 from pretrain.engine_schemas import NVME_SUB_GROUP_ELEMENTS
 from pretrain.engine_state import EngineState
 from pretrain.heartbeat import mark
-from pretrain.kernels import capability_of, resolve
+from pretrain.kernels import capability_of, least_capable, resolve
 from pretrain.loader import Batch
+from pretrain.loss_scale import INITIAL, LossScale
 from pretrain.model import Block, Decoder, LossSums
 from pretrain.objectives import training_loss
 from pretrain.optim import build_optimizer, parameter_groups
@@ -61,7 +63,10 @@ class StepResult:
 
 
 def deepspeed_config(config: TrainConfig, world_size: int, files: Path | None = None) -> dict[str, Any]:
-    """The DeepSpeed dictionary of a run. `files`: folder of this rank's optimizer, where it is on NVMe."""
+    """The DeepSpeed dictionary of a run whose precision is resolved.
+
+    `files`: folder of this rank's optimizer, where it is on NVMe.
+    """
     engine, accum_steps = config.engine, config.grad_accum_steps(world_size)
     zero: dict[str, Any] = {
         "stage": engine.zero_stage,
@@ -92,14 +97,16 @@ def deepspeed_config(config: TrainConfig, world_size: int, files: Path | None = 
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": accum_steps,
         "gradient_clipping": config.optim.max_grad_norm,
-        "bf16": {"enabled": config.engine.precision is Precision.bf16},
+        "bf16": {"enabled": engine.precision is Precision.bf16},
+        # A scale that DeepSpeed does not change: the engine sets the one of each step.
+        "fp16": {"enabled": engine.precision is Precision.fp16, "loss_scale": INITIAL},
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW serves offload too; nothing is compiled
         "zero_allow_untested_optimizer": config.optim.name is OptimizerName.muon,  # ours
         "steps_per_print": 2**31,
     }
     if engine.zero_stage == 3:
-        # Micro batches are summed in fp32. Stages 1 and 2 sum them in bf16: fp32 there selects another wrapper.
+        # Micro batches are summed in fp32. Stages 1 and 2 sum them in 16 bits: fp32 there selects another wrapper.
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     if engine.quantized_gradients:
         # The kernels of qgZ read any tensor's bits as fp16 (csrc/quantization/pt_binding.cpp, ds_swizzle_quant).
@@ -148,12 +155,18 @@ class Engine:
 
     def __init__(self, config: TrainConfig, world: World) -> None:
         """`config.model.vocab_size` is set. All ranks call this together."""
-        self.config, self.world = config, world
-        self.kernels = resolve(config, capability_of(world.device))
-        """Those that compute the model, with nothing left to choose."""
+        falls_back = config.kernels.compile is Switch.auto
+        self.capability = least_capable(gather_objects(capability_of(world.device), world))
+        """What the devices of all ranks can do."""
+        self.config = config = resolve(config, self.capability)
+        """With precision and kernels chosen, alike on all ranks."""
+        self.world = world
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         # Compiled at each start for 30 to 90 s, used by inference only, and leaks shared memory.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if config.engine.precision is Precision.fp16 and world.device.type == "cpu":
+            # DeepSpeed refuses fp16 on a CPU without units for it; torch emulates it there, and our tests rely on that.
+            get_accelerator().is_fp16_supported = lambda: True
         deepspeed.init_distributed(dist_init_required=False)
         stage, self._files = config.engine.zero_stage, nvme_folder(config, world.rank)
         self._check_hosts()
@@ -166,7 +179,7 @@ class Engine:
             # hpZ's, where an engine before this one has made it.
             zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
         ):
-            model = Decoder(config.model, config.seed, self.kernels)
+            model = Decoder(config.model, config.seed, config.kernels)
         if self._sequences is not None:
             model.share_sequences(self._sequences)
         if stage == 3:
@@ -174,8 +187,8 @@ class Engine:
             # that would break a compiled graph, or differ when the block is computed again (torch compares the two
             # under selective activation checkpointing).
             set_z3_leaf_modules(model, [Block])
-        if self.kernels.compile is Switch.always:
-            model.compile_parts(fall_back=config.kernels.compile is Switch.auto)
+        if config.kernels.compile is Switch.always:
+            model.compile_parts(fall_back=falls_back)
         named = list(model.named_parameters())
         self._stage = stage
         self._parameters = dict(named)
@@ -185,6 +198,8 @@ class Engine:
             self._deepspeed.optimizer, self._optimizer, self._parameters, config.optim, stage, world
         )
         """Weights and moments, to be copied for a checkpoint and put back."""
+        self.loss_scale = LossScale() if config.engine.precision is Precision.fp16 else None
+        """Of the next step; None where the precision needs none."""
 
     def _check_hosts(self) -> None:
         """Raise ConfigError on all ranks where one host lacks something: only the host itself can tell."""
@@ -200,7 +215,7 @@ class Engine:
 
     def set_micro_batch(self, config: TrainConfig) -> None:
         """Another micro batch from the next step on: as if the engine had been made with this configuration."""
-        self.config = config
+        self.config = replace(self.config, micro_batch_sequences=config.micro_batch_sequences)
         self._deepspeed.set_train_micro_batch_size(config.micro_batch)
         accum_steps = config.grad_accum_steps(self.world.size)
         self._deepspeed.set_train_batch_size(config.micro_batch * accum_steps * self.world.size)
@@ -224,6 +239,8 @@ class Engine:
         seed_step(self.config.seed, step, self.world.rank)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        if self.loss_scale is not None:
+            self._deepspeed.optimizer.override_loss_scale(self.loss_scale.value)
         predicted = sum(int((batch.labels >= 0).sum()) for batch in batches)
         n_predicted = torch.tensor(predicted, device=self.world.device)
         if self.world.size > 1:

@@ -17,11 +17,12 @@ class EngineConfig:
 
     zero_stage: int = 3
     """What is partitioned over the ranks: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters."""
-    precision: Precision = Precision.bf16
+    precision: Precision = Precision.auto
+    """What the model computes in. `auto` is bf16 where every device of the run computes it in hardware, else fp32."""
     offload_optimizer: bool = False
     """Keep optimizer state and master weights in host memory (stages 1 to 3)."""
     offload_params: bool = False
-    """Keep the bf16 parameter partitions in host memory (stage 3)."""
+    """Keep the parameter partitions that compute in host memory (stage 3)."""
     nvme_path: str | None = None
     """Folder on a fast disk of each host, to which an offloaded optimizer goes instead of host memory (stage 3)."""
     hpz_partition_ranks: int = 1
@@ -49,10 +50,11 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"engine.zero_stage={self.zero_stage} is unknown; allowed: 0, 1, 2, 3")
-        if self.zero_stage == 0 and self.precision is Precision.bf16:
+        if self.zero_stage == 0 and self.precision in (Precision.bf16, Precision.fp16):
             raise ConfigError(
-                "engine.precision=bf16 with engine.zero_stage=0 is refused, since DeepSpeed's wrapper for it "
-                "applies an optimizer step at start; use engine=zero1, or engine.precision=fp32"
+                f"engine.precision={self.precision.value} with engine.zero_stage=0 is refused, since DeepSpeed's "
+                "wrappers for 16 bits without ZeRO apply an optimizer step at the start or keep their state out of "
+                "reach; use engine=zero1, or engine.precision=fp32"
             )
         if self.offload_params and self.zero_stage != 3:
             raise ConfigError(
@@ -83,9 +85,10 @@ class EngineConfig:
                 f"engine.hpz_partition_ranks={self.hpz_partition_ranks} keeps a second copy of what "
                 "engine.offload_params=true takes off the device; set one of them back"
             )
-        if (self.quantized_weights or self.quantized_gradients) and self.precision is not Precision.bf16:
+        quantized = self.quantized_weights or self.quantized_gradients
+        if quantized and self.precision not in (Precision.auto, Precision.bf16):
             raise ConfigError(
-                f"{used[-1]} needs engine.precision=bf16, not {self.precision.value}: its kernels take half precision"
+                f"{used[-1]} needs engine.precision=bf16, not {self.precision.value}, the only one it was checked with"
             )
 
     def check_ranks(self, world_size: int, local_size: int | None) -> None:

@@ -92,7 +92,7 @@ class EngineState:
                         self._put_back(flat, piece, kind, partitions[f"{kind}.{piece.name}"])
                 if "step" in self._optimizer.state[flat]:
                     self._optimizer.state[flat]["step"].fill_(optimizer_step)
-                if self._stage == 3:  # the bf16 partitions follow the masters
+                if self._stage == 3:  # the partitions that compute follow the masters
                     self._zero._reassign_or_swap_out_partitioned_parameters(index)
         if self._stage == 3:
             self._zero.checkpoint_event_epilogue()  # and so do the parameters that are kept whole, or kept twice (hpZ)
@@ -197,7 +197,7 @@ class EngineState:
         start, stop = self._span(piece)
         part.copy_(whole.flatten()[start:stop])
         if kind == "weight":
-            self._parameters[piece.name].copy_(whole)  # the bf16 weight that computes
+            self._parameters[piece.name].copy_(whole)  # the weight that computes
 
     def _gather(self, values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """The whole tensor from every rank's share."""

@@ -40,6 +40,8 @@ class Gpu:
     """List price on demand in a node of 8; None: no price was found."""
     calibrated_as: str
     """Whose fitted constants are used: `a100` or `h100`, the only two with published runs."""
+    fp16_flops: float | None = None
+    """Dense peak with fp16 inputs and fp32 accumulation; None: as with bf16."""
 
 
 # Which sheets were compared with a second place: H200 and B200 (memory, NVLink, PCIe, network; system descriptions in
@@ -81,6 +83,7 @@ GPUS: dict[str, Gpu] = {
             host_bytes=64 * GB,
             usd_per_hour=None,
             calibrated_as="a100",
+            fp16_flops=125e12,
         ),
         Gpu(
             name="a100_40",

@@ -1,4 +1,4 @@
-"""Which kernels compute the model: those asked for, or the best that the device and the installation can do.
+"""Which kernels and which precision compute the model: those asked for, or the best that all devices can do.
 
 What cannot work anywhere is refused by the configuration (`pretrain.schemas`); what cannot work here, by `resolve`.
 """
@@ -6,15 +6,22 @@ What cannot work anywhere is refused by the configuration (`pretrain.schemas`); 
 from __future__ import annotations
 
 import importlib.util
+import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from pretrain.config import AttentionKernel, ConfigError, KernelsConfig, Precision, Switch, TrainConfig
+from pretrain.precision import host_cpu_has_bf16, resolve_precision
 
 PLAIN = KernelsConfig(attention=AttentionKernel.sdpa, compile=Switch.never)
 """What works everywhere."""
+
+
+DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
+"""What each precision is called in torch."""
 
 
 class Capability(NamedTuple):
@@ -29,12 +36,17 @@ class Capability(NamedTuple):
     triton: bool = False
     liger: bool = False
     """The package liger-kernel."""
+    bf16: bool = True
+    """Matrix products in bf16 are computed in hardware."""
+    host: str = ""
+    """Name of the host that has the device."""
 
 
 def capability_of(device: torch.device) -> Capability:
     """Of this process's device and installation."""
+    host = os.uname().nodename
     if device.type == "cpu":
-        return Capability("cpu")
+        return Capability("cpu", bf16=host_cpu_has_bf16(), host=host)
     from torch.nn.attention import varlen
 
     major, minor = torch.cuda.get_device_capability(device)
@@ -44,11 +56,41 @@ def capability_of(device: torch.device) -> Capability:
         "enable_gqa" in varlen.varlen_attn.__annotations__,
         importlib.util.find_spec("triton") is not None,
         importlib.util.find_spec("liger_kernel") is not None,
+        bf16=major >= 8,
+        host=host,
     )
 
 
-def resolve(config: TrainConfig, capability: Capability) -> KernelsConfig:
-    """The run's kernels with nothing left to choose. ConfigError where one that is asked for cannot work here."""
+def least_capable(capabilities: Sequence[Capability]) -> Capability:
+    """What all ranks' devices can do, under the name of the host that decides the precision."""
+    return Capability(
+        device=capabilities[0].device,
+        compute=min(c.compute for c in capabilities),
+        varlen=all(c.varlen for c in capabilities),
+        triton=all(c.triton for c in capabilities),
+        liger=all(c.liger for c in capabilities),
+        bf16=all(c.bf16 for c in capabilities),
+        host=min(capabilities, key=lambda c: (c.bf16, c.compute)).host,
+    )
+
+
+def resolve(config: TrainConfig, capability: Capability) -> TrainConfig:
+    """The configuration with precision and kernels chosen, given what all ranks can do.
+
+    Raises ConfigError where one that is asked for cannot work there.
+    """
+    precision = resolve_precision(config.engine.precision, capability.bf16)
+    try:
+        config = replace(config, engine=replace(config.engine, precision=precision))
+    except ConfigError as error:  # other keys need another precision than this one
+        raise ConfigError(
+            f"{error} (engine.precision=auto is {precision.value} on {capability.host})"
+        ) from error
+    return replace(config, kernels=_resolve_kernels(config, capability))
+
+
+def _resolve_kernels(config: TrainConfig, capability: Capability) -> KernelsConfig:
+    """`config` has its precision chosen."""
     asked = config.kernels.attention
     problems = {
         AttentionKernel.flash: _flash_problem(config, capability),
@@ -78,8 +120,8 @@ def _flash_problem(config: TrainConfig, capability: Capability) -> str | None:
     width = config.model.head_width
     if capability.device == "cpu":
         return None
-    if config.engine.precision is not Precision.bf16:
-        return f"computes in bf16 on a GPU, not in engine.precision={config.engine.precision.value}"
+    if config.engine.precision is Precision.fp32:
+        return "computes in bf16 or fp16 on a GPU, not in engine.precision=fp32"
     if capability.compute < 80:
         return f"needs a GPU of compute capability 8.0 or newer, and this one has {capability.compute / 10}"
     if not capability.varlen:

@@ -75,6 +75,8 @@ class StepRecord:
     """Chunks of the run so far that could not be read, and others were read for."""
     skipped: bool
     """Whether the gradient was not finite and the update was left out."""
+    loss_scale: float | None = None
+    """What the loss of this step was multiplied by; None where the precision is not fp16."""
     epochs: dict[str, float] = field(default_factory=dict)
     """How often each source has been read, by name; empty but every `logging.every_steps`."""
 
@@ -366,12 +368,15 @@ class Monitor:
         parts = [f"step {record.step}/{self._n_steps}", f"loss {record.loss:.4f}", f"lr {record.lr:.1e}"]
         if record.grad_norm is not None:
             parts.append(f"grad {record.grad_norm:.2f}")
-        parts.append(f"{rate:,.0f} tok/s")
+        parts.append(f"{rate:,.0f} tok/s in {self._config.engine.precision.value}")
         parts.append(
             f"MFU {mfu:.1%} ({self._peak.source})" if mfu is not None and self._peak else "MFU unknown"
         )
         parts.append(f"ETA {timedelta(seconds=round(eta_s))}")
-        say("  ".join(parts + (["SKIPPED: gradient not finite"] if record.skipped else [])))
+        if record.skipped:
+            why = "" if record.loss_scale is None else f" at a loss scale of {record.loss_scale:,.0f}"
+            parts.append(f"SKIPPED: gradient not finite{why}")
+        say("  ".join(parts))
 
 
 def _now() -> str:

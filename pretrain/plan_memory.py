@@ -77,7 +77,7 @@ def persistent_elements(model: ModelConfig, engine: EngineConfig) -> int:
 
 def element_bytes(engine: EngineConfig) -> int:
     """Of a weight or an activation that computes."""
-    return 2 if engine.precision is Precision.bf16 else 4
+    return 4 if engine.precision is Precision.fp32 else 2
 
 
 def kept_elements(model: ModelConfig, engine: EngineConfig) -> int:
@@ -211,7 +211,7 @@ def buffer_bytes(model: ModelConfig, engine: EngineConfig, sharding: Sharding) -
         ahead = engine.prefetch_bucket_elements + max(block_elements(model), largest)
         live = min(partitioned, kept_elements(model, engine) + ahead)
         found["gathered parameters"] = width * live
-    elif engine.precision is Precision.bf16:
+    elif engine.precision is not Precision.fp32:
         found["gradients in fp32"] = 4 * -(-total // sharding.n_shards)
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pretrain.config import EngineConfig, ModelConfig, Recompute
+from pretrain.config import EngineConfig, ModelConfig, Precision, Recompute
 from pretrain.hardware import known_gpu
 from pretrain.plan_memory import Pass, Sharding, memory_bytes
 from pretrain.plan_time import Cluster, StepTime, mfu_frac, step_time
@@ -21,8 +21,8 @@ SHAPES = {
     "7b": ModelConfig(n_layers=32, d_model=4096, n_heads=32, d_ff=11008, vocab_size=32_000),
     "70b": ModelConfig(n_layers=80, d_model=8192, n_heads=64, n_kv_heads=8, d_ff=28672, vocab_size=32_000),
 }
-ENGINE = EngineConfig(zero_stage=3)
-ZEROPP = EngineConfig(hpz_partition_ranks=GPUS_PER_NODE, quantized_weights=True, quantized_gradients=True)
+ENGINE = EngineConfig(zero_stage=3, precision=Precision.bf16)
+ZEROPP = replace(ENGINE, hpz_partition_ranks=GPUS_PER_NODE, quantized_weights=True, quantized_gradients=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -194,8 +194,12 @@ def peak_flops(gpu: Gpu, precision: Precision) -> float:
     """Of one device; ConfigError where it cannot compute so."""
     if precision is Precision.fp32:
         return gpu.fp32_flops
+    if precision is Precision.fp16 and gpu.fp16_flops is not None:
+        return gpu.fp16_flops
     if gpu.bf16_flops is None:
-        raise ConfigError(f"cluster.gpu={gpu.name} has no bf16; use engine.precision=fp32 or another device")
+        raise ConfigError(
+            f"cluster.gpu={gpu.name} has no bf16; use engine.precision=fp16, fp32 or another device"
+        )
     return gpu.bf16_flops
 
 

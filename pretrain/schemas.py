@@ -44,7 +44,11 @@ class ScheduleName(Enum):
 
 
 class Precision(Enum):
-    bf16 = "bf16"  # bf16 weights and activations, fp32 master weights and moments
+    """Of weights and activations in computing; master weights and moments are always fp32."""
+
+    auto = "auto"  # bf16 where every device computes it in hardware, else fp32
+    bf16 = "bf16"
+    fp16 = "fp16"  # with dynamic loss scaling, for GPUs that have no bf16 (V100, T4, RTX 20)
     fp32 = "fp32"
 
 
@@ -174,7 +178,7 @@ class KernelsConfig:
             )
         if not self.fp8:
             return
-        if precision is not Precision.bf16:
+        if precision not in (Precision.auto, Precision.bf16):
             raise ConfigError(
                 f"kernels.fp8=true rounds bf16 values, so it needs engine.precision=bf16, not {precision.value}"
             )

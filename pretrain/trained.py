@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import load_weights
-from pretrain.config import TrainConfig
+from pretrain.config import Precision, TrainConfig
+from pretrain.kernels import capability_of
 from pretrain.model import Decoder, build_decoder
+from pretrain.precision import precision_of, resolve_precision
 from pretrain.tokenizer import Tokenizer, tokenizer_in
 
 
@@ -26,6 +28,8 @@ class TrainedModel:
     tokens_seen: int
     sequence_length: int
     """Tokens of the sequences that it was last trained on."""
+    precision: Precision
+    """What it was last trained in."""
 
     def decoder(self, device: torch.device, dtype: torch.dtype) -> Decoder:
         """The model in evaluation mode."""
@@ -40,8 +44,19 @@ def load_trained(run_dir: str | Path, step: int | None = None) -> TrainedModel:
     config, weights, state = load_weights(run_dir, step)
     tokenizer = Tokenizer(tokenizer_in(Path(run_dir)), sha256=state["tokenizer_sha256"])
     return TrainedModel(
-        config, weights, tokenizer, state["step"], state["tokens_seen"], state["sequence_length"]
+        config=config,
+        weights=weights,
+        tokenizer=tokenizer,
+        step=state["step"],
+        tokens_seen=state["tokens_seen"],
+        sequence_length=state["sequence_length"],
+        precision=precision_of(state),
     )
+
+
+def precision_on(device: torch.device, asked: Precision) -> Precision:
+    """The precision that a model computes in on a device."""
+    return resolve_precision(asked, capability_of(device).bf16)
 
 
 def default_device() -> torch.device:

@@ -80,6 +80,7 @@ def _stretch(run: Run) -> ExitCode | None:
         if sums.substitutions:
             _note_substitutions(run, batches, step)
         loss = sums.nll / max(1, result.n_predicted)
+        rescaled, loss_scale = _adjust_loss_scale(run, result, loss, limit)
         run.step = step
         run.watchdog.started()
         if config.logging.sample_ledger and run.world.is_first_reader:
@@ -98,6 +99,7 @@ def _stretch(run: Run) -> ExitCode | None:
                 loss=loss,
                 z_loss=sums.z / max(1, result.n_predicted) if config.model.z_loss else None,
                 grad_norm=result.grad_norm,
+                loss_scale=loss_scale,
                 lr=lr,
                 step_time_s=now - before,
                 data_wait_s=data_wait_s,
@@ -106,7 +108,7 @@ def _stretch(run: Run) -> ExitCode | None:
             )
         )
         run.pace.note(now - before, data_wait_s)
-        if _goes_wrong(run, loss, limit, result.skipped):
+        if _goes_wrong(run, loss, limit, result.skipped and not rescaled):
             return None
         code = _after_step(run, sums)
         if code is not None:
@@ -220,6 +222,15 @@ def _compare_ranks(run: Run) -> None:
 
 
 # ---- a loss that goes wrong ------------------------------------------------------------------------------------------
+
+
+def _adjust_loss_scale(run: Run, result: StepResult, loss: float, limit: float) -> tuple[bool, float | None]:
+    """Whether the update was left out to find a smaller loss scale, which is no fault; and the step's scale, if any."""
+    scale = run.engine.loss_scale
+    if scale is None:
+        return False, None
+    used = scale.value
+    return scale.update(applied=not result.skipped, loss=loss, limit=limit), used
 
 
 def _goes_wrong(run: Run, loss: float, limit: float, skipped: bool) -> bool:

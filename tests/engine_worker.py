@@ -1,13 +1,15 @@
 """One rank of the engine tests: train on fixed batches, write losses, optionally save and load a checkpoint.
 
 Argument: a JSON list of jobs {stage, precision, steps, out, load?, save?, overrides?, micro?, nothing_to_predict?,
-before_load?}, done in turn; `micro`: sequences per forward pass in each step, 2 by default; `nothing_to_predict` names
-steps all of whose labels are ignored; `before_load`: steps of other data before the checkpoint is loaded.
+before_load?, loss_scale?}, done in turn. `micro` is the number of sequences per forward pass in each step, 2 by
+default. `nothing_to_predict` names steps all of whose labels are ignored. `before_load` is a number of steps of other
+data before the checkpoint is loaded. `loss_scale` is the one of the first step.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from pretrain.config import TrainConfig, load_config
 from pretrain.distributed import World, init_world, shutdown_world, sum_over_ranks
 from pretrain.engine import Engine
 from pretrain.loader import Batch
+from pretrain.loss_scale import LossScale
 
 T, VOCAB, GLOBAL, MICRO, LR = 32, 128, 8, 2, 3e-3
 
@@ -82,8 +85,12 @@ def run(job: dict, world: World) -> None:
         held = engine.state
         loaded = checkpoint.load(path, held.weight_keys + held.moment_keys, held.shapes, world)
         held.restore(loaded, state["optimizer_step"])
+        if engine.loss_scale is not None:
+            engine.loss_scale = LossScale(state["loss_scale"])
         first = state["step"] + 1
-    losses, norms = [], []
+    if "loss_scale" in job:
+        engine.loss_scale = LossScale({"value": job["loss_scale"], "applied": 0})
+    losses, norms, scales = [], [], []
     for step in range(first, first + job["steps"]):
         micro = job["micro"][step - first] if "micro" in job else MICRO
         batches = batches_of_step(step, world, micro)
@@ -95,11 +102,15 @@ def run(job: dict, world: World) -> None:
         (nll,) = sum_over_ranks([float(result.nll_sum)], world)
         losses.append(nll / max(1, result.n_predicted))
         norms.append(result.grad_norm)
+        if engine.loss_scale is not None:
+            scales.append(engine.loss_scale.value)
+            engine.loss_scale.update(applied=not result.skipped, loss=losses[-1], limit=math.inf)
     last = first + job["steps"] - 1
     if "save" in job:
         state = {
             "step": last,
             "optimizer_step": engine.state.optimizer_step,
+            "loss_scale": engine.loss_scale.state() if engine.loss_scale else None,
             "tensors": {name: list(shape) for name, shape in engine.state.shapes.items()},
         }
         checkpoint.save(Path(job["save"]), last, engine.state.snapshot(), state, world)
@@ -108,6 +119,7 @@ def run(job: dict, world: World) -> None:
         parameters = engine._parameters.values()
         seconds = sum(getattr(p, "ds_secondary_tensor", None) is not None for p in parameters)
         result = {"losses": losses, "norms": norms, "step": last, "files": files, "second_copies": seconds}
+        result["loss_scales"] = scales
         Path(job["out"]).write_text(json.dumps(result))
     engine.close()
 

@@ -19,7 +19,7 @@ TOKENS_PER_STEP = 32 * 128
 
 
 def a_config(run_dir: Path, *overrides: str) -> TrainConfig:
-    defaults = ["logging.wandb=disabled", "logging.every_steps=10"]
+    defaults = ["logging.wandb=disabled", "logging.every_steps=10", "engine.precision=fp32"]
     return load_config(TrainConfig, [f"run_dir='{run_dir}'", *BASE, *defaults, *overrides], "config")
 
 

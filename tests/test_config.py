@@ -31,7 +31,7 @@ def compose(*overrides: str) -> TrainConfig:
 def test_defaults_compose() -> None:
     config = compose()
     assert config.engine.zero_stage == 3
-    assert config.engine.precision is Precision.bf16
+    assert config.engine.precision is Precision.auto
     assert config.n_steps == 100
 
 
@@ -77,6 +77,7 @@ def test_every_experiment_composes(name: str) -> None:
             ["engine=zero0", "engine.precision=bf16"],
             ["engine.precision=bf16", "engine.zero_stage=0", "zero1"],
         ),
+        (["optim=muon", "engine.precision=fp16"], ["optim.name=muon", "engine.precision=fp16", "adamw"]),
         (["engine=zero1", "engine.offload_params=true"], ["engine.offload_params", "engine.zero_stage=3"]),
         (["engine.zero_stage=4"], ["engine.zero_stage=4", "0, 1, 2, 3"]),
         (["global_batch_sequences=10"], ["global_batch_sequences=10", "micro_batch_sequences=4"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,11 @@ from pretrain.model import Decoder
 from pretrain.optim import parameter_groups
 
 STEPS = 6
-STAGES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+OVERFLOWING_STEPS = 14
+STAGES = [
+    *((stage, "fp32") for stage in (0, 1, 2, 3)),
+    *((stage, precision) for precision in ("bf16", "fp16") for stage in (1, 2, 3)),
+]
 CASES = [(stage, precision, ranks) for stage, precision in STAGES for ranks in (1, 2)]
 VARIANTS = {
     "dropout-": ["model.dropout=0.1"],
@@ -32,8 +37,8 @@ RAMP = {
 RAMPED = [(stage, offload) for stage in (0, 1, 2, 3) for offload in (False, True) if stage or not offload]
 
 # fp32: sums over ranks and micro batches come in another order; 6 steps of Adam carry that on. Seen: 7e-7.
-# bf16: 8 bits of mantissa in weights and activations. Seen: 8e-4 after 6 steps.
-TOLERANCE = {"fp32": 5e-6, "bf16": 4e-3}
+# bf16: 8 bits of mantissa in weights and activations. Seen: 8e-4 after 6 steps. fp16: 11 bits. Seen: 1.3e-4.
+TOLERANCE = {"fp32": 5e-6, "bf16": 4e-3, "fp16": 5e-4}
 
 
 def plain_losses(n_steps: int) -> list[float]:
@@ -96,6 +101,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             }.items():
                 where = {"save": str(root / f"{kind}-{name}"), "out": str(root / f"{kind}-{name}.json")}
                 jobs.append({**common, **more, **where})
+        for stage in (1, 2, 3) if ranks == 2 else ():
+            half = str(checkpoint.checkpoint_path(root / f"half-overflow-{stage}", 2))
+            for kind, more in {
+                "straight": {"steps": OVERFLOWING_STEPS, "loss_scale": 2.0**26},
+                "half": {"steps": 2, "loss_scale": 2.0**26},
+                "resumed": {"steps": OVERFLOWING_STEPS - 2, "load": half},
+            }.items():
+                name = f"{kind}-overflow-{stage}"
+                where = {"save": str(root / name), "out": str(root / f"{name}.json")}
+                jobs.append({"stage": stage, "precision": "fp16", **more, **where})
         for stage, offload in RAMPED if ranks == 2 else []:
             overrides = [*RAMP["overrides"], f"engine.offload_optimizer={offload}"]
             job = {
@@ -156,6 +171,28 @@ def test_compiled_parts_compute_the_same(finished: Path) -> None:
 
 def test_dropout_is_at_work(finished: Path) -> None:
     assert losses(finished, "straight-dropout-3-bf16-2") != losses(finished, "straight-3-bf16-2")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_loss_scale_that_is_too_large_is_halved_and_restored(finished: Path, stage: int) -> None:
+    """From 2^26 on until no gradient overflows; what is left out changes nothing, and the resumed run has the scale."""
+    scales = {
+        kind: json.loads((finished / f"{kind}-overflow-{stage}.json").read_text())["loss_scales"]
+        for kind in ("straight", "half", "resumed")
+    }
+    assert scales["straight"][:3] == [2.0**26, 2.0**25, 2.0**24]
+    assert scales["half"] + scales["resumed"] == scales["straight"]
+    found = losses(finished, f"straight-overflow-{stage}")
+    left_out = sum(a > b for a, b in pairwise(scales["straight"]))
+    assert left_out >= 2
+    assert losses(finished, f"half-overflow-{stage}") + losses(finished, f"resumed-overflow-{stage}") == found
+    straight, resumed = (finished / f"{kind}-overflow-{stage}" for kind in ("straight", "resumed"))
+    for folder in (straight, resumed):
+        state = checkpoint.read_state(checkpoint.checkpoint_path(folder, OVERFLOWING_STEPS))
+        assert state["optimizer_step"] == OVERFLOWING_STEPS - left_out
+        assert state["loss_scale"]["value"] == scales["straight"][-1]
+    paths = [checkpoint.checkpoint_path(folder, OVERFLOWING_STEPS) for folder in (straight, resumed)]
+    assert_same_state(*paths)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -286,13 +286,19 @@ def test_a_sentencepiece_model_of_others_does_the_same(tmp_path: Path, options: 
 # --- launch/export.py ---
 
 
-def test_the_script_exports_and_says_how_well_it_agrees(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "dtype"),
+    [([], "float32"), (["dtype=bf16"], "bfloat16"), (["dtype=fp16"], "float16")],  # the run computed in fp32
+)
+def test_the_script_exports_and_says_how_well_it_agrees(
+    tmp_path: Path, arguments: list[str], dtype: str
+) -> None:
     make_run(tmp_path / "run")
     run, output = f"run_dir={tmp_path / 'run'}", f"output={tmp_path / 'hf'}"
-    done = run_script("export", run, output)
+    done = run_script("export", run, output, *arguments)
     assert done.returncode == 0, done.stderr
     assert "logits differ by at most" in done.stdout
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == dtype
     export_script = script("export")
     with pytest.raises(ConfigError, match="overwrite=true"):
         export_script.main(

@@ -24,6 +24,8 @@ ORDER = [
     "engine_schemas",
     "cluster_schemas",
     "data_schemas",
+    "precision",
+    "loss_scale",
     "stages",
     "config",
     "heartbeat",

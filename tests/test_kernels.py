@@ -197,8 +197,8 @@ H100 = Capability("cuda", 90, varlen=True, triton=True, liger=True)
 
 
 def test_they_are_for_gpus_that_can() -> None:
-    assert resolve(config_of("kernels=fp8"), H100).fp8
-    assert resolve(config_of("kernels=liger"), H100).liger
+    assert resolve(config_of("kernels=fp8"), H100).kernels.fp8
+    assert resolve(config_of("kernels=liger"), H100).kernels.liger
     refused = [
         ("fp8", Capability("cpu"), "8.9"),
         ("fp8", H100._replace(compute=86), "8.9"),
@@ -224,7 +224,7 @@ def test_they_are_for_gpus_that_can() -> None:
     ],
 )
 def test_a_gpu_compiles_unless_told_otherwise(asked: str, capability: Capability, chosen: str) -> None:
-    assert resolve(config_of(f"kernels.compile={asked}"), capability).compile.value == chosen
+    assert resolve(config_of(f"kernels.compile={asked}"), capability).kernels.compile.value == chosen
 
 
 @torch._dynamo.config.patch(suppress_errors=False)  # compile_parts sets it; put back afterwards

@@ -658,7 +658,7 @@ def test_the_planned_option_is_one_that_training_takes() -> None:
         ([*EXAMPLE, "cluster.gpu=tpu"], "cluster.gpu=tpu is not in the table"),
         ([*EXAMPLE, "total_steps=7"], "give one of them"),
         ([*EXAMPLE, "global_batch_sequences=100"], "is not a multiple of 128 ranks; try 128"),
-        ([*EXAMPLE, "cluster.gpu=v100"], "cluster.gpu=v100 has no bf16"),
+        ([*EXAMPLE, "cluster.gpu=v100", "engine.precision=bf16"], "cluster.gpu=v100 has no bf16"),
         ([*EXAMPLE, "cluster.gpus_per_node=0", "cluster.ranks_per_node=2"], "the planner knows GPUs only"),
         ([*EXAMPLE, "engine=zero3_ulysses"], "engine.sequence_parallel_ranks=2 is not known to the planner"),
         ([*EXAMPLE, "data.token=5"], "data.token is not a key of the configuration; did you mean tokens?"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,10 +107,13 @@ def script(name: str) -> ModuleType:
     return module
 
 
-def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A script of launch/ as a person runs it."""
+def run_script(
+    name: str, *arguments: str, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A script of launch/ as a person runs it. `env` is added to the environment."""
     command = [sys.executable, str(ROOT / "launch" / f"{name}.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    variables = {**os.environ, **(env or {})}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
 
 
 def _save(run_dir: Path, config: TrainConfig, decoder: Decoder, tokenizer: Tokenizer, step: int) -> None:
@@ -118,6 +122,7 @@ def _save(run_dir: Path, config: TrainConfig, decoder: Decoder, tokenizer: Token
         "step": step,
         "tokens_seen": step * config.global_batch_sequences * config.data.sequence_length,
         "sequence_length": config.data.sequence_length,
+        "precision": "fp32",
         "tokenizer_sha256": tokenizer.sha256,
         "config": json.loads(json.dumps(to_dict(config))),
         "tensors": {name: list(weight.shape) for name, weight in weights.items()},

@@ -27,7 +27,7 @@ from pretrain.optim import build_optimizer, parameter_groups
 
 def build_model(config: TrainConfig, device: torch.device) -> Decoder:
     """The decoder with its initial weights."""
-    kernels = resolve(config, capability_of(device))
+    kernels = resolve(config, capability_of(device)).kernels
     model = Decoder(config.model, config.seed, kernels).to(device)
     if config.engine.precision is Precision.bf16:
         model.bfloat16()
