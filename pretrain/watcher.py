@@ -23,7 +23,8 @@ from typing import Any
 from pretrain import heartbeat
 
 TICK_S = 0.5
-DUMP_S = 3.0  # the stacks of a rank are there within so many seconds, or never
+DUMP_S = 5.0
+"""A rank that runs at all writes its stacks within this time, in seconds, also on a busy host."""
 MAX_LINE_BYTES = 1 << 16
 LAUNCHERS = (b"deepspeed", b"torchrun", b"torch.distributed")
 OUT_OF_MEMORY = re.compile("out of memory|allocate memory|MemoryError", re.IGNORECASE)
@@ -91,6 +92,8 @@ class Watcher:
         self.token = ""
         self.attempt = 0
         self.joined = self.started = self.bye = self.dead = self.dumped = False
+        self.found_stopped = False
+        """Whether the rank was stopped when it was asked for its stacks, for which it runs a moment."""
         self.verdict: dict[str, Any] | None = None
         self._pipe = b""
         self._told = 0.0
@@ -182,7 +185,7 @@ class Watcher:
 
     def _obey(self, message: dict[str, Any]) -> None:
         if "dump" in message:
-            self._report({"rank": self.rank, "waiting": self._dump()})
+            self._report({"rank": self.rank} | self._dump())
         elif "end" in message:
             self._end(message["end"], told=True)
 
@@ -217,7 +220,7 @@ class Watcher:
             "phase": beat.phase,
             "age_s": age_s,
             "limit_s": self.limits["step_s" if self.started else "startup_s"],
-            "stopped": not self.dead and _state(self.pid) in "Tt",
+            "stopped": self.found_stopped or (not self.dead and _state(self.pid) in "Tt"),
             "bye": self.bye,
         }
 
@@ -286,21 +289,34 @@ class Watcher:
         )
 
     def _ask_all(self) -> list[int]:
-        """Have all ranks dump their stacks; the ranks that still run."""
-        for row in self.table.values():
-            row.pop("waiting", None)
+        """Have all ranks dump their stacks; the ranks that still run.
+
+        A stopped rank has to run for a moment to write its stacks, which may let go of those that wait for it, so it
+        is asked when they have written theirs.
+        """
+        running = [rank for rank, row in self.table.items() if not row.get("bye")]
+        stopped = [rank for rank in running if self.table[rank].get("stopped")]
+        self._ask([rank for rank in running if rank not in stopped])
+        self._ask(stopped)
+        return [rank for rank in running if not self.table[rank].get("bye")]
+
+    def _ask(self, ranks: list[int]) -> None:
+        """Have these ranks dump their stacks, and wait until they have."""
+        for rank in ranks:
+            self.table[rank].pop("waiting", None)
         for line in self.lines:
-            line.send({"dump": True})
-        if not self.dead:
-            self.table[self.rank]["waiting"] = self._dump()
+            if line.rank in ranks:
+                line.send({"dump": True})
+        if self.rank in ranks and not self.dead:
+            self.table[self.rank] |= self._dump()
         deadline = time.monotonic() + DUMP_S + 1
-        while any("waiting" not in row and not row.get("bye") for row in self.table.values()):
-            if time.monotonic() > deadline:
-                break
+        while time.monotonic() < deadline:
+            rows = [self.table[rank] for rank in ranks]
+            if all("waiting" in row or row.get("bye") for row in rows):
+                return
             for key, _ in self.selector.select(TICK_S):
                 if any(line.socket is key.fileobj for line in self.lines):
                     self._read_line(key.fileobj)
-        return [rank for rank, row in self.table.items() if not row.get("bye")]
 
     def _decide(self, rank: int, cause: str, reason: str, behind: list[int] | None = None) -> None:
         """The hub: one rank is the trouble; all end."""
@@ -340,16 +356,14 @@ class Watcher:
     def _folder(self) -> Path:
         return self.run_dir / "stacks" / f"attempt-{self.attempt:03d}"
 
-    def _dump(self) -> bool:
-        """Write the rank's stacks to the run folder; whether they show it waiting for other ranks."""
+    def _dump(self) -> dict[str, bool]:
+        """Write the rank's stacks to the run folder; whether they show it waiting for other ranks, and was stopped."""
         if self.dead:
-            return False
+            return {"waiting": False}
         self.dumped = True
-        stopped = _state(self.pid) in "Tt"
+        stopped = self.found_stopped = _state(self.pid) in "Tt"
         os.ftruncate(self.stacks, 0)
         os.lseek(self.stacks, 0, os.SEEK_SET)
-        if stopped:  # it has to run for a moment, to write its stacks; before that, those that wait for it write theirs
-            time.sleep(DUMP_S / 3)
         self._ask_for_stacks()
         if stopped:
             self._kill(signal.SIGCONT)
@@ -365,7 +379,8 @@ class Watcher:
         except OSError:
             pass
         threads = [part for part in text.split("\n\n") if "pretrain/saving.py" not in part]
-        return not stopped and any(WAITING.search("\n".join(part.splitlines()[:9])) for part in threads)
+        waiting = not stopped and any(WAITING.search("\n".join(part.splitlines()[:9])) for part in threads)
+        return {"waiting": waiting, "stopped": stopped}
 
     def _wait_for_stacks(self) -> str:
         """What the rank writes: whole once the outermost frame of the main thread is there, which comes last."""

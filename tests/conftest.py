@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ os.environ.update(
     PYTHONUNBUFFERED="1",
 )
 os.environ.pop("WANDB_API_KEY", None)
+# Where the tests run in the background of a shell, it has made them ignore Ctrl-C, and every process that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Timing on a shared machine says nothing; the same examples on every run make a failure repeatable.
 settings.register_profile("pretrain", deadline=None, derandomize=True, print_blob=True)
