@@ -54,6 +54,7 @@ ORDER = [
     "packing",
     "sequences",
     "provenance",
+    "workers",
     "loader",
     "selftest",
     "sequence_parallel",
