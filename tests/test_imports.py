@@ -68,6 +68,7 @@ ORDER = [
     "objectives",
     "optim",
     "engine_state",
+    "uncompiled",
     "engine",
     "checkpoint",
     "saving",
