@@ -22,7 +22,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
 from omegaconf import MISSING
 
 from data_tools.compare import compare_task, decide
@@ -207,6 +206,8 @@ def _hashes_of_files(curation: CurationConfig) -> dict[str, str]:
         elif isinstance(value, dict | list):
             for inner in value.values() if isinstance(value, dict) else value:
                 yield from strings(inner)
+
+    import fsspec
 
     hashes = {}
     for name in curation.stages:

@@ -7,9 +7,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 LINE_EVERY_S = 10.0
 
@@ -52,6 +53,9 @@ def stage(name: str, total_bytes: int) -> Iterator[Stage]:
     """Show the progress of a stage, and say at its end how long it took."""
     start = time.monotonic()
     if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

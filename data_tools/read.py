@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import IO, Any, NamedTuple
 
-import fsspec
-
 from data_tools.boilerplate import BROKEN, pages
 from data_tools.record import Record
 from pretrain.config import ConfigError
@@ -126,7 +124,7 @@ def units_of(inputs: list[str], unit_bytes: int) -> list[Unit]:
 def _files_of(entry: str) -> list[_Found]:
     if not _URL.match(entry) or entry.startswith("file://"):
         return _local_files(os.path.abspath(os.path.expanduser(entry.removeprefix("file://"))))
-    fs, root = fsspec.core.url_to_fs(entry)
+    fs, root = _needed("fsspec.core", entry).url_to_fs(entry)
     try:
         listed = {root: fs.info(root)} if fs.isfile(root) else fs.find(root, detail=True)
     except OSError as error:
@@ -235,7 +233,7 @@ def _needed(module: str, path: str) -> Any:
 def _open(path: str) -> IO[bytes]:
     if not _URL.match(path):
         return open(path, "rb", buffering=_BUFFER_BYTES)
-    fs, at = fsspec.core.url_to_fs(path)
+    fs, at = _needed("fsspec.core", path).url_to_fs(path)
     return fs.open(at, "rb")
 
 

@@ -28,7 +28,6 @@ sys.path.insert(0, str(ROOT))
 from omegaconf import MISSING
 
 from pretrain.config import AUTO, ConfigError, Precision, TrainConfig, load_config, run_command, to_dict
-from pretrain.inputs import resolve_inputs
 from pretrain.schemas import check_positive
 
 SYNTHETIC = "synthetic"
@@ -156,6 +155,8 @@ def check_variant(text: str, config: BenchConfig) -> None:
             f"bench.variants: {text!r} is measured in one process; write '{text} bench.ranks=1'"
         )
     if config.data.manifest != SYNTHETIC:
+        from pretrain.inputs import resolve_inputs
+
         resolve_inputs(config, config.bench.ranks)
 
 

@@ -11,15 +11,17 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from omegaconf import MISSING
 
 from pretrain.config import ConfigError, run_command
-from pretrain.provenance import Piece, ReadHistory
-from pretrain.tokenizer import Tokenizer, tokenizer_in
+
+if TYPE_CHECKING:
+    from pretrain.provenance import Piece, ReadHistory
+    from pretrain.tokenizer import Tokenizer
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,6 +54,9 @@ class ProvenanceConfig:
 def main(config: ProvenanceConfig) -> None:
     """Look it up and print it."""
     config.check()
+    from pretrain.provenance import ReadHistory
+    from pretrain.tokenizer import Tokenizer, tokenizer_in
+
     history = ReadHistory.of_run(Path(config.run_dir))
     tokenizer = Tokenizer(tokenizer_in(Path(config.run_dir)))
     found = _document(config, history, tokenizer) if config.document else _step(config, history, tokenizer)

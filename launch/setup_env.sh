@@ -105,7 +105,8 @@ install_lock() {
 # In parallel, which pip does not do; without it the first `import deepspeed` takes 12 s longer.
 compile_packages() {
     say "compiling to byte code"
-    "$VENV/bin/python" -m compileall -q -j 0 "$VENV/lib" >>"$LOG" 2>&1 || true # some files are templates
+    "$VENV/bin/python" -m compileall -q -j 0 "$VENV/lib" "$ROOT"/{pretrain,data_tools,launch} >>"$LOG" 2>&1 ||
+        true # some files are templates, and the checkout may be read-only
 }
 
 # Resolves pyproject.toml in a new environment and writes what came out of it.

@@ -22,7 +22,6 @@ sys.path.insert(0, str(ROOT))
 from omegaconf import OmegaConf
 
 from pretrain.config import ClusterConfig, ConfigError, RunError, SubmitConfig, run_command, to_dict
-from pretrain.inputs import resolve_inputs
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "train.sbatch"
 PREFLIGHT = TEMPLATE.with_name("preflight.sbatch")
@@ -228,6 +227,8 @@ def _hydra_value(text: str) -> str:
 
 def _check(config: SubmitConfig) -> None:
     """Raise ConfigError for whatever would fail on the cluster and can be known here."""
+    from pretrain.inputs import resolve_inputs
+
     if "\\" in config.run_dir or "${" in config.run_dir:
         raise ConfigError(
             f"run_dir={config.run_dir} holds a backslash or ${{, which Hydra would change; rename it"

@@ -14,9 +14,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from pretrain.config import ExitCode
 from pretrain.heartbeat import LAUNCHER_LOST
 from pretrain.journal import METRICS_FILE, read_lines, read_metrics
@@ -259,6 +256,9 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
 
 def print_summary(summary: dict[str, Any]) -> None:
     """The table of lost time on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title="Lost time by cause, seconds", title_justify="left")
     for column in ("cause", "attempts", "steps redone", "until noticed", "restart"):
         table.add_column(column, justify="left" if column == "cause" else "right")

@@ -80,8 +80,6 @@ def _documents(document_ids: Tensor) -> Documents:
     # On a GPU this waits for the device, once per forward pass: how many there are decides the shape.
     starts = first.flatten().nonzero()[:, 0]
     starts = F.pad(starts, (0, 1), value=document_ids.numel()).to(torch.int32)
-    # Else a compiled block would be compiled anew for each number of documents.
-    torch._dynamo.mark_dynamic(starts, 0)
     return Documents(starts, document_ids.shape[1])
 
 

@@ -12,6 +12,8 @@ store, which has no rename, the files are uploaded and `COMPLETE` after all othe
 hash matches, and nothing in it is a pickle.
 
 Functions take the root of a run's checkpoints: the run folder itself, or what `checkpoint.target` names (`root_of`).
+torch.distributed.checkpoint and DTensor are imported where they are used: they bring sympy along, which costs each
+rank a CPU-second, and a start that loads nothing needs them only beside training, when it saves.
 """
 
 from __future__ import annotations
@@ -29,11 +31,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from pretrain.checkpoint_folder import (
     COMPLETE,
@@ -117,9 +115,12 @@ def remove(path: Path) -> None:
 
 
 def _write_tensors(folder: Path, partitions: dict[str, Partition], world: World) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
     tensors = _as_dtensors({key: (p.values, p.numel) for key, p in partitions.items()}, world)
     files = _file_of_each(partitions, world)
-    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
+    writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -143,6 +144,8 @@ def _file_of_each(partitions: dict[str, Partition], world: World) -> dict[str, i
 
 def _as_dtensors(locals_: dict[str, tuple[torch.Tensor, int]], world: World) -> dict[str, torch.Tensor]:
     """ZeRO-3 cuts a flattened tensor exactly as DTensor's Shard(0) does, so one stands for the other."""
+    from torch.distributed.tensor import DTensor, Shard
+
     mesh = DeviceMesh.from_group(world.group or dist.distributed_c10d._get_default_group(), "cpu")
     return {
         key: DTensor.from_local(
@@ -278,9 +281,11 @@ def load(
 
 
 def _read(folder: Path, tensors: dict[str, torch.Tensor], *, no_dist: bool) -> None:
+    import torch.distributed.checkpoint as dcp
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=no_dist)
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=no_dist)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from upath import UPath
 
 from pretrain.config import ConfigError, RunError
 
@@ -33,6 +32,8 @@ def root_of(run_dir: str | Path, target: str | None) -> Path:
     """
     if target is None:
         return Path(run_dir)
+    from upath import UPath
+
     try:
         root = UPath(target)
         _ = root.fs

@@ -16,10 +16,6 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -261,6 +257,8 @@ def load_config(schema: type[T], overrides: list[str], config_name: str | None =
 
     Without `config_name` the schema's own defaults are the base. Raises ConfigError.
     """
+    from hydra.errors import HydraException  # takes 0.1 s to import, and most processes compose nothing
+
     try:
         return validate(schema, _compose(schema, overrides, config_name))
     except (HydraException, OmegaConfBaseException) as error:
@@ -268,6 +266,10 @@ def load_config(schema: type[T], overrides: list[str], config_name: str | None =
 
 
 def _compose(schema: type, overrides: list[str], config_name: str | None) -> DictConfig:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+
     name = f"{schema.__name__}_schema"
     ConfigStore.instance().store(name=name, node=schema)
     GlobalHydra.instance().clear()

@@ -13,6 +13,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from pretrain.model import Block, Decoder, LossSums
 from pretrain.objectives import training_loss
 from pretrain.optim import build_optimizer, parameter_groups
 from pretrain.sequence_parallel import SequenceGroup
+from pretrain.uncompiled import compiling_nothing, leave_compiler_unloaded
 
 # DeepSpeed calls collectives by names that torch has begun to rename; nothing a user can do.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -161,9 +163,13 @@ class Engine:
         self.config = config = resolve(config, self.capability)
         """With precision and kernels chosen, alike on all ranks."""
         self.world = world
+        compiles = config.kernels.compile is Switch.always
+        if not compiles:
+            leave_compiler_unloaded()
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # Compiled at each start for 30 to 90 s, used by inference only, and leaks shared memory.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Of all operators DeepSpeed asks this one only, and would try a compiler on each to know; this one it would
+        # compile at each start for 30 to 90 s, although only inference uses it, and it leaks shared memory.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         if config.engine.precision is Precision.fp16 and world.device.type == "cpu":
             # DeepSpeed refuses fp16 on a CPU without units for it; torch emulates it there, and our tests rely on that.
             get_accelerator().is_fp16_supported = lambda: True
@@ -187,13 +193,18 @@ class Engine:
             # that would break a compiled graph, or differ when the block is computed again (torch compares the two
             # under selective activation checkpointing).
             set_z3_leaf_modules(model, [Block])
-        if config.kernels.compile is Switch.always:
+        if compiles:
+            if self._sequences is not None:
+                self._sequences.keep_out_of_graphs()
             model.compile_parts(fall_back=falls_back)
         named = list(model.named_parameters())
         self._stage = stage
         self._parameters = dict(named)
         self._optimizer = build_optimizer(parameter_groups(named, config.optim), config.optim)
-        self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=settings)
+        with nullcontext() if compiles else compiling_nothing():
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=self._optimizer, config=settings
+            )
         self.state = EngineState(
             self._deepspeed.optimizer, self._optimizer, self._parameters, config.optim, stage, world
         )

@@ -20,8 +20,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 LEDGER_FOLDER = "ledger"
@@ -36,6 +34,8 @@ def say(line: str) -> None:
     """One line on stderr, whatever state stderr is in."""
     try:
         if sys.stderr.isatty():
+            from rich.console import Console
+
             Console(stderr=True).print(line, markup=False, soft_wrap=True)
         else:
             print(line, file=sys.stderr, flush=True)

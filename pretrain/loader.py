@@ -6,24 +6,15 @@ workers have read ahead never counts. All else in `OrderState` says which order 
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
-from multiprocessing import resource_tracker
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from pretrain.config import ConfigError, DataConfig, RunError, SourceConfig
-from pretrain.heartbeat import memory_ran_out
+from pretrain.config import ConfigError, DataConfig, SourceConfig
 from pretrain.inputs import check_lengths
 from pretrain.order import Location, Order, SourceSize
 from pretrain.order_state import OrderState, Substitution
@@ -33,12 +24,11 @@ from pretrain.schedule import choose_lanes, end_sources, rank_samples
 from pretrain.sequences import IGNORED_LABEL as IGNORED_LABEL
 from pretrain.sequences import Counts, SequenceReader, Sequences
 from pretrain.shards import Corpus
-from pretrain.stages import Step, Steps, micro_batch_of, n_steps_of, plan_stages, stage_at
+from pretrain.stages import Step, Steps, micro_batch_of, n_steps_of, plan_stages
+from pretrain.workers import MicroBatches, read_ahead
 
 _STEPS_AHEAD = 16
 """Chunks from a URL are asked for so many steps before they are read: a window of chunks begins all at once."""
-_PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
-_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 
 
 class Batch(NamedTuple):
@@ -186,11 +176,15 @@ class TrainLoader:
         CorruptShardError, and RunError where a worker process died.
         """
         reader = SequenceReader(self._corpora, self._data, self.state.seed, self.state.substitutions)
-        dataset = _MicroBatches(reader, self.order)
-        loader = _data_loader(dataset, self._micro_batches(first_step), self._data)
-        micro_batches = _start_workers(loader) if self._data.loader_workers else iter(loader)
+        read, wanted = MicroBatches(reader, self.order), self._micro_batches(first_step)
+        n_workers = self._data.loader_workers
+        found = (
+            read_ahead(read, wanted, n_workers, self._data.prefetch_batches)
+            if n_workers
+            else map(read, wanted)
+        )
         for number in range(first_step, self.n_steps + 1):
-            yield [_receive(micro_batches) for _ in self._micro_batches_of(self.plan[number])]
+            yield [_to_batch(*next(found)) for _ in self._micro_batches_of(self.plan[number])]
 
     def _micro_batches(self, first_step: int) -> Iterator[tuple[Ints, Ints]]:
         """The samples of each forward pass, and those whose chunks should be fetched by now."""
@@ -228,116 +222,3 @@ def _check_corpora(sources: list[SourceConfig], corpora: list[Corpus], data: Dat
                     "prepare all sources of a run with the same tokenizer"
                 )
         check_lengths(lengths, corpus.chunk_tokens, source.manifest)
-
-
-class _MicroBatches(Dataset):
-    """A map from (the global indices of a micro batch, those to come) to (its sequences, samples [B]).
-
-    Arrays, not tensors: they travel through a pipe, while tensors would need shared memory (of which a container
-    has 64 MB by default) and a socket server in every worker.
-    """
-
-    def __init__(self, reader: SequenceReader, order: Order) -> None:
-        self._reader, self._order = reader, order
-
-    def __getitem__(self, wanted: tuple[Ints, Ints]) -> tuple[Sequences, Ints] | Exception:
-        samples, upcoming = wanted
-        if len(upcoming):
-            self._reader.prefetch(self._order.locate(upcoming))
-        length = self._order.stages[stage_at(self._order.stages, int(samples[0]))].sequence_length
-        try:
-            return self._reader.read(self._order.locate(samples), samples, length), samples
-        except (RunError, OSError) as error:
-            return error  # as a value: raised here, its sentence would reach the trainer inside a traceback
-
-
-def _data_loader(
-    dataset: _MicroBatches, micro_batches: Iterator[tuple[Ints, Ints]], data: DataConfig
-) -> DataLoader:
-    workers = data.loader_workers
-    return DataLoader(
-        dataset,
-        sampler=micro_batches,
-        batch_size=None,  # an item is a whole micro batch already
-        collate_fn=_as_is,
-        num_workers=workers,
-        prefetch_factor=data.prefetch_batches if workers else None,
-        worker_init_fn=partial(_start_worker, os.getpid()) if workers else None,
-        # Not forked: gloo, autograd and OpenMP have threads in the trainer, and one of them in the wrong place at
-        # that moment leaves the child hanging in fork (seen once in 23 starts). Costs two seconds at the start.
-        multiprocessing_context="spawn" if workers else None,
-        generator=torch.Generator(),  # or each new iterator would draw from the generator that dropout uses
-    )
-
-
-def _as_is(item: Any) -> Any:
-    return item
-
-
-def _start_workers(loader: DataLoader) -> Iterator[Any]:
-    """The loader's iterator, its workers started with `_STOP_SIGNALS` blocked in all threads from the first moment."""
-    resource_tracker.ensure_running()  # by itself it would start now, and unblock two of them again
-    allowed = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    try:
-        batches = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
-    # torch raises a dead worker's RuntimeError in whatever the trainer is just doing, most likely in a forward pass.
-    handler = signal.getsignal(signal.SIGCHLD)
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if callable(handler) and not isinstance(handler, _DeadWorkerHandler) and in_main_thread:
-        signal.signal(signal.SIGCHLD, _DeadWorkerHandler(handler))
-    return batches
-
-
-class _DeadWorkerHandler:
-    """torch's handler of SIGCHLD, but what it raises is a sentence."""
-
-    def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
-        self._handler = handler
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        try:
-            self._handler(number, frame)
-        except RuntimeError as error:
-            raise _dead_worker(error) from error
-
-
-def _dead_worker(error: RuntimeError) -> RunError:
-    reason = str(error).splitlines()[0].rstrip(" .")
-    cause = "the kernel ran out of memory" if memory_ran_out() else "killed from outside"
-    return RunError(
-        f"a process that reads training data died ({reason}): {cause}; start again to go on from the last checkpoint"
-    )
-
-
-def _start_worker(trainer_pid: int, _: int) -> None:
-    # If the trainer is killed its workers must go at once, not at torch's next look, 5 s later.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != trainer_pid:  # it was killed before the kernel knew of this wish
-        os._exit(1)
-    # A request to stop (Ctrl-C, Slurm, the launcher) reaches every process of a job, but only the trainer may act
-    # on it: it finishes the step and saves. So workers, in which these signals are blocked, obey no one else.
-    threading.Thread(target=_obey_the_trainer, daemon=True).start()
-    torch.set_num_threads(1)
-
-
-def _obey_the_trainer() -> None:
-    while signal.sigwaitinfo(_STOP_SIGNALS).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-def _receive(micro_batches: Iterator[Any]) -> Batch:
-    try:
-        item = next(micro_batches)
-    except RuntimeError as error:
-        if "DataLoader worker (pid" in str(error):
-            raise _dead_worker(error) from error
-        raise
-    if isinstance(item, Exception):
-        try:
-            raise item
-        finally:
-            del item  # else it and this frame hold each other, and the workers with them
-    return _to_batch(*item)

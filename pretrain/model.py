@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain import float8, liger
-from pretrain.attention import Visibility, attend, visibility
+from pretrain.attention import Documents, Visibility, attend, visibility
 from pretrain.config import KernelsConfig, ModelConfig
 from pretrain.kernels import PLAIN
 from pretrain.linear import linear
@@ -264,6 +264,7 @@ class Decoder(nn.Module):
         assert config.vocab_size is not None, "model.vocab_size is resolved before the model is built"
         generator = torch.Generator("cpu").manual_seed(seed)
         self.config, self.kernels = config, kernels
+        self._compiled = False
         self.embed = Embedding(config.vocab_size, config.d_model, config.init_std, generator)
         self.blocks = nn.ModuleList(Block(config, layer, generator) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -294,6 +295,7 @@ class Decoder(nn.Module):
         The functions are compiled, not the modules: hooks, by which ZeRO gathers parameters, stay outside, so that a
         block is one graph; and blocks of one shape share it.
         """
+        self._compiled = True
         torch._dynamo.config.suppress_errors = fall_back
         for block in self.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
@@ -344,6 +346,9 @@ class Decoder(nn.Module):
             visible: Visibility = cache.advance(positions)
         else:
             visible = visibility(document_ids, self.kernels.attention)
+        if self._compiled and isinstance(visible, Documents):
+            # Else a block would be compiled anew for each number of documents.
+            torch._dynamo.mark_dynamic(visible.starts, 0)
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x, cos, sin, visible, cache)

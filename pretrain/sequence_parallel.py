@@ -30,6 +30,11 @@ class SequenceGroup:
             if first <= world.rank < first + self.size:
                 self._group = group
 
+    def keep_out_of_graphs(self) -> None:
+        """For a model whose parts are compiled: an exchange is not a part of any graph."""
+        self.to_heads = torch.compiler.disable(self.to_heads)  # type: ignore[method-assign]
+        self.to_tokens = torch.compiler.disable(self.to_tokens)  # type: ignore[method-assign]
+
     def own_part(self, batch: Batch) -> Batch:
         """Tokens, labels and positions [B, T / P] of this rank; document ids stay whole, for attention sees all."""
         length = batch.tokens.shape[1] // self.size
@@ -38,7 +43,6 @@ class SequenceGroup:
             tokens=batch.tokens[:, own], labels=batch.labels[:, own], positions=batch.positions[:, own]
         )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, heads, T / P, K] of all heads become [B, heads / P, T, K] of all tokens; in one exchange.
 
@@ -51,7 +55,6 @@ class SequenceGroup:
         )  # [P, B, heads / P of all three, T / P, K]
         return traded.permute(1, 2, 0, 3, 4).flatten(2, 3).split(widths, dim=1)  # type: ignore[return-value]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def to_tokens(self, y: Tensor) -> Tensor:
         """The way back: [B, H / P, T, K] of all tokens become [B, H, T / P, K] of all heads."""
         parts = y.unflatten(2, (self.size, -1))  # [B, H / P, P, T / P, K]

@@ -18,6 +18,21 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def children_of(process: int) -> list[int]:
+    """The processes that a process has started, from any of its threads."""
+    lists = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(pid) for children in lists for pid in children.read_text().split()]
+
+
+def loader_workers(process: int) -> list[int]:
+    """The processes that read training data for a trainer."""
+    return [
+        pid
+        for pid in children_of(process)
+        if b"pretrain.workers" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+
+
 class Ranks:
     """The processes of one world; killed when the block ends, whatever happened."""
 

@@ -67,10 +67,8 @@ def role(process: Process, table: list[Process]) -> str:
         return "rank"
     if "/deepspeed " in process.command:
         return "deepspeed"
-    if "spawn_main" in process.command:
+    if "pretrain.workers" in process.command:
         return "loader worker"
-    if "resource_tracker" in process.command:
-        return "tracker"
     return "watcher" if "pretrain.watcher" in process.command else "other"
 
 

@@ -28,7 +28,6 @@ def test_the_plan_follows_from_the_seed_and_covers_everything() -> None:
         "loader worker": [5],
         "watcher": [6],
         "guard": [8],
-        "tracker": [7],
     }
     victims = [
         choose(fault, living, supervisor=9) for fault in faults if fault.kind in ("SIGTERM", "SIGKILL")

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, Ranks, free_port
+from launching import ROOT, Ranks, free_port, loader_workers
 from safetensors.torch import load_file
 from save_worker import SHAPES
 from test_training import assert_equals_undisturbed, samples_by_step, steps_done, wait_for
@@ -366,14 +366,6 @@ def memory_limit() -> Iterator[Callable[[int, int], Path]]:
     while (group / "cgroup.procs").read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     group.rmdir()
-
-
-def children_of(process: int) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-
-
-def loader_workers(process: int) -> list[int]:
-    return [p for p in children_of(process) if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
 @pytest.mark.integration

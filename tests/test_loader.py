@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
-import multiprocessing
 import os
 import pickle
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,14 +21,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from launching import loader_workers
 
 from pretrain.config import BadChunk, ConfigError, DataConfig, Packing, SourceConfig, StageConfig
 from pretrain.corpus_writer import CorpusWriter
-from pretrain.loader import IGNORED_LABEL, Batch, TrainLoader, _MicroBatches, build_batch
+from pretrain.loader import IGNORED_LABEL, Batch, TrainLoader, build_batch
 from pretrain.order import Location
 from pretrain.order_state import OrderState, Substitution
 from pretrain.sequences import SequenceReader
 from pretrain.shards import Corpus
+from pretrain.workers import MicroBatches, read_ahead
 
 CHUNK = 64
 BOS, EOS = 1, 2
@@ -135,7 +137,7 @@ def make_loader(data: DataConfig, **values: object) -> TrainLoader:
 def no_process_is_left() -> Iterator[None]:
     yield
     gc.collect()
-    assert not multiprocessing.active_children()
+    assert not loader_workers(os.getpid())
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -225,7 +227,6 @@ def test_an_epoch_of_batches_holds_every_token_once(texts: list[Text]) -> None:
     assert sorted(read) == sorted(expected)
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(texts: list[Text], workers: int) -> None:
     alone = list(make_loader(data_config(texts)).steps(1))
@@ -341,7 +342,6 @@ GROWTH = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_sequence_length_and_batch_change_where_they_are_due(texts: list[Text], workers: int) -> None:
     loader = make_loader(data_config(texts, lanes=4, stages=GROWTH, loader_workers=workers))
@@ -499,7 +499,6 @@ def test_a_corrupt_chunk_reaches_the_trainer(tmp_path: Path, workers: int) -> No
     assert "Traceback" not in failure
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_corrupt_chunk_is_substituted_alike_on_any_rank(tmp_path: Path, workers: int) -> None:
     text = Text(tmp_path / "c", 20 * CHUNK, seed=4)
@@ -575,18 +574,68 @@ def test_a_worker_that_dies_is_reported(texts: list[Text]) -> None:
     loader = make_loader(data_config(texts, loader_workers=1), total_steps=10**8)
     steps = loader.steps(1)
     next(steps)
-    (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGKILL)
+    (worker,) = loader_workers(os.getpid())
+    os.kill(worker, signal.SIGKILL)
     failure = read_until_it_fails(steps)
-    assert re.match(r"RunError: a process that reads training data died .*DataLoader worker \(pid", failure)
+    assert failure.startswith(
+        f"RunError: a process that reads training data died (pid {worker}, SIGKILL): killed from outside; start"
+    )
 
 
-def test_workers_are_not_forked(texts: list[Text]) -> None:
+def test_a_worker_that_ends_by_an_error_of_its_own_is_reported(
+    texts: list[Text], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One that nobody has foreseen: the traceback is on the terminal, and the run ends."""
+    failure = read_until_it_fails(read_ahead(len, iter([4]), n_workers=1, ahead=1))
+    assert re.match(
+        r"RunError: .* died \(pid \d+, exit code 1\): what it has printed above says why", failure
+    )
+    assert "TypeError: object of type 'int' has no len()" in capfd.readouterr().err
+
+
+def test_workers_are_not_forked_and_import_no_torch(texts: list[Text]) -> None:
     """A fork beside the trainer's threads hangs now and then, which no test can show at will."""
     steps = make_loader(data_config(texts, loader_workers=1), total_steps=100).steps(1)
     next(steps)
-    (worker,) = multiprocessing.active_children()
-    assert b"multiprocessing.spawn" in Path(f"/proc/{worker.pid}/cmdline").read_bytes()
+    (worker,) = loader_workers(os.getpid())
+    assert "libtorch" in Path("/proc/self/maps").read_text()
+    assert "libtorch" not in Path(f"/proc/{worker}/maps").read_text()
+
+
+def test_the_order_is_kept_whatever_each_worker_takes() -> None:
+    """The slowest is waited for, and no worker has more than its share to read."""
+    items = [0.05, 0, 0, 0.02, 0, 0, 0, 0.03, 0]
+    asked: list[int] = []
+
+    def numbers() -> Iterator[float]:
+        for number, item in enumerate(items):
+            asked.append(number)
+            yield item
+
+    answers = read_ahead(time.sleep, numbers(), n_workers=3, ahead=2)
+    assert next(answers) is None
+    assert asked == [0, 1, 2, 3, 4, 5, 6]
+    assert len(loader_workers(os.getpid())) == 3
+    assert list(answers) == [None] * 8
+    assert list(read_ahead(str, iter(range(50)), n_workers=3, ahead=2)) == [str(n) for n in range(50)]
+
+
+def test_large_items_and_answers_hold_up_nobody() -> None:
+    """More than a socket takes, both ways at once, while the trainer does not read."""
+    items = [np.full(1 << 20, n, np.uint8) for n in range(12)]
+    answers = list(read_ahead(np.copy, iter(items), n_workers=2, ahead=4))
+    assert [int(answer[-1]) for answer in answers] == list(range(12))
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_workers_end_with_their_iterator(busy: bool) -> None:
+    """Also when the consumer leaves the loop while a worker is still reading; that one is then killed."""
+    for answer in read_ahead(time.sleep, iter([0, 30 if busy else 0, 0]), n_workers=2, ahead=1):
+        assert answer is None
+        workers = loader_workers(os.getpid())
+        break
+    assert len(workers) == 2
+    assert not any(map(runs, workers))
 
 
 def test_workers_leave_stopping_to_the_trainer(texts: list[Text]) -> None:
@@ -594,18 +643,34 @@ def test_workers_leave_stopping_to_the_trainer(texts: list[Text]) -> None:
     loader = make_loader(data_config(texts, loader_workers=1), total_steps=100)
     steps = loader.steps(1)
     next(steps)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = loader_workers(os.getpid())
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+        subprocess.run(["kill", f"-{name}", str(worker)], check=True)
     for _ in range(98):
         next(steps)
-    assert worker.is_alive()
+    assert runs(worker)
+
+
+def test_signals_are_blocked_in_a_worker_from_the_first_moment() -> None:
+    """A request to stop may come while it starts."""
+    answers = read_ahead(str, iter([1]), n_workers=1, ahead=1)
+    started = threading.Thread(target=next, args=(answers,))
+    started.start()
+    while not (pids := loader_workers(os.getpid())):
+        time.sleep(0)
+    status = Path(f"/proc/{pids[0]}/status").read_text()
+    started.join()
+    blocked = int(re.search(r"^SigBlk:\s+(\w+)", status, re.M)[1], 16)
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        assert blocked >> (name - 1) & 1, name
 
 
 def test_workers_die_with_a_killed_trainer(texts: list[Text]) -> None:
-    """At once; an idle torch worker looks every 5 seconds only."""
+    """At once, whatever they are doing."""
     code = f"""
-import multiprocessing, os, signal
+import os, signal, sys
+sys.path.insert(0, "tests")
+from launching import loader_workers
 from pretrain.config import DataConfig
 from pretrain.loader import TrainLoader
 data = DataConfig(manifest={texts[0].manifest!r}, sequence_length=16, loader_workers=2)
@@ -613,7 +678,10 @@ loader = TrainLoader(data, 1, global_batch_sequences=4, micro_batch_sequences=4,
                      total_steps=10**8, state=None)
 steps = loader.steps(1)
 next(steps)
-print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+workers = loader_workers(os.getpid())
+for worker in workers:  # they cannot see that their connection is closed, only die
+    os.kill(worker, signal.SIGSTOP)
+print(*workers, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     killed = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -621,10 +689,14 @@ os.kill(os.getpid(), signal.SIGKILL)
     workers = [int(pid) for pid in killed.stdout.readline().split()]
     assert killed.wait() == -signal.SIGKILL
     assert len(workers) == 2
-    until = time.monotonic() + 4  # torch itself looks every 5 s
-    while any(runs(pid) for pid in workers):
-        assert time.monotonic() < until, "a worker outlived its trainer"
-        time.sleep(0.02)
+    until = time.monotonic() + 4
+    try:
+        while any(runs(pid) for pid in workers):
+            assert time.monotonic() < until, "a worker outlived its trainer"
+            time.sleep(0.02)
+    finally:
+        for pid in filter(runs, workers):
+            os.kill(pid, signal.SIGKILL)
     killed.stdout.close()
 
 
@@ -636,21 +708,17 @@ def runs(pid: int) -> bool:
         return False
 
 
-def test_workers_can_be_started_in_any_way(texts: list[Text]) -> None:
-    """What a worker needs must survive pickling, without open files, and fit into a pipe.
-
-    A worker that is killed before it has read what the trainer writes into its pipe would hold the trainer for ever,
-    were that more than the pipe's 64 KiB.
-    """
+def test_what_a_worker_needs_survives_pickling(texts: list[Text]) -> None:
+    """Without open files, and short."""
     data = data_config(texts)
     loader = make_loader(data)
     reader = SequenceReader([Corpus(text.manifest) for text in texts], data)
-    dataset = _MicroBatches(reader, loader.order)
+    read = MicroBatches(reader, loader.order)
     nothing = np.empty(0, np.int64)
-    read, _ = dataset[np.arange(6), nothing]
-    sent = pickle.dumps(dataset)
+    found, _ = read((np.arange(6), nothing))
+    sent = pickle.dumps(read)
     assert len(sent) < 1 << 14
-    copied, samples = pickle.loads(sent)[np.arange(6), nothing]
-    assert (read.packed == copied.packed).all()
-    assert read.counts == copied.counts
+    copied, samples = pickle.loads(sent)((np.arange(6), nothing))
+    assert (found.packed == copied.packed).all()
+    assert found.counts == copied.counts
     assert samples.tolist() == list(range(6))
