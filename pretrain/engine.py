@@ -28,7 +28,14 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups, set_z3_leaf_modules
 
-from pretrain.config import ConfigError, OptimizerName, Precision, Switch, TrainConfig
+from pretrain.config import (
+    ConfigError,
+    OptimizerName,
+    Precision,
+    Switch,
+    TrainConfig,
+    launched_local_size,
+)
 from pretrain.distributed import World, gather_objects, seed_step
 from pretrain.engine_schemas import NVME_SUB_GROUP_ELEMENTS
 from pretrain.engine_state import EngineState
@@ -173,6 +180,10 @@ class Engine:
         if config.engine.precision is Precision.fp16 and world.device.type == "cpu":
             # DeepSpeed refuses fp16 on a CPU without units for it; torch emulates it there, and our tests rely on that.
             get_accelerator().is_fp16_supported = lambda: True
+        if local_size := launched_local_size():
+            # Without it DeepSpeed starts a program in every step on a CPU, numactl, to count devices; a fork of a
+            # process with threads and gigabytes is slow at best. Its own launcher sets it, others do not.
+            os.environ.setdefault("LOCAL_SIZE", str(local_size))
         deepspeed.init_distributed(dist_init_required=False)
         stage, self._files = config.engine.zero_stage, nvme_folder(config, world.rank)
         self._check_hosts()

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gate import Gate
 from launching import ROOT, Ranks, free_port, loader_workers
 from safetensors.torch import load_file
 from save_worker import SHAPES
@@ -331,13 +332,15 @@ def test_row_14_the_clock_of_one_rank_jumps_an_hour_forth_and_back(
         "FAKETIME_TIMESTAMP_FILE": str(clock),
         "FAKETIME_NO_CACHE": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "FAKETIME_FORCE_MONOTONIC_FIX": "0",  # a remedy for glibc before 2.30 that spins on newer ones
     }
-    with Ranks(
-        2, TRAIN, *run_arguments(corpus, run_dir), log_dir=tmp_path / "logs", env_of={0: fake}
-    ) as ranks:
-        for steps, offset in ((2, "+3600"), (5, "-3600"), (8, "+0")):
-            wait_for(lambda steps=steps: steps_done(run_dir) >= steps, ranks)
+    offsets = {"step-3": "+3600", "step-6": "-3600", "step-9": "+0"}
+    gate, arguments = Gate(tmp_path / "gate", *offsets), run_arguments(corpus, run_dir)
+    with Ranks(2, TRAIN, *arguments, log_dir=tmp_path / "logs", env=gate.env, env_of={0: fake}) as ranks:
+        for place, offset in offsets.items():
+            wait_for(lambda place=place: gate.reached(place), ranks)
             clock.write_text(offset)
+            gate.open(place)
         codes = ranks.wait()
     assert codes == [0, 0], ranks.output()
     assert_equals_undisturbed(run_dir, straight)
@@ -416,7 +419,8 @@ def test_row_15_a_trainer_that_the_kernel_kills_for_memory_is_named(
         told = memory_limit(ranks.processes[1].pid, 1 << 16)
         codes = ranks.wait(60)
     assert "oom_kill 1\n" in told.read_text()
-    assert codes == [-signal.SIGKILL] * 2, ranks.output()
+    assert codes[1] == -signal.SIGKILL, ranks.output()
+    assert codes[0] not in (0, 2, 75)  # killed by its watcher, or failed when its neighbor was gone
     (failed,) = (event for event in events(run_dir) if event["event"] == "rank_failed")
     assert (failed["rank"], failed["cause"]) == (1, "oom")
 

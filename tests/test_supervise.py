@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+from gate import Gate
 from launching import ROOT, run_ranks
 from supervised import CANARY, Supervised, deepspeed, processes, processes_of
-from test_training import assert_equals_undisturbed, steps_done
+from test_training import assert_equals_undisturbed
 from tiny import TinyCorpus, events, run_arguments
 
 from pretrain.attempts import Attempt, Cause, account, error_sentence, judge
@@ -408,10 +409,11 @@ def straight(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_killed_then_restarted_equals_the_undisturbed_run(
     corpus: TinyCorpus, straight: Path, tmp_path: Path, victim: str, causes: set[str]
 ) -> None:
-    run_dir = tmp_path / "run"
-    with Supervised(run_dir, *deepspeed(2, *run_arguments(corpus, run_dir))) as run:
-        run.wait_for(lambda: steps_done(run_dir) >= 5)
+    run_dir, gate = tmp_path / "run", Gate(tmp_path / "gate", "step-6")
+    with Supervised(run_dir, *deepspeed(2, *run_arguments(corpus, run_dir)), env=gate.env) as run:
+        run.wait_for(lambda: gate.reached("step-6"))
         os.kill(run.victim(victim, -1), signal.SIGKILL)
+        gate.open("step-6")
         assert run.wait() == 0, run.text()
     assert run.causes()[0] in causes
     assert run.causes()[1:] == ["finished"]
@@ -433,10 +435,11 @@ def test_a_wrong_key_is_answered_once(corpus: TinyCorpus, tmp_path: Path) -> Non
 @pytest.mark.integration
 def test_stop_request_to_the_supervisor_saves(corpus: TinyCorpus, straight: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    command = deepspeed(2, *run_arguments(corpus, run_dir))
-    with Supervised(run_dir, *command) as run:
-        run.wait_for(lambda: steps_done(run_dir) >= 5)
+    command, gate = deepspeed(2, *run_arguments(corpus, run_dir)), Gate(tmp_path / "gate", "step-6")
+    with Supervised(run_dir, *command, env=gate.env) as run:
+        run.wait_for(lambda: gate.reached("step-6"))
         run.process.send_signal(signal.SIGUSR1)
+        gate.open("step-6")
         assert run.wait() == 75, run.text()
     assert events(run_dir)[-1]["event"] == "stopped"
     with Supervised(run_dir, *command) as run:
@@ -450,10 +453,11 @@ def test_a_killed_supervisor_leaves_a_run_that_saves_and_ends(
     corpus: TinyCorpus, straight: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    command = deepspeed(2, *run_arguments(corpus, run_dir))
-    with Supervised(run_dir, *command) as run:
-        run.wait_for(lambda: steps_done(run_dir) >= 5)
+    command, gate = deepspeed(2, *run_arguments(corpus, run_dir)), Gate(tmp_path / "gate", "step-6")
+    with Supervised(run_dir, *command, env=gate.env) as run:
+        run.wait_for(lambda: gate.reached("step-6"))
         run.process.kill()
+        gate.open("step-6")
     with Supervised(run_dir, *command) as run:  # waits for the first to end
         assert run.wait() == 0, run.text()
     assert_equals_undisturbed(run_dir, straight)

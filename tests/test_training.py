@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from gate import Gate
 from launching import ROOT, Ranks, free_port, run_ranks
 from test_dialogue import chat_config, dialogues
 from test_engine import assert_same_state
@@ -100,9 +101,12 @@ def test_straight_run_learns_and_leaves_what_it_should(straight: Path) -> None:
 def test_kill_9_mid_step_then_resume(corpus: TinyCorpus, straight: Path, tmp_path: Path, victim: int) -> None:
     run_dir = tmp_path / "run"
     arguments = run_arguments(corpus, run_dir)
-    with Ranks(2, TRAIN, *arguments, log_dir=tmp_path / "first") as ranks:
-        wait_for(lambda: steps_done(run_dir) >= 5 + victim, ranks)
+    gate, place = Gate(tmp_path / "gate", f"step-{6 + victim}"), f"step-{6 + victim}"
+    saved = checkpoint.checkpoint_path(run_dir, 4)
+    with Ranks(2, TRAIN, *arguments, log_dir=tmp_path / "first", env=gate.env) as ranks:
+        wait_for(lambda: gate.reached(place) and saved.exists(), ranks)
         ranks.processes[victim].kill()
+        gate.open(place)
         codes = ranks.wait()
     assert codes[victim] == -signal.SIGKILL
     assert codes[1 - victim] not in (0, 2, 75)
@@ -116,8 +120,9 @@ def test_kill_9_mid_save_then_resume(corpus: TinyCorpus, straight: Path, tmp_pat
     run_dir = tmp_path / "run"
     arguments = run_arguments(corpus, run_dir)
     temporary = run_dir / "checkpoints" / ".step-00000008.tmp"
-    with Ranks(2, TRAIN, *arguments, log_dir=tmp_path / "first") as ranks:
-        wait_for(temporary.exists, ranks, poll_s=0)
+    gate, place = Gate(tmp_path / "gate", "rename-step-00000008"), "rename-step-00000008"
+    with Ranks(2, TRAIN, *arguments, log_dir=tmp_path / "first", env=gate.env) as ranks:
+        wait_for(lambda: gate.reached(place, n_ranks=1), ranks)
         for process in ranks.processes:
             process.kill()
         ranks.wait()
@@ -150,12 +155,14 @@ def test_stop_on_request_saves_and_exits_75(
 ) -> None:
     run_dir = tmp_path / "run"
     arguments = run_arguments(corpus, run_dir)
-    with Ranks(2, TRAIN, *arguments, log_dir=tmp_path / "first") as ranks:
-        wait_for(lambda: steps_done(run_dir) >= 5, ranks)
+    gate = Gate(tmp_path / "gate", "step-6")
+    with Ranks(2, TRAIN, *arguments, log_dir=tmp_path / "first", env=gate.env) as ranks:
+        wait_for(lambda: gate.reached("step-6"), ranks)
         if request_by == "SIGTERM":
             ranks.processes[1].send_signal(signal.SIGTERM)  # one rank knows, all agree
         else:
             (run_dir / "stop").touch()
+        gate.open("step-6")
         codes = ranks.wait()
     assert codes == [75, 75], ranks.output()
     stopped = events(run_dir)[-1]
