@@ -416,7 +416,9 @@ def test_row_15_a_trainer_that_the_kernel_kills_for_memory_is_named(
         told = memory_limit(ranks.processes[1].pid, 1 << 16)
         codes = ranks.wait(60)
     assert "oom_kill 1\n" in told.read_text()
-    assert codes == [-signal.SIGKILL] * 2, ranks.output()
+    # The other rank's watcher ends it, unless the broken connection has by then.
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] in (1, -signal.SIGKILL), ranks.output()
     (failed,) = (event for event in events(run_dir) if event["event"] == "rank_failed")
     assert (failed["rank"], failed["cause"]) == (1, "oom")
 
