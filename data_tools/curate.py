@@ -30,7 +30,6 @@ from data_tools.curation import STAGES, CleanTask, CurationConfig, FilterTask, L
 from data_tools.decontaminate import build_index
 from data_tools.executors import ExecutorConfig, run_phase
 from data_tools.funnel import DOCUMENTS, REPORT, funnel_table
-from data_tools.prepare import prepare
 from data_tools.read import ReadConfig, Unit, units_of
 from pretrain import __version__
 from pretrain.config import ConfigError, RunError, run_command, to_dict
@@ -86,6 +85,8 @@ def curate(config: CurateConfig) -> int:
         return code
     print()
     documents = str(Path(config.output) / DOCUMENTS)
+    from data_tools.prepare import prepare
+
     return prepare(replace(config.prepare, input=[documents], output=config.corpus))
 
 

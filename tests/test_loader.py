@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -580,6 +581,22 @@ def test_a_worker_that_dies_is_reported(texts: list[Text]) -> None:
     assert failure.startswith(
         f"RunError: a process that reads training data died (pid {worker}, SIGKILL): killed from outside; start"
     )
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_reported() -> None:
+    """Before it has read what it is sent, which is more than a socket takes."""
+
+    def kill() -> None:
+        while not (started := loader_workers(os.getpid())):
+            time.sleep(0)
+        os.kill(started[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    large = partial(np.add, np.zeros(1 << 22))
+    failure = read_until_it_fails(read_ahead(large, iter([1]), n_workers=1, ahead=1))
+    killer.join()
+    assert re.match(r"RunError: a process that reads training data died \(pid \d+, SIGKILL\)", failure)
 
 
 def test_a_worker_that_ends_by_an_error_of_its_own_is_reported(
