@@ -9,9 +9,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-LONGEST_STEPS = 400
+LONGEST_STEPS = 800
 """Length of a run that the clock does not shorten: total_steps of conf/experiment/quickstart.yaml."""
-FEWEST_STEPS = 60
+FEWEST_STEPS = 150
 """The shortest run that the clock may choose, which still learns more than how often each token occurs."""
 WARMUP_STEPS = 20
 FIRST_HALF_FRAC = 0.4
@@ -20,7 +20,7 @@ SHORTEST_FIRST_HALF_S = 60.0
 """Enough for some steps after a slow start; the first half gets it however little time is left."""
 USABLE_FRAC = 0.9
 """Share of the time left that is planned with, because the speed of a shared machine varies."""
-AFTER_STARTS, AFTER_STEPS = 2.0, 15.0
+AFTER_STARTS, AFTER_STEPS = 2.0, 30.0
 """Time of evaluation, export and sample, in starts and steps of the training run."""
 
 

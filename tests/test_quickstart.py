@@ -163,21 +163,21 @@ def test_more_time_never_gives_a_shorter_run(measured: Measured, left_s: float, 
     ("measured", "left_s", "sentence"),
     [
         (
-            Measured(200, 0.5, 15.0),
+            Measured(400, 0.25, 15.0),
             400.0,
-            "400 steps, the full length: a step takes 0.50 s on this machine, and 152 of the 400 s left suffice.",
+            "800 steps, the full length: a step takes 0.25 s on this machine, and 152 of the 400 s left suffice.",
         ),
         (
-            Measured(66, 3.0, 20.0),
+            Measured(132, 1.5, 20.0),
             340.0,
-            "133 steps: a step takes 3.00 s on this machine, and 340 s are left of 10 minutes, 105 s of them for the "
+            "266 steps: a step takes 1.50 s on this machine, and 340 s are left of 10 minutes, 105 s of them for the "
             "second start, the evaluation, the export and the sample.",
         ),
         (
-            Measured(4, 55.0, 30.0),
+            Measured(8, 27.5, 30.0),
             330.0,
-            "60 steps, the fewest that teach the model something: a step takes 55.00 s on this machine, so the whole "
-            "job will take about 71 minutes instead of 10.",
+            "150 steps, the fewest that teach the model something: a step takes 27.50 s on this machine, so the whole "
+            "job will take about 85 minutes instead of 10.",
         ),
     ],
 )
