@@ -176,8 +176,8 @@ def test_more_time_never_gives_a_shorter_run(measured: Measured, left_s: float, 
         (
             Measured(8, 27.5, 30.0),
             330.0,
-            "150 steps, the fewest that teach the model something: a step takes 27.50 s on this machine, so the whole "
-            "job will take about 85 minutes instead of 10.",
+            "200 steps, the fewest that teach the model something: a step takes 27.50 s on this machine, so the whole "
+            "job will take about 108 minutes instead of 10.",
         ),
     ],
 )
