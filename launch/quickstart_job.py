@@ -209,12 +209,12 @@ class Job:
             length = self._measured_first_half()
             length.save(path)
             say(length.reason)
-        elif self._newest_step() < length.stop_step:
-            say(length.reason)
-            self._start("train-first-half", length.steps, f"stop_at_step={length.stop_step}")
         else:
             say(length.reason)
-            self.stages.reuse("train-first-half", f"{self.run_dir} up to step {self._newest_step()}")
+            if self._newest_step() < length.stop_step:
+                self._start("train-first-half", length.steps, f"stop_at_step={length.stop_step}")
+            else:
+                self.stages.reuse("train-first-half", f"{self.run_dir} up to step {self._newest_step()}")
         if self._complete_file(length.steps).exists():
             self.stages.reuse("train-second-half", f"{self.run_dir}, finished")
         else:

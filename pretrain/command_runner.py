@@ -101,7 +101,8 @@ class CommandRunner:
         """Show what the command writes until it has ended, on request early. Returns its exit code."""
         kill_at: float | None = None
         with log.open(encoding="utf-8", errors="replace") as written:
-            written.readline()  # the command
+            for _ in range(2):  # the command, and the line below it
+                written.readline()
             while child.poll() is None:
                 _show(written)
                 if self._asked_by():

@@ -316,6 +316,90 @@ def wait_until(condition: object, process: subprocess.Popen, timeout_s: float = 
         time.sleep(0.05)
 
 
+# --- training in two halves, with a stand-in for the launcher and the run ---
+
+STAND_IN = """#!/usr/bin/env python3
+# In place of `deepspeed`. Each start takes the next entry of plan.json: steps done, seconds of a step, why it stops.
+import json, pathlib, sys
+here = pathlib.Path(__file__).parent
+starts = json.loads((here / "plan.json").read_text())
+(here / "plan.json").write_text(json.dumps(starts[1:]))
+n_steps, step_s, reason = starts[0]
+run = here / "out" / "run"
+before = len(list((run / "checkpoints").glob("*"))) and max(int(p.name[5:]) for p in (run / "checkpoints").glob("*"))
+attempt = len(list(here.glob("arguments-*"))) + 1
+(here / f"arguments-{attempt}").write_text(chr(10).join(sys.argv))
+folder = run / "checkpoints" / f"step-{before + n_steps:08d}"
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "COMPLETE").touch()
+with open(run / "metrics.jsonl", "a") as metrics, open(run / "events.jsonl", "a") as events:
+    for step in range(before + 1, before + n_steps + 1):
+        print(json.dumps(dict(kind="step", attempt=attempt, step=step, step_time_s=step_s)), file=metrics)
+    print(json.dumps(dict(event="stopped" if reason else "finished", reason=reason)), file=events)
+sys.exit(75 if reason else 0)
+"""
+
+
+@pytest.fixture
+def quick_job(tmp_path: Path, runner: CommandRunner, monkeypatch: pytest.MonkeyPatch) -> object:
+    """A quickstart of 10 minutes that has come to its training; `plan` says what each start will do."""
+    (tmp_path / "deepspeed").write_text(STAND_IN)
+    (tmp_path / "deepspeed").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "out").mkdir()
+    return job.Job(job.parse([]), tmp_path / "out", time.monotonic())
+
+
+def plan(folder: Path, *starts: tuple[int, float, str | None]) -> None:
+    (folder / "plan.json").write_text(json.dumps(starts))
+
+
+def overrides_of_start(folder: Path, number: int) -> list[str]:
+    return [
+        word
+        for word in (folder / f"arguments-{number}").read_text().splitlines()
+        if "step" in word or "stop" in word
+    ]
+
+
+def test_the_length_is_chosen_after_the_first_half(tmp_path: Path, quick_job: job.Job) -> None:
+    plan(tmp_path, (150, 1.5, "stop_after_s=240"), (169, 1.5, None))
+    steps = quick_job.train()
+    # The stand-in takes no time: 0.9 x 600 s hold 330 more steps beside the 30 that stand for what follows.
+    assert 470 <= steps <= 480
+    assert "stop_at_step=400" in overrides_of_start(tmp_path, 1)
+    assert "stop_after_s=240" in overrides_of_start(tmp_path, 1)
+    assert f"total_steps={steps}" in overrides_of_start(tmp_path, 2)
+    assert Length.load(tmp_path / "out" / "steps.json").stop_step == 150
+
+
+@pytest.mark.parametrize("reason", ["SIGTERM", "file stop", "loss of the launcher"])
+def test_a_stop_that_nobody_planned_ends_the_quickstart(
+    tmp_path: Path, quick_job: job.Job, reason: str
+) -> None:
+    """In the first half, where the ranks end as after the planned stop; and the next start chooses."""
+    plan(tmp_path, (20, 1.0, reason), (30, 1.0, "stop_after_s=240"), (1, 1.0, reason), (1, 1.0, None))
+    with pytest.raises(Stopped, match=reason):
+        quick_job.train()
+    assert Length.load(tmp_path / "out" / "steps.json") is None
+    with pytest.raises(Stopped, match=reason):
+        quick_job.train()
+    length = Length.load(tmp_path / "out" / "steps.json")
+    assert length is not None and length.stop_step == 50
+    assert quick_job.train() == length.steps
+    assert f"total_steps={length.steps}" in overrides_of_start(tmp_path, 4)  # nothing is chosen anew
+    assert not [word for word in overrides_of_start(tmp_path, 4) if word.startswith("stop_")]
+
+
+def test_a_start_that_takes_the_whole_first_half_measures_some_steps(
+    tmp_path: Path, quick_job: job.Job
+) -> None:
+    plan(tmp_path, (0, 1.0, "stop_after_s=240"), (100, 30.0, "stop_at_step=100"), (100, 30.0, None))
+    assert quick_job.train() == FEWEST_STEPS
+    assert "stop_at_step=100" in overrides_of_start(tmp_path, 2)
+    assert not [word for word in overrides_of_start(tmp_path, 2) if word.startswith("stop_after")]
+
+
 # --- the closing table ---
 
 
