@@ -218,8 +218,9 @@ class Job:
         if self._complete_file(length.steps).exists():
             self.stages.reuse("train-second-half", f"{self.run_dir}, finished")
         else:
+            stopped_at = self._newest_step()
             say(
-                f"stopped as planned after step {self._newest_step()}; the same command goes on to step {length.steps}:"
+                f"the run has stopped after step {stopped_at}; the same command goes on to step {length.steps}:"
             )
             self._start("train-second-half", length.steps)
         return length.steps
@@ -252,7 +253,7 @@ class Job:
         return Measured(self._newest_step(), sum(usual_s) / len(usual_s), max(0.0, wall_s - sum(times_s)))
 
     def _start(self, name: str, steps: int, *stop: str) -> None:
-        """Start the training run, which ends as planned or, with the keys `stop`, stops as planned. Raises Stopped."""
+        """Start the training run; the keys `stop` say when it stops as planned. Raises Stopped for any other stop."""
         command = [
             "deepspeed",
             "--num_gpus",

@@ -519,7 +519,7 @@ def test_requests_to_stop_are_heeded_in_both_halves(tmp_path: Path) -> None:
     wait_until(lambda: steps_done() >= 9, second)
     second.send_signal(signal.SIGHUP)
     assert second.wait(120) == 75
-    assert "stopped as planned after step 8" in (tmp_path / "2.log").read_text()
+    assert "the run has stopped after step 8;" in (tmp_path / "2.log").read_text()
     assert "stopped on request (SIGHUP)" in (tmp_path / "2.log").read_text()
     assert steps_done() < 16
 
