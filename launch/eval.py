@@ -169,12 +169,11 @@ def print_table(
     from rich.console import Console
     from rich.table import Table
 
+    title = f"step {trained.step}, {trained.tokens_seen:,} tokens seen, computed in {precision.value}"
     bounds = {"documents": config.max_documents, "tokens": config.max_tokens}
-    parts = [
-        f", at most {bound:,} {unit} of each input" for unit, bound in bounds.items() if bound is not None
-    ]
-    title = f"step {trained.step}, {trained.tokens_seen:,} tokens seen, computed in {precision.value}{''.join(parts)}"
-    table = Table(title=title, title_justify="left")
+    given = [f"{bound:,} {unit}" for unit, bound in bounds.items() if bound is not None]
+    caption = f"of each input at most {' and '.join(given)}" if given else None
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     table.add_column("source")
     for name in ("loss", "perplexity", "bits/byte", "tokens", "bytes", "documents"):
         table.add_column(name, justify="right")

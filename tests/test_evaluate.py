@@ -492,12 +492,12 @@ def test_the_bound_on_tokens_with_a_loss_mask(tmp_path: Path) -> None:
 
 
 def test_the_script_scores_as_many_tokens_as_asked(tmp_path: Path) -> None:
-    """And says so: in the table's title and in the JSON."""
+    """And says so: below the table and in the JSON."""
     make_run(tmp_path / "run")
     text = write_lines(tmp_path / "held.jsonl")
     arguments = [f"run_dir={tmp_path / 'run'}", f"input=[{text}]", "--json"]
     everything, part = (run_script("eval", *arguments, *more).stdout for more in ([], ["max_tokens=20"]))
-    assert "at most 20 tokens of each input" in part and "at most" not in everything
+    assert "of each input at most 20 tokens" in part and "at most" not in everything
     whole, found = (json.loads(output.splitlines()[-1]) for output in (everything, part))
     assert (whole["max_tokens"], found["max_tokens"]) == (None, 20)
     assert found["tokens"] == 20 - found["documents"] < whole["tokens"]  # all but BOS
