@@ -34,6 +34,7 @@ from pretrain.quickstart_length import (
     choose_length,
     first_half_limit_s,
     length_overrides,
+    second_half_limit_s,
 )
 
 EXIT_FAILED, EXIT_STOPPED = 1, 75
@@ -203,7 +204,7 @@ class Job:
         path = self.out / "steps.json"
         length = Length.load(path)
         if length is None and self.steps:
-            length = Length(self.steps, self.steps // 2, f"{self.steps} steps, as asked.", chosen=False)
+            length = Length(self.steps, self.steps // 2, f"{self.steps} steps, as asked.", after_s=None)
             length.save(path)
         if length is None:
             length = self._measured_first_half()
@@ -218,20 +219,15 @@ class Job:
         if self._complete_file(length.steps).exists():
             self.stages.reuse("train-second-half", f"{self.run_dir}, finished")
         else:
-            stopped_at = self._newest_step()
-            say(
-                f"the run has stopped after step {stopped_at}; the same command goes on to step {length.steps}:"
-            )
-            self._start("train-second-half", length.steps)
+            length = self._second_half(length)
         return length.steps
 
     def _measured_first_half(self) -> Length:
         """Train until the clock or half of the longest run stops it, and choose the length."""
         half = LONGEST_STEPS // 2
         if self._newest_step() >= half:  # the quickstart was killed before it could choose
-            return Length(
-                LONGEST_STEPS, self._newest_step(), f"{LONGEST_STEPS} steps, the full length.", chosen=True
-            )
+            reason = f"{LONGEST_STEPS} steps, the full length."
+            return Length(LONGEST_STEPS, self._newest_step(), reason, after_s=0.0)
         limit_s = first_half_limit_s(self._left_s())
         say(
             f"the number of steps is chosen after the first half, which takes {half} steps or {limit_s:.0f} s "
@@ -245,6 +241,22 @@ class Job:
         measured = self._measure(time.monotonic() - started)
         return choose_length(measured, self._left_s(), self.minutes)
 
+    def _second_half(self, length: Length) -> Length:
+        """Train to the end, or until the clock stops the run; the length that it came to."""
+        say(
+            f"the run has stopped after step {self._newest_step()}; the same command goes on to step {length.steps}:"
+        )
+        limit_s = second_half_limit_s(length, self._left_s())
+        clock = [f"stop_after_s={limit_s:.0f}"] if length.has_clock else []
+        if self._start("train-second-half", length.steps, *clock) == 0:
+            return length
+        shortened = length.shortened(self._newest_step())
+        shortened.save(self.out / "steps.json")
+        say(shortened.reason)
+        if not self._complete_file(shortened.steps).exists():
+            self._start("train-second-half", shortened.steps)
+        return shortened
+
     def _measure(self, wall_s: float) -> Measured:
         """What the start of the run that took `wall_s` showed."""
         records = [line for line in read_records(self.run_dir / "metrics.jsonl") if line["kind"] == "step"]
@@ -252,8 +264,11 @@ class Job:
         usual_s = times_s[1:] or times_s  # the first step allocates
         return Measured(self._newest_step(), sum(usual_s) / len(usual_s), max(0.0, wall_s - sum(times_s)))
 
-    def _start(self, name: str, steps: int, *stop: str) -> None:
-        """Start the training run; the keys `stop` say when it stops as planned. Raises Stopped for any other stop."""
+    def _start(self, name: str, steps: int, *stop: str) -> int:
+        """Start the training run and return its exit code; the keys `stop` say when it stops as planned.
+
+        Raises Stopped for any other stop.
+        """
         command = [
             "deepspeed",
             "--num_gpus",
@@ -269,13 +284,12 @@ class Job:
             "experiment=quickstart",
         ]
         command += [*settings, *length_overrides(steps), *stop]
-        code = self.stages.run(
-            name, command, codes=(EXIT_STOPPED,) if stop else (0, EXIT_STOPPED), trains=True
-        )
+        code = self.stages.run(name, command, codes=(0, EXIT_STOPPED), trains=True)
         if code == EXIT_STOPPED:
             stops = [e for e in read_records(self.run_dir / "events.jsonl") if e["event"] == "stopped"]
             if not stops[-1]["reason"].startswith(PLANNED_STOPS):
                 raise Stopped(stops[-1]["reason"])
+        return code
 
     def evaluate(self, finished: float) -> None:
         result = self.out / "evaluation.json"

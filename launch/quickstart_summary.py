@@ -135,7 +135,7 @@ Next, with the environment's Python (source {Path(sys.prefix) / "bin" / "activat
   python -m data_tools.show {out / "corpus"}
   bash launch/quickstart.sh --corpus YOUR_FOLDER --out OTHER_DIR"""
     )
-    if length["chosen"] and result["loss"] > (1 - CLEARLY_BELOW_FRAC) * entropy:
+    if length["after_s"] is not None and result["loss"] > (1 - CLEARLY_BELOW_FRAC) * entropy:
         raise RunError(
             f"the held-out loss {result['loss']:.3f} is not clearly below the unigram entropy {entropy:.3f}: the model "
             "has learned little more than how often each token occurs; give more --minutes, or more text"

@@ -6,7 +6,7 @@ Needs nothing but the standard library: the quickstart may have to make its envi
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 LONGEST_STEPS = 800
@@ -16,8 +16,8 @@ FEWEST_STEPS = 200
 WARMUP_STEPS = 20
 FIRST_HALF_FRAC = 0.4
 """Share of the time left that the first half may take; the second half and what follows need the rest."""
-SHORTEST_FIRST_HALF_S = 60.0
-"""Enough for some steps after a slow start; the first half gets it however little time is left."""
+SHORTEST_HALF_S = 60.0
+"""Enough for some steps after a slow start; either half gets it however little time is left."""
 USABLE_FRAC = 0.9
 """Share of the time left that is planned with, because the speed of a shared machine varies."""
 AFTER_STARTS, AFTER_STEPS = 2.0, 30.0
@@ -45,8 +45,20 @@ class Length:
     """The step after which the run stops as planned, and resumes."""
     reason: str
     """One sentence that says why."""
-    chosen: bool
-    """Whether the length was chosen here, and not given by --steps."""
+    after_s: float | None
+    """Time to leave for evaluation, export and sample; None: the length was given by --steps, and no clock counts."""
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether the second half may end early: the length was chosen, and is more than the shortest one."""
+        return self.after_s is not None and self.steps > FEWEST_STEPS
+
+    def shortened(self, done: int) -> Length:
+        """The length after the clock has stopped the second half at step `done`."""
+        steps = max(done, FEWEST_STEPS)
+        return replace(
+            self, steps=steps, reason=f"{steps} steps: this machine has become slower since the choice."
+        )
 
     def save(self, path: Path) -> None:
         """Keep it for later starts of the quickstart in the same folder."""
@@ -65,7 +77,8 @@ def choose_length(measured: Measured, left_s: float, minutes: float) -> Length:
 
     At least one step is still to come. `minutes` is what the user gave for the whole job.
     """
-    rest_s = (1 + AFTER_STARTS) * measured.start_s + AFTER_STEPS * measured.step_s
+    after_s = AFTER_STARTS * measured.start_s + AFTER_STEPS * measured.step_s
+    rest_s = measured.start_s + after_s
     fitting = measured.steps + int(max(0.0, USABLE_FRAC * left_s - rest_s) / measured.step_s)
     fewest = max(FEWEST_STEPS, measured.steps + 1)
     steps = max(fewest, min(LONGEST_STEPS, fitting))
@@ -86,12 +99,17 @@ def choose_length(measured: Measured, left_s: float, minutes: float) -> Length:
             f"{steps} steps: {speed}, and {left_s:.0f} s are left of {minutes:g} minutes, {rest_s:.0f} s of them for "
             "the second start, the evaluation, the export and the sample."
         )
-    return Length(steps, measured.steps, reason, chosen=True)
+    return Length(steps, measured.steps, reason, after_s)
 
 
 def first_half_limit_s(left_s: float) -> float:
     """How long the first half may take, its start included, where the whole job has `left_s`."""
-    return max(SHORTEST_FIRST_HALF_S, FIRST_HALF_FRAC * left_s)
+    return max(SHORTEST_HALF_S, FIRST_HALF_FRAC * left_s)
+
+
+def second_half_limit_s(length: Length, left_s: float) -> float:
+    """How long the second half may take, its start included."""
+    return max(SHORTEST_HALF_S, left_s - (length.after_s or 0.0))
 
 
 def length_overrides(steps: int) -> list[str]:

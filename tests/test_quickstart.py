@@ -388,7 +388,29 @@ def test_a_stop_that_nobody_planned_ends_the_quickstart(
     assert length is not None and length.stop_step == 50
     assert quick_job.train() == length.steps
     assert f"total_steps={length.steps}" in overrides_of_start(tmp_path, 4)  # nothing is chosen anew
-    assert not [word for word in overrides_of_start(tmp_path, 4) if word.startswith("stop_")]
+    assert not [word for word in overrides_of_start(tmp_path, 4) if word.startswith("stop_at_step")]
+
+
+@pytest.mark.parametrize("done", [FEWEST_STEPS - 60, FEWEST_STEPS + 60])
+def test_a_machine_that_becomes_slower_shortens_the_run(
+    tmp_path: Path, quick_job: job.Job, done: int
+) -> None:
+    """But not below the shortest length, for which the run starts once more."""
+    plan(tmp_path, (100, 1.5, "stop_after_s=240"), (done - 100, 3.0, "stop_after_s=555"), (60, 3.0, None))
+    assert quick_job.train() == max(done, FEWEST_STEPS)
+    # Of 600 s, the time of 30 steps is left for what follows.
+    [clock] = [word for word in overrides_of_start(tmp_path, 2) if word.startswith("stop_after_s")]
+    assert 545 <= int(clock.partition("=")[2]) <= 555
+    assert (tmp_path / "arguments-3").exists() == (done < FEWEST_STEPS)
+    assert quick_job.train() == max(done, FEWEST_STEPS)  # with nothing left to do
+
+
+def test_a_given_length_has_no_clock(tmp_path: Path, runner: CommandRunner, quick_job: job.Job) -> None:
+    quick_job.steps = 500
+    plan(tmp_path, (250, 3.0, "stop_at_step=250"), (250, 3.0, None))
+    assert quick_job.train() == 500
+    for start in (1, 2):
+        assert not [word for word in overrides_of_start(tmp_path, start) if word.startswith("stop_after_s")]
 
 
 def test_a_start_that_takes_the_whole_first_half_measures_some_steps(
@@ -451,7 +473,7 @@ def small_quickstart(corpus: Corpus, tmp_path: Path) -> Path:
     result = {"loss": 1.0, "perplexity": math.e, "bits_per_byte": 2.5, "max_tokens": 18}
     (tmp_path / "evaluation.json").write_text(json.dumps(result))
     (tmp_path / "stages.tsv").write_text("environment\t40\ncorpus\t\n")
-    Length(10, 4, "10 steps.", chosen=True).save(tmp_path / "steps.json")
+    Length(10, 4, "10 steps.", after_s=60.0).save(tmp_path / "steps.json")
     return tmp_path
 
 
@@ -473,7 +495,7 @@ def test_a_model_that_learned_nothing_fails(
     small_quickstart: Path, capsys: pytest.CaptureFixture[str], chosen: bool
 ) -> None:
     """A run whose length was given may be as short as it likes; the table says what it is worth."""
-    Length(10, 4, "10 steps.", chosen).save(small_quickstart / "steps.json")
+    Length(10, 4, "10 steps.", 60.0 if chosen else None).save(small_quickstart / "steps.json")
     result = {"loss": 1.33, "perplexity": 3.8, "bits_per_byte": 2.5, "max_tokens": 24}
     (small_quickstart / "evaluation.json").write_text(json.dumps(result))
     config = summary.SummaryConfig(output=str(small_quickstart))
