@@ -20,7 +20,7 @@ SHORTEST_HALF_S = 60.0
 """Enough for some steps after a slow start; either half gets it however little time is left."""
 USABLE_FRAC = 0.9
 """Share of the time left that is planned with, because the speed of a shared machine varies."""
-AFTER_STARTS, AFTER_STEPS = 2.0, 30.0
+AFTER_STARTS, AFTER_STEPS = 2.0, 35.0
 """Time of evaluation, export and sample, in starts and steps of the training run."""
 
 
