@@ -41,7 +41,8 @@ def train(manifest: Path, run_dir: Path, n_steps: int, every_steps: int, backgro
         *(sys.executable, "-m", "deepspeed.launcher.runner"),
         *("--num_gpus", "2", "--master_port", "29611", "launch/train.py"),
         *(f"run_dir={run_dir}", f"data.manifest={manifest}", "experiment=quickstart"),
-        *(f"total_steps={n_steps}", f"checkpoint.every_steps={every_steps}"),
+        *("global_batch_sequences=16", "micro_batch_sequences=8", f"total_steps={n_steps}"),
+        f"checkpoint.every_steps={every_steps}",
         *(f"checkpoint.background={str(background).lower()}", "logging.wandb=disabled"),
     ]
     with (run_dir.with_suffix(".log")).open("w") as log:

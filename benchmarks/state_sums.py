@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     words = ["run_dir=none", "data.manifest=none", "experiment=quickstart", "model.vocab_size=8192"]
-    config = load_config(TrainConfig, [*words, "global_batch_sequences=8"], "config")
+    config = load_config(
+        TrainConfig, [*words, "global_batch_sequences=8", "micro_batch_sequences=8"], "config"
+    )
     engine = Engine(config, init_world(60))
     shape = (config.micro_batch_sequences, config.data.sequence_length)
     tokens = torch.randint(0, 8192, shape)

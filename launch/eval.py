@@ -41,6 +41,9 @@ class EvalConfig:
     """Checkpoint to take; null: the newest good one."""
     max_documents: int | None = None
     """Documents read of each input, from its start; null: all of them."""
+    max_tokens: int | None = None
+    """Tokens read of each input, from its start; the document that reaches the bound is cut there, and its bytes count
+    in proportion. null: all of them. The documents of a prepared corpus are shuffled, so its start is a fair sample."""
     sequence_length: int | None = None
     """Context of the model in tokens; null: as in training."""
     micro_batch_sequences: int = 8
@@ -55,7 +58,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.input != MISSING and not self.input:
             raise ConfigError("input=[] names nothing; give input=[PATH,...]")
-        for name in ("max_documents", "sequence_length", "micro_batch_sequences"):
+        for name in ("max_documents", "max_tokens", "sequence_length", "micro_batch_sequences"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be greater than 0")
@@ -93,13 +96,15 @@ def main(config: EvalConfig) -> None:
             device=device,
             progress=lambda document: progress.advance(document.text_bytes),
         )
-    print_table(result, trained, precision)
+    print_table(result, trained, config, precision)
     if config.json:
         print(json.dumps(as_json(result, trained, config, precision)))
 
 
 def find_documents(config: EvalConfig, trained: TrainedModel) -> Work:
     """What to score, tokenized as it is read. Raises ConfigError for an input that is empty or does not fit."""
+    from pretrain.evaluate import first_tokens
+
     work = Work([], 0)
     for entry in config.input:
         path = Path(entry).expanduser()
@@ -107,7 +112,10 @@ def find_documents(config: EvalConfig, trained: TrainedModel) -> Work:
         documents, text_bytes = (
             read_corpus(corpus, trained) if corpus.name == MANIFEST else read_text(entry, config, trained)
         )
-        work.documents.append(islice(documents, config.max_documents))
+        documents = islice(documents, config.max_documents)
+        if config.max_tokens is not None:
+            documents = first_tokens(documents, config.max_tokens)
+        work.documents.append(documents)
         work.text_bytes += text_bytes
     return work
 
@@ -154,13 +162,18 @@ def read_text(entry: str, config: EvalConfig, trained: TrainedModel) -> tuple[It
     return documents, sum(len(text.encode()) for _, text in found)
 
 
-def print_table(result: HeldOutResult, trained: TrainedModel, precision: Precision) -> None:
+def print_table(
+    result: HeldOutResult, trained: TrainedModel, config: EvalConfig, precision: Precision
+) -> None:
     """The scores of each source, and of all together."""
     from rich.console import Console
     from rich.table import Table
 
     title = f"step {trained.step}, {trained.tokens_seen:,} tokens seen, computed in {precision.value}"
-    table = Table(title=title, title_justify="left")
+    bounds = {"documents": config.max_documents, "tokens": config.max_tokens}
+    given = [f"{bound:,} {unit}" for unit, bound in bounds.items() if bound is not None]
+    caption = f"of each input at most {' and '.join(given)}" if given else None
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     table.add_column("source")
     for name in ("loss", "perplexity", "bits/byte", "tokens", "bytes", "documents"):
         table.add_column(name, justify="right")
@@ -181,6 +194,8 @@ def as_json(
         "step": trained.step,
         "tokens_seen": trained.tokens_seen,
         "precision": precision.value,
+        "max_documents": config.max_documents,
+        "max_tokens": config.max_tokens,
         **result.overall.as_dict(),
         "sources": {name: scores.as_dict() for name, scores in result.sources.items()},
     }

@@ -1,7 +1,8 @@
 """The closing table of launch/quickstart.sh: `python launch/quickstart_summary.py output=DIR`.
 
 Compares the held-out loss with the unigram entropy of the same text: what the best possible model that knows
-how often each token occurs in this very text, and nothing else, would reach.
+how often each token occurs in this very text, and nothing else, would reach. Exit codes: 0 done, 1 a run of a length
+that the quickstart chose has learned little more than that, 2 there is no finished quickstart.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from omegaconf import MISSING
 
-from pretrain.config import ConfigError, run_command
+from pretrain.config import ConfigError, RunError, run_command
 from pretrain.journal import read_metrics
 from pretrain.shards import Corpus
 
 AVERAGED_STEPS = 5
 """Losses in the table are means over this many steps: a single one depends on its batch."""
+CLEARLY_BELOW_FRAC = 0.05
+"""A held-out loss below the unigram entropy by this share of it shows that the model uses context."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,15 +35,16 @@ class SummaryConfig:
     """The folder that launch/quickstart.sh wrote (its --out)."""
 
 
-def unigram_entropy(corpus: Corpus) -> float:
-    """Entropy in nats per token of the corpus's own token frequencies, counted over what a model has to predict.
+def unigram_entropy(corpus: Corpus, n_tokens: int) -> float:
+    """Entropy in nats per token of the corpus's first `n_tokens`, counted over what a model has to predict.
 
     That is every token but BOS: the loss is defined over the same ones. No model that ignores context can
     do better on this text.
     """
     counts = np.zeros(corpus.manifest.vocab_size, dtype=np.int64)
-    for chunk in range(corpus.n_chunks):
-        counts += np.bincount(corpus.read(chunk, 0, corpus.chunk_tokens), minlength=len(counts))
+    for chunk in range(-(-n_tokens // corpus.chunk_tokens)):
+        length = min(corpus.tokens_in(chunk), n_tokens - chunk * corpus.chunk_tokens)
+        counts += np.bincount(corpus.read(chunk, 0, length), minlength=len(counts))
     counts[corpus.manifest.bos_id] = 0
     frequencies = counts[counts > 0] / counts.sum()
     return float(-(frequencies * np.log(frequencies)).sum())
@@ -71,24 +75,26 @@ def section(title: str, rows: list[tuple[str, str]]) -> None:
         print(f"  {name:<26}{value}")
 
 
-def heldout_rows(result: dict[str, float], entropy: float) -> list[tuple[str, str]]:
+def heldout_rows(
+    result: dict[str, float], n_tokens: int, of_tokens: int, entropy: float
+) -> list[tuple[str, str]]:
     below = 1 - result["loss"] / entropy
     return [
+        ("scored", f"its first {n_tokens:,} of {of_tokens:,} tokens; its documents are shuffled"),
         ("loss", f"{result['loss']:.3f} nats per token, perplexity {result['perplexity']:.1f}"),
         ("", f"{result['bits_per_byte']:.3f} bits per byte"),
         (
-            "unigram entropy of it",
-            f"{entropy:.3f} nats per token (token frequencies of this text, no context)",
+            "unigram entropy of these",
+            f"{entropy:.3f} nats per token (frequencies of the same tokens, no context)",
         ),
         ("the model is", f"{abs(below):.0%} {'below' if below >= 0 else 'ABOVE'} the unigram entropy"),
     ]
 
 
-def training_rows(losses: list[float]) -> list[tuple[str, str]]:
-    half = len(losses) // 2
+def training_rows(losses: list[float], stop_step: int) -> list[tuple[str, str]]:
     return [
         ("first steps", f"{mean_loss(losses, min(AVERAGED_STEPS, len(losses))):.3f}"),
-        (f"stopped at step {half}", f"{mean_loss(losses, half):.3f}"),
+        (f"stopped at step {stop_step}", f"{mean_loss(losses, stop_step):.3f}"),
         (f"resumed, to step {len(losses)}", f"{mean_loss(losses, len(losses)):.3f}"),
     ]
 
@@ -100,16 +106,19 @@ def summarize(config: SummaryConfig) -> None:
     if not (out / "evaluation.json").exists():
         raise ConfigError(f"{out} holds no finished quickstart; run: bash launch/quickstart.sh --out {out}")
     result = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    length = json.loads((out / "steps.json").read_text(encoding="utf-8"))
     training = Corpus(out / "corpus" / "manifest.json")
     heldout = Corpus(out / "corpus" / "heldout" / "manifest.json")
+    scored_tokens = min(result["max_tokens"], heldout.manifest.n_tokens)
+    entropy = unigram_entropy(heldout, scored_tokens)
 
     section("Stages", stage_lines(out / "stages.tsv"))
     section("Text", [("trained on", corpus_line(training)), ("held out", corpus_line(heldout))])
     section(
         f"Training loss, nats per token (mean of {AVERAGED_STEPS} steps)",
-        training_rows([record["loss"] for record in read_metrics(run_dir)]),
+        training_rows([record["loss"] for record in read_metrics(run_dir)], length["stop_step"]),
     )
-    section("Held-out text", heldout_rows(result, unigram_entropy(heldout)))
+    section("Held-out text", heldout_rows(result, scored_tokens, heldout.manifest.n_tokens, entropy))
     section(
         "Where it lies",
         [
@@ -126,6 +135,11 @@ Next, with the environment's Python (source {Path(sys.prefix) / "bin" / "activat
   python -m data_tools.show {out / "corpus"}
   bash launch/quickstart.sh --corpus YOUR_FOLDER --out OTHER_DIR"""
     )
+    if length["after_s"] is not None and result["loss"] > (1 - CLEARLY_BELOW_FRAC) * entropy:
+        raise RunError(
+            f"the held-out loss {result['loss']:.3f} is not clearly below the unigram entropy {entropy:.3f}: the model "
+            "has learned little more than how often each token occurs; give more --minutes, or more text"
+        )
 
 
 if __name__ == "__main__":

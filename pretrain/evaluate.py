@@ -66,6 +66,22 @@ class TokenDocument(NamedTuple):
         tokens = self.tokens.astype(np.int64)
         return tokens if self.is_target is None else np.where(self.is_target, tokens, IGNORED_LABEL)
 
+    def beginning(self, n_tokens: int) -> TokenDocument:
+        """The first `n_tokens` of the document, with bytes in proportion to its tokens."""
+        if n_tokens >= len(self.tokens):
+            return self
+        text_bytes = round(self.text_bytes * n_tokens / len(self.tokens))
+        if self.is_target is None:
+            return self._replace(tokens=self.tokens[:n_tokens], text_bytes=text_bytes)
+        is_target = self.is_target[:n_tokens]
+        target_bytes = round(self.target_bytes * is_target.sum() / max(1, self.is_target.sum()))
+        return self._replace(
+            tokens=self.tokens[:n_tokens],
+            text_bytes=text_bytes,
+            is_target=is_target,
+            target_bytes=target_bytes,
+        )
+
 
 @torch.no_grad()
 def evaluate_loss(
@@ -225,6 +241,24 @@ def _pad(batch: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[Tensor, Tenso
         tokens[row, :n] = window[:-1]
         labels[row, first_label:n] = its_labels[1 + first_label :]
     return torch.from_numpy(tokens), torch.from_numpy(labels)
+
+
+def first_tokens(documents: Iterable[TokenDocument], max_tokens: int) -> Iterator[TokenDocument]:
+    """The documents up to `max_tokens` tokens, the last of them cut where the bound is reached.
+
+    A beginning that predicts nothing is left out. Raises ConfigError where that leaves no document.
+    """
+    left, found = max_tokens, False
+    for document in documents:
+        beginning = document.beginning(left)
+        if (beginning.labels[1:] != IGNORED_LABEL).any():
+            found = True
+            yield beginning
+        left -= len(beginning.tokens)
+        if left == 0:
+            break
+    if not found:
+        raise ConfigError(f"max_tokens={max_tokens} ends before the first token that counts; give more")
 
 
 def corpus_documents(corpus: Corpus) -> Iterator[TokenDocument]:

@@ -25,9 +25,14 @@ _signals: list[str] = []
 
 
 def listen_for_signals() -> None:
-    """From now on SIGTERM, SIGINT and SIGUSR1 are requests to stop, heeded once training could save."""
+    """From now on SIGTERM, SIGINT, SIGUSR1 and SIGHUP are requests to stop, heeded once training could save.
+
+    SIGHUP, which comes when a terminal is closed, stays ignored where `nohup` has ignored it.
+    """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, LAUNCHER_LOST_SIGNAL):
         signal.signal(number, _on_signal)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _on_signal)
     # The launcher may be killed alone; its ranks then save and end.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, LAUNCHER_LOST_SIGNAL, 0, 0, 0)
 

@@ -26,6 +26,7 @@ from pretrain.evaluate import (
     TokenDocument,
     corpus_documents,
     evaluate_loss,
+    first_tokens,
     score_documents,
     windows,
 )
@@ -462,6 +463,44 @@ def test_the_script_reads_no_more_than_asked(tmp_path: Path, capsys: pytest.Capt
             )
         )
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["documents"] == documents
+
+
+@given(max_tokens=st.integers(2, sum(LENGTHS) + 10))
+def test_the_bound_on_tokens_is_exact(max_tokens: int) -> None:
+    """Whole documents and the beginning of one more, unless that would be a BOS alone."""
+    documents = [TokenDocument("books", np.arange(n) + 4, 3 * n) for n in LENGTHS]
+    found = list(first_tokens(documents, max_tokens))
+    stream = np.concatenate([document.tokens for document in documents])[:max_tokens]
+    got = np.concatenate([document.tokens for document in found])
+    alone = len(got) == len(stream) - 1
+    assert np.array_equal(got, stream[:-1] if alone else stream)
+    assert not alone or max_tokens in np.cumsum(LENGTHS) + 1
+    assert all(document == whole for document, whole in zip(found[:-1], documents, strict=False))
+    assert sum(document.text_bytes for document in found) == 3 * len(got)
+
+
+def test_the_bound_on_tokens_with_a_loss_mask(tmp_path: Path) -> None:
+    """Bytes of targets go with the targets that are left; a beginning without any is left out."""
+    documents = list(corpus_documents(Corpus(write_corpus(tmp_path, share=0.5))))
+    assert documents[1].is_target is not None and not documents[1].is_target[:20].any()  # of 40
+    [first, second] = first_tokens(documents, 3 + 30)
+    assert first == documents[0]
+    assert (second.target_bytes, documents[1].target_bytes) == (50, 100)
+    assert [d.source for d in first_tokens(documents, 3 + 20)] == ["books"]
+    with pytest.raises(ConfigError, match="max_tokens=20 ends before the first token that counts"):
+        list(first_tokens(documents[1:], 20))
+
+
+def test_the_script_scores_as_many_tokens_as_asked(tmp_path: Path) -> None:
+    """And says so: below the table and in the JSON."""
+    make_run(tmp_path / "run")
+    text = write_lines(tmp_path / "held.jsonl")
+    arguments = [f"run_dir={tmp_path / 'run'}", f"input=[{text}]", "--json"]
+    everything, part = (run_script("eval", *arguments, *more).stdout for more in ([], ["max_tokens=20"]))
+    assert "of each input at most 20 tokens" in part and "at most" not in everything
+    whole, found = (json.loads(output.splitlines()[-1]) for output in (everything, part))
+    assert (whole["max_tokens"], found["max_tokens"]) == (None, 20)
+    assert found["tokens"] == 20 - found["documents"] < whole["tokens"]  # all but BOS
 
 
 def test_the_script_refuses_what_does_not_fit(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Within pretrain/ a file imports only files that stand above it here.
 ORDER = [
+    "command_runner",
+    "quickstart_length",
     "schemas",
     "engine_schemas",
     "cluster_schemas",

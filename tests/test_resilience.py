@@ -21,20 +21,27 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_is_a_request(tmp_path: Path, number: signal.Signals) -> None:
     stop = StopRequest(tmp_path, watch_file=False)
     assert not stop.asked()
     os.kill(os.getpid(), number)
     assert stop.asked()
     assert stop.reason == number.name
+
+
+def test_nohup_is_respected(tmp_path: Path) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest(tmp_path, watch_file=False)
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop.asked()
 
 
 def test_a_file_is_a_request_until_the_next_start(tmp_path: Path) -> None:

@@ -1,10 +1,7 @@
-"""The shell scripts, the container file, the lock file, and the closing table of the quickstart."""
+"""The shell scripts, the container file and the lock file."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import math
 import os
 import re
 import shutil
@@ -12,16 +9,10 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from types import ModuleType
 
-import numpy as np
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-from pretrain.config import ConfigError
-from pretrain.corpus_writer import CorpusWriter
-from pretrain.shards import Corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [*sorted(ROOT.glob("launch/*.sh")), ROOT / "tests/run.sh", ROOT / ".ci/run"]
@@ -40,16 +31,6 @@ def run(
     return subprocess.run(
         [str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=60
     )
-
-
-@pytest.fixture(scope="module")
-def summary() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quickstart_summary", ROOT / "launch/quickstart_summary.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 # --- what linters say ---
@@ -107,40 +88,7 @@ def test_no_cuda_is_locked() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", locked()["torch"]), "a local version exists on some machines only"
 
 
-# --- wrong arguments are answered with one sentence, and leave nothing behind ---
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["--corpus"], "--corpus needs at least one path"),
-        (["--corpus", "/does/not/exist"], "--corpus /does/not/exist does not exist"),
-        (["--corpus", "--out", "x"], "--corpus needs at least one path"),
-        (["--steps", "many"], "--steps many is not a whole number from 2 on"),
-        (["--steps", "1"], "--steps 1 is not a whole number from 2 on"),
-        (["--out"], "--out needs a value"),
-        (["--unknown"], "bash launch/quickstart.sh [--corpus PATH...]"),
-    ],
-)
-def test_quickstart_refuses_wrong_arguments(tmp_path: Path, arguments: list[str], sentence: str) -> None:
-    done = run("bash", ROOT / "launch/quickstart.sh", *arguments, cwd=tmp_path)
-    assert done.returncode in (1, 2)
-    assert sentence in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_quickstart_help_tells_all_options(tmp_path: Path) -> None:
-    done = run("bash", ROOT / "launch/quickstart.sh", "--help", cwd=tmp_path)
-    assert done.returncode == 0
-    assert all(option in done.stdout for option in ("--corpus PATH...", "--out DIR", "--steps N"))
-    assert "set -" not in done.stdout
-
-
-def test_quickstart_does_not_mix_two_corpora(tmp_path: Path) -> None:
-    (tmp_path / "asked").write_text("/some/other/text steps=default\n")
-    done = run("bash", ROOT / "launch/quickstart.sh", "--out", tmp_path)
-    assert done.returncode == 1
-    assert "holds a quickstart with other arguments (/some/other/text steps=default)" in done.stderr
+# --- what is missing is said in one sentence, and nothing is left behind ---
 
 
 @pytest.mark.parametrize(
@@ -165,62 +113,3 @@ def test_set_up_says_what_is_missing(tmp_path: Path, setting: dict[str, str], se
     assert done.returncode == 1
     assert sentence in done.stderr
     assert not (tmp_path / "venv").exists()
-
-
-# --- the closing table ---
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Corpus:
-    """Four documents over three chunks; ids 4, 5, 6 occur 8, 4 and 4 times, EOS (2) four times."""
-    writer = CorpusWriter(
-        tmp_path / "corpus",
-        tokenizer_sha256="0" * 64,
-        vocab_size=300,
-        bos_id=1,
-        eos_id=2,
-        chunk_tokens=8,
-        sources=["made"],
-    )
-    for number in range(4):
-        writer.add_document([1, 4, 5, 4, 6, 2], source="made", document_id=str(number), text_bytes=4)
-    writer.finish()
-    return Corpus(tmp_path / "corpus" / "manifest.json")
-
-
-def test_unigram_entropy(summary: ModuleType, corpus: Corpus) -> None:
-    """BOS is never predicted, so it does not count: frequencies 8, 4, 4, 4 of 20."""
-    expected = -(0.4 * math.log(0.4) + 3 * 0.2 * math.log(0.2))
-    assert summary.unigram_entropy(corpus) == pytest.approx(expected)
-
-
-def test_mean_loss_takes_the_steps_up_to_one(summary: ModuleType) -> None:
-    losses = [float(step) for step in range(1, 21)]
-    assert summary.mean_loss(losses, 20) == np.mean([16, 17, 18, 19, 20])
-    assert summary.mean_loss(losses, 10) == np.mean([6, 7, 8, 9, 10])
-    assert summary.mean_loss([3.0, 1.0], 2) == 2.0
-
-
-def test_summary_of_a_small_quickstart(
-    summary: ModuleType, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(tmp_path / "corpus", tmp_path / "heldout")
-    (tmp_path / "heldout").rename(tmp_path / "corpus" / "heldout")
-    (tmp_path / "run").mkdir()
-    lines = [{"kind": "step", "attempt": 1, "step": n, "loss": 5.0 - n / 10} for n in range(1, 11)]
-    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    result = {"loss": 1.0, "perplexity": math.e, "bits_per_byte": 2.5}
-    (tmp_path / "evaluation.json").write_text(json.dumps(result))
-    (tmp_path / "stages.tsv").write_text("environment\t40\ncorpus\t\n")
-    summary.summarize(summary.SummaryConfig(output=str(tmp_path)))
-    printed = capsys.readouterr().out
-    assert re.search(r"environment +40 s\n +corpus +reused", printed)
-    assert "4 documents, 0.0 MB of text, 24 tokens" in printed
-    assert re.search(r"stopped at step 5 +4\.700\n +resumed, to step 10 +4\.200", printed)
-    entropy = summary.unigram_entropy(corpus)
-    assert f"{1 - 1 / entropy:.0%} below the unigram entropy" in printed
-
-
-def test_summary_of_nothing(summary: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no finished quickstart"):
-        summary.summarize(summary.SummaryConfig(output=str(tmp_path)))

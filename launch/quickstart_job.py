@@ -1,0 +1,391 @@
+"""The quickstart: the main job from nothing, started by launch/quickstart.sh.
+
+Text becomes a tokenizer and shards, a model is trained on them in two starts, and the result is scored, exported and
+asked for a sample. The same command again goes on with what is in the folder. Exit codes: 0 finished, 1 a stage
+failed, 2 an argument is wrong, 75 stopped on request (Ctrl-C, SIGTERM, SIGHUP, or the file `stop` in the run folder).
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# Both need no package: there may be none yet.
+from pretrain.command_runner import CommandRunner, Failed, Stopped, say
+from pretrain.quickstart_length import (
+    FEWEST_STEPS,
+    LONGEST_STEPS,
+    Length,
+    Measured,
+    choose_length,
+    first_half_limit_s,
+    length_overrides,
+    second_half_limit_s,
+)
+
+EXIT_FAILED, EXIT_STOPPED = 1, 75
+PLANNED_STOPS = ("stop_at_step=", "stop_after_s=")
+"""What the reason of a stop begins with that this file asked for."""
+DEFAULT_MAX_BYTES, DEFAULT_MAX_CHARS = 24_000_000, 20_000
+"""Of the default corpus, and of each of its files: long ones are mostly tables, and a few of them would be all of the
+held-out text. Less than half of the bytes are in files that are short enough, more than the longest run reads."""
+EVALUATED_TOKENS = 30_000
+"""Tokens of held-out text that are scored: as much work as ten training steps, but slower, in one process."""
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def whole_steps(text: str) -> int:
+    if not text.isdigit() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 2 on")
+    return int(text)
+
+
+def whole_job_minutes(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?", text) or float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of minutes from 1 on")
+    return float(text)
+
+
+def existing_path(text: str) -> Path:
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text} does not exist; give folders or files that do")
+    return Path(text).resolve()
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="quickstart.sh",
+        usage="bash launch/quickstart.sh [--corpus PATH...] [--out DIR] [--minutes M | --steps N]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--corpus",
+        nargs="+",
+        type=existing_path,
+        default=[],
+        metavar="PATH",
+        help="your text: folders or files (.jsonl, .txt, .md, .parquet, also compressed). "
+        "Default: the Python code and documentation that is installed on this machine",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("quickstart-out"),
+        metavar="DIR",
+        help="where everything goes (./quickstart-out). A second run goes on with what is there",
+    )
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        "--minutes",
+        type=whole_job_minutes,
+        default=10.0,
+        metavar="M",
+        help="time for this whole command, installation included (10): the number of training steps is chosen to fit, "
+        f"from {FEWEST_STEPS} to {LONGEST_STEPS}",
+    )
+    length.add_argument(
+        "--steps", type=whole_steps, metavar="N", help="number of training steps, whatever time they take"
+    )
+    return parser.parse_args(words)
+
+
+# ---- the job ---------------------------------------------------------------------------------------------------------
+
+
+def hydra_quoted(path: Path) -> str:
+    """A path as a value that Hydra reads, whatever signs it holds."""
+    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def read_records(path: Path) -> list[dict]:
+    """The whole lines of a file of JSON lines; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Job:
+    """One quickstart in the folder `out`, whose stages are methods."""
+
+    def __init__(self, options: argparse.Namespace, out: Path, started: float) -> None:
+        self.corpus_paths: list[Path] = options.corpus
+        self.steps: int | None = options.steps
+        self.minutes: float = options.minutes
+        self.out, self.run_dir = out, out / "run"
+        self.heldout = out / "corpus" / "heldout"
+        self.deadline = started + 60 * self.minutes
+        self.stages = CommandRunner(
+            cwd=ROOT, logs=out / "logs", table=out / "stages.tsv", stop_file=self.run_dir / "stop"
+        )
+
+    def do(self) -> None:
+        say("\n== 1 of 6: the environment")
+        self.make_environment()
+        say("\n== 2 of 6: the corpus")
+        self.prepare_corpus()
+        say("\n== 3 of 6: training, which stops halfway as planned and resumes")
+        steps = self.train()
+        finished = self._complete_file(steps).stat().st_mtime
+        say("\n== 4 of 6: the loss on held-out text")
+        self.evaluate(finished)
+        say("\n== 5 of 6: the Hugging Face folder")
+        self.export(finished)
+        say("\n== 6 of 6: a sample")
+        self.generate()
+        self.stages.run(
+            "summary", ["python", "launch/quickstart_summary.py", f"output={hydra_quoted(self.out)}"]
+        )
+
+    def make_environment(self) -> None:
+        self.stages.run("environment", ["bash", "launch/setup_env.sh"])
+        venv = Path(os.environ.get("PRETRAIN_VENV", ROOT / ".venv"))
+        # A folder of its own for compiled extensions: a stale lock file in a shared one hangs every later load.
+        extensions = self.out / "torch_extensions"
+        shutil.rmtree(extensions, ignore_errors=True)
+        os.environ.update(
+            PATH=f"{venv.resolve() / 'bin'}:{os.environ['PATH']}",
+            PYTHONUNBUFFERED="1",
+            HF_HUB_OFFLINE="1",
+            TRANSFORMERS_OFFLINE="1",
+            TORCH_EXTENSIONS_DIR=str(extensions),
+        )
+
+    def prepare_corpus(self) -> None:
+        corpus = self.out / "corpus"
+        if self.corpus_paths:
+            inputs, options = ",".join(map(hydra_quoted, self.corpus_paths)), []
+        else:
+            max_bytes = os.environ.get("QUICKSTART_MAX_BYTES", DEFAULT_MAX_BYTES)
+            inputs = "python"
+            options = [f"python_max_bytes={max_bytes}", f"max_chars={DEFAULT_MAX_CHARS}"]
+            options += ["tokenizer.vocab_size=8192", "heldout_frac=0.03"]
+        if (corpus / "manifest.json").exists():
+            self.stages.reuse("corpus", str(corpus))
+        else:
+            command = [
+                "python",
+                "-m",
+                "data_tools.prepare",
+                f"input=[{inputs}]",
+                f"output={hydra_quoted(corpus)}",
+            ]
+            self.stages.run("corpus", [*command, *options])
+        if not (self.heldout / "manifest.json").exists():
+            raise Failed(
+                "the text is a single document, so nothing can be held out to test the model on; "
+                "give several files, or JSON lines"
+            )
+
+    def train(self) -> int:
+        """Both halves; the number of steps."""
+        path = self.out / "steps.json"
+        length = Length.load(path)
+        if length is None and self.steps:
+            length = Length(self.steps, self.steps // 2, f"{self.steps} steps, as asked.", after_s=None)
+            length.save(path)
+        if length is None:
+            length = self._measured_first_half()
+            length.save(path)
+            say(length.reason)
+        else:
+            say(length.reason)
+            if self._newest_step() < length.stop_step:
+                self._start("train-first-half", length.steps, f"stop_at_step={length.stop_step}")
+            else:
+                self.stages.reuse("train-first-half", f"{self.run_dir} up to step {self._newest_step()}")
+        if self._complete_file(length.steps).exists():
+            self.stages.reuse("train-second-half", f"{self.run_dir}, finished")
+        else:
+            length = self._second_half(length)
+        return length.steps
+
+    def _measured_first_half(self) -> Length:
+        """Train until the clock or half of the longest run stops it, and choose the length."""
+        half = LONGEST_STEPS // 2
+        if self._newest_step() >= half:  # the quickstart was killed before it could choose
+            reason = f"{LONGEST_STEPS} steps, the full length."
+            return Length(LONGEST_STEPS, self._newest_step(), reason, after_s=0.0)
+        limit_s = first_half_limit_s(self._left_s())
+        say(
+            f"the number of steps is chosen after the first half, which takes {half} steps or {limit_s:.0f} s "
+            f"at most, so that the whole job ends within {self.minutes:g} minutes"
+        )
+        started = time.monotonic()
+        self._start("train-first-half", LONGEST_STEPS, f"stop_at_step={half}", f"stop_after_s={limit_s:.0f}")
+        if self._newest_step() == 0:  # the start alone took that long
+            started = time.monotonic()
+            self._start("train-first-half", LONGEST_STEPS, f"stop_at_step={FEWEST_STEPS // 2}")
+        measured = self._measure(time.monotonic() - started)
+        return choose_length(measured, self._left_s(), self.minutes)
+
+    def _second_half(self, length: Length) -> Length:
+        """Train to the end, or until the clock stops the run; the length that it came to."""
+        say(
+            f"the run has stopped after step {self._newest_step()}; the same command goes on to step {length.steps}:"
+        )
+        limit_s = second_half_limit_s(length, self._left_s())
+        clock = [f"stop_after_s={limit_s:.0f}"] if length.has_clock else []
+        if self._start("train-second-half", length.steps, *clock) == 0:
+            return length
+        shortened = length.shortened(self._newest_step())
+        shortened.save(self.out / "steps.json")
+        say(shortened.reason)
+        if not self._complete_file(shortened.steps).exists():
+            self._start("train-second-half", shortened.steps)
+        return shortened
+
+    def _measure(self, wall_s: float) -> Measured:
+        """What the start of the run that took `wall_s` showed."""
+        records = [line for line in read_records(self.run_dir / "metrics.jsonl") if line["kind"] == "step"]
+        times_s = [line["step_time_s"] for line in records if line["attempt"] == records[-1]["attempt"]]
+        usual_s = times_s[1:] or times_s  # the first step allocates
+        return Measured(self._newest_step(), sum(usual_s) / len(usual_s), max(0.0, wall_s - sum(times_s)))
+
+    def _start(self, name: str, steps: int, *stop: str) -> int:
+        """Start the training run and return its exit code; the keys `stop` say when it stops as planned.
+
+        Raises Stopped for any other stop.
+        """
+        command = [
+            "deepspeed",
+            "--num_gpus",
+            str(n_ranks()),
+            "--master_port",
+            str(free_port()),
+            "launch/train.py",
+        ]
+        settings = [
+            f"run_dir={hydra_quoted(self.run_dir)}",
+            f"data.manifest={hydra_quoted(self.out / 'corpus' / 'manifest.json')}",
+            f"evaluation.manifest={hydra_quoted(self.heldout / 'manifest.json')}",
+            "experiment=quickstart",
+        ]
+        command += [*settings, *length_overrides(steps), *stop]
+        code = self.stages.run(name, command, codes=(0, EXIT_STOPPED), trains=True)
+        if code == EXIT_STOPPED:
+            stops = [e for e in read_records(self.run_dir / "events.jsonl") if e["event"] == "stopped"]
+            if not stops[-1]["reason"].startswith(PLANNED_STOPS):
+                raise Stopped(stops[-1]["reason"])
+        return code
+
+    def evaluate(self, finished: float) -> None:
+        result = self.out / "evaluation.json"
+        if is_newer(result, finished):
+            return self.stages.reuse("evaluate", str(result))
+        command = ["python", "launch/eval.py", f"run_dir={hydra_quoted(self.run_dir)}"]
+        command += [f"input=[{hydra_quoted(self.heldout)}]", f"max_tokens={EVALUATED_TOKENS}", "json=true"]
+        self.stages.run("evaluate", command)
+        log = (self.out / "logs" / "evaluate.log").read_text(encoding="utf-8")
+        result.write_text(log.splitlines()[-1] + "\n", encoding="utf-8")
+        return None
+
+    def export(self, finished: float) -> None:
+        folder = self.out / "export"
+        if is_newer(folder / "config.json", finished):
+            return self.stages.reuse("export", str(folder))
+        shutil.rmtree(folder, ignore_errors=True)
+        run_dir, output = hydra_quoted(self.run_dir), hydra_quoted(folder)
+        self.stages.run("export", ["python", "launch/export.py", f"run_dir={run_dir}", f"output={output}"])
+        return None
+
+    def generate(self) -> None:
+        prompt = [] if self.corpus_paths else ["prompt='def '"]  # of your text: the start of a document
+        command = ["python", "launch/generate.py", f"run_dir={hydra_quoted(self.run_dir)}", *prompt]
+        self.stages.run("generate", [*command, "max_new_tokens=64", "seed=1"])
+
+    def _left_s(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def _complete_file(self, step: int) -> Path:
+        return self.run_dir / "checkpoints" / f"step-{step:08d}" / "COMPLETE"
+
+    def _newest_step(self) -> int:
+        complete = (self.run_dir / "checkpoints").glob("step-*/COMPLETE")
+        return max((int(path.parent.name.removeprefix("step-")) for path in complete), default=0)
+
+
+def n_ranks() -> int:
+    """Two processes, or one where there is a single GPU."""
+    with suppress(FileNotFoundError):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+        if len(re.findall(r"^GPU", listed, re.M)) == 1:
+            return 1
+    return 2
+
+
+def is_newer(path: Path, time_s: float) -> bool:
+    return path.exists() and path.stat().st_mtime > time_s
+
+
+def open_folder(options: argparse.Namespace) -> tuple[Path, IO[str]]:
+    """The folder of this quickstart, locked as long as the file stays open. Raises Failed."""
+    out: Path = options.out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    except OSError as error:
+        raise Failed(f"{out} cannot be made ({error.strerror}); choose another folder with --out") from error
+    out = out.resolve()
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Failed(
+            f"another quickstart is at work in {out}; wait for it, or choose another folder with --out"
+        ) from None
+    text = " ".join(map(str, options.corpus)) or "python"
+    asked = f"{text} steps={options.steps}" if options.steps else f"{text} minutes={options.minutes:g}"
+    remembered = out / "asked"
+    earlier = remembered.read_text(encoding="utf-8").strip() if remembered.exists() else asked
+    if earlier != asked:
+        raise Failed(
+            f"{out} holds a quickstart with other arguments ({earlier}); repeat those, or choose another --out"
+        )
+    remembered.write_text(asked + "\n", encoding="utf-8")
+    return out, lock
+
+
+def main(words: list[str]) -> int:
+    started = time.monotonic()
+    options = parse(words)
+    try:
+        out, lock = open_folder(options)
+        with lock:
+            Job(options, out, started).do()
+    except Failed as failure:
+        print(f"\nquickstart: {failure}", file=sys.stderr)
+        return EXIT_FAILED
+    except Stopped as stop:
+        print(
+            f"\nquickstart: stopped on request ({stop}); the same command goes on from here", file=sys.stderr
+        )
+        return EXIT_STOPPED
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    say(f"\nThe whole job took {minutes} min {seconds} s.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
