@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import heartbeat
+from pretrain.command import begin
 
 TICK_S = 0.5
 DUMP_S = 5.0
@@ -102,7 +103,8 @@ class Watcher:
         """Until the rank has ended and, on the hub, all others have too."""
         while not self._over():
             for key, _ in self.selector.select(TICK_S):
-                self._handle(key.fileobj)
+                if key.fd in self.selector.get_map():  # else closed by what came before it in this round
+                    self._handle(key.fileobj)
             if time.monotonic() - self._told >= 2 * TICK_S:
                 self._told = time.monotonic()
                 self._report(self._status())
@@ -243,6 +245,7 @@ class Watcher:
             else:
                 self._end({"rank": self.rank, "cause": cause, "reason": reason})
         if self.hub is not None:
+            self.selector.unregister(self.hub.socket)
             self.hub.socket.close()
             self.hub = None
 
@@ -437,6 +440,7 @@ def _now() -> str:
 
 
 if __name__ == "__main__":
+    begin(__name__, goes_on=True)
     # Unbuffered: `select` must see what is still to be read.
     first = b""
     while not first.endswith(b"\n"):
