@@ -177,6 +177,7 @@ EOF
 make_overlay() {
     say "making $VENV over $1, which stays as it is"
     "$1" -m venv --clear --system-site-packages "$VENV"
+    pip uninstall -y setuptools # Python 3.11 brings an old one, which would hide the other's
     "$1" - "$VENV" <<'EOF'
 import glob, site, sys
 
