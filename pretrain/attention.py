@@ -30,6 +30,8 @@ class Documents(NamedTuple):
     """int32 [D + 1]: 0, ..., N."""
     longest: int
     """Upper bound of a document's tokens: T."""
+    release: int = 12
+    """Of the kernel on a GPU, what `varlen_release` says; read here, since a compiled block cannot read signatures."""
 
 
 Visibility: TypeAlias = "Tensor | Documents | BlockMask | None"
@@ -81,7 +83,8 @@ def _documents(document_ids: Tensor) -> Documents:
     # On a GPU this waits for the device, once per forward pass: how many there are decides the shape.
     starts = first.flatten().nonzero()[:, 0]
     starts = F.pad(starts, (0, 1), value=document_ids.numel()).to(torch.int32)
-    return Documents(starts, document_ids.shape[1])
+    release = varlen_release() if starts.device.type == "cuda" else 12
+    return Documents(starts, document_ids.shape[1], release)
 
 
 def _attend_by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
@@ -98,7 +101,7 @@ def _attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Ten
     """FlashAttention-2 (Dao, 2023), as torch has it."""
     from torch.nn.attention.varlen import varlen_attn
 
-    release, (starts, longest) = varlen_release(), documents
+    starts, longest, release = documents
     options: dict[str, Any] = {"is_causal": True} if release == 10 else {"window_size": (-1, 0)}
     if release >= 12:
         options["enable_gqa"] = True
@@ -107,7 +110,6 @@ def _attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Ten
     return varlen_attn(q, k, v, starts, starts, longest, longest, **options)  # type: ignore[return-value]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def varlen_release() -> int:
     """The torch whose parameters this torch's `varlen_attn` has: 10, 11 or, from there on, 12 for torch 2.12.
 

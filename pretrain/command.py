@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import io
 import os
-import runpy
 import signal
 import stat
 import sys
@@ -33,6 +32,8 @@ MISSING_PACKAGE, READER_LEFT = 2, 128 + signal.SIGPIPE
 
 def main() -> None:
     """Run the module of the installed command that was called, as `python -m MODULE` would."""
+    import runpy  # not needed by the scripts
+
     runpy.run_module(COMMANDS[Path(sys.argv[0]).name], run_name="__main__", alter_sys=True)
 
 

@@ -61,7 +61,6 @@ def least_capable(capabilities: Sequence[Capability]) -> Capability:
     return Capability(
         device=capabilities[0].device,
         compute=min(c.compute for c in capabilities),
-        varlen=all(c.varlen for c in capabilities),
         triton=all(c.triton for c in capabilities),
         liger=all(c.liger for c in capabilities),
         bf16=all(c.bf16 for c in capabilities),

@@ -409,7 +409,7 @@ class Watcher:
 def _launchers(pid: int) -> list[int]:
     """File descriptors of the launcher processes above `pid`, nearest first."""
     found = []
-    while (pid := _parent(pid)) > 1:
+    while (pid := int(_stat(pid)[1])) > 1:  # its parent
         try:
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
             if not any(name in command for name in LAUNCHERS) or b"supervise.py" in command:
@@ -425,10 +425,6 @@ def _stat(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ["X", "0"]
-
-
-def _parent(pid: int) -> int:
-    return int(_stat(pid)[1])
 
 
 def _state(pid: int) -> str:

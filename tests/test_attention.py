@@ -178,6 +178,7 @@ def test_what_a_gpu_is_asked_for_is_what_a_cpu_computes(n_groups: int) -> None:
     """With mocks for the kernel of each torch: values, and gradients, which go through repeated keys and values."""
     documents = visibility(IDS, AttentionKernel.flash)
     assert isinstance(documents, Documents)
+    documents = documents._replace(release=attention.varlen_release())
     leaves = [
         x.transpose(1, 2).flatten(0, 1).detach().requires_grad_() for x in inputs(4, n_groups, torch.float32)
     ]
@@ -189,8 +190,8 @@ def test_what_a_gpu_is_asked_for_is_what_a_cpu_computes(n_groups: int) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
-def test_a_compiled_block_takes_the_options_as_constants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading a signature must not break the graph of each block. With a mock that ignores documents."""
+def test_a_compiled_block_takes_the_release_as_a_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It must not break the graph of each block. With a mock that ignores documents."""
 
     def causal(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object, is_causal: bool
@@ -199,6 +200,8 @@ def test_a_compiled_block_takes_the_options_as_constants(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", causal)
     documents = visibility(IDS, AttentionKernel.flash)
+    assert isinstance(documents, Documents)
+    documents = documents._replace(release=10)
     qkv = [x.transpose(1, 2).flatten(0, 1) for x in inputs(4, 2, torch.float32)]
     compiled = torch.compile(attention._attend_on_gpu, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(*qkv, documents), attention._attend_on_gpu(*qkv, documents))
