@@ -34,7 +34,14 @@ def main() -> None:
     """Run the module of the installed command that was called, as `python -m MODULE` would."""
     import runpy  # not needed by the scripts
 
-    runpy.run_module(COMMANDS[Path(sys.argv[0]).name], run_name="__main__", alter_sys=True)
+    package, _, name = COMMANDS[Path(sys.argv[0]).name].rpartition(".")
+    script = Path(__file__).resolve().parent.parent / "launch" / f"{name}.py"
+    if (
+        package == "pretrain.launch" and script.exists()
+    ):  # of `pip install -e`, which uses the sources as they lie
+        runpy.run_path(str(script), run_name="__main__")
+    else:
+        runpy.run_module(f"{package}.{name}", run_name="__main__", alter_sys=True)
 
 
 def begin(name: str, goes_on: bool = False) -> None:

@@ -33,26 +33,41 @@ class Installed:
         return subprocess.run(words, cwd=self.cwd, env=env, capture_output=True, text=True, timeout=timeout_s)
 
 
+PIP = [sys.executable, "-m", "pip"]
+LOCAL = ["--quiet", "--no-index", "--no-deps"]
+
+
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """Built without a network, over the packages of the environment that runs the tests."""
-    folder = tmp_path_factory.mktemp("installed")
-    sources, venv = folder / "sources", folder / "venv"
-    for name in FOLDERS:  # not where they are: a build leaves folders behind
-        shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, since a build leaves folders behind."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, sources)
-    pip = [sys.executable, "-m", "pip"]
-    local = ["--quiet", "--no-index", "--no-deps"]
-    subprocess.run([*pip, "wheel", *local, "--no-build-isolation", "-w", folder, str(sources)], check=True)
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def environment(folder: Path) -> Installed:
+    """An environment that sees the packages of the one that runs the tests."""
+    venv = folder / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     (packages,) = venv.glob("lib/python*/site-packages")
     (shared,) = Path(sys.prefix).glob("lib/python*/site-packages")
     (packages / "shared.pth").write_text(f"import site; site.addsitedir({str(shared)!r})\n")
-    (wheel,) = folder.glob("*.whl")
-    subprocess.run([*pip, "--python", venv / "bin" / "python", "install", *local, wheel], check=True)
     (folder / "elsewhere").mkdir()
     return Installed(venv, folder / "elsewhere")
+
+
+@pytest.fixture(scope="module")
+def installed(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """The program as a wheel, built without a network."""
+    folder = tmp_path_factory.mktemp("installed")
+    there = environment(folder)
+    subprocess.run([*PIP, "wheel", *LOCAL, "--no-build-isolation", "-w", folder, str(sources)], check=True)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([*PIP, "--python", there.venv / "bin" / "python", "install", *LOCAL, wheel], check=True)
+    return there
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +112,19 @@ def test_the_configuration_is_found(installed: Installed, corpus: TinyCorpus) ->
     assert yaml.safe_load(done.stdout)["data"]["manifest"] == str(corpus.manifest)
     as_module = installed.run("python", "-m", "pretrain.launch.train", *given, "--cfg", "job")
     assert as_module.returncode == 0, as_module.stderr
+
+
+def test_an_editable_installation_uses_the_sources(sources: Path, tmp_path: Path, corpus: TinyCorpus) -> None:
+    there = environment(tmp_path)
+    python = there.venv / "bin" / "python"
+    editable = [*PIP, "--python", python, "install", *LOCAL, "--no-build-isolation", "-e", str(sources)]
+    subprocess.run(editable, check=True)
+    done = there.run("pretrain-train", *run_arguments(corpus, tmp_path / "run"), "--cfg", "job", "model=1b")
+    assert done.returncode == 0, done.stderr
+    assert there.run("pretrain-show", str(corpus.folder)).returncode == 0
+    assert there.run("python", "-c", "import pretrain; print(pretrain.__file__)").stdout.startswith(
+        str(sources)
+    )
 
 
 def test_a_wrong_key_is_one_sentence(installed: Installed) -> None:
