@@ -3,6 +3,8 @@
 Everything that depends on the device asks here, and `torch.cuda.is_available()` is asked nowhere else: on a machine
 with GPUs a run may be meant for the CPU. A GPU that torch cannot use is an error, since training on the CPU in its
 place would take weeks without a word.
+
+`device_type` needs torch alone: the peers of the benchmark ask it too, in an environment of their own.
 """
 
 from __future__ import annotations
@@ -15,8 +17,6 @@ from glob import glob
 from typing import NamedTuple
 
 import torch
-
-from pretrain.config import ConfigError, launched_local_size
 
 ASKED = os.environ.get("DS_ACCELERATOR")
 """What the user asked for; the engine sets the variable for DeepSpeed later."""
@@ -34,6 +34,8 @@ def device_type() -> str:
 
 def own_device() -> torch.device:
     """The device of a process that works alone. Raises ConfigError where there is a GPU that torch cannot use."""
+    from pretrain.config import ConfigError
+
     problem = device_problem()
     if problem is not None:
         raise ConfigError(problem)
@@ -57,6 +59,8 @@ class Place(NamedTuple):
 
 def rank_place() -> Place:
     """Where this rank computes: its host's GPU of number LOCAL_RANK, or the only one that it can see."""
+    from pretrain.config import launched_local_size
+
     host, problem = socket.gethostname(), device_problem()
     if problem is not None or device_type() == "cpu":
         return Place(host, "cpu", problem=problem)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -254,12 +255,18 @@ def test_one_rank_s_problem_is_everybody_s() -> None:
 def test_nothing_else_asks_torch_for_gpus() -> None:
     asking = [
         str(path.relative_to(ROOT))
-        for folder in ("pretrain", "launch", "data_tools", "benchmarks/runners")
+        for folder in ("pretrain", "launch", "data_tools", "benchmarks")
         for path in sorted((ROOT / folder).rglob("*.py"))
         if re.search(r"cuda\.(is_available|device_count)\(", path.read_text())
     ]
     # The last one checks a node before anything runs there.
     assert asking == ["pretrain/device.py", "launch/preflight.py"]
+
+
+def test_the_peers_of_the_benchmark_can_ask_too() -> None:
+    """Their environment has torch, and not what this project's configuration needs."""
+    hidden = "import sys; sys.modules.update(dict.fromkeys(['hydra', 'omegaconf', 'deepspeed']))"
+    subprocess.run([sys.executable, "-c", f"{hidden}\nimport pretrain.bench_worker"], cwd=ROOT, check=True)
 
 
 # --- real processes, with a stand-in for nvidia-smi ---
