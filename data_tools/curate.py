@@ -9,6 +9,10 @@ prepare.*. Run again, it goes on where it was interrupted.
 
 from __future__ import annotations
 
+from pretrain.command import begin
+
+begin(__name__)
+
 import fcntl
 import hashlib
 import json

@@ -8,6 +8,10 @@ interrupted.
 
 from __future__ import annotations
 
+from pretrain.command import begin
+
+begin(__name__)
+
 import errno
 import json
 import os

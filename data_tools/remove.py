@@ -7,6 +7,10 @@ only with the corpus as it was: its root hash is another now. Exit code 0: done;
 
 from __future__ import annotations
 
+from pretrain.command import begin
+
+begin(__name__)
+
 import argparse
 import gzip
 import json

@@ -6,6 +6,10 @@ mask, ⟦ ⟧ hold what is to be predicted, and a line ends at each eos.
 
 from __future__ import annotations
 
+from pretrain.command import begin
+
+begin(__name__)
+
 import argparse
 import random
 import sys

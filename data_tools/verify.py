@@ -5,6 +5,10 @@ Exit code 0: all is well; 1: each problem is listed; 2: there is no corpus.
 
 from __future__ import annotations
 
+from pretrain.command import begin
+
+begin(__name__)
+
 import argparse
 import sys
 from pathlib import Path

@@ -23,7 +23,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(ROOT))
+
+from pretrain.command import begin
+
+begin(__name__)
 
 from omegaconf import MISSING
 
@@ -233,6 +238,11 @@ def main(config: BenchConfig) -> int:
     # Ended by a signal, it ends its ranks first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     bench = config.bench
+    if not (ROOT / "benchmarks").is_dir():
+        raise ConfigError(
+            f"{ROOT} has no folder benchmarks, since this program is installed as a package; run launch/bench.py in "
+            "the folder of its sources"
+        )
     configs = checked_variants(config, sys.argv[1:])
     peers_python = interpreter(bench.peers_python)
     configs = installed(configs, peers_python)

@@ -15,7 +15,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pretrain.command import begin
+
+begin(__name__)
 
 from omegaconf import MISSING
 
@@ -75,16 +80,17 @@ class Work:
 def main(config: EvalConfig) -> None:
     """Load the model, score every document, print the table."""
     from data_tools.progress import stage
+    from pretrain.device import own_device
     from pretrain.evaluate import score_documents
     from pretrain.kernels import DTYPES
-    from pretrain.trained import default_device, load_trained, precision_on
+    from pretrain.trained import load_trained, precision_on
 
     for entry in config.input:
         if not Path(entry).expanduser().exists():
             raise ConfigError(f"input={entry} does not exist")
     trained = load_trained(config.run_dir, config.step)
     work = find_documents(config, trained)
-    device = default_device()
+    device = own_device()
     precision = precision_on(device, config.precision)
     documents = (document for documents in work.documents for document in documents)
     with stage("evaluating", work.text_bytes) as progress:

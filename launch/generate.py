@@ -15,7 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pretrain.command import begin
+
+begin(__name__)
 
 from omegaconf import MISSING
 
@@ -67,13 +72,14 @@ def main(config: GenerateConfig) -> None:
     sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     texts = config.prompt + read_prompts(config.prompt_file) or [""]
 
+    from pretrain.device import own_device
     from pretrain.generate import Prompt, generate
     from pretrain.kernels import DTYPES
-    from pretrain.trained import default_device, load_trained, precision_on
+    from pretrain.trained import load_trained, precision_on
 
     trained = load_trained(config.run_dir, config.step)
     tokenizer, trained_length = trained.tokenizer, trained.sequence_length
-    device = default_device()
+    device = own_device()
     precision = precision_on(device, config.precision)
     model = trained.decoder(device, DTYPES[precision])
     samples = [(text, number) for text in texts for number in range(config.n_samples)]

@@ -16,7 +16,12 @@ from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pretrain.command import begin
+
+begin(__name__)
 
 from omegaconf import MISSING
 

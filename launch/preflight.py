@@ -6,8 +6,7 @@ One process per node checks it and its links and writes folder/start/NODE.json; 
 
 `judge=true`, once, reads the reports of this start and of the starts before it (the other folders), says on
 stderr what is wrong, and prints the names of the nodes to do without. Exit codes: 0 every node is fit; 10 some are not,
-and are named; 1 unfit, but no single node is to blame. What is checked, and the limits: PreflightConfig in
-pretrain/config.py.
+and are named; 1 unfit, but no single node is to blame. Checks and limits: PreflightConfig in pretrain/config.py.
 """
 
 import fcntl
@@ -30,6 +29,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pretrain.command import begin
+
+begin(__name__)
 
 from omegaconf import MISSING
 
@@ -94,10 +97,8 @@ class Report:
             try:
                 result.update(ok=True, **check())
             except Exception as error:  # whatever it is, the node is not fit
-                said = (
-                    str(error) if isinstance(error, Unfit | OSError) else f"{type(error).__name__}: {error}"
-                )
-                result.update(ok=False, reason=" ".join(said.split()))
+                kind = "" if isinstance(error, Unfit | OSError) else f"{type(error).__name__}: "
+                result.update(ok=False, reason=" ".join(f"{kind}{error}".split()))
 
         started = time.monotonic()
         thread = threading.Thread(target=body, daemon=True)

@@ -13,7 +13,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pretrain.command import begin
+
+begin(__name__)
 
 from pretrain.config import ConfigError, TrainConfig, launched_world_size, run_command
 

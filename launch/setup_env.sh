@@ -2,19 +2,22 @@
 # Makes or updates the virtual environment of this project: bash launch/setup_env.sh
 #
 # It holds exactly what requirements.lock lists, in .venv beside this folder or in $PRETRAIN_VENV. torch is the
-# CPU build where there is no NVIDIA GPU; PRETRAIN_TORCH=cpu|cuda says otherwise. An environment that is up to
-# date is left alone. `bash launch/setup_env.sh --lock` writes requirements.lock anew from pyproject.toml.
+# CPU build where there is no NVIDIA GPU, else the build that fits the driver; PRETRAIN_TORCH=cpu|cuda says otherwise.
+# PRETRAIN_TORCH=existing takes the torch of the Python that is active (or of PRETRAIN_PYTHON): the environment lies
+# over that Python, which stays as it is, and holds only what is missing there. An environment that is up to date is
+# left alone. `bash launch/setup_env.sh --lock` writes requirements.lock anew from pyproject.toml.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${PRETRAIN_VENV:-$ROOT/.venv}
 LOCK=$ROOT/requirements.lock
 TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_CUDA126_INDEX=https://download.pytorch.org/whl/cu126
 LOG=$VENV.log
 
 # pip without questions, bars and advice, and without a user's configuration changing what is installed where
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off PIP_ROOT_USER_ACTION=ignore
-unset PIP_USER PIP_TARGET PIP_PREFIX PYTHONHOME PYTHONPATH
+unset PIP_USER PIP_TARGET PIP_PREFIX PIP_CONSTRAINT PYTHONHOME PYTHONPATH
 
 say() { echo "environment: $*"; }
 fail() {
@@ -24,6 +27,10 @@ fail() {
 
 find_python() {
     local candidate
+    if [ "$(command -v python3)" = "$VENV/bin/python3" ] && [ -e "$VENV/.existing" ]; then
+        cat "$VENV/.existing" # this very environment is active: the Python that it lies over
+        return
+    fi
     for candidate in ${PRETRAIN_PYTHON:-python3 python3.13 python3.12 python3.11}; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             command -v "$candidate"
@@ -47,15 +54,39 @@ check_machine() {
 torch_flavor() {
     if [ -n "${PRETRAIN_TORCH:-}" ]; then
         case $PRETRAIN_TORCH in
-        cpu | cuda) echo "$PRETRAIN_TORCH" ;;
-        *) fail "PRETRAIN_TORCH=$PRETRAIN_TORCH is unknown; allowed: cpu, cuda" ;;
+        cpu | existing) echo "$PRETRAIN_TORCH" ;;
+        cuda) cuda_build ;;
+        *) fail "PRETRAIN_TORCH=$PRETRAIN_TORCH is unknown; allowed: cpu, cuda, existing" ;;
         esac
     elif nvidia-smi -L >/dev/null 2>&1; then
-        echo cuda
+        cuda_build
     else
         echo cpu
     fi
 }
+
+# The build of torch that this machine's GPUs and driver can run: cuda, for CUDA 13.0, as the package registry has it
+# (drivers from 580 on, compute capability 7.5 and newer), or cuda126, for CUDA 12.6 (525 on, 5.0 to 9.0). Where there
+# is no driver, as when an image is built, cuda.
+cuda_build() {
+    local query=driver_version,compute_cap version capability driver=999 oldest=999 newest=0
+    while IFS=', ' read -r version capability; do
+        driver=${version%%.*} capability=${capability/./}
+        [ "$capability" -ge "$oldest" ] || oldest=$capability
+        [ "$capability" -le "$newest" ] || newest=$capability
+    done < <(nvidia-smi --query-gpu=$query --format=csv,noheader 2>/dev/null | grep -E '^[0-9.]+, [0-9]+[.][0-9]$')
+    if [ "$driver" -ge 580 ] && [ "$oldest" -ge 75 ]; then
+        echo cuda
+    elif [ "$driver" -lt 525 ]; then
+        fail "the NVIDIA driver is of version $driver, and torch $(locked torch) needs 525 or newer; update it, or use the CPU: PRETRAIN_TORCH=cpu"
+    elif [ "$newest" -le 90 ]; then
+        echo cuda126
+    else
+        fail "no build of torch $(locked torch) fits driver $driver and GPUs of compute capability $(decimal "$oldest") to $(decimal "$newest"): the one for CUDA 13.0 needs driver 580 and 7.5 or newer, the one for CUDA 12.6 ends at 9.0; update the driver, or use the CPU: PRETRAIN_TORCH=cpu"
+    fi
+}
+
+decimal() { echo "${1%?}.${1: -1}"; }
 
 # pip ARGUMENTS...: everything goes to the log; now and then a line says how far it is.
 pip() {
@@ -75,17 +106,26 @@ pip() {
 locked() { sed -n "s/^$1==\([^ ;]*\).*/\1/p" "$LOCK"; }
 
 install_torch() {
-    local version
+    local version built
     version=$(locked torch)
     say "torch $version ($1 build)"
-    if [ "$1" = cuda ]; then
-        # The CUDA libraries come along as torch's own exactly pinned dependencies.
-        pip install --no-compile "torch==$version" || fail "torch==$version could not be installed; see $LOG"
-    else
+    case $1 in
+    cuda) # `===` does not take 2.13.0+cpu for it. The CUDA libraries come along as torch's own exactly pinned dependencies.
+        pip install --no-compile "torch===$version" || fail "torch===$version could not be installed; see $LOG"
+        ;;
+    cuda126)
+        pip install --no-compile --index-url "$TORCH_CUDA126_INDEX" "torch==$version+cu126" ||
+            fail "torch==$version+cu126, which this machine's driver and GPUs need, could not be installed from $TORCH_CUDA126_INDEX; see $LOG"
+        ;;
+    cpu)
         pip install --no-compile --no-deps "torch==$version+cpu" ||
             pip install --no-compile --no-deps --index-url "$TORCH_CPU_INDEX" "torch==$version+cpu" ||
             fail "torch==$version+cpu was found neither at pip's own sources nor at $TORCH_CPU_INDEX; see $LOG"
-    fi
+        ;;
+    esac
+    built=$("$VENV/bin/python" -c 'import torch; print("cuda" if torch.version.cuda else "cpu")' 2>>"$LOG") ||
+        fail "torch was installed and cannot be imported; see the end of $LOG"
+    [ "$built" = "${1%126}" ] || fail "a build of torch for $1 was asked for, and pip found one for $built; see $LOG"
 }
 
 install_lock() {
@@ -102,6 +142,95 @@ install_lock() {
     "$VENV/bin/python" -m pip check >>"$LOG" 2>&1 || fail "the packages do not fit together; see the end of $LOG"
 }
 
+# ---- over a Python that has torch ------------------------------------------------------------------------------------
+
+# The version of torch that a Python brings, where it is one that this project works with.
+existing_torch() {
+    "$1" - "$ROOT/pyproject.toml" <<'EOF'
+import re, sys
+
+bounds = re.search(r'"torch>=(\d+)\.(\d+),<(\d+)\.(\d+)"', open(sys.argv[1], encoding="utf-8").read())
+a, b, c, d = map(int, bounds.groups())
+
+
+def fail(problem):
+    sys.exit(
+        f"setup_env.sh: PRETRAIN_TORCH=existing: {sys.executable} has {problem}; activate another environment, name its "
+        "Python with PRETRAIN_PYTHON, or leave PRETRAIN_TORCH out, which installs torch too"
+    )
+
+
+try:
+    import torch
+except ImportError as error:
+    fail(f"no torch that can be imported ({error})")
+version = torch.__version__
+number = tuple(map(int, re.match(r"(\d+)\.(\d+)", version).groups()))
+is_early = re.match(r"[\d.]+(a|b|rc|dev)", version) is not None  # 2.10.0a0 comes before 2.10
+if not (a, b) <= number < (c, d) or (number == (a, b) and is_early):
+    fail(f"torch {version}, and this project works with {a}.{b} or newer and older than {c}.{d}")
+print(version)
+EOF
+}
+
+# make_overlay PYTHON: an environment that sees all packages of another, and keeps its own in a folder of its own.
+make_overlay() {
+    say "making $VENV over $1, which stays as it is"
+    "$1" -m venv --clear --system-site-packages "$VENV"
+    pip uninstall -y setuptools # Python 3.11 brings an old one, which would hide the other's
+    "$1" - "$VENV" <<'EOF'
+import glob, site, sys
+
+if sys.prefix != sys.base_prefix:  # itself such an environment, which --system-site-packages would pass over
+    (own,) = glob.glob(f"{sys.argv[1]}/lib/python*/site-packages")
+    with open(f"{own}/existing.pth", "w", encoding="utf-8") as file:
+        file.writelines(f"import site; site.addsitedir({folder!r})\n" for folder in site.getsitepackages())
+EOF
+    printf '%s\n' "$1" >"$VENV/.existing"
+}
+
+# install_missing VERSION: beside this torch. What is there stays if pyproject.toml admits it; the rest comes as locked.
+install_missing() {
+    local folder
+    folder=$(mktemp -d)
+    say "what is missing beside torch $1, the log is $LOG"
+    wanted_packages "$VENV/bin/python" | grep -v '^torch[><=]' >"$folder/wanted"
+    "$VENV/bin/python" - "$LOCK" "$1" >"$folder/pins" <<'EOF'
+import re, sys
+from importlib import metadata
+
+
+def normalized(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+there = {normalized(found.metadata["Name"]) for found in metadata.distributions()}
+pins = [line.strip() for line in open(sys.argv[1], encoding="utf-8") if "==" in line]
+print(*(pin for pin in pins if normalized(pin.split("==")[0]) not in there), f"torch==={sys.argv[2]}", sep="\n")
+EOF
+    { pip install "setuptools==$(locked setuptools)" "packaging==$(locked packaging)" &&
+        pip install --no-compile --no-build-isolation --use-pep517 -c "$folder/pins" -r "$folder/wanted"; } ||
+        fail "a package could not be installed beside torch $1: $(grep '^ERROR' "$LOG" | tail -n 1); see $LOG"
+    rm -rf "$folder"
+    "$VENV/bin/python" -c "import deepspeed, hydra, torch; assert torch.__version__ == '$1'" >>"$LOG" 2>&1 ||
+        fail "torch $1 cannot be used from $VENV; see the end of $LOG"
+}
+
+# What pyproject.toml asks for with all extras but two, one a line.
+wanted_packages() {
+    "$1" - "$ROOT/pyproject.toml" <<'EOF'
+import sys, tomllib
+
+project = tomllib.load(open(sys.argv[1], "rb"))["project"]
+extras = project["optional-dependencies"]
+del extras["gcs"]  # some 20 packages for one kind of URL
+del extras["liger"]  # needs triton, which a torch for CPUs does not bring
+print(*project["dependencies"], *sum(extras.values(), []), sep="\n")
+EOF
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+
 # In parallel, which pip does not do; without it the first `import deepspeed` takes 12 s longer.
 compile_packages() {
     say "compiling to byte code"
@@ -115,15 +244,7 @@ write_lock() {
     scratch=$(mktemp -d)
     "$1" -m venv "$scratch"
     say "resolving pyproject.toml with all extras but gcs and liger"
-    "$1" - "$ROOT/pyproject.toml" >"$scratch/wanted" <<'EOF'
-import sys, tomllib
-
-project = tomllib.load(open(sys.argv[1], "rb"))["project"]
-extras = project["optional-dependencies"]
-del extras["gcs"]  # some 20 packages for one kind of URL
-del extras["liger"]  # needs triton, which a torch for CPUs does not bring
-print(*project["dependencies"], *sum(extras.values(), []), sep="\n")
-EOF
+    wanted_packages "$1" >"$scratch/wanted"
     "$scratch/bin/python" -m pip install -qq --no-compile -r "$scratch/wanted" ||
         fail "pyproject.toml could not be resolved"
     {
@@ -139,8 +260,18 @@ EOF
     say "wrote $LOCK"
 }
 
+# make_environment PYTHON: the one that is there stays where only packages have changed.
+make_environment() {
+    local version
+    version=$("$1" -c 'import sys; print(sys.version_info[:2])')
+    if [ -e "$VENV/.existing" ] || [ "$("$VENV/bin/python" -c 'import sys; print(sys.version_info[:2])' 2>/dev/null)" != "$version" ]; then
+        say "making $VENV with $("$1" --version)"
+        "$1" -m venv --clear "$VENV"
+    fi
+}
+
 main() {
-    local python flavor wanted
+    local python flavor wanted torch=""
     python=$(find_python)
     check_machine "$python"
     if [ "${1:-}" = --lock ]; then
@@ -150,6 +281,13 @@ main() {
     [ $# -eq 0 ] || fail "unknown argument $1; allowed: --lock"
     flavor=$(torch_flavor)
     wanted="$(sha256sum <"$LOCK" | cut -d' ' -f1) $flavor $("$python" -c 'import sys; print(sys.version)' | tr '\n' ' ')"
+    if [ "$flavor" = existing ]; then
+        case $python in
+        "$VENV"/*) fail "PRETRAIN_TORCH=existing: $VENV is active, which is this project's own environment; activate the one whose torch is meant" ;;
+        esac
+        torch=$(existing_torch "$python")
+        wanted+="$python $torch"
+    fi
 
     mkdir -p "$(dirname "$VENV")"
     exec 9>"$VENV.lock" # two commands started at once make one environment
@@ -160,11 +298,13 @@ main() {
     fi
     : >"$LOG"
     rm -f "$VENV/.pretrain"
-    if ! "$VENV/bin/python" -c "import sys; sys.exit(sys.version_info[:2] != $("$python" -c 'import sys; print(tuple(sys.version_info[:2]))'))" 2>/dev/null; then
-        say "making $VENV with $("$python" --version)"
-        "$python" -m venv --clear "$VENV"
+    if [ "$flavor" = existing ]; then
+        make_overlay "$python"
+        install_missing "$torch"
+    else
+        make_environment "$python"
+        install_lock "$flavor"
     fi
-    install_lock "$flavor"
     compile_packages
     printf '%s\n' "$wanted" >"$VENV/.pretrain"
     say "ready after $SECONDS s"

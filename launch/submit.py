@@ -17,15 +17,28 @@ from dataclasses import fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(ROOT))
+
+from pretrain.command import begin
+
+begin(__name__)
 
 from omegaconf import OmegaConf
 
-from pretrain.config import ClusterConfig, ConfigError, RunError, SubmitConfig, run_command, to_dict
+import data_tools
+import pretrain
+from pretrain.config import CONF_DIR, ClusterConfig, ConfigError, RunError, SubmitConfig, run_command, to_dict
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "train.sbatch"
 PREFLIGHT = TEMPLATE.with_name("preflight.sbatch")
-CODE_FOLDERS = ("pretrain", "data_tools", "launch", "conf")
+CODE_FOLDERS = {
+    "pretrain": Path(pretrain.__path__[0]),
+    "data_tools": Path(data_tools.__path__[0]),
+    "launch": Path(__file__).resolve().parent,
+    "conf": CONF_DIR,
+}
+"""What a job runs; installed, the last two are inside the package."""
 DIRECTIVES = """\
 #SBATCH --job-name={name}
 # Relative paths of the configuration mean what they meant where it was submitted.
@@ -252,8 +265,8 @@ def _next_folder(parent: Path) -> Path:
 
 def _freeze(config: SubmitConfig, folder: Path) -> None:
     """Copy the code that will run, and say what it is: an edit or a pull does not reach a waiting job."""
-    for name in CODE_FOLDERS:
-        shutil.copytree(ROOT / name, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, path in CODE_FOLDERS.items():
+        shutil.copytree(path, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(to_dict(config)), encoding="utf-8")
     identity = {
         "commit": _git("rev-parse", "HEAD").strip() or None,

@@ -9,7 +9,12 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pretrain.command import begin
+
+begin(__name__, goes_on=True)
 
 from pretrain.config import ConfigError, ExitCode
 from pretrain.supervise import Supervisor, run_dir_of

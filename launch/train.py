@@ -8,7 +8,6 @@ wrong, 75 stopped on request with the state saved, anything else a crash.
 import gc
 import os
 import sys
-import traceback
 from pathlib import Path
 
 # What imports make lives as long as the process: to look for garbage in it again and again costs 0.3 CPU-seconds.
@@ -16,7 +15,12 @@ gc.disable()
 # numpy's matrix products are not used here, and the threads for them cost each process 0.06 CPU-seconds.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pretrain.command import begin, print_failure
+
+begin(__name__, goes_on=True)
 
 from pretrain.resilience import listen_for_signals
 
@@ -73,6 +77,5 @@ if __name__ == "__main__":
         run_command(TrainConfig, main, config_name="config", doc=__doc__)
     except SystemExit as ending:
         exit_at_once(int(ending.code or 0))
-    except BaseException:
-        traceback.print_exc()
-        exit_at_once(1)
+    except BaseException as failure:
+        exit_at_once(print_failure(failure))

@@ -9,8 +9,9 @@ Shapes: B batch, T sequence, S key positions, H query heads, G key/value heads, 
 
 from __future__ import annotations
 
+import inspect
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,8 @@ class Documents(NamedTuple):
     """int32 [D + 1]: 0, ..., N."""
     longest: int
     """Upper bound of a document's tokens: T."""
+    release: int = 12
+    """Of the kernel on a GPU, what `varlen_release` says; read here, since a compiled block cannot read signatures."""
 
 
 Visibility: TypeAlias = "Tensor | Documents | BlockMask | None"
@@ -80,7 +83,8 @@ def _documents(document_ids: Tensor) -> Documents:
     # On a GPU this waits for the device, once per forward pass: how many there are decides the shape.
     starts = first.flatten().nonzero()[:, 0]
     starts = F.pad(starts, (0, 1), value=document_ids.numel()).to(torch.int32)
-    return Documents(starts, document_ids.shape[1])
+    release = varlen_release() if starts.device.type == "cuda" else 12
+    return Documents(starts, document_ids.shape[1], release)
 
 
 def _attend_by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
@@ -95,12 +99,26 @@ def _attend_by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -
 
 def _attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """FlashAttention-2 (Dao, 2023), as torch has it."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    starts, longest, release = documents
+    options: dict[str, Any] = {"is_causal": True} if release == 10 else {"window_size": (-1, 0)}
+    if release >= 12:
+        options["enable_gqa"] = True
+    elif q.shape[1] > k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return varlen_attn(q, k, v, starts, starts, longest, longest, **options)  # type: ignore[return-value]
+
+
+def varlen_release() -> int:
+    """The torch whose parameters this torch's `varlen_attn` has: 10, 11 or, from there on, 12 for torch 2.12.
+
+    2.10 is told `is_causal`, later ones a `window_size`; 2.12 groups queries by itself.
+    """
     from torch.nn.attention.varlen import varlen_attn  # takes 2 s to import
 
-    starts, longest = documents
-    return varlen_attn(  # type: ignore[return-value]
-        q, k, v, starts, starts, longest, longest, window_size=(-1, 0), enable_gqa=True
-    )
+    names = inspect.signature(varlen_attn).parameters
+    return 12 if "enable_gqa" in names else 11 if "window_size" in names else 10
 
 
 @torch.library.custom_op("pretrain::attend_on_cpu", mutates_args=())

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from pretrain.config import ConfigError, RunError, TrainConfig, launched_local_size
+from pretrain.device import device_type
 from pretrain.distributed import World, gather_objects
 from pretrain.engine import Engine
 from pretrain.heartbeat import mark
@@ -250,7 +251,7 @@ def _peak_bytes(engine: Engine, config: TrainConfig, world: World, shape: Shape,
 def _memory_bytes() -> int:
     """What this process holds now, what it has freed given back."""
     gc.collect()
-    if torch.cuda.is_available():
+    if device_type() == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.memory_allocated()
     libc = ctypes.CDLL(None)

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.collectives import Traffic, counted, watch
+from pretrain.device import device_type
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "rest")
 """Of a step, in which a runner tells them apart; communication is found by itself, rest is what remains."""
@@ -82,7 +83,7 @@ def launched() -> tuple[int, int]:
 
 def is_compiled(job: Job) -> bool:
     """Whether this variant compiles on the device that is there."""
-    return job.compile == "always" or (job.compile == "auto" and torch.cuda.is_available())
+    return job.compile == "always" or (job.compile == "auto" and device_type() == "cuda")
 
 
 def own_tokens(job: Job, step: int, rank: int) -> torch.Tensor:

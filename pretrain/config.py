@@ -89,7 +89,9 @@ __all__ = [
 AUTO = "auto"
 """Of micro_batch_sequences: to be found before the first step."""
 
-CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+_HERE = Path(__file__).resolve().parent
+# An installed program has it in its package, the folder of the sources beside it.
+CONF_DIR = next(folder for folder in (_HERE / "conf", _HERE.parent / "conf") if folder.is_dir())
 
 
 @dataclass(kw_only=True, slots=True)

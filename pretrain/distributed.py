@@ -9,9 +9,11 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import ipaddress
+import json
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -27,6 +29,7 @@ from pretrain.config import (
     launched_rank,
     launched_world_size,
 )
+from pretrain.device import Place, joint_problem, rank_place
 
 T = TypeVar("T")
 
@@ -78,25 +81,38 @@ def init_world(timeout_s: int, sequence_ranks: int = 1) -> World:
             f"engine.sequence_parallel_ranks={sequence_ranks} does not divide the {launched_local_size()} ranks of a "
             "host, and those that share sequences must be on one; change either"
         )
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+    timeout, place = timedelta(seconds=timeout_s), rank_place()
+    store = _store(rank, size, timeout) if size > 1 else dist.HashStore()
+    _check_places(place, rank, size, store)
+    local_rank, device = int(os.environ.get("LOCAL_RANK", "0")), torch.device(place.device)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed takes its GPU
         backend = "cpu:gloo,cuda:nccl"  # gloo: checkpoints and decisions travel between hosts' memories
     else:
-        device = torch.device("cpu")
         backend = "gloo"
         _tune_cpu()
-    timeout = timedelta(seconds=timeout_s)
     if size == 1:
         # DeepSpeed reads these even in a world of one; no other process can be meant.
-        for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
-            os.environ[name] = str(value)
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        store = _store(rank, size, timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(rank=rank, size=size, local_rank=local_rank, device=device, sequence_ranks=sequence_ranks)
+
+
+def _check_places(mine: Place, rank: int, size: int, store: dist.Store) -> None:
+    """Raise the same ConfigError on all ranks where their devices do not fit together."""
+    store.set(f"place/{rank}", json.dumps(mine))
+    if rank == 0:
+        places = [Place(*json.loads(store.get(f"place/{other}"))) for other in range(size)]
+        store.set("places", joint_problem(places) or "fit")
+    verdict = store.get("places").decode()
+    if verdict == "fit":
+        return
+    deadline = time.monotonic() + 10
+    store.add("told", 1)
+    while rank == 0 and store.add("told", 0) < size and time.monotonic() < deadline:
+        time.sleep(0.05)  # the store ends with this process, and others may not have read it yet
+    raise ConfigError(verdict)
 
 
 def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:

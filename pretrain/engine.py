@@ -21,8 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# DeepSpeed chooses at its import: it shall use what torch uses, and not warn of what is not there.
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+from pretrain.device import device_type
+
+# DeepSpeed chooses at its import: it shall use what the run uses, and not warn of what is not there.
+os.environ.setdefault("DS_ACCELERATOR", device_type())
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
@@ -81,7 +83,7 @@ def deepspeed_config(config: TrainConfig, world_size: int, files: Path | None = 
         "stage": engine.zero_stage,
         "reduce_bucket_size": engine.reduce_bucket_elements,
         "contiguous_gradients": True,
-        "overlap_comm": torch.cuda.is_available(),  # gloo has no streams to overlap on
+        "overlap_comm": device_type() == "cuda",  # gloo has no streams to overlap on
     }
     if engine.zero_stage == 3:
         zero |= {
@@ -95,12 +97,12 @@ def deepspeed_config(config: TrainConfig, world_size: int, files: Path | None = 
         zero["zero_quantized_weights"] = engine.quantized_weights
         zero["zero_quantized_gradients"] = engine.quantized_gradients
     if engine.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device_type() == "cuda"}
     if files is not None:
         zero["offload_optimizer"] |= {"device": "nvme", "nvme_path": str(files)}
         zero["sub_group_size"] = NVME_SUB_GROUP_ELEMENTS
     if engine.offload_params:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": device_type() == "cuda"}
     result: dict[str, Any] = {
         "train_batch_size": config.micro_batch * accum_steps * world_size,
         "train_micro_batch_size_per_gpu": config.micro_batch,
@@ -126,7 +128,7 @@ def deepspeed_config(config: TrainConfig, world_size: int, files: Path | None = 
 def _host_problem(config: TrainConfig, folder: Path | None) -> str | None:
     """What this host lacks for the configuration. Empties `folder`, where an optimizer on NVMe keeps its files."""
     engine = config.engine
-    if (engine.quantized_weights or engine.quantized_gradients) and not torch.cuda.is_available():
+    if (engine.quantized_weights or engine.quantized_gradients) and device_type() == "cpu":
         return (
             f"engine.quantized_weights={engine.quantized_weights}, engine.quantized_gradients="
             f"{engine.quantized_gradients}: DeepSpeed quantizes on NVIDIA GPUs only; set both to false"

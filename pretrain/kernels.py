@@ -31,8 +31,6 @@ class Capability(NamedTuple):
     """cpu or cuda."""
     compute: int = 0
     """Of a CUDA device, its compute capability: 80 is A100, 89 L40S, 90 H100."""
-    varlen: bool = False
-    """torch has FlashAttention for sequences of varying length with grouped queries (2.13)."""
     triton: bool = False
     liger: bool = False
     """The package liger-kernel."""
@@ -47,13 +45,10 @@ def capability_of(device: torch.device) -> Capability:
     host = os.uname().nodename
     if device.type == "cpu":
         return Capability("cpu", bf16=host_cpu_has_bf16(), host=host)
-    from torch.nn.attention import varlen
-
     major, minor = torch.cuda.get_device_capability(device)
     return Capability(
         device.type,
         10 * major + minor,
-        "enable_gqa" in varlen.varlen_attn.__annotations__,
         importlib.util.find_spec("triton") is not None,
         importlib.util.find_spec("liger_kernel") is not None,
         bf16=major >= 8,
@@ -66,7 +61,6 @@ def least_capable(capabilities: Sequence[Capability]) -> Capability:
     return Capability(
         device=capabilities[0].device,
         compute=min(c.compute for c in capabilities),
-        varlen=all(c.varlen for c in capabilities),
         triton=all(c.triton for c in capabilities),
         liger=all(c.liger for c in capabilities),
         bf16=all(c.bf16 for c in capabilities),
@@ -124,8 +118,6 @@ def _flash_problem(config: TrainConfig, capability: Capability) -> str | None:
         return "computes in bf16 or fp16 on a GPU, not in engine.precision=fp32"
     if capability.compute < 80:
         return f"needs a GPU of compute capability 8.0 or newer, and this one has {capability.compute / 10}"
-    if not capability.varlen:
-        return f"needs a newer torch than {torch.__version__}"
     # The backward pass of wider heads needs the shared memory of A100, H100 or B200.
     widest = 256 if capability.compute in (80, 90, 100) else 192
     if width % 8 or width > widest:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config import ConfigError, DataConfig, SourceConfig
+from pretrain.device import device_type
 from pretrain.inputs import check_lengths
 from pretrain.order import Location, Order, SourceSize
 from pretrain.order_state import OrderState, Substitution
@@ -66,7 +67,7 @@ def build_batch(
 
 def _to_batch(read: Sequences, samples: Ints) -> Batch:
     """In page-locked memory where there is a GPU, so that it is copied there in the background."""
-    tensor = torch.empty(read.packed.shape, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+    tensor = torch.empty(read.packed.shape, dtype=torch.int64, pin_memory=device_type() == "cuda")
     tokens, labels, positions, document_ids = tensor.copy_(torch.from_numpy(read.packed)).unbind(0)
     return Batch(tokens, labels, positions, document_ids, samples, read.counts, read.substitutions)
 

@@ -386,6 +386,6 @@ def _now() -> str:
 
 def _peak_memory_bytes() -> int:
     """Most memory this rank has held so far: on the GPU where it has one, else resident in the host."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

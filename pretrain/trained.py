@@ -57,8 +57,3 @@ def load_trained(run_dir: str | Path, step: int | None = None) -> TrainedModel:
 def precision_on(device: torch.device, asked: Precision) -> Precision:
     """The precision that a model computes in on a device."""
     return resolve_precision(asked, capability_of(device).bf16)
-
-
-def default_device() -> torch.device:
-    """CUDA if this machine has it, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

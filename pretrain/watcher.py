@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import heartbeat
+from pretrain.command import begin
 
 TICK_S = 0.5
 DUMP_S = 5.0
@@ -102,7 +103,8 @@ class Watcher:
         """Until the rank has ended and, on the hub, all others have too."""
         while not self._over():
             for key, _ in self.selector.select(TICK_S):
-                self._handle(key.fileobj)
+                if key.fd in self.selector.get_map():  # else closed by what came before it in this round
+                    self._handle(key.fileobj)
             if time.monotonic() - self._told >= 2 * TICK_S:
                 self._told = time.monotonic()
                 self._report(self._status())
@@ -243,6 +245,7 @@ class Watcher:
             else:
                 self._end({"rank": self.rank, "cause": cause, "reason": reason})
         if self.hub is not None:
+            self.selector.unregister(self.hub.socket)
             self.hub.socket.close()
             self.hub = None
 
@@ -406,7 +409,7 @@ class Watcher:
 def _launchers(pid: int) -> list[int]:
     """File descriptors of the launcher processes above `pid`, nearest first."""
     found = []
-    while (pid := _parent(pid)) > 1:
+    while (pid := int(_stat(pid)[1])) > 1:  # its parent
         try:
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
             if not any(name in command for name in LAUNCHERS) or b"supervise.py" in command:
@@ -424,10 +427,6 @@ def _stat(pid: int) -> list[str]:
         return ["X", "0"]
 
 
-def _parent(pid: int) -> int:
-    return int(_stat(pid)[1])
-
-
 def _state(pid: int) -> str:
     return _stat(pid)[0]
 
@@ -437,6 +436,7 @@ def _now() -> str:
 
 
 if __name__ == "__main__":
+    begin(__name__, goes_on=True)
     # Unbuffered: `select` must see what is still to be read.
     first = b""
     while not first.endswith(b"\n"):

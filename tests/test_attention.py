@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 KERNELS = [AttentionKernel.sdpa, AttentionKernel.flash, AttentionKernel.flex]
 CPU = Capability("cpu")
-H100 = Capability("cuda", 90, varlen=True, triton=True)
+H100 = Capability("cuda", 90, triton=True)
 T, K = 24, 16
 
 # Lengths of the documents of a sequence, and their ids: neighbors differ.
@@ -116,10 +116,10 @@ def mock_varlen_attn(
     longest_q: int,
     longest_k: int,
     *,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """A mock of torch.nn.attention.varlen.varlen_attn, which needs a GPU, by its documentation."""
+    """A mock of torch.nn.attention.varlen.varlen_attn, which needs a GPU, by its documentation (torch 2.12)."""
     assert starts_q.dtype == starts_k.dtype == torch.int32
     before, after = window_size
     parts = []
@@ -133,16 +133,78 @@ def mock_varlen_attn(
     return torch.cat(parts)
 
 
-def test_what_a_gpu_is_asked_for_is_what_a_cpu_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a mock for the kernel: that the arguments mean what they should."""
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", mock_varlen_attn)
+def mock_varlen_attn_2_11(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: object = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:
+    """The same with the parameters of torch 2.11."""
+    assert query.shape[1] == key.shape[1] == value.shape[1], "it cannot group queries"
+    return mock_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window_size)
+
+
+def mock_varlen_attn_2_10(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = False,
+    return_aux: object = None,
+) -> torch.Tensor:
+    """The same with the parameters of torch 2.10."""
+    window = (-1, 0) if is_causal else (-1, -1)
+    return mock_varlen_attn_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window)
+
+
+@pytest.fixture(params=[mock_varlen_attn, mock_varlen_attn_2_11, mock_varlen_attn_2_10])
+def varlen_attn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", request.param)
+
+
+@pytest.mark.usefixtures("varlen_attn")
+@pytest.mark.parametrize("n_groups", [1, 2, 4])
+def test_what_a_gpu_is_asked_for_is_what_a_cpu_computes(n_groups: int) -> None:
+    """With mocks for the kernel of each torch: values, and gradients, which go through repeated keys and values."""
     documents = visibility(IDS, AttentionKernel.flash)
     assert isinstance(documents, Documents)
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in inputs(4, 2, torch.float32))
-    asked = attention._attend_on_gpu(q, k, v, documents)
-    torch.testing.assert_close(
-        asked, attention.attend_on_cpu(q, k, v, documents.starts)[0], rtol=0, atol=2e-6
-    )
+    documents = documents._replace(release=attention.varlen_release())
+    leaves = [
+        x.transpose(1, 2).flatten(0, 1).detach().requires_grad_() for x in inputs(4, n_groups, torch.float32)
+    ]
+    asked = attention._attend_on_gpu(*leaves, documents)
+    computed = attention.attend_on_cpu(*leaves, documents.starts)[0]
+    torch.testing.assert_close(asked, computed, rtol=0, atol=2e-6)
+    dy = torch.randn_like(asked)
+    for a, b in zip(*(torch.autograd.grad(y, leaves, dy) for y in (asked, computed)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_a_compiled_block_takes_the_release_as_a_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It must not break the graph of each block. With a mock that ignores documents."""
+
+    def causal(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object, is_causal: bool
+    ) -> torch.Tensor:
+        return F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), is_causal=is_causal)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", causal)
+    documents = visibility(IDS, AttentionKernel.flash)
+    assert isinstance(documents, Documents)
+    documents = documents._replace(release=10)
+    qkv = [x.transpose(1, 2).flatten(0, 1) for x in inputs(4, 2, torch.float32)]
+    compiled = torch.compile(attention._attend_on_gpu, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*qkv, documents), attention._attend_on_gpu(*qkv, documents))
 
 
 def test_torch_accepts_what_a_gpu_is_asked_for() -> None:
@@ -180,8 +242,7 @@ def config_of(*overrides: str) -> TrainConfig:
         (H100, ["engine.precision=fp32"], "flex"),
         (H100, ["model.d_head=36"], "flex"),
         (H100, ["model.d_head=12"], "sdpa"),
-        (H100._replace(varlen=False), [], "flex"),
-        (H100._replace(varlen=False, triton=False), [], "sdpa"),
+        (H100._replace(compute=75, triton=False), [], "sdpa"),
         (H100._replace(compute=70), [], "flex"),
         (H100._replace(compute=89), ["model.d_head=192"], "flash"),
         (H100._replace(compute=89), ["model.d_head=256"], "flex"),
@@ -201,7 +262,6 @@ def test_the_best_that_works_is_chosen(capability: Capability, overrides: list[s
         (H100, ["kernels.attention=flex", "model.d_head=8"], ["at least 16", "model.d_head=8"]),
         (H100, ["kernels.attention=flash", "engine.precision=fp32"], ["engine.precision=fp32", "bf16"]),
         (H100._replace(compute=75), ["kernels.attention=flash"], ["8.0", "7.5"]),
-        (H100._replace(varlen=False), ["kernels.attention=flash"], ["torch", torch.__version__]),
         (H100, ["kernels.attention=flash", "model.d_head=20"], ["multiple of 8", "model.d_head=20"]),
         (H100, ["kernels.attention=flash", "model.d_head=264"], ["256", "model.d_head=264"]),
         (H100._replace(compute=86), ["kernels.attention=flash", "model.d_head=256"], ["192"]),

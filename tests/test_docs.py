@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pretrain.command import COMMANDS
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     ROOT / "README.md",
@@ -74,13 +76,23 @@ def check_script(target: str, arguments: list[str]) -> None:
         assert ":" in run_script(target, [*arguments, *extra])
 
 
+def script_of(module: str) -> str:
+    """What runs the module of an installed command in the folder of the sources."""
+    assert module in COMMANDS.values()
+    in_launch = module.removeprefix("pretrain.launch.")
+    return module if in_launch == module else f"launch/{in_launch}.py"
+
+
 def check_deepspeed(arguments: list[str]) -> None:
     """The launcher accepts its flags, and the script what follows it. Launching: tests of training, quickstart."""
     from deepspeed.launcher.runner import parse_args
 
     with redirect_stderr(io.StringIO()):
         parsed = parse_args(arguments)
-    check_script(parsed.user_script, parsed.user_args)
+    script = parsed.user_script
+    if parsed.no_python or parsed.module:  # as it is installed
+        script = script_of(COMMANDS[script] if parsed.no_python else script)
+    check_script(script, parsed.user_args)
 
 
 def check_python(arguments: list[str]) -> None:
@@ -127,9 +139,17 @@ def check_docker(arguments: list[str]) -> None:
         assert arguments[0] in ("inspect", "rm", "stop") and arguments[-1] == "first"
 
 
+def check_pip(arguments: list[str]) -> None:
+    """Run by: test_install.py."""
+    assert arguments == ["install", "."]
+
+
 def check_export(arguments: list[str]) -> None:
-    """Variables of the compose file; the overrides among them are checked in the command that they become part of."""
+    """Variables of programs and of the compose file; the overrides in them are checked as part of their command."""
     for name, value in (word.split("=", 1) for word in arguments):
+        if name in VARIABLES:
+            assert re.search(rf"\b{name}\b", (ROOT / VARIABLES[name]).read_text())
+            continue
         assert f"${{{name}:" in COMPOSE.read_text(), f"{COMPOSE.name} does not use {name}"
         if name == "TRAIN":
             for service in yaml.safe_load(COMPOSE.read_text())["services"].values():
@@ -161,12 +181,16 @@ def check_pre_commit(arguments: list[str]) -> None:
     assert arguments in (["install"], ["run", "--all-files"])
 
 
+VARIABLES = {"DS_ACCELERATOR": "pretrain/device.py", "PRETRAIN_TORCH": "launch/setup_env.sh"}
+"""Where a variable of the environment is read."""
+
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "bash": check_bash,
     "deepspeed": check_deepspeed,
     "docker": check_docker,
     "export": check_export,
     "mkdir": check_mkdir,
+    "pip": check_pip,
     "pre-commit": check_pre_commit,
     "python": check_python,
     "source": check_activate,
@@ -176,8 +200,14 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
 
 def check(words: list[str]) -> None:
     """Fail where a command is unknown or wrong."""
-    assert words[0] in CHECKS, f"{words[0]} is no command that this test knows: {shlex.join(words)}"
-    CHECKS[words[0]](words[1:])
+    if "=" in words[0]:
+        check_export(words[:1])
+        check(words[1:])
+    elif words[0] in COMMANDS:
+        check_script(script_of(COMMANDS[words[0]]), words[1:])
+    else:
+        assert words[0] in CHECKS, f"{words[0]} is no command that this test knows: {shlex.join(words)}"
+        CHECKS[words[0]](words[1:])
 
 
 # --- the documentation keeps to it ---
@@ -263,6 +293,11 @@ def test_every_fault_has_a_named_test() -> None:
         "export TRAINING='model=tiny'",
         "export TRAIN='model=tiny total_step=5'",
         "touch runs/first/halt",
+        "pip install torch",
+        "pretrain-train run_dir=x data.manifest=y total_steps=5 model=2b",
+        "pretrain-nothing --help",
+        "deepspeed --num_gpus 2 --module pretrain.launch.nothing --help",
+        "PRETRAIN_TORCHES=existing bash launch/setup_env.sh",
     ],
 )
 def test_a_wrong_command_is_seen(line: str) -> None:

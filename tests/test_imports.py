@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Within pretrain/ a file imports only files that stand above it here.
 ORDER = [
+    "command",
     "command_runner",
     "quickstart_length",
     "schemas",
@@ -35,6 +36,7 @@ ORDER = [
     "watcher",
     "checkpoint_folder",
     "collectives",
+    "device",
     "distributed",
     "health",
     "remote",
@@ -101,7 +103,16 @@ ORDER = [
 ]
 # The ends of the line do not know each other; the trainer may evaluate.
 ENDS = {"export", "evaluate", "generate", "planner", "trainer"}
-DATA_TOOLS_MAY_IMPORT = {"chat", "config", "tokenizer", "manifest", "shards", "corpus_writer", "corpus_check"}
+DATA_TOOLS_MAY_IMPORT = {
+    "command",
+    "chat",
+    "config",
+    "tokenizer",
+    "manifest",
+    "shards",
+    "corpus_writer",
+    "corpus_check",
+}
 
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 60

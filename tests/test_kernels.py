@@ -193,7 +193,7 @@ def test_a_model_of_ligers_parts_is_the_same(
 
 # ---- who may use them ----
 
-H100 = Capability("cuda", 90, varlen=True, triton=True, liger=True)
+H100 = Capability("cuda", 90, triton=True, liger=True)
 
 
 def test_they_are_for_gpus_that_can() -> None:

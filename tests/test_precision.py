@@ -73,11 +73,11 @@ def test_only_auto_depends_on_the_device() -> None:
 
 
 def test_the_least_capable_host_decides() -> None:
-    a100 = Capability("cuda", 80, varlen=True, triton=True, bf16=True, host="a")
-    t4 = Capability("cuda", 75, varlen=True, triton=False, bf16=False, host="t")
+    a100 = Capability("cuda", 80, triton=True, bf16=True, host="a")
+    t4 = Capability("cuda", 75, triton=False, bf16=False, host="t")
     assert least_capable([a100, a100._replace(host="b")]) == a100
     both = least_capable([a100, t4, a100])
-    assert both == Capability("cuda", 75, varlen=True, triton=False, bf16=False, host="t")
+    assert both == Capability("cuda", 75, triton=False, bf16=False, host="t")
     assert resolve(config_of(), both).engine.precision is Precision.fp32
     assert resolve(config_of(), a100).engine.precision is Precision.bf16
     assert resolve(config_of("engine.precision=fp16"), both).kernels.attention.value == "sdpa"

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from pretrain.bench_worker import Job, Meter, is_compiled, own_tokens, read_job
+from pretrain.device import device_type
 
 JOB, FOLDER = read_job()
 
@@ -78,7 +79,7 @@ def deepspeed_settings() -> dict[str, Any]:
         "bf16": {"enabled": True},
         "zero_optimization": {
             "stage": 3,
-            "overlap_comm": torch.cuda.is_available(),
+            "overlap_comm": device_type() == "cuda",
             "contiguous_gradients": True,
             "reduce_bucket_size": "auto",
             "stage3_prefetch_bucket_size": "auto",
@@ -111,7 +112,7 @@ def training_arguments(job: Job) -> TrainingArguments:
         max_grad_norm=optim["max_grad_norm"],
         bf16=True,
         torch_compile=is_compiled(job),
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=device_type() == "cpu",
         deepspeed=deepspeed_settings(),
         save_strategy="no",
         logging_strategy="no",

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from pretrain.bench_worker import Job, Meter, is_compiled, own_tokens, read_job
+from pretrain.device import device_type
 
 JOB, FOLDER = read_job()
 
@@ -52,7 +53,7 @@ def model_config(job: Job) -> Config:
 def main() -> None:
     job, optim = JOB, JOB.optim
     precision = "bf16-true" if job.runner == "litgpt_bf16_true" else "bf16-mixed"
-    fabric = L.Fabric(devices=1, strategy="auto", precision=precision)
+    fabric = L.Fabric(accelerator=device_type(), devices=1, strategy="auto", precision=precision)
     fabric.launch()
     fabric.seed_everything(job.seed)
     config = model_config(job)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from pretrain.bench_worker import Job, Meter, is_compiled, launched, own_tokens, read_job
+from pretrain.device import device_type
 
 JOB, FOLDER = read_job()  # before the peer is imported, which might keep collectives under other names
 
@@ -57,7 +58,7 @@ def build_model(job: Job) -> Transformer:
         rope_theta=int(shape["rope_theta"]),
         layer_norm_eps=shape["norm_eps"],
     ).build(init_device="cpu")
-    if is_compiled(job) and not torch.cuda.is_available():
+    if is_compiled(job) and device_type() == "cpu":
         model.apply_compile()
     return model
 
@@ -65,7 +66,7 @@ def build_model(job: Job) -> Transformer:
 def main() -> None:
     job = JOB
     rank, size = launched()
-    on_gpu = torch.cuda.is_available()
+    on_gpu = device_type() == "cuda"
     if size > 1:
         prepare_training_environment(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
