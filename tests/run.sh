@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Sets up the environment and runs the tests: bash tests/run.sh [pytest arguments]
 #
-# Without arguments: the linters, the type checker and every test, quick ones first (with CI=true: but the long ones).
-# With arguments: pytest alone, with them. The exit code is pytest's last failing one, or 1 where only a linter failed.
+# Without arguments: the linters, the type checker and every test, quick ones first (with CI=true, all but the long ones).
+# With arguments: pytest alone, with them. The exit code is that of a failing pytest, or 1 where only a linter failed.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -30,15 +30,22 @@ run() {
 }
 if [ $# -gt 0 ]; then
     run "$@"
-else # quick tests on all cores, most of which wait; those with real processes one after another
-    slow="integration or cluster or container"
-    run -n auto --dist loadfile -m "not ($slow)"
+else # everything on all cores, since most tests wait most of the time, but for those that measure speeds
+    kept=
     if [ "${CI:-}" = true ]; then
         echo "== CI: without the tests marked long (pytest -m long)"
-        run --durations=25 -m "($slow) and not long"
-    else
-        run -m "$slow"
+        kept="and not long"
     fi
+    run -n auto --dist loadfile -m "not (integration or cluster or container)"
+    # Slurm and sshd wait even more, so the clusters run beside the rest. Their output comes afterwards.
+    clusters=$(mktemp)
+    python -m pytest -m "cluster $kept" >"$clusters" 2>&1 &
+    run -n 2 --dist loadfile --durations=25 -m "(integration or container) and not (cluster or alone) $kept"
+    echo "== pytest -m 'cluster $kept'"
+    wait $! || status=$?
+    cat "$clusters"
+    rm -f "$clusters"
+    run -m "alone $kept"
 fi
 if [ "$status" -eq 0 ] && [ "$checks" -ne 0 ]; then
     echo "tests/run.sh: the tests passed, but a check above them failed" >&2

@@ -372,6 +372,7 @@ def memory_limit() -> Iterator[Callable[[int, int], Path]]:
 
 
 @pytest.mark.integration
+@pytest.mark.alone  # the kernel counts such kills for the whole host
 def test_row_15_a_loader_worker_out_of_memory_is_named(
     corpus: TinyCorpus, tmp_path: Path, memory_limit: Callable[[int, int], Path]
 ) -> None:
@@ -409,6 +410,7 @@ def test_row_15_a_trainer_out_of_memory_is_named(corpus: TinyCorpus, tmp_path: P
 
 
 @pytest.mark.integration
+@pytest.mark.alone  # the kernel counts such kills for the whole host
 def test_row_15_a_trainer_that_the_kernel_kills_for_memory_is_named(
     corpus: TinyCorpus, tmp_path: Path, memory_limit: Callable[[int, int], Path]
 ) -> None:

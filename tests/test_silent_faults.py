@@ -129,6 +129,7 @@ def rival() -> Iterator[psutil.Process]:
 
 
 @pytest.mark.integration
+@pytest.mark.alone
 def test_row_17_a_rank_with_a_tenth_of_a_core_is_named(
     corpus: TinyCorpus, tmp_path: Path, rival: psutil.Process
 ) -> None:
