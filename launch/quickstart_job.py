@@ -24,7 +24,11 @@ from typing import IO
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Both need no package: there may be none yet.
+# None of these needs a package: there may be none yet.
+from pretrain.command import begin
+
+begin(__name__, goes_on=True)
+
 from pretrain.command_runner import CommandRunner, Failed, Stopped, say
 from pretrain.quickstart_length import (
     FEWEST_STEPS,

@@ -18,8 +18,10 @@ from pretrain.command import COMMANDS, MISSING_PACKAGE, READER_LEFT
 SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "launch").glob("*.py"))
 MODULES = [f"data_tools.{name}" for name in ("curate", "prepare", "remove", "show", "verify")]
 ALL = [[str(script)] for script in SCRIPTS] + [["-m", module] for module in MODULES]
-GO_ON = {"launch/train.py", "launch/supervise.py"}
+GO_ON = {"launch/train.py", "launch/supervise.py", "launch/quickstart_job.py"}
 """Nobody has to read what these write."""
+NEED_PACKAGES = [command for command in ALL if command != ["launch/quickstart_job.py"]]
+"""The quickstart makes the environment first."""
 
 
 def words(command: list[str]) -> str:
@@ -46,7 +48,7 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin" / "python"
 
 
-@pytest.mark.parametrize("command", ALL, ids=words)
+@pytest.mark.parametrize("command", NEED_PACKAGES, ids=words)
 @pytest.mark.parametrize("environment", ["there", "absent"])
 def test_a_missing_package_is_one_sentence(
     command: list[str], environment: str, bare_python: Path, tmp_path: Path
@@ -89,7 +91,7 @@ def test_a_package_that_is_missed_later_is_one_sentence(tmp_path: Path, corpus: 
     assert "lacks the package torch" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ALL, ids=words)
+@pytest.mark.parametrize("command", NEED_PACKAGES, ids=words)
 def test_a_defect_keeps_its_traceback(command: list[str], tmp_path: Path) -> None:
     """A module of this project that is missing is no matter of environments."""
     code = tmp_path / "code"
