@@ -62,7 +62,6 @@ def test_seven_faults_without_a_violation(out: Path) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("broken", "complaint"),
     [

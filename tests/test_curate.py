@@ -163,7 +163,6 @@ def test_any_number_of_workers_gives_the_same_bytes(
 
 
 @pytest.mark.integration
-@pytest.mark.long  # Ray takes most of a minute to start and end
 def test_ray_gives_the_same_bytes(text: Path, curated: Path, tmp_path: Path) -> None:
     ray = pytest.importorskip("ray", reason="ray is not installed")
     try:

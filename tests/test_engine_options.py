@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,26 +25,36 @@ VARIANTS = {
     "hpz": ["engine.hpz_partition_ranks=2"],
 }
 
-# Long: DeepSpeed compiles its reader and writer of NVMe for the first engine that has one, which takes minutes.
-pytestmark = [pytest.mark.integration, pytest.mark.long]
-ON_NVME = ("nvme", "nvme-muon")
-
-
-def needs_libaio(name: str) -> None:
-    if name in ON_NVME and not ctypes.util.find_library("aio"):
-        pytest.skip("libaio is not installed (tests/install_system.sh)")
+pytestmark = pytest.mark.integration
+IN_MEMORY, ON_NVME = ("plain", "host", "hpz"), ("nvme", "nvme-muon")
+# DeepSpeed compiles its reader and writer of NVMe for the first engine that has one, which takes many minutes.
+NVME_CASES = [pytest.param(name, marks=pytest.mark.long) for name in ON_NVME]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every variant on 2 ranks: all steps straight, and the first, saved, loaded and the others."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A folder with the runs of these variants on 2 ranks: all steps straight, and the first, saved, loaded and the
+    others. Those in memory run together, and so do those on NVMe."""
     root = tmp_path_factory.mktemp("options")
     (root / "nvme").mkdir()
+    done: set[tuple[str, ...]] = set()
+
+    def runs_of(*names: str) -> Path:
+        for group in (IN_MEMORY, ON_NVME):
+            if group not in done and not set(group).isdisjoint(names):
+                done.add(group)
+                train(group, root)
+        return root
+
+    return runs_of
+
+
+def train(names: tuple[str, ...], root: Path) -> None:
+    if names == ON_NVME and not ctypes.util.find_library("aio"):
+        pytest.skip("libaio is not installed (tests/install_system.sh)")
     jobs = []
-    for name, words in VARIANTS.items():
-        if name in ON_NVME and not ctypes.util.find_library("aio"):
-            continue
-        overrides = WIDE + [word.format(root=root / "nvme") for word in words]
+    for name in names:
+        overrides = WIDE + [word.format(root=root / "nvme") for word in VARIANTS[name]]
         first = str(checkpoint.checkpoint_path(root / f"first-{name}", 1))
         for kind, more in {
             "straight": {"steps": STEPS},
@@ -52,43 +63,46 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }.items():
             where = {"save": str(root / f"{kind}-{name}"), "out": str(root / f"{kind}-{name}.json")}
             jobs.append({"stage": 3, "precision": "bf16", "overrides": overrides, **more, **where})
-    run_ranks(
-        2, "tests/engine_worker.py", json.dumps(jobs), log_dir=root / "logs", timeout_s=900
-    )  # compiles once
-    return root
+    log_dir = root / f"logs-{names[0]}"
+    run_ranks(2, "tests/engine_worker.py", json.dumps(jobs), log_dir=log_dir, timeout_s=1800)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_resume_is_bit_identical(trained: Path, name: str) -> None:
-    needs_libaio(name)
-    assert losses(trained, f"first-{name}") + losses(trained, f"resumed-{name}") == losses(
-        trained, f"straight-{name}"
-    )
-    straight, resumed = trained / f"straight-{name}", trained / f"resumed-{name}"
+@pytest.mark.parametrize("name", [*IN_MEMORY, *NVME_CASES])
+def test_resume_is_bit_identical(trained: Callable[..., Path], name: str) -> None:
+    root = trained(name)
+    assert losses(root, f"first-{name}") + losses(root, f"resumed-{name}") == losses(root, f"straight-{name}")
+    straight, resumed = root / f"straight-{name}", root / f"resumed-{name}"
     assert_same_state(checkpoint.checkpoint_path(straight, STEPS), checkpoint.checkpoint_path(resumed, STEPS))
 
 
-@pytest.mark.parametrize(("name", "same"), [("hpz", "plain"), ("nvme", "host")])
-def test_where_partitions_are_kept_changes_nothing(trained: Path, name: str, same: str) -> None:
-    needs_libaio(name)
-    assert losses(trained, f"straight-{name}") == losses(trained, f"straight-{same}")
-    one, other = (checkpoint.checkpoint_path(trained / f"straight-{kept}", STEPS) for kept in (name, same))
+@pytest.mark.parametrize(
+    ("name", "same"), [("hpz", "plain"), pytest.param("nvme", "host", marks=pytest.mark.long)]
+)
+def test_where_partitions_are_kept_changes_nothing(
+    trained: Callable[..., Path], name: str, same: str
+) -> None:
+    root = trained(name, same)
+    assert losses(root, f"straight-{name}") == losses(root, f"straight-{same}")
+    one, other = (checkpoint.checkpoint_path(root / f"straight-{kept}", STEPS) for kept in (name, same))
     assert_same_state(one, other)
 
 
-def test_parameters_are_held_twice(trained: Path) -> None:
+def test_parameters_are_held_twice(trained: Callable[..., Path]) -> None:
     """After a forward pass; else the two runs above would agree for nothing."""
+    root = trained("plain", "hpz")
     copies = {
-        name: json.loads((trained / f"straight-{name}.json").read_text())["second_copies"]
+        name: json.loads((root / f"straight-{name}.json").read_text())["second_copies"]
         for name in ("plain", "hpz")
     }
     assert copies["plain"] == 0
     assert copies["hpz"] >= 2 * 7  # each matrix of the blocks
 
 
-@pytest.mark.parametrize("name", ON_NVME)
-def test_the_optimizer_is_in_files_while_training_and_they_go_at_the_end(trained: Path, name: str) -> None:
-    needs_libaio(name)
-    files = json.loads((trained / f"straight-{name}.json").read_text())["files"]
+@pytest.mark.parametrize("name", NVME_CASES)
+def test_the_optimizer_is_in_files_while_training_and_they_go_at_the_end(
+    trained: Callable[..., Path], name: str
+) -> None:
+    root = trained(name)
+    files = json.loads((root / f"straight-{name}.json").read_text())["files"]
     assert any("momentum_buffer" in file if "muon" in name else "exp_avg_sq" in file for file in files)
-    assert list((trained / "nvme").iterdir()) == []
+    assert list((root / "nvme").iterdir()) == []

@@ -90,7 +90,6 @@ def test_preempted_requeued_resumed(
     report("preempted", to_stop_s=stopped - asked, to_resume_s=resumed - asked)
 
 
-@pytest.mark.long  # requeued as after a preemption
 def test_time_limit_saves_requeues_and_finishes(
     cluster: Cluster, corpus: TinyCorpus, straight: Path, tmp_path: Path
 ) -> None:
