@@ -694,7 +694,7 @@ data = DataConfig(manifest={texts[0].manifest!r}, sequence_length=16, loader_wor
 loader = TrainLoader(data, 1, global_batch_sequences=4, micro_batch_sequences=4, rank=0, world_size=1,
                      total_steps=10**8, state=None)
 steps = loader.steps(1)
-next(steps)
+next(steps), next(steps)  # one from each worker: both have started
 workers = loader_workers(os.getpid())
 for worker in workers:  # they cannot see that their connection is closed, only die
     os.kill(worker, signal.SIGSTOP)
