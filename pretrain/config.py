@@ -364,8 +364,6 @@ def launched_world_size() -> int:
 def launched_local_size() -> int | None:
     """The number of ranks that the launcher started on this host, where it says so."""
     given = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
-    if given is None and launched_world_size() == 1:
-        return 1
     return int(given) if given else None
 
 

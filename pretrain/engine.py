@@ -182,7 +182,7 @@ class Engine:
         if config.engine.precision is Precision.fp16 and world.device.type == "cpu":
             # DeepSpeed refuses fp16 on a CPU without units for it; torch emulates it there, and our tests rely on that.
             get_accelerator().is_fp16_supported = lambda: True
-        if local_size := launched_local_size():
+        if local_size := 1 if world.size == 1 else launched_local_size():
             # Without it DeepSpeed starts a program in every step on a CPU, numactl, to count devices; a fork of a
             # process with threads and gigabytes is slow at best. Its own launcher sets it, others do not.
             os.environ.setdefault("LOCAL_SIZE", str(local_size))
