@@ -8,7 +8,6 @@ Last phase, one task per unit again: what duplicates and repeated lines are left
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
@@ -26,6 +25,7 @@ from data_tools.boilerplate import BoilerplateConfig, BoilerplateStage
 from data_tools.decontaminate import DecontaminateConfig, DecontaminateStage
 from data_tools.dedup import DedupConfig, Signatures, line_hashes, load_array, save_array
 from data_tools.executors import Progress
+from data_tools.gzipped import Gzipped
 from data_tools.harm import HarmConfig, HarmStage
 from data_tools.language import LanguageConfig, LanguageStage
 from data_tools.normalize import NormalizeConfig, NormalizeStage
@@ -134,14 +134,15 @@ class Tally:
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[BinaryIO]:
+def _written(path: Path) -> Iterator[BinaryIO | Gzipped]:
     """A file that is there as a whole or not at all; compressed where its name says so, always to the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as raw:
         if path.suffix == ".gz":
-            with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0, compresslevel=4) as packed:
-                yield packed  # type: ignore[misc]
+            packed = Gzipped(raw, level=4)
+            yield packed
+            packed.finish()
         else:
             yield raw
         raw.flush()

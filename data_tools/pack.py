@@ -7,7 +7,6 @@ parts are dealt out to the groups by a hash too.
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import xxhash
 from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.encode import EncodedPart, load_encoded, tokens_path
 from data_tools.gather import Gathered
+from data_tools.gzipped import Gzipped
 from data_tools.progress import stage
 from data_tools.statistics import DocumentCounts
 from data_tools.workspace import HELDOUT_FOLDER, HELDOUT_TEXT
@@ -112,7 +112,7 @@ class HeldoutText:
 
     def __init__(self, path: Path) -> None:
         self._raw = path.open("wb")
-        self._gzip = gzip.GzipFile(filename="", mode="wb", fileobj=self._raw, mtime=0)
+        self._gzip = Gzipped(self._raw)
 
     def add(self, record: dict[str, Any]) -> None:
         """One document: id, source, text, and messages of a dialogue."""
@@ -120,7 +120,7 @@ class HeldoutText:
         self._gzip.write(line.encode() + b"\n")
 
     def close(self) -> None:
-        self._gzip.close()
+        self._gzip.finish()
         self._raw.flush()
         os.fsync(self._raw.fileno())
         self._raw.close()

@@ -8,6 +8,7 @@ import importlib.metadata
 import io
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -32,6 +33,7 @@ from data_tools import clean
 from data_tools.config import PrepareConfig, TokenizerConfig
 from data_tools.fertility import fit_lines, measure
 from data_tools.gather import choose_sample, heldout_bound, sample_bound
+from data_tools.gzipped import Gzipped
 from data_tools.pack import choose_chunk_tokens
 from data_tools.prepare import prepare
 from data_tools.progress import Stage
@@ -919,3 +921,19 @@ def test_weights_that_do_not_fit_are_one_sentence(tmp_path: Path, weights: str, 
         prepare(load_config(PrepareConfig, [*arguments, f"tokenizer.source_weights={weights}"]))
     assert words in str(caught.value)
     assert not (tmp_path / "out/manifest.json").exists()
+
+
+@pytest.mark.parametrize("level", [4, 9])
+def test_gzip_files_have_the_bytes_of_the_standard_library(level: int) -> None:
+    """So corpora and curations stay the same, whatever the size of the pieces."""
+    rng = random.Random(level)
+    pieces = [bytes(rng.choices(b"abcdefgh ", k=rng.choice([0, 1, 99, 40_000]))) for _ in range(60)]
+    ours, theirs = io.BytesIO(), io.BytesIO()
+    packed = Gzipped(ours, level)
+    with gzip.GzipFile(filename="", fileobj=theirs, mode="wb", mtime=0, compresslevel=level) as expected:
+        for piece in pieces:
+            packed.write(memoryview(piece))
+            expected.write(piece)
+    packed.finish()
+    assert ours.getvalue() == theirs.getvalue()
+    assert gzip.decompress(ours.getvalue()) == b"".join(pieces)
