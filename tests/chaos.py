@@ -357,8 +357,12 @@ class Attempt:
     def wait_for_the_moment(self, fault: Fault) -> bool:
         """False where the attempt ended before."""
         if fault.aim == "trained":
-            enough = 2 * SAVE_EVERY_STEPS + 2
-            self.wait(lambda: self.trained(enough) or self.has_ended(), time.monotonic() + LIMIT_S)
+            steps = 2 * SAVE_EVERY_STEPS + 2
+
+            def enough() -> bool:  # two saves, which go on beside training
+                return self.trained(steps) and len(complete_checkpoints(self.run.run_dir)) >= 2
+
+            self.wait(lambda: enough() or self.has_ended(), time.monotonic() + LIMIT_S)
             return not self.has_ended()
         first = max((step for step in self.complete if step not in self.oracle.damaged), default=0)
         train_s = 0 if fault.aim == "recovery" else (N_STEPS - first) * self.chaos.step_s + ENDING_S
