@@ -20,6 +20,8 @@ KEYS = {
     "AWS_SECRET_ACCESS_KEY": "labsecret",
     "AWS_DEFAULT_REGION": "us-east-1",
 }
+OFF = ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+"""Services beside S3, which would listen on ports that are the same for every server."""
 
 
 @contextmanager
@@ -47,7 +49,7 @@ def s3_server(folder: Path) -> Iterator[str]:
     ]
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(
-            [*command, "-filer", "-s3", f"-s3.port={port}", f"-s3.config={folder / 's3.json'}"],
+            [*command, "-filer", "-s3", f"-s3.port={port}", *OFF, f"-s3.config={folder / 's3.json'}"],
             stdout=log,
             stderr=log,
         )

@@ -105,7 +105,8 @@ def test_row_8_a_flipped_bit_is_noticed_in_its_step_and_never_saved(
     kind: str, corpus: TinyCorpus, straight: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    arguments = run_arguments(corpus, run_dir)
+    # Step 4 is saved before the run goes on: otherwise it could end in step 8 before that is done.
+    arguments = run_arguments(corpus, run_dir, "checkpoint.background=false")
     worker = ("tests/flip_worker.py", kind, "1", "8", *arguments)  # step 8 would be saved
     with Ranks(2, *worker, log_dir=tmp_path / "logs") as ranks:
         codes = ranks.wait()
