@@ -1,4 +1,4 @@
-"""The processes that read micro batches ahead of the trainer: no torch in them, so that each is there in half a second.
+"""The processes that read micro batches ahead of the trainer. They import no torch, so that each starts in half a second.
 
 Items go round in turns, to worker 0, 1, ..., 0, ..., and so do the answers: the order is that of one process. Each
 worker has a socket of its own to the trainer; what comes over it are arrays, for tensors would need shared memory, of
@@ -33,7 +33,8 @@ from pretrain.stages import stage_at
 _ROOT = Path(__file__).resolve().parent.parent
 _PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
-_END_S = 1.0  # a worker that still reads so long after the end is killed
+_END_S = 1.0
+"""A worker that is still reading this many seconds after the end is killed."""
 
 
 class MicroBatches:
