@@ -1,4 +1,4 @@
-"""The processes that read micro batches ahead of the trainer. They import no torch, so that each starts in half a second.
+"""The processes that read micro batches ahead of the trainer. They import no torch, so each starts in half a second.
 
 Items go round in turns, to worker 0, 1, ..., 0, ..., and so do the answers: the order is that of one process. Each
 worker has a socket of its own to the trainer; what comes over it are arrays, for tensors would need shared memory, of
