@@ -292,12 +292,12 @@ class Watcher:
         )
 
     def _ask_all(self) -> list[int]:
-        """Have all ranks dump their stacks; the ranks that still run.
+        """Have all ranks dump their stacks; the ranks that still run, in order.
 
         A stopped rank has to run for a moment to write its stacks, which may let go of those that wait for it, so it
         is asked when they have written theirs.
         """
-        running = [rank for rank, row in self.table.items() if not row.get("bye")]
+        running = sorted(rank for rank, row in self.table.items() if not row.get("bye"))
         stopped = [rank for rank in running if self.table[rank].get("stopped")]
         self._ask([rank for rank in running if rank not in stopped])
         self._ask(stopped)
