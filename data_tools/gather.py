@@ -24,7 +24,7 @@ from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.progress import stage
 from data_tools.sources import Document, InputFile, Rejected, read_documents
 from pretrain.config import ConfigError
-from pretrain.manifest import write_atomically
+from pretrain.files import write_atomically
 
 GATHERED_NAME = "gathered.json"
 _MAX_U64 = (1 << 64) - 1

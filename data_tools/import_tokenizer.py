@@ -14,7 +14,7 @@ from typing import Any
 
 from data_tools.config import TokenizerConfig
 from pretrain.config import ConfigError
-from pretrain.manifest import read_capped
+from pretrain.files import read_capped
 from pretrain.tokenizer import (
     CHECK_TEXT,
     HUGGING_FACE_NAME,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.manifest import write_atomically
+from pretrain.files import write_atomically
 
 _SHOWN, _ALT_BARS = 20, 6
 _SETTINGS = {

@@ -50,7 +50,8 @@ from data_tools.workspace import (
     write_report,
 )
 from pretrain.config import ConfigError, run_command
-from pretrain.manifest import MANIFEST_NAME, Manifest, load_manifest, write_atomically
+from pretrain.files import write_atomically
+from pretrain.manifest import MANIFEST_NAME, Manifest, load_manifest
 from pretrain.tokenizer import SENTENCEPIECE_NAME, Tokenizer, tokenizer_in
 
 _SOURCES_SHOWN = 12

@@ -40,7 +40,8 @@ from data_tools.workspace import (
 )
 from pretrain.config import ConfigError, ExitCode
 from pretrain.corpus_writer import CorpusWriter
-from pretrain.manifest import MANIFEST_NAME, CorpusSource, CorruptShardError, Manifest, write_atomically
+from pretrain.files import write_atomically
+from pretrain.manifest import MANIFEST_NAME, CorpusSource, CorruptShardError, Manifest
 from pretrain.shards import Corpus, documents_of
 from pretrain.tokenizer import Tokenizer, tokenizer_in
 

@@ -15,7 +15,7 @@ from data_tools.config import TokenizerConfig
 from data_tools.gather import Gathered, part_path, read_digests, read_part
 from data_tools.progress import waiting
 from pretrain.config import ConfigError
-from pretrain.manifest import write_atomically
+from pretrain.files import write_atomically
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 DEFAULT_VOCAB_SIZE = 16384

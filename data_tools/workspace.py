@@ -20,7 +20,8 @@ from typing import Any
 from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.sources import PYTHON, InputFile
 from pretrain.config import ConfigError, to_dict
-from pretrain.manifest import MANIFEST_NAME, load_manifest, sync_folder, write_atomically
+from pretrain.files import sync_folder, write_atomically
+from pretrain.manifest import MANIFEST_NAME, load_manifest
 from pretrain.shards import SHARDS_FOLDER
 from pretrain.tokenizer import TOKENIZER_NAMES
 

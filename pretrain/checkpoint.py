@@ -50,7 +50,7 @@ from pretrain.checkpoint_folder import (
 )
 from pretrain.config import ConfigError, TrainConfig, validate
 from pretrain.distributed import Partition, World, gather_objects, share
-from pretrain.manifest import sync_folder
+from pretrain.files import sync_folder
 
 FILE_BYTES = 1 << 30
 """Tensors of a rank are put into files of about this size: safetensors builds each in memory."""

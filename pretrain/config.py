@@ -22,12 +22,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pretrain.cluster_schemas import ClusterConfig, PreflightConfig
 from pretrain.data_schemas import BadChunk, DataConfig, Packing, SourceConfig, StageConfig
 from pretrain.engine_schemas import EngineConfig
+from pretrain.errors import ConfigError, ExitCode, RunError
 from pretrain.schemas import (
     AttentionKernel,
     CheckpointConfig,
-    ConfigError,
     EvaluationConfig,
-    ExitCode,
     KernelsConfig,
     LoggingConfig,
     LossGuardConfig,
@@ -36,7 +35,6 @@ from pretrain.schemas import (
     OptimizerName,
     Precision,
     Recompute,
-    RunError,
     ScheduleConfig,
     ScheduleName,
     SpikeAction,

@@ -18,6 +18,7 @@ import xxhash
 
 from pretrain.config import ConfigError
 from pretrain.document_ids import IDS_NAME, hash_id
+from pretrain.files import sync_folder, write_atomically
 from pretrain.manifest import (
     DOCUMENTS,
     MANIFEST_NAME,
@@ -28,9 +29,7 @@ from pretrain.manifest import (
     describe_file,
     member_name,
     padded_bytes,
-    sync_folder,
     token_dtype,
-    write_atomically,
 )
 from pretrain.shards import SHARDS_FOLDER
 

@@ -8,7 +8,8 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from pretrain.schemas import ConfigError, check_positive
+from pretrain.errors import ConfigError
+from pretrain.schemas import check_positive
 
 
 @dataclass(kw_only=True, slots=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from pretrain.schemas import ConfigError, Precision, check_positive
+from pretrain.errors import ConfigError
+from pretrain.schemas import Precision, check_positive
 
 NVME_SUB_GROUP_ELEMENTS = 100_000_000
 """Of a rank: what an optimizer on NVMe updates at a time. Four fp32 buffers of this size stay in host memory."""

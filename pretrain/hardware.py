@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pretrain.schemas import ConfigError
+from pretrain.errors import ConfigError
 
 GB = 1e9
 GIB = 2.0**30

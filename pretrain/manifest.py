@@ -8,9 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
-import stat
 import tarfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +18,7 @@ import numpy as np
 
 from pretrain import __version__
 from pretrain.config import ConfigError, RunError
+from pretrain.files import is_inside, read_capped
 from pretrain.remote import DamagedError, as_path, is_remote, read_whole, retry_local
 
 FORMAT_VERSION = 1
@@ -227,28 +226,10 @@ def _load_remote_manifest(url: str, time_limit_s: float) -> Manifest:
     return found[-1]
 
 
-def read_capped(path: str | Path, max_bytes: int) -> bytes:
-    """All of a regular file, refused before any memory is taken where it has more than `max_bytes`.
-
-    Raises ConfigError for a larger file, or one that is no file, and OSError.
-    """
-    # Not blocking: opening a named pipe would wait for its writer.
-    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ConfigError(f"{path} cannot be read: it is no regular file")
-        if status.st_size > max_bytes:
-            raise ConfigError(
-                f"{path} has {status.st_size:,} bytes, where at most {max_bytes:,} are expected; it is not "
-                "what it should be"
-            )
-        return file.read(max_bytes)
-
-
 def resolve_inside(folder: Path, name: str) -> Path:
     """The file `name` of `folder`, where it may lie behind a link within the folder, not outside of it."""
     path = folder / name
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+    if not is_inside(path, folder):
         raise CorruptShardError(f"{path} is a link to a file outside of {folder}; put the file itself there")
     return path
 
@@ -335,30 +316,6 @@ def header_problem(block: bytes, name: str, n_bytes: int) -> str | None:
     if header.name != name or not header.isreg() or header.size != n_bytes:
         return f"is {header.name!r} of type {header.type!r} with {header.size} bytes in its tar header"
     return None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames within a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is there as a whole or not at all, synced to disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 def describe_file(folder: Path, name: str) -> FileInfo:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pretrain.errors import ConfigError
 from pretrain.permutation import Ints
-from pretrain.schemas import ConfigError
 
 PERIOD = 1 << 16
 """P: positions of a lane after which the mixture pattern repeats; weights are exact to 1 / P."""

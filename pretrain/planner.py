@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from pretrain.config import AUTO, AttentionKernel, Recompute, TrainConfig
 from pretrain.engine_schemas import EngineConfig
+from pretrain.errors import ConfigError
 from pretrain.hardware import GIB
 from pretrain.plan_memory import Pass, Sharding, count_parameters, memory_bytes
 from pretrain.plan_time import (
@@ -26,7 +27,7 @@ from pretrain.plan_time import (
     mfu_frac,
     step_time,
 )
-from pretrain.schemas import ConfigError, ModelConfig, Precision
+from pretrain.schemas import ModelConfig, Precision
 
 MEASURED, FITTED, PROJECTED = "measured", "fitted", "projected"
 BYTES_PER_PARAMETER_SAVED = 12

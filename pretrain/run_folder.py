@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import AUTO, ConfigError, TrainConfig, to_dict
+from pretrain.files import write_atomically
 from pretrain.inputs import tokenizer_path
 from pretrain.journal import HELDOUT_PREFIX, read_metrics
-from pretrain.manifest import load_manifest, write_atomically
+from pretrain.manifest import load_manifest
 from pretrain.monitor import new_run_id
 from pretrain.tokenizer import Tokenizer
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from pretrain.errors import ConfigError
 from pretrain.order import Order, SourceSize
 from pretrain.permutation import Ints
-from pretrain.schemas import ConfigError
 from pretrain.stages import Stage, stage_at, tokens_before
 
 MIN_ROWS = 16

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from pretrain.data_schemas import DataConfig
-from pretrain.schemas import ConfigError
+from pretrain.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

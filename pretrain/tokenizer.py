@@ -15,7 +15,8 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from pretrain.config import ConfigError
-from pretrain.manifest import MANIFEST_TIMEOUT_S, read_capped, token_dtype
+from pretrain.files import read_capped
+from pretrain.manifest import MANIFEST_TIMEOUT_S, token_dtype
 from pretrain.remote import DamagedError, as_path, read_whole
 
 SENTENCEPIECE_NAME = "tokenizer.model"

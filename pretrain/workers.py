@@ -23,10 +23,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from pretrain.errors import RunError
 from pretrain.heartbeat import memory_ran_out
 from pretrain.order import Order
 from pretrain.permutation import Ints
-from pretrain.schemas import RunError
 from pretrain.sequences import SequenceReader, Sequences
 from pretrain.stages import stage_at
 

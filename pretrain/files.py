@@ -1,0 +1,97 @@
+"""Files are read and written as if someone had put links, pipes and huge files in their place.
+
+Reading: a regular file, at most as large as expected, opened once and never waited for. Writing: a link is never
+followed, a temporary file is always new, and a file is there as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from pretrain.errors import ConfigError
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """A regular file, opened for reading. Raises ConfigError for a pipe, a device or a folder, and OSError."""
+    # Without O_NONBLOCK, opening a named pipe would wait for its writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ConfigError(f"{path} cannot be read: it is not a regular file")
+    return open(descriptor, "rb")
+
+
+def read_capped(path: str | Path, max_bytes: int) -> bytes:
+    """All of a regular file, refused before any memory is taken where it has more than `max_bytes`.
+
+    Raises ConfigError for a larger file, or one that is not a regular file, and OSError.
+    """
+    with open_regular(path) as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        content = file.read(max_bytes + 1) if size_bytes <= max_bytes else b""
+    if max(size_bytes, len(content)) > max_bytes:  # files of /proc say that they have none
+        raise ConfigError(
+            f"{path} has {max(size_bytes, len(content)):,} bytes, where at most {max_bytes:,} are expected; it is not "
+            "what it should be"
+        )
+    return content
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path, with all its links followed, lies within a folder."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def create_file(path: str | Path, mode: int = 0o666) -> BinaryIO:
+    """A new file, opened for writing; what stood at its name is removed, and what a link there led to is untouched.
+
+    `mode` is what the umask is applied to; 0o600 for what may hold a secret. Raises OSError.
+    """
+    Path(path).unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return open(os.open(path, flags, mode), "wb")
+
+
+def open_for_append(path: str | Path, mode: int = 0o666) -> int:
+    """A descriptor that appends to a regular file, made where it is missing, and that can read what is there.
+
+    Raises OSError, also where the name is a link or not a regular file.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(path, flags, mode)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is not a regular file")
+    return descriptor
+
+
+def write_atomically(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write a file that is there as a whole or not at all, synced to disk. `mode` as for `create_file`."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with create_file(temporary, mode) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames within a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

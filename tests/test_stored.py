@@ -1,0 +1,90 @@
+"""Files of others are parsed by a schema: nothing is converted, unknown or unbounded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.errors import ConfigError
+from pretrain.stored import Count, FileName, Line, RelativePath, Sha256, parse
+
+
+@dataclass(kw_only=True, slots=True)
+class Part:
+    name: FileName
+    bytes: Count = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class Whole:
+    sha256: Sha256
+    parts: list[Part]
+    where: RelativePath = "a/b"
+    title: Line = ""
+    ratio: float = 0.5
+    by_name: dict[str, Count] = field(default_factory=dict)
+
+
+GOOD: dict[str, Any] = {"sha256": "a" * 64, "parts": [{"name": "x", "bytes": 3}]}
+
+
+def whole(**changes: Any) -> Whole:
+    return parse(Whole, json.dumps(GOOD | changes), "f.json", "a whole")
+
+
+def test_what_fits_is_an_object() -> None:
+    found = whole(ratio=1, by_name={"a": 1})
+    assert found.parts == [Part(name="x", bytes=3)]
+    assert (found.ratio, found.by_name, found.where) == (1.0, {"a": 1}, "a/b")
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"sha256": None}, "sha256"),
+        ({"sha256": "A" * 64}, "sha256"),
+        ({"sha256": "a" * 63}, "sha256"),
+        ({"sha256": "a" * 64 + "\n"}, "sha256"),
+        ({"parts": {}}, "parts"),
+        ({"parts": [{"name": "x", "bytes": -1}]}, "parts.0.bytes"),
+        ({"parts": [{"name": "x", "bytes": 1 << 62}]}, "parts.0.bytes"),
+        ({"parts": [{"name": "x", "bytes": 3.0}]}, "parts.0.bytes"),
+        ({"parts": [{"name": "x", "bytes": "3"}]}, "parts.0.bytes"),
+        ({"parts": [{"name": "x", "bytes": True}]}, "parts.0.bytes"),
+        ({"parts": [{"name": "../x"}]}, "parts.0.name"),
+        ({"parts": [{"name": ".."}]}, "parts.0.name"),
+        ({"parts": [{"name": "a\0"}]}, "parts.0.name"),
+        ({"parts": [{"bytes": 3}]}, "parts.0.name"),
+        ({"where": "/etc/passwd"}, "where"),
+        ({"where": "a/../../b"}, "where"),
+        ({"where": "a//b"}, "where"),
+        ({"title": "a\x1b[31m"}, "title"),
+        ({"title": "a\nb"}, "title"),
+        ({"title": "a\u2028b"}, "title"),
+        ({"more": 1}, "more"),
+        ({"by_name": {"a": -1}}, "by_name.a"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes: dict[str, Any], place: str) -> None:
+    with pytest.raises(ConfigError, match=r"^f.json is not a whole: ") as caught:
+        whole(**changes)
+    assert str(caught.value).startswith(f"f.json is not a whole: {place} is ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff\xfe", b"null", b"{}", b'{"sha256": NaN'])
+def test_what_is_no_such_json_is_one_sentence(content: bytes) -> None:
+    with pytest.raises(ConfigError, match=r"^f.json is not a whole: ") as caught:
+        parse(Whole, content, "f.json", "a whole")
+    assert len(str(caught.value)) < 300
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_refused_in_words(content: bytes) -> None:
+    with pytest.raises(ConfigError):
+        parse(Whole, content, "f.json", "a whole")
