@@ -162,7 +162,7 @@ def _begin_worker() -> None:
 def _encode_part(job: _Job) -> None:
     tokenizer = _tokenizers.get(job.tokenizer)
     if tokenizer is None:
-        tokenizer = _tokenizers[job.tokenizer] = Tokenizer(job.tokenizer)
+        tokenizer = _tokenizers[job.tokenizer] = Tokenizer.trusted(job.tokenizer)
     documents = list(read_part(job.text))
     if job.format is DocumentFormat.chat:
         texts, arrays = _encode_dialogues(tokenizer, [document.text for document in documents])

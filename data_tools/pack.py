@@ -59,7 +59,7 @@ def pack(
 
     Manifests of the training and the held-out part, and counts of the training documents.
     """
-    tokenizer = Tokenizer(tokenizer_in(corpus))
+    tokenizer = Tokenizer.trusted(tokenizer_in(corpus))
     n_tokens = sum(_training_tokens(tokens_path(work, number)) for number in range(len(gathered.parts)))
     chunk_tokens = config.chunk_tokens or choose_chunk_tokens(n_tokens)
     has_heldout = gathered.funnel.heldout > 0

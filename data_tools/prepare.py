@@ -128,7 +128,7 @@ def _build(config: PrepareConfig, recipe: Recipe, gathered: Gathered, work: Path
     except OSError:  # a full disk: what is half-written would only keep it full
         shutil.rmtree(corpus, ignore_errors=True)
         raise
-    tokenizer = Tokenizer(corpus / model.name)
+    tokenizer = Tokenizer.trusted(corpus / model.name)
     kind = f"sentencepiece {config.tokenizer.model_type.value}"
     if config.tokenizer.path is not None:
         kind = f"{'sentencepiece' if tokenizer.is_sentencepiece else 'Hugging Face'}, imported"

@@ -41,7 +41,7 @@ from data_tools.workspace import (
 from pretrain.config import ConfigError, ExitCode
 from pretrain.corpus_writer import CorpusWriter
 from pretrain.files import write_atomically
-from pretrain.manifest import MANIFEST_NAME, CorpusSource, CorruptShardError, Manifest
+from pretrain.manifest import MANIFEST_NAME, CorpusSource, CorruptShardError, Manifest, load_manifest
 from pretrain.shards import Corpus, documents_of
 from pretrain.tokenizer import Tokenizer, tokenizer_in
 
@@ -60,7 +60,10 @@ def remove(folder: Path, ids: set[str]) -> Counter[str]:
     tokenizer = tokenizer_in(folder)
     shutil.copyfile(tokenizer, work / tokenizer.name)
     has_heldout = (folder / HELDOUT_FOLDER).exists()
-    removal = _Removal(ids, report["recipe"]["options"]["shard_bytes"], Tokenizer(work / tokenizer.name))
+    sha256 = load_manifest(folder / MANIFEST_NAME).tokenizer_sha256
+    removal = _Removal(
+        ids, report["recipe"]["options"]["shard_bytes"], Tokenizer(work / tokenizer.name, sha256)
+    )
     heldout = None
     if has_heldout:
         heldout, _ = removal.rewrite(folder / HELDOUT_FOLDER, work / HELDOUT_FOLDER, [HELDOUT_TEXT])

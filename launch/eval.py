@@ -44,6 +44,8 @@ class EvalConfig:
     """Files or folders of text, or prepared corpora."""
     step: int | None = None
     """Checkpoint to take; null: the newest good one."""
+    checkpoint_target: str | None = None
+    """Where the run's checkpoints are, if that is a URL; a URL that a run folder names is not opened by itself."""
     max_documents: int | None = None
     """Documents read of each input, from its start; null: all of them."""
     max_tokens: int | None = None
@@ -88,7 +90,7 @@ def main(config: EvalConfig) -> None:
     for entry in config.input:
         if not Path(entry).expanduser().exists():
             raise ConfigError(f"input={entry} does not exist")
-    trained = load_trained(config.run_dir, config.step)
+    trained = load_trained(config.run_dir, config.step, config.checkpoint_target)
     work = find_documents(config, trained)
     device = own_device()
     precision = precision_on(device, config.precision)

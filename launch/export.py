@@ -33,6 +33,8 @@ class ExportConfig:
     """Folder to write."""
     step: int | None = None
     """Checkpoint to take; null: the newest good one."""
+    checkpoint_target: str | None = None
+    """Where the run's checkpoints are, if that is a URL; a URL that a run folder names is not opened by itself."""
     dtype: Precision = Precision.auto
     """Of the weights. `auto` is what the run last computed in; fp32: its master weights."""
     overwrite: bool = False
@@ -51,7 +53,7 @@ def main(config: ExportConfig) -> None:
     from pretrain.trained import load_trained
 
     print(f"reading {config.run_dir}", file=sys.stderr, flush=True)
-    trained = load_trained(config.run_dir, config.step)
+    trained = load_trained(config.run_dir, config.step, config.checkpoint_target)
     dtype = trained.precision if config.dtype is Precision.auto else config.dtype
     print(f"writing step {trained.step} as {dtype.value}, then checking it", file=sys.stderr, flush=True)
     parity = export(trained, output, dtype=DTYPES[dtype], overwrite=config.overwrite)

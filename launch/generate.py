@@ -41,6 +41,8 @@ class GenerateConfig:
     """File of more of them."""
     step: int | None = None
     """Checkpoint to take; null: the newest good one."""
+    checkpoint_target: str | None = None
+    """Where the run's checkpoints are, if that is a URL; a URL that a run folder names is not opened by itself."""
     n_samples: int = 1
     """Continuations of each prompt."""
     max_new_tokens: int = 128
@@ -77,7 +79,7 @@ def main(config: GenerateConfig) -> None:
     from pretrain.kernels import DTYPES
     from pretrain.trained import load_trained, precision_on
 
-    trained = load_trained(config.run_dir, config.step)
+    trained = load_trained(config.run_dir, config.step, config.checkpoint_target)
     tokenizer, trained_length = trained.tokenizer, trained.sequence_length
     device = own_device()
     precision = precision_on(device, config.precision)

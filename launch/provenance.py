@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,10 @@ class ProvenanceConfig:
     """Id of a document."""
     max_chars: int = 300
     """Text of each piece that is printed."""
+    manifests: list[str] = field(default_factory=list)
+    """manifest.json of each corpus, in the order of the run's sources; needed where the run has read it from a URL."""
+    checkpoint_target: str | None = None
+    """Where the run's checkpoints are, if that is a URL; a URL that a run folder names is not opened by itself."""
     json: bool = False
     """End with one line of JSON."""
 
@@ -62,8 +66,9 @@ def main(config: ProvenanceConfig) -> None:
     from pretrain.provenance import ReadHistory
     from pretrain.tokenizer import Tokenizer, tokenizer_in
 
-    history = ReadHistory.of_run(Path(config.run_dir))
-    tokenizer = Tokenizer(tokenizer_in(Path(config.run_dir)))
+    run_dir = Path(config.run_dir)
+    history, tokenizer_sha256 = ReadHistory.of_run(run_dir, config.manifests, config.checkpoint_target)
+    tokenizer = Tokenizer(tokenizer_in(run_dir), tokenizer_sha256)
     found = _document(config, history, tokenizer) if config.document else _step(config, history, tokenizer)
     if config.json:
         print(json.dumps(found, ensure_ascii=False))

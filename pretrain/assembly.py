@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import __version__, batch_search, checkpoint
-from pretrain.checkpoint import CheckpointError, Found
-from pretrain.checkpoint_folder import root_of
+from pretrain.checkpoint import CheckpointError, Found, Verified
+from pretrain.checkpoint_folder import root_of, root_of_run
 from pretrain.config import AUTO, ConfigError, Precision, TrainConfig, to_dict
 from pretrain.device_peak import emulation_warning, rank_peak_flops
 from pretrain.distributed import Vote, World, on_main
@@ -25,6 +25,7 @@ from pretrain.model import flops_per_token
 from pretrain.monitor import Monitor
 from pretrain.order_state import OrderState
 from pretrain.precision import precision_of
+from pretrain.remote import is_remote
 from pretrain.resilience import LossGuard, StopRequest
 from pretrain.run_folder import check_resumable, heldout_losses_of, write_run_files
 from pretrain.saving import Saver
@@ -73,7 +74,7 @@ def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdo
             f"no checkpoint in {root / 'checkpoints'} can be trusted ({'; '.join(found.passed_over)}); "
             "restore one, or start afresh in another run_dir"
         )
-    state = checkpoint.read_state(found.path) if found.path else None
+    state = found.verified.state if found.verified else None
     changed = check_resumable(config, state) if state else []
     searched = config.micro_batch_sequences == AUTO
     if searched and state and (known := batch_search.kept(state, changed, world)) is not None:
@@ -171,8 +172,9 @@ def _begin(run: Run, found: Found, changed: list[str]) -> None:
     facts["kernels"] = to_dict(chosen.kernels)
     for reason in found.passed_over:
         run.monitor.event("checkpoint_passed_over", reason=reason)
-    if found.path is not None:
-        before = precision_of(restore(run, found.path))
+    if found.verified is not None:
+        restore(run, found.verified)
+        before = precision_of(found.verified.state)
         if before is not chosen.engine.precision:
             facts["precision_before"] = before.value
         run.monitor.event("resumed", step=run.step, path=str(found.path), config_changed=changed, **facts)
@@ -183,27 +185,28 @@ def _begin(run: Run, found: Found, changed: list[str]) -> None:
 
 
 def _init_from(run_dir: str, engine: Engine, world: World, tokenizer_sha256: str) -> None:
-    """Initial weights from another run's newest good checkpoint."""
-    found = checkpoint.find_latest(checkpoint.root_of_run(Path(run_dir)), world)
-    if found.path is None:
+    """Initial weights from the newest good checkpoint of another run: its folder, or the URL of its checkpoints."""
+    is_root = is_remote(run_dir)
+    root = root_of(run_dir, run_dir) if is_root else root_of_run(Path(run_dir), key="init_from")
+    found = checkpoint.find_latest(root, world)
+    if found.verified is None:
         raise ConfigError(
             f"init_from={run_dir} holds no usable checkpoint ({'; '.join(found.passed_over) or 'none'})"
         )
-    if checkpoint.read_state(found.path)["tokenizer_sha256"] != tokenizer_sha256:
+    if found.verified.state["tokenizer_sha256"] != tokenizer_sha256:
         raise ConfigError(f"init_from={run_dir} was trained with another tokenizer than this corpus")
     state = engine.state
-    state.restore_weights(checkpoint.load(found.path, state.weight_keys, state.shapes, world))
+    state.restore_weights(checkpoint.load(found.verified, state.weight_keys, state.shapes, world))
 
 
 # ---- state ----
 
 
-def restore(run: Run, path: Path) -> dict[str, Any]:
-    """Weights, moments, step and place in the data as a verified checkpoint has them; its state.json."""
+def restore(run: Run, verified: Verified) -> None:
+    """Put weights, moments, step and place in the data as a checkpoint has them."""
     mark("load")
-    state = checkpoint.read_state(path)
-    held = run.engine.state
-    partitions = checkpoint.load(path, held.weight_keys + held.moment_keys, held.shapes, run.world)
+    state, held = verified.state, run.engine.state
+    partitions = checkpoint.load(verified, held.weight_keys + held.moment_keys, held.shapes, run.world)
     held.restore(partitions, state["optimizer_step"])
     if run.engine.loss_scale is not None:
         run.engine.loss_scale = LossScale(state.get("loss_scale"))
@@ -211,7 +214,6 @@ def restore(run: Run, path: Path) -> dict[str, Any]:
     run.saved_step = run.step
     for undone in [step for step in run.heldout_losses if step > run.step]:
         del run.heldout_losses[undone]
-    return state
 
 
 def state_of(run: Run) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from pretrain.distributed import World, gather_objects
 from pretrain.engine import Engine
 from pretrain.heartbeat import mark
 from pretrain.loader import Batch
+from pretrain.run_state import RunState
 from pretrain.stages import micro_batch_of
 
 USABLE_FRAC = 0.9
@@ -70,13 +71,14 @@ class Found:
         return asdict(self)
 
 
-def kept(state: dict[str, Any], changed: list[str], world: World) -> int | None:
+def kept(state: RunState, changed: list[str], world: World) -> int | None:
     """The number that the run of this state found, where it is still good: bit-identical resume needs the same one.
 
     `changed`: keys that are not as they were.
     """
     same = state["world_size"] == world.size and not any(key.startswith(SHAPES_MEMORY) for key in changed)
-    return int(state["config"]["micro_batch_sequences"]) if same and state.get("micro_batch_found") else None
+    found = state["config"].get("micro_batch_sequences")
+    return found if same and state.get("micro_batch_found") and type(found) is int and found > 0 else None
 
 
 def find_micro_batch(

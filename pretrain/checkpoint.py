@@ -9,7 +9,7 @@
 
 The folder is written under a temporary name, synced, then renamed: it is complete or it does not exist. On an object
 store, which has no rename, the files are uploaded and `COMPLETE` after all others. Nothing in it is parsed before its
-hash matches, and nothing in it is a pickle.
+hash matches, nothing in it is a pickle, and what `COMPLETE` does not list is neither read nor let pass.
 
 Functions take the root of a run's checkpoints: the run folder itself, or what `checkpoint.target` names (`root_of`).
 torch.distributed.checkpoint and DTensor are imported where they are used: they bring sympy along, which costs each
@@ -25,12 +25,13 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 
 from pretrain.checkpoint_folder import (
@@ -46,11 +47,14 @@ from pretrain.checkpoint_folder import (
     listing,
     read_state,
     root_of_run,
+    stamp,
     step_of,
+    unlisted,
 )
-from pretrain.config import ConfigError, TrainConfig, validate
+from pretrain.config import ConfigError, TrainConfig, stored_config
 from pretrain.distributed import Partition, World, gather_objects, share
-from pretrain.files import sync_folder
+from pretrain.files import create_file, sync_folder
+from pretrain.run_state import FileEntry, RunState
 
 FILE_BYTES = 1 << 30
 """Tensors of a rank are put into files of about this size: safetensors builds each in memory."""
@@ -58,13 +62,29 @@ ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """A checkpoint whose every file had the size and the hash that COMPLETE says."""
+
+    path: Path
+    files: dict[str, FileEntry]
+    state: RunState
+    stamps: dict[str, tuple[int, int, int]]
+    """`stamp` of each file from before it was hashed; of a remote one, which is hashed again as it comes, none."""
+
+
 @dataclass(frozen=True)
 class Found:
     """The newest checkpoint that verified, and why newer ones were passed over."""
 
-    path: Path | None
+    verified: Verified | None
     passed_over: list[str] = field(default_factory=list)
     """One sentence per checkpoint that was refused, newest first."""
+
+    @property
+    def path(self) -> Path | None:
+        """Its folder."""
+        return self.verified.path if self.verified else None
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -82,7 +102,7 @@ def save(root: Path, step: int, partitions: dict[str, Partition], state: dict[st
         hashes = _together(world, lambda: _finish_files(_own_files(folder, world), final))
         files = {name: entry for one in hashes for name, entry in one.items()}
         _together(world, lambda: _publish(folder, final, files, state) if world.is_main else None)
-    return sum(entry["bytes"] for entry in files.values())
+    return sum(entry.bytes for entry in files.values())
 
 
 @contextmanager
@@ -164,11 +184,11 @@ def _empty_folder(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _finish_files(paths: list[Path], final: Path) -> dict[str, dict[str, Any]]:
+def _finish_files(paths: list[Path], final: Path) -> dict[str, FileEntry]:
     """Make files durable, or take them to where they belong; name -> size and hash."""
     entries = {}
     for path in paths:
-        entries[path.name] = {"bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
+        entries[path.name] = FileEntry(bytes=path.stat().st_size, xxh3_128=hash_file(path))
         if is_remote(final):
             _upload(path, final)
         else:
@@ -184,10 +204,13 @@ def _upload(path: Path, folder: Path) -> None:
         raise OSError(f"{folder / path.name} was not uploaded ({type(error).__name__}: {error})") from error
 
 
-def _publish(folder: Path, final: Path, files: dict[str, Any], state: dict[str, Any]) -> None:
+def _publish(folder: Path, final: Path, files: dict[str, FileEntry], state: dict[str, Any]) -> None:
     _write_synced(folder / STATE, json.dumps({"format_version": FORMAT_VERSION, **state}, indent=1))
     files |= _finish_files([folder / STATE], final)
-    _write_synced(folder / COMPLETE, json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1))
+    listed = {name: asdict(entry) for name, entry in files.items()}
+    _write_synced(
+        folder / COMPLETE, json.dumps({"format_version": FORMAT_VERSION, "files": listed}, indent=1)
+    )
     if is_remote(final):
         _upload(folder / COMPLETE, final)
         return
@@ -199,8 +222,8 @@ def _publish(folder: Path, final: Path, files: dict[str, Any], state: dict[str, 
 
 
 def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with create_file(path) as file:
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
 
@@ -234,40 +257,57 @@ def find_latest(
     for path in reversed(list_checkpoints(root)):
         if step not in (None, step_of(path)) or (before is not None and step_of(path) >= before):
             continue
-        problem = verify(path, world)
-        if problem is None:
-            return Found(path, passed_over)
-        passed_over.append(f"{path.name}: {problem}")
+        found = _examine(path, world)
+        if isinstance(found, Verified):
+            return Found(found, passed_over)
+        passed_over.append(f"{path.name}: {found}")
     return Found(None, passed_over)
 
 
 def verify(path: Path, world: World = ALONE) -> str | None:
     """What is wrong with a checkpoint, or None. The files are divided over the ranks; all get the same answer."""
+    found = _examine(path, world)
+    return found if isinstance(found, str) else None
+
+
+def _examine(path: Path, world: World) -> Verified | str:
+    """A checkpoint, or what is wrong with it. The tensors' files are hashed by one rank each, the state by all."""
+    problem, verified = None, None
     try:
         files = listing(path)
-        problem = None if STATE in files else f"{COMPLETE} does not list {STATE}"
-        for index, name in enumerate(sorted(files) if problem is None else []):
-            if index % world.size == world.rank and problem is None:
-                problem = file_problem(path, name, files[name])
-    except FileNotFoundError:
-        problem = f"no {COMPLETE} file"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        problem = f"{COMPLETE} cannot be read ({type(error).__name__}: {error})"
-    return next((found for found in gather_objects(problem, world) if found), None)
+        if strangers := unlisted(path, files):
+            raise ConfigError(f"{COMPLETE} does not list {', '.join(map(repr, strangers[:3]))}")
+        stamps = {} if is_remote(path) else {name: stamp(path / name) for name in files}
+        mine = [name for number, name in enumerate(sorted(files)) if number % world.size == world.rank]
+        problem = next(filter(None, (file_problem(path, name, files[name]) for name in mine)), None)
+        if problem is None:
+            verified = Verified(path=path, files=files, state=read_state(path, files), stamps=stamps)
+    except FileNotFoundError as error:
+        problem = f"{Path(error.filename).name if error.filename else COMPLETE} is missing"
+    except OSError as error:
+        problem = f"it cannot be read ({type(error).__name__}: {error})"
+    except (ConfigError, CheckpointError) as error:
+        problem = str(error).removeprefix(f"{path.name}: ")
+    others = next((found for found in gather_objects(problem, world) if found), None)
+    if others is not None:
+        return others
+    assert verified is not None
+    return verified
 
 
 def load(
-    path: Path, keys: list[str], shapes: dict[str, tuple[int, ...]], world: World
+    verified: Verified, keys: list[str], shapes: dict[str, tuple[int, ...]], world: World
 ) -> dict[str, torch.Tensor]:
-    """This rank's share of each tensor of a verified checkpoint, for `EngineState.restore`. All ranks together.
+    """This rank's share of each tensor of a checkpoint, for `EngineState.restore`. All ranks together.
 
-    `keys`: those to read (`weight.<name>`, `exp_avg.<name>`, ...). Raises ConfigError where the model has others.
+    `keys`: those to read (`weight.<name>`, `exp_avg.<name>`, ...). Raises ConfigError where the model has others, and
+    CheckpointError.
     """
-    saved = {name: tuple(shape) for name, shape in read_state(path)["tensors"].items()}
+    saved = {name: tuple(shape) for name, shape in verified.state["tensors"].items()}
     for name in sorted(saved.keys() | shapes.keys()):
         if saved.get(name) != shapes.get(name):
             raise ConfigError(
-                f"{path} holds another model: {name} is {saved.get(name, 'absent')} there and "
+                f"{verified.path} holds another model: {name} is {saved.get(name, 'absent')} there and "
                 f"{shapes.get(name, 'absent')} in this configuration; use the model it was trained with"
             )
     targets = {}
@@ -275,24 +315,49 @@ def load(
         numel = torch.Size(shapes[key.split(".", 1)[1]]).numel()
         start, stop = share(numel, world)
         targets[key] = (torch.zeros(stop - start), numel)
-    with _local_copy(path, world) as folder:
-        _read(folder, _as_dtensors(targets, world), no_dist=False)
+    _read(verified, _as_dtensors(targets, world), world, no_dist=False)
     return {key: values for key, (values, _) in targets.items()}
 
 
-def _read(folder: Path, tensors: dict[str, torch.Tensor], *, no_dist: bool) -> None:
+def _read(verified: Verified, tensors: dict[str, torch.Tensor], world: World, *, no_dist: bool) -> None:
+    """Fill `tensors`. Raises CheckpointError where the files have others or have changed since they were hashed."""
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=no_dist)
+    with (
+        _local_copy(verified, world) as folder,
+        tempfile.TemporaryDirectory(prefix="pretrain-load-") as listed,
+    ):
+        # The reader takes every file of the folder it is given, so it is given one that has the listed files only.
+        for name in verified.files:
+            os.symlink(folder.absolute() / name, Path(listed, name))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(listed), no_dist=no_dist)
+        except (CheckpointException, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{verified.path.name}: its tensors are not those of a run ({_cause(error)})"
+            ) from error
+        changed = [name for name, before in verified.stamps.items() if stamp(folder / name) != before]
+    if changed:
+        raise CheckpointError(
+            f"{verified.path.name}: {changed[0]} was changed while it was read; start again"
+        )
+
+
+def _cause(error: BaseException) -> str:
+    """What a failed read came from, in one line."""
+    failures = getattr(error, "failures", None)
+    cause = next(iter(failures.values()))[0] if failures else error
+    return " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
 
 
 @contextmanager
-def _local_copy(path: Path, world: World) -> Iterator[Path]:
+def _local_copy(verified: Verified, world: World) -> Iterator[Path]:
     """The checkpoint as files on this host: itself, or a copy that the ranks of the host download together."""
-    if not is_remote(path):
-        yield path
+    if not is_remote(verified.path):
+        yield verified.path
         return
     hosts = gather_objects(os.uname().nodename, world)
     here = [rank for rank, host in enumerate(hosts) if host == hosts[world.rank]]
@@ -300,7 +365,7 @@ def _local_copy(path: Path, world: World) -> Iterator[Path]:
     folders = gather_objects(tempfile.mkdtemp(prefix="pretrain-checkpoint-") if first else None, world)
     folder = Path(folders[here[0]])
     try:
-        _together(world, lambda: _download(path, folder, here.index(world.rank), len(here)))
+        _together(world, lambda: _download(verified, folder, here.index(world.rank), len(here)))
         yield folder
         gather_objects(None, world)  # all have read
     finally:
@@ -308,37 +373,38 @@ def _local_copy(path: Path, world: World) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _download(path: Path, folder: Path, part: int, parts: int) -> None:
-    files = listing(path)
-    for name in sorted(files)[part::parts]:
+def _download(verified: Verified, folder: Path, part: int, parts: int) -> None:
+    path = verified.path
+    for name in sorted(verified.files)[part::parts]:
         try:
             path.fs.get_file((path / name).path, str(folder / name))  # type: ignore[attr-defined]
         except Exception as error:  # each kind of store has exceptions of its own
             raise OSError(f"{path / name} was not downloaded ({type(error).__name__}: {error})") from error
-        problem = file_problem(folder, name, files[name])
+        problem = file_problem(folder, name, verified.files[name])
         if problem is not None:
             raise OSError(f"{path}: {problem}")
 
 
 def load_weights(
-    run_dir: str | Path, step: int | None = None
-) -> tuple[TrainConfig, dict[str, torch.Tensor], dict[str, Any]]:
+    run_dir: str | Path, step: int | None = None, target: str | None = None
+) -> tuple[TrainConfig, dict[str, torch.Tensor], RunState]:
     """Config, fp32 weights by parameter name at full shape, and state.json of a run's newest good checkpoint.
 
-    In one process, without a process group. Raises ConfigError where there is no such checkpoint.
+    In one process, without a process group. `target`: the URL of the checkpoints, where they are not in the run folder.
+    Raises ConfigError where there is no such checkpoint.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise ConfigError(f"run_dir={run_dir} does not exist")
-    found = find_latest(root_of_run(run_dir), step=step)
-    if found.path is None:
+    found = find_latest(root_of_run(run_dir, target), step=step)
+    if found.verified is None:
         which = f"of step {step} " if step is not None else ""
         why = f" ({'; '.join(found.passed_over)})" if found.passed_over else ""
         raise ConfigError(f"run_dir={run_dir} holds no usable checkpoint {which}under checkpoints/{why}")
-    state = read_state(found.path)
+    state = found.verified.state
+    config = stored_config(state["config"], f"{found.verified.path.name}/{STATE}")
     shapes = {name: torch.Size(shape) for name, shape in state["tensors"].items()}
     flat = {f"weight.{name}": torch.zeros(shape.numel()) for name, shape in shapes.items()}
-    with _local_copy(found.path, ALONE) as folder:
-        _read(folder, dict(flat), no_dist=True)
+    _read(found.verified, dict(flat), ALONE, no_dist=True)
     weights = {name: flat[f"weight.{name}"].view(shape) for name, shape in shapes.items()}
-    return validate(TrainConfig, state["config"]), weights, state
+    return config, weights, state

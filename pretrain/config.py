@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,14 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.cluster_schemas import ClusterConfig, PreflightConfig
-from pretrain.data_schemas import BadChunk, DataConfig, Packing, SourceConfig, StageConfig
+from pretrain.data_schemas import (
+    MAX_BATCH_SEQUENCES,
+    BadChunk,
+    DataConfig,
+    Packing,
+    SourceConfig,
+    StageConfig,
+)
 from pretrain.engine_schemas import EngineConfig
 from pretrain.errors import ConfigError, ExitCode, RunError
 from pretrain.schemas import (
@@ -41,6 +48,7 @@ from pretrain.schemas import (
     Switch,
     WandbMode,
     WatchdogConfig,
+    check_at_most,
     check_positive,
     missing,
 )
@@ -80,6 +88,7 @@ __all__ = [
     "WatchdogConfig",
     "load_config",
     "run_command",
+    "stored_config",
     "to_dict",
     "validate",
 ]
@@ -131,6 +140,7 @@ class TrainConfig:
         if missing(self):
             return
         check_positive(self, "", "global_batch_sequences")
+        check_at_most(self, "", {"global_batch_sequences": MAX_BATCH_SEQUENCES})
         if self.micro_batch_sequences != AUTO:
             if not isinstance(self.micro_batch_sequences, int):
                 raise ConfigError(
@@ -289,6 +299,37 @@ def validate(schema: type[T], composed: DictConfig | dict[str, Any]) -> T:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, schema)) from error
+
+
+def stored_config(values: dict[str, Any], where: str) -> TrainConfig:
+    """A configuration that a run has left in a file, which `where` names. Nothing in it is resolved.
+
+    A text with `${`, which OmegaConf would fill in from the environment or elsewhere, is refused: what a run stores has
+    been resolved before. Raises ConfigError.
+    """
+    for key, value in _texts(values):
+        if "${" in value:
+            raise ConfigError(
+                f"{where}: the stored configuration has {value[:80]!r} in {key or 'a key'}, which is to be filled in "
+                "from elsewhere; that is not done for what a file says"
+            )
+    try:
+        return validate(TrainConfig, values)
+    except (ConfigError, ValueError, TypeError, RecursionError, AttributeError) as error:
+        raise ConfigError(f"{where}: the stored configuration is wrong: {error}") from error
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in nested values, the keys included, with where it is."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield "", name
+            yield from _texts(item, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item, key)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -9,7 +9,11 @@ from enum import Enum
 from omegaconf import MISSING
 
 from pretrain.errors import ConfigError
-from pretrain.schemas import check_positive
+from pretrain.schemas import check_at_most, check_positive
+
+MAX_SEQUENCE_LENGTH = 1 << 24
+MAX_BATCH_SEQUENCES = 1 << 20
+MAX_LANES = 1 << 20
 
 
 @dataclass(kw_only=True, slots=True)
@@ -90,6 +94,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         positive = "sequence_length window_chunks prefetch_batches prefetch_chunks read_timeout_s cache_gib"
         check_positive(self, "data", *positive.split())
+        check_at_most(self, "data", {"sequence_length": MAX_SEQUENCE_LENGTH, "lanes": MAX_LANES})
         if self.lanes is not None:
             check_positive(self, "data", "lanes")
         if self.loader_workers < 0:
@@ -130,6 +135,7 @@ class DataConfig:
             length = stage.sequence_length or length
             if stage.global_batch_sequences is not None:
                 check_positive(stage, "data.stages", "global_batch_sequences")
+                check_at_most(stage, "data.stages", {"global_batch_sequences": MAX_BATCH_SEQUENCES})
 
     def _check_weights(self, weights: dict[str, float] | None, names: list[str]) -> None:
         if weights is None:

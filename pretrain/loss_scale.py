@@ -9,6 +9,7 @@ which was made with the old scale, by the new one (stages 1 to 3, 0.19.8).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 INITIAL = 2.0**16
@@ -20,7 +21,7 @@ GROWTH_STEPS = 1000
 class LossScale:
     """The scale of the next step. Fed the same facts on every rank, it is the same on every rank."""
 
-    def __init__(self, state: dict[str, Any] | None = None) -> None:
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
         """`state` is what `state()` gave when the checkpoint was written."""
         self.value: float = state["value"] if state else INITIAL
         self._applied: int = state["applied"] if state else 0

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+import json
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pretrain.config import ConfigError
+from pretrain.data_schemas import MAX_LANES
 from pretrain.mixture import quotas
-from pretrain.stages import Stage
+from pretrain.stages import MAX_SAMPLES, Stage
+from pretrain.stored import Annotated, Ge, Le, MaxLen, MinLen, Sha256, Text, parse
 
 STATE_SCHEMA = 2
+MAX_TABLE_ROWS = 1 << 24
+"""Stages x lanes x sources; the order keeps 40 bytes for each."""
+MAX_SOURCES = 1 << 16
+
+Sample = Annotated[int, Ge(0), Le(MAX_SAMPLES)]
+Chunk = Annotated[int, Ge(0), Le(1 << 32)]
+SourceNumber = Annotated[int, Ge(0), Le(MAX_SOURCES)]
 
 
 @dataclass(kw_only=True, slots=True)
 class Substitution:
     """A chunk that could not be read, and what was read in its place."""
 
-    source: int
+    source: SourceNumber
     """Number of the source in the mixture."""
-    epoch: int
-    chunk: int
-    first_sample: int
+    epoch: Annotated[int, Ge(0), Le(MAX_SAMPLES)]
+    chunk: Chunk
+    first_sample: Sample
     """From this sample of the order on; the chunk's samples before it were read as they are."""
-    substitute: int
+    substitute: Chunk
     """The chunk read instead."""
-    reason: str
+    reason: Text
     """What was wrong, in one sentence."""
 
 
@@ -33,17 +43,17 @@ class OrderState:
     """The same on every rank. `consumed_samples` ends the last completed optimizer step."""
 
     schema: int = STATE_SCHEMA
-    manifest_sha: list[str]
+    manifest_sha: Annotated[list[Sha256], MinLen(1), MaxLen(MAX_SOURCES)]
     """Root hash of each source's manifest, in the order of the sources."""
-    seed: int
-    stages: list[Stage]
-    consumed_samples: int
-    lanes: int
-    chunk_tokens: list[int]
+    seed: Annotated[int, Ge(-(1 << 63)), Le((1 << 64) - 1)]
+    stages: Annotated[list[Stage], MinLen(1), MaxLen(1 << 10)]
+    consumed_samples: Sample
+    lanes: Annotated[int, Ge(1), Le(MAX_LANES)]
+    chunk_tokens: list[Annotated[int, Ge(1), Le(1 << 40)]]
     """Per source."""
-    window_chunks: int
-    packing: str
-    passed_over: list[list[int]] = field(default_factory=list)
+    window_chunks: Annotated[int, Ge(1), Le(1 << 32)]
+    packing: Annotated[str, MaxLen(64)]
+    passed_over: list[Annotated[list[Sample], MinLen(2), MaxLen(2)]] = field(default_factory=list)
     """Sample indices [first, end) that rollbacks left out of the run, in the order of the rollbacks."""
     substitutions: list[Substitution] = field(default_factory=list)
 
@@ -64,15 +74,32 @@ class OrderState:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> OrderState:
         """The inverse of `to_dict`. ConfigError where another version of this program wrote the values."""
-        names = {f.name for f in fields(cls)}
-        if values.get("schema") != STATE_SCHEMA or set(values) != names:
+        if values.get("schema") != STATE_SCHEMA:
             raise ConfigError(
-                f"the checkpoint's order of samples has schema {values.get('schema')} with the keys {sorted(values)}, "
-                f"this version reads schema {STATE_SCHEMA} with {sorted(names)}; resume with the version that wrote it"
+                f"the checkpoint's order of samples has schema {values.get('schema')!r}, this version reads schema "
+                f"{STATE_SCHEMA}; resume with the version that wrote it"
             )
-        stages = [Stage.from_dict(stage) for stage in values["stages"]]
-        substitutions = [Substitution(**entry) for entry in values["substitutions"]]
-        return cls(**(values | {"stages": stages, "substitutions": substitutions}))
+        where = "the order in a checkpoint"
+        state = parse(cls, json.dumps(values), where, "an order of samples")
+        state._check(where)
+        return state
+
+    def _check(self, where: str) -> None:
+        """Raise ConfigError where the values contradict each other."""
+        n_sources = len(self.manifest_sha)
+        widths = {len(stage.weights) for stage in self.stages} | {len(self.chunk_tokens)}
+        firsts = [stage.first_sample for stage in self.stages]
+        if widths != {n_sources} or firsts[0] != 0 or firsts != sorted(firsts):
+            raise ConfigError(f"{where} contradicts itself in its sources or in where its stages begin")
+        if len(self.stages) * self.lanes * n_sources > MAX_TABLE_ROWS:
+            raise ConfigError(
+                f"{where} has {len(self.stages)} stages, {self.lanes} lanes and {n_sources} sources; their product may "
+                f"be {MAX_TABLE_ROWS:,} at most"
+            )
+        if any(first > end for first, end in self.passed_over):
+            raise ConfigError(f"{where} passes over samples that end before they begin")
+        if any(substitution.source >= n_sources for substitution in self.substitutions):
+            raise ConfigError(f"{where} names a source that it does not have")
 
     def check_compatible(self, other: OrderState) -> None:
         """Raise ConfigError unless the configured order, `other`, goes on as this saved one began.

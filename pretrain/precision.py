@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from pretrain.errors import ConfigError
+from pretrain.run_state import RunState
 from pretrain.schemas import Precision
 
 _CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -25,10 +26,13 @@ def resolve_precision(asked: Precision, has_bf16: bool) -> Precision:
     return Precision.bf16 if has_bf16 else Precision.fp32
 
 
-def precision_of(state: dict[str, Any]) -> Precision:
+def precision_of(state: RunState) -> Precision:
     """What the run that wrote a state.json computed in."""
     # States from before `engine.precision=auto` existed name it in their configuration only.
-    return Precision(state.get("precision", state["config"]["engine"]["precision"]))
+    try:
+        return Precision(state.get("precision") or state["config"]["engine"]["precision"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError("state.json does not say in which precision the run computed") from error
 
 
 def host_cpu_has_bf16() -> bool:

@@ -6,19 +6,20 @@ so that nothing has to be logged, and any step of a run of any length is found a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pretrain.checkpoint_folder import newest_state
-from pretrain.config import ConfigError, DataConfig, TrainConfig, validate
+from pretrain.config import ConfigError, DataConfig, stored_config
 from pretrain.document_ids import chunks_of
 from pretrain.order import Order, SourceSize
 from pretrain.order_state import OrderState, Substitution
 from pretrain.packing import best_fit, concat
-from pretrain.remote import ReadOptions
+from pretrain.remote import ReadOptions, is_remote, redact
 from pretrain.schedule import rank_samples
 from pretrain.shards import Corpus
 from pretrain.stages import Steps
@@ -74,9 +75,9 @@ class ReadHistory:
         self.step, self.world_size, self._sequence_ranks = step, world_size, sequence_ranks
         self._state, self._data = state, data
         self.names = [source.name for source in data.corpora()]
-        options = ReadOptions.of(data)
+        # A cache folder that a run names is not written to: it may be another's run.
         self.corpora = [
-            Corpus(source.manifest, data.verify_chunks, options=options) for source in data.corpora()
+            Corpus(source.manifest, data.verify_chunks, options=ReadOptions()) for source in data.corpora()
         ]
         found = [corpus.manifest.root_sha256 for corpus in self.corpora]
         for name, now, then in zip(self.names, found, state.manifest_sha, strict=False):
@@ -91,12 +92,21 @@ class ReadHistory:
         self._steps = Steps(state.stages, state.passed_over)
 
     @classmethod
-    def of_run(cls, run_dir: Path) -> ReadHistory:
-        """From the newest checkpoint of a run. Raises ConfigError where there is none."""
-        state = newest_state(run_dir)
-        config = validate(TrainConfig, state["config"])
+    def of_run(
+        cls, run_dir: Path, manifests: Sequence[str] = (), target: str | None = None
+    ) -> tuple[ReadHistory, str]:
+        """From the newest checkpoint of a run, with the sha256 of its tokenizer.
+
+        `manifests`: where the corpora are, in the order of the run's sources, and `target`: where the checkpoints are.
+        They are needed where they are behind URLs: those that a file names are not opened. Raises ConfigError for
+        that, and where there is no checkpoint.
+        """
+        state = newest_state(run_dir, target)
+        config = stored_config(state["config"], f"the newest checkpoint of {run_dir}")
+        data = _with_manifests(config.data, manifests)
         order, shared_by = OrderState.from_dict(state["order"]), config.engine.sequence_parallel_ranks
-        return cls(config.data, order, state["step"], state["world_size"], shared_by)
+        history = cls(data, order, state["step"], state["world_size"], shared_by)
+        return history, state["tokenizer_sha256"]
 
     def read_in(
         self, step: int, rank: int | None = None, world_size: int | None = None
@@ -220,3 +230,24 @@ class ReadHistory:
                     )
                 )
         return pieces
+
+
+def _with_manifests(data: DataConfig, manifests: Sequence[str]) -> DataConfig:
+    """What a run read, from where the command line says, if it says anything. ConfigError."""
+    sources = data.corpora()
+    if manifests:
+        if len(manifests) != len(sources):
+            names = ", ".join(source.name for source in sources)
+            raise ConfigError(
+                f"manifests={list(manifests)} names {len(manifests)} corpora, where the run has read {len(sources)}: "
+                f"{names}; name all of them, in this order"
+            )
+        named = [replace(source, manifest=given) for source, given in zip(sources, manifests, strict=True)]
+        return replace(data, manifest=None, sources=named, stages=[])
+    for source in sources:
+        if is_remote(source.manifest):
+            raise ConfigError(
+                f"the run has read the corpus {source.name!r} from {redact(source.manifest)!r}, and a URL that a run "
+                "folder names is not opened by itself; name it on the command line: manifests=[URL,...]"
+            )
+    return data

@@ -10,6 +10,7 @@ import signal
 import statistics
 import time
 from collections import deque
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from types import FrameType
@@ -82,7 +83,7 @@ class LossGuard:
     `state` is what `state()` gave when the checkpoint was written, so that a resumed run decides as it would have.
     """
 
-    def __init__(self, config: LossGuardConfig, state: dict[str, Any] | None = None) -> None:
+    def __init__(self, config: LossGuardConfig, state: Mapping[str, Any] | None = None) -> None:
         self._config = config
         self._losses: deque[float] = deque(state["losses"] if state else [], config.window_steps)
         self._skips: int = state["skips"] if state else 0

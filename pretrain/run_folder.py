@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import AUTO, ConfigError, TrainConfig, to_dict
-from pretrain.files import write_atomically
+from pretrain.files import read_capped, write_atomically
 from pretrain.inputs import tokenizer_path
 from pretrain.journal import HELDOUT_PREFIX, read_metrics
 from pretrain.manifest import load_manifest
 from pretrain.monitor import new_run_id
+from pretrain.run_state import Identity, RunState
+from pretrain.stored import parse
 from pretrain.tokenizer import Tokenizer
 
+_MAX_RUN_JSON_BYTES = 1 << 16
 NOT_OF_THE_RUN = ("run_dir", "stop_at_step", "stop_after_s")
 """Keys that say nothing of the training."""
 
 
-def check_resumable(config: TrainConfig, state: dict[str, Any]) -> list[str]:
+def check_resumable(config: TrainConfig, state: RunState) -> list[str]:
     """Changed keys that a resumed run may have. Raises ConfigError for those that make it another run."""
     old, new = _flat(state["config"]), _flat(to_dict(config))
     if state.get("micro_batch_found"):
@@ -47,17 +50,19 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def write_run_files(config: TrainConfig, run_dir: Path, state: dict[str, Any] | None) -> dict[str, Any]:
+def write_run_files(config: TrainConfig, run_dir: Path, state: RunState | None) -> dict[str, Any]:
     """Rank 0: config.json, run.json and the tokenizer, so that the folder explains itself. Returns run.json."""
     source = config.data.corpora()[0].manifest
     manifest = load_manifest(source)
     tokenizer = Tokenizer(tokenizer_path(source), manifest.tokenizer_sha256)
     path = run_dir / "run.json"
     identity: dict[str, Any] = {"run_id": new_run_id(), "attempt": 0}
-    with suppress(FileNotFoundError, ValueError, TypeError):  # damaged: the checkpoint tells the same
-        identity |= json.loads(path.read_text(encoding="utf-8"))
+    with suppress(FileNotFoundError, ConfigError):  # damaged: the checkpoint tells the same
+        identity |= parse(
+            Identity, read_capped(path, _MAX_RUN_JSON_BYTES), str(path), "the identity of a run"
+        )
     if state:
-        identity |= {key: state[key] for key in ("run_id", "wandb_run_id")}
+        identity |= {"run_id": state["run_id"], "wandb_run_id": state["wandb_run_id"]}
     identity.setdefault("wandb_run_id", identity["run_id"])
     identity["attempt"] = max(identity["attempt"], state["attempt"] if state else 0) + 1
     write_atomically(path, (json.dumps(identity, indent=1) + "\n").encode())

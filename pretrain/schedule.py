@@ -23,7 +23,7 @@ def choose_lanes(sizes: list[SourceSize], global_batch_sequences: int) -> int:
     rank reads chunks that no other rank reads. But a lane shuffles its own chunks only, so that it should have
     at least MIN_ROWS of them per epoch of every source. A divisor of the batch gives all lanes the same pace.
     """
-    most = min(size.n_chunks for size in sizes) // MIN_ROWS
+    most = min(global_batch_sequences, min(size.n_chunks for size in sizes) // MIN_ROWS)
     return max((v for v in range(1, most + 1) if global_batch_sequences % v == 0), default=1)
 
 

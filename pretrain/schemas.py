@@ -95,6 +95,8 @@ class ModelConfig:
         )
         if missing(self):
             return
+        widths = ("d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "vocab_size")
+        check_at_most(self, "model", {"n_layers": 10_000} | dict.fromkeys(widths, 1 << 24))
         if self.vocab_size is not None:
             check_positive(self, "model", "vocab_size")
         if self.d_head is None and self.d_model % self.n_heads:
@@ -360,6 +362,16 @@ def check_positive(config: Any, prefix: str, *names: str) -> None:
         if value != MISSING and not (math.isfinite(value) and value > 0):
             key = f"{prefix}.{name}" if prefix else name
             raise ConfigError(f"{key}={value} must be greater than 0")
+
+
+def check_at_most(config: Any, prefix: str, limits: dict[str, int]) -> None:
+    """Raise ConfigError where a field is above its limit, which is far above what makes sense: so that nothing of
+    absurd size is begun."""
+    for name, limit in limits.items():
+        value = getattr(config, name)
+        if isinstance(value, int | float) and value > limit:
+            key = f"{prefix}.{name}" if prefix else name
+            raise ConfigError(f"{key}={value} is more than {limit:,}")
 
 
 def check_fraction(config: Any, prefix: str, name: str) -> None:

@@ -12,24 +12,28 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from pretrain.data_schemas import DataConfig
+from pretrain.data_schemas import MAX_BATCH_SEQUENCES, MAX_SEQUENCE_LENGTH, DataConfig
 from pretrain.errors import ConfigError
+from pretrain.stored import Annotated, Ge, Le, MinLen
+
+MAX_SAMPLES = 1 << 48
+"""Of an order: 10^18 tokens in sequences of 4,096."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
     """A stretch of the order, up to the next stage."""
 
-    first_sample: int = 0
-    start_tokens: int | None = 0
+    first_sample: Annotated[int, Ge(0), Le(MAX_SAMPLES)] = 0
+    start_tokens: Annotated[int, Ge(0), Le(1 << 62)] | None = 0
     """As configured, counted over the order; None: begun by a restart with another batch, or by a source's end."""
-    weights: tuple[float, ...]
+    weights: Annotated[tuple[Annotated[float, Ge(0.0), Le(1e30)], ...], MinLen(1)]
     """One per source, as configured."""
-    ended: tuple[int, ...] = ()
+    ended: tuple[Annotated[int, Ge(0), Le(1 << 16)], ...] = ()
     """Sources that have been read `max_epochs` times and so are not drawn any more."""
-    sequence_length: int
+    sequence_length: Annotated[int, Ge(1), Le(MAX_SEQUENCE_LENGTH)]
     """T, tokens."""
-    batch_sequences: int
+    batch_sequences: Annotated[int, Ge(1), Le(MAX_BATCH_SEQUENCES)]
     """Samples per optimizer step."""
 
     @property
@@ -40,11 +44,6 @@ class Stage:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self) | {"weights": list(self.weights), "ended": list(self.ended)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Stage:
-        """The inverse."""
-        return cls(**(values | {"weights": tuple(values["weights"]), "ended": tuple(values["ended"])}))
 
 
 def plan_stages(

@@ -95,23 +95,25 @@ class Tokenizer:
     """The tokenizer in a file: a sentencepiece model, or a tokenizer.json that `data_tools.prepare` has imported.
 
     With a model trained by `data_tools.prepare`, `decode(encode(text)) == text` for every text. The names of special
-    ids in a text are text: `encode` gives no bos, eos or pad. With `sha256`, the hash that the file must have, nothing
-    else of it is looked at where it has another: a model made with bad intent can crash the parser. Raises ConfigError
-    for that, and where `path`, which may be a URL, is no such file.
+    ids in a text are text: `encode` gives no bos, eos or pad. `sha256` is the hash that the file must have: of another
+    file nothing else is looked at, since a model made with bad intent can crash the parser. Raises ConfigError for
+    that, and where `path`, which may be a URL, is no such file.
     """
 
-    def __init__(self, path: str | Path, sha256: str | None = None) -> None:
-        try:
-            content = _read_model(as_path(path), sha256)
-        except OSError as error:
-            raise ConfigError(f"the tokenizer {path} cannot be read: {error.strerror or error}") from error
+    def __init__(self, path: str | Path, sha256: str) -> None:
+        content = _read_model(as_path(path), sha256)
         found = hashlib.sha256(content).hexdigest()
-        if sha256 is not None and found != sha256:
+        if found != sha256:
             raise ConfigError(
                 f"the tokenizer {path} has sha256 {found}, where {sha256} is needed; put back the "
                 f"{Path(path).name} of the corpus"
             )
         self._take(content, Path(path))
+
+    @classmethod
+    def trusted(cls, path: Path) -> Tokenizer:
+        """Of a file that the user has named, or that this program has just written: there is no hash to compare."""
+        return cls.from_content(_read_model(path, None), path)
 
     @classmethod
     def from_content(cls, content: bytes, path: Path) -> Tokenizer:
@@ -169,7 +171,10 @@ class Tokenizer:
 
 def _read_model(path: str | Path, sha256: str | None) -> bytes:
     if not isinstance(path, str):
-        return read_capped(path, MAX_MODEL_BYTES)
+        try:
+            return read_capped(path, MAX_MODEL_BYTES)
+        except OSError as error:
+            raise ConfigError(f"the tokenizer {path} cannot be read: {error.strerror or error}") from error
 
     def check(content: bytes) -> str | None:
         same = sha256 in (None, hashlib.sha256(content).hexdigest())

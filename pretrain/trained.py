@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import load_weights
-from pretrain.config import Precision, TrainConfig
+from pretrain.config import ConfigError, ModelConfig, Precision, TrainConfig
 from pretrain.kernels import capability_of
 from pretrain.model import Decoder, build_decoder
 from pretrain.precision import precision_of, resolve_precision
@@ -36,12 +36,14 @@ class TrainedModel:
         return build_decoder(self.config.model, self.weights, device, dtype)
 
 
-def load_trained(run_dir: str | Path, step: int | None = None) -> TrainedModel:
+def load_trained(run_dir: str | Path, step: int | None = None, target: str | None = None) -> TrainedModel:
     """The model of a run's newest good checkpoint, or of a given step, in one process.
 
-    Raises ConfigError where there is no such checkpoint or the run folder holds another tokenizer.
+    `target`: the URL of the checkpoints, where they are not in the run folder. Raises ConfigError where there is no
+    such checkpoint, its configuration is that of another model, or the run folder holds another tokenizer.
     """
-    config, weights, state = load_weights(run_dir, step)
+    config, weights, state = load_weights(run_dir, step, target)
+    _check_model(config.model, {name: weight.shape for name, weight in weights.items()}, Path(run_dir))
     tokenizer = Tokenizer(tokenizer_in(Path(run_dir)), sha256=state["tokenizer_sha256"])
     return TrainedModel(
         config=config,
@@ -52,6 +54,18 @@ def load_trained(run_dir: str | Path, step: int | None = None) -> TrainedModel:
         sequence_length=state["sequence_length"],
         precision=precision_of(state),
     )
+
+
+def _check_model(config: ModelConfig, shapes: dict[str, torch.Size], run_dir: Path) -> None:
+    """Raise ConfigError unless a stored configuration's model has the parameters that the checkpoint holds."""
+    expected = None
+    if config.n_layers <= len(shapes) and config.vocab_size is not None:  # which bounds what is built here
+        with torch.device("meta"):
+            expected = {name: weight.shape for name, weight in Decoder(config, seed=0).named_parameters()}
+    if expected != shapes:
+        raise ConfigError(
+            f"run_dir={run_dir}: the configuration in its checkpoint is not that of the model whose weights it holds"
+        )
 
 
 def precision_on(device: torch.device, asked: Precision) -> Precision:

@@ -261,17 +261,17 @@ def _roll_back(run: Run, first_bad_step: int, reason: str) -> None:
         )
     _collect(run, wait=True)
     found = checkpoint.find_latest(run.root, run.world, before=first_bad_step)
-    if found.path is None:
+    if found.verified is None:
         raise ConfigError(
             f"the run diverges at step {first_bad_step} ({reason}) and no checkpoint is older; {advice}"
         )
-    good = found.path
-    for newer in on_main(lambda: _delete_after(run.root, good), run.world):
+    good = found.verified
+    for newer in on_main(lambda: _delete_after(run.root, good.path), run.world):
         run.monitor.event("checkpoint_deleted", step=run.step, path=newer)
     from_step = run.step
-    state = restore(run, good)
+    restore(run, good)
     window = run.loader.pass_over(first_bad_step, guard.pass_over_steps)
-    run.guard = LossGuard(guard, state.get("loss_guard"))
+    run.guard = LossGuard(guard, good.state.get("loss_guard"))
     run.monitor.rolled_back(run.step, from_step=from_step, passed_over_samples=window, reason=reason)
 
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from run_states import run_state
 
 from pretrain import checkpoint
 from pretrain.config import TrainConfig, load_config
@@ -79,11 +80,10 @@ def run(job: dict, world: World) -> None:
         engine.train_step(batches, step, lr=LR)
         engine.evaluate(batches[0])
     if "load" in job:
-        path = Path(job["load"])
-        assert checkpoint.verify(path, world) is None
-        state = checkpoint.read_state(path)
-        held = engine.state
-        loaded = checkpoint.load(path, held.weight_keys + held.moment_keys, held.shapes, world)
+        found = checkpoint.find_latest(Path(job["load"]).parent.parent, world).verified
+        assert found is not None
+        state, held = found.state, engine.state
+        loaded = checkpoint.load(found, held.weight_keys + held.moment_keys, held.shapes, world)
         held.restore(loaded, state["optimizer_step"])
         if engine.loss_scale is not None:
             engine.loss_scale = LossScale(state["loss_scale"])
@@ -107,12 +107,12 @@ def run(job: dict, world: World) -> None:
             engine.loss_scale.update(applied=not result.skipped, loss=losses[-1], limit=math.inf)
     last = first + job["steps"] - 1
     if "save" in job:
-        state = {
-            "step": last,
-            "optimizer_step": engine.state.optimizer_step,
-            "loss_scale": engine.loss_scale.state() if engine.loss_scale else None,
-            "tensors": {name: list(shape) for name, shape in engine.state.shapes.items()},
-        }
+        state = run_state(
+            last,
+            engine.state.shapes,
+            optimizer_step=engine.state.optimizer_step,
+            loss_scale=engine.loss_scale.state() if engine.loss_scale else None,
+        )
         checkpoint.save(Path(job["save"]), last, engine.state.snapshot(), state, world)
     if world.is_main:
         files = [path.name for path in Path(config.engine.nvme_path or "/none").rglob("*.swp")]

@@ -12,11 +12,12 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import torch
 import torch._dynamo  # a save imports it, which would take most of its time
 import torch.distributed as dist
+from run_states import run_state
 
 from pretrain import checkpoint
 from pretrain.checkpoint import ALONE, CheckpointError
@@ -33,8 +34,7 @@ def save(run_dir: Path, step: int, keep_last: int) -> None:
         f"weight.{name}": Partition(torch.full(shape, float(step)), shape[0])
         for name, shape in SHAPES.items()
     }
-    state = {"step": step, "tensors": {name: list(shape) for name, shape in SHAPES.items()}}
-    checkpoint.save(run_dir, step, partitions, state, ALONE)
+    checkpoint.save(run_dir, step, partitions, run_state(step, SHAPES), ALONE)
     retain(run_dir, CheckpointConfig(keep_last=keep_last), ALONE)
 
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from engine_worker import GLOBAL, LR, VOCAB, T, batch_of, small_config
+from run_states import run_state
 
 from pretrain import checkpoint
 from pretrain.distributed import World, init_world, shutdown_world, sum_over_ranks
@@ -56,10 +57,10 @@ def run(job: dict, world: World) -> None:
     engine = Engine(config, world)
     first = 1
     if "load" in job:
-        path = Path(job["load"])
-        state = checkpoint.read_state(path)
-        held = engine.state
-        partitions = checkpoint.load(path, held.weight_keys + held.moment_keys, held.shapes, world)
+        found = checkpoint.find_latest(Path(job["load"]).parent.parent, world).verified
+        assert found is not None
+        state, held = found.state, engine.state
+        partitions = checkpoint.load(found, held.weight_keys + held.moment_keys, held.shapes, world)
         held.restore(partitions, state["optimizer_step"])
         first = state["step"] + 1
     last = first + job["steps"] - 1
@@ -72,12 +73,8 @@ def run(job: dict, world: World) -> None:
     sums = [engine.evaluate(batch) for batch in batches_of_step(1, world)]
     both = [float(sum(s.nll_sum for s in sums)), float(sum(s.n_predicted for s in sums))]
     nll, n_predicted = sum_over_ranks(both, world)
-    state = {
-        "step": last,
-        "optimizer_step": engine.state.optimizer_step,
-        "tensors": {name: list(shape) for name, shape in engine.state.shapes.items()},
-    }
     if "save" in job:
+        state = run_state(last, engine.state.shapes, optimizer_step=engine.state.optimizer_step)
         checkpoint.save(Path(job["save"]), last, engine.state.snapshot(), state, world)
     if world.is_main:
         found = {"losses": losses, "norms": norms, "heldout": nll / n_predicted, "predicted": n_predicted}

@@ -88,7 +88,7 @@ def check_statistics(folder: Path) -> None:
     assert statistics["lengths"]["max"] == lengths[-1]
     assert statistics["lengths"]["p50"] == lengths[(len(lengths) - 1) // 2]
     assert sum(statistics["lengths"]["histogram"].values()) == len(documents)
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = Tokenizer.trusted(folder / "tokenizer.model")
     texts = ((tokenizer.decode(document.tokens.tolist()), "") for document in documents)
     fits, _ = measure(tokenizer, texts)
     assert {name: counts["documents"] for name, counts in statistics["scripts"].items()} == {
@@ -158,7 +158,7 @@ def test_statistics_are_of_the_documents(prepared: Path) -> None:
 
 def test_the_script_of_characters_in_bytes(prepared: Path) -> None:
     """Characters without an entry are told by their first byte."""
-    tokenizer = Tokenizer(prepared / "tokenizer.model")
+    tokenizer = Tokenizer.trusted(prepared / "tokenizer.model")
     for text, script in (("鬱齾麤", "cjk"), ("ĦŴŶ", "other"), ("鬱ĦŴ", "other"), ("鬱齾Ħ", "cjk")):
         tokens = np.array(tokenizer.encode_document(text))
         assert len(tokens) > len(text) + 2  # in bytes indeed

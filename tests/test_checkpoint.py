@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from run_states import run_state
 
 from pretrain import checkpoint
 from pretrain.checkpoint import ALONE, CheckpointError
@@ -37,8 +38,7 @@ def save(run_dir: Path, step: int) -> int:
         )
         for name, shape in SHAPES.items()
     }
-    state = {"step": step, "tensors": {name: list(shape) for name, shape in SHAPES.items()}}
-    return checkpoint.save(run_dir, step, partitions, state, ALONE)
+    return checkpoint.save(run_dir, step, partitions, run_state(step, SHAPES), ALONE)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_round_trip(run_dir: Path) -> None:
     assert found.path == checkpoint.checkpoint_path(run_dir, 30)
     assert found.passed_over == []
     assert checkpoint.read_state(found.path)["step"] == 30
-    tensors = checkpoint.load(found.path, KEYS, SHAPES, ALONE)
+    tensors = checkpoint.load(found.verified, KEYS, SHAPES, ALONE)
     assert torch.equal(tensors["weight.a.weight"], torch.arange(15.0) + 30)
     assert torch.equal(tensors["weight.b.weight"], torch.arange(7.0) + 30)
 
@@ -79,21 +79,21 @@ def damage(path: Path, how: str) -> str:
             return "state.json differs"
         case "no marker":
             (path / "COMPLETE").unlink()
-            return "no COMPLETE file"
+            return "COMPLETE is missing"
         case "empty marker":
             (path / "COMPLETE").write_text("")
-            return "COMPLETE cannot be read"
+            return "COMPLETE is not a list of files"
         case "marker of nothing":
             (path / "COMPLETE").write_text('{"format_version": 1, "files": {}}')
             return "does not list state.json"
         case "newer format":
             (path / "COMPLETE").write_text('{"format_version": 2, "files": {}}')
-            return "format version 2, not 1"
+            return "format_version is 2"
         case _:
             marker = json.loads((path / "COMPLETE").read_text())
-            marker["files"]["../../outside"] = {"bytes": 1, "xxh3_128": "0"}
+            marker["files"]["../../outside"] = {"bytes": 1, "xxh3_128": "0" * 32}
             (path / "COMPLETE").write_text(json.dumps(marker))
-            return "names a file outside the folder"
+            return "should be file name"
 
 
 @pytest.mark.parametrize(
@@ -187,11 +187,11 @@ def test_nothing_is_deleted_while_the_newest_is_bad(run_dir: Path) -> None:
 
 
 def test_another_model_is_refused(run_dir: Path) -> None:
-    path = checkpoint.checkpoint_path(run_dir, 30)
+    found = checkpoint.find_latest(run_dir).verified
     with pytest.raises(ConfigError, match=r"b\.weight is \(7,\) there and \(8,\)"):
-        checkpoint.load(path, KEYS, SHAPES | {"b.weight": (8,)}, ALONE)
+        checkpoint.load(found, KEYS, SHAPES | {"b.weight": (8,)}, ALONE)
     with pytest.raises(ConfigError, match=r"c\.weight is absent there and \(1,\)"):
-        checkpoint.load(path, KEYS, SHAPES | {"c.weight": (1,)}, ALONE)
+        checkpoint.load(found, KEYS, SHAPES | {"c.weight": (1,)}, ALONE)
 
 
 @pytest.mark.parametrize("missing", ["folder", "checkpoints"])

@@ -144,7 +144,7 @@ def test_a_record_that_is_none_is_named(record: dict[str, Any], words: str) -> N
 
 
 def test_documents_are_the_dialogues_in_the_template(prepared: Path) -> None:
-    tokenizer = Tokenizer(prepared / "tokenizer.model")
+    tokenizer = Tokenizer.trusted(prepared / "tokenizer.model")
     expected = {record["id"]: messages_of(record) for record in dialogues(120)}
     found = {}
     for manifest in (prepared / "manifest.json", prepared / "heldout/manifest.json"):
@@ -237,7 +237,9 @@ def test_parquet_holds_dialogues_too(model: Path, tmp_path: Path) -> None:
     texts = {d.id: d for d in documents_of(Corpus(tmp_path / "out/manifest.json"))}
     assert set(texts) == {*map(str, range(6)), "pairs.parquet:1", "pairs.parquet:2"}
     expected = [Message("user", "Sum up\n\n1 and 2"), Message("assistant", "That is 3")]
-    assert texts["pairs.parquet:2"].tokens.tolist() == encode_dialogue(Tokenizer(model), expected).tokens
+    assert (
+        texts["pairs.parquet:2"].tokens.tolist() == encode_dialogue(Tokenizer.trusted(model), expected).tokens
+    )
     parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "other.parquet")
     with pytest.raises(
         ConfigError, match=r"has no column of a dialogue \(it has body\); needed are messages"

@@ -278,7 +278,7 @@ def test_what_makes_the_parser_panic_is_refused(gpt2: Path, tmp_path: Path) -> N
     path = tmp_path / "tokenizer.json"
     path.write_bytes(edited(gpt2, edit))
     with pytest.raises(ConfigError, match=r"is no tokenizer\.json: Precompiled"):
-        Tokenizer(path)
+        Tokenizer.trusted(path)
 
 
 def test_an_enormous_id_is_refused(gpt2: Path, tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_an_enormous_id_is_refused(gpt2: Path, tmp_path: Path) -> None:
 
 def test_one_that_was_not_imported_is_refused_where_a_corpus_should_have_it(gpt2: Path) -> None:
     with pytest.raises(ConfigError, match=r"import it with data_tools\.prepare tokenizer\.path="):
-        Tokenizer(gpt2 / "tokenizer.json")
+        Tokenizer.trusted(gpt2 / "tokenizer.json")
 
 
 def test_a_folder_without_a_tokenizer_and_a_wrong_config_are_one_sentence(gpt2: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_state_of_another_version_is_refused() -> None:
         OrderState.from_dict(STATE.to_dict() | {"schema": 99})
     values = STATE.to_dict()
     del values["lanes"]
-    with pytest.raises(ConfigError, match="resume with the version that wrote it"):
+    with pytest.raises(ConfigError, match="lanes is missing"):
         OrderState.from_dict(values)
 
 

@@ -71,7 +71,7 @@ def numbered(count: int, text: str = ENGLISH) -> list[dict[str, object]]:
 
 def documents_of(manifest_path: Path, tokenizer: Path) -> dict[str, tuple[str, str, str]]:
     """id -> (source, license, text) of every document in a corpus, from its tokens."""
-    corpus, model = Corpus(manifest_path), Tokenizer(tokenizer)
+    corpus, model = Corpus(manifest_path), Tokenizer.trusted(tokenizer)
     found: dict[str, list[int]] = {}
     origin: dict[str, tuple[str, str]] = {}
     for chunk in range(corpus.n_chunks):
@@ -343,7 +343,7 @@ def test_counts_agree(prepared: Path, stdlib_jsonl: Path) -> None:
     assert (
         manifest.tokenizer_sha256
         == heldout.tokenizer_sha256
-        == Tokenizer(prepared / "tokenizer.model").sha256
+        == Tokenizer.trusted(prepared / "tokenizer.model").sha256
     )
     assert {file.name for file in manifest.files} == {
         "tokenizer.model",
@@ -658,7 +658,7 @@ def test_a_given_tokenizer_is_used(small: tuple[Path, Path], tmp_path: Path) -> 
     more = write_jsonl(tmp_path / "b.jsonl", numbered(40))
     assert prepare(config(tmp_path / "other", more, tokenizer=TokenizerConfig(path=str(model)))) == 0
     assert (tmp_path / "other/tokenizer.model").read_bytes() == model.read_bytes()
-    assert load_manifest(tmp_path / "other/manifest.json").tokenizer_sha256 == Tokenizer(model).sha256
+    assert load_manifest(tmp_path / "other/manifest.json").tokenizer_sha256 == Tokenizer.trusted(model).sha256
     with pytest.raises(ConfigError, match=r"a\.jsonl is no tokenizer\.json: "):
         prepare(config(tmp_path / "third", more, tokenizer=TokenizerConfig(path=str(source))))
     assert not (tmp_path / "third").exists()
@@ -774,7 +774,7 @@ def test_the_fit_of_the_tokenizer_is_told_by_script(tmp_path: Path) -> None:
     assert 1.0 < fits["other"]["tokens_per_word"] < 2.5  # words of 5 letters and a blank, mostly in one piece
     corpus, model = (
         Corpus(tmp_path / "out/heldout/manifest.json"),
-        Tokenizer(tmp_path / "out/tokenizer.model"),
+        Tokenizer.trusted(tmp_path / "out/tokenizer.model"),
     )
     tokens = np.concatenate([corpus.read(chunk, 0, corpus.chunk_tokens) for chunk in range(corpus.n_chunks)])
     n_bytes = sum(model.piece(token).startswith("<0x") for token in tokens.tolist())
@@ -828,7 +828,7 @@ def test_unknown_characters_and_lost_text_are_counted(tmp_path: Path) -> None:
     )
     (tmp_path / "small.model").write_bytes(model.getvalue())
     fits, _ = measure(
-        Tokenizer(tmp_path / "small.model"), [("truth  universally", ""), ("truth ЖЖ truth", "")]
+        Tokenizer.trusted(tmp_path / "small.model"), [("truth  universally", ""), ("truth ЖЖ truth", "")]
     )
     assert (fits["other"]["unk_tokens"], fits["other"]["returned"]) == (
         1,
@@ -894,7 +894,7 @@ def test_the_tokenizer_is_trained_on_sources_by_their_weight(tmp_path: Path) -> 
     assert found["a"] == 2 * full["a"]
     assert found["b"] == pytest.approx(full["b"] / 2, abs=30)
     assert found["c"] == 0
-    models = [Tokenizer(output / "tokenizer.model") for output in outputs]
+    models = [Tokenizer.trusted(output / "tokenizer.model") for output in outputs]
     assert models[1].sha256 == models[2].sha256 != models[0].sha256
     pieces = ["".join(model.piece(i) for i in range(model.vocab_size)) for model in models]
     assert "cc" in pieces[0]

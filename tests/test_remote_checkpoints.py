@@ -36,10 +36,11 @@ def train(corpus: TinyCorpus, run_dir: Path, logs: Path, *more: str, ranks: int 
 def test_a_run_saves_to_and_resumes_from_s3(corpus: TinyCorpus, s3: str, tmp_path: Path) -> None:
     """Stopped, a damaged newest checkpoint, resumed, read by one process: as on a disk."""
     local, run_dir = tmp_path / "local", tmp_path / "run"
-    target = f"checkpoint.target={s3}/first"
+    url = f"{s3}/first"
+    target = f"checkpoint.target={url}"
     train(corpus, local, tmp_path / "logs-local")
     assert train(corpus, run_dir, tmp_path / "logs-1", target, "stop_at_step=8") == [75, 75]
-    root = checkpoint.root_of_run(run_dir)
+    root = checkpoint.root_of_run(run_dir, url)
     assert [p.name for p in checkpoint.list_checkpoints(root)] == ["step-00000004", "step-00000008"]
     shard = sorted(checkpoint.checkpoint_path(root, 8).glob("*.safetensors"))[0]
     content = bytearray(shard.read_bytes())
@@ -55,7 +56,9 @@ def test_a_run_saves_to_and_resumes_from_s3(corpus: TinyCorpus, s3: str, tmp_pat
     assert samples_by_step(run_dir) == samples_by_step(local)
     assert not (run_dir / "checkpoints").exists()
 
-    _, ours, _ = checkpoint.load_weights(run_dir)
+    with pytest.raises(ConfigError, match="checkpoint_target=URL"):
+        checkpoint.load_weights(run_dir)  # a URL that only the run names
+    _, ours, _ = checkpoint.load_weights(run_dir, target=url)
     _, theirs, _ = checkpoint.load_weights(local)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -64,7 +67,7 @@ def test_what_is_half_there_is_no_checkpoint(corpus: TinyCorpus, s3: str, tmp_pa
     """A store has no rename: a save that was cut short has no COMPLETE, is passed over, and is written anew."""
     run_dir, target = tmp_path / "run", f"checkpoint.target={s3}/second"
     train(corpus, run_dir, tmp_path / "logs-1", target, "stop_at_step=8", ranks=1)
-    root = checkpoint.root_of_run(run_dir)
+    root = checkpoint.root_of_run(run_dir, f"{s3}/second")
     (checkpoint.checkpoint_path(root, 8) / "COMPLETE").unlink()
     root.fs.invalidate_cache()  # type: ignore[attr-defined]
     train(corpus, run_dir, tmp_path / "logs-2", target, ranks=1)

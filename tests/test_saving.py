@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from run_states import run_state
 
 from pretrain import checkpoint, saving
 from pretrain.checkpoint import ALONE
@@ -29,13 +30,10 @@ def snapshot() -> dict[str, Partition]:
     return {"weight.a": Partition(torch.arange(15.0), 15)}
 
 
-STATE = {"tensors": {"a": [3, 5]}}
-
-
 def save_all(root: Path, policy: CheckpointConfig, losses: dict[int, float], steps: list[int]) -> list[int]:
     saver = Saver(root, policy, ALONE, losses)
     for step in steps:
-        saver.start(step, snapshot, STATE | {"step": step})
+        saver.start(step, snapshot, run_state(step, {"a": (3, 5)}))
         saved = saver.finished(wait=True)
         assert saved is not None
         assert saved.problem is None
@@ -55,12 +53,12 @@ def test_training_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatch: p
     write = checkpoint.save
     monkeypatch.setattr(saving, "save", lambda *a: gate.wait(30) and write(*a))
     saver = Saver(tmp_path, CheckpointConfig(), ALONE, {})
-    saver.start(1, snapshot, STATE)
+    saver.start(1, snapshot, run_state(1, {"a": (3, 5)}))
     assert saver.busy
     assert saver.finished() is None
     assert checkpoint.list_checkpoints(tmp_path) == []
     with pytest.raises(AssertionError, match="one save at a time"):
-        saver.start(2, snapshot, STATE)
+        saver.start(2, snapshot, run_state(1, {"a": (3, 5)}))
     gate.set()
     saved = saver.finished(wait=True)
     assert saved is not None
@@ -88,7 +86,7 @@ def test_the_watchdog_sees_whether_an_awaited_save_gets_on(
     monkeypatch.setattr(saving, "retain", lambda *_: [])
     monkeypatch.setattr(saving, "touch", lambda: touched.append(time.monotonic()))
     saver = Saver(tmp_path, CheckpointConfig(), ALONE, {})
-    saver.start(1, snapshot, STATE)
+    saver.start(1, snapshot, run_state(1, {"a": (3, 5)}))
     assert saver.finished(wait=True) is not None
     assert bool(touched) is expected
 
@@ -96,7 +94,7 @@ def test_the_watchdog_sees_whether_an_awaited_save_gets_on(
 def test_a_failed_save_says_why_and_the_next_one_works(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
     saver = Saver(tmp_path, CheckpointConfig(), ALONE, {})
-    saver.start(1, snapshot, STATE)
+    saver.start(1, snapshot, run_state(1, {"a": (3, 5)}))
     saved = saver.finished(wait=True)
     assert saved is not None
     assert saved.problem is not None
@@ -115,11 +113,11 @@ def test_an_error_that_is_none_of_storage_reaches_the_trainer(tmp_path: Path) ->
 def test_large_ranks_write_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "FILE_BYTES", 80)
     partitions = {f"weight.{name}": Partition(torch.full((15,), i), 15) for i, name in enumerate("abc")}
-    state = {"step": 1, "tensors": {name: [15] for name in "abc"}}
-    checkpoint.save(tmp_path, 1, partitions, state, ALONE)
+    checkpoint.save(tmp_path, 1, partitions, run_state(1, dict.fromkeys("abc", (15,))), ALONE)
     path = checkpoint.checkpoint_path(tmp_path, 1)
     assert len(list(path.glob("*.safetensors"))) == 3
-    loaded = checkpoint.load(path, [f"weight.{name}" for name in "abc"], dict.fromkeys("abc", (15,)), ALONE)
+    found = checkpoint.find_latest(tmp_path).verified
+    loaded = checkpoint.load(found, [f"weight.{name}" for name in "abc"], dict.fromkeys("abc", (15,)), ALONE)
     assert {key: values.tolist() for key, values in loaded.items()} == {
         f"weight.{name}": [float(i)] * 15 for i, name in enumerate("abc")
     }

@@ -11,23 +11,29 @@ import io
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import torch
 import xxhash
 from launching import ROOT, Ranks, free_port
+from run_states import run_state
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from tiny import TinyCorpus, events, run_arguments
 from trained_run import make_run, train_tokenizer
 
@@ -35,6 +41,8 @@ from pretrain import checkpoint, checkpoint_folder, corpus_writer, manifest, sha
 from pretrain.config import ConfigError
 from pretrain.corpus_check import verify_corpus
 from pretrain.manifest import CorruptShardError, Manifest, load_manifest
+from pretrain.model import Decoder
+from pretrain.order_state import OrderState
 from pretrain.shards import Corpus
 from pretrain.tokenizer import Tokenizer
 
@@ -608,6 +616,22 @@ def test_a_link_out_of_the_corpus_is_refused(folder: Path, suffix: str) -> None:
 # ---- hostile checkpoints, whose hashes all fit -----------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Decoder]:
+    """A run folder as training leaves it, not to be changed, and its model."""
+    run_dir = tmp_path_factory.mktemp("honest") / "run"
+    decoder = make_run(run_dir)
+    config = checkpoint.find_latest(run_dir).verified.state["config"]
+    (run_dir / "config.json").write_text(json.dumps(config))
+    return run_dir, decoder
+
+
+@pytest.fixture
+def run_dir(honest: tuple[Path, Decoder], tmp_path: Path) -> Path:
+    """A copy, to be changed."""
+    return shutil.copytree(honest[0], tmp_path / "run")
+
+
 def forge_state(run_dir: Path, content: str | Callable[[dict[str, Any]], Any]) -> None:
     """Change state.json and make COMPLETE fit it."""
     path = checkpoint.checkpoint_path(run_dir, 3) / "state.json"
@@ -622,35 +646,211 @@ def forge_state(run_dir: Path, content: str | Callable[[dict[str, Any]], Any]) -
     complete.write_text(json.dumps(listing))
 
 
+def changed(*where: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
+    """Puts a value into nested ones."""
+
+    def change(state: dict[str, Any]) -> None:
+        place: Any = state
+        for key in where[:-1]:
+            place = place[key]
+        place[where[-1]] = value
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (lambda state: state["tensors"].update(x=[1 << 40]), "speaks of weights of 4,398,0"),
-        (lambda state: state["tensors"].update(x=[1 << 20, 1 << 20, 1 << 20]), "speaks of weights of"),
-        (lambda state: state["tensors"].update(x=[-5]), "speaks of weights of"),
-        (lambda state: state["tensors"].update(x=[0.5]), "speaks of weights of"),
-        (lambda state: state["tensors"].update(x="abc"), "is no state of a run"),
-        (lambda state: state.pop("tensors"), "is no state of a run"),
-        ("[" * 100_000, "is no state of a run"),
-        ("{", "is no state of a run"),
-        (" " * (checkpoint_folder.MAX_JSON_BYTES + 1), "is no state of a run .* bytes, more than"),
+        (changed("tensors", "x", value=[1 << 40]), "speaks of weights of 4,398,0"),
+        (changed("tensors", "x", value=[1 << 20, 1 << 20, 1 << 20]), "speaks of weights of"),
+        (changed("tensors", "x", value=[-5]), r"tensors\.x\.0 is -5"),
+        (changed("tensors", "x", value=[0.5]), r"tensors\.x\.0 is 0\.5"),
+        (changed("tensors", "x", value="abc"), r"tensors\.x is 'abc'"),
+        (changed("tensors", "x", value=[1] * 9), r"tensors\.x is "),
+        (changed("tensors", value={}), "is not that of the model"),
+        (lambda state: state.pop("tensors"), "tensors is missing"),
+        (changed("tokenizer_sha256", value=None), "tokenizer_sha256 is None"),
+        (lambda state: state.pop("tokenizer_sha256"), "tokenizer_sha256 is missing"),
+        (changed("tokenizer_sha256", value="ab"), "tokenizer_sha256 is 'ab'"),
+        (changed("step", value=-1), "step is -1"),
+        (changed("step", value=True), "step is True"),
+        (changed("step", value="3"), "step is '3'"),
+        (changed("step", value=10**30), "step is 10"),
+        (changed("sequence_length", value=0), "sequence_length is 0"),
+        (changed("world_size", value=0), "world_size is 0"),
+        (changed("run_id", value="../../x"), "run_id is "),
+        (changed("wandb_run_id", value="a\x1b[2J"), "wandb_run_id is "),
+        (changed("order", value=[]), r"order is \[\]"),
+        (changed("config", value=[]), r"config is \[\]"),
+        (changed("config", value={}), "the stored configuration is wrong"),
+        (changed("config", "model", "n_layers", value=3_000_000), r"n_layers=3000000 is more than 10,000"),
+        (changed("config", "model", "n_layers", value=9_999), "is not that of the model"),
+        (changed("config", "model", "d_model", value=1 << 40), "d_model=1099511627776 is more than"),
+        (changed("config", "model", "vocab_size", value=None), "is not that of the model"),
+        (
+            changed("config", "data", "manifest", value="${oc.env:HOME}"),
+            r"has '\$\{oc\.env:HOME\}' in data\.manifest",
+        ),
+        (changed("config", "seed", value="${oc.env:HOME}"), "in seed"),
+        (changed("config", "${oc.env:HOME}", value=1), "in a key"),
+        (changed("config", "_target_", value="os.system"), "the stored configuration is wrong: .*_target_"),
+        (changed("more", value=1), "more is unknown"),
+        ("[" * 100_000, "recursion limit"),
+        ("{", "EOF while parsing"),
+        (" " * (checkpoint_folder.MAX_JSON_BYTES + 1), "more than 268,435,456 bytes"),
     ],
 )
-def test_a_state_that_claims_what_cannot_be_is_refused(tmp_path: Path, content: Any, words: str) -> None:
-    make_run(tmp_path)
-    forge_state(tmp_path, lambda state: None)
-    trained.load_trained(tmp_path)  # an honest forgery is read
-    forge_state(tmp_path, content)
-    with pytest.raises(checkpoint.CheckpointError, match=rf"state\.json {words}"):
-        trained.load_trained(tmp_path)
+def test_a_state_that_claims_what_cannot_be_is_refused(run_dir: Path, content: Any, words: str) -> None:
+    trained.load_trained(run_dir)  # an honest one is read
+    forge_state(run_dir, content)
+    with pytest.raises(ConfigError, match=words) as caught:
+        trained.load_trained(run_dir)
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, " " * (checkpoint_folder.MAX_JSON_BYTES + 1)])
-def test_a_list_of_files_that_is_none_is_passed_over(tmp_path: Path, content: str) -> None:
-    make_run(tmp_path)
-    (checkpoint.checkpoint_path(tmp_path, 3) / "COMPLETE").write_text(content)
-    (reason,) = checkpoint.find_latest(tmp_path).passed_over
-    assert "COMPLETE cannot be read" in reason
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (changed("lanes", value=0), "lanes is 0"),
+        (changed("lanes", value=1 << 40), "lanes is 1099511627776"),
+        (changed("stages", value=[]), r"stages is \[\]"),
+        (changed("stages", 0, "batch_sequences", value=2_000_000_000), "batch_sequences is 2000000000"),
+        (changed("stages", 0, "weights", value=[1.0] * 9), "contradicts itself"),
+        (changed("stages", 0, "weights", value=[float("nan")]), "weights"),
+        (changed("stages", 0, "weights", value=[-1.0]), "weights"),
+        (changed("stages", 0, "first_sample", value=7), "contradicts itself"),
+        (changed("manifest_sha", value=["../x"]), r"manifest_sha\.0 is '\.\./x'"),
+        (changed("consumed_samples", value=-1), "consumed_samples is -1"),
+        (changed("window_chunks", value=0), "window_chunks is 0"),
+        (changed("chunk_tokens", value=[0]), r"chunk_tokens\.0 is 0"),
+        (changed("passed_over", value=[[3, 1]]), "end before they begin"),
+        (changed("passed_over", value=[[1, 2, 3]]), r"passed_over\.0 is "),
+        (changed("substitutions", value=[{"source": 9}]), r"substitutions\.0\."),
+        (changed("schema", value=3), "has schema 3"),
+        (changed("more", value=3), "more is unknown"),
+    ],
+)
+def test_an_order_that_cannot_be_is_refused(tmp_path: Path, change: Any, words: str) -> None:
+    values = run_state(3, {})["order"]
+    assert OrderState.from_dict(values).to_dict() == values
+    change(values)
+    with pytest.raises(ConfigError, match=words):
+        OrderState.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        " " * (checkpoint_folder.MAX_JSON_BYTES + 1),
+        "null",
+        '{"format_version": 1, "files": []}',
+        '{"format_version": 1, "files": {"a/b": {"bytes": 1, "xxh3_128": "%s"}}}' % ("0" * 32),
+        '{"format_version": 1, "files": {"a\\u0000": {"bytes": 1, "xxh3_128": "%s"}}}' % ("0" * 32),
+        '{"format_version": 1, "files": {"a": {"bytes": -1, "xxh3_128": "%s"}}}' % ("0" * 32),
+        '{"format_version": 1, "files": {"a": {"bytes": 1, "xxh3_128": null}}}',
+        '{"format_version": 1, "files": {"a": {"bytes": 1, "xxh3_128": "%s"}}}' % ("0" * 32),
+    ],
+)
+def test_a_list_of_files_that_is_none_is_passed_over(run_dir: Path, content: str) -> None:
+    (checkpoint.checkpoint_path(run_dir, 3) / "COMPLETE").write_text(content)
+    (reason,) = checkpoint.find_latest(run_dir).passed_over
+    assert reason.startswith("step-00000003: COMPLETE ")
+    assert "\n" not in reason
+
+
+def replace_by(path: Path, kind: str) -> None:
+    """Put what is not a file of the folder in the place of one."""
+    outside = path.rename(path.parent.parent.parent / f"outside-{path.name}")
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "link":
+            path.symlink_to(outside)
+        case "folder":
+            path.mkdir()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link", "folder"])
+@pytest.mark.parametrize("name", ["COMPLETE", "state.json", "safetensors"])
+def test_a_checkpoint_is_made_of_regular_files_of_its_own(run_dir: Path, name: str, kind: str) -> None:
+    (path,) = checkpoint.checkpoint_path(run_dir, 3).glob(f"*{name}")
+    replace_by(path, kind)
+    assert checkpoint.find_latest(run_dir).path is None
+    with pytest.raises(ConfigError, match=f"step-00000003: .*{name}"):
+        trained.load_trained(run_dir)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model"])
+def test_a_run_folder_that_is_none_is_refused(run_dir: Path, name: str, kind: str) -> None:
+    path = run_dir / name
+    if kind != "link" or name == "config.json":  # a link to the right tokenizer has the right hash
+        replace_by(path, kind)
+        with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
+            trained.load_trained(run_dir)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"checkpoint": {"target": 3}}', "[" * 100_000, "\xff"])
+def test_a_configuration_of_a_run_that_is_none_is_refused(run_dir: Path, content: str) -> None:
+    (run_dir / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ConfigError, match="is not the configuration of a run"):
+        trained.load_trained(run_dir)
+
+
+def test_files_that_are_not_listed_are_named_and_not_read(
+    run_dir: Path, honest: tuple[Path, Decoder]
+) -> None:
+    """The intruder's weights have the names and shapes of all others, and a name that comes last."""
+    folder = checkpoint.checkpoint_path(run_dir, 3)
+    (tensors,) = folder.glob("*.safetensors")
+    with safe_open(tensors, "np") as file:
+        forged = {name: file.get_tensor(name) + 1 for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    found = checkpoint.find_latest(run_dir).verified
+    assert found is not None
+    save_file(forged, folder / "zzz-00001.safetensors", metadata)
+    assert "does not list 'zzz-00001.safetensors'" in str(checkpoint.verify(folder))
+    shapes = {name: tuple(shape) for name, shape in found.state["tensors"].items()}
+    flat = {f"weight.{name}": torch.zeros(torch.Size(shape).numel()) for name, shape in shapes.items()}
+    checkpoint._read(found, flat, checkpoint.ALONE, no_dist=True)  # verified before the intruder came
+    for name, weight in honest[1].named_parameters():
+        assert torch.equal(flat[f"weight.{name}"], weight.detach().flatten())
+
+
+def test_a_file_that_changes_after_its_hash_is_noticed(run_dir: Path) -> None:
+    found = checkpoint.find_latest(run_dir).verified
+    assert found is not None
+    (tensors,) = found.path.glob("*.safetensors")
+    content = tensors.read_bytes()
+    tensors.unlink()
+    tensors.write_bytes(content[:-1] + b"x")
+    flat = {
+        f"weight.{name}": torch.zeros(torch.Size(shape).numel())
+        for name, shape in found.state["tensors"].items()
+    }
+    with pytest.raises(checkpoint.CheckpointError, match="was changed while it was read"):
+        checkpoint._read(found, flat, checkpoint.ALONE, no_dist=True)
+
+
+@pytest.mark.parametrize(
+    "header", [b"\xff" * 8, b"\x02" + b"\0" * 7 + b"{}", (1 << 62).to_bytes(8, "little"), b""]
+)
+def test_tensors_that_are_none_are_one_sentence(run_dir: Path, header: bytes) -> None:
+    folder = checkpoint.checkpoint_path(run_dir, 3)
+    (tensors,) = folder.glob("*.safetensors")
+    tensors.write_bytes(header + tensors.read_bytes()[len(header) :] if header else b"")
+    listing = json.loads((folder / "COMPLETE").read_text())
+    listing["files"][tensors.name] = {
+        "bytes": tensors.stat().st_size,
+        "xxh3_128": checkpoint.hash_file(tensors),
+    }
+    (folder / "COMPLETE").write_text(json.dumps(listing))
+    with pytest.raises((ConfigError, checkpoint.CheckpointError), match="step-00000003: ") as caught:
+        trained.load_trained(run_dir)
+    assert "\n" not in str(caught.value)
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
@@ -660,7 +860,7 @@ def test_a_list_of_files_that_is_none_is_passed_over(tmp_path: Path, content: st
     ("read", "name", "limit"),
     [
         (load_manifest, "manifest.json", manifest.MAX_MANIFEST_BYTES),
-        (Tokenizer, "tokenizer.model", tokenizer.MAX_MODEL_BYTES),
+        (Tokenizer.trusted, "tokenizer.model", tokenizer.MAX_MODEL_BYTES),
     ],
 )
 def test_a_file_of_absurd_size_is_refused(tmp_path: Path, read: Any, name: str, limit: int) -> None:
@@ -676,7 +876,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path, kind: str) -> None:
     """A pipe would block for ever, a device never end."""
     path = tmp_path / "manifest.json"
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
-    with pytest.raises(ConfigError, match="it is no regular file"):
+    with pytest.raises(ConfigError, match="it is not a regular file"):
         load_manifest(path)
 
 
@@ -686,3 +886,111 @@ def test_hashes_of_the_tests_are_those_of_the_project(folder: Path) -> None:
     with tarfile.open(folder / "shards/shard-00000.tar") as tar:
         content = tar.extractfile("000000.tok").read()
     assert int(np.load(path)[0, 0, 2]) == xxhash.xxh3_64_intdigest(content)
+
+
+# ---- a hostile run, opened by every command --------------------------------------------------------------------------
+
+
+class Listener:
+    """An HTTP server on loopback that notes what it is asked for, and answers that it is not there."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        listener = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def handle_one_request(self) -> None:
+                self.raw_requestline = self.rfile.readline(65537)
+                listener.asked.append(repr(self.raw_requestline))
+                if self.raw_requestline and self.parse_request():
+                    self.send_error(404)
+                self.close_connection = True
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    found = Listener()
+    yield found
+    found.server.shutdown()
+    found.server.server_close()
+
+
+CANARY = "canary7f3a9c"
+PLACES = {
+    "a secret in a URL": "{url}/${{oc.env:SOME_TOKEN}}/manifest.json",
+    "a URL": "{url}/manifest.json",
+    "a chain": "simplecache::{url}/manifest.json",
+}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("place", PLACES)
+def test_no_command_sends_or_shows_a_secret_for_a_hostile_run(
+    run_dir: Path, corpus: TinyCorpus, listener: Listener, tmp_path: Path, place: str
+) -> None:
+    """A run whose every place for a path names a server: nothing is asked for, and the secret is nowhere."""
+    where = PLACES[place].format(url=listener.url)
+
+    def change(state: dict[str, Any]) -> None:
+        for keys in (("data", "manifest"), ("data", "cache_dir"), ("evaluation", "manifest"), ("init_from",)):
+            changed("config", *keys, value=where)(state)
+        changed("config", "checkpoint", "target", value=where)(state)
+
+    forge_state(run_dir, change)
+    state = json.loads((checkpoint.checkpoint_path(run_dir, 3) / "state.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps(state["config"]))
+    linked = shutil.copytree(run_dir, tmp_path / "linked")  # its config.json is honest
+    (linked / "config.json").unlink()
+    train = run_arguments(corpus, run_dir)
+    commands: list[tuple[str, list[str], set[int]]] = [
+        (f"{name} {folder.name}", [f"launch/{script}.py", f"run_dir={folder}", *more], codes)
+        for folder, codes in ((run_dir, {2}), (linked, {0, 2}))
+        for name, script, *more in (
+            ("eval", "eval", f"input=[{corpus.heldout}]"),
+            ("export", "export", f"output={tmp_path / 'export'}-{folder.name}"),
+            ("generate", "generate", "prompt=import ", "max_new_tokens=2"),
+            ("provenance", "provenance", "step=1"),
+        )
+    ]
+    commands += [
+        ("resume", ["launch/train.py", *train], {1, 2}),
+        (
+            "init_from",
+            ["launch/train.py", *run_arguments(corpus, tmp_path / "new", f"init_from={run_dir}")],
+            {2},
+        ),
+        ("supervise", ["launch/supervise.py", "--", sys.executable, "launch/train.py", *train], {1, 2}),
+    ]
+    (tmp_path / "home").mkdir()
+    env = {
+        **os.environ,
+        **dict.fromkeys(SECRETS, CANARY),
+        "HOME": str(tmp_path / "home"),
+        "TMPDIR": str(tmp_path),
+    }
+    watch = Watch()
+    running = []
+    for name, arguments, codes in commands:
+        with (tmp_path / f"{name}.log").open("w") as output:
+            process = subprocess.Popen(
+                [sys.executable, *arguments], cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT
+            )
+        running.append((name, process, codes))
+        while process.poll() is None:
+            watch.look()
+            time.sleep(0.1)
+    for name, process, codes in running:
+        text = (tmp_path / f"{name}.log").read_text()
+        assert process.returncode in codes, f"{name}: {text}"
+        assert "Traceback" not in text, f"{name}: {text}"
+    assert listener.asked == []
+    assert files_with(tmp_path, CANARY) == []
+    assert not [line for line in watch.command_lines if CANARY.encode() in line]
+    assert any(b"launch/provenance.py" in line for line in watch.command_lines)

@@ -185,6 +185,6 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert [record["padding_tokens"] for record in records] == padding, "counted once, not by each rank"
     (found,) = [e for e in events(run_dir) if e["event"] == "micro_batch_found"]
     assert found["micro_batch_sequences"] == 8, "all sequences of the one group"
-    history = ReadHistory.of_run(run_dir)
+    history, _ = ReadHistory.of_run(run_dir)
     assert history.read_in(3, rank=0) == history.read_in(3, rank=1)
     assert len(history.read_in(3, rank=0)) == 8

@@ -49,7 +49,7 @@ def corpus_folder(folder: Path, model_type: ModelType) -> Path:
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     folder = tmp_path_factory.mktemp("tokenizers")
     return {
-        kind.value: Tokenizer(corpus_folder(folder / kind.value, kind) / "tokenizer.model")
+        kind.value: Tokenizer.trusted(corpus_folder(folder / kind.value, kind) / "tokenizer.model")
         for kind in ModelType
     }
 
@@ -176,7 +176,7 @@ def test_a_model_that_changes_text_is_given_it_whole(
 ) -> None:
     options = {"byte_fallback": True, "normalization_rule_name": "identity", "pad_id": 3} | options
     path = train(tmp_path / "other.model", **options)
-    tokenizer, text = Tokenizer(path), "the  fox\nthe fox \u2581 \n"
+    tokenizer, text = Tokenizer.trusted(path), "the  fox\nthe fox \u2581 \n"
     assert tokenizer._model._units is _WHOLE, reason
     assert tokenizer.encode(text) == SentencePieceProcessor(model_file=str(path)).encode(text)
     assert tokenizer.encode_documents([text, SPACE_SYMBOL]).tokens.tolist() == [
@@ -189,7 +189,7 @@ def test_a_model_whose_pieces_hold_several_words_is_not_cut_at_spaces(tmp_path: 
     """And yet the character that stands for a space comes back."""
     options = {"remove_extra_whitespaces": False, "add_dummy_prefix": False, "split_by_whitespace": False}
     path = train(tmp_path / "a.model", byte_fallback=True, normalization_rule_name="identity", **options)
-    tokenizer, text = Tokenizer(path), "the quick brown fox\nthe quick"
+    tokenizer, text = Tokenizer.trusted(path), "the quick brown fox\nthe quick"
     assert tokenizer._model._units is _BETWEEN_SPACE_SYMBOLS
     assert tokenizer.encode(text) == SentencePieceProcessor(model_file=str(path)).encode(text)
     assert any(" " in tokenizer.decode([i]).strip() for i in tokenizer.encode(text))
@@ -207,7 +207,7 @@ def test_a_model_whose_pieces_hold_several_words_is_not_cut_at_spaces(tmp_path: 
 def test_special_ids_are_those_of_the_model(
     tmp_path: Path, options: dict[str, int], expected: tuple[int, ...]
 ) -> None:
-    tokenizer = Tokenizer(train(tmp_path / "other.model", byte_fallback=True, **options))
+    tokenizer = Tokenizer.trusted(train(tmp_path / "other.model", byte_fallback=True, **options))
     unk, bos, eos, pad = expected
     assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == expected
     ids = tokenizer.encode_document("quick <s> </s> fox")
@@ -219,12 +219,12 @@ def test_special_ids_are_those_of_the_model(
 def test_a_model_without_bos_and_eos_is_refused(tmp_path: Path) -> None:
     path = train(tmp_path / "other.model", bos_id=-1, eos_id=-1)
     with pytest.raises(ConfigError, match=r"other\.model has neither bos nor eos"):
-        Tokenizer(path)
+        Tokenizer.trusted(path)
 
 
 def test_the_text_after_a_context_keeps_its_first_space(tmp_path: Path) -> None:
     """Which is lost where a model takes the first space of a text for its own."""
-    tokenizer = Tokenizer(train(tmp_path / "other.model", byte_fallback=True))
+    tokenizer = Tokenizer.trusted(train(tmp_path / "other.model", byte_fallback=True))
     ids = tokenizer.encode("the quick brown fox")
     assert tokenizer.decode(ids[-1:]) == "fox"
     assert tokenizer.decode_after(ids[:-1], ids[-1:]) == " fox"
@@ -240,9 +240,9 @@ def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.model"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"broken\.model"):
-        Tokenizer(path)
+        Tokenizer.trusted(path)
 
 
 def test_a_missing_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.model cannot be read: No such file"):
-        Tokenizer(tmp_path / "none.model")
+        Tokenizer.trusted(tmp_path / "none.model")

@@ -48,7 +48,7 @@ def train_tokenizer(folder: Path, texts: list[str], vocab_size: int) -> Tokenize
         pad_id=3,
         minloglevel=2,
     )
-    return Tokenizer(folder / "tokenizer.model")
+    return Tokenizer.trusted(folder / "tokenizer.model")
 
 
 def make_corpus(

@@ -14,6 +14,7 @@ from types import ModuleType
 import sentencepiece
 import torch
 import torch.distributed as dist
+from run_states import run_state
 
 from pretrain import checkpoint
 from pretrain.config import ModelConfig, TrainConfig, load_config, to_dict
@@ -63,7 +64,7 @@ def train_tokenizer(
         minloglevel=2,
     )
     path.write_bytes(model.getvalue())
-    return Tokenizer(path)
+    return Tokenizer.trusted(path)
 
 
 def make_run(
@@ -118,15 +119,15 @@ def run_script(
 
 def _save(run_dir: Path, config: TrainConfig, decoder: Decoder, tokenizer: Tokenizer, step: int) -> None:
     weights = {name: p.detach() for name, p in decoder.named_parameters()}
-    state = {
-        "step": step,
-        "tokens_seen": step * config.global_batch_sequences * config.data.sequence_length,
-        "sequence_length": config.data.sequence_length,
-        "precision": "fp32",
-        "tokenizer_sha256": tokenizer.sha256,
-        "config": json.loads(json.dumps(to_dict(config))),
-        "tensors": {name: list(weight.shape) for name, weight in weights.items()},
-    }
+    state = run_state(
+        step,
+        {name: weight.shape for name, weight in weights.items()},
+        tokens_seen=step * config.global_batch_sequences * config.data.sequence_length,
+        sequence_length=config.data.sequence_length,
+        precision="fp32",
+        tokenizer_sha256=tokenizer.sha256,
+        config=json.loads(json.dumps(to_dict(config))),
+    )
     partitions = {f"weight.{name}": Partition(w.flatten().clone(), w.numel()) for name, w in weights.items()}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
