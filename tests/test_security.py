@@ -43,6 +43,7 @@ from pretrain.corpus_check import verify_corpus
 from pretrain.manifest import CorruptShardError, Manifest, load_manifest
 from pretrain.model import Decoder
 from pretrain.order_state import OrderState
+from pretrain.provenance import ReadHistory
 from pretrain.shards import Corpus
 from pretrain.tokenizer import Tokenizer
 
@@ -923,20 +924,38 @@ def listener() -> Iterator[Listener]:
 
 
 CANARY = "canary7f3a9c"
-PLACES = {
-    "a secret in a URL": "{url}/${{oc.env:SOME_TOKEN}}/manifest.json",
-    "a URL": "{url}/manifest.json",
-    "a chain": "simplecache::{url}/manifest.json",
-}
+PLACES = (
+    "{url}/${{oc.env:SOME_TOKEN}}/manifest.json",
+    "{url}/manifest.json",
+    "simplecache::{url}/manifest.json",
+)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_only_a_run_names_is_not_asked_for(
+    run_dir: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setenv("SOME_TOKEN", CANARY)
+    where = place.format(url=listener.url)
+    forge_state(run_dir, changed("config", "data", "manifest", value=where))
+    with pytest.raises(ConfigError) as caught:
+        ReadHistory.of_run(run_dir)
+    forge_state(run_dir, changed("config", "data", "manifest", value="x/manifest.json"))
+    config = json.loads((run_dir / "config.json").read_text())
+    changed("checkpoint", "target", value=where)(config)
+    (run_dir / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError) as caught_too:
+        trained.load_trained(run_dir)
+    assert CANARY not in f"{caught.value}{caught_too.value}"
+    assert listener.asked == []
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("place", PLACES)
 def test_no_command_sends_or_shows_a_secret_for_a_hostile_run(
-    run_dir: Path, corpus: TinyCorpus, listener: Listener, tmp_path: Path, place: str
+    run_dir: Path, corpus: TinyCorpus, listener: Listener, tmp_path: Path
 ) -> None:
     """A run whose every place for a path names a server: nothing is asked for, and the secret is nowhere."""
-    where = PLACES[place].format(url=listener.url)
+    where = PLACES[0].format(url=listener.url)
 
     def change(state: dict[str, Any]) -> None:
         for keys in (("data", "manifest"), ("data", "cache_dir"), ("evaluation", "manifest"), ("init_from",)):
