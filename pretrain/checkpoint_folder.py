@@ -6,7 +6,6 @@ folder, and what was hashed is what is parsed.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -22,7 +21,7 @@ from pretrain.remote import as_path, check_url, redact
 from pretrain.remote import is_remote as is_url
 from pretrain.run_state import FORMAT_VERSION as FORMAT_VERSION
 from pretrain.run_state import Complete, FileEntry, RunState
-from pretrain.stored import parse
+from pretrain.stored import parse, parse_plain
 
 COMPLETE = "COMPLETE"
 STATE = "state.json"
@@ -90,14 +89,12 @@ def root_of_run(run_dir: Path, target: str | None = None, key: str = "checkpoint
     path = run_dir / "config.json"
     if not path.exists():
         return run_dir
-    try:
-        stored = json.loads(read_bytes(path))["checkpoint"]["target"]
-        if not isinstance(stored, str | None):
-            raise TypeError("checkpoint.target is not a text")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(
-            f"{path} is not the configuration of a run ({type(error).__name__}: {error})"
-        ) from error
+    what = "the configuration of a run"
+    match parse_plain(read_bytes(path), str(path), what):
+        case {"checkpoint": {"target": str() | None as stored}}:
+            pass
+        case _:
+            raise ConfigError(f"{path} is not {what}: checkpoint.target is not a text")
     if stored is not None and is_url(stored):
         raise ConfigError(
             f"run_dir={run_dir} keeps its checkpoints at {redact(stored)!r}, and a URL that a run folder names is not "

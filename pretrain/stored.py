@@ -2,11 +2,15 @@
 
 A schema is a dataclass whose fields are annotated with the types below or with plain ones. Nothing is converted ("3"
 is no number, 3.0 is no whole one), nothing unknown is let through, and nothing in a text is resolved.
+
+The number of values is bounded before they are parsed: a value of two bytes takes some 150 in memory.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import reprlib
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
@@ -15,7 +19,13 @@ from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen, Predicate
 from pretrain.errors import ConfigError
 
 T = TypeVar("T")
-_SHOWN_CHARS = 60
+MAX_VALUES = 1 << 17
+"""A checkpoint of 4,096 ranks has some 20,000."""
+_MAX_ERRORS = 1000
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = 60
+_shown.maxlist = _shown.maxdict = 3
+_shown.maxlevel = 2
 
 
 def is_sha256(text: str) -> bool:
@@ -52,7 +62,7 @@ Text = Annotated[str, MaxLen(1 << 20)]
 
 __all__ = [
     "Annotated", "Count", "FileName", "Ge", "Gt", "Le", "Line", "Lt", "MaxLen", "MinLen", "Positive", "Predicate",
-    "RelativePath", "Seconds", "Sha256", "Text", "parse",
+    "RelativePath", "Seconds", "Sha256", "Text", "parse", "parse_plain",
 ]  # fmt: skip
 
 
@@ -63,13 +73,14 @@ def _adapter(schema: Any) -> Any:
     return TypeAdapter(schema)
 
 
-def parse(schema: type[T], content: str | bytes, where: str, what: str) -> T:
+def parse(schema: type[T], content: str | bytes, where: str, what: str, max_values: int = MAX_VALUES) -> T:
     """JSON as an object of `schema`, a dataclass. `where`: its path, `what`: what it should be, as in "a manifest".
 
     Raises ConfigError with one sentence that names the first value that is wrong. Bound the size of `content` before.
     """
     from pydantic import ValidationError
 
+    _check_values(content, where, what, max_values)
     try:
         adapter: Any = _adapter(schema)  # type: ignore[arg-type]
         return adapter.validate_json(content, strict=True, extra="forbid")
@@ -77,8 +88,26 @@ def parse(schema: type[T], content: str | bytes, where: str, what: str) -> T:
         raise ConfigError(f"{where} is not {what}: {_first_problem(error)}") from None
 
 
+def parse_plain(content: bytes, where: str, what: str, max_values: int = MAX_VALUES) -> Any:
+    """JSON without a schema, for what looks at a few of its values. Raises ConfigError where it is none."""
+    _check_values(content, where, what, max_values)
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is not {what}: {error}") from None
+
+
+def _check_values(content: str | bytes, where: str, what: str, max_values: int) -> None:
+    content = content.encode() if isinstance(content, str) else content
+    n_values = sum(content.count(sign) for sign in (b",", b"[", b"{"))
+    if n_values > max_values:
+        raise ConfigError(f"{where} is not {what}: it has some {n_values:,} values, more than {max_values:,}")
+
+
 def _first_problem(error: Any) -> str:
     """Where the first error is, what is there, and what is wrong with it."""
+    if error.error_count() > _MAX_ERRORS:  # to list them would take kilobytes for each
+        return f"{error.error_count():,} of its values are wrong"
     first = error.errors(include_url=False)[0]
     place = ".".join(map(str, first["loc"])) or "it"
     message = first["msg"][0].lower() + first["msg"][1:]
@@ -92,6 +121,4 @@ def _first_problem(error: Any) -> str:
         case "predicate_failed":
             name = message.split("'")[1]
             message = f"it should be {name.removeprefix('is_').replace('_', ' ')}"
-    shown = repr(first["input"])
-    shown = shown if len(shown) <= _SHOWN_CHARS else f"{shown[:_SHOWN_CHARS]}..."
-    return f"{place} is {shown}; {message}"
+    return f"{place} is {_shown.repr(first['input'])}; {message}"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.errors import ConfigError
-from pretrain.stored import Count, FileName, Line, RelativePath, Sha256, parse
+from pretrain.stored import Count, FileName, Line, RelativePath, Sha256, parse, parse_plain
 
 
 @dataclass(kw_only=True, slots=True)
@@ -88,3 +88,20 @@ def test_what_is_no_such_json_is_one_sentence(content: bytes) -> None:
 def test_any_bytes_are_refused_in_words(content: bytes) -> None:
     with pytest.raises(ConfigError):
         parse(Whole, content, "f.json", "a whole")
+
+
+def test_many_small_values_are_not_parsed() -> None:
+    content = b'{"sha256": ' + b"[" + b"[]," * 200_000 + b"[]]}"
+    with pytest.raises(ConfigError, match="it has some 400,00. values, more than 131,072"):
+        parse(Whole, content, "f.json", "a whole")
+    with pytest.raises(ConfigError, match="more than 131,072"):
+        parse_plain(content, "f.json", "a whole")
+    assert parse_plain(b'{"a": [1]}', "f.json", "a whole") == {"a": [1]}
+    with pytest.raises(ConfigError, match="f.json is not a whole"):
+        parse_plain(b"[" * 100_000, "f.json", "a whole")
+
+
+def test_of_many_wrong_values_the_number_is_said() -> None:
+    by_name = {str(number): -1 for number in range(2000)}
+    with pytest.raises(ConfigError, match="2,000 of its values are wrong"):
+        whole(by_name=by_name)
