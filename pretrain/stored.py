@@ -19,8 +19,8 @@ from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen, Predicate
 from pretrain.errors import ConfigError
 
 T = TypeVar("T")
-MAX_VALUES = 1 << 17
-"""A checkpoint of 4,096 ranks has some 20,000."""
+MAX_VALUES = 1 << 16
+"""A checkpoint of 16,384 ranks has some 50,000."""
 _MAX_ERRORS = 1000
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = 60

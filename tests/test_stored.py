@@ -92,12 +92,12 @@ def test_any_bytes_are_refused_in_words(content: bytes) -> None:
 
 def test_many_small_values_are_not_parsed() -> None:
     content = b'{"sha256": ' + b"[" + b"[]," * 200_000 + b"[]]}"
-    with pytest.raises(ConfigError, match="it has some 400,00. values, more than 131,072"):
+    with pytest.raises(ConfigError, match="values, more than 65,536"):
         parse(Whole, content, "f.json", "a whole")
-    with pytest.raises(ConfigError, match="more than 131,072"):
+    with pytest.raises(ConfigError, match="more than 65,536"):
         parse_plain(content, "f.json", "a whole")
     assert parse_plain(b'{"a": [1]}', "f.json", "a whole") == {"a": [1]}
-    with pytest.raises(ConfigError, match="f.json is not a whole"):
+    with pytest.raises(ConfigError, match="is not a whole: maximum recursion"):
         parse_plain(b"[" * 100_000, "f.json", "a whole")
 
 
