@@ -32,6 +32,7 @@ ORDER = [
     "stages",
     "config",
     "heartbeat",
+    "hub",
     "watchdog",
     "watcher",
     "checkpoint_folder",
