@@ -17,6 +17,7 @@ from typing import Any
 from pretrain.config import ExitCode
 from pretrain.heartbeat import LAUNCHER_LOST
 from pretrain.journal import METRICS_FILE, read_lines, read_metrics
+from pretrain.redaction import redact_command
 
 ATTEMPTS_FOLDER = "attempts"
 OUTPUT_FILE = "output.log"
@@ -98,8 +99,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def without_values(command: Iterable[str]) -> list[str]:
-    """The words of a command; of `NAME=value`, as in `env WANDB_API_KEY=...`, only the name."""
-    return [re.sub(r"^([A-Z_][A-Z0-9_]*)=.*", r"\1=***", word, flags=re.S) for word in command]
+    """The words of a command without values that may be secret; of `NAME=value` only the name is left."""
+    return redact_command(command)
 
 
 # ---- why it ended ----------------------------------------------------------------------------------------------------
