@@ -37,6 +37,7 @@ from data_tools.funnel import DOCUMENTS, REPORT, funnel_table
 from data_tools.read import ReadConfig, Unit, units_of
 from pretrain import __version__
 from pretrain.config import ConfigError, RunError, run_command, to_dict
+from pretrain.remote import open_file
 
 CURATION_VERSION = 1
 """Raised when the program begins to give other bytes for the same input."""
@@ -212,13 +213,11 @@ def _hashes_of_files(curation: CurationConfig) -> dict[str, str]:
             for inner in value.values() if isinstance(value, dict) else value:
                 yield from strings(inner)
 
-    import fsspec
-
     hashes = {}
     for name in curation.stages:
         for path in strings(to_dict(getattr(curation, name))):
             if "://" in path or (path and Path(path).expanduser().is_file()):
-                with fsspec.open(path if "://" in path else str(Path(path).expanduser()), "rb") as file:
+                with open_file(f"curation.{name}", path) as file:
                     hashes[path] = _sha256(file)
     return hashes
 

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from data_tools.record import Record
 from pretrain.config import ConfigError
+from pretrain.remote import open_file
 
 Codes = NDArray[np.uint32]
 Hashes = NDArray[np.uint64]
@@ -264,11 +265,10 @@ def collect(config: DecontaminateConfig) -> Index:
 
 def read_items(path: str, fields: list[str]) -> Iterator[list[str]]:
     """The texts of each item of an evaluation file. Raises ConfigError."""
-    import fsspec
-
     name = path.removesuffix(".gz").removesuffix(".zst")
     try:
-        with fsspec.open(path, "rt", encoding="utf-8-sig", compression="infer") as file:
+        key = "curation.decontaminate.files"
+        with open_file(key, path, "rt", encoding="utf-8-sig", compression="infer") as file:
             for line in file:
                 if name.endswith((".jsonl", ".ndjson")):
                     item = json.loads(line) if line.strip() else {}
