@@ -37,6 +37,7 @@ from data_tools.funnel import DOCUMENTS, REPORT, funnel_table
 from data_tools.read import ReadConfig, Unit, units_of
 from pretrain import __version__
 from pretrain.config import ConfigError, RunError, run_command, to_dict
+from pretrain.files import open_lock, refuse_links
 from pretrain.remote import open_file
 
 CURATION_VERSION = 1
@@ -265,8 +266,9 @@ def _is_finished(output: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
 def _work(output: Path, recipe: dict[str, Any]) -> Iterator[Layout]:
     """The work folder of a recipe, for one process at a time; that of other recipes is removed."""
     work = output / WORK
+    refuse_links(work, output, "remove it")
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
+    with open_lock(work / "lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -283,7 +285,9 @@ def _publish(work: Path, output: Path) -> None:
     """Move the result into place, the report last; then remove the work."""
     (output / REPORT).unlink(missing_ok=True)
     for name in _PRODUCTS:
-        if (output / name).is_dir() and (work / name).exists():
+        if (output / name).is_symlink():
+            (output / name).unlink()
+        elif (output / name).is_dir() and (work / name).exists():
             shutil.rmtree(output / name)
         if (work / name).exists():
             os.replace(work / name, output / name)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import ExitCode
+from pretrain.files import write_atomically
 from pretrain.heartbeat import LAUNCHER_LOST
 from pretrain.journal import METRICS_FILE, read_lines, read_metrics
 from pretrain.redaction import redact_command
@@ -93,9 +94,7 @@ class Attempt:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one step."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def without_values(command: Iterable[str]) -> list[str]:

@@ -50,7 +50,7 @@ from pretrain.checkpoint_folder import (
 )
 from pretrain.config import ConfigError, TrainConfig, validate
 from pretrain.distributed import Partition, World, gather_objects, share
-from pretrain.files import sync_folder
+from pretrain.files import create_file, sync_folder
 
 FILE_BYTES = 1 << 30
 """Tensors of a rank are put into files of about this size: safetensors builds each in memory."""
@@ -199,8 +199,8 @@ def _publish(folder: Path, final: Path, files: dict[str, Any], state: dict[str, 
 
 
 def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with create_file(path) as file:
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
 
