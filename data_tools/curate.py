@@ -37,6 +37,8 @@ from data_tools.funnel import DOCUMENTS, REPORT, funnel_table
 from data_tools.read import ReadConfig, Unit, units_of
 from pretrain import __version__
 from pretrain.config import ConfigError, RunError, run_command, to_dict
+from pretrain.files import open_lock, refuse_links
+from pretrain.remote import open_file
 
 CURATION_VERSION = 1
 """Raised when the program begins to give other bytes for the same input."""
@@ -212,13 +214,11 @@ def _hashes_of_files(curation: CurationConfig) -> dict[str, str]:
             for inner in value.values() if isinstance(value, dict) else value:
                 yield from strings(inner)
 
-    import fsspec
-
     hashes = {}
     for name in curation.stages:
         for path in strings(to_dict(getattr(curation, name))):
             if "://" in path or (path and Path(path).expanduser().is_file()):
-                with fsspec.open(path if "://" in path else str(Path(path).expanduser()), "rb") as file:
+                with open_file(f"curation.{name}", path) as file:
                     hashes[path] = _sha256(file)
     return hashes
 
@@ -266,8 +266,9 @@ def _is_finished(output: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
 def _work(output: Path, recipe: dict[str, Any]) -> Iterator[Layout]:
     """The work folder of a recipe, for one process at a time; that of other recipes is removed."""
     work = output / WORK
+    refuse_links(work, output, "remove it")
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
+    with open_lock(work / "lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -284,7 +285,9 @@ def _publish(work: Path, output: Path) -> None:
     """Move the result into place, the report last; then remove the work."""
     (output / REPORT).unlink(missing_ok=True)
     for name in _PRODUCTS:
-        if (output / name).is_dir() and (work / name).exists():
+        if (output / name).is_symlink():
+            (output / name).unlink()
+        elif (output / name).is_dir() and (work / name).exists():
             shutil.rmtree(output / name)
         if (work / name).exists():
             os.replace(work / name, output / name)

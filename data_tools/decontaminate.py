@@ -29,6 +29,8 @@ from numpy.typing import NDArray
 
 from data_tools.record import Record
 from pretrain.config import ConfigError
+from pretrain.files import create_file
+from pretrain.remote import open_file
 
 Codes = NDArray[np.uint32]
 Hashes = NDArray[np.uint64]
@@ -119,7 +121,7 @@ class Index(NamedTuple):
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         head = [parameters, self.names, self.items, self.too_short, self.lengths]
-        with temporary.open("wb") as file:
+        with create_file(temporary) as file:
             arrays = {"hashes": self.hashes, "sets": self.sets, "openings": self.openings}
             np.savez(file, allow_pickle=False, head=np.array(json.dumps(head)), **arrays)
             file.flush()
@@ -264,11 +266,9 @@ def collect(config: DecontaminateConfig) -> Index:
 
 def read_items(path: str, fields: list[str]) -> Iterator[list[str]]:
     """The texts of each item of an evaluation file. Raises ConfigError."""
-    import fsspec
-
     name = path.removesuffix(".gz").removesuffix(".zst")
     try:
-        with fsspec.open(path, "rt", encoding="utf-8-sig", compression="infer") as file:
+        with open_file("decontaminate.files", path, "rt", encoding="utf-8-sig", compression="infer") as file:
             for line in file:
                 if name.endswith((".jsonl", ".ndjson")):
                     item = json.loads(line) if line.strip() else {}

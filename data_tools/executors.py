@@ -26,6 +26,7 @@ from typing import Any, Protocol
 
 from data_tools.progress import stage
 from pretrain.config import ConfigError, RunError
+from pretrain.files import create_file
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 1.0
@@ -84,10 +85,11 @@ class Progress:
         now = time.monotonic()
         if now - self._written_at >= POLL_S:
             self._written_at = now
-            self._path.write_text(str(self._bytes))
+            self.close()
 
     def close(self) -> None:
-        self._path.write_text(str(self._bytes))
+        with create_file(self._path) as file:
+            file.write(str(self._bytes).encode())
 
     def finish(self, total_bytes: int) -> None:
         """The task is done, whatever the estimate of its bytes was."""

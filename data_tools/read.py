@@ -21,6 +21,7 @@ from typing import IO, Any, NamedTuple
 from data_tools.boilerplate import BROKEN, pages
 from data_tools.record import Record
 from pretrain.config import ConfigError
+from pretrain.remote import check_url, file_system
 
 _JSONL = dict.fromkeys([".jsonl", ".jsonl.gz", ".jsonl.zst"], "jsonl")
 _OTHER = {".parquet": "parquet", ".arrow": "arrow", ".warc": "warc", ".warc.gz": "warc"}
@@ -124,7 +125,8 @@ def units_of(inputs: list[str], unit_bytes: int) -> list[Unit]:
 def _files_of(entry: str) -> list[_Found]:
     if not _URL.match(entry) or entry.startswith("file://"):
         return _local_files(os.path.abspath(os.path.expanduser(entry.removeprefix("file://"))))
-    fs, root = _needed("fsspec.core", entry).url_to_fs(entry)
+    check_url("input", entry)
+    fs, root = file_system(entry)
     try:
         listed = {root: fs.info(root)} if fs.isfile(root) else fs.find(root, detail=True)
     except OSError as error:
@@ -132,8 +134,8 @@ def _files_of(entry: str) -> list[_Found]:
     files = []
     for path in _known(list(listed)):
         info = listed[path]
-        relative = "" if path == root else path.removeprefix(root).lstrip("/")
-        if not any(part.startswith(".") for part in relative.split("/")):
+        relative = "" if path == root else path.removeprefix(root.rstrip("/") + "/")  # else it lies elsewhere
+        if relative != path and not any(part.startswith(".") for part in relative.split("/")):
             version = f"{info.get('size')} {info.get('ETag') or info.get('mtime') or info.get('created')}"
             files.append(_Found(fs.unstrip_protocol(path), relative, info.get("size"), version))
     return files
@@ -233,7 +235,7 @@ def _needed(module: str, path: str) -> Any:
 def _open(path: str) -> IO[bytes]:
     if not _URL.match(path):
         return open(path, "rb", buffering=_BUFFER_BYTES)
-    fs, at = _needed("fsspec.core", path).url_to_fs(path)
+    fs, at = file_system(path)
     return fs.open(at, "rb")
 
 

@@ -40,7 +40,7 @@ from data_tools.workspace import (
 )
 from pretrain.config import ConfigError, ExitCode
 from pretrain.corpus_writer import CorpusWriter
-from pretrain.files import write_atomically
+from pretrain.files import refuse_links, write_atomically
 from pretrain.manifest import MANIFEST_NAME, CorpusSource, CorruptShardError, Manifest, load_manifest
 from pretrain.shards import Corpus, documents_of
 from pretrain.tokenizer import Tokenizer, tokenizer_in
@@ -55,10 +55,11 @@ def remove(folder: Path, ids: set[str]) -> Counter[str]:
         raise ConfigError(f"{folder} holds no {MANIFEST_NAME}; give the folder of a prepared corpus")
     report: dict[str, Any] = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
     work = folder / WORK_FOLDER / "remove"
+    refuse_links(folder / WORK_FOLDER, folder, "remove it")
     shutil.rmtree(work, ignore_errors=True)  # of a call that was interrupted: it had changed nothing
     work.mkdir(parents=True)
     tokenizer = tokenizer_in(folder)
-    shutil.copyfile(tokenizer, work / tokenizer.name)
+    write_atomically(work / tokenizer.name, tokenizer.read_bytes())
     has_heldout = (folder / HELDOUT_FOLDER).exists()
     sha256 = load_manifest(folder / MANIFEST_NAME).tokenizer_sha256
     removal = _Removal(

@@ -20,7 +20,7 @@ from typing import Any
 from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.sources import PYTHON, InputFile
 from pretrain.config import ConfigError, to_dict
-from pretrain.files import sync_folder, write_atomically
+from pretrain.files import open_lock, refuse_links, sync_folder, write_atomically
 from pretrain.manifest import MANIFEST_NAME, load_manifest
 from pretrain.shards import SHARDS_FOLDER
 from pretrain.tokenizer import TOKENIZER_NAMES
@@ -177,8 +177,9 @@ def open_work(output: Path, recipe: Recipe) -> Iterator[Path]:
     Raises ConfigError where another process prepares into the same output.
     """
     work = output / WORK_FOLDER
+    refuse_links(work, output, "remove it")
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
+    with open_lock(work / "lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -227,7 +228,7 @@ def remove_work(output: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

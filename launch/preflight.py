@@ -37,6 +37,7 @@ begin(__name__)
 from omegaconf import MISSING
 
 from pretrain.config import ConfigError, PreflightConfig, run_command
+from pretrain.files import create_file, write_atomically
 
 MIB, GIB = 2**20, 2**30
 PROBE_BYTES = 64 * MIB
@@ -84,9 +85,7 @@ class Report:
     def write(self, running: str | None) -> None:
         """Replace the report; `running` is the check that comes next."""
         content = {"checks": self.checks, "links": self.links, "running": running}
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self._path)
+        write_atomically(self._path, (json.dumps(content, indent=1) + "\n").encode())
 
     def run(self, name: str, check: Callable[[], dict[str, Any]], timeout_s: float) -> None:
         """Run one check in a thread that is left behind when it hangs, and note how it went."""
@@ -139,9 +138,10 @@ def check_write(folder: Path, limit: float) -> dict[str, Any]:
     path = folder / f".preflight-{os.uname().nodename}-{os.getpid()}"
     block, written, started = os.urandom(MIB), 0, time.monotonic()
     try:
-        with path.open("wb", buffering=0) as file:
+        with create_file(path) as file:
             while written < PROBE_BYTES and time.monotonic() - started < PROBE_S:
                 written += file.write(block)
+            file.flush()
             os.fsync(file.fileno())
         rate = written / MIB / (time.monotonic() - started)
     finally:

@@ -30,6 +30,8 @@ from pretrain.command import begin
 begin(__name__, goes_on=True)
 
 from pretrain.command_runner import CommandRunner, Failed, Stopped, say
+from pretrain.errors import ConfigError
+from pretrain.files import open_lock, refuse_links, write_atomically
 from pretrain.quickstart_length import (
     FEWEST_STEPS,
     LONGEST_STEPS,
@@ -303,7 +305,7 @@ class Job:
         command += [f"input=[{hydra_quoted(self.heldout)}]", f"max_tokens={EVALUATED_TOKENS}", "json=true"]
         self.stages.run("evaluate", command)
         log = (self.out / "logs" / "evaluate.log").read_text(encoding="utf-8")
-        result.write_text(log.splitlines()[-1] + "\n", encoding="utf-8")
+        write_atomically(result, (log.splitlines()[-1] + "\n").encode())
         return None
 
     def export(self, finished: float) -> None:
@@ -349,7 +351,10 @@ def open_folder(options: argparse.Namespace) -> tuple[Path, IO[str]]:
     out: Path = options.out
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
+        refuse_links(out, out, "remove it")
+        lock = open_lock(out / ".lock")
+    except ConfigError as error:
+        raise Failed(str(error)) from error
     except OSError as error:
         raise Failed(f"{out} cannot be made ({error.strerror}); choose another folder with --out") from error
     out = out.resolve()
@@ -367,7 +372,7 @@ def open_folder(options: argparse.Namespace) -> tuple[Path, IO[str]]:
         raise Failed(
             f"{out} holds a quickstart with other arguments ({earlier}); repeat those, or choose another --out"
         )
-    remembered.write_text(asked + "\n", encoding="utf-8")
+    write_atomically(remembered, (asked + "\n").encode())
     return out, lock
 
 

@@ -29,6 +29,9 @@ from omegaconf import OmegaConf
 import data_tools
 import pretrain
 from pretrain.config import CONF_DIR, ClusterConfig, ConfigError, RunError, SubmitConfig, run_command, to_dict
+from pretrain.files import refuse_links
+from pretrain.redaction import redact_command
+from pretrain.resilience import LINK_ADVICE
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "train.sbatch"
 PREFLIGHT = TEMPLATE.with_name("preflight.sbatch")
@@ -69,7 +72,9 @@ def submit(config: SubmitConfig) -> None:
     """Check, freeze, write and submit; with `dry_run` only check and print."""
     overrides = _train_overrides(sys.argv[1:], config)
     _check(config)
-    folder = _next_folder(Path(config.run_dir).absolute() / "submit")
+    run_dir = Path(config.run_dir).absolute()
+    refuse_links(run_dir, run_dir, LINK_ADVICE)
+    folder = _next_folder(run_dir / "submit")
     script = batch_script(config, overrides, folder)
     if config.dry_run:
         print(script, end="")
@@ -271,7 +276,7 @@ def _freeze(config: SubmitConfig, folder: Path) -> None:
     identity = {
         "commit": _git("rev-parse", "HEAD").strip() or None,
         "changed": _git("status", "--porcelain").splitlines(),
-        "command": [sys.executable, *sys.argv],
+        "command": [sys.executable, *redact_command(sys.argv)],
     }
     (folder / "code.json").write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
     (folder / "code.diff").write_text(_git("diff", "--binary", "HEAD"), encoding="utf-8")

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import ExitCode
+from pretrain.files import write_atomically
 from pretrain.heartbeat import LAUNCHER_LOST
 from pretrain.journal import METRICS_FILE, read_lines, read_metrics
+from pretrain.redaction import redact_command
 
 ATTEMPTS_FOLDER = "attempts"
 OUTPUT_FILE = "output.log"
@@ -92,14 +94,12 @@ class Attempt:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one step."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def without_values(command: Iterable[str]) -> list[str]:
-    """The words of a command; of `NAME=value`, as in `env WANDB_API_KEY=...`, only the name."""
-    return [re.sub(r"^([A-Z_][A-Z0-9_]*)=.*", r"\1=***", word, flags=re.S) for word in command]
+    """The words of a command without values that may be secret; of `NAME=value` only the name is left."""
+    return redact_command(command)
 
 
 # ---- why it ended ----------------------------------------------------------------------------------------------------

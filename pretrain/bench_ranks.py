@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pretrain.bench_worker import TURNS_PORT, Job
+from pretrain.files import create_file
 
 _TAIL_LINES = 15
 _GRACE_S = 10
@@ -45,7 +46,7 @@ class Ranks:
         for rank in range(job.ranks):
             own = variables | {"RANK": rank, "LOCAL_RANK": rank}
             env = os.environ | {name: str(value) for name, value in own.items()}
-            with (folder / f"rank-{rank}.log").open("w") as log:
+            with create_file(folder / f"rank-{rank}.log") as log:
                 self._processes.append(subprocess.Popen(list(command), env=env, stdout=log, stderr=log))
 
     @property

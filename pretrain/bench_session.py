@@ -15,6 +15,7 @@ from typing import Any
 from pretrain.bench_ranks import Ranks, RunFailed, take_turns
 from pretrain.bench_report import alternated, markdown, merged, parts_table, speed_table
 from pretrain.bench_worker import Job
+from pretrain.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 PEAK = "peak"
@@ -131,7 +132,7 @@ class Session:
         folder = self.folder / "logs" / f"repeat-{repeat + 1}-{name}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        (folder / "job.json").write_text(json.dumps(asdict(variant.job), indent=1))
+        write_atomically(folder / "job.json", json.dumps(asdict(variant.job), indent=1).encode())
         return folder
 
     # ---- what was found ----
@@ -171,9 +172,7 @@ class Session:
         texts = {"results.json": json.dumps({"runs": self.runs}, indent=1)}
         texts["table.md"] = "\n".join(f"{title}\n\n{markdown(table)}" for title, table in self.tables())
         for name, text in texts.items():
-            new = self.folder / f".{name}"
-            new.write_text(text)
-            new.replace(self.folder / name)
+            write_atomically(self.folder / name, text.encode())
 
 
 def _name(group: list[Variant]) -> str:

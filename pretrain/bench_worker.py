@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from pretrain.collectives import Traffic, counted, watch
 from pretrain.device import device_type
+from pretrain.files import write_atomically
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "rest")
 """Of a step, in which a runner tells them apart; communication is found by itself, rest is what remains."""
@@ -191,7 +192,7 @@ class Meter:
             "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions},
             "device": device_name(self._device),
         }
-        (self._folder / f"rank-{self._rank}.json").write_text(json.dumps(result))
+        write_atomically(self._folder / f"rank-{self._rank}.json", json.dumps(result).encode())
 
     def _now(self) -> float:
         if self._device.type == "cuda":

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from pretrain.files import create_file, open_lock, touch
+
 POLL_S = 0.1
 GRACE_S = 20.0
 """Time that a command other than a training run gets to end after SIGTERM."""
@@ -51,7 +53,7 @@ class CommandRunner:
         self._cwd, self._logs, self._table, self._stop_file = cwd, logs, table, stop_file
         self._asked: str | None = None
         logs.mkdir(exist_ok=True)
-        table.write_text("")
+        create_file(table).close()
         stop_file.unlink(missing_ok=True)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -73,8 +75,8 @@ class CommandRunner:
         self._heed()
         log = self._logs / f"{name}.log"
         started = time.monotonic()
-        with log.open("w", encoding="utf-8") as output:
-            output.write(f"$ {shlex.join(command)}\n\n")
+        with create_file(log) as output:
+            output.write(f"$ {shlex.join(command)}\n\n".encode())
             output.flush()
             # In a session of its own, so that Ctrl-C comes to this process alone. It writes to the file itself, so
             # that it can still save its state when this process or the terminal is gone.
@@ -115,7 +117,7 @@ class CommandRunner:
                             _signal_group(child, signal.SIGTERM)
                     if trains:  # again and again, since a run that is starting deletes the file
                         with suppress(OSError):
-                            self._stop_file.touch()
+                            touch(self._stop_file)
                     elif time.monotonic() > kill_at:
                         _signal_group(child, signal.SIGKILL)
                 time.sleep(POLL_S)
@@ -134,7 +136,7 @@ class CommandRunner:
             raise Stopped(asked)
 
     def _note(self, name: str, seconds: str) -> None:
-        with self._table.open("a") as table:
+        with open_lock(self._table) as table:
             table.write(f"{name}\t{seconds}\n")
 
 

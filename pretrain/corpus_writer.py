@@ -18,7 +18,7 @@ import xxhash
 
 from pretrain.config import ConfigError
 from pretrain.document_ids import IDS_NAME, hash_id
-from pretrain.files import sync_folder, write_atomically
+from pretrain.files import create_file, sync_folder, write_atomically
 from pretrain.manifest import (
     DOCUMENTS,
     MANIFEST_NAME,
@@ -202,7 +202,7 @@ class _ShardWriter:
         self.folder = folder
         self.info = ShardInfo(name=name, first_chunk=first_chunk)
         self._temporary = folder / f".{name}.tmp"
-        self._file: BinaryIO = self._temporary.open("wb")
+        self._file: BinaryIO = create_file(self._temporary)
         self._sha256 = hashlib.sha256()
         self._rows: list[list[tuple[int, int, int]]] = []
         self.bytes = 0

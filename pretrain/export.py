@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pretrain.config import ConfigError, ModelConfig, RunError, TrainConfig
+from pretrain.files import let_umask_decide
 from pretrain.model import build_decoder
 from pretrain.tokenizer import CHECK_TEXT, SPACE_SYMBOL, Tokenizer, frame
 from pretrain.trained import TrainedModel
@@ -110,10 +111,12 @@ def _published_together(output: Path) -> Iterator[Path]:
     temporary = output.with_name(f".{output.name}.tmp")
     replaced = output.with_name(f".{output.name}.old")
     for leftover in (temporary, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _remove(leftover)
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        for path in temporary.iterdir():
+            let_umask_decide(path)
         for path in [*temporary.iterdir(), temporary]:
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
@@ -124,6 +127,13 @@ def _published_together(output: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """A folder with all that is in it, or a link to one without what it leads to."""
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 # --- the model ---

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from pretrain.errors import ConfigError
 
@@ -47,6 +48,24 @@ def is_inside(path: Path, folder: Path) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
+def refuse_links(folder: Path, inside: Path, advice: str) -> None:
+    """Raise ConfigError where `folder`, or anything in it, is a link that leads out of the folder `inside`.
+
+    For folders that are written into and may have been made by others. `advice`: what to do instead of the link.
+    """
+    places = [folder]
+    while places:
+        place = places.pop()
+        if place.is_symlink() and not is_inside(place, inside):
+            raise ConfigError(f"{place} is a link out of its folder, to {os.readlink(place)}; {advice}")
+        if place is folder or not place.is_symlink():
+            with (
+                suppress(FileNotFoundError),
+                os.scandir(place) as entries,
+            ):  # what another process removes meanwhile
+                places += [Path(e.path) for e in entries if e.is_symlink() or e.is_dir(follow_symlinks=False)]
+
+
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -71,6 +90,26 @@ def open_for_append(path: str | Path, mode: int = 0o666) -> int:
         os.close(descriptor)
         raise OSError(f"{path} is not a regular file")
     return descriptor
+
+
+def open_lock(path: str | Path) -> TextIO:
+    """A file to be locked, made where it is missing, whose words can be read and replaced. Raises OSError."""
+    return open(open_for_append(path), "a+", encoding="utf-8")
+
+
+def touch(path: str | Path) -> None:
+    """Have a file there, with what it holds. Raises OSError."""
+    os.close(open_for_append(path))
+
+
+def let_umask_decide(path: str | Path) -> None:
+    """Give a file the mode that it would have if a program had made it without asking for another one.
+
+    safetensors makes its files 0600, which keeps them from those who may read all that lies beside them.
+    """
+    status = Path("/proc/self/status").read_text()  # the only way to know the umask without changing it
+    umask = int(status.partition("Umask:")[2].split()[0], 8)
+    os.chmod(path, 0o666 & ~umask)
 
 
 def write_atomically(path: Path, content: bytes, mode: int = 0o666) -> None:

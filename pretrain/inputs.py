@@ -65,7 +65,8 @@ def _check_urls(config: TrainConfig) -> None:
     named = [(key, source.manifest) for source in config.data.corpora()]
     named += [("evaluation.manifest", config.evaluation.manifest or "")]
     remote = [(key, url) for key, url in named if is_remote(url)]
-    for key, url in remote:
+    target = config.checkpoint.target or ""
+    for key, url in [*remote, *[("checkpoint.target", target)] * is_remote(target)]:
         check_url(key, url)
     if remote and config.data.read_timeout_s >= config.watchdog.step_s:
         raise ConfigError(

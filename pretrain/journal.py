@@ -20,6 +20,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from pretrain.files import open_for_append
+
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 LEDGER_FOLDER = "ledger"
@@ -61,7 +63,7 @@ class JsonLines:
         self._descriptor: int | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._descriptor = open_for_append(path)
             _cut_torn_line(self._descriptor)
         except OSError as error:
             self._warn(error)

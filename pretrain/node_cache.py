@@ -72,8 +72,8 @@ class NodeCache:
         self._off_until, self._warned = 0.0, False
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            status = folder.stat()
-            if status.st_uid != os.getuid() or status.st_mode & 0o022:
+            status, link = folder.stat(), folder.lstat()  # another could make a link to a folder of this user
+            if {status.st_uid, link.st_uid} != {os.getuid()} or status.st_mode & 0o022:
                 raise ConfigError(
                     f"data.cache_dir={folder} is another user's or can be written by others; give a folder of "
                     "your own"

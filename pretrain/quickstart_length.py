@@ -9,6 +9,8 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from pretrain.files import write_atomically
+
 LONGEST_STEPS = 800
 """Length of a run that the clock does not shorten: total_steps of conf/experiment/quickstart.yaml."""
 FEWEST_STEPS = 200
@@ -62,9 +64,7 @@ class Length:
 
     def save(self, path: Path) -> None:
         """Keep it for later starts of the quickstart in the same folder."""
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        new.replace(path)
+        write_atomically(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
     @staticmethod
     def load(path: Path) -> Length | None:

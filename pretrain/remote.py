@@ -3,7 +3,10 @@
 One read is many attempts, with exponential backoff and full jitter between them (Brooker, "Exponential Backoff And
 Jitter", AWS 2015). What a store may get over (no answer, 5xx, 429, a broken connection) is tried again until
 the time is over; what it will hardly get over (not there, not allowed, wrong bytes) a few times only.
-No error and no warning shows what a URL holds of user, password or query.
+No error and no warning shows what a URL holds of user, password, query or fragment.
+
+Every URL is opened by way of `file_system`, which knows a few kinds of stores and no chains of them, and follows no
+server to another host.
 """
 
 from __future__ import annotations
@@ -21,11 +24,15 @@ from email.utils import parsedate_to_datetime
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from pretrain.config import ConfigError, DataConfig, RunError
+from pretrain.redaction import redact, redact_url
 
 T = TypeVar("T")
+SCHEMES = ("s3", "s3a", "gs", "gcs", "http", "https")
+"""Kinds of stores that are read and written; docs/remote.md describes them."""
+MAX_REDIRECTS = 3
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 20.0
 _ATTEMPT_FRACTION = 0.1  # of the time for a read, which one attempt gets at most
@@ -113,71 +120,134 @@ def folder_of(path: str | Path) -> str | Path:
 
 
 def check_url(key: str, url: str) -> None:
-    """Raise ConfigError where a URL holds credentials, which would go into logs, or its store cannot be reached
-    with what is installed."""
-    parts = urlsplit(url)
-    if "@" in parts.netloc or parts.query:
+    """Raise ConfigError where a URL holds what may be a secret, which would go into logs, is of an unknown kind, or
+    its store cannot be reached with what is installed."""
+    parts = _check_kind(url, f"{key}=")
+    if "@" in parts.netloc or parts.query or parts.fragment:
         raise ConfigError(
-            f"{key}={redact(url)} holds a user, a password or a query, which would be written to logs; leave them "
-            "out and give credentials by the environment (docs/remote.md)"
+            f"{key}={redact_url(url)} holds a user, a password, a query or a fragment, which would be written to logs; "
+            "leave them out and give credentials by the environment (docs/remote.md)"
         )
-    _file_system(url)
+    file_system(url, f"{key}=")
 
 
-def redact(text: str) -> str:
-    """A text without what its URLs hold of user, password and query."""
-    text = re.sub(r"(\w://)[^/\s@]*@", r"\1***@", text)
-    return re.sub(r"(\w://[^\s?]*\?)[^\s'\")>\]]+", r"\1***", text)
+# ---- stores ----------------------------------------------------------------------------------------------------------
 
 
-# ---- one attempt -----------------------------------------------------------------------------------------------------
-
-
-def _file_system(url: str) -> tuple[Any, str]:
+def file_system(url: str, key: str = "") -> tuple[Any, str]:
     """fsspec's file system for a URL, of this process, and the URL as that file system wants it. Raises ConfigError.
 
-    fsspec keeps one per process and options, and makes another in a forked process.
+    `key`: what an error says before the URL. fsspec keeps one per process and options, and makes another in a forked
+    process.
     """
     from fsspec.core import url_to_fs
 
-    options: dict[str, Any] = {}
+    _check_kind(url, key)
+    options = guards(url)
     if url.startswith(("s3://", "s3a://")):
         # One request per attempt: attempts are counted, timed and told of here.
         once = {"retries": {"mode": "standard", "total_max_attempts": 1}, "max_pool_connections": 32}
-        options = {"config_kwargs": once, "use_listings_cache": False}
+        options |= {"config_kwargs": once, "use_listings_cache": False}
     # Else gcsfs asks for each bucket's kind by gRPC, which survives no fork, and reads others than plain ones by it.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
-        file_system, path = url_to_fs(url, **options)
+        found, path = url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
-        raise ConfigError(f"{redact(url)} cannot be used: {redact(str(error))}") from error
-    if options:
-        file_system.retries = 1
-    return file_system, path
+        raise ConfigError(f"{key}{redact_url(url)} cannot be used: {redact(str(error))}") from error
+    if "config_kwargs" in options:
+        found.retries = 1
+    return found, path
+
+
+def guards(url: str) -> dict[str, Any]:
+    """What fsspec is to be told for a URL, so that its server cannot send this process to another host."""
+    return {"get_client": _http_session} if url.startswith(("http://", "https://")) else {}
+
+
+def open_file(key: str, path: str, mode: str = "rb", **options: Any) -> Any:
+    """A file, here or behind a URL, opened for reading by fsspec. Raises ConfigError, and OSError."""
+    import fsspec
+
+    if is_remote(path):
+        check_url(key, path)
+        found, name = file_system(path)
+    else:
+        found, name = fsspec.filesystem("file"), str(as_path(path))
+    return found.open(name, mode, **options)
+
+
+def _check_kind(url: str, key: str = "") -> SplitResult:
+    """The parts of a URL that may be opened. Raises ConfigError."""
+    try:
+        parts = urlsplit(url)
+        is_named = (
+            parts.netloc.startswith("arn:") or parts.port != 0
+        )  # else: what is there is no host and port
+    except ValueError:
+        is_named = False
+    usable = is_named and bool(parts.netloc) and url.startswith(tuple(f"{kind}://" for kind in SCHEMES))
+    # fsspec takes `a::b` for one store within another; control characters are dropped by some parsers.
+    if not usable or "::" in url or re.search(r"[\x00-\x1f\x7f]", url):
+        raise ConfigError(
+            f"{key}{redact_url(url)} cannot be used: a URL is {', '.join(f'{kind}://' for kind in SCHEMES[:-1])} or "
+            f"{SCHEMES[-1]}://, a host or bucket, and a path without '::'"
+        )
+    return parts
+
+
+async def _http_session(**options: Any) -> Any:
+    """aiohttp's session, in place of fsspec's: bytes come as the server has them, and from the host that was named."""
+    import aiohttp
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(_refuse_other_host)
+    options = {"headers": {"Accept-Encoding": "identity"}, "auto_decompress": False, **options}
+    return aiohttp.ClientSession(**options, trace_configs=[trace])
+
+
+async def _refuse_other_host(session: Any, context: Any, params: Any) -> None:
+    """A server may send to another place of its own, not to another host, port or scheme: who named it trusts it."""
+    import yarl
+
+    context.n_redirects = getattr(context, "n_redirects", 0) + 1
+    headers = params.response.headers
+    try:
+        target = params.url.join(yarl.URL(headers.get("Location") or headers.get("URI") or ""))
+        is_same = target.origin() == params.url.origin()
+        if is_same and context.n_redirects <= MAX_REDIRECTS:
+            return
+        where = "one place after another" if is_same else f"{target.origin()}"
+    except ValueError:
+        where = "what is no address"
+    params.response.close()
+    raise PermissionError(f"the server sends on to {where}; name that in the URL if you trust it")
+
+
+# ---- one attempt -----------------------------------------------------------------------------------------------------
 
 
 def read_once(url: str, start: int, stop: int, timeout_s: float) -> bytes:
     """One attempt to read bytes [start, stop) of a file; fewer where it ends before."""
     from fsspec.asyn import sync
 
-    file_system, path = _file_system(url)
+    store, path = file_system(url)
     if url.startswith(("http://", "https://")):
-        return sync(file_system.loop, _get_http, file_system, path, start, stop, timeout=timeout_s)
-    if file_system.async_impl:
-        return sync(file_system.loop, file_system._cat_file, path, start=start, end=stop, timeout=timeout_s)
-    return file_system.cat_file(path, start=start, end=stop)
+        return sync(store.loop, _get_http, store, path, start, stop, timeout=timeout_s)
+    if store.async_impl:
+        return sync(store.loop, store._cat_file, path, start=start, end=stop, timeout=timeout_s)
+    return store.cat_file(path, start=start, end=stop)
 
 
-async def _get_http(file_system: Any, url: str, start: int, stop: int) -> bytes:
+async def _get_http(store: Any, url: str, start: int, stop: int) -> bytes:
     """As fsspec's own, but it takes no more bytes than were asked for, and knows what the server said."""
-    session = await file_system.set_session()
-    options = dict(file_system.kwargs)
+    session = await store.set_session()
+    options = dict(store.kwargs)
     options["headers"] = {
         **options.get("headers", {}),
         "Range": f"bytes={start}-{stop - 1}",
         "Accept-Encoding": "identity",
     }
-    async with session.get(file_system.encode_url(url), **options) as response:
+    async with session.get(store.encode_url(url), **options) as response:
         if response.status == 200 and start:
             raise DamagedError("the server answers a request for a part of the file with all of it")
         if response.status not in (200, 206):

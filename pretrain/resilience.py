@@ -17,10 +17,13 @@ from types import FrameType
 from typing import IO, Any
 
 from pretrain.config import ConfigError, LossGuardConfig, SpikeAction
+from pretrain.files import open_lock, refuse_links
 from pretrain.heartbeat import LAUNCHER_LOST, LAUNCHER_LOST_SIGNAL
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 STOP_FILE = "stop"
+LINK_ADVICE = "remove it; checkpoint.target=DIR keeps checkpoints elsewhere"
+"""Where a run folder holds a link: someone may have made it to have this run overwrite files of yours."""
 _STARTED = time.monotonic()
 _signals: list[str] = []
 
@@ -127,7 +130,8 @@ _locks: list[IO[str]] = []  # open until the process ends, whatever way that is
 
 def lock_run(run_dir: Path) -> None:
     """Hold the run folder until this process ends. Raises ConfigError while another process holds it."""
-    handle = (run_dir / "lock").open("a+")
+    refuse_links(run_dir, run_dir, LINK_ADVICE)
+    handle = open_lock(run_dir / "lock")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

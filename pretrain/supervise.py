@@ -44,9 +44,10 @@ from pretrain.attempts import (
     write_json,
 )
 from pretrain.config import ConfigError, ExitCode
+from pretrain.files import create_file, open_lock, refuse_links, touch
 from pretrain.heartbeat import oom_kills
 from pretrain.journal import EVENTS_FILE, METRICS_FILE, say
-from pretrain.resilience import STOP_FILE
+from pretrain.resilience import LINK_ADVICE, STOP_FILE
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 POLL_S = 0.1
@@ -96,6 +97,7 @@ class Supervisor:
     def run(self) -> ExitCode:
         """Supervise to the end. Raises ConfigError where another run or supervisor holds the folder."""
         try:
+            refuse_links(self._run_dir, self._run_dir, LINK_ADVICE)
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"run_dir={self._run_dir} cannot be made: {error.strerror}") from error
@@ -118,7 +120,7 @@ class Supervisor:
     def _wait_for_lock(self, path: Path, holder: str) -> IO[str]:
         """Take a lock, waiting for at most the grace time: what holds it may be saving"""
         deadline = time.monotonic() + self._grace_s + LOCK_MARGIN_S
-        handle = path.open("a+")
+        handle = open_lock(path)
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -263,7 +265,7 @@ class Supervisor:
             if self._asked or gone:
                 # Ranks without a launcher get time to save, no more. Again and again: a run that starts removes it.
                 with suppress(OSError):
-                    stop_file.touch()
+                    touch(stop_file)
             if deadline is None and (self._asked or gone or (watch and watch.ending)):
                 deadline = time.monotonic() + self._grace_s
             if watch and watch.failed and not failed:
@@ -365,7 +367,9 @@ class Tail:
 def _start(command: list[str], log: Path) -> int:
     """Start the command; should this process be killed, it gets SIGTERM."""
     guard = os.getpid()
-    with log.open("wb") as output:
+    with create_file(
+        log, 0o600
+    ) as output:  # what all libraries print: nobody knows whether a secret is in it
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

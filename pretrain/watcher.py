@@ -1,7 +1,8 @@
 """The program of a rank's watcher; `pretrain/watchdog.py` starts it and says what it is for. Imports no torch.
 
-Messages between watchers are lines of JSON. A watcher says `{"rank", "count", "step", "phase", "age_s", ...}` every
-second; `dead` or `bye` when its rank is gone; the hub answers every second, says `dump`, and then `end` with a verdict.
+Messages between watchers are lines of JSON (`hub.py`). A watcher says who it is, then `{"rank", "count", "step",
+"phase", "age_s", ...}` every second; `dead` or `bye` when its rank is gone; the hub says `alive` every second, `dump`,
+and then `end` with a verdict.
 """
 
 from __future__ import annotations
@@ -10,63 +11,32 @@ import contextlib
 import ctypes
 import json
 import os
+import random
 import re
 import selectors
 import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pretrain import heartbeat
 from pretrain.command import begin
+from pretrain.files import create_file, is_inside, open_for_append
+from pretrain.hub import Hub, Line, Message
 
 TICK_S = 0.5
 DUMP_S = 5.0
 """A rank that runs at all writes its stacks within this time, in seconds, also on a busy host."""
-MAX_LINE_BYTES = 1 << 16
+JOIN_PAUSE_S = 0.5
+"""At most so long, at random, until a watcher tries again to reach the hub."""
+PIPE_BYTES = 1 << 16
 LAUNCHERS = (b"deepspeed", b"torchrun", b"torch.distributed")
 OUT_OF_MEMORY = re.compile("out of memory|allocate memory|MemoryError", re.IGNORECASE)
 WAITING = re.compile(r'File "[^"]*(torch/distributed/|deepspeed/comm/)')
-
-
-class Line:
-    """A connection that carries lines of JSON."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        connection.setblocking(False)
-        self.socket = connection
-        self.heard = time.monotonic()
-        self.rank: int | None = None
-        self.open = True
-        self._received = b""
-
-    def send(self, message: dict[str, Any]) -> None:
-        try:
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
-        except OSError:
-            self.open = False
-
-    def receive(self) -> list[dict[str, Any]]:
-        """Whole lines that have come; `open` is False once the other end is gone."""
-        try:
-            block = self.socket.recv(MAX_LINE_BYTES)
-        except BlockingIOError:
-            return []
-        except OSError:
-            block = b""
-        self.open = self.open and bool(block) and len(self._received) < MAX_LINE_BYTES
-        self.heard = time.monotonic()
-        *lines, self._received = (self._received + block).split(b"\n")
-        messages: list[Any] = []
-        with contextlib.suppress(ValueError, RecursionError):  # of one that is no watcher
-            messages = [json.loads(line) for line in lines]
-        if len(messages) < len(lines) or not all(isinstance(message, dict) for message in messages):
-            self.open = False
-            return []
-        return messages
 
 
 class Watcher:
@@ -85,12 +55,17 @@ class Watcher:
         for descriptor in (self.process, *self.launchers, sys.stdin.fileno()):
             self.selector.register(descriptor, selectors.EVENT_READ)
         self.listener = socket.socket(fileno=facts["hub"]) if facts["hub"] is not None else None
-        self.hub: Line | None = None
-        self.lines: list[Line] = []
-        """Connections of the other watchers, where this is the hub."""
-        self.table: dict[int, dict[str, Any]] = {}
+        self.peers: Hub | None = None
+        """Where this is the hub, once the ranks have met."""
+        self.table: dict[int, Message] = {}
         """What each rank said last, where this is the hub."""
-        self.token = ""
+        self.hub: Line | None = None
+        """To the watcher of rank 0, where this is not the hub."""
+        self.address: list[Any] = []
+        """Host, port and password of the hub."""
+        self.join_until = 0.0
+        self.welcomed = False
+        """Whether the hub has taken this watcher for the one of its rank."""
         self.attempt = 0
         self.joined = self.started = self.bye = self.dead = self.dumped = False
         self.found_stopped = False
@@ -102,40 +77,52 @@ class Watcher:
     def run(self) -> None:
         """Until the rank has ended and, on the hub, all others have too."""
         while not self._over():
-            for key, _ in self.selector.select(TICK_S):
-                if key.fd in self.selector.get_map():  # else closed by what came before it in this round
-                    self._handle(key.fileobj)
+            for key in self._ready():
+                self._handle(key)
             if time.monotonic() - self._told >= 2 * TICK_S:
                 self._told = time.monotonic()
                 self._report(self._status())
-                for line in self.lines:
-                    line.send({"alive": True})
+                self._tend()
             if self.verdict is None:
                 self._judge()
 
     def _over(self) -> bool:
-        return self.dead and not any(line.rank is not None for line in self.lines)
+        return self.dead and not (self.peers and self.peers.lines)
+
+    def _tend(self) -> None:
+        """The hub: let the others know that it is there, and see who is not."""
+        if self.peers is None:
+            return
+        for line in self.peers.lines.values():
+            line.send({"alive": True})
+        for line in self.peers.tend():
+            self._drop(line)
 
     # ---- what is heard ----
 
-    def _handle(self, source: Any) -> None:
-        if source == self.process:
+    def _ready(self) -> Iterator[selectors.SelectorKey]:
+        """What there is to be heard, within a tick."""
+        for key, _ in self.selector.select(TICK_S):
+            # Else it was closed by what came before it in this round, and its number may be another's already.
+            if self.selector.get_map().get(key.fd) is key:
+                yield key
+
+    def _handle(self, key: selectors.SelectorKey) -> None:
+        source: Any = key.fileobj
+        if key.data is not None:
+            self._read_line(key.data)
+        elif self.peers is not None and source is self.peers.listener:
+            self.peers.accept()
+        elif source == self.process:
             self._rank_ended()
         elif source in self.launchers:  # one that launched the rank has died: save and end
             self.selector.unregister(source)
             self._kill(heartbeat.LAUNCHER_LOST_SIGNAL)
-        elif source == sys.stdin.fileno():
-            self._read_pipe()
-        elif source is self.listener:
-            connection, _ = self.listener.accept()
-            line = Line(connection)
-            self.lines.append(line)
-            self.selector.register(connection, selectors.EVENT_READ)
         else:
-            self._read_line(source)
+            self._read_pipe()
 
     def _read_pipe(self) -> None:
-        block = os.read(sys.stdin.fileno(), MAX_LINE_BYTES)
+        block = os.read(sys.stdin.fileno(), PIPE_BYTES)
         if not block:
             self.selector.unregister(sys.stdin.fileno())
         *lines, self._pipe = (self._pipe + block).split(b"\n")
@@ -150,40 +137,57 @@ class Watcher:
         self.joined = True
         if hub is None:
             return
-        host, port, self.token = hub
+        self.address = hub
         if self.listener is not None:
-            self.selector.register(self.listener, selectors.EVENT_READ)
+            self.peers = Hub(self.listener, self.address[2], self.size, self.selector)
             return
+        self.join_until = time.monotonic() + self.limits["lost_s"]
+        self._connect()
+
+    def _connect(self) -> None:
+        """Say to the hub who this is. A hub that is full of strangers drops connections, so this may come again."""
+        host, port, password = self.address
         try:
-            self.hub = Line(socket.create_connection((host, port), timeout=self.limits["lost_s"]))
+            left_s = max(1.0, self.join_until - time.monotonic())
+            self.hub = Line(socket.create_connection((host, port), timeout=left_s))
         except OSError as error:
             self._end({"rank": 0, "cause": "lost", "reason": f"rank 0's watcher cannot be reached ({error})"})
             return
-        self.selector.register(self.hub.socket, selectors.EVENT_READ)
-        self.hub.send({"token": self.token, "rank": self.rank, "host": self.host})
+        self.selector.register(self.hub.socket, selectors.EVENT_READ, self.hub)
+        self.hub.send({"token": password, "rank": self.rank, "host": self.host})
 
-    def _read_line(self, source: Any) -> None:
-        line = self.hub if self.hub and source is self.hub.socket else None
-        line = line or next(line for line in self.lines if line.socket is source)
-        for message in line.receive():
-            if line is self.hub:
+    def _read_line(self, line: Line) -> None:
+        if line is self.hub:
+            for message in line.receive():
+                self.welcomed = True
                 self._obey(message)
-            else:
+        elif self.peers is not None:
+            for message in self.peers.read(line):
                 self._note(line, message)
         if not line.open:
             self._drop(line)
 
     def _drop(self, line: Line) -> None:
-        self.selector.unregister(line.socket)
-        line.socket.close()
-        if line is self.hub:
-            self.hub = None
-            if not (self.bye or self.dead):
+        if self.peers is not None:
+            self.peers.drop(line)
+            if line.rank is not None and not self.table[line.rank].get("bye"):
+                # Also where it has said what no watcher says: then nobody watches that rank any more.
+                self._decide(line.rank, "lost", "its watcher is gone")
+        elif line is self.hub:
+            self._leave_hub()
+            if self.bye or self.dead:
+                return
+            if not self.welcomed and time.monotonic() < self.join_until:
+                time.sleep(random.uniform(0, JOIN_PAUSE_S))
+                self._connect()
+            else:
                 self._end({"rank": 0, "cause": "lost", "reason": "the watcher of rank 0 is gone"})
-            return
-        self.lines.remove(line)
-        if line.rank is not None and not self.table[line.rank].get("bye"):
-            self._decide(line.rank, "lost", "its watcher is gone")
+
+    def _leave_hub(self) -> None:
+        if self.hub is not None:
+            self.selector.unregister(self.hub.socket)
+            self.hub.socket.close()
+            self.hub = None
 
     def _obey(self, message: dict[str, Any]) -> None:
         if "dump" in message:
@@ -191,13 +195,9 @@ class Watcher:
         elif "end" in message:
             self._end(message["end"], told=True)
 
-    def _note(self, line: Line, message: dict[str, Any]) -> None:
-        """The hub: a watcher has said something."""
-        if line.rank is None:  # the first message must show that it is one of this run
-            if message.get("token") != self.token:
-                line.open = False
-                return
-            line.rank = message["rank"]
+    def _note(self, line: Line, message: Message) -> None:
+        """The hub: the watcher of a rank has said something."""
+        assert line.rank is not None
         self.table[line.rank] = self.table.get(line.rank, {}) | message
         if "dead" in message:
             self._decide(line.rank, message["dead"], message["reason"])
@@ -244,10 +244,7 @@ class Watcher:
                 self._report(self._status() | {"dead": cause, "reason": reason})
             else:
                 self._end({"rank": self.rank, "cause": cause, "reason": reason})
-        if self.hub is not None:
-            self.selector.unregister(self.hub.socket)
-            self.hub.socket.close()
-            self.hub = None
+        self._leave_hub()
 
     # ---- what is decided ----
 
@@ -265,10 +262,10 @@ class Watcher:
             if now - self.hub.heard > self.limits["lost_s"]:
                 self._end({"rank": 0, "cause": "lost", "reason": "no sign of life from its host"})
             return None
-        for line in self.lines:
+        for rank, line in self.peers.lines.items() if self.peers else ():
             silent_s = now - line.heard
-            if line.rank is not None and silent_s > self.limits["lost_s"]:
-                return self._decide(line.rank, "lost", f"no sign of life from its host for {silent_s:.0f} s")
+            if silent_s > self.limits["lost_s"]:
+                return self._decide(rank, "lost", f"no sign of life from its host for {silent_s:.0f} s")
         # The others wait for the one that goes on, so all stand still, or none is stuck.
         ages_s = [row.get("age_s", 0) for row in self.table.values() if not row.get("bye")]
         limits_s = [row.get("limit_s", 0) for row in self.table.values() if not row.get("bye")]
@@ -307,8 +304,8 @@ class Watcher:
         """Have these ranks dump their stacks, and wait until they have."""
         for rank in ranks:
             self.table[rank].pop("waiting", None)
-        for line in self.lines:
-            if line.rank in ranks:
+        for rank, line in self.peers.lines.items() if self.peers else ():
+            if rank in ranks:
                 line.send({"dump": True})
         if self.rank in ranks and not self.dead:
             self.table[self.rank] |= self._dump()
@@ -317,9 +314,9 @@ class Watcher:
             rows = [self.table[rank] for rank in ranks]
             if all("waiting" in row or row.get("bye") for row in rows):
                 return
-            for key, _ in self.selector.select(TICK_S):
-                if any(line.socket is key.fileobj for line in self.lines):
-                    self._read_line(key.fileobj)
+            for key in self._ready():
+                if key.data is not None or key.fileobj is self.listener:
+                    self._handle(key)
 
     def _decide(self, rank: int, cause: str, reason: str, behind: list[int] | None = None) -> None:
         """The hub: one rank is the trouble; all end."""
@@ -329,7 +326,7 @@ class Watcher:
         verdict = {"rank": rank, "host": row.get("host"), "cause": cause, "reason": reason}
         verdict |= {"step": row.get("step"), "behind": behind or [rank]}
         self.verdict = verdict
-        for line in self.lines:
+        for line in self.peers.lines.values() if self.peers else ():
             line.send({"end": verdict})
         self._end(verdict)
 
@@ -346,7 +343,7 @@ class Watcher:
     def _say(self, verdict: dict[str, Any]) -> None:
         event = {"event": "rank_failed", "attempt": self.attempt, "time": _now()} | verdict
         try:
-            with (self.run_dir / "events.jsonl").open("ab", buffering=0) as file:
+            with open(open_for_append(self.run_dir / "events.jsonl"), "ab", buffering=0) as file:
                 file.write(json.dumps(event).encode() + b"\n")
         except OSError:
             pass
@@ -377,8 +374,10 @@ class Watcher:
         head = f"rank {self.rank} on {self.host}, process {self.pid}{', was stopped' if stopped else ''}, {_now()}\n"
         head += f"step {beat.step}, phase {beat.phase}, since {time.monotonic() - beat.time_s:.1f} s\n\n"
         try:
-            self._folder().mkdir(parents=True, exist_ok=True)
-            (self._folder() / f"rank-{self.rank:05d}.txt").write_text(head + text)
+            if is_inside(self._folder(), self.run_dir):
+                self._folder().mkdir(parents=True, exist_ok=True)
+                with create_file(self._folder() / f"rank-{self.rank:05d}.txt") as file:
+                    file.write((head + text).encode())
         except OSError:
             pass
         threads = [part for part in text.split("\n\n") if "pretrain/saving.py" not in part]

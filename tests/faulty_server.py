@@ -54,6 +54,9 @@ class FaultyServer:
     def __init__(self, source: Path | str, script: Script | None = None) -> None:
         self.source, self.script = source, script
         self.requests: list[Request] = []
+        self.redirects: dict[str, str] = {}
+        """Path -> where a request for it is sent on to."""
+        self.n_answers = 0
         self.done = threading.Event()
         self._asked: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
@@ -94,6 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if self._sent_on():
+            return
         fault = self.owner.choose(urlsplit(self.path).path, self.headers.get("Range", ""))
         if self.owner.done.is_set():  # on a connection that was kept
             self._break()
@@ -109,9 +114,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(*self._content(b""), fault)
 
     def do_PUT(self) -> None:
+        if self._sent_on():
+            return
         self._answer(*self._content(self.rfile.read(int(self.headers.get("Content-Length", 0)))), None)
 
     do_HEAD = do_POST = do_DELETE = do_PUT
+
+    def _sent_on(self) -> bool:
+        target = self.owner.redirects.get(urlsplit(self.path).path)
+        if target is not None:
+            self._answer(302, {"Location": target}, b"", None)
+        return target is not None
 
     def _content(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         if isinstance(self.owner.source, Path):
@@ -149,6 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
             body = body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
         if fault == "short":  # and says so
             body = body[: len(body) // 2]
+        self.owner.n_answers += 1
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

@@ -20,6 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Within pretrain/ a file imports only files that stand above it here.
 ORDER = [
+    "errors",
+    "files",
+    "stored",
+    "redaction",
     "command",
     "command_runner",
     "quickstart_length",
@@ -32,14 +36,15 @@ ORDER = [
     "stages",
     "config",
     "heartbeat",
+    "hub",
     "watchdog",
     "watcher",
+    "remote",
     "checkpoint_folder",
     "collectives",
     "device",
     "distributed",
     "health",
-    "remote",
     "manifest",
     "node_cache",
     "remote_chunks",
@@ -104,6 +109,10 @@ ORDER = [
 # The ends of the line do not know each other; the trainer may evaluate.
 ENDS = {"export", "evaluate", "generate", "planner", "trainer"}
 DATA_TOOLS_MAY_IMPORT = {
+    "errors",
+    "files",
+    "stored",
+    "remote",
     "command",
     "chat",
     "config",

@@ -21,6 +21,8 @@ import pytest
 from faulty_server import FAULTS, FaultyServer, always, at_rate
 from served_corpus import CHUNK_TOKENS, assert_same, everything, options, write_corpus
 
+from data_tools.decontaminate import read_items
+from data_tools.read import ReadConfig, Unit, read_unit, units_of
 from pretrain import remote, shards
 from pretrain.config import ConfigError, DataConfig
 from pretrain.loader import TrainLoader
@@ -267,6 +269,86 @@ def test_an_unknown_kind_of_store_is_named() -> None:
         load_manifest("nowhere://x/manifest.json")
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "data://text/plain,{}",
+        "ftp://host/manifest.json",
+        "sftp://host/manifest.json",
+        "smb://host/manifest.json",
+        "jar://a/manifest.json",
+        "github://owner:name@/manifest.json",
+        "memory://manifest.json",
+        "HTTP://host/manifest.json",
+        "zip://manifest.json::http://host/a.zip",
+        "simplecache::http://host/manifest.json",
+        "http://host/a::s3://b/manifest.json",
+        "http:///manifest.json",
+        "http://[x]/manifest.json",
+        "http://user:pa/zzz@host/manifest.json",
+        "http://host/a\nb/manifest.json",
+    ],
+)
+def test_other_kinds_of_urls_are_refused_before_anything_is_opened(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda *_, **__: pytest.fail("it was opened"))
+    for attempt in (load_manifest, lambda given: remote.check_url("data.manifest", given)):
+        with pytest.raises(ConfigError, match=r"cannot be used|holds a user") as caught:
+            attempt(url)
+        assert "zzz" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://a_bucket/k", "s3://arn:aws:s3:eu-1:1:accesspoint/b/k", "http://[1:2:3:4:5:6:7:8]:8/k"]
+)
+def test_honest_urls_are_taken(url: str) -> None:
+    remote._check_kind(url)
+
+
+# --- redirects ---
+
+
+def test_a_server_may_send_to_another_place_of_its_own(folder: Path, tmp_path: Path) -> None:
+    with FaultyServer(folder) as server:
+        server.redirects = {
+            "/old/manifest.json": "/older/manifest.json",
+            "/older/manifest.json": "/manifest.json",
+        }
+        assert load_manifest(f"{server.url}/old/manifest.json") == load_manifest(folder / "manifest.json")
+
+
+@pytest.mark.parametrize(
+    "target", ["{}/manifest.json?sig=hidden", "//{}/manifest.json", "gopher:x", "http://[", "/a"]
+)
+def test_a_server_sends_nobody_to_another_host(folder: Path, target: str) -> None:
+    with FaultyServer(folder) as server, FaultyServer(folder) as other:
+        at = other.url if "sig" in target else other.url.removeprefix("http://")
+        server.redirects["/a"] = target.format(at)
+        with pytest.raises(ConfigError, match="after 5 attempts") as caught:
+            load_manifest(f"{server.url}/a", 10)
+        assert other.n_answers == 0
+        assert "hidden" not in str(caught.value)
+        if "manifest" in target:
+            assert f"sends on to {other.url};" in str(caught.value)
+
+
+def test_text_is_not_read_from_another_host_either(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    with FaultyServer(tmp_path) as server, FaultyServer(tmp_path) as other:
+        assert len(units_of([f"{server.url}/a.jsonl"], 1 << 20)) == 1
+        server.redirects["/a.jsonl"] = f"{other.url}/a.jsonl"
+        unit = Unit(f"{server.url}/a.jsonl", "a", "a", "jsonl")
+        problems: list[str] = []
+        assert list(read_unit(unit, ReadConfig(), lambda where, why: problems.append(why))) == []
+        assert len(problems) == 1
+        with pytest.raises(ConfigError, match="input="):
+            units_of([f"{server.url}/a.jsonl"], 1 << 20)
+        with pytest.raises(ConfigError, match=r"cannot be read: .*a\.jsonl"):
+            list(read_items(f"{server.url}/a.jsonl", ["text"]))
+        assert other.n_answers == 0
+
+
 # --- retries ---
 
 
@@ -318,7 +400,7 @@ def test_a_server_says_when_to_come_again() -> None:
     [
         ("s3://bucket/key is not there", "s3://bucket/key is not there"),
         ("https://me:secret@host/a", "https://***@host/a"),
-        ("url='https://host/a?X-Amz-Signature=secret&b=c' x?", "url='https://host/a?***' x?"),
+        ("url='https://host/a?X-Amz-Signature=secret&b=c' x?", "url='https://host/a?*** x?"),
         ("https://token@host/a?sig=s https://host/b", "https://***@host/a?*** https://host/b"),
         ("write to me@host.org", "write to me@host.org"),
     ],

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import secrets
 import shutil
 import socket
@@ -352,13 +353,15 @@ HOSTILE_LINES = [
 
 @pytest.mark.integration
 def test_a_stranger_at_the_watchers_port_changes_nothing(tmp_path: Path) -> None:
-    """Who connects to the watcher of rank 0 without the run's password is not heard, and keeps nothing alive."""
+    """Who connects to the watcher of rank 0 without the run's password is not heard, and keeps nothing alive; more
+    silent ones than that process may have descriptors do not end it."""
     with Ranks(
         2, "tests/watchdog_worker.py", str(tmp_path), "nothing", "0", log_dir=tmp_path / "logs"
     ) as ranks:
         hub, port = wait_for_hub(ranks.processes[0].pid)
-        idle = socket.create_connection(("127.0.0.1", port))
-        for line in HOSTILE_LINES:
+        resource.prlimit(hub.pid, resource.RLIMIT_NOFILE, (1024, 1024))
+        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(1100)]
+        for line in [*HOSTILE_LINES, *(secrets.token_bytes(100) + b"\n" for _ in range(100))]:
             with socket.create_connection(("127.0.0.1", port)) as stranger, suppress(OSError):
                 stranger.sendall(line)
                 stranger.settimeout(5)
@@ -366,8 +369,9 @@ def test_a_stranger_at_the_watchers_port_changes_nothing(tmp_path: Path) -> None
                     pass
         assert ranks.processes[0].poll() is None  # it was all in time
         assert ranks.wait(120) == [0, 0], ranks.output()
-        hub.wait(timeout=15)  # though the idle one is still connected
-        idle.close()
+        hub.wait(timeout=15)  # though idle ones are still connected
+        for stranger in idle:
+            stranger.close()
     assert not (tmp_path / "events.jsonl").exists()
 
 

@@ -1,0 +1,291 @@
+"""Strangers at the port of the watchers' hub: they are few, short-lived and not heard, and no rank is lost to them."""
+
+from __future__ import annotations
+
+import json
+import resource
+import selectors
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain import hub
+from pretrain.hub import Hub, Line, Message, parse
+
+PASSWORD = "5" * 32
+VERDICT = {"rank": 1, "host": "b", "cause": "hang", "reason": "no progress", "step": None, "behind": [1, 2]}
+STATUS = {
+    "rank": 1, "count": 7, "step": 3, "phase": "data", "age_s": 0.5, "limit_s": 600, "stopped": False, "bye": False
+}  # fmt: skip
+HONEST: list[Message] = [
+    {"token": PASSWORD, "rank": 1, "host": "node-7"},
+    STATUS,
+    STATUS | {"dead": "error", "reason": "RunError: der Datenträger ist voll"},
+    {"rank": 1, "waiting": True, "stopped": False},
+    {"rank": 1, "bye": True},
+    {"alive": True},
+    {"dump": True},
+    {"end": VERDICT},
+]
+
+
+# ---- messages --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("message", HONEST, ids=lambda message: next(reversed(message)))
+def test_what_watchers_say_is_understood(message: Message) -> None:
+    assert parse(json.dumps(message).encode()) == message
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        STATUS | {"rank": "1"},
+        STATUS | {"rank": True},
+        STATUS | {"rank": 1.0},
+        STATUS | {"count": None},
+        STATUS | {"count": 10**30},
+        STATUS | {"age_s": "0"},
+        STATUS | {"age_s": float("nan")},
+        STATUS | {"limit_s": float("inf")},
+        STATUS | {"bye": 1},
+        STATUS | {"phase": "\ud800"},
+        STATUS | {"unknown": 1},
+        {"rank": 1, "dead": "killed"},
+        {"end": None},
+        {"end": {"rank": 1}},
+        {"end": VERDICT | {"behind": []}},
+        {"end": VERDICT | {"behind": [-1]}},
+        {"end": VERDICT | {"end": VERDICT}},
+    ],
+)
+def test_a_value_of_another_type_makes_no_message(message: Message) -> None:
+    assert parse(json.dumps(message).encode()) is None
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*hub._FIELDS, "x"]), inner),
+    max_leaves=6,
+)
+
+
+@given(st.binary(max_size=200) | _JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_line_is_a_message_of_known_types_or_none(line: bytes) -> None:
+    message = parse(line)
+    if message is not None:
+        assert message.keys() <= hub._FIELDS.keys()
+        assert all(type(message[name]) in hub._FIELDS[name] for name in message)
+        json.dumps(message, allow_nan=False).encode()
+
+
+@pytest.mark.parametrize("line", [b"[" * 60_000, b"9" * 60_000, b'{"step": 1e999}', b"\xff", b"", b"null"])
+def test_what_would_harm_a_parser_is_no_message(line: bytes) -> None:
+    assert parse(line) is None
+
+
+# ---- connections -----------------------------------------------------------------------------------------------------
+
+
+class Meeting:
+    """A hub and those who connect to it, in one process."""
+
+    def __init__(self, size: int) -> None:
+        self.selector = selectors.DefaultSelector()
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
+        self.address = self.listener.getsockname()
+        self.hub = Hub(self.listener, PASSWORD, size, self.selector)
+        self.heard: list[tuple[int | None, Message]] = []
+        self.clients: list[socket.socket] = []
+
+    def connect(self, *words: bytes | Message) -> socket.socket:
+        client = socket.create_connection(self.address)
+        self.clients.append(client)
+        for word in words:
+            client.sendall(word if isinstance(word, bytes) else json.dumps(word).encode() + b"\n")
+        return client
+
+    def turn(self) -> None:
+        """What the watcher does until nothing is left to be heard."""
+        while ready := [key for key, _ in self.selector.select(0.05)]:
+            for key in ready:
+                if self.selector.get_map().get(key.fd) is not key:
+                    continue
+                if key.data is None:
+                    self.hub.accept()
+                    continue
+                self.heard += [(key.data.rank, message) for message in self.hub.read(key.data)]
+                if not key.data.open:
+                    self.hub.drop(key.data)
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+        for key in list(self.selector.get_map().values()):
+            key.fileobj.close()  # type: ignore[union-attr]
+        self.selector.close()
+
+
+@contextmanager
+def meeting(size: int = 3) -> Iterator[Meeting]:
+    held = Meeting(size)
+    try:
+        yield held
+    finally:
+        held.close()
+
+
+def hello(rank: Any, password: str = PASSWORD) -> Message:
+    return {"token": password, "rank": rank, "host": f"node-{rank}"}
+
+
+def is_closed(client: socket.socket) -> bool:
+    """Whether the hub has closed this connection, without having said anything."""
+    client.settimeout(2)
+    with suppress(ConnectionResetError):
+        return client.recv(1) == b""
+    return True
+
+
+def test_a_rank_is_welcomed_and_heard() -> None:
+    with meeting() as held:
+        client = held.connect(hello(2), STATUS | {"rank": 2})
+        held.turn()
+        assert held.heard == [(2, {"rank": 2, "host": "node-2"}), (2, STATUS | {"rank": 2})]
+        assert list(held.hub.lines) == [2]
+        assert client.recv(100) == b'{"alive": true}\n'
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [hello(1, "6" * 32)],
+        [hello(1, "pässword")],
+        [hello(1, "")],
+        [hello(0)],  # the hub's own
+        [hello(3)],
+        [hello(-1)],
+        [hello(True)],
+        [hello("1")],
+        [hello(1) | {"dead": "killed", "reason": "a lie"}],
+        [{"rank": 1, "dead": "killed", "reason": "a lie"}],
+        [{"token": PASSWORD, "rank": 1}],
+        [b"\x16\x03\x01\x02\x00\x01\n"],
+        [b"GET / HTTP/1.1\r\n\r\n"],
+        [b"\n" * 60_000],
+        [b"[" * (hub.MAX_LINE_BYTES + 1)],
+    ],
+)
+def test_a_stranger_is_shown_the_door(words: list[Any]) -> None:
+    with meeting() as held:
+        stranger = held.connect(*words)
+        held.turn()
+        assert held.heard == []
+        assert held.hub.lines == {}
+        assert is_closed(stranger)
+
+
+def test_a_rank_is_taken_once_also_when_it_has_gone() -> None:
+    with meeting() as held:
+        first = held.connect(hello(1))
+        held.turn()
+        assert is_closed_after_turn(held, hello(1))
+        assert list(held.hub.lines) == [1]
+        first.close()
+        held.turn()
+        assert held.hub.lines == {}
+        assert is_closed_after_turn(held, hello(1))  # a replay of what was said before
+        assert [message for _, message in held.heard] == [{"rank": 1, "host": "node-1"}]
+
+
+def is_closed_after_turn(held: Meeting, *words: Message) -> bool:
+    client = held.connect(*words)
+    held.turn()
+    return is_closed(client)
+
+
+@pytest.mark.parametrize("word", [STATUS | {"rank": 2}, hello(1), b"no JSON\n", STATUS | {"age_s": "x"}])
+def test_a_rank_that_says_what_no_watcher_says_is_let_go(word: Any) -> None:
+    """Nobody would watch it any more, so the watcher of rank 0 takes it for lost; the hub itself goes on."""
+    with meeting() as held:
+        held.connect(hello(1))
+        held.connect(hello(2))
+        held.turn()
+        held.clients[0].sendall(word if isinstance(word, bytes) else json.dumps(word).encode() + b"\n")
+        held.turn()
+        assert list(held.hub.lines) == [2]
+        assert len(held.heard) == 2
+
+
+def test_silent_strangers_are_few_and_have_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    with meeting() as held:
+        strangers = [held.connect() for _ in range(hub.MAX_STRANGERS + 50)]
+        held.turn()
+        assert len(held.selector.get_map()) == 1 + hub.MAX_STRANGERS
+        assert all(is_closed(stranger) for stranger in strangers[:50])  # the oldest
+        held.connect(hello(1))
+        held.turn()
+        assert list(held.hub.lines) == [1]
+        monkeypatch.setattr(hub, "STRANGER_S", 0.0)
+        assert held.hub.tend() == []
+        assert len(held.selector.get_map()) == 2  # the listener and rank 1
+        assert all(is_closed(stranger) for stranger in strangers)
+
+
+def test_a_rank_comes_through_where_descriptors_run_out() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with meeting() as held:
+        held.connect(hello(1))
+        clients = [held.connect() for _ in range(5)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+        try:
+            held.turn()  # it is over: the hub does not ask again and again
+            assert held.heard == []
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        held.hub.tend()
+        held.turn()
+        assert list(held.hub.lines) == [1]
+        assert len(held.selector.get_map()) == 2 + len(clients)
+
+
+def test_the_room_for_strangers_is_what_the_ranks_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1024))
+    assert [hub._room_for_strangers(size) for size in (2, 1000, 4096)] == [hub.MAX_STRANGERS, 12, 1]
+
+
+def test_one_that_does_not_read_neither_blocks_the_hub_nor_fills_it() -> None:
+    here, there = socket.socketpair()
+    line = Line(here)
+    n_sent = 0
+    while line.open and n_sent < 10_000:
+        line.send({"rank": 0, "reason": "x" * 4096})
+        n_sent += 1
+    assert not line.open
+    assert len(line._unsent) <= hub.MAX_UNSENT_BYTES + 5000
+    line.send({"alive": True})
+    here.close()
+    there.close()
+
+
+def test_what_found_no_room_is_sent_later() -> None:
+    here, there = socket.socketpair()
+    line, other = Line(here), Line(there)
+    messages = [{"rank": number, "reason": "x" * 4096} for number in range(150)]
+    for message in messages:
+        line.send(message)
+    assert line._unsent
+    found: list[Message] = []
+    for _ in range(1000):
+        found += other.receive()
+        line.flush()
+    assert line.open and other.open
+    assert found == messages
+    here.close()
+    there.close()
