@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import ExitCode
-from pretrain.files import write_atomically
+from pretrain.files import read_capped, write_atomically
 from pretrain.heartbeat import LAUNCHER_LOST
 from pretrain.journal import METRICS_FILE, read_lines, read_metrics
 from pretrain.redaction import redact_command
+from pretrain.stored import parse
 
 ATTEMPTS_FOLDER = "attempts"
 OUTPUT_FILE = "output.log"
 ATTEMPT_FILE = "attempt.json"
 SUMMARY_FILE = "summary.json"
+_MAX_ATTEMPT_BYTES = 1 << 20
 LOG_END_BYTES = 1 << 18
 """So much of the end of a log is searched for the sentence of an error."""
 
@@ -234,7 +236,7 @@ def _step_times(attempts: list[Attempt], run_dir: Path) -> tuple[dict[int, float
     limit = float("inf") if last.cause is Cause.FINISHED else max(last.checkpoints_after, default=0)
     done: dict[int, float] = {}
     kept: dict[int, float] = {}
-    for line in read_lines(run_dir / METRICS_FILE):
+    for line in read_lines(run_dir / METRICS_FILE, kind=str, attempt=int):
         if line["kind"] == "step":
             done[line["attempt"]] = done.get(line["attempt"], 0.0) + line["step_time_s"]
     for record in read_metrics(run_dir):
@@ -245,12 +247,13 @@ def _step_times(attempts: list[Attempt], run_dir: Path) -> tuple[dict[int, float
 
 def read_attempts(run_dir: Path) -> list[Attempt]:
     """The ended attempts of a run folder, oldest first; one whose supervisor was killed meanwhile is not among them."""
-    paths = sorted(
-        (run_dir / ATTEMPTS_FOLDER).glob(f"*/{ATTEMPT_FILE}"), key=lambda path: int(path.parent.name)
-    )
-    attempts = [Attempt(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
-    for attempt in attempts:
-        attempt.cause = Cause(attempt.cause) if attempt.cause else None
+    folders = [path for path in (run_dir / ATTEMPTS_FOLDER).glob("*") if path.name.isdecimal()]
+    paths = [path / ATTEMPT_FILE for path in sorted(folders, key=lambda path: int(path.name))]
+    attempts = [
+        parse(Attempt, read_capped(path, _MAX_ATTEMPT_BYTES), str(path), "the record of an attempt")
+        for path in paths
+        if path.exists()
+    ]
     return [attempt for attempt in attempts if attempt.cause]
 
 

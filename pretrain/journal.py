@@ -20,11 +20,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from pretrain.files import open_for_append
+from pretrain.errors import ConfigError
+from pretrain.files import open_for_append, open_regular
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 LEDGER_FOLDER = "ledger"
+MAX_LINE_BYTES = 64 << 20
+"""A line of the ledger names every sample of a rank's step."""
 HELDOUT_PREFIX = "heldout/"
 ROLLBACK = "rollback"
 """Kind of a line in metrics and ledger that says: the steps from this one on are undone."""
@@ -133,23 +136,32 @@ def jsonable(value: Any) -> Any:
             return str(value)
 
 
-def read_lines(path: str | Path) -> list[dict[str, Any]]:
+def read_lines(path: str | Path, **required: type) -> list[dict[str, Any]]:
     """The records of a JSON-lines file; without the last line where it is torn or still being written.
 
-    A missing file has no records. Raises ValueError where an earlier line is no JSON object.
+    `required`: keys that each record must have, and the types of their values. A missing file has no records. Raises
+    ConfigError where an earlier line is no such JSON object.
     """
     path = Path(path)
     if not path.exists():
         return []
     records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number} is no JSON object")
-        records.append({k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()})
+    with open_regular(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
+            if not line.endswith(b"\n"):
+                if len(line) == MAX_LINE_BYTES:
+                    raise ConfigError(f"{path}, line {number} has more than {MAX_LINE_BYTES:,} bytes")
+                break
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{path}, line {number} is no JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise ConfigError(f"{path}, line {number} is no JSON object")
+            for key, kind in required.items():
+                if type(record.get(key)) is not kind:
+                    raise ConfigError(f"{path}, line {number} has no {key}, or one of another type")
+            records.append({k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()})
     return records
 
 
@@ -162,7 +174,11 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     Steps that a killed attempt had done after its last checkpoint are left out as soon as the next attempt has
     resumed. Held-out results (keys heldout/...) stand in the record of their step.
     """
-    lines = read_lines(Path(run_dir) / METRICS_FILE)
+    lines = [
+        line
+        for line in read_lines(Path(run_dir) / METRICS_FILE, kind=str, step=int, attempt=int)
+        if line["kind"] in ("step", "evaluation", ROLLBACK)
+    ]
     first_steps = _first_steps(run_dir, (line for line in lines if line["kind"] == "step"))
     kinds: dict[str, list[dict[str, Any]]] = {"step": [], "evaluation": []}
     for line in lines:
@@ -181,7 +197,9 @@ def read_ledger(run_dir: str | Path) -> list[dict[str, Any]]:
     As in `read_metrics`, steps that were done again stand here once.
     """
     paths = sorted((Path(run_dir) / LEDGER_FOLDER).glob("rank-*.jsonl"))
-    by_rank = {int(path.stem.removeprefix("rank-")): read_lines(path) for path in paths}
+    by_rank = {
+        int(path.stem.removeprefix("rank-")): read_lines(path, step=int, attempt=int) for path in paths
+    }
     first_steps = _first_steps(run_dir, (line for lines in by_rank.values() for line in lines))
     entries = [
         {**line, "rank": rank} for rank, lines in by_rank.items() for line in _still_true(lines, first_steps)
@@ -192,9 +210,12 @@ def read_ledger(run_dir: str | Path) -> list[dict[str, Any]]:
 def _first_steps(run_dir: str | Path, lines: Iterable[dict[str, Any]]) -> dict[int, int]:
     """The first step of each attempt: from its event `started` or `resumed`, else from the first line it wrote."""
     first: dict[int, int] = {}
-    for event in read_lines(Path(run_dir) / EVENTS_FILE):
+    for event in read_lines(Path(run_dir) / EVENTS_FILE, event=str):
         if event["event"] in ("started", "resumed"):
-            first[event["attempt"]] = event["step"] + 1 if event["event"] == "resumed" else 1
+            attempt, step = event.get("attempt"), event.get("step", 0)
+            if type(attempt) is not int or type(step) is not int:
+                raise ConfigError(f"{run_dir}/{EVENTS_FILE} has a start without its attempt or step")
+            first[attempt] = step + 1 if event["event"] == "resumed" else 1
     earliest: dict[int, int] = {}
     for line in lines:
         earliest[line["attempt"]] = min(line["step"], earliest.get(line["attempt"], line["step"]))

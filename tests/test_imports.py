@@ -23,6 +23,7 @@ ORDER = [
     "errors",
     "files",
     "stored",
+    "run_state",
     "redaction",
     "command",
     "command_runner",

@@ -26,7 +26,8 @@ OF_THE_INTERPRETER = {"_distutils_hack", "sitecustomize", "usercustomize", "org"
 OF_THE_INTERPRETER |= {"cython_runtime"}
 OURS = {"pretrain", "data_tools", "loaded_modules"}
 OMEGACONF = {"omegaconf", "antlr4", "attr", "yaml", "_yaml"}
-CONFIGURATION = OMEGACONF | {"hydra", "packaging"}
+SCHEMAS = {"annotated_types", "typing_extensions"}  # small; pydantic itself waits for a file to be parsed
+CONFIGURATION = OMEGACONF | SCHEMAS | {"hydra", "packaging"}
 CORPUS = {"numpy", "xxhash", "sentencepiece"}
 COMMANDS = [
     *([f"launch/{path.name}", "--help"] for path in sorted((ROOT / "launch").glob("*.py"))),
@@ -105,7 +106,7 @@ def test_a_supervisor_imports_what_reads_a_command_line() -> None:
 
 
 def test_a_process_that_encodes_documents_imports_no_more_than_it_needs() -> None:
-    assert packages(imports_of("-c", "import data_tools.encode")) <= OMEGACONF | CORPUS
+    assert packages(imports_of("-c", "import data_tools.encode")) <= OMEGACONF | SCHEMAS | CORPUS
 
 
 def test_a_loader_worker_imports_what_reads_a_corpus(
@@ -123,7 +124,7 @@ def test_a_loader_worker_imports_what_reads_a_corpus(
 
     (modules,) = read_ahead(partial(loaded_modules.after, read), iter([wanted]), n_workers=1, ahead=1)
     assert "pretrain.sequences" in modules
-    assert packages(modules) <= OMEGACONF | {"numpy", "xxhash"}
+    assert packages(modules) <= OMEGACONF | SCHEMAS | {"numpy", "xxhash"}
 
 
 @pytest.mark.integration
