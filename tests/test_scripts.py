@@ -111,6 +111,30 @@ def test_the_lock_files_differ_in_torch_and_cuda_alone() -> None:
     assert only and all(name.startswith(("nvidia-", "cuda-", "triton")) for name in only)
 
 
+@pytest.mark.parametrize("is_reachable", [True, False])
+def test_hashes_of_torch_for_cpus(tmp_path: Path, is_reachable: bool) -> None:
+    """As PyTorch's index has them, or where it is out of reach, as the lock file has them of the same version."""
+    names = [f"{python}-{python}-manylinux_2_28_x86_64" for python in ("cp310", "cp311", "cp313")]
+    page = "".join(
+        f'<a href="/torch-2.13.0%2Bcpu-{name}.whl#sha256={i:064d}">' for i, name in enumerate(names)
+    )
+    curl = f"curl() {{ cat <<'END'\n{page}\nEND\n}}" if is_reachable else "curl() { return 6; }"
+    functions = (ROOT / "launch/lock.sh").read_text().removesuffix('main "$@"\n')
+    script = tmp_path / "launch" / "functions.sh"
+    script.parent.mkdir()
+    script.write_text(f'{functions}\n{curl}\ntorch_for_cpus "$1"\n')
+    shutil.copy(ROOT / CPU, tmp_path)
+    done = run("bash", script, "2.13.0")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "torch==2.13.0+cpu \\"
+    if is_reachable:
+        assert lines[1:] == [f"    --hash=sha256:{1:064d} \\", f"    --hash=sha256:{2:064d}"]
+    else:
+        assert done.stdout in (ROOT / CPU).read_text() and len(lines) > 1
+        assert run("bash", script, "2.14.0").returncode == 1
+
+
 # --- what is missing is said in one sentence, and nothing is left behind ---
 
 
@@ -236,7 +260,10 @@ def test_a_file_with_another_hash_is_refused(tmp_path: Path) -> None:
             "tqdm-4.70.1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
         wheel.writestr("tqdm-4.70.1.dist-info/RECORD", "")
-    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (pip,) = Path(sys.prefix).glob("lib/python*/site-packages/pip")
+    (packages / "pip").symlink_to(pip)
     (tmp_path / "requirements").write_text(f"tqdm==4.70.1 --hash=sha256:{'0' * 64}\n")
     given = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)}
     done = set_up(f"install_hashed {tmp_path}/requirements", tmp_path, **given)
@@ -280,6 +307,23 @@ def test_an_existing_torch_is_checked(version: str | None, sentence: str | None,
         assert done.returncode == 1
         assert sentence in done.stderr and f"{base}/bin/python" in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_what_is_missing_over_an_existing_torch(tmp_path: Path) -> None:
+    """What is not there, what pyproject.toml does not admit, what an added package needs newer; never torch."""
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (there,) = Path(sys.prefix).glob("lib/python*/site-packages/packaging")
+    shutil.copytree(there, packages / "packaging")
+    have = {name: version for name, version in locked().items() if name != "tqdm"}
+    have |= {"numpy": "1.26.0", "rich": "14.5", "torch": "2.12.0", "idna": "1.0"}
+    for name, version in have.items():
+        folder = packages / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        needs = "Requires-Dist: idna>=3\nRequires-Dist: six>=99; extra == 'x'\n" if name == "requests" else ""
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
+    done = set_up("missing_packages", tmp_path)
+    assert (done.returncode, done.stdout) == (0, "idna numpy tqdm\n"), done.stderr
 
 
 def test_the_environment_cannot_lie_over_itself(tmp_path: Path) -> None:
