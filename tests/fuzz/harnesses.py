@@ -225,6 +225,10 @@ def safetensors(data: bytes) -> None:
         load_weights(write_run(".safetensors", data))
 
 
+def safetensors_header(data: bytes) -> None:
+    safetensors(len(data).to_bytes(8, "little") + data + bytes(24))
+
+
 # --- texts ---
 
 
@@ -318,11 +322,14 @@ def models() -> list[bytes]:
     from sentencepiece import SentencePieceTrainer
 
     sentences = ["a few words of text to learn from", "and some more words", "12 34"] * 20
+    rule = write(
+        "rule.tsv", b"41\t61\nC4\t41 308\nAC00\t1100 1161\n"
+    )  # the usual rules would make the file large
     made = []
     for kind in ("bpe", "unigram"):
         SentencePieceTrainer.train(
             sentence_iterator=iter(sentences), model_writer=(file := io.BytesIO()), vocab_size=300, model_type=kind,
-            byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+            byte_fallback=True, hard_vocab_limit=False, normalization_rule_tsv=str(rule), minloglevel=2,
         )  # fmt: skip
         made.append(file.getvalue())
     return made
@@ -399,6 +406,11 @@ HARNESSES = {
     "complete": Harness(complete, lambda: [run_file("COMPLETE")], is_json=True),
     "stored_config": Harness(stored_config, lambda: [run_file("config.json")], is_json=True),
     "safetensors": Harness(safetensors, lambda: [run_file(".safetensors")]),
+    "safetensors_header": Harness(
+        safetensors_header,
+        lambda: [b'{"weight.a":{"dtype":"F32","shape":[6],"data_offsets":[0,24]}}', run_file(".safetensors")[8:-24]],
+        is_json=True,
+    ),
     "jsonl": Harness(lambda data: read(data, "x.jsonl", "jsonl"), lambda: [json_lines()], is_json=True),
     "gzip": Harness(lambda data: read(data, "x.jsonl.gz", "jsonl"), lambda: [gzip.compress(json_lines())]),
     "zst": Harness(lambda data: read(data, "x.jsonl.zst", "jsonl"), lambda: [zst()]),

@@ -248,13 +248,13 @@ def main() -> int:
     given = parser.parse_args()
     if unknown := set(given.names) - set(HARNESSES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(HARNESSES)}")
-    print(f"{'harness':<16}{'executions':>12}{'per second':>12}{'coverage':>10}{'findings':>10}")
+    print(f"{'harness':<20}{'executions':>12}{'per second':>12}{'coverage':>10}{'findings':>10}")
     results = []
     for name in given.names or HARNESSES:
         result = fuzz(name, given.seconds, FOUND / name)
         rate, count = result.executions / max(result.seconds, 1e-9), len(result.findings)
         print(
-            f"{name:<16}{result.executions:>12,}{rate:>12,.0f}{result.coverage:>10,}{count:>10}", flush=True
+            f"{name:<20}{result.executions:>12,}{rate:>12,.0f}{result.coverage:>10,}{count:>10}", flush=True
         )
         results.append(result)
     for result in results:
