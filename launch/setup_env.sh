@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Makes or updates the virtual environment of this project: bash launch/setup_env.sh
 #
-# It holds exactly what requirements.lock lists, in .venv beside this folder or in $PRETRAIN_VENV. torch is the
-# CPU build where there is no NVIDIA GPU, else the build that fits the driver; PRETRAIN_TORCH=cpu|cuda says otherwise.
-# PRETRAIN_TORCH=existing takes the torch of the Python that is active (or of PRETRAIN_PYTHON): the environment lies
-# over that Python, which stays as it is, and holds only what is missing there. An environment that is up to date is
-# left alone. `bash launch/setup_env.sh --lock` writes requirements.lock anew from pyproject.toml.
+# It holds exactly what requirements.cpu.lock or requirements.cuda.lock lists, in .venv beside this folder or in
+# $PRETRAIN_VENV; a file whose sha256 is not listed there is not installed. torch is the CPU build where there is no
+# NVIDIA GPU, else the build that fits the driver; PRETRAIN_TORCH=cpu|cuda says otherwise. PRETRAIN_TORCH=existing takes
+# the torch of the Python that is active (or of PRETRAIN_PYTHON): the environment lies over that Python, which stays as
+# it is, and holds only what is missing there. An environment that is up to date is left alone.
+# `bash launch/setup_env.sh --lock` is launch/lock.sh, which writes the lock files anew from pyproject.toml.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${PRETRAIN_VENV:-$ROOT/.venv}
-LOCK=$ROOT/requirements.lock
+LOCK=$ROOT/requirements.cpu.lock # requirements.cuda.lock for that build
 TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_CUDA126_INDEX=https://download.pytorch.org/whl/cu126
 LOG=$VENV.log
@@ -102,42 +103,53 @@ pip() {
     done
 }
 
-# The version that the lock file has of a package.
-locked() { sed -n "s/^$1==\([^ ;]*\).*/\1/p" "$LOCK"; }
+# The version that the lock file has of a package, without the build.
+locked() { sed -n "s/^$1==\([^ ;+]*\).*/\1/p" "$LOCK"; }
+
+# locked_lines NAME...: what the lock file has of these packages, with their hashes.
+locked_lines() { awk -v names=" $* " '/^[^ ]/ { split($0, pin, "=="); keep = index(names, " " pin[1] " ") } keep' "$LOCK"; }
+
+# install_hashed REQUIREMENTS [ARGUMENT...]: a file whose hash is not listed is refused, and nothing comes along unlisted.
+# Two packages exist as source only. What builds them is listed too: the setuptools of the environment, not the newest.
+install_hashed() {
+    pip install --no-compile --no-deps --require-hashes --no-build-isolation --use-pep517 \
+        --only-binary :all: --no-binary antlr4-python3-runtime,deepspeed "${@:2}" -r "$1"
+}
 
 install_torch() {
-    local version built
+    local version built pin
     version=$(locked torch)
+    pin=$(mktemp)
+    locked_lines torch >"$pin"
     say "torch $version ($1 build)"
     case $1 in
-    cuda) # `===` does not take 2.13.0+cpu for it. The CUDA libraries come along as torch's own exactly pinned dependencies.
-        pip install --no-compile "torch===$version" || fail "torch===$version could not be installed; see $LOG"
+    cuda)
+        install_hashed "$pin" || fail "torch $version could not be installed; see $LOG"
         ;;
-    cuda126)
+    cuda126) # its files are on PyTorch's index alone, and in no lock file: taken without hashes
         pip install --no-compile --index-url "$TORCH_CUDA126_INDEX" "torch==$version+cu126" ||
             fail "torch==$version+cu126, which this machine's driver and GPUs need, could not be installed from $TORCH_CUDA126_INDEX; see $LOG"
         ;;
     cpu)
-        pip install --no-compile --no-deps "torch==$version+cpu" ||
-            pip install --no-compile --no-deps --index-url "$TORCH_CPU_INDEX" "torch==$version+cpu" ||
-            fail "torch==$version+cpu was found neither at pip's own sources nor at $TORCH_CPU_INDEX; see $LOG"
+        install_hashed "$pin" || install_hashed "$pin" --index-url "$TORCH_CPU_INDEX" ||
+            fail "torch $version+cpu, with a hash of $LOCK, was found neither at pip's own sources nor at $TORCH_CPU_INDEX; see $LOG"
         ;;
     esac
+    rm -f "$pin"
     built=$("$VENV/bin/python" -c 'import torch; print("cuda" if torch.version.cuda else "cpu")' 2>>"$LOG") ||
         fail "torch was installed and cannot be imported; see the end of $LOG"
     [ "$built" = "${1%126}" ] || fail "a build of torch for $1 was asked for, and pip found one for $built; see $LOG"
 }
 
 install_lock() {
-    local rest
-    say "$(grep -c == "$LOCK") packages, the log is $LOG"
-    rest=$(mktemp)
-    grep -v '^torch==' "$LOCK" >"$rest"
-    # Two packages come as source (antlr4-python3-runtime, deepspeed): what is locked builds them, not what is newest.
-    { pip install "setuptools==$(locked setuptools)" "packaging==$(locked packaging)" &&
-        pip install --no-compile --no-deps --no-build-isolation --use-pep517 -r "$rest"; } ||
+    local parts
+    say "$(grep -c '^[^ #]' "$LOCK") packages, the log is $LOG"
+    parts=$(mktemp -d)
+    locked_lines setuptools packaging >"$parts/builders"
+    awk '/^[^ ]/ { keep = !/^torch==/ } keep' "$LOCK" >"$parts/rest"
+    { install_hashed "$parts/builders" && install_hashed "$parts/rest"; } ||
         fail "a package could not be installed: $(grep '^ERROR' "$LOG" | tail -n 1); see $LOG"
-    rm -f "$rest"
+    rm -rf "$parts"
     install_torch "$1"
     "$VENV/bin/python" -m pip check >>"$LOG" 2>&1 || fail "the packages do not fit together; see the end of $LOG"
 }
@@ -189,43 +201,58 @@ EOF
     printf '%s\n' "$1" >"$VENV/.existing"
 }
 
-# install_missing VERSION: beside this torch. What is there stays if pyproject.toml admits it; the rest comes as locked.
+# install_missing VERSION: beside this torch. What is there stays if those who need it admit it; the rest comes as locked.
 install_missing() {
-    local folder
+    local folder missing
     folder=$(mktemp -d)
     say "what is missing beside torch $1, the log is $LOG"
-    wanted_packages "$VENV/bin/python" | grep -v '^torch[><=]' >"$folder/wanted"
-    "$VENV/bin/python" - "$LOCK" "$1" >"$folder/pins" <<'EOF'
-import re, sys
-from importlib import metadata
-
-
-def normalized(name):
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-there = {normalized(found.metadata["Name"]) for found in metadata.distributions()}
-pins = [line.strip() for line in open(sys.argv[1], encoding="utf-8") if "==" in line]
-print(*(pin for pin in pins if normalized(pin.split("==")[0]) not in there), f"torch==={sys.argv[2]}", sep="\n")
-EOF
-    { pip install "setuptools==$(locked setuptools)" "packaging==$(locked packaging)" &&
-        pip install --no-compile --no-build-isolation --use-pep517 -c "$folder/pins" -r "$folder/wanted"; } ||
-        fail "a package could not be installed beside torch $1: $(grep '^ERROR' "$LOG" | tail -n 1); see $LOG"
+    locked_lines setuptools packaging >"$folder/pins"
+    install_hashed "$folder/pins" || fail "what builds packages could not be installed; see $LOG"
+    # A package that was added can need a newer one of those that are there, and that one again.
+    for _ in 1 2 3; do
+        missing=$(missing_packages)
+        [ -n "$missing" ] || break
+        # shellcheck disable=SC2086 # names, split on purpose
+        locked_lines $missing >"$folder/pins"
+        install_hashed "$folder/pins" ||
+            fail "a package could not be installed beside torch $1: $(grep '^ERROR' "$LOG" | tail -n 1); see $LOG"
+    done
     rm -rf "$folder"
     "$VENV/bin/python" -c "import deepspeed, hydra, torch; assert torch.__version__ == '$1'" >>"$LOG" 2>&1 ||
         fail "torch $1 cannot be used from $VENV; see the end of $LOG"
 }
 
-# What pyproject.toml asks for with all extras but two, one a line.
-wanted_packages() {
-    "$1" - "$ROOT/pyproject.toml" <<'EOF'
+# Names of the lock file, torch aside, that the environment lacks or has in a version that is not admitted: by
+# pyproject.toml with all extras but two, or by a package that was added.
+missing_packages() {
+    "$VENV/bin/python" - "$LOCK" "$ROOT/pyproject.toml" <<'EOF'
 import sys, tomllib
+from importlib import metadata
 
-project = tomllib.load(open(sys.argv[1], "rb"))["project"]
-extras = project["optional-dependencies"]
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+lock, project = sys.argv[1:]
+lines = [line.rstrip("\\\n") for line in open(lock, encoding="utf-8") if "==" in line]
+pins = [pin for pin in map(Requirement, lines) if pin.name != "torch" and (pin.marker is None or pin.marker.evaluate())]
+locked = {pin.name for pin in pins}
+there, needs = {}, []
+for found in metadata.distributions():  # what the environment itself has comes first
+    name = canonicalize_name(found.metadata["Name"])
+    if name not in there:
+        there[name] = found.version
+        needs += (found.requires or []) if str(found.locate_file("")).startswith(sys.prefix) else []
+settings = tomllib.load(open(project, "rb"))["project"]
+extras = settings["optional-dependencies"]
 del extras["gcs"]  # some 20 packages for one kind of URL
 del extras["liger"]  # needs triton, which a torch for CPUs does not bring
-print(*project["dependencies"], *sum(extras.values(), []), sep="\n")
+missing = locked - set(there)
+for need in map(Requirement, settings["dependencies"] + sum(extras.values(), []) + needs):
+    name = canonicalize_name(need.name)
+    if name in there and (need.marker is None or need.marker.evaluate({"extra": ""})):
+        if not need.specifier.contains(there[name], prereleases=True):
+            missing |= {name} & locked
+print(*sorted(missing))
 EOF
 }
 
@@ -236,28 +263,6 @@ compile_packages() {
     say "compiling to byte code"
     "$VENV/bin/python" -m compileall -q -j 0 "$VENV/lib" "$ROOT"/{pretrain,data_tools,launch} >>"$LOG" 2>&1 ||
         true # some files are templates, and the checkout may be read-only
-}
-
-# Resolves pyproject.toml in a new environment and writes what came out of it.
-write_lock() {
-    local scratch
-    scratch=$(mktemp -d)
-    "$1" -m venv "$scratch"
-    say "resolving pyproject.toml with all extras but gcs and liger"
-    wanted_packages "$1" >"$scratch/wanted"
-    "$scratch/bin/python" -m pip install -qq --no-compile -r "$scratch/wanted" ||
-        fail "pyproject.toml could not be resolved"
-    {
-        echo "# The exact set that is tested: every extra but gcs and liger. Written by: bash launch/setup_env.sh --lock"
-        echo "# No hashes: torch is another file on a machine with a GPU than on one without, and pip checks either"
-        echo "# all packages or none."
-        "$scratch/bin/python" -m pip freeze --all | sed -E -e '/^pip==/d' -e 's/^(torch==[^+]*)\+.*/\1/'
-        echo
-    } >"$LOCK.new"
-    sed -i '${/^$/d}' "$LOCK.new"
-    mv "$LOCK.new" "$LOCK"
-    rm -rf "$scratch"
-    say "wrote $LOCK"
 }
 
 # make_environment PYTHON: the one that is there stays where only packages have changed.
@@ -272,14 +277,12 @@ make_environment() {
 
 main() {
     local python flavor wanted torch=""
+    [ "${1:-}" != --lock ] || exec bash "$ROOT/launch/lock.sh"
+    [ $# -eq 0 ] || fail "unknown argument $1; allowed: --lock"
     python=$(find_python)
     check_machine "$python"
-    if [ "${1:-}" = --lock ]; then
-        write_lock "$python"
-        return
-    fi
-    [ $# -eq 0 ] || fail "unknown argument $1; allowed: --lock"
     flavor=$(torch_flavor)
+    [ "$flavor" != cuda ] || LOCK=$ROOT/requirements.cuda.lock
     wanted="$(sha256sum <"$LOCK" | cut -d' ' -f1) $flavor $("$python" -c 'import sys; print(sys.version)' | tr '\n' ' ')"
     if [ "$flavor" = existing ]; then
         case $python in

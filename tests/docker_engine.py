@@ -1,8 +1,8 @@
 """A Docker engine of the tests' own: Debian's dockerd on a private socket, and the project's CPU image built in it.
 
 Needs root and the Debian packages docker.io, debootstrap and docker-compose. No image is pulled: the base is made here
-by debootstrap and imported under the name that the Dockerfile's FROM uses. So what stands for `python:3.11-slim` in
-these tests is Debian's bookworm with Debian's python3.11; all above FROM is the product's own.
+by debootstrap and given to the Dockerfile as CPU_BASE. So what stands for `python:3.11-slim` in these tests is Debian's
+bookworm with Debian's python3.11; all above FROM is the product's own.
 
 Images and build layers stay in $XDG_CACHE_HOME/pretrain-tests, or /var/cache/pretrain-tests, for the next time. Docker
 itself finds out what changed; the base is remade when its recipe changed. Delete the folder to start cold.
@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 DOCKER = "/usr/bin/docker"  # Debian's: another client may come first on the path
 IMAGE = "pretrain:cpu"
+BASE = "pretrain-base:debian"  # in place of the base that the Dockerfile names by digest, which is not pulled here
 TOOLS = {"dockerd": "docker.io", "debootstrap": "debootstrap", "docker-compose": "docker-compose"}
 SUITE = "bookworm"
 MIRROR = "http://deb.debian.org/debian"
@@ -184,14 +185,8 @@ def local_wheels(settings: dict[str, str]) -> list[Path]:
     return sorted(wheel for folder in folders for wheel in folder.glob("torch-*.whl"))
 
 
-def base_name() -> str:
-    found = re.search(r"^FROM (\S+) AS cpu-environment$", DOCKERFILE.read_text(), flags=re.M)
-    assert found is not None
-    return found.group(1)
-
-
 def make_base(engine: Engine) -> None:
-    """The image that FROM names, unless this recipe's is there already."""
+    """The image that the tests build on, unless this recipe's is there already."""
     settings = pip_settings()
     wheels = local_wheels(settings)
     certificates = Path(settings.get("cert") or os.environ.get("SSL_CERT_FILE") or "/nonexistent")
@@ -201,7 +196,7 @@ def make_base(engine: Engine) -> None:
         [settings, options, SUITE, MIRROR, authorities, [(w.name, w.stat().st_size) for w in wheels]]
     )
     label = hashlib.sha256(recipe.encode()).hexdigest()
-    known = ["images", "-q", "-f", f"reference={base_name()}", "-f", f"label=pretrain.base={label}"]
+    known = ["images", "-q", "-f", f"reference={BASE}", "-f", f"label=pretrain.base={label}"]
     if engine.docker(*known):
         return
 
@@ -225,7 +220,7 @@ def make_base(engine: Engine) -> None:
             pip.write(file)
         archive = Path(folder) / "base.tar"
         subprocess.run(["tar", "-C", root, "-cf", archive, "."], check=True)
-        engine.docker("import", "--change", f"LABEL pretrain.base={label}", archive, base_name())
+        engine.docker("import", "--change", f"LABEL pretrain.base={label}", archive, BASE)
 
 
 def build_image(engine: Engine) -> None:
@@ -234,7 +229,7 @@ def build_image(engine: Engine) -> None:
     proxies = [
         f"--build-arg={name}" for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY") if name in os.environ
     ]
-    build = ["build", "--progress=plain", "--network=host", *proxies]
+    build = ["build", "--progress=plain", "--network=host", f"--build-arg=CPU_BASE={BASE}", *proxies]
     engine.docker(*build, "-f", DOCKERFILE, "--target", "cpu", "-t", IMAGE, ROOT, timeout_s=900)
     engine.docker("image", "prune", "-f")
     engine.docker("builder", "prune", "-f", "--keep-storage", "8gb")

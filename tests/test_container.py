@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from docker_engine import IMAGE, ROOT, Engine, Unavailable, build_image, running_engine
+from docker_engine import BASE, IMAGE, ROOT, Engine, Unavailable, build_image, running_engine
 from test_engine import assert_same_state
 from tiny import GLOBAL_BATCH, TinyCorpus, events, make_corpus, run_arguments
 
@@ -204,7 +204,8 @@ def test_the_image_holds_no_secret_and_no_rights(
     shutil.copytree(ROOT, context, ignore=ignored)
     for name in (".env", ".netrc", "secret.txt", ".deepspeed_env"):
         (context / name).write_text(f"WANDB_API_KEY={CANARY}\n")
-    build = ["build", "--progress=plain", "--network=host", "-f", context / "docker" / "Dockerfile"]
+    build = ["build", "--progress=plain", "--network=host", f"--build-arg=CPU_BASE={BASE}"]
+    build += ["-f", context / "docker" / "Dockerfile"]
     engine.docker(*build, "--target", "cpu", "-t", "pretrain:canary", context, timeout_s=900)
 
     told = engine.docker("history", "--no-trunc", "pretrain:canary") + engine.docker(

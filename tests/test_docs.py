@@ -135,13 +135,20 @@ def check_docker(arguments: list[str]) -> None:
     elif arguments[0] == "run":
         image = next(i for i, word in enumerate(arguments) if word.startswith("pretrain:"))
         check(arguments[image + 1 :])
+    elif arguments[:3] == ["buildx", "imagetools", "inspect"]:
+        assert re.search(
+            rf"^ARG \w+={arguments[3]}@sha256:", (ROOT / "docker/Dockerfile").read_text(), flags=re.M
+        )
     else:
         assert arguments[0] in ("inspect", "rm", "stop") and arguments[-1] == "first"
 
 
 def check_pip(arguments: list[str]) -> None:
-    """Run by: test_install.py."""
-    assert arguments == ["install", "."]
+    """Run by: test_install.py; what is installed from a lock file, by launch/setup_env.sh."""
+    if "--require-hashes" in arguments:
+        check_paths([arguments[arguments.index("-r") + 1]])
+    else:
+        assert arguments == ["install", "."]
 
 
 def check_export(arguments: list[str]) -> None:

@@ -49,6 +49,7 @@ ORDER = [
     "manifest",
     "node_cache",
     "remote_chunks",
+    "trial",
     "tokenizer",
     "chat",
     "shards",

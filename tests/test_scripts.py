@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -49,44 +50,89 @@ def test_container_file_is_clean() -> None:
 
 def test_container_runs_as_nobody_in_particular() -> None:
     """Both targets: no root, a pinned base, and the lock file's environment first on the path."""
-    stages = re.split(r"^FROM ", (ROOT / "docker/Dockerfile").read_text(), flags=re.M)[1:]
-    by_name = {stage.splitlines()[0].split(" AS ")[1]: stage for stage in stages}
+    stages = re.split(r"^FROM ", (ROOT / "docker/Dockerfile").read_text(), flags=re.M)
+    by_name = {stage.splitlines()[0].split(" AS ")[1]: stage for stage in stages[1:]}
     assert set(by_name) == {"cpu-environment", "cuda-environment", "cpu", "cuda"}
     for target in ("cpu", "cuda"):
         image, environment = by_name[target], by_name[f"{target}-environment"]
         assert re.findall(r"^USER (\S+)", image, flags=re.M) == ["10001"]
         assert "PATH=/opt/venv/bin:$PATH" in image
-        assert re.match(r"\S+:[0-9][\w.-]+ ", environment), "the base image has no version"
+        assert environment.startswith(f"${{{target.upper()}_BASE}} ")
+        base = re.search(rf"^ARG {target.upper()}_BASE=(.*)$", stages[0], flags=re.M)
+        assert base and re.fullmatch(r"\S+:[0-9][\w.-]+@sha256:[0-9a-f]{64}", base.group(1)), (
+            "no version or digest"
+        )
         assert f"PRETRAIN_TORCH={target}" in environment
-        assert "COPY requirements.lock" in environment
+        assert f"COPY requirements.{target}.lock" in environment
 
 
-# --- the lock file ---
+# --- the lock files ---
+
+CPU, CUDA = "requirements.cpu.lock", "requirements.cuda.lock"
+HASH = re.compile(r"    --hash=sha256:[0-9a-f]{64}( \\)?")
 
 
-def locked() -> dict[str, str]:
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
-    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    assert all([specifier.operator for specifier in pin.specifier] == ["=="] for pin in pins)
-    return {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins}
+def locked(name: str = CPU) -> dict[str, str]:
+    """The version of each package; every line is a pin or one of its hashes, and no pin is without one."""
+    pins: dict[str, str] = {}
+    before = ""
+    for line in (ROOT / name).read_text().splitlines():
+        if line.startswith(" "):
+            assert HASH.fullmatch(line) and before.endswith("\\"), line
+        elif not line.startswith("#"):
+            assert line.endswith(" \\") and not before.endswith("\\"), f"{line} has no hash"
+            pin = Requirement(line.removesuffix(" \\"))
+            assert [specifier.operator for specifier in pin.specifier] == ["=="]
+            assert pin.name == canonicalize_name(pin.name) and pin.name not in pins, pin.name
+            pins[pin.name] = next(iter(pin.specifier)).version
+        before = line
+    return pins
 
 
-def test_lock_file_satisfies_the_project() -> None:
+@pytest.mark.parametrize("name", [CPU, CUDA])
+def test_lock_file_satisfies_the_project(name: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    del extras["gcs"], extras["liger"]  # left out of the lock by launch/setup_env.sh
+    del extras["gcs"], extras["liger"]  # left out of the locks by launch/lock.sh
     wanted = project["dependencies"] + sum(extras.values(), [])
-    pins = locked()
+    pins = locked(name)
     for requirement in map(Requirement, wanted):
         version = pins.get(canonicalize_name(requirement.name))
         assert version is not None, f"{requirement.name} is not locked"
         assert requirement.specifier.contains(version), f"{requirement} excludes the locked {version}"
 
 
-def test_no_cuda_is_locked() -> None:
-    """A lock file with torch's CUDA libraries would put gigabytes on machines without a GPU."""
-    assert not [name for name in locked() if name.startswith(("nvidia", "cuda", "triton"))]
-    assert re.fullmatch(r"\d+\.\d+\.\d+", locked()["torch"]), "a local version exists on some machines only"
+def test_the_lock_files_differ_in_torch_and_cuda_alone() -> None:
+    """A CPU lock with CUDA libraries would put gigabytes on machines without a GPU."""
+    cpu, cuda = locked(CPU), locked(CUDA)
+    assert cpu["torch"] == f"{cuda['torch']}+cpu"
+    assert all(cuda[name] == version for name, version in cpu.items() if name != "torch")
+    only = [name for name in cuda if name not in cpu]
+    assert only and all(name.startswith(("nvidia-", "cuda-", "triton")) for name in only)
+
+
+@pytest.mark.parametrize("is_reachable", [True, False])
+def test_hashes_of_torch_for_cpus(tmp_path: Path, is_reachable: bool) -> None:
+    """As PyTorch's index has them, or where it is out of reach, as the lock file has them of the same version."""
+    names = [f"{python}-{python}-manylinux_2_28_x86_64" for python in ("cp310", "cp311", "cp313")]
+    page = "".join(
+        f'<a href="/torch-2.13.0%2Bcpu-{name}.whl#sha256={i:064d}">' for i, name in enumerate(names)
+    )
+    curl = f"curl() {{ cat <<'END'\n{page}\nEND\n}}" if is_reachable else "curl() { return 6; }"
+    functions = (ROOT / "launch/lock.sh").read_text().removesuffix('main "$@"\n')
+    script = tmp_path / "launch" / "functions.sh"
+    script.parent.mkdir()
+    script.write_text(f'{functions}\n{curl}\ntorch_for_cpus "$1"\n')
+    shutil.copy(ROOT / CPU, tmp_path)
+    done = run("bash", script, "2.13.0")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "torch==2.13.0+cpu \\"
+    if is_reachable:
+        assert lines[1:] == [f"    --hash=sha256:{1:064d} \\", f"    --hash=sha256:{2:064d}"]
+    else:
+        assert done.stdout in (ROOT / CPU).read_text() and len(lines) > 1
+        assert run("bash", script, "2.14.0").returncode == 1
 
 
 # --- what is missing is said in one sentence, and nothing is left behind ---
@@ -125,7 +171,7 @@ def set_up(code: str, tmp_path: Path, **env: str) -> subprocess.CompletedProcess
     script = tmp_path / "launch" / "functions.sh"
     script.parent.mkdir(exist_ok=True)
     script.write_text(f"{functions}\n{code}\n")
-    for name in ("requirements.lock", "pyproject.toml"):
+    for name in (CPU, CUDA, "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     given = {"PRETRAIN_VENV": str(tmp_path / "venv"), "PATH": path, **env}
@@ -179,10 +225,10 @@ def test_where_no_build_fits_a_sentence_says_so(gpus: str, words: list[str], tmp
 @pytest.mark.parametrize(
     ("build", "found", "requirement", "problem"),
     [
-        ("cuda", "cuda", "torch===VERSION", None),  # as 2.13.0+cpu is not
+        ("cuda", "cuda", "--require-hashes torch==VERSION \\", None),
         ("cuda126", "cuda", "--index-url https://download.pytorch.org/whl/cu126 torch==VERSION+cu126", None),
-        ("cpu", "cpu", "--no-deps torch==VERSION+cpu", None),
-        ("cuda", "cpu", "torch===VERSION", "a build of torch for cuda was asked for, and pip found one for cpu"),
+        ("cpu", "cpu", "--require-hashes torch==VERSION+cpu \\", None),
+        ("cuda", "cpu", "torch==VERSION", "a build of torch for cuda was asked for, and pip found one for cpu"),
         ("cpu", "cuda", "torch==VERSION+cpu", "a build of torch for cpu was asked for, and pip found one for cuda"),
     ],
 )  # fmt: skip
@@ -194,10 +240,36 @@ def test_what_was_installed_is_what_was_asked_for(
     python.parent.mkdir(parents=True)
     python.write_text(f"#!/bin/sh\necho {found}\n")
     python.chmod(0o755)
-    done = set_up(f'pip() {{ echo "pip $*"; }}\ninstall_torch {build}', tmp_path)
-    assert requirement.replace("VERSION", locked()["torch"]) in done.stdout
+    lock = CUDA if build == "cuda" else CPU
+    pip = 'pip() { case $* in *-r*) echo "pip --require-hashes $(cat "${@: -1}")" ;; *) echo "pip $*" ;; esac; }'
+    done = set_up(f"{pip}\nLOCK=$ROOT/{lock}\ninstall_torch {build}", tmp_path)
+    assert requirement.replace("VERSION", locked(CUDA)["torch"]) in done.stdout
     assert (done.returncode, problem or "") == (1 if problem else 0, problem or ""), done.stderr
     assert (problem or "") in done.stderr
+
+
+def test_a_file_with_another_hash_is_refused(tmp_path: Path) -> None:
+    """pip gets a wheel of the right name and version, and the hash of another one."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "tqdm-4.70.1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(
+            "tqdm-4.70.1.dist-info/METADATA", "Metadata-Version: 2.1\nName: tqdm\nVersion: 4.70.1\n"
+        )
+        wheel.writestr(
+            "tqdm-4.70.1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr("tqdm-4.70.1.dist-info/RECORD", "")
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (pip,) = Path(sys.prefix).glob("lib/python*/site-packages/pip")
+    (packages / "pip").symlink_to(pip)
+    (tmp_path / "requirements").write_text(f"tqdm==4.70.1 --hash=sha256:{'0' * 64}\n")
+    given = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)}
+    done = set_up(f"install_hashed {tmp_path}/requirements", tmp_path, **given)
+    assert done.returncode == 1
+    assert "THESE PACKAGES DO NOT MATCH THE HASHES" in (tmp_path / "venv.log").read_text()
+    assert not list((tmp_path / "venv").glob("lib/python*/site-packages/tqdm*"))
 
 
 # --- over a Python that has torch ---
@@ -235,6 +307,23 @@ def test_an_existing_torch_is_checked(version: str | None, sentence: str | None,
         assert done.returncode == 1
         assert sentence in done.stderr and f"{base}/bin/python" in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_what_is_missing_over_an_existing_torch(tmp_path: Path) -> None:
+    """What is not there, what pyproject.toml does not admit, what an added package needs newer; never torch."""
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (there,) = Path(sys.prefix).glob("lib/python*/site-packages/packaging")
+    shutil.copytree(there, packages / "packaging")
+    have = {name: version for name, version in locked().items() if name != "tqdm"}
+    have |= {"numpy": "1.26.0", "rich": "14.5", "torch": "2.12.0", "idna": "1.0"}
+    for name, version in have.items():
+        folder = packages / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        needs = "Requires-Dist: idna>=3\nRequires-Dist: six>=99; extra == 'x'\n" if name == "requests" else ""
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
+    done = set_up("missing_packages", tmp_path)
+    assert (done.returncode, done.stdout) == (0, "idna numpy tqdm\n"), done.stderr
 
 
 def test_the_environment_cannot_lie_over_itself(tmp_path: Path) -> None:

@@ -1,0 +1,429 @@
+"""One harness for each thing that parses what others wrote: what it does with any bytes, and honest examples.
+
+A harness may let nothing out: the errors that a parser is allowed are named and caught, every other exception is a
+finding, as are a crash, too much memory and too much time. It may write files, in the current folder. Packages are
+imported where they are used, so that each process holds those of its own harness alone.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import socket
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import ConfigError, RunError
+
+CANARY = "canary-3b1f"
+os.environ["CANARY"] = CANARY  # a secret that no stored file may get at
+
+
+@dataclass(frozen=True)
+class Harness:
+    """`one` takes any bytes; `seeds` are examples as honest writers make them."""
+
+    one: Callable[[bytes], None]
+    seeds: Callable[[], list[bytes]]
+    is_json: bool = False
+    """Whether inputs are changed as JSON too: value by value."""
+    words: tuple[bytes, ...] = ()
+    """What is put into inputs now and then."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """What is refused is refused with one of the two errors, whose text tells no secret."""
+    try:
+        yield
+    except (ConfigError, RunError) as error:
+        if CANARY in str(error):
+            raise AssertionError(f"a secret was told: {error}") from error
+
+
+def write(name: str, content: bytes) -> Path:
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def as_object(data: bytes) -> dict[str, Any] | None:
+    with suppress(ValueError, RecursionError):
+        found = json.loads(data)
+        return found if isinstance(found, dict) else None
+    return None
+
+
+# --- corpora ---
+
+
+@cache
+def corpus_files() -> dict[str, bytes]:
+    """A corpus of two chunks; its files by name."""
+    from pretrain.corpus_writer import CorpusWriter
+
+    with tempfile.TemporaryDirectory() as folder:
+        ids = {"tokenizer_sha256": "0" * 64, "vocab_size": 512, "bos_id": 1, "eos_id": 2}
+        writer = CorpusWriter(Path(folder), **ids, chunk_tokens=64, sources=["code"])
+        for number in range(4):
+            tokens = [1, *range(10, 30), 2]
+            writer.add_document(tokens, source="code", document_id=f"d{number}", text_bytes=50)
+        writer.finish()
+        return {path.name: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def tar_member(suffix: str) -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(corpus_files()["shard-00000.tar"])) as shard:
+        return shard.extractfile(next(m for m in shard if m.name.endswith(suffix))).read()
+
+
+def manifest(data: bytes) -> None:
+    from pretrain.manifest import load_manifest
+
+    raw = as_object(data)
+    if raw is not None:  # who can write a manifest can write hashes that fit
+        content = {key: value for key, value in raw.items() if key != "root_sha256"}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        raw["root_sha256"] = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+        data = json.dumps(raw).encode()
+    with refusing():
+        load_manifest(write("manifest.json", data)).to_json()
+
+
+def documents(data: bytes) -> None:
+    import numpy as np
+
+    from pretrain.shards import parse_documents
+
+    for masked in (False, True):
+        with refusing():
+            found = parse_documents(data, "x.doc", 64, masked)
+            borders = [*found.starts.tolist(), 64]
+            assert borders[0] == 0 and (np.diff(borders) > 0).all(), "pieces that do not fill the chunk"
+            assert (found.source >= 0).all() and (found.offsets >= 0).all() and (found.text_bytes >= 0).all()
+            assert all(isinstance(name, str) for name in found.ids)
+
+
+def masked_documents() -> bytes:
+    return json.dumps(
+        json.loads(tar_member(".doc")) | {"targets": [3, 9, 20, 64], "target_bytes": [5, 0, 0]}
+    ).encode()
+
+
+def shard_index(data: bytes) -> None:
+    from pretrain.manifest import Manifest, parse_index
+
+    with refusing():
+        parse_index(data, Manifest.from_json(corpus_files()["manifest.json"].decode()), 0, "x.idx")
+
+
+def tar_header(data: bytes) -> None:
+    from pretrain.manifest import header_problem
+
+    header_problem(data[:512], "000000.tok", 128)
+
+
+# --- checkpoints and run folders ---
+
+
+@cache
+def run_files() -> dict[str, bytes]:
+    """A run folder with one checkpoint; its files by path."""
+    import torch
+
+    from pretrain import checkpoint
+    from pretrain.config import TrainConfig, load_config, to_dict
+    from pretrain.distributed import Partition
+    from pretrain.order_state import OrderState
+    from pretrain.stages import plan_stages
+
+    given = ["run_dir=r", "data.manifest=m", "total_steps=9", "schedule.warmup_steps=1", "model=tiny"]
+    config = load_config(TrainConfig, given, "config")
+    order = OrderState(
+        manifest_sha=["0" * 64], seed=1, stages=plan_stages(config.data, 32), consumed_samples=32,
+        lanes=config.data.lanes, chunk_tokens=[64], window_chunks=4, packing="concatenate",
+    )  # fmt: skip
+    state: dict[str, Any] = {
+        "step": 1, "tokens_seen": 9, "samples_seen": 3, "sequence_length": 64, "optimizer_step": 1, "attempt": 1,
+        "order": order.to_dict(), "loss_guard": {}, "tokenizer_sha256": "0" * 64, "run_id": "a", "wandb_run_id": "a",
+        "world_size": 1, "zero_stage": 3, "precision": "fp32", "loss_scale": None, "versions": {"pretrain": "0"},
+        "config": to_dict(config), "micro_batch_found": None, "tensors": {"a": [2, 3]},
+    }  # fmt: skip
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    with tempfile.TemporaryDirectory() as folder:
+        partition = {"weight.a": Partition(torch.arange(6.0), 6)}
+        checkpoint.save(Path(folder), 1, partition, state, checkpoint.ALONE)
+        (Path(folder) / "config.json").write_text(json.dumps(to_dict(config)))
+        found = {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+    torch.distributed.destroy_process_group()
+    return found
+
+
+STEP = "checkpoints/step-00000001"
+
+
+def run_file(end: str) -> bytes:
+    return next(content for name, content in run_files().items() if name.endswith(end))
+
+
+def write_run(end: str, data: bytes) -> Path:
+    """The run with one of its files replaced, and COMPLETE as it should be, where it is not the file itself."""
+    import xxhash
+
+    files = {name: data if name.endswith(end) else content for name, content in run_files().items()}
+    listing = json.loads(files[f"{STEP}/COMPLETE"]) if end != "COMPLETE" else None
+    for name in listing["files"] if listing else ():
+        content = files[f"{STEP}/{name}"]
+        listing["files"][name] |= {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
+    if listing:
+        files[f"{STEP}/COMPLETE"] = json.dumps(listing).encode()
+    for name, content in files.items():
+        write(f"run/{name}", content)
+    return Path("run")
+
+
+def state(data: bytes) -> None:
+    from pretrain.provenance import ReadHistory
+
+    with refusing():
+        ReadHistory.of_run(write_run("state.json", data))
+
+
+def complete(data: bytes) -> None:
+    from pretrain.checkpoint_folder import newest_state
+
+    with refusing():
+        newest_state(write_run("COMPLETE", data))
+
+
+def stored_config(data: bytes) -> None:
+    """What a checkpoint or a run folder says of its configuration."""
+    from pretrain.checkpoint_folder import root_of_run
+    from pretrain.config import TrainConfig, to_dict, validate
+
+    with refusing():
+        root_of_run(write("stored/config.json", data).parent)
+    if (found := as_object(data)) is not None:
+        with refusing():
+            assert CANARY not in str(to_dict(validate(TrainConfig, found)))
+
+
+def safetensors(data: bytes) -> None:
+    from pretrain.checkpoint import load_weights
+
+    with refusing():
+        load_weights(write_run(".safetensors", data))
+
+
+def safetensors_header(data: bytes) -> None:
+    safetensors(len(data).to_bytes(8, "little") + data + bytes(24))
+
+
+# --- texts ---
+
+
+def read(data: bytes, name: str, kind: str) -> None:
+    from data_tools.read import ReadConfig, Unit, read_unit
+
+    write(name, data)
+    for record in read_unit(Unit(path=name, name=name, source="s", kind=kind), ReadConfig(), lambda *_: None):
+        for text in (record.id, record.text, record.source, record.url or "", record.license or ""):
+            text.encode()
+
+
+def json_lines() -> bytes:
+    lines = [{"text": "a b", "id": 1}, {"text": "\u4e2d", "url": "http://a/", "license": None, "source": "s"}]
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+def zst() -> bytes:
+    import zstandard
+
+    return zstandard.compress(json_lines())
+
+
+def table() -> Any:
+    import pyarrow
+
+    return pyarrow.table({"x": [{"y": 1}, None], "text": ["a b", "c"], "id": ["1", "2"]})
+
+
+def parquet() -> list[bytes]:
+    from pyarrow import parquet
+
+    made = []
+    for settings in ({}, {"compression": "zstd", "use_dictionary": False}, {"data_page_version": "2.0"}):
+        parquet.write_table(table(), file := io.BytesIO(), **settings)
+        made.append(file.getvalue())
+    return made
+
+
+def arrow() -> bytes:
+    import pyarrow
+
+    with pyarrow.ipc.new_stream(file := io.BytesIO(), table().schema) as writer:
+        writer.write_table(table())
+    return file.getvalue()
+
+
+PAGE = b"""<html><head><meta charset="utf-8"><title>T</title></head><body><nav><a href="/">Home</a></nav>
+<article><h1>A title</h1><p>A first paragraph that has some words in it, and more words.</p><table><tr><td>x</td></tr>
+</table><ul><li>one</li></ul><pre>code</pre><p>A second one, with <b>bold</b> words.</p></article></body></html>"""
+
+
+def html(data: bytes) -> None:
+    from data_tools.boilerplate import main_text
+
+    main_text(data, "text/html").encode("utf-8", "surrogatepass")
+
+
+def warc() -> list[bytes]:
+    from warcio.statusandheaders import StatusAndHeaders
+    from warcio.warcwriter import WARCWriter
+
+    made = []
+    for packed in (False, True):
+        writer = WARCWriter(file := io.BytesIO(), gzip=packed)
+        for number in range(2):
+            headers = StatusAndHeaders("200 OK", [("Content-Type", "text/html")], protocol="HTTP/1.0")
+            url, body = f"http://a/{number}", io.BytesIO(PAGE)
+            writer.write_record(
+                writer.create_warc_record(url, "response", payload=body, http_headers=headers)
+            )
+        made.append(file.getvalue())
+    return made
+
+
+# --- tokenizers ---
+
+
+def tokenizer(data: bytes) -> None:
+    from pretrain.tokenizer import Tokenizer
+
+    with refusing():
+        found = Tokenizer.from_content(data, Path("tokenizer.model"))
+        ids = found.encode("A text, \u4e2d\u6587 \u2581 <s> 12\n\n  and more.")
+        found.decode([*ids, *range(min(found.vocab_size, 64))])
+        found.piece(0)
+
+
+@cache
+def models() -> list[bytes]:
+    from sentencepiece import SentencePieceTrainer
+
+    sentences = ["a few words of text to learn from", "and some more words", "12 34"] * 20
+    rule = write(
+        "rule.tsv", b"41\t61\nC4\t41 308\nAC00\t1100 1161\n"
+    )  # the usual rules would make the file large
+    made = []
+    for kind in ("bpe", "unigram"):
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences), model_writer=(file := io.BytesIO()), vocab_size=300, model_type=kind,
+            byte_fallback=True, hard_vocab_limit=False, normalization_rule_tsv=str(rule), minloglevel=2,
+        )  # fmt: skip
+        made.append(file.getvalue())
+    return made
+
+
+@cache
+def tokenizer_jsons() -> list[bytes]:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    from pretrain.tokenizer import frame
+
+    kinds = [
+        (models.BPE(byte_fallback=False), trainers.BpeTrainer),
+        (models.Unigram(), partial(trainers.UnigramTrainer, unk_token="[UNK]")),
+        (models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer),  # type: ignore[arg-type]
+    ]
+    made = []
+    for model, trainer in kinds:
+        found = Tokenizer(model)
+        found.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(" ", "\u2581")])
+        found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        found.decoder = decoders.ByteLevel()
+        special = ["[UNK]", "<s>", "</s>"]
+        found.train_from_iterator(
+            ["a few words of text"] * 9, trainer(vocab_size=60, special_tokens=special, show_progress=False)
+        )
+        content = json.loads(found.to_str())
+        content["post_processor"] = frame(("<s>", 1), ("</s>", 2))
+        made.append(json.dumps(content).encode())
+    return made
+
+
+# --- peers and command lines ---
+
+
+def hub_line(data: bytes) -> None:
+    from pretrain.watcher import Line
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setblocking(False)
+        line = Line(ours)
+        for block in (data[: len(data) // 2], data[len(data) // 2 :]):
+            with suppress(BlockingIOError):
+                theirs.send(block)
+            for message in line.receive():
+                assert isinstance(message, dict)
+
+
+def overrides(data: bytes) -> None:
+    """What a user gives on the command line, one argument a line; the environment is the user's own."""
+    from pretrain.config import TrainConfig, load_config, to_dict
+
+    arguments = data.decode("utf-8", "surrogateescape").split("\n")
+    with refusing():
+        to_dict(load_config(TrainConfig, arguments, "config"))
+
+
+ARGUMENTS = "run_dir=r\ndata.manifest=m\nschedule.warmup_steps=1\ntotal_steps=9\n"
+OVERRIDES = [
+    "model=tiny", "model=no", "model.n_layers=1e9", "+model.x=1", "~model", "~optim.lr", "model@x=tiny", "model=[]",
+    "hydra.run.dir=x", "hydra.searchpath=[file://x]", "hydra/launcher=basic", "+hydra.job.env_set={A: b}", "seed=null",
+    "run_dir=${oc.env:CANARY}", "run_dir=${oc.env:NO_SUCH}", "seed=${oc.decode:'1'}", "seed=${seed}", "run_dir=${run_",
+    "seed=1,2", "seed=range(1,3)", "data.sources=[{name: a, weight: .inf}]", "run_dir='a\\'b'", "+a@b:c=d", "=", "x",
+    "data={manifest: m}", "_target_=os.system", "+model._target_=os.system", "experiment=../x", "run_dir=\0",
+]  # fmt: skip
+
+HARNESSES = {
+    "manifest": Harness(manifest, lambda: [corpus_files()["manifest.json"]], is_json=True),
+    "documents": Harness(documents, lambda: [tar_member(".doc"), masked_documents()], is_json=True),
+    "shard_index": Harness(shard_index, lambda: [corpus_files()["shard-00000.idx"]]),
+    "tar_header": Harness(tar_header, lambda: [corpus_files()["shard-00000.tar"][:512]]),
+    "state": Harness(state, lambda: [run_file("state.json")], is_json=True),
+    "complete": Harness(complete, lambda: [run_file("COMPLETE")], is_json=True),
+    "stored_config": Harness(stored_config, lambda: [run_file("config.json")], is_json=True),
+    "safetensors": Harness(safetensors, lambda: [run_file(".safetensors")]),
+    "safetensors_header": Harness(
+        safetensors_header,
+        lambda: [b'{"weight.a":{"dtype":"F32","shape":[6],"data_offsets":[0,24]}}', run_file(".safetensors")[8:-24]],
+        is_json=True,
+    ),
+    "jsonl": Harness(lambda data: read(data, "x.jsonl", "jsonl"), lambda: [json_lines()], is_json=True),
+    "gzip": Harness(lambda data: read(data, "x.jsonl.gz", "jsonl"), lambda: [gzip.compress(json_lines())]),
+    "zst": Harness(lambda data: read(data, "x.jsonl.zst", "jsonl"), lambda: [zst()]),
+    "parquet": Harness(lambda data: read(data, "x.parquet", "parquet"), parquet),
+    "arrow": Harness(lambda data: read(data, "x.arrow", "arrow"), lambda: [arrow()]),
+    "warc": Harness(lambda data: read(data, "x.warc", "warc"), warc, words=(b"Content-Length: ", b"\r\n\r\n")),
+    "html": Harness(html, lambda: [PAGE], words=(b"<div>" * 99, b"<a b=", b"<!--", b"charset=utf-7", b"&#x110000;")),
+    "sentencepiece": Harness(tokenizer, models),
+    "tokenizer_json": Harness(tokenizer, tokenizer_jsons, is_json=True),
+    "hub_line": Harness(hub_line, lambda: [b'{"token": "a", "rank": 1}\n{"step": 3, "phase": "x"}\n'], is_json=True),
+    "overrides": Harness(
+        overrides,
+        lambda: [(ARGUMENTS + override).encode("utf-8", "surrogateescape") for override in OVERRIDES],
+        words=tuple(override.encode() for override in OVERRIDES),
+    ),
+}  # fmt: skip
