@@ -27,6 +27,7 @@ from pretrain.tokenizer import (
     parse_tokenizer_json,
     unk_of,
 )
+from pretrain.trial import try_tokenizer
 
 _CONFIG_NAME = "tokenizer_config.json"
 _END_OF_TEXT = "<|endoftext|>"  # GPT-2's only special token
@@ -49,8 +50,16 @@ def import_tokenizer(config: TokenizerConfig) -> Tokenizer:
             )
         path = found[0]
     content = _read(path)
-    if content.lstrip().startswith(b"{"):
-        tokenizer = Tokenizer.from_content(_rewritten(path, content, config), path)
+    if content.lstrip().startswith(b"{"):  # a sentencepiece model begins with what looks like a line feed
+        content = content.lstrip()
+    try_tokenizer(content, path)
+    if content.startswith(b"{"):
+        try:
+            rewritten = _rewritten(path, content, config)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"the tokenizer {path} is not a tokenizer.json: {reason}") from error
+        tokenizer = Tokenizer.from_content(rewritten, path)
         _check_names_are_text(tokenizer)
     elif config.bos_token is not None or config.eos_token is not None:
         raise ConfigError(

@@ -18,12 +18,16 @@ from pretrain.config import ConfigError
 from pretrain.files import read_capped
 from pretrain.manifest import MANIFEST_TIMEOUT_S, token_dtype
 from pretrain.remote import DamagedError, as_path, read_whole
+from pretrain.trial import try_tokenizer
 
 SENTENCEPIECE_NAME = "tokenizer.model"
 HUGGING_FACE_NAME = "tokenizer.json"
 TOKENIZER_NAMES = (SENTENCEPIECE_NAME, HUGGING_FACE_NAME)
 """A corpus, a run and an export hold one of them."""
-MAX_MODEL_BYTES = 64 << 20  # vocabularies of 256,000 entries take about 4 MB, as JSON about 33 MB
+MAX_MODEL_BYTES = 64 << 20  # a JSON of 256,000 entries takes about 33 MB
+MAX_SENTENCEPIECE_BYTES = (
+    16 << 20
+)  # a model of 256,000 entries takes about 5 MB, and ten times that in memory
 MAX_VOCAB_SIZE = 1 << 22
 
 # sentencepiece writes every space as this character and reads it back as a space, so the character
@@ -108,6 +112,7 @@ class Tokenizer:
                 f"the tokenizer {path} has sha256 {found}, where {sha256} is needed; put back the "
                 f"{Path(path).name} of the corpus"
             )
+        try_tokenizer(content, path)
         self._take(content, Path(path))
 
     @classmethod
@@ -128,6 +133,11 @@ class Tokenizer:
         """The file's content, to be used instead of reading again what was hashed."""
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.is_sentencepiece = not content.startswith(b"{")
+        if self.is_sentencepiece and len(content) > MAX_SENTENCEPIECE_BYTES:
+            raise ConfigError(
+                f"the tokenizer {path} has {len(content):,} bytes, where a sentencepiece model has at most "
+                f"{MAX_SENTENCEPIECE_BYTES:,}"
+            )
         self.file_name = SENTENCEPIECE_NAME if self.is_sentencepiece else HUGGING_FACE_NAME
         """What the file is called in a corpus, a run or an export."""
         self._model: _Model = (

@@ -119,6 +119,7 @@ DATA_TOOLS_MAY_IMPORT = {
     "chat",
     "config",
     "tokenizer",
+    "trial",
     "manifest",
     "shards",
     "corpus_writer",

@@ -700,7 +700,7 @@ def changed(*where: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
         (changed("config", "${oc.env:HOME}", value=1), "in a key"),
         (changed("config", "_target_", value="os.system"), "the stored configuration is wrong: .*_target_"),
         (changed("more", value=1), "more is unknown"),
-        ("[" * 100_000, "recursion limit"),
+        ("[" * 50_000, "recursion limit"),
         ("{", "EOF while parsing"),
         (" " * (checkpoint_folder.MAX_JSON_BYTES + 1), "more than 268,435,456 bytes"),
     ],
