@@ -54,11 +54,13 @@ def _multiplied(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool = False
 ) -> Tensor:
     """a [M, K] @ b [K, N]. The device wants a by rows, b by columns. `fast`: sums in less than fp32."""
+    # Both scales at once: where a processor multiplies by one after the other, a large one alone can overflow (seen
+    # with oneDNN on a CPU with AMX).
     return torch._scaled_mm(
         a.contiguous(),
         b.t().contiguous().t(),
-        scale_a=a_scale,
-        scale_b=b_scale,
+        scale_a=a_scale * b_scale,
+        scale_b=torch.ones_like(b_scale),
         out_dtype=dtype,
         use_fast_accum=fast,
     )
