@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from data_tools.executors import ExecutorConfig, ExecutorKind, Progress, run_phase
+from data_tools.executors import (
+    ExecutorConfig,
+    ExecutorKind,
+    Progress,
+    _environment,
+    _ray_options,
+    run_phase,
+)
 from pretrain.config import ConfigError, RunError
 
 
@@ -31,6 +39,28 @@ class Square:
         progress.advance(10)
         with (self.folder / f"{rank}.txt").open("a") as file:
             file.write(f"{rank**2} {os.getpid()}\n")
+
+
+def test_paths_are_quoted_for_the_shell(tmp_path: Path) -> None:
+    folder = tmp_path / "a b;$(touch hurt)'"
+    (folder / "bin").mkdir(parents=True)
+    line = f'{_environment(folder, folder / "bin")}; printf \'%s\\n\' "$PYTHONPATH" "${{PATH%%:/*}}" "$PWD"'
+    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [str(folder), str(folder / "bin"), str(folder)]
+    assert not list(tmp_path.rglob("hurt"))
+    with pytest.raises(ConfigError, match="without quotes"):
+        run_phase("x", Square(folder), 1, folder, ExecutorConfig(kind=ExecutorKind.slurm), 1)
+
+
+def test_our_own_ray_is_for_this_machine_and_asks_for_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    theirs = _ray_options("auto")
+    assert "RAY_AUTH_MODE" not in os.environ
+    ours = _ray_options(None)
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert ours == theirs | {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
 
 
 def lines(folder: Path) -> list[list[str]]:
