@@ -223,25 +223,27 @@ def _run(executor: Any, config: ExecutorConfig, name: str) -> None:
         case ExecutorKind.local:
             _run_here(executor, name)
         case ExecutorKind.ray:
-            import ray
-
-            if not ray.is_initialized():
-                ray.init(config.ray_address, **_ray_options(config.ray_address))
+            _start_ray(config.ray_address)
             executor.run()
         case ExecutorKind.slurm:
             executor.run()
             _wait_for_job(executor)
 
 
-def _ray_options(address: str | None) -> dict[str, Any]:
-    """For ray.init. A cluster that it starts itself is this machine's alone: who can reach Ray can run code."""
+def _start_ray(address: str | None) -> None:
+    """Be with a Ray cluster. Who can reach one can run code, so one that is started here is this machine's alone."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    options = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}, "log_to_driver": False}
+    options: dict[str, Any] = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}, "log_to_driver": False}
     if address is None and "RAY_ADDRESS" not in os.environ:
-        # Some of its ports are open to other machines nevertheless; they want the token that Ray makes for this user.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        options |= {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
-    return options
+        options["include_dashboard"] = False
+        # Read when ray is imported. With this alone all of its ports are at 127.0.0.1, on Linux as well: an address
+        # that is given to ray.init is the one that it tells, not the one at which it listens.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray makes one for this user
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address, **options)
 
 
 def _run_here(executor: Any, name: str) -> None:
