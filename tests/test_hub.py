@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pretrain import hub
 from pretrain.hub import Hub, Line, Message, parse
+from pretrain.watcher import Watcher
 
 PASSWORD = "5" * 32
 VERDICT = {"rank": 1, "host": "b", "cause": "hang", "reason": "no progress", "step": None, "behind": [1, 2]}
@@ -289,3 +290,43 @@ def test_what_found_no_room_is_sent_later() -> None:
     assert found == messages
     here.close()
     there.close()
+
+
+# ---- a watcher that meets the hub ------------------------------------------------------------------------------------
+
+
+def watcher_of_rank_1(address: tuple[str, int]) -> Any:
+    """A watcher that watches nothing, just before it joins the hub at an address."""
+    watcher: Any = object.__new__(Watcher)
+    watcher.selector = selectors.DefaultSelector()
+    watcher.rank, watcher.host, watcher.limits = 1, "node-1", {"lost_s": 20}
+    watcher.listener = watcher.peers = watcher.hub = None
+    watcher.bye = watcher.dead = watcher.welcomed = False
+    watcher.verdicts = []
+    watcher._end = lambda verdict, told=False: watcher.verdicts.append(verdict)
+    watcher._join([*address, PASSWORD])
+    return watcher
+
+
+def test_a_watcher_that_a_full_hub_has_dropped_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.watcher.JOIN_PAUSE_S", 0.01)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        watcher = watcher_of_rank_1(listener.getsockname())
+
+        def turn() -> None:
+            for key in watcher._ready():
+                watcher._handle(key)
+
+        for _ in range(3):
+            connection, _ = listener.accept()
+            assert parse(connection.recv(1000).strip()) == hello(1)
+            connection.close()
+            turn()
+        connection, _ = listener.accept()
+        connection.sendall(b'{"alive": true}\n')
+        turn()
+        assert watcher.welcomed and not watcher.verdicts
+        connection.close()
+        turn()  # but not once it has been taken: then rank 0's watcher is gone
+        assert [verdict["reason"] for verdict in watcher.verdicts] == ["the watcher of rank 0 is gone"]
+        watcher.selector.close()
