@@ -56,7 +56,7 @@ class DecontaminateConfig:
     """Evaluation sets that must not be in the corpus, and what counts as being in it."""
 
     files: list[str] = field(default_factory=list)
-    """JSON lines (.jsonl) or plain text with an item per line, also as .gz or .zst; any fsspec URL. Each is a set,
+    """JSON lines (.jsonl) or plain text with an item per line, also as .gz or .zst; a URL. Each is a set,
     named by the file's name up to its first dot."""
     fields: list[str] = field(default_factory=lambda: ["question", "answer", "text"])
     """Fields of a JSON line to look for, each for itself; lists and objects are searched for strings."""

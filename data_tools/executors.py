@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -191,6 +192,11 @@ def _executor(step: _Step, n_tasks: int, folder: Path, config: ExecutorConfig) -
             from datatrove.executor import SlurmPipelineExecutor
 
             slurm = config.slurm
+            if shlex.quote(str(folder)) != str(folder):
+                raise ConfigError(
+                    f"executor.kind=slurm: datatrove writes the path {folder} into a shell script without quotes; "
+                    "choose an output folder of letters, digits and @%+=:,./-_"
+                )
             return SlurmPipelineExecutor(
                 **common,
                 workers=workers,
@@ -200,10 +206,16 @@ def _executor(step: _Step, n_tasks: int, folder: Path, config: ExecutorConfig) -
                 cpus_per_task=slurm.cpus_per_task,
                 mem_per_cpu_gb=slurm.memory_per_cpu_gib,
                 job_name="pretrain-curate",
-                env_command=f"export PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={ROOT}; cd {ROOT}",
+                env_command=_environment(ROOT, Path(sys.executable).parent),
                 sbatch_args=slurm.sbatch_args,
                 mail_type="NONE",
             )
+
+
+def _environment(root: Path, binaries: Path) -> str:
+    """The shell line with which a Slurm job gets this project and its Python."""
+    root_word, path_word = shlex.quote(str(root)), shlex.quote(str(binaries))
+    return f"export PATH={path_word}:$PATH PYTHONPATH={root_word}; cd {root_word}"
 
 
 def _run(executor: Any, config: ExecutorConfig, name: str) -> None:
@@ -211,16 +223,27 @@ def _run(executor: Any, config: ExecutorConfig, name: str) -> None:
         case ExecutorKind.local:
             _run_here(executor, name)
         case ExecutorKind.ray:
-            import ray
-
-            if not ray.is_initialized():
-                path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-                environment = {"env_vars": {"PYTHONPATH": path}}
-                ray.init(config.ray_address, runtime_env=environment, log_to_driver=False)
+            _start_ray(config.ray_address)
             executor.run()
         case ExecutorKind.slurm:
             executor.run()
             _wait_for_job(executor)
+
+
+def _start_ray(address: str | None) -> None:
+    """Be with a Ray cluster. Who can reach one can run code, so one that is started here is this machine's alone."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    options: dict[str, Any] = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}, "log_to_driver": False}
+    if address is None and "RAY_ADDRESS" not in os.environ:
+        options["include_dashboard"] = False
+        # Read when ray is imported. With this alone all of its ports are at 127.0.0.1, on Linux as well: an address
+        # that is given to ray.init is the one that it tells, not the one at which it listens.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray makes one for this user
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address, **options)
 
 
 def _run_here(executor: Any, name: str) -> None:

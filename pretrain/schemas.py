@@ -247,7 +247,7 @@ class CheckpointConfig:
     background: bool = True
     """Write beside training, which stops for the copy to host memory only; false: training waits."""
     target: str | None = None
-    """Folder or fsspec URL (s3://bucket/run) for the checkpoints; null: the run folder."""
+    """Folder or URL (s3://bucket/run) for the checkpoints; null: the run folder."""
     keep_last: int = 2
     """Newest checkpoints kept."""
     keep_every_steps: int | None = None

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 
-from data_tools.executors import ExecutorConfig, ExecutorKind, Progress, run_phase
+from data_tools.executors import (
+    ExecutorConfig,
+    ExecutorKind,
+    Progress,
+    _environment,
+    run_phase,
+)
 from pretrain.config import ConfigError, RunError
 
 
@@ -31,6 +40,17 @@ class Square:
         progress.advance(10)
         with (self.folder / f"{rank}.txt").open("a") as file:
             file.write(f"{rank**2} {os.getpid()}\n")
+
+
+def test_paths_are_quoted_for_the_shell(tmp_path: Path) -> None:
+    folder = tmp_path / "a b;$(touch hurt)'"
+    (folder / "bin").mkdir(parents=True)
+    line = f'{_environment(folder, folder / "bin")}; printf \'%s\\n\' "$PYTHONPATH" "${{PATH%%:/*}}" "$PWD"'
+    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [str(folder), str(folder / "bin"), str(folder)]
+    assert not list(tmp_path.rglob("hurt"))
+    with pytest.raises(ConfigError, match="without quotes"):
+        run_phase("x", Square(folder), 1, folder, ExecutorConfig(kind=ExecutorKind.slurm), 1)
 
 
 def lines(folder: Path) -> list[list[str]]:
@@ -76,11 +96,25 @@ def test_wrong_options_are_one_sentence() -> None:
 
 @pytest.mark.integration
 def test_ray_does_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ray = pytest.importorskip("ray", reason="ray is not installed")
+    """And is there for this machine alone."""
+    if not find_spec("ray"):
+        pytest.skip("ray is not installed")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where its workers find `Square`
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     try:
         config = ExecutorConfig(kind=ExecutorKind.ray, workers=3)
         run_phase("squares", Square(tmp_path), 5, tmp_path / "phase", config, 50)
+        ours = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+        listening = [
+            one for one in psutil.net_connections("inet") if one.status == "LISTEN" and one.pid in ours
+        ]
     finally:
+        import ray
+
         ray.shutdown()
     assert [[line.split()[0] for line in one] for one in lines(tmp_path)] == [[str(n**2)] for n in range(5)]
+    assert len(listening) > 3
+    assert {one.laddr.ip.removeprefix("::ffff:") for one in listening} == {"127.0.0.1"}
+    assert os.environ["RAY_AUTH_MODE"] == "token"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import resource
 import selectors
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from pretrain import hub
 from pretrain.hub import Hub, Line, Message, parse
+from pretrain.watcher import Watcher
 
 PASSWORD = "5" * 32
 VERDICT = {"rank": 1, "host": "b", "cause": "hang", "reason": "no progress", "step": None, "behind": [1, 2]}
@@ -289,3 +292,77 @@ def test_what_found_no_room_is_sent_later() -> None:
     assert found == messages
     here.close()
     there.close()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_strangers_do_the_ranks_stay(seed: int) -> None:
+    """Random bytes, halves of lines, replays, spoofed ranks, floods, resets, in any order; the ranks come amidst it."""
+    numbers = random.Random(seed)
+    lines = [
+        json.dumps(one).encode() + b"\n"
+        for one in [hello(1), hello(2), hello(1, "6" * 32), hello(7), *HONEST]
+    ]
+    with meeting() as held:
+        for number in range(300):
+            if number in (100, 200):
+                held.connect(hello(number // 100))
+                held.turn()
+            known = list(held.hub.lines.values())
+            stranger = held.connect()
+            with suppress(OSError):
+                for _ in range(numbers.randrange(4)):
+                    # Who comes first with the password is welcome, so before that strangers do not have it.
+                    line = numbers.choice(lines if len(known) == 2 else lines[2:4])
+                    cut = numbers.randrange(len(line) + 1)
+                    pieces = (line, line[:cut], line[cut:], numbers.randbytes(cut), b"[" * 300 * cut)
+                    stranger.sendall(numbers.choice(pieces))
+            if numbers.random() < 0.3:
+                stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                stranger.close()
+            if numbers.random() < 0.2:
+                held.turn()
+                held.hub.tend()
+        held.turn()
+        assert sorted(held.hub.lines) == [1, 2]
+        assert [message["host"] for _, message in held.heard] == ["node-1", "node-2"]
+        assert len(held.selector.get_map()) <= 3 + hub.MAX_STRANGERS
+
+
+# ---- a watcher that meets the hub ------------------------------------------------------------------------------------
+
+
+def watcher_of_rank_1(address: tuple[str, int]) -> Any:
+    """A watcher that watches nothing, just before it joins the hub at an address."""
+    watcher: Any = object.__new__(Watcher)
+    watcher.selector = selectors.DefaultSelector()
+    watcher.rank, watcher.host, watcher.limits = 1, "node-1", {"lost_s": 20}
+    watcher.listener = watcher.peers = watcher.hub = None
+    watcher.bye = watcher.dead = watcher.welcomed = False
+    watcher.verdicts = []
+    watcher._end = lambda verdict, told=False: watcher.verdicts.append(verdict)
+    watcher._join([*address, PASSWORD])
+    return watcher
+
+
+def test_a_watcher_that_a_full_hub_has_dropped_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.watcher.JOIN_PAUSE_S", 0.01)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        watcher = watcher_of_rank_1(listener.getsockname())
+
+        def turn() -> None:
+            for key in watcher._ready():
+                watcher._handle(key)
+
+        for _ in range(3):
+            connection, _ = listener.accept()
+            assert parse(connection.recv(1000).strip()) == hello(1)
+            connection.close()
+            turn()
+        connection, _ = listener.accept()
+        connection.sendall(b'{"alive": true}\n')
+        turn()
+        assert watcher.welcomed and not watcher.verdicts
+        connection.close()
+        turn()  # but not once it has been taken: then rank 0's watcher is gone
+        assert [verdict["reason"] for verdict in watcher.verdicts] == ["the watcher of rank 0 is gone"]
+        watcher.selector.close()

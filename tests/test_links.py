@@ -7,12 +7,13 @@ import shutil
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_tools import curate, remove, workspace
 from data_tools.workspace import Recipe
-from pretrain import files
+from pretrain import files, heartbeat
 from pretrain.attempts import write_json
 from pretrain.config import ConfigError
 from pretrain.export import _published_together
@@ -21,6 +22,7 @@ from pretrain.journal import JsonLines
 from pretrain.node_cache import NodeCache
 from pretrain.resilience import lock_run
 from pretrain.supervise import Supervisor, _start
+from pretrain.watcher import Watcher
 
 PRECIOUS = "precious\nand not ended"
 
@@ -88,6 +90,31 @@ def test_what_writes_follows_no_link(
     os.waitpid(_start(["true"], link), 0)
     assert stat.S_IMODE(link.lstat().st_mode) == 0o600  # what a command prints may be secret
     assert_untouched(outside)
+
+
+def test_a_watcher_follows_no_link(tmp_path: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "events.jsonl").symlink_to(outside / "file")
+    (run_dir / "stacks").symlink_to(outside)
+    watcher: Any = object.__new__(Watcher)
+    watcher.run_dir, watcher.rank, watcher.host, watcher.pid, watcher.attempt = (
+        run_dir,
+        1,
+        "h",
+        os.getpid(),
+        1,
+    )
+    watcher.dead, watcher.stacks = False, os.memfd_create("stacks")
+    watcher.progress = os.memfd_create("progress")
+    os.ftruncate(watcher.progress, heartbeat.SIZE_BYTES)
+    watcher._ask_for_stacks = lambda: os.write(watcher.stacks, b"stacks in <module>\n")
+    watcher._say({"rank": 1, "cause": "hang", "reason": "x"})
+    watcher._dump()
+    assert_untouched(outside)
+    (run_dir / "stacks").unlink()
+    watcher._dump()
+    assert (run_dir / "stacks" / "attempt-001" / "rank-00001.txt").read_text().endswith("in <module>\n")
 
 
 @pytest.mark.parametrize("to", [".", "nothing"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -16,12 +17,11 @@ WORKER = "tests/watchdog_worker.py"
 
 
 def watchers_of(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [
-        child
-        for process in processes
-        for child in process.children(recursive=True)
-        if "pretrain.watcher" in child.cmdline()
-    ]
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):  # it ends while it is looked at
+            found += [c for c in process.children(recursive=True) if "pretrain.watcher" in c.cmdline()]
+    return found
 
 
 def run_into(trouble: str, victim: int, tmp_path: Path, n_ranks: int = 3) -> tuple[list[int], dict, str]:
