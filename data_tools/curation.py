@@ -34,6 +34,7 @@ from data_tools.quality import QualityConfig, QualityStage
 from data_tools.read import ReadConfig, Unit, read_unit
 from data_tools.record import Record, Stage
 from pretrain.config import ConfigError
+from pretrain.files import create_file
 
 # Placeholders of personal data would hide what an evaluation set shares, so they come last.
 STAGES = ("normalize", "language", "boilerplate", "quality", "harm", "decontaminate", "pii")
@@ -138,7 +139,7 @@ def _written(path: Path) -> Iterator[BinaryIO | Gzipped]:
     """A file that is there as a whole or not at all; compressed where its name says so, always to the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as raw:
+    with create_file(temporary) as raw:
         if path.suffix == ".gz":
             packed = Gzipped(raw, level=4)
             yield packed

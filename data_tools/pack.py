@@ -24,6 +24,7 @@ from data_tools.progress import stage
 from data_tools.statistics import DocumentCounts
 from data_tools.workspace import HELDOUT_FOLDER, HELDOUT_TEXT
 from pretrain.corpus_writer import CorpusWriter
+from pretrain.files import create_file
 from pretrain.manifest import CorpusSource, Manifest
 from pretrain.tokenizer import Tokenizer, tokenizer_in
 
@@ -111,7 +112,7 @@ class HeldoutText:
     """The held-out documents as gzipped JSON lines; the same documents give the same bytes."""
 
     def __init__(self, path: Path) -> None:
-        self._raw = path.open("wb")
+        self._raw = create_file(path)
         self._gzip = Gzipped(self._raw)
 
     def add(self, record: dict[str, Any]) -> None:

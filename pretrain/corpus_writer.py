@@ -18,7 +18,7 @@ import xxhash
 
 from pretrain.config import ConfigError
 from pretrain.document_ids import IDS_NAME, hash_id
-from pretrain.files import sync_folder, write_atomically
+from pretrain.files import create_file, sync_folder, write_atomically
 from pretrain.manifest import (
     DOCUMENTS,
     MANIFEST_NAME,
@@ -31,7 +31,7 @@ from pretrain.manifest import (
     padded_bytes,
     token_dtype,
 )
-from pretrain.shards import SHARDS_FOLDER
+from pretrain.shards import MAX_ID_CHARS, SHARDS_FOLDER
 
 _BLOCK = tarfile.BLOCKSIZE
 _PIECE_KEYS = ("starts", "source", "ids", "offsets", "text_bytes")
@@ -111,6 +111,10 @@ class CorpusWriter:
         row = np.asarray(tokens)
         if row.ndim != 1 or not len(row):
             raise ValueError(f"document {document_id!r} is not a non-empty row of tokens")
+        if len(document_id) > MAX_ID_CHARS:
+            raise ValueError(
+                f"document {document_id[:60]!r}... has an id of more than {MAX_ID_CHARS} characters"
+            )
         smallest = 0 if row.dtype.kind == "u" else np.minimum.reduce(row)
         if smallest < 0 or np.maximum.reduce(row) >= self._vocab_size:
             raise ValueError(f"document {document_id!r} has token ids outside 0 to {self._vocab_size - 1}")
@@ -202,7 +206,7 @@ class _ShardWriter:
         self.folder = folder
         self.info = ShardInfo(name=name, first_chunk=first_chunk)
         self._temporary = folder / f".{name}.tmp"
-        self._file: BinaryIO = self._temporary.open("wb")
+        self._file: BinaryIO = create_file(self._temporary)
         self._sha256 = hashlib.sha256()
         self._rows: list[list[tuple[int, int, int]]] = []
         self.bytes = 0

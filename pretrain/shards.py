@@ -26,6 +26,7 @@ import errno
 import json
 import os
 import tarfile
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,8 +44,8 @@ from pretrain.manifest import (
     Manifest,
     load_manifest,
     member_name,
+    open_member,
     read_index,
-    resolve_inside,
 )
 from pretrain.remote import ReadOptions, as_path, folder_of, redact, retry_local
 from pretrain.remote_chunks import RemoteChunks, load_remote_manifest
@@ -53,6 +54,10 @@ SHARDS_FOLDER = "shards"
 _OPEN_SHARDS = 64  # file descriptors that one Corpus holds at most
 _CACHED_DOCUMENTS = 512  # parsed .doc members that one Corpus holds at most
 _BLOCK = tarfile.BLOCKSIZE
+MAX_ID_CHARS = 1 << 16
+"""Of a document's id; longer ones are cut when a corpus is prepared."""
+_MAX_OFFSET_TOKENS = 1 << 48
+_MAX_DOCUMENT_BYTES = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +193,13 @@ class Corpus:
             return self._documents[chunk]
         try:
             where, content = self._document_bytes(chunk)
-            documents = parse_documents(content, where, self.tokens_in(chunk), self.manifest.loss_mask)
+            documents = parse_documents(
+                content,
+                where,
+                n_tokens=self.tokens_in(chunk),
+                n_sources=len(self.manifest.sources),
+                masked=self.manifest.loss_mask,
+            )
         except CorruptShardError as error:
             error.source_path, error.chunk = str(self.manifest_path), chunk
             raise
@@ -208,14 +219,25 @@ class Corpus:
         return targets.searchsorted(np.arange(start, stop), side="right") % 2 == 1
 
     def _token_bytes(self, chunk: int, start: int, stop: int) -> bytes:
+        if self.verify_chunks and not self._verified[chunk]:
+            content = self._whole_tokens(chunk)
+            problem = tokens_problem(content, self.manifest)
+            if problem is not None:
+                name = member_name(chunk, TOKENS)
+                raise CorruptShardError(f"{redact(str(self.manifest_path))}: {name} {problem}")
+            self._verified[chunk] = True
+            return content[start:stop]
         if self._remote is not None:
             return self._here(self._remote).read(chunk, TOKENS, start, stop)
         shard, row = self._locate(chunk)
-        if self.verify_chunks and not self._verified[chunk]:
-            content = shard.member(row, TOKENS)
-            self._verified[chunk] = True
-            return content[start:stop]
         return shard.read(row, TOKENS, start, stop)
+
+    def _whole_tokens(self, chunk: int) -> bytes:
+        """A .tok member, its hash checked."""
+        if self._remote is not None:
+            return self._here(self._remote).read(chunk, TOKENS, 0)
+        shard, row = self._locate(chunk)
+        return shard.member(row, TOKENS)
 
     def _document_bytes(self, chunk: int) -> tuple[str, bytes]:
         """Where a .doc member lies, in words, and the member."""
@@ -247,24 +269,21 @@ class _OpenShard:
     def __init__(self, folder: Path, manifest: Manifest, number: int) -> None:
         self._descriptor = -1
         self.info = info = manifest.shards[number]
-        self.path = resolve_inside(folder, info.name)
+        self._folder, self.path = folder, folder / info.name
         self.index = read_index(folder, manifest, number)
         self.offsets = self.index[:, TOKENS, 0].tolist()
         try:
-            self._descriptor, size = retry_local(self._open)
+            self._descriptor = retry_local(self._open)
         except OSError as error:
             raise CorruptShardError(f"{self.path} cannot be opened: {error.strerror}") from error
+        size = os.fstat(self._descriptor).st_size
         if size != info.bytes:
             raise CorruptShardError(self._size_problem(size))
 
-    def _open(self) -> tuple[int, int]:
-        """A descriptor, and the file's size."""
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return descriptor, os.fstat(descriptor).st_size
-        except OSError:
-            os.close(descriptor)
-            raise
+    def _open(self) -> int:
+        """A descriptor of the file, which was seen to be a regular one in its folder."""
+        with open_member(self._folder, self.info.name) as file:
+            return os.dup(file.fileno())
 
     def _size_problem(self, size: int) -> str:
         ends = self.index[:, :, 0] + self.index[:, :, 1]  # uint64 [chunks, 2]
@@ -300,7 +319,7 @@ class _OpenShard:
 
     def _read_anew(self, offset: int, size: int) -> bytes:
         """Of the file opened again: what a handle is stale for, or a cache holds half of, is whole there."""
-        descriptor, _ = self._open()
+        descriptor = self._open()
         try:
             content = os.pread(descriptor, size, offset)
             if len(content) != size:
@@ -353,8 +372,13 @@ def documents_of(corpus: Corpus) -> Iterator[StoredDocument]:
         mask = np.concatenate(masks) if corpus.manifest.loss_mask else None
         return StoredDocument(*head, np.concatenate(parts), text_bytes, mask, target_bytes)
 
+    before: ChunkDocuments | None = None
     for chunk in range(corpus.n_chunks):
         pieces, n_tokens = corpus.documents(chunk), corpus.tokens_in(chunk)
+        problem = continuation_problem(before, corpus.chunk_tokens, pieces)
+        if problem is not None:
+            raise CorruptShardError(f"{corpus.manifest_path}: {member_name(chunk, DOCUMENTS)} {problem}")
+        before = pieces
         tokens = np.split(corpus.read(chunk, 0, n_tokens), pieces.starts[1:])
         are_targets = np.split(corpus.is_target(chunk, 0, n_tokens), pieces.starts[1:])
         for row, document_id in enumerate(pieces.ids):
@@ -370,21 +394,83 @@ def documents_of(corpus: Corpus) -> Iterator[StoredDocument]:
     yield document()
 
 
-def parse_documents(content: bytes, where: str, n_tokens: int, masked: bool) -> ChunkDocuments:
-    """A .doc member of a chunk with so many tokens. Raises CorruptShardError, whose text begins with `where`."""
+def tokens_problem(content: bytes, manifest: Manifest) -> str | None:
+    """What is wrong with the tokens of a chunk, which become rows of an embedding; None: nothing."""
+    tokens = np.frombuffer(content, np.dtype(manifest.dtype).newbyteorder("<"))
+    if manifest.vocab_size <= np.iinfo(tokens.dtype).max and int(tokens.max()) >= manifest.vocab_size:
+        return (
+            f"has the token {tokens.max()}, which a vocabulary of {manifest.vocab_size} entries does not have"
+        )
+    return None
+
+
+def parse_documents(
+    content: bytes, where: str, *, n_tokens: int, n_sources: int, masked: bool
+) -> ChunkDocuments:
+    """A .doc member of a chunk with `n_tokens` tokens, of a corpus with `n_sources` sources and, `masked`, a loss mask.
+
+    Raises CorruptShardError, whose text begins with `where`.
+    """
+    may_be_bools = b"true" in content or b"false" in content
     try:
-        raw: dict[str, Any] = json.loads(content)
-        arrays: dict[str, Any] = {k: np.array(v, np.int64) for k, v in raw.items() if k != "ids"}
+        raw: dict[str, Any] = json.loads(content.decode())
+        arrays = {key: _integers(value, may_be_bools) for key, value in raw.items() if key != "ids"}
         found = ChunkDocuments(ids=raw["ids"], **arrays)
-        per_piece = [value for name, value in arrays.items() if name != "targets"]
-        if len({len(value) for value in (found.ids, *per_piece)}) != 1:
-            raise ValueError("its lists differ in length")
+        if type(found.ids) is not list:
+            raise TypeError
+        id_bytes = len("".join(found.ids).encode())  # refuses what is no text
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CorruptShardError(f"{where} is no list of documents; prepare the corpus again") from error
-    problem = _targets_problem(found, n_tokens, masked)
+    problem = _pieces_problem(found, n_tokens, n_sources) or _targets_problem(found, n_tokens, masked)
+    if problem is None and id_bytes > MAX_ID_CHARS and max(map(len, found.ids)) > MAX_ID_CHARS:
+        problem = f"has an id of more than {MAX_ID_CHARS} characters"
     if problem is not None:
         raise CorruptShardError(f"{where} {problem}; prepare the corpus again")
     return found
+
+
+def _integers(values: Any, may_be_bools: bool) -> np.ndarray:
+    """int64 of a list of whole numbers; np.array alone would take 1.9 and "3" too."""
+    if type(values) is not list or (may_be_bools and bool in set(map(type, values))):
+        raise TypeError
+    return np.array(array("q", values), np.int64)
+
+
+def _pieces_problem(found: ChunkDocuments, n_tokens: int, n_sources: int) -> str | None:
+    """What is wrong with the pieces of documents in a chunk; None: nothing."""
+    n, starts, offsets = len(found.ids), found.starts, found.offsets
+    sizes = [found.text_bytes] if found.target_bytes is None else [found.text_bytes, found.target_bytes]
+    if n == 0 or any(len(values) != n for values in (starts, found.source, offsets, *sizes)):
+        return "is no list of documents: its lists are empty or differ in length"
+    # Compared, not subtracted, which could overflow.
+    if starts[0] != 0 or starts[-1] >= n_tokens or (starts[1:] <= starts[:-1]).any():
+        return f"has starts that do not ascend from 0 within the chunk's {n_tokens} tokens"
+    if found.source.min() < 0 or found.source.max() >= n_sources:
+        return f"has a source that is none of the {n_sources} in its manifest"
+    if not 0 <= offsets[0] < _MAX_OFFSET_TOKENS or offsets[1:].any():
+        return "has offsets that are wrong: only the first piece of a chunk can continue a document"
+    for values in sizes:
+        if values.min() < 0 or values.max() > _MAX_DOCUMENT_BYTES or (offsets[0] and values[0]):
+            return "has sizes of text that cannot be, or one of a continuation"
+    return None
+
+
+def continuation_problem(
+    before: ChunkDocuments | None, tokens_before: int, found: ChunkDocuments
+) -> str | None:
+    """What is wrong with how a chunk goes on from the one before it, of `tokens_before` tokens; None: nothing.
+
+    `before` is None for the first chunk of a corpus.
+    """
+    if found.offsets[0] == 0:
+        return None
+    if before is None:
+        return "continues a document, and it is the first chunk"
+    offset = before.offsets[-1] + tokens_before - before.starts[-1]
+    expected = (offset, before.ids[-1], before.source[-1])
+    if (found.offsets[0], found.ids[0], found.source[0]) != expected:
+        return "continues another document than the one that the chunk before it ends with, or elsewhere"
+    return None
 
 
 def _targets_problem(found: ChunkDocuments, n_tokens: int, masked: bool) -> str | None:
@@ -394,7 +480,7 @@ def _targets_problem(found: ChunkDocuments, n_tokens: int, masked: bool) -> str 
         return f"has {'no' if masked else 'a'} loss mask, where its manifest says otherwise"
     if targets is None:
         return None
-    if targets.ndim != 1 or len(targets) % 2 or (np.diff(targets) < 0).any():
+    if len(targets) % 2 or (targets[1:] < targets[:-1]).any():
         return "has targets that are no ascending pairs of start and stop"
     if (targets[::2] == targets[1::2]).any() or (
         len(targets) and not 0 <= targets[0] <= targets[-1] <= n_tokens

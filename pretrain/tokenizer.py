@@ -16,7 +16,7 @@ from sentencepiece import SentencePieceProcessor
 
 from pretrain.config import ConfigError
 from pretrain.files import read_capped
-from pretrain.manifest import MANIFEST_TIMEOUT_S, token_dtype
+from pretrain.manifest import MANIFEST_TIMEOUT_S, MAX_VOCAB_SIZE, token_dtype
 from pretrain.remote import DamagedError, as_path, read_whole
 
 SENTENCEPIECE_NAME = "tokenizer.model"
@@ -24,7 +24,6 @@ HUGGING_FACE_NAME = "tokenizer.json"
 TOKENIZER_NAMES = (SENTENCEPIECE_NAME, HUGGING_FACE_NAME)
 """A corpus, a run and an export hold one of them."""
 MAX_MODEL_BYTES = 64 << 20  # vocabularies of 256,000 entries take about 4 MB, as JSON about 33 MB
-MAX_VOCAB_SIZE = 1 << 22
 
 # sentencepiece writes every space as this character and reads it back as a space, so the character
 # itself, where a text holds it, must go another way: as its three UTF-8 bytes.
