@@ -411,10 +411,9 @@ def parse_documents(
 
     Raises CorruptShardError, whose text begins with `where`.
     """
-    may_be_bools = b"true" in content or b"false" in content
     try:
         raw: dict[str, Any] = json.loads(content.decode())
-        arrays = {key: _integers(value, may_be_bools) for key, value in raw.items() if key != "ids"}
+        arrays = {key: _integers(value) for key, value in raw.items() if key != "ids"}
         found = ChunkDocuments(ids=raw["ids"], **arrays)
         if type(found.ids) is not list:
             raise TypeError
@@ -429,9 +428,9 @@ def parse_documents(
     return found
 
 
-def _integers(values: Any, may_be_bools: bool) -> np.ndarray:
-    """int64 of a list of whole numbers; np.array alone would take 1.9 and "3" too."""
-    if type(values) is not list or (may_be_bools and bool in set(map(type, values))):
+def _integers(values: Any) -> np.ndarray:
+    """int64 of a list of whole numbers; np.array alone would take 1.9 and "3" too. true and false are 1 and 0."""
+    if type(values) is not list:
         raise TypeError
     return np.array(array("q", values), np.int64)
 
