@@ -13,7 +13,6 @@ from pretrain.command import begin
 
 begin(__name__)
 
-import fcntl
 import hashlib
 import json
 import os
@@ -35,8 +34,11 @@ from data_tools.decontaminate import build_index
 from data_tools.executors import ExecutorConfig, run_phase
 from data_tools.funnel import DOCUMENTS, REPORT, funnel_table
 from data_tools.read import ReadConfig, Unit, units_of
+from data_tools.reports import read_curation_report
+from data_tools.workspace import locked
 from pretrain import __version__
 from pretrain.config import ConfigError, RunError, run_command, to_dict
+from pretrain.printing import print_error
 
 CURATION_VERSION = 1
 """Raised when the program begins to give other bytes for the same input."""
@@ -112,9 +114,9 @@ def _curate(config: CurateConfig) -> int:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error("error", error)
         return 1
-    print(funnel_table(json.loads((output / REPORT).read_text(encoding="utf-8"))))
+    print(funnel_table(read_curation_report(output / REPORT)))
     return 0
 
 
@@ -250,7 +252,7 @@ def _is_finished(output: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
                 f"output={output} is not empty and holds no curated text; choose another output"
             )
         return False
-    before = json.loads(report.read_text(encoding="utf-8")).get("recipe", {})
+    before = read_curation_report(report)["recipe"]
     if _key(before) == _key(recipe):
         return True
     if overwrite:
@@ -266,12 +268,7 @@ def _is_finished(output: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
 def _work(output: Path, recipe: dict[str, Any]) -> Iterator[Layout]:
     """The work folder of a recipe, for one process at a time; that of other recipes is removed."""
     work = output / WORK
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"another process is curating into output={output}; wait for it") from error
+    with locked(work, f"another process is curating into output={output}; wait for it"):
         for other in work.iterdir():
             if other.is_dir() and other.name != _key(recipe):
                 shutil.rmtree(other)
@@ -284,7 +281,7 @@ def _publish(work: Path, output: Path) -> None:
     """Move the result into place, the report last; then remove the work."""
     (output / REPORT).unlink(missing_ok=True)
     for name in _PRODUCTS:
-        if (output / name).is_dir() and (work / name).exists():
+        if (output / name).is_dir() and not (output / name).is_symlink() and (work / name).exists():
             shutil.rmtree(output / name)
         if (work / name).exists():
             os.replace(work / name, output / name)

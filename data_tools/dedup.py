@@ -20,6 +20,7 @@ import numpy as np
 import xxhash
 
 from pretrain.config import ConfigError
+from pretrain.files import create_file
 
 EXACT = 0
 """Number of the table of whole texts; those of the bands follow."""
@@ -165,7 +166,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
     """Write one array, which is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with create_file(temporary) as file:
         np.save(file, array, allow_pickle=False)
     temporary.replace(path)
 

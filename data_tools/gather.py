@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,8 +22,11 @@ from data_tools import clean, dialogue
 from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.progress import stage
 from data_tools.sources import Document, InputFile, Rejected, read_documents
+from data_tools.tables import shown
 from pretrain.config import ConfigError
 from pretrain.files import write_atomically
+from pretrain.printing import print_error
+from pretrain.shards import MAX_ID_CHARS
 
 GATHERED_NAME = "gathered.json"
 _MAX_U64 = (1 << 64) - 1
@@ -229,7 +231,7 @@ class _Gatherer:
         visible_chars, cjk_chars = clean.count_cjk(plain[:_PROBE_CHARS])
         self._state.probed_chars += visible_chars
         self._state.cjk_chars += cjk_chars
-        line = json.dumps([item.id, source, *digest, text, item.language], ensure_ascii=False)
+        line = json.dumps([item.id[:MAX_ID_CHARS], source, *digest, text, item.language], ensure_ascii=False)
         self._lines.append(line.encode() + b"\n")
         self._rows.append((*digest, n_bytes, source))
         self._bytes += n_bytes
@@ -249,7 +251,7 @@ class _Gatherer:
             )
             raise ConfigError(f"{item.where}{allowed}")
         if item.is_error:
-            print(f"passed over: {item.where}", file=sys.stderr, flush=True)
+            print_error("passed over", item.where)
 
     def _finish_part(self) -> None:
         number = len(self._digests)
@@ -271,9 +273,9 @@ class _Gatherer:
             )
         unknown = sorted(name for name, known in state.licenses.items() if not all(map(is_known, known)))
         if unknown and (self._config.require_licenses or self._config.card.required):
-            others = " and others" if len(unknown) > 5 else ""
+            names = ", ".join(map(shown, unknown[:5])) + (" and others" if len(unknown) > 5 else "")
             raise ConfigError(
-                f"the license of {', '.join(unknown[:5])}{others} is not known; state it in the field license of "
+                f"the license of {names} is not known; state it in the field license of "
                 "the records, or for all of them with license=NAME"
             )
         digests = np.concatenate(self._digests)

@@ -20,6 +20,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from pretrain.printing import visible
+
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 LEDGER_FOLDER = "ledger"
@@ -31,7 +33,8 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def say(line: str) -> None:
-    """One line on stderr, whatever state stderr is in."""
+    """One line on stderr, whatever state stderr is in; what it quotes of events and logs is made visible."""
+    line = visible(line)
     try:
         if sys.stderr.isatty():
             from rich.console import Console

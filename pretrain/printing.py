@@ -7,6 +7,7 @@ a line that looks like one of this program. Letters of any script stay as they a
 from __future__ import annotations
 
 import re
+import sys
 
 # Controls (C0, DEL, C1), line and paragraph separators, what overrides the direction of text, and halves of surrogate
 # pairs, which no output can encode.
@@ -28,3 +29,8 @@ def visible(text: str, keep: str = "", limit: int | None = None) -> str:
 
 def _escape(character: str) -> str:
     return _NAMED.get(character) or f"\\u{ord(character):04x}"
+
+
+def print_error(kind: str, error: BaseException | str) -> None:
+    """A line on stderr: `kind` and what was wrong, which may quote what a file holds."""
+    print(f"{kind}: {visible(str(error), limit=ERROR_CHARS)}", file=sys.stderr, flush=True)
