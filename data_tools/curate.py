@@ -34,7 +34,7 @@ from data_tools.decontaminate import build_index
 from data_tools.executors import ExecutorConfig, run_phase
 from data_tools.funnel import DOCUMENTS, REPORT, funnel_table
 from data_tools.read import ReadConfig, Unit, units_of
-from data_tools.reports import read_curation_report
+from data_tools.reports import read_curation_report, read_digest
 from data_tools.workspace import locked
 from pretrain import __version__
 from pretrain.config import ConfigError, RunError, run_command, to_dict
@@ -156,10 +156,10 @@ def _run(config: CurateConfig, units: list[Unit], layout: Layout) -> dict[str, A
 
 def _digest(layout: Layout, phase: str, n_units: int) -> dict[str, Any]:
     """Bytes, and a hash over the hashes, of the texts that were read or the files that were written."""
-    digests = [json.loads(layout.digest(phase, rank).read_text(encoding="utf-8")) for rank in range(n_units)]
-    joined = "".join(digest["sha256"] for digest in digests)
+    digests = [read_digest(layout.digest(phase, rank)) for rank in range(n_units)]
+    joined = "".join(digest.sha256 for digest in digests)
     return {
-        "bytes": sum(digest["bytes"] for digest in digests),
+        "bytes": sum(digest.bytes for digest in digests),
         "sha256": hashlib.sha256(joined.encode()).hexdigest(),
     }
 
@@ -167,7 +167,7 @@ def _digest(layout: Layout, phase: str, n_units: int) -> dict[str, Any]:
 def _summed(layout: Layout, phase: str, n_units: int) -> Tally:
     total = Tally()
     for rank in range(n_units):
-        total.add(Tally.from_json(json.loads(layout.tally(phase, rank).read_text(encoding="utf-8"))))
+        total.add(Tally.of_file(layout.tally(phase, rank)))
     return total
 
 

@@ -21,12 +21,14 @@ import numpy as np
 from data_tools import clean, dialogue
 from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.progress import stage
+from data_tools.reports import MAX_REPORT_BYTES, MAX_REPORT_VALUES
 from data_tools.sources import Document, InputFile, Rejected, read_documents
 from data_tools.tables import shown
 from pretrain.config import ConfigError
-from pretrain.files import write_atomically
+from pretrain.files import read_capped, write_atomically
 from pretrain.printing import print_error
 from pretrain.shards import MAX_ID_CHARS
+from pretrain.stored import parse
 
 GATHERED_NAME = "gathered.json"
 _MAX_U64 = (1 << 64) - 1
@@ -150,10 +152,8 @@ def gather(config: PrepareConfig, files: list[InputFile], work: Path) -> Gathere
         gatherer.run(files)
         gathered = gatherer.result()
         write_atomically(result, json.dumps(asdict(gathered)).encode())
-    raw: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    raw["sources"] = [tuple(source) for source in raw["sources"]]
-    raw["sample"] = [SourceSample(*sample) for sample in raw["sample"]]
-    return Gathered(**{**raw, "funnel": Funnel(**raw["funnel"])})
+    content = read_capped(result, MAX_REPORT_BYTES)
+    return parse(Gathered, content, str(result), "what a preparation gathered", MAX_REPORT_VALUES)
 
 
 class _Gatherer:
@@ -178,8 +178,8 @@ class _Gatherer:
         while (path := part_path(self._work, len(self._digests)).with_suffix(".npz")).exists():
             with np.load(path, allow_pickle=False) as saved:
                 self._digests.append(saved["digests"])
-                raw = json.loads(saved["state"].tobytes())
-            self._state = _State(**{**raw, "funnel": Funnel(**raw["funnel"])})
+                state = saved["state"].tobytes()
+            self._state = parse(_State, state, str(path), "a part of a preparation", MAX_REPORT_VALUES)
             self._seen.update(order << 64 | split for order, split, *_ in self._digests[-1].tolist())
         self._source_index = {name: i for i, name in enumerate(self._state.licenses)}
 

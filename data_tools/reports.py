@@ -32,7 +32,7 @@ from pretrain.stored import (
 
 MAX_REPORT_BYTES = 32 << 20
 """The sample of a tokenizer is told by source, of which a corpus may have a hundred thousand."""
-_MAX_VALUES = 1 << 20
+MAX_REPORT_VALUES = 1 << 20
 _MAX_STAGES = 1000
 
 
@@ -171,7 +171,7 @@ def read_recipe(path: Path, *, finished: bool) -> RecipeFacts:
     """The recipe in prepare.json. Raises ConfigError, FileNotFoundError among the causes."""
     content = _content(path)
     schema = PrepareReport if finished else BegunReport
-    return parse(schema, content, str(path), "the report of a preparation", _MAX_VALUES).recipe
+    return parse(schema, content, str(path), "the report of a preparation", MAX_REPORT_VALUES).recipe
 
 
 # ---- statistics.json -------------------------------------------------------------------------------------------------
@@ -371,10 +371,15 @@ def read_curation_report(path: Path) -> dict[str, Any]:
     return found
 
 
+def read_digest(path: Path) -> DigestFacts:
+    """Bytes and hash in a work folder. Raises ConfigError."""
+    return parse(DigestFacts, _content(path), str(path), "a digest")
+
+
 def _read(schema: type, path: Path, what: str) -> dict[str, Any]:
     """What a file holds, once it was seen to be as `schema` says."""
     content = _content(path)
-    parse(schema, content, str(path), what, _MAX_VALUES)
+    parse(schema, content, str(path), what, MAX_REPORT_VALUES)
     return json.loads(content)
 
 

@@ -178,13 +178,13 @@ def locked(work: Path, busy: str) -> Iterator[None]:
 
     Raises ConfigError, also where a link stands in its place: what it leads to would be written and removed.
     """
-    work.mkdir(parents=True, exist_ok=True)
     try:
+        work.mkdir(parents=True, exist_ok=True)
         if work.is_symlink():
             raise ConfigError(f"{work} is a link; remove it")
         lock = open_for_append(work / "lock")
     except OSError as error:
-        raise ConfigError(f"{work / 'lock'} cannot be used ({error.strerror or error}); remove it") from error
+        raise ConfigError(f"{work / 'lock'} cannot be used ({error.strerror or error})") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
