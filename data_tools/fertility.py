@@ -133,7 +133,7 @@ def fit_lines(by_script: dict[str, dict[str, Any]], by_language: dict[str, dict[
     ]
     for name, fit in by_language.items():
         lines.append(
-            f"- language {code_span(name)}: {_sentence(fit, 2 * fit['cjk_characters'] > fit['characters'])}"
+            f"- language {code_span(name)}: {_sentence(fit, 2 * fit.get('cjk_characters', 0) > fit['characters'])}"
         )
     return lines
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen, Predicate
 
 from pretrain.errors import ConfigError
+from pretrain.printing import visible
 
 T = TypeVar("T")
 MAX_VALUES = 1 << 17
@@ -159,4 +160,4 @@ def _first_problem(error: Any, with_value: bool) -> str:
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
+    return visible(text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}...")

@@ -278,7 +278,7 @@ def continued(number: int, pieces: list[Piece]) -> list[Any]:
         (changed(0, ID, None), "no list of documents"),
         (changed(0, ID, "a" * 70_000), "id of more than 65536 characters"),
         (changed(0, OFFSET, -3), "offsets"),
-        (continued, "continues a document, and it is the first chunk"),
+        (continued, "continues a document, and it is the first chunk|sizes of text"),
         (changed(0, OFFSET, 1 << 60), "offsets"),
         (changed(0, OFFSET, 5, row=1), "offsets"),
         (changed(0, TEXT_BYTES, -1), "sizes of text"),
@@ -514,7 +514,7 @@ def prepared(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options_of(text: Path, output: Path) -> PrepareConfig:
     stated = CardConfig(name=NAMES[4], description="\n".join(NAMES), creator=NAMES[3])
-    tokenizer = TokenizerConfig(vocab_size=400)
+    tokenizer = TokenizerConfig(vocab_size=340)
     return PrepareConfig(
         input=[str(text)], output=str(output), heldout_frac=0.2, card=stated, tokenizer=tokenizer, workers=1
     )
