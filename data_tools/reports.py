@@ -334,9 +334,9 @@ class CurationRecipe:
 
     version: Positive
     options: dict[Text, Any]
-    files: dict[Text, Sha256] = field(default_factory=dict)
+    files: dict[Text, Sha256]
     input: UnitFacts
-    packages: dict[Text, Text | None] = field(default_factory=dict)
+    packages: dict[Text, Text | None]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -364,8 +364,8 @@ def read_curation_report(path: Path) -> dict[str, Any]:
         or not {*found["stages"], "dedup"} <= {*curation}
     ):
         raise ConfigError(f"{path} is not the report of a curation: recipe.options lacks those of its stages")
-    decontaminate = curation.get("decontaminate", {})
-    files = decontaminate.get("files", []) if isinstance(decontaminate, dict) else None
+    decontaminate = curation.get("decontaminate")
+    files = decontaminate.get("files") if isinstance(decontaminate, dict) else None
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
         raise ConfigError(f"{path} is not the report of a curation: decontaminate.files is no list of names")
     return found

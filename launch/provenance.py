@@ -79,7 +79,7 @@ def _step(config: ProvenanceConfig, history: ReadHistory, tokenizer: Tokenizer) 
         print(f"sample {read.sample}, epoch {read.epoch}")
         for piece in read.pieces:
             text = history.text(piece, tokenizer)
-            print(visible(f"  {_name(piece)}"))
+            print(f"  {_name(piece)}")
             _print_text(text, config.max_chars)
             pieces.append(asdict(piece) | {"text": text[: config.max_chars]})
         values.append({"sample": read.sample, "epoch": read.epoch, "pieces": pieces})
@@ -94,13 +94,13 @@ def _document(config: ProvenanceConfig, history: ReadHistory, tokenizer: Tokeniz
     print(f"{visible(config.document)}: read at steps {shown} of the {history.step} in the newest checkpoint")
     for read in reads:
         where = f"step {read.step}" if read.step is not None else "passed over by a rollback"
-        print(f"{where}, sample {read.sample}, epoch {read.epoch}: {visible(_name(read.piece))}")
+        print(f"{where}, sample {read.sample}, epoch {read.epoch}: {_name(read.piece)}")
         _print_text(history.text(read.piece, tokenizer), config.max_chars)
     return {"document": config.document, "steps": steps, "reads": [asdict(read) for read in reads]}
 
 
 def _name(piece: Piece) -> str:
-    return (
+    return visible(
         f"{piece.document} ({piece.corpus}/{piece.source}), tokens {piece.first_token} to "
         f"{piece.first_token + piece.n_tokens - 1}"
     )

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,16 @@ from launching import ROOT
 from data_tools import card, plots
 from data_tools.config import CardConfig, PrepareConfig, TokenizerConfig
 from data_tools.fertility import heldout_records
+from data_tools.funnel import funnel_table
+from data_tools.gather import Funnel
+from data_tools.lineage import curation_lineage
 from data_tools.prepare import prepare
 from data_tools.remove import remove
 from data_tools.reports import read_curation_report, read_prepare_report, read_statistics
 from data_tools.show import show
+from data_tools.statistics import drop_figures
 from data_tools.verify import verify
-from pretrain.config import ConfigError
+from pretrain.config import ConfigError, Precision, TrainConfig, load_config
 from pretrain.corpus_check import verify_corpus
 from pretrain.corpus_writer import CorpusWriter
 from pretrain.document_ids import chunks_of
@@ -453,8 +458,6 @@ def test_every_file_that_is_not_listed_is_named(tmp_path: Path) -> None:
 
 def test_corpora_of_one_tokenizer_have_one_vocabulary(tmp_path: Path) -> None:
     """Else the tokens of the second would be outside of the model's embedding."""
-    from pretrain.config import TrainConfig, load_config
-
     paths = [write(tmp_path / name, lambda _, pieces: pieces) for name in ("a", "b")]
     forge(paths[1], vocab_size=60_000)
     sources = ",".join(f"{{name: n{i}, manifest: {path}, weight: 1}}" for i, path in enumerate(paths))
@@ -632,6 +635,76 @@ def test_a_bomb_among_the_held_out_text_is_refused(tmp_path: Path, monkeypatch: 
     path.write_bytes(gzip.compress(b" " * (8 << 20)))
     with pytest.raises(ConfigError, match="a line of more than 1,048,576 bytes"):
         list(heldout_records(path))
+
+
+# ---- curations -------------------------------------------------------------------------------------------------------
+
+TALLIES = (
+    "read read_bytes dropped dropped_bytes dropped_of kept kept_bytes languages language_bytes lengths counts"
+)
+CURATION = {
+    "tally": {
+        **{name: {"a": 3} for name in TALLIES.split()},
+        "dropped": {"read/bad_record": 1, "pii/x": 2, "dedup/exact_duplicate": 1},
+        "contaminated": {"quiz": 1},
+    },
+    "clusters": {"clusters": 1, "documents": 2, "sizes": {"2": 1}, "largest": [], "repeated_lines": 0},
+    "stages": ["pii"],
+    "units": 1,
+    "recipe": {
+        "version": 1,
+        "options": {
+            "read": {},
+            "curation": {"pii": {}, "dedup": {}, "decontaminate": {"files": ["a/quiz.jsonl"]}},
+        },
+        "files": {"a": "0" * 64},
+        "input": {"units": 1, "sha256": "0" * 64},
+        "packages": {"ftfy": "6", "trafilatura": None},
+    },
+}
+
+
+@pytest.mark.parametrize("bad", BAD_VALUES, ids=lambda bad: repr(bad)[:12])
+def test_curations_with_one_wrong_value_are_refused_or_harmless(tmp_path: Path, bad: Any) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(CURATION))
+    assert read_curation_report(path) == CURATION
+    for value in replaced(CURATION, bad):
+        path.write_text(json.dumps(value))
+        found = outcome(read_curation_report, path)
+        if found is not None:
+            check_printed(funnel_table(found))
+            curation_lineage("out", found)
+            for describe in plots._PLOTS.values():
+                describe({**FIGURES, **drop_figures([found], 1, Funnel(read=1, kept=1))})
+
+
+FIGURES = {"lengths": {"histogram": {"2": 1}}, "sources": [], "scripts": {}}
+
+
+# ---- what other commands print ---------------------------------------------------------------------------------------
+
+
+def test_commands_print_text_of_models_and_corpora_visibly(capsys: pytest.CaptureFixture[str]) -> None:
+    from launch import eval as evaluation
+    from launch import generate, provenance
+    from pretrain.evaluate import HeldOutResult, Scores
+    from pretrain.provenance import Piece
+
+    hostile = "".join(NAMES) + "[red]x[/red][link=http://z]y[/link]"
+    where = {"first_token": 0, "n_tokens": 1, "chunk": 0, "start": 0}
+    print(provenance._name(Piece(corpus=hostile, source=hostile, document=hostile, **where)))
+    provenance._print_text(hostile, 1000)
+    generate.show({"prompt": NAMES[0], "text": "\x1b[2J\tb\nc", "sample": 0, "finished": True}, many=True)
+    scores = Scores(loss=1.0, perplexity=2.7, bits_per_byte=1.0, tokens=1, text_bytes=1, documents=1)
+    trained = SimpleNamespace(step=1, tokens_seen=1)
+    options = SimpleNamespace(max_documents=None, max_tokens=None)
+    result = HeldOutResult(scores, sources={hostile: scores})
+    evaluation.print_table(result, trained, options, Precision.fp32)  # type: ignore[arg-type]
+    printed = capsys.readouterr().out
+    check_printed(printed.replace("\t", ""))
+    assert "\tb\nc" in printed
+    assert "[red]x[/red]" in printed.replace("\n", "")
 
 
 # ---- links where a corpus is written ---------------------------------------------------------------------------------
