@@ -56,6 +56,7 @@ _CACHED_DOCUMENTS = 512  # parsed .doc members that one Corpus holds at most
 _BLOCK = tarfile.BLOCKSIZE
 MAX_ID_CHARS = 1 << 16
 """Of a document's id; longer ones are cut when a corpus is prepared."""
+_SMALL_BYTES = 1 << 20  # of a .doc member, whose values need no count before it is parsed
 _MAX_OFFSET_TOKENS = 1 << 48
 _MAX_DOCUMENT_BYTES = 1 << 40
 
@@ -412,6 +413,8 @@ def parse_documents(
     Raises CorruptShardError, whose text begins with `where`.
     """
     try:
+        if len(content) > _SMALL_BYTES and content.count(b",") > 8 * n_tokens + _SMALL_BYTES:
+            raise ValueError  # an object takes up to thirty times the memory of its text
         raw: dict[str, Any] = json.loads(content.decode())
         arrays = {key: _integers(value) for key, value in raw.items() if key != "ids"}
         found = ChunkDocuments(ids=raw["ids"], **arrays)

@@ -348,6 +348,17 @@ def test_targets_that_ascend_by_overflow_alone_are_refused() -> None:
         parse_documents(content, "x", n_tokens=9, n_sources=2, masked=True)
 
 
+@pytest.mark.parametrize("item", ["0", "{}", '""'])
+def test_more_values_than_a_chunk_can_have_are_refused_before_they_are_parsed(
+    item: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As objects they would take more than a gigabyte."""
+    content = b'{"ids":[' + f"{item},".encode() * ((60 << 20) // (len(item) + 1)) + b"0]}"
+    monkeypatch.setattr(json, "loads", lambda _: pytest.fail("it was parsed"))
+    with pytest.raises(CorruptShardError, match="no list of documents"):
+        parse_documents(content, "x", n_tokens=1 << 18, n_sources=1, masked=False)
+
+
 @given(st.binary(max_size=200))
 def test_any_bytes_are_no_documents(content: bytes) -> None:
     with pytest.raises(CorruptShardError):
