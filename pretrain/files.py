@@ -23,12 +23,10 @@ def open_regular(path: str | Path, inside: Path | None = None) -> BinaryIO:
     """
     # Without O_NONBLOCK, opening a named pipe would wait for its writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    problem = None
+    opened, problem = Path(f"/proc/self/fd/{descriptor}"), None  # what a name leads to may change meanwhile
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         problem = "cannot be read: it is not a regular file"
-    elif inside is not None and not is_inside(
-        Path(f"/proc/self/fd/{descriptor}"), inside
-    ):  # of what was opened
+    elif inside is not None and not is_inside(opened, inside):
         problem = f"is a link to a file outside of {inside}; put the file itself there"
     if problem is not None:
         os.close(descriptor)

@@ -254,7 +254,10 @@ def _load_remote_manifest(url: str, time_limit_s: float) -> Manifest:
 
 
 def open_member(folder: Path, name: str) -> BinaryIO:
-    """The file `name` of a corpus's folder, opened: a regular one that lies there. CorruptShardError, OSError."""
+    """The file `name` of a corpus's folder, opened.
+
+    Raises CorruptShardError where it is not a regular file or lies outside of the folder, and OSError.
+    """
     try:
         return open_regular(folder / name, inside=folder)
     except ConfigError as error:
@@ -309,7 +312,7 @@ def parse_index(content: bytes, manifest: Manifest, number: int, path: str) -> n
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:
-    """How a .npy file of such whole numbers (<u8) begins. It is compared with what is there, which no parser sees."""
+    """How a .npy file of uint64 values in this shape begins. A file's own header is compared with it, never parsed."""
     header = io.BytesIO()
     description = {"descr": "<u8", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, description)
@@ -352,7 +355,7 @@ def header_problem(block: bytes, name: str, n_bytes: int) -> str | None:
 
 
 def describe_file(folder: Path, name: str) -> FileInfo:
-    """Size and hash of the file `name` in `folder`. Raises CorruptShardError where it is none of it, and OSError."""
+    """Size and hash of the file `name` in `folder`. Raises as `open_member` does."""
     with open_member(folder, name) as file:
         return describe_open_file(file, name)
 
