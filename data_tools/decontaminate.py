@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 
 from data_tools.record import Record
 from pretrain.config import ConfigError
-from pretrain.files import create_file
 
 Codes = NDArray[np.uint32]
 Hashes = NDArray[np.uint64]
@@ -120,7 +119,7 @@ class Index(NamedTuple):
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         head = [parameters, self.names, self.items, self.too_short, self.lengths]
-        with create_file(temporary) as file:
+        with temporary.open("wb") as file:
             arrays = {"hashes": self.hashes, "sets": self.sets, "openings": self.openings}
             np.savez(file, allow_pickle=False, head=np.array(json.dumps(head)), **arrays)
             file.flush()

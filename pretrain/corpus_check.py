@@ -11,6 +11,12 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
+from pretrain.chunk_documents import (
+    ChunkDocuments,
+    continuation_problem,
+    parse_documents,
+    tokens_problem,
+)
 from pretrain.config import ConfigError
 from pretrain.document_ids import IDS_NAME, ids_problem
 from pretrain.manifest import (
@@ -25,13 +31,7 @@ from pretrain.manifest import (
     open_member,
     read_index,
 )
-from pretrain.shards import (
-    SHARDS_FOLDER,
-    ChunkDocuments,
-    continuation_problem,
-    parse_documents,
-    tokens_problem,
-)
+from pretrain.shards import SHARDS_FOLDER
 
 _BLOCK = tarfile.BLOCKSIZE
 

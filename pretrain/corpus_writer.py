@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
+from pretrain.chunk_documents import MAX_ID_CHARS
 from pretrain.config import ConfigError
 from pretrain.document_ids import IDS_NAME, hash_id
 from pretrain.files import create_file, sync_folder, write_atomically
@@ -31,7 +32,7 @@ from pretrain.manifest import (
     padded_bytes,
     token_dtype,
 )
-from pretrain.shards import MAX_ID_CHARS, SHARDS_FOLDER
+from pretrain.shards import SHARDS_FOLDER
 
 _BLOCK = tarfile.BLOCKSIZE
 _PIECE_KEYS = ("starts", "source", "ids", "offsets", "text_bytes")

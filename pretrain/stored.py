@@ -75,8 +75,8 @@ def _adapter(schema: Any) -> Any:
 def parse(schema: type[T], content: str | bytes, where: str, what: str, max_values: int = MAX_VALUES) -> T:
     """JSON as an object of `schema`, a dataclass. `where`: its path, `what`: what it should be, as in "a manifest".
 
-    Raises ConfigError with one sentence that names the first value that is wrong, also for more than `max_values` of them.
-    Bound the size of `content` before.
+    Raises ConfigError with one sentence that names the first value that is wrong, and where there are more than
+    `max_values`. Bound the size of `content` before.
     """
     if isinstance(content, str):
         content = content.encode("utf-8", "surrogatepass")

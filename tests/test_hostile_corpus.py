@@ -35,13 +35,14 @@ from data_tools.reports import read_curation_report, read_prepare_report, read_s
 from data_tools.show import show
 from data_tools.statistics import drop_figures
 from data_tools.verify import verify
+from pretrain.chunk_documents import parse_documents
 from pretrain.config import ConfigError, Precision, TrainConfig, load_config
 from pretrain.corpus_check import verify_corpus
 from pretrain.corpus_writer import CorpusWriter
 from pretrain.document_ids import chunks_of
 from pretrain.inputs import resolve_inputs
 from pretrain.manifest import CorruptShardError, Manifest, load_manifest
-from pretrain.shards import Corpus, documents_of, parse_documents
+from pretrain.shards import Corpus, documents_of
 
 BAD_VALUES: list[Any] = [None, -1, 1.5, 1e300, "", "3", [], {}, True, "x" * 2_000_000, "a\0b", [[]], 1 << 70]
 Piece = tuple[int, int, str, int, int]
