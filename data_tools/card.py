@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from data_tools.config import CARD_FIELDS
 from data_tools.croissant import croissant
 from data_tools.fertility import fit_lines
 from data_tools.plots import write_plots
+from data_tools.reports import read_statistics
+from data_tools.tables import code_block, code_span, markdown, markdown_table
 from data_tools.workspace import (
     CARD_NAME,
     CROISSANT_NAME,
@@ -55,7 +56,7 @@ def describe(folder: Path, report: Mapping[str, Any]) -> None:
     manifest = load_manifest(folder / MANIFEST_NAME)
     held = folder / HELDOUT_FOLDER / MANIFEST_NAME
     heldout = load_manifest(held) if held.exists() else None
-    statistics = json.loads((folder / STATISTICS_NAME).read_text(encoding="utf-8"))
+    statistics = read_statistics(folder / STATISTICS_NAME)
     stated = report.get("card") or dict.fromkeys(CARD_FIELDS)
     name = stated["name"] or f"corpus-{manifest.root_sha256[:12]}"
     n_sources = sum(source.documents > 0 for source in manifest.sources)
@@ -70,16 +71,6 @@ def describe(folder: Path, report: Mapping[str, Any]) -> None:
     write_atomically(folder / CROISSANT_NAME, content)
 
 
-def _plain(text: str) -> str:
-    """A name in a cell or an alternative text: one line, without the signs that end it."""
-    return " ".join(text.split()).replace("|", "\\|").replace("[", "(").replace("]", ")")
-
-
-def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
-    return "\n".join([*lines, *("| " + " | ".join(map(_plain, row)) + " |" for row in rows)])
-
-
 def _statistics_lines(statistics: Mapping[str, Any]) -> list[str]:
     lengths = statistics["lengths"]
     lines = [
@@ -88,7 +79,7 @@ def _statistics_lines(statistics: Mapping[str, Any]) -> list[str]:
     ]
     names = {"cjk": "Chinese, Japanese or Korean", "other": "in other scripts"}
     scripts = (
-        f"{counts['documents']:,} {names[script]} ({counts['tokens']:,} tokens)"
+        f"{counts['documents']:,} {names.get(script, markdown(script))} ({counts['tokens']:,} tokens)"
         for script, counts in statistics["scripts"].items()
     )
     lines.append(f"- documents: {', '.join(scripts)}")
@@ -97,7 +88,7 @@ def _statistics_lines(statistics: Mapping[str, Any]) -> list[str]:
         ("contamination", "documents that curation found to share text with evaluation sets"),
     ):
         if statistics[key] is not None:
-            counts = ", ".join(f"{name} {count:,}" for name, count in statistics[key].items())
+            counts = ", ".join(f"{markdown(name)} {count:,}" for name, count in statistics[key].items())
             lines.append(f"- {what}: {counts or 'none'}")
         else:
             lines.append(f"- {what}: not counted")
@@ -106,22 +97,22 @@ def _statistics_lines(statistics: Mapping[str, Any]) -> list[str]:
 
 def _lineage_table(lineage: Sequence[Mapping[str, Any]]) -> str:
     def short(value: str | None) -> str:
-        return f"`{value[:12]}`" if value else ""
+        return code_span(value[:12]) if value else ""
 
     def pair(stage: Mapping[str, Any], unit: str) -> str:
         return " → ".join("" if n is None else f"{n:,}" for n in (stage[f"{unit}_in"], stage[f"{unit}_out"]))
 
     rows = [
         (
-            stage["stage"],
+            markdown(stage["stage"]),
             *(short(stage[f"{what}_sha256"]) for what in ("options", "input", "output")),
             pair(stage, "documents").strip(" →"),
             pair(stage, "bytes").strip(" →"),
-            ", ".join(f"{reason} {count:,}" for reason, count in list(stage["dropped"].items())[:3]),
+            ", ".join(f"{markdown(reason)} {n:,}" for reason, n in list(stage["dropped"].items())[:3]),
         )
         for stage in lineage
     ]
-    return _markdown_table(("stage", "options", "input", "output", "documents", "bytes", "dropped"), rows)
+    return markdown_table(("stage", "options", "input", "output", "documents", "bytes", "dropped"), rows)
 
 
 def _head(manifest: Manifest, heldout: Manifest | None, tokenizer: Mapping[str, Any]) -> str:
@@ -133,13 +124,13 @@ def _head(manifest: Manifest, heldout: Manifest | None, tokenizer: Mapping[str, 
             "`heldout/documents.jsonl.gz`."
         )
     fits = fit_lines(tokenizer.get("heldout_fit", {}), tokenizer.get("heldout_fit_by_language", {}))
-    return f"""Written by {manifest.created_by}.
+    return f"""Written by {markdown(manifest.created_by)}.
 
 - documents: {manifest.n_documents:,}
 - tokens: {manifest.n_tokens:,}
 - chunks: {manifest.n_chunks:,} of {manifest.chunk_tokens:,} tokens, in shards: {len(manifest.shards):,}
 - root hash: `{manifest.root_sha256}`
-- tokenizer: {tokenizer.get("kind", "sentencepiece")}, {manifest.vocab_size:,} entries, sha256 \
+- tokenizer: {markdown(tokenizer.get("kind", "sentencepiece"))}, {manifest.vocab_size:,} entries, sha256 \
 `{manifest.tokenizer_sha256}`
 - tokens are {manifest.dtype}, little-endian; a document begins with bos = {manifest.bos_id} and ends with
   eos = {manifest.eos_id}{_MASKED if manifest.loss_mask else ""}
@@ -160,20 +151,20 @@ def _card(
 ) -> str:
     def plot(name: str) -> str:
         file = f"{name}.svg"
-        return f"![{_plain(plots[file])}]({PLOTS_FOLDER}/{file})\n\n" if file in plots else ""
+        return f"![{markdown(plots[file])}]({PLOTS_FOLDER}/{file})\n\n" if file in plots else ""
 
     curations = report.get("curation_funnels", [])
-    before = "".join(f"Before that, by curation:\n\n```\n{text}\n```\n\n" for text in curations)
-    return f"""# {title[0]}
+    before = "".join(f"Before that, by curation:\n\n{code_block(text)}\n\n" for text in curations)
+    return f"""# {markdown(title[0])}
 
-{title[1]}
+{markdown(title[1])}
 
 {_head(manifest, heldout, report["tokenizer"])}
 ## Sources and licenses
 
 Each document stays under the license of its source.
 
-{_markdown_table(HEADERS, source_rows(manifest))}
+{markdown_table(HEADERS, [tuple(map(markdown, row)) for row in source_rows(manifest)])}
 
 {plot("sources")}\
 ## Statistics
@@ -185,9 +176,7 @@ All of them, and more, are in `{STATISTICS_NAME}`.
 {plot("lengths")}{plot("languages")}\
 ## From the input to here
 
-```
-{chr(10).join(report["summary"])}
-```
+{code_block(chr(10).join(report["summary"]))}
 
 {before}{plot("funnel")}{plot("duplicates")}\
 Text was brought to Unicode NFC and freed of control characters; documents that are too short or too long and

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from pretrain.config import ConfigError
+from pretrain.manifest import MAX_CHUNK_TOKENS
 
 CARD_FIELDS = ("name", "description", "creator", "date_published")
 _LARGEST_WEIGHT = 1000
@@ -170,3 +171,7 @@ class PrepareConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be greater than 0")
+        if (self.chunk_tokens or 0) > MAX_CHUNK_TOKENS:
+            raise ConfigError(
+                f"chunk_tokens={self.chunk_tokens} is more than {MAX_CHUNK_TOKENS:,}: chunks are held in memory"
+            )

@@ -8,12 +8,14 @@ the training documents: of a file set that lies in several archives, mlcroissant
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_tools.workspace import HELDOUT_FOLDER, HELDOUT_TEXT
 from pretrain.manifest import MANIFEST_NAME, Manifest, describe_file
+from pretrain.printing import visible
 from pretrain.shards import SHARDS_FOLDER
 
 CONFORMS_TO = "http://mlcommons.org/croissant/1.0"
@@ -68,18 +70,27 @@ def croissant(
     has_text = (folder / HELDOUT_FOLDER / HELDOUT_TEXT).exists()
     value["distribution"] = _distribution(manifest, folder, has_text)
     value["recordSet"] = [_shards(), *([_texts()] if has_text else [])]
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    text = visible(json.dumps(value, indent=1, ensure_ascii=False) + "\n", keep="\n")
+    # Such descriptions are put into the pages of catalogs; within JSON these escapes are the same text.
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text.encode()
 
 
 def _citation(manifest: Manifest, stated: Mapping[str, str | None], name: str) -> str:
     """BibTeX; the root hash says which corpus is meant."""
-    fields = [f"title={{{name}}}"]
+    fields = [f"title={{{_bibtex(name)}}}"]
     if stated["creator"] is not None:
-        fields.append(f"author={{{{{stated['creator']}}}}}")
+        fields.append(f"author={{{{{_bibtex(stated['creator'])}}}}}")
     if stated["date_published"] is not None:
         fields.append(f"year={{{stated['date_published'][:4]}}}")
     fields.append(f"note={{root hash {manifest.root_sha256}}}")
     return f"@misc{{corpus-{manifest.root_sha256[:12]}, {', '.join(fields)}}}"
+
+
+def _bibtex(text: str) -> str:
+    """Text within braces, without what ends them or is a command of TeX."""
+    return re.sub(r"[{}\\]", "", " ".join(text.split()))
 
 
 def _distribution(manifest: Manifest, folder: Path, has_text: bool) -> list[dict[str, Any]]:

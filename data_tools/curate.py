@@ -13,7 +13,6 @@ from pretrain.command import begin
 
 begin(__name__)
 
-import fcntl
 import hashlib
 import json
 import os
@@ -35,9 +34,12 @@ from data_tools.decontaminate import build_index
 from data_tools.executors import ExecutorConfig, run_phase
 from data_tools.funnel import DOCUMENTS, REPORT, funnel_table
 from data_tools.read import ReadConfig, Unit, units_of
+from data_tools.reports import read_curation_report, read_digest
+from data_tools.workspace import locked
 from pretrain import __version__
 from pretrain.config import ConfigError, RunError, run_command, to_dict
-from pretrain.files import open_lock, refuse_links
+from pretrain.files import refuse_links
+from pretrain.printing import print_error
 from pretrain.remote import open_file
 
 CURATION_VERSION = 1
@@ -114,9 +116,9 @@ def _curate(config: CurateConfig) -> int:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error("error", error)
         return 1
-    print(funnel_table(json.loads((output / REPORT).read_text(encoding="utf-8"))))
+    print(funnel_table(read_curation_report(output / REPORT)))
     return 0
 
 
@@ -156,10 +158,10 @@ def _run(config: CurateConfig, units: list[Unit], layout: Layout) -> dict[str, A
 
 def _digest(layout: Layout, phase: str, n_units: int) -> dict[str, Any]:
     """Bytes, and a hash over the hashes, of the texts that were read or the files that were written."""
-    digests = [json.loads(layout.digest(phase, rank).read_text(encoding="utf-8")) for rank in range(n_units)]
-    joined = "".join(digest["sha256"] for digest in digests)
+    digests = [read_digest(layout.digest(phase, rank)) for rank in range(n_units)]
+    joined = "".join(digest.sha256 for digest in digests)
     return {
-        "bytes": sum(digest["bytes"] for digest in digests),
+        "bytes": sum(digest.bytes for digest in digests),
         "sha256": hashlib.sha256(joined.encode()).hexdigest(),
     }
 
@@ -167,7 +169,7 @@ def _digest(layout: Layout, phase: str, n_units: int) -> dict[str, Any]:
 def _summed(layout: Layout, phase: str, n_units: int) -> Tally:
     total = Tally()
     for rank in range(n_units):
-        total.add(Tally.from_json(json.loads(layout.tally(phase, rank).read_text(encoding="utf-8"))))
+        total.add(Tally.of_file(layout.tally(phase, rank)))
     return total
 
 
@@ -250,7 +252,7 @@ def _is_finished(output: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
                 f"output={output} is not empty and holds no curated text; choose another output"
             )
         return False
-    before = json.loads(report.read_text(encoding="utf-8")).get("recipe", {})
+    before = read_curation_report(report)["recipe"]
     if _key(before) == _key(recipe):
         return True
     if overwrite:
@@ -267,12 +269,7 @@ def _work(output: Path, recipe: dict[str, Any]) -> Iterator[Layout]:
     """The work folder of a recipe, for one process at a time; that of other recipes is removed."""
     work = output / WORK
     refuse_links(work, output, "remove it")
-    work.mkdir(parents=True, exist_ok=True)
-    with open_lock(work / "lock") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"another process is curating into output={output}; wait for it") from error
+    with locked(work, f"another process is curating into output={output}; wait for it"):
         for other in work.iterdir():
             if other.is_dir() and other.name != _key(recipe):
                 shutil.rmtree(other)

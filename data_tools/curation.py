@@ -33,8 +33,10 @@ from data_tools.pii import PiiConfig, PiiStage
 from data_tools.quality import QualityConfig, QualityStage
 from data_tools.read import ReadConfig, Unit, read_unit
 from data_tools.record import Record, Stage
+from data_tools.reports import MAX_REPORT_BYTES, MAX_REPORT_VALUES
 from pretrain.config import ConfigError
-from pretrain.files import create_file
+from pretrain.files import create_file, read_capped
+from pretrain.stored import parse
 
 # Placeholders of personal data would hide what an evaluation set shares, so they come last.
 STAGES = ("normalize", "language", "boilerplate", "quality", "harm", "decontaminate", "pii")
@@ -130,8 +132,9 @@ class Tally:
         return {name: dict(sorted(counter.items())) for name, counter in vars(self).items()}
 
     @classmethod
-    def from_json(cls, value: dict[str, dict[str, int]]) -> Tally:
-        return cls(**{name: Counter(counts) for name, counts in value.items()})
+    def of_file(cls, path: Path) -> Tally:
+        """What `to_json` wrote. Raises ConfigError."""
+        return parse(cls, read_capped(path, MAX_REPORT_BYTES), str(path), "a tally", MAX_REPORT_VALUES)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -11,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.clean import count_cjk
+from data_tools.tables import code_span, markdown
+from pretrain.errors import ConfigError
+from pretrain.files import open_regular
 from pretrain.tokenizer import Tokenizer
 
 SAMPLE_BYTES = 4_000_000
+MAX_RECORD_BYTES = 64 << 20
 CJK, OTHER = "cjk", "other"
 _NAMES = {CJK: "Chinese, Japanese, Korean", OTHER: "other scripts"}
 
@@ -95,17 +100,41 @@ def measure(
 
 def heldout_texts(path: Path) -> Iterator[tuple[str, str]]:
     """Text and language of the documents in heldout/documents.jsonl.gz."""
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            record = json.loads(line)
-            yield record["text"], record.get("language", "")
+    for record in heldout_records(path):
+        yield record["text"], record.get("language", "")
+
+
+def heldout_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The documents in heldout/documents.jsonl.gz. Raises ConfigError where it is none of them."""
+    try:
+        with open_regular(path) as raw, gzip.GzipFile(fileobj=raw) as lines:
+            while line := lines.readline(MAX_RECORD_BYTES + 1):
+                if len(line) > MAX_RECORD_BYTES:
+                    raise ConfigError(f"{path} has a line of more than {MAX_RECORD_BYTES:,} bytes")
+                record = json.loads(line.decode())
+                types = {"id": str, "source": str, "text": str, "language": str, "messages": list}
+                given = record.items() if isinstance(record, dict) else ()
+                if not {"id", "text"} <= dict(given).keys() or any(
+                    not isinstance(value, types.get(name, type(None))) for name, value in given
+                ):
+                    raise ConfigError(f"{path} has a line that is no held-out document")
+                yield record
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} is no gzipped JSON lines: {error}") from error
 
 
 def fit_lines(by_script: dict[str, dict[str, Any]], by_language: dict[str, dict[str, Any]]) -> list[str]:
     """Sentences for the card."""
-    lines = [f"- {_NAMES[name]}: {_sentence(fit, name == CJK)}" for name, fit in by_script.items()]
+    lines = [
+        f"- {_NAMES.get(name, markdown(name))}: {_sentence(fit, name == CJK)}"
+        for name, fit in by_script.items()
+    ]
     for name, fit in by_language.items():
-        lines.append(f"- language `{name}`: {_sentence(fit, 2 * fit['cjk_characters'] > fit['characters'])}")
+        lines.append(
+            f"- language {code_span(name)}: {_sentence(fit, 2 * fit.get('cjk_characters', 0) > fit['characters'])}"
+        )
     return lines
 
 

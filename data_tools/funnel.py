@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.tables import plain_table
+from data_tools.reports import read_curation_report
+from data_tools.tables import plain_table, shown
 
 DOCUMENTS, REPORT = "documents", "report.json"
 """In the folder of a curation: the text, and what was done."""
@@ -22,7 +22,7 @@ def curations_of(inputs: Iterable[str]) -> list[tuple[str, dict[str, Any]]]:
         folder = Path(entry).expanduser().resolve()
         report = folder.parent / REPORT
         if folder.name == DOCUMENTS and report.is_file():
-            found.append((folder.parent.name, json.loads(report.read_text(encoding="utf-8"))))
+            found.append((folder.parent.name, read_curation_report(report)))
     return found
 
 
@@ -83,13 +83,15 @@ def funnel_table(report: Mapping[str, Any]) -> str:
     for source, n_read in sorted(tally["read"].items(), key=lambda item: (-item[1], item[0]))[:_SHOWN]:
         n_kept = tally["kept"].get(source, 0)
         size = tally["kept_bytes"].get(source, 0)
-        rows.append((source, f"{n_read:,}", f"{n_kept:,}", f"{n_kept / n_read:.1%}", f"{size / 1e6:.1f}"))
+        rows.append(
+            (source, f"{n_read:,}", f"{n_kept:,}", f"{n_kept / max(n_read, 1):.1%}", f"{size / 1e6:.1f}")
+        )
     if len(tally["read"]) > _SHOWN:
         rows.append((f"{len(tally['read']) - _SHOWN} others", "", "", "", ""))
     parts.append(plain_table(rows, ("source", "read", "kept", "share", "MB kept")))
     languages = sorted(tally["language_bytes"].items(), key=lambda item: (-item[1], item[0]))
     parts.append(
-        "languages: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in languages[:_SHOWN])
+        "languages: " + ", ".join(f"{shown(name)} {size / 1e6:.1f} MB" for name, size in languages[:_SHOWN])
     )
     parts.append(f"kept: {kept:,} documents, {sum(tally['kept_bytes'].values()) / 1e6:.1f} MB")
     return "\n\n".join(parts)

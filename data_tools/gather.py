@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,9 +21,14 @@ import numpy as np
 from data_tools import clean, dialogue
 from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.progress import stage
+from data_tools.reports import MAX_REPORT_BYTES, MAX_REPORT_VALUES
 from data_tools.sources import Document, InputFile, Rejected, read_documents
+from data_tools.tables import shown
+from pretrain.chunk_documents import MAX_ID_CHARS
 from pretrain.config import ConfigError
-from pretrain.files import write_atomically
+from pretrain.files import read_capped, write_atomically
+from pretrain.printing import print_error
+from pretrain.stored import parse
 
 GATHERED_NAME = "gathered.json"
 _MAX_U64 = (1 << 64) - 1
@@ -148,10 +152,8 @@ def gather(config: PrepareConfig, files: list[InputFile], work: Path) -> Gathere
         gatherer.run(files)
         gathered = gatherer.result()
         write_atomically(result, json.dumps(asdict(gathered)).encode())
-    raw: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    raw["sources"] = [tuple(source) for source in raw["sources"]]
-    raw["sample"] = [SourceSample(*sample) for sample in raw["sample"]]
-    return Gathered(**{**raw, "funnel": Funnel(**raw["funnel"])})
+    content = read_capped(result, MAX_REPORT_BYTES)
+    return parse(Gathered, content, str(result), "what a preparation gathered", MAX_REPORT_VALUES)
 
 
 class _Gatherer:
@@ -176,8 +178,8 @@ class _Gatherer:
         while (path := part_path(self._work, len(self._digests)).with_suffix(".npz")).exists():
             with np.load(path, allow_pickle=False) as saved:
                 self._digests.append(saved["digests"])
-                raw = json.loads(saved["state"].tobytes())
-            self._state = _State(**{**raw, "funnel": Funnel(**raw["funnel"])})
+                state = saved["state"].tobytes()
+            self._state = parse(_State, state, str(path), "a part of a preparation", MAX_REPORT_VALUES)
             self._seen.update(order << 64 | split for order, split, *_ in self._digests[-1].tolist())
         self._source_index = {name: i for i, name in enumerate(self._state.licenses)}
 
@@ -229,7 +231,7 @@ class _Gatherer:
         visible_chars, cjk_chars = clean.count_cjk(plain[:_PROBE_CHARS])
         self._state.probed_chars += visible_chars
         self._state.cjk_chars += cjk_chars
-        line = json.dumps([item.id, source, *digest, text, item.language], ensure_ascii=False)
+        line = json.dumps([item.id[:MAX_ID_CHARS], source, *digest, text, item.language], ensure_ascii=False)
         self._lines.append(line.encode() + b"\n")
         self._rows.append((*digest, n_bytes, source))
         self._bytes += n_bytes
@@ -249,7 +251,7 @@ class _Gatherer:
             )
             raise ConfigError(f"{item.where}{allowed}")
         if item.is_error:
-            print(f"passed over: {item.where}", file=sys.stderr, flush=True)
+            print_error("passed over", item.where)
 
     def _finish_part(self) -> None:
         number = len(self._digests)
@@ -271,9 +273,9 @@ class _Gatherer:
             )
         unknown = sorted(name for name, known in state.licenses.items() if not all(map(is_known, known)))
         if unknown and (self._config.require_licenses or self._config.card.required):
-            others = " and others" if len(unknown) > 5 else ""
+            names = ", ".join(map(shown, unknown[:5])) + (" and others" if len(unknown) > 5 else "")
             raise ConfigError(
-                f"the license of {', '.join(unknown[:5])}{others} is not known; state it in the field license of "
+                f"the license of {names} is not known; state it in the field license of "
                 "the records, or for all of them with license=NAME"
             )
         digests = np.concatenate(self._digests)

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.files import write_atomically
+from pretrain.printing import visible
 
-_SHOWN, _ALT_BARS = 20, 6
+_SHOWN, _ALT_BARS, _LABEL_CHARS = 20, 6, 60
 _SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "pretrain",
@@ -42,6 +43,8 @@ def write_plots(statistics: Mapping[str, Any], folder: Path) -> dict[str, str]:
         return {}
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     alternatives = {}
+    if folder.is_symlink():  # in another's corpus: plots are written into the corpus alone
+        folder.unlink()
     folder.mkdir(exist_ok=True)
     with matplotlib.rc_context(), warnings.catch_warnings():
         # Names may be Chinese, which the font that measures them lacks; readers see their own font.
@@ -51,7 +54,9 @@ def write_plots(statistics: Mapping[str, Any], folder: Path) -> dict[str, str]:
         for name, describe in _PLOTS.items():
             bars, title, unit, upright = describe(statistics)
             write_atomically(folder / f"{name}.svg", _draw(bars, title, unit, upright))
-            shown = ", ".join(f"{label}: {value:,}" for label, value in bars[:_ALT_BARS])
+            shown = ", ".join(
+                f"{visible(label, limit=_LABEL_CHARS)}: {value:,}" for label, value in bars[:_ALT_BARS]
+            )
             more = f" and {len(bars) - _ALT_BARS} more" if len(bars) > _ALT_BARS else ""
             alternatives[f"{name}.svg"] = f"{title} ({unit}). {shown}{more}."
     return alternatives
@@ -63,7 +68,7 @@ def _draw(bars: Bars, title: str, unit: str, upright: bool) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    labels = [label.replace("$", r"\$") for label, _ in bars]  # no mathematics
+    labels = [visible(label, limit=_LABEL_CHARS).replace("$", r"\$") for label, _ in bars]  # no mathematics
     values = [value for _, value in bars]
     places = range(len(bars))
     height = 3.2 if upright else 0.9 + 0.26 * len(bars)

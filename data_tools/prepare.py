@@ -13,7 +13,6 @@ from pretrain.command import begin
 begin(__name__)
 
 import errno
-import json
 import os
 import shutil
 import sys
@@ -29,9 +28,10 @@ from data_tools.gather import Gathered, gather, is_known
 from data_tools.import_tokenizer import import_tokenizer
 from data_tools.lineage import curation_lineage, preparation_lineage
 from data_tools.pack import pack
+from data_tools.reports import read_prepare_report
 from data_tools.sources import find_files
 from data_tools.statistics import corpus_figures, drop_figures, to_text
-from data_tools.tables import plain_table
+from data_tools.tables import plain_table, shown
 from data_tools.vocabulary import train_tokenizer
 from data_tools.workspace import (
     CARD_NAME,
@@ -52,6 +52,7 @@ from data_tools.workspace import (
 from pretrain.config import ConfigError, run_command
 from pretrain.files import write_atomically
 from pretrain.manifest import MANIFEST_NAME, Manifest, load_manifest
+from pretrain.printing import print_error, visible
 from pretrain.tokenizer import SENTENCEPIECE_NAME, Tokenizer, tokenizer_in
 
 _SOURCES_SHOWN = 12
@@ -69,7 +70,7 @@ def prepare(config: PrepareConfig) -> int:
     try:
         return _prepare(config)
     except WorkerDiedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error("error", error)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
@@ -177,11 +178,12 @@ def _sample_figures(config: PrepareConfig, gathered: Gathered) -> dict[str, Any]
 
 def _state_anew(config: PrepareConfig, output: Path) -> None:
     """Write the card of a finished corpus anew where other statements about it are given."""
-    report = json.loads((output / REPORT_NAME).read_text(encoding="utf-8"))
+    report = read_prepare_report(output / REPORT_NAME)
     unknown = [s.name for s in load_manifest(output / MANIFEST_NAME).sources if not is_known(s.license)]
     if config.card.required and unknown:
+        names = ", ".join(map(shown, unknown[:5]))
         raise ConfigError(
-            f"card.required=true, and output={output} has sources of unknown license: {', '.join(unknown[:5])}; "
+            f"card.required=true, and output={output} has sources of unknown license: {names}; "
             "prepare it again with license=NAME, or with the field license in the records"
         )
     stated = config.card.stated()
@@ -201,8 +203,8 @@ def _state_anew(config: PrepareConfig, output: Path) -> None:
 def _report(output: Path) -> None:
     """What was made, on stdout."""
     manifest: Manifest = load_manifest(output / MANIFEST_NAME)
-    summary = json.loads((output / REPORT_NAME).read_text(encoding="utf-8"))["summary"]
-    print("\n".join(summary))
+    summary = read_prepare_report(output / REPORT_NAME)["summary"]
+    print("\n".join(map(visible, summary)))
     print()
     print(plain_table(source_rows(manifest, _SOURCES_SHOWN), HEADERS))
     print(

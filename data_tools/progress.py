@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from pretrain.printing import visible
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -19,10 +21,10 @@ class Stage:
     """Progress of one stage, counted in bytes."""
 
     def __init__(self, name: str, total_bytes: int, bar: Progress | None) -> None:
-        self._name, self._total, self._bar = name, max(total_bytes, 1), bar
+        self._name, self._total, self._bar = visible(name), max(total_bytes, 1), bar
         self._done, self._first_done = 0, 0
         self._start = self._last_line = time.monotonic()
-        self._task: TaskID | None = bar.add_task(name, total=total_bytes) if bar else None
+        self._task: TaskID | None = bar.add_task(self._name, total=total_bytes) if bar else None
 
     def skip(self, done_bytes: int) -> None:
         """Count work of an earlier, interrupted call, which says nothing of today's rate."""
@@ -57,7 +59,7 @@ def stage(name: str, total_bytes: int) -> Iterator[Stage]:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
@@ -66,7 +68,7 @@ def stage(name: str, total_bytes: int) -> Iterator[Stage]:
             yield Stage(name, total_bytes, bar)
     else:
         yield Stage(name, total_bytes, None)
-    print(f"{name}: done in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+    print(f"{visible(name)}: done in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
 
 
 @contextmanager

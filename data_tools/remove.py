@@ -12,8 +12,6 @@ from pretrain.command import begin
 begin(__name__)
 
 import argparse
-import gzip
-import json
 import shutil
 import sys
 from collections import Counter
@@ -24,10 +22,12 @@ from typing import Any
 import numpy as np
 
 from data_tools.card import describe
+from data_tools.fertility import heldout_records
 from data_tools.gather import Funnel
 from data_tools.lineage import removal_lineage
 from data_tools.pack import HeldoutText
 from data_tools.progress import stage
+from data_tools.reports import read_prepare_report, read_statistics
 from data_tools.statistics import DocumentCounts, corpus_figures, drop_figures, preparation_counts, to_text
 from data_tools.workspace import (
     HELDOUT_FOLDER,
@@ -35,15 +35,26 @@ from data_tools.workspace import (
     REPORT_NAME,
     STATISTICS_NAME,
     WORK_FOLDER,
+    load_tokenizer,
+    locked,
     publish,
+    remove_work,
     write_report,
 )
 from pretrain.config import ConfigError, ExitCode
 from pretrain.corpus_writer import CorpusWriter
 from pretrain.files import refuse_links, write_atomically
-from pretrain.manifest import MANIFEST_NAME, CorpusSource, CorruptShardError, Manifest, load_manifest
+from pretrain.manifest import (
+    MANIFEST_NAME,
+    CorpusSource,
+    CorruptShardError,
+    Manifest,
+    describe_file,
+    load_manifest,
+)
+from pretrain.printing import print_error, visible
 from pretrain.shards import Corpus, documents_of
-from pretrain.tokenizer import Tokenizer, tokenizer_in
+from pretrain.tokenizer import Tokenizer
 
 
 def remove(folder: Path, ids: set[str]) -> Counter[str]:
@@ -53,38 +64,51 @@ def remove(folder: Path, ids: set[str]) -> Counter[str]:
     """
     if not (folder / MANIFEST_NAME).exists():
         raise ConfigError(f"{folder} holds no {MANIFEST_NAME}; give the folder of a prepared corpus")
-    report: dict[str, Any] = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
-    work = folder / WORK_FOLDER / "remove"
+    report = read_prepare_report(folder / REPORT_NAME)
+    shard_bytes = report["recipe"]["options"].get("shard_bytes")
+    if type(shard_bytes) is not int or not 0 < shard_bytes < 1 << 62:
+        raise ConfigError(
+            f"{folder / REPORT_NAME} does not say how large a shard is; prepare the corpus again"
+        )
+    tokenizer = load_tokenizer(folder, load_manifest(folder / MANIFEST_NAME))
+    statistics = None
+    if (folder / STATISTICS_NAME).exists():  # not where an older program prepared it
+        statistics = read_statistics(folder / STATISTICS_NAME)
+    removal = _Removal(ids, shard_bytes, tokenizer)
     refuse_links(folder / WORK_FOLDER, folder, "remove it")
+    with locked(folder / WORK_FOLDER, f"another process writes into {folder}; wait for it"):
+        try:
+            _rewrite(folder, folder / WORK_FOLDER / "remove", removal, report, statistics)
+        finally:
+            remove_work(folder)
+    return removal.found
+
+
+def _rewrite(
+    folder: Path, work: Path, removal: _Removal, report: dict[str, Any], statistics: dict[str, Any] | None
+) -> None:
+    """Write all files of the corpus anew into `work`, and put them in place where a document was found."""
     shutil.rmtree(work, ignore_errors=True)  # of a call that was interrupted: it had changed nothing
     work.mkdir(parents=True)
-    tokenizer = tokenizer_in(folder)
-    write_atomically(work / tokenizer.name, tokenizer.read_bytes())
+    tokenizer = removal.tokenizer
+    write_atomically(work / tokenizer.file_name, tokenizer.content)
     has_heldout = (folder / HELDOUT_FOLDER).exists()
-    sha256 = load_manifest(folder / MANIFEST_NAME).tokenizer_sha256
-    removal = _Removal(
-        ids, report["recipe"]["options"]["shard_bytes"], Tokenizer(work / tokenizer.name, sha256)
-    )
     heldout = None
     if has_heldout:
         heldout, _ = removal.rewrite(folder / HELDOUT_FOLDER, work / HELDOUT_FOLDER, [HELDOUT_TEXT])
-    files = [tokenizer.name] + [f"{HELDOUT_FOLDER}/{MANIFEST_NAME}"] * has_heldout
+    files = [tokenizer.file_name] + [f"{HELDOUT_FOLDER}/{MANIFEST_NAME}"] * has_heldout
     manifest, counts = removal.rewrite(folder, work, files)
     if not removal.found:
-        shutil.rmtree(folder / WORK_FOLDER)
-        return removal.found
+        return
     report |= _without(removal.found, report, manifest, heldout)
     funnel = Funnel(**report["funnel"])
-    statistics = drop_figures([], 0, funnel)
-    if (folder / STATISTICS_NAME).exists():  # not where an older program prepared it
-        statistics = json.loads((folder / STATISTICS_NAME).read_text(encoding="utf-8"))
+    statistics = statistics or drop_figures([], 0, funnel)
     statistics |= corpus_figures(manifest, heldout, counts)
     statistics["funnel"][-1] = preparation_counts(funnel)
     write_atomically(work / STATISTICS_NAME, to_text(statistics))
     describe(work, report)
     write_report(work, report)
     publish(work, folder)
-    return removal.found
 
 
 @dataclass(slots=True)
@@ -100,6 +124,8 @@ class _Removal:
         """Write a corpus, or its held-out part, without them; counts of the documents that are left."""
         corpus = Corpus(old / MANIFEST_NAME)
         was = corpus.manifest
+        if (was.tokenizer_sha256, was.vocab_size) != (self.tokenizer.sha256, self.tokenizer.vocab_size):
+            raise ConfigError(f"{old} was made with another tokenizer than the corpus around it")
         writer = CorpusWriter(
             new,
             tokenizer_sha256=was.tokenizer_sha256,
@@ -132,7 +158,11 @@ class _Removal:
                 )
         if not n_left:
             raise ConfigError(f"{old} would be left without a document; remove the whole corpus instead")
-        if (old / HELDOUT_TEXT).exists():
+        for text in (file for file in was.files if file.name == HELDOUT_TEXT):
+            if describe_file(old, HELDOUT_TEXT) != text:
+                raise CorruptShardError(
+                    f"{old / HELDOUT_TEXT} is not what its manifest says; restore the file"
+                )
             _rewrite_text(old / HELDOUT_TEXT, new / HELDOUT_TEXT, self.ids)
         return writer.finish(), counts
 
@@ -144,11 +174,9 @@ def _spans(is_target: np.ndarray) -> list[int]:
 
 def _rewrite_text(old: Path, new: Path, ids: set[str]) -> None:
     text = HeldoutText(new)
-    with gzip.open(old, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            record = json.loads(line)
-            if record["id"] not in ids:
-                text.add(record)
+    for record in heldout_records(old):
+        if record["id"] not in ids:
+            text.add(record)
     text.close()
 
 
@@ -198,15 +226,15 @@ def main() -> int:
         ids = read_ids(arguments.ids)
         removed = remove(arguments.folder, ids)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error("error", error)
         return ExitCode.CONFIG_ERROR
     except CorruptShardError as error:
-        print(f"corrupt: {error}", file=sys.stderr)
+        print_error("corrupt", error)
         return 1
     missing = (
         f"; {len(ids) - len(removed)} of the ids are not in the corpus" if len(removed) < len(ids) else ""
     )
-    print(f"{arguments.folder}: {removed.total()} documents removed{missing}")
+    print(f"{visible(str(arguments.folder))}: {removed.total()} documents removed{missing}")
     return ExitCode.FINISHED
 
 

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.card import HEADERS, source_rows
-from data_tools.tables import plain_table
-from data_tools.workspace import HELDOUT_FOLDER
+from data_tools.tables import plain_table, shown
+from data_tools.workspace import HELDOUT_FOLDER, load_tokenizer
 from pretrain.config import ConfigError, ExitCode
 from pretrain.manifest import MANIFEST_NAME, CorruptShardError, Manifest, load_manifest
+from pretrain.printing import print_error, visible
 from pretrain.shards import Corpus
 from pretrain.tokenizer import Tokenizer, tokenizer_in
 
@@ -33,7 +34,7 @@ def describe(manifest: Manifest, folder: Path) -> str:
     """The size of a corpus and a table of its sources."""
     tar_bytes = sum(shard.bytes for shard in manifest.shards)
     lines = [
-        f"{folder}",
+        shown(str(folder)),
         f"{manifest.n_tokens:,} tokens ({manifest.dtype}) of {manifest.n_documents:,} documents",
         f"{manifest.n_chunks:,} chunks of {manifest.chunk_tokens:,} tokens; shards: {len(manifest.shards):,} "
         f"({tar_bytes / 1e6:.1f} MB)",
@@ -61,12 +62,13 @@ def describe_chunk(corpus: Corpus, tokenizer: Tokenizer, chunk: int) -> str:
     begins = f"begins at token {offset:,} of" if offset else "begins with"
     head = (
         f"chunk {chunk}: {corpus.tokens_in(chunk):,} tokens, pieces of documents: {len(documents.ids):,}; it "
-        f"{begins} {documents.ids[0]} ({source})"
+        f"{begins} {shown(documents.ids[0])} ({shown(source)})"
     )
     if corpus.manifest.loss_mask:
         n_targets = int(corpus.is_target(chunk, 0, corpus.tokens_in(chunk)).sum())
         head += f"\nto be predicted, in ⟦ ⟧: {n_targets:,} of its tokens"
-    return "\n".join([head, *(f"| {line[:_LINE_CHARS]}" for line in text.splitlines()[:_TEXT_LINES])])
+    lines = (visible(line[:_LINE_CHARS], keep="\t") for line in text.splitlines()[:_TEXT_LINES])
+    return "\n".join([head, *(f"| {line}" for line in lines)])
 
 
 def marked_text(tokens: np.ndarray, is_target: np.ndarray, tokenizer: Tokenizer) -> str:
@@ -91,12 +93,12 @@ def show(folder: Path, chunk: int | None) -> None:
         raise ConfigError(
             f"--chunk {chosen} does not exist; the corpus has chunks 0 to {corpus.n_chunks - 1}"
         )
-    model = tokenizer_in(folder)
-    if not model.exists():  # the held-out part uses the tokenizer of the corpus around it
-        model = tokenizer_in(folder.parent)
+    # The held-out part uses the tokenizer of the corpus around it.
+    place = folder if tokenizer_in(folder).exists() else folder.parent
+    tokenizer = load_tokenizer(place, corpus.manifest)
     print(describe(corpus.manifest, folder))
     print()
-    print(describe_chunk(corpus, Tokenizer(model, corpus.manifest.tokenizer_sha256), chosen))
+    print(describe_chunk(corpus, tokenizer, chosen))
 
 
 def main() -> int:
@@ -109,10 +111,10 @@ def main() -> int:
     try:
         show(arguments.folder, arguments.chunk)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error("error", error)
         return ExitCode.CONFIG_ERROR
     except CorruptShardError as error:
-        print(f"corrupt: {error}", file=sys.stderr)
+        print_error("corrupt", error)
         return 1
     return ExitCode.FINISHED
 

@@ -135,7 +135,7 @@ def drop_figures(reports: Sequence[Mapping[str, Any]], n_inputs: int, funnel: Fu
     languages = None
     if len(reports) == n_inputs:  # else a part of the text has no known language
         languages = {
-            name: {"documents": count, "text_bytes": tally["language_bytes"][name]}
+            name: {"documents": count, "text_bytes": tally["language_bytes"].get(name, 0)}
             for name, count in sorted(tally["languages"].items(), key=lambda item: (-item[1], item[0]))
         }
     stages = [_row(counts) for counts in stage_counts(merged)]

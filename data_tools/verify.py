@@ -18,6 +18,7 @@ from data_tools.workspace import HELDOUT_FOLDER
 from pretrain.config import ConfigError, ExitCode
 from pretrain.corpus_check import verify_corpus
 from pretrain.manifest import MANIFEST_NAME, load_manifest
+from pretrain.printing import ERROR_CHARS, print_error, visible
 
 
 def verify(folder: Path) -> list[str]:
@@ -56,14 +57,14 @@ def main() -> int:
     try:
         problems = verify(folder)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error("error", error)
         return ExitCode.CONFIG_ERROR
     for problem in problems:
-        print(f"corrupt: {problem}")
+        print(f"corrupt: {visible(problem, limit=ERROR_CHARS)}")
     if problems:
         return 1
     manifest = load_manifest(folder / MANIFEST_NAME)
-    print(f"{folder} is whole: {manifest.n_tokens:,} tokens, root hash {manifest.root_sha256}")
+    print(f"{visible(str(folder))} is whole: {manifest.n_tokens:,} tokens, root hash {manifest.root_sha256}")
     return ExitCode.FINISHED
 
 

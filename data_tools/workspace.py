@@ -13,17 +13,18 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data_tools.config import DocumentFormat, PrepareConfig
+from data_tools.reports import read_recipe
 from data_tools.sources import PYTHON, InputFile
 from pretrain.config import ConfigError, to_dict
-from pretrain.files import open_lock, refuse_links, sync_folder, write_atomically
-from pretrain.manifest import MANIFEST_NAME, load_manifest
+from pretrain.files import open_for_append, refuse_links, sync_folder, write_atomically
+from pretrain.manifest import MANIFEST_NAME, Manifest, load_manifest
 from pretrain.shards import SHARDS_FOLDER
-from pretrain.tokenizer import TOKENIZER_NAMES
+from pretrain.tokenizer import TOKENIZER_NAMES, Tokenizer, tokenizer_in
 
 REPORT_NAME = "prepare.json"
 CARD_NAME = "README.md"
@@ -120,10 +121,10 @@ def is_finished(output: Path, recipe: Recipe, overwrite: bool) -> bool:
     Raises ConfigError where it holds another one and `overwrite` is not set, and where it holds
     anything else, which is never overwritten.
     """
-    finished = _recipe_in(output / REPORT_NAME)
+    finished = _recipe_in(output / REPORT_NAME, finished=True)
     work = output / WORK_FOLDER
     reports = [path for path in sorted(work.glob(f"*/{REPORT_NAME}")) if _has_results(path.parent)]
-    begun = [found for path in reports if (found := _recipe_in(path))]
+    begun = [found for path in reports if (found := _recipe_in(path, finished=False))]
     if finished is None and not begun:
         if output.is_dir() and any(path.name != WORK_FOLDER for path in output.iterdir()):
             raise ConfigError(f"output={output} is not empty and holds no corpus; choose another output")
@@ -144,12 +145,13 @@ def _has_results(folder: Path) -> bool:
     return any(folder.glob("*.npz")) or (folder / CORPUS_FOLDER).exists()
 
 
-def _recipe_in(path: Path) -> Recipe | None:
+def _recipe_in(path: Path, *, finished: bool) -> Recipe | None:
+    """The recipe in a prepare.json; None where there is none, or another file."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))["recipe"]
-        return Recipe(raw["options"], raw["input"])
-    except (OSError, ValueError, KeyError, TypeError):
+        found = read_recipe(path, finished=finished)
+    except ConfigError:
         return None
+    return Recipe(found.options, asdict(found.input))
 
 
 def _refuse_another(before: Recipe, recipe: Recipe, what: str) -> None:
@@ -171,6 +173,40 @@ def _check_complete(output: Path) -> None:
 
 
 @contextmanager
+def locked(work: Path, busy: str) -> Iterator[None]:
+    """A work folder, made where it is missing, for one process at a time; `busy` is what the others are told.
+
+    Raises ConfigError, also where a link stands in its place: what it leads to would be written and removed.
+    """
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        if work.is_symlink():
+            raise ConfigError(f"{work} is a link; remove it")
+        lock = open_for_append(work / "lock")
+    except OSError as error:
+        raise ConfigError(f"{work / 'lock'} cannot be used ({error.strerror or error})") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(busy) from error
+        yield
+    finally:
+        os.close(lock)
+
+
+def load_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
+    """The tokenizer in a folder, which must be the one of the corpus. Raises ConfigError."""
+    tokenizer = Tokenizer(tokenizer_in(folder), manifest.tokenizer_sha256)
+    if tokenizer.vocab_size != manifest.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} entries, the manifest of its corpus says "
+            f"{manifest.vocab_size}; prepare the corpus again"
+        )
+    return tokenizer
+
+
+@contextmanager
 def open_work(output: Path, recipe: Recipe) -> Iterator[Path]:
     """The work folder of a recipe, for one process at a time; other recipes' work is removed.
 
@@ -178,12 +214,7 @@ def open_work(output: Path, recipe: Recipe) -> Iterator[Path]:
     """
     work = output / WORK_FOLDER
     refuse_links(work, output, "remove it")
-    work.mkdir(parents=True, exist_ok=True)
-    with open_lock(work / "lock") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"another process is preparing output={output}; wait for it") from error
+    with locked(work, f"another process is preparing output={output}; wait for it"):
         for other in work.iterdir():
             if other.is_dir() and other.name != recipe.key:
                 shutil.rmtree(other)

@@ -25,6 +25,7 @@ begin(__name__)
 from omegaconf import MISSING
 
 from pretrain.config import ConfigError, Precision, run_command
+from pretrain.printing import visible
 
 if TYPE_CHECKING:
     from pretrain.evaluate import HeldOutResult, TokenDocument
@@ -176,6 +177,7 @@ def print_table(
     """The scores of each source, and of all together."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     title = f"step {trained.step}, {trained.tokens_seen:,} tokens seen, computed in {precision.value}"
     bounds = {"documents": config.max_documents, "tokens": config.max_tokens}
@@ -189,7 +191,7 @@ def print_table(
     for number, (name, scores) in enumerate([*rows, ("all", result.overall)], 1):
         numbers = (f"{scores.loss:.4f}", f"{scores.perplexity:,.2f}", f"{scores.bits_per_byte:.4f}")
         counts = (f"{scores.tokens:,}", f"{scores.text_bytes:,}", f"{scores.documents:,}")
-        table.add_row(name, *numbers, *counts, end_section=number == len(rows))
+        table.add_row(Text(visible(name, limit=200)), *numbers, *counts, end_section=number == len(rows))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 

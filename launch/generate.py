@@ -25,6 +25,7 @@ begin(__name__)
 from omegaconf import MISSING
 
 from pretrain.config import ConfigError, Precision, run_command
+from pretrain.printing import visible
 
 REPORT_EVERY_S = 5.0
 
@@ -158,7 +159,8 @@ def show(record: dict[str, Any], many: bool) -> None:
     """One continuation, after its prompt."""
     if many:
         print(f"--- {record['prompt']!r}, sample {record['sample']}")
-    print(record["prompt"] + record["text"] + ("" if record["finished"] else " …"), flush=True)
+    text = record["prompt"] + record["text"] + ("" if record["finished"] else " …")
+    print(visible(text, keep="\n\t"), flush=True)
 
 
 class Progress:

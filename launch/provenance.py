@@ -23,6 +23,7 @@ begin(__name__)
 from omegaconf import MISSING
 
 from pretrain.config import ConfigError, run_command
+from pretrain.printing import visible
 
 if TYPE_CHECKING:
     from pretrain.provenance import Piece, ReadHistory
@@ -71,7 +72,7 @@ def main(config: ProvenanceConfig) -> None:
     tokenizer = Tokenizer(tokenizer_in(run_dir), tokenizer_sha256)
     found = _document(config, history, tokenizer) if config.document else _step(config, history, tokenizer)
     if config.json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(visible(json.dumps(found, ensure_ascii=False)))  # the same JSON
 
 
 def _step(config: ProvenanceConfig, history: ReadHistory, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def _document(config: ProvenanceConfig, history: ReadHistory, tokenizer: Tokeniz
     reads = history.reads_of(config.document)
     steps = sorted({read.step for read in reads if read.step is not None})
     shown = ", ".join(map(str, steps)) or "none"
-    print(f"{config.document}: read at steps {shown} of the {history.step} in the newest checkpoint")
+    print(f"{visible(config.document)}: read at steps {shown} of the {history.step} in the newest checkpoint")
     for read in reads:
         where = f"step {read.step}" if read.step is not None else "passed over by a rollback"
         print(f"{where}, sample {read.sample}, epoch {read.epoch}: {_name(read.piece)}")
@@ -104,7 +105,7 @@ def _document(config: ProvenanceConfig, history: ReadHistory, tokenizer: Tokeniz
 
 
 def _name(piece: Piece) -> str:
-    return (
+    return visible(
         f"{piece.document} ({piece.corpus}/{piece.source}), tokens {piece.first_token} to "
         f"{piece.first_token + piece.n_tokens - 1}"
     )
@@ -113,7 +114,7 @@ def _name(piece: Piece) -> str:
 def _print_text(text: str, max_chars: int) -> None:
     shown = text[:max_chars] + ("…" if len(text) > max_chars else "")
     for line in shown.splitlines():
-        print(f"    | {line}")
+        print(f"    | {visible(line, keep=chr(9))}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import data_tools
 import pretrain
 from pretrain.config import CONF_DIR, ClusterConfig, ConfigError, RunError, SubmitConfig, run_command, to_dict
 from pretrain.files import refuse_links
+from pretrain.printing import visible
 from pretrain.redaction import redact_command
 from pretrain.resilience import LINK_ADVICE
 
@@ -77,7 +78,7 @@ def submit(config: SubmitConfig) -> None:
     folder = _next_folder(run_dir / "submit")
     script = batch_script(config, overrides, folder)
     if config.dry_run:
-        print(script, end="")
+        print(visible(script, keep="\n\t"), end="")
         print(f"dry run: nothing is written; this would be {folder / 'train.sbatch'}", file=sys.stderr)
         return
     if shutil.which("sbatch") is None:
@@ -93,9 +94,9 @@ def submit(config: SubmitConfig) -> None:
     except BaseException:
         shutil.rmtree(folder)  # a folder here means a job
         raise
-    print(f"submitted job {jobs[0]}; its log is {folder}/slurm-{jobs[0]}.out")
+    print(visible(f"submitted job {jobs[0]}; its log is {folder}/slurm-{jobs[0]}.out"))
     if len(jobs) > 1:
-        print(f"jobs {' '.join(jobs[1:])} go on after it, one after the other")
+        print(f"jobs {visible(' '.join(jobs[1:]))} go on after it, one after the other")
     print(f"to stop it with its state saved: touch {shlex.quote(str(folder.parent.parent / 'stop'))}")
 
 

@@ -17,6 +17,7 @@ from pretrain.command import begin
 begin(__name__, goes_on=True)
 
 from pretrain.config import ConfigError, ExitCode
+from pretrain.printing import print_error
 from pretrain.supervise import Supervisor, run_dir_of
 
 
@@ -49,7 +50,7 @@ def main(words: list[str]) -> int:
         run_dir = run_dir_of(command)
         return Supervisor(command, run_dir, max_failures=options.attempts, grace_s=options.grace_s).run()
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error("error", error)
         return ExitCode.CONFIG_ERROR
 
 

@@ -30,6 +30,7 @@ from pretrain.data_schemas import (
 )
 from pretrain.engine_schemas import EngineConfig
 from pretrain.errors import ConfigError, ExitCode, RunError
+from pretrain.printing import print_error
 from pretrain.schemas import (
     AttentionKernel,
     CheckpointConfig,
@@ -367,12 +368,12 @@ def run_command(
         code = command(config)
     except ConfigError as error:  # alike on all ranks: one says it
         if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print_error("error", error)
         else:
             time.sleep(2)  # the launcher ends all ranks at the first exit
         sys.exit(ExitCode.CONFIG_ERROR)
     except (RunError, OSError) as error:  # perhaps this rank's alone
-        print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        print_error(f"error: rank {rank}" if rank else "error", error)
         sys.exit(ExitCode.CRASHED)
     sys.exit(code or ExitCode.FINISHED)
 

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
+from pretrain.chunk_documents import MAX_ID_CHARS
 from pretrain.config import ConfigError
 from pretrain.document_ids import IDS_NAME, hash_id
 from pretrain.files import create_file, sync_folder, write_atomically
@@ -111,6 +112,10 @@ class CorpusWriter:
         row = np.asarray(tokens)
         if row.ndim != 1 or not len(row):
             raise ValueError(f"document {document_id!r} is not a non-empty row of tokens")
+        if len(document_id) > MAX_ID_CHARS:
+            raise ValueError(
+                f"document {document_id[:60]!r}... has an id of more than {MAX_ID_CHARS} characters"
+            )
         smallest = 0 if row.dtype.kind == "u" else np.minimum.reduce(row)
         if smallest < 0 or np.maximum.reduce(row) >= self._vocab_size:
             raise ValueError(f"document {document_id!r} has token ids outside 0 to {self._vocab_size - 1}")

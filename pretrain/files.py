@@ -17,22 +17,30 @@ from pretrain.errors import ConfigError
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def open_regular(path: str | Path) -> BinaryIO:
-    """A regular file, opened for reading. Raises ConfigError for a pipe, a device or a folder, and OSError."""
+def open_regular(path: str | Path, inside: Path | None = None) -> BinaryIO:
+    """A regular file, opened for reading, which may lie behind a link; with `inside`, within that folder only.
+
+    Raises ConfigError for a pipe, a device or a folder, and for a link out of `inside`, and OSError.
+    """
     # Without O_NONBLOCK, opening a named pipe would wait for its writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    opened, problem = Path(f"/proc/self/fd/{descriptor}"), None  # what a name leads to may change meanwhile
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        problem = "cannot be read: it is not a regular file"
+    elif inside is not None and not is_inside(opened, inside):
+        problem = f"is a link to a file outside of {inside}; put the file itself there"
+    if problem is not None:
         os.close(descriptor)
-        raise ConfigError(f"{path} cannot be read: it is not a regular file")
+        raise ConfigError(f"{path} {problem}")
     return open(descriptor, "rb")
 
 
-def read_capped(path: str | Path, max_bytes: int) -> bytes:
+def read_capped(path: str | Path, max_bytes: int, inside: Path | None = None) -> bytes:
     """All of a regular file, refused before any memory is taken where it has more than `max_bytes`.
 
-    Raises ConfigError for a larger file, or one that is not a regular file, and OSError.
+    Raises ConfigError for a larger file, and as `open_regular` does, and OSError.
     """
-    with open_regular(path) as file:
+    with open_regular(path, inside) as file:
         size_bytes = os.fstat(file.fileno()).st_size
         content = file.read(max_bytes + 1) if size_bytes <= max_bytes else b""
     if max(size_bytes, len(content)) > max_bytes:  # files of /proc say that they have none

@@ -33,7 +33,7 @@ def resolve_inputs(config: TrainConfig, world_size: int) -> TrainConfig:
         manifests[config.evaluation.manifest] = load_manifest(config.evaluation.manifest, patience)
     first_path, first = next(iter(manifests.items()))
     for path, manifest in manifests.items():
-        if manifest.tokenizer_sha256 != first.tokenizer_sha256:
+        if (manifest.tokenizer_sha256, manifest.vocab_size) != (first.tokenizer_sha256, first.vocab_size):
             raise ConfigError(
                 f"{path} was made with another tokenizer than {first_path}; "
                 "prepare both with the same tokenizer (tokenizer.path=...)"

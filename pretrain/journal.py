@@ -22,6 +22,7 @@ from typing import Any
 
 from pretrain.errors import ConfigError
 from pretrain.files import open_for_append, open_regular
+from pretrain.printing import visible
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
@@ -36,7 +37,8 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def say(line: str) -> None:
-    """One line on stderr, whatever state stderr is in."""
+    """One line on stderr, whatever state stderr is in; what it quotes of events and logs is made visible."""
+    line = visible(line)
     try:
         if sys.stderr.isatty():
             from rich.console import Console

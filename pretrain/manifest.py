@@ -10,28 +10,48 @@ import io
 import json
 import re
 import tarfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from pretrain import __version__
 from pretrain.config import ConfigError, RunError
-from pretrain.files import is_inside, read_capped
+from pretrain.files import open_regular, read_capped
 from pretrain.remote import DamagedError, as_path, is_remote, read_whole, retry_local
+from pretrain.stored import (
+    Annotated,
+    Count,
+    Le,
+    Line,
+    MaxLen,
+    MinLen,
+    Positive,
+    Predicate,
+    RelativePath,
+    Sha256,
+    Text,
+    parse,
+)
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 UINT16_VOCAB_SIZE = 65_536
-MAX_MANIFEST_BYTES = 64 << 20  # some 180,000 shards
+MAX_MANIFEST_BYTES = 40 << 20
+MAX_MANIFEST_VALUES = 1 << 20  # some 116,000 shards
 MAX_DOCUMENTS_BYTES = 64 << 20  # of one .doc member
 MANIFEST_TIMEOUT_S = 300.0  # for one behind a URL
 MAX_CHUNKS = 1 << 32  # of a corpus: 10^15 tokens in chunks of the usual size
+MAX_CHUNK_TOKENS = 1 << 26  # a chunk is held in memory as a whole
+MAX_VOCAB_SIZE = 1 << 22
 TOKENS, DOCUMENTS = 0, 1  # second axis of an index
-_SHARD_NAME = re.compile(r"shard-\d{5,}\.tar")
+_MAX_LISTED = 1 << 20  # sources, shards or files
+_SHARD_NAME = re.compile(r"shard-[0-9]{5,12}\.tar")
+_VERSION = re.compile(r'\s*\{\s*"format_version"\s*:\s*(\d{1,9})\b')
 _READ_BYTES = 1 << 22
-_INDEX_HEADER_BYTES = 128  # of a .npy array
+NPY_HEADER_BYTES = 128
 _INDEX_ROW_BYTES = 2 * 3 * 8
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -45,16 +65,25 @@ class CorruptShardError(RunError):
         """The manifest of the corpus, as it was given, and the chunk that cannot be used; None: not of one chunk."""
 
 
+def is_shard_name(text: str) -> bool:
+    """A name like shard-00000.tar."""
+    return _SHARD_NAME.fullmatch(text) is not None
+
+
 @dataclass(kw_only=True, slots=True)
 class CorpusSource:
-    """Where documents come from, and how much of the corpus is theirs."""
+    """Where documents come from, and how much of the corpus is theirs.
 
-    name: str
-    license: str = "unknown"
-    documents: int = 0
-    tokens: int = 0
+    Names and licenses come from file names and records, so that any text is allowed; who prints them makes them
+    visible (`pretrain.printing`).
+    """
+
+    name: Text
+    license: Text = "unknown"
+    documents: Count = 0
+    tokens: Count = 0
     """With one bos and one eos per document."""
-    text_bytes: int = 0
+    text_bytes: Count = 0
     """UTF-8 bytes of the documents' text."""
 
 
@@ -62,15 +91,15 @@ class CorpusSource:
 class ShardInfo:
     """One tar file of a corpus."""
 
-    name: str
-    bytes: int = 0
-    sha256: str = ""
-    index_sha256: str = ""
-    first_chunk: int
-    chunks: int = 0
-    documents: int = 0
+    name: Annotated[str, Predicate(is_shard_name)]
+    bytes: Count = 0
+    sha256: Sha256 = ""
+    index_sha256: Sha256 = ""
+    first_chunk: Count
+    chunks: Count = 0
+    documents: Count = 0
     """Documents that begin in this shard."""
-    tokens: int = 0
+    tokens: Count = 0
 
     @property
     def index_name(self) -> str:
@@ -82,34 +111,34 @@ class ShardInfo:
 class FileInfo:
     """Another file that belongs to a corpus; `name` is its path relative to the manifest."""
 
-    name: str
-    bytes: int
-    sha256: str
+    name: RelativePath
+    bytes: Count
+    sha256: Sha256
 
 
 @dataclass(kw_only=True, slots=True)
 class Manifest:
     """What a corpus holds. `root_sha256` covers every other field, and so the content of every file."""
 
-    format_version: int = FORMAT_VERSION
-    created_by: str = f"pretrain {__version__}"
-    tokenizer_sha256: str
-    vocab_size: int
-    bos_id: int
-    eos_id: int
-    dtype: str
+    format_version: Count = FORMAT_VERSION
+    created_by: Line = f"pretrain {__version__}"
+    tokenizer_sha256: Sha256
+    vocab_size: Annotated[Positive, Le(MAX_VOCAB_SIZE)]
+    bos_id: Count
+    eos_id: Count
+    dtype: Line
     """uint16 or uint32, little-endian."""
-    chunk_tokens: int
-    n_chunks: int
-    n_tokens: int
-    n_documents: int
-    sources: list[CorpusSource]
-    shards: list[ShardInfo]
-    files: list[FileInfo] = field(default_factory=list)
+    chunk_tokens: Annotated[Positive, Le(MAX_CHUNK_TOKENS)]
+    n_chunks: Annotated[Positive, Le(MAX_CHUNKS)]
+    n_tokens: Positive
+    n_documents: Count
+    sources: Annotated[list[CorpusSource], MinLen(1), MaxLen(_MAX_LISTED)]
+    shards: Annotated[list[ShardInfo], MinLen(1), MaxLen(_MAX_LISTED)]
+    files: Annotated[list[FileInfo], MaxLen(_MAX_LISTED)] = field(default_factory=list)
     loss_mask: bool = False
     """Only the tokens that the `.doc` members mark are to be predicted. Written where it is true only, so that other
     corpora have the hashes that they had before there was a mask, and programs that know none refuse this corpus."""
-    root_sha256: str = ""
+    root_sha256: Sha256 = ""
 
     @property
     def last_chunk_tokens(self) -> int:
@@ -126,67 +155,66 @@ class Manifest:
         return json.dumps(self._content(), indent=1, ensure_ascii=False) + "\n"
 
     def _content(self) -> dict[str, Any]:
-        content = asdict(self)
+        content = _as_dict(self)
+        for name in ("sources", "shards", "files"):
+            content[name] = [_as_dict(item) for item in content[name]]
         if self.loss_mask is False:
             del content["loss_mask"]
         return content
 
     @classmethod
-    def from_json(cls, text: str, where: str = MANIFEST_NAME) -> Manifest:
+    def from_json(cls, text: str | bytes, where: str = MANIFEST_NAME) -> Manifest:
         """Parse and check a manifest. Raises ConfigError, whose text begins with `where`."""
-        try:
-            raw = json.loads(text)
-            version = raw["format_version"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ConfigError(f"{where} is no corpus manifest; prepare the corpus again") from error
-        if version != FORMAT_VERSION:
+        head = text[:200].decode(errors="replace") if isinstance(text, bytes) else text[:200]
+        version = _VERSION.match(head)  # it comes first; other versions may have other fields
+        if version and int(version[1]) != FORMAT_VERSION:
             raise ConfigError(
-                f"{where} has format version {version!r}, this program reads {FORMAT_VERSION}; "
+                f"{where} has format version {version[1]}, this program reads {FORMAT_VERSION}; "
                 "prepare the corpus again with this program"
             )
-        try:
-            raw["sources"] = [CorpusSource(**source) for source in raw["sources"]]
-            raw["shards"] = [ShardInfo(**shard) for shard in raw["shards"]]
-            raw["files"] = [FileInfo(**file) for file in raw["files"]]
-            manifest = cls(**raw)
-            manifest._check(where)
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"{where} is no corpus manifest: {error}") from error
-        return manifest
-
-    def _check(self, where: str) -> None:
-        if self.compute_root_sha256() != self.root_sha256:
+        manifest = parse(cls, text, where, "a corpus manifest", MAX_MANIFEST_VALUES)
+        if manifest.compute_root_sha256() != manifest.root_sha256:
             raise ConfigError(
                 f"{where} was changed: its root_sha256 does not match its content; restore it or prepare the "
                 "corpus again"
             )
-        for shard in self.shards:
-            if not _SHARD_NAME.fullmatch(shard.name):
-                raise ConfigError(
-                    f"{where} names a shard {shard.name!r}; a name like shard-00000.tar is needed"
-                )
-        for file in self.files:
-            if Path(file.name).is_absolute() or ".." in Path(file.name).parts:
-                raise ConfigError(f"{where} names a file {file.name!r} outside of its folder")
-        counts = [self.vocab_size, self.chunk_tokens, self.n_chunks, self.n_tokens, self.n_documents]
-        counts += [n for s in self.shards for n in (s.bytes, s.first_chunk, s.chunks, s.documents, s.tokens)]
-        counts += [n for s in self.sources for n in (s.documents, s.tokens, s.text_bytes)]
-        counts += [file.bytes for file in self.files]
-        if type(self.loss_mask) is not bool:
-            raise ConfigError(f"{where} has loss_mask {self.loss_mask!r}, which is neither true nor false")
-        if not all(type(n) is int and 0 <= n < 1 << 62 for n in counts):
-            raise ConfigError(f"{where} has a size or count that is no whole number from 0 to 2^62")
+        problem = manifest._problem()
+        if problem is not None:
+            raise ConfigError(f"{where} contradicts itself in {problem}; prepare the corpus again")
+        return manifest
+
+    def _problem(self) -> str | None:
+        """What contradicts itself; None: nothing."""
+        if self.format_version != FORMAT_VERSION:
+            return "its format version"
+        if not max(self.bos_id, self.eos_id) < self.vocab_size:
+            return f"its ids of bos and eos, of which a vocabulary of {self.vocab_size} entries has none"
+        if self.dtype != token_dtype(self.vocab_size).name:
+            return "its dtype"
+        paths = [file.name for file in self.files] + [shard.name for shard in self.shards]
+        if len(set(paths)) != len(paths):
+            return "its files, of which one is named twice"
         first = np.cumsum([0] + [shard.chunks for shard in self.shards])
         if (
-            self.dtype != token_dtype(self.vocab_size).name
-            or [shard.first_chunk for shard in self.shards] != first[:-1].tolist()
+            [shard.first_chunk for shard in self.shards] != first[:-1].tolist()
             or first[-1] != self.n_chunks
             or not all(0 < shard.chunks <= shard.bytes // (2 * _BLOCK) for shard in self.shards)
-            or self.n_chunks > MAX_CHUNKS
             or sum(shard.tokens for shard in self.shards) != self.n_tokens
             or not 0 < self.last_chunk_tokens <= self.chunk_tokens
         ):
-            raise ConfigError(f"{where} contradicts itself in its numbers of chunks and tokens, or its dtype")
+            return "its numbers of chunks and tokens"
+        return None
+
+
+_NAMES: dict[type, tuple[str, ...]] = {
+    kind: tuple(f.name for f in fields(kind)) for kind in (Manifest, CorpusSource, ShardInfo, FileInfo)
+}
+_VALUES = {kind: attrgetter(*names) for kind, names in _NAMES.items()}
+
+
+def _as_dict(item: Any) -> dict[str, Any]:
+    """The fields, several times as fast as dataclasses.asdict, which copies every value."""
+    return dict(zip(_NAMES[type(item)], _VALUES[type(item)](item), strict=True))
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -200,13 +228,12 @@ def load_manifest(path: str | Path, time_limit_s: float = MANIFEST_TIMEOUT_S) ->
         return _load_remote_manifest(path, time_limit_s)
     path = as_path(path)
     try:
-        text = read_capped(path, MAX_MANIFEST_BYTES).decode("utf-8")
+        content = read_capped(path, MAX_MANIFEST_BYTES)
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist; give the manifest.json of a prepared corpus") from error
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
-        raise ConfigError(f"{path} cannot be read as a manifest: {reason}") from error
-    return Manifest.from_json(text, str(path))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read as a manifest: {error.strerror}") from error
+    return Manifest.from_json(content, str(path))
 
 
 def _load_remote_manifest(url: str, time_limit_s: float) -> Manifest:
@@ -214,8 +241,8 @@ def _load_remote_manifest(url: str, time_limit_s: float) -> Manifest:
 
     def check(content: bytes) -> str | None:
         try:
-            found.append(Manifest.from_json(content.decode("utf-8")))
-        except (ConfigError, UnicodeDecodeError) as error:
+            found.append(Manifest.from_json(content))
+        except ConfigError as error:
             return str(error)
         return None
 
@@ -226,12 +253,15 @@ def _load_remote_manifest(url: str, time_limit_s: float) -> Manifest:
     return found[-1]
 
 
-def resolve_inside(folder: Path, name: str) -> Path:
-    """The file `name` of `folder`, where it may lie behind a link within the folder, not outside of it."""
-    path = folder / name
-    if not is_inside(path, folder):
-        raise CorruptShardError(f"{path} is a link to a file outside of {folder}; put the file itself there")
-    return path
+def open_member(folder: Path, name: str) -> BinaryIO:
+    """The file `name` of a corpus's folder, opened.
+
+    Raises CorruptShardError where it is not a regular file or lies outside of the folder, and OSError.
+    """
+    try:
+        return open_regular(folder / name, inside=folder)
+    except ConfigError as error:
+        raise CorruptShardError(str(error)) from error
 
 
 def member_name(chunk: int, kind: int) -> str:
@@ -251,9 +281,9 @@ def read_index(folder: Path, manifest: Manifest, number: int) -> np.ndarray:
     CorruptShardError.
     """
     info = manifest.shards[number]
-    path = resolve_inside(folder, info.index_name)
+    path = folder / info.index_name
     try:
-        content = retry_local(lambda: read_capped(path, index_bytes(info)))
+        content = retry_local(lambda: read_capped(path, index_bytes(info), inside=folder))
     except ConfigError as error:
         raise CorruptShardError(str(error)) from error
     except OSError as error:
@@ -265,25 +295,31 @@ def read_index(folder: Path, manifest: Manifest, number: int) -> np.ndarray:
 
 def index_bytes(info: ShardInfo) -> int:
     """Size of the index of a shard."""
-    return _INDEX_HEADER_BYTES + info.chunks * _INDEX_ROW_BYTES
+    return NPY_HEADER_BYTES + info.chunks * _INDEX_ROW_BYTES
 
 
 def parse_index(content: bytes, manifest: Manifest, number: int, path: str) -> np.ndarray:
     """The index of a shard, of bytes with the right hash, read from `path`. Raises CorruptShardError."""
     info = manifest.shards[number]
-    try:
-        index = np.load(io.BytesIO(content), allow_pickle=False)
-    except ValueError as error:
-        raise CorruptShardError(f"{path} is no index of a shard; prepare the corpus again") from error
+    shape = (info.chunks, 2, 3)
+    if len(content) != index_bytes(info) or not content.startswith(npy_header(shape)):
+        raise CorruptShardError(f"{path} is no index of {info.chunks} chunks; prepare the corpus again")
+    index = np.frombuffer(content, "<u8", offset=NPY_HEADER_BYTES).reshape(shape)
     problem = _index_problem(index, manifest, info)
     if problem is not None:
         raise CorruptShardError(f"{path} {problem}; prepare the corpus again")
     return index
 
 
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    """How a .npy file of uint64 values in this shape begins. A file's own header is compared with it, never parsed."""
+    header = io.BytesIO()
+    description = {"descr": "<u8", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, description)
+    return header.getvalue()
+
+
 def _index_problem(index: np.ndarray, manifest: Manifest, info: ShardInfo) -> str | None:
-    if index.dtype != np.dtype("<u8") or index.shape != (info.chunks, 2, 3):
-        return f"is no index of {info.chunks} chunks"
     lengths = index[:, :, 1]
     width = np.dtype(manifest.dtype).itemsize
     token_bytes = np.full(info.chunks, manifest.chunk_tokens * width, np.uint64)
@@ -319,10 +355,15 @@ def header_problem(block: bytes, name: str, n_bytes: int) -> str | None:
 
 
 def describe_file(folder: Path, name: str) -> FileInfo:
-    """Size and hash of the file `name` in `folder`."""
+    """Size and hash of the file `name` in `folder`. Raises as `open_member` does."""
+    with open_member(folder, name) as file:
+        return describe_open_file(file, name)
+
+
+def describe_open_file(file: BinaryIO, name: str) -> FileInfo:
+    """The same of a file that is open, from its beginning."""
     digest, size = hashlib.sha256(), 0
-    with (folder / name).open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-            size += len(block)
+    while block := file.read(_READ_BYTES):
+        digest.update(block)
+        size += len(block)
     return FileInfo(name=name, bytes=size, sha256=digest.hexdigest())

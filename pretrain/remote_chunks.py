@@ -196,7 +196,7 @@ def load_remote_manifest(url: str, options: ReadOptions, root_sha256: str | None
         cache = open_cache(root_sha256, options)
         content = cache.load(MANIFEST_NAME, partial(_manifest_problem, root_sha256))
         if content is not None:
-            return Manifest.from_json(content.decode())
+            return Manifest.from_json(content)
     manifest = load_manifest(url, options.read_timeout_s)
     content = manifest.to_json().encode()
     cache = open_cache(manifest.root_sha256, options)
@@ -206,7 +206,7 @@ def load_remote_manifest(url: str, options: ReadOptions, root_sha256: str | None
 
 def _manifest_problem(root_sha256: str, content: bytes) -> str | None:
     try:
-        same = Manifest.from_json(content.decode()).root_sha256 == root_sha256
+        same = Manifest.from_json(content).root_sha256 == root_sha256
     except ValueError:  # a ConfigError is one
         same = False
     return None if same else "it is not the corpus's manifest"

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import bisect
 import errno
-import json
 import os
 import tarfile
 from collections import OrderedDict
@@ -36,6 +35,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from pretrain.chunk_documents import ChunkDocuments, continuation_problem, parse_documents, tokens_problem
 from pretrain.manifest import (
     DOCUMENTS,
     TOKENS,
@@ -43,8 +43,8 @@ from pretrain.manifest import (
     Manifest,
     load_manifest,
     member_name,
+    open_member,
     read_index,
-    resolve_inside,
 )
 from pretrain.remote import ReadOptions, as_path, folder_of, redact, retry_local
 from pretrain.remote_chunks import RemoteChunks, load_remote_manifest
@@ -53,19 +53,6 @@ SHARDS_FOLDER = "shards"
 _OPEN_SHARDS = 64  # file descriptors that one Corpus holds at most
 _CACHED_DOCUMENTS = 512  # parsed .doc members that one Corpus holds at most
 _BLOCK = tarfile.BLOCKSIZE
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkDocuments:
-    """The pieces of documents in one chunk; every field but `targets` has one entry per piece."""
-
-    starts: np.ndarray  # int64: token offset in the chunk; the first is 0
-    source: np.ndarray  # int64: index into the manifest's sources
-    ids: list[str]
-    offsets: np.ndarray  # int64: the piece's first token within its document
-    text_bytes: np.ndarray  # int64: of the document, where offsets is 0, else 0
-    targets: np.ndarray | None = None  # int64 [2 n]: start, stop, ... of what is predicted; None: all is
-    target_bytes: np.ndarray | None = None  # int64: of the document's targets, where offsets is 0, else 0
 
 
 class Corpus:
@@ -188,7 +175,13 @@ class Corpus:
             return self._documents[chunk]
         try:
             where, content = self._document_bytes(chunk)
-            documents = parse_documents(content, where, self.tokens_in(chunk), self.manifest.loss_mask)
+            documents = parse_documents(
+                content,
+                where,
+                n_tokens=self.tokens_in(chunk),
+                n_sources=len(self.manifest.sources),
+                masked=self.manifest.loss_mask,
+            )
         except CorruptShardError as error:
             error.source_path, error.chunk = str(self.manifest_path), chunk
             raise
@@ -208,14 +201,25 @@ class Corpus:
         return targets.searchsorted(np.arange(start, stop), side="right") % 2 == 1
 
     def _token_bytes(self, chunk: int, start: int, stop: int) -> bytes:
+        if self.verify_chunks and not self._verified[chunk]:
+            content = self._whole_tokens(chunk)
+            problem = tokens_problem(content, self.manifest)
+            if problem is not None:
+                name = member_name(chunk, TOKENS)
+                raise CorruptShardError(f"{redact(str(self.manifest_path))}: {name} {problem}")
+            self._verified[chunk] = True
+            return content[start:stop]
         if self._remote is not None:
             return self._here(self._remote).read(chunk, TOKENS, start, stop)
         shard, row = self._locate(chunk)
-        if self.verify_chunks and not self._verified[chunk]:
-            content = shard.member(row, TOKENS)
-            self._verified[chunk] = True
-            return content[start:stop]
         return shard.read(row, TOKENS, start, stop)
+
+    def _whole_tokens(self, chunk: int) -> bytes:
+        """A .tok member, its hash checked."""
+        if self._remote is not None:
+            return self._here(self._remote).read(chunk, TOKENS, 0)
+        shard, row = self._locate(chunk)
+        return shard.member(row, TOKENS)
 
     def _document_bytes(self, chunk: int) -> tuple[str, bytes]:
         """Where a .doc member lies, in words, and the member."""
@@ -247,24 +251,21 @@ class _OpenShard:
     def __init__(self, folder: Path, manifest: Manifest, number: int) -> None:
         self._descriptor = -1
         self.info = info = manifest.shards[number]
-        self.path = resolve_inside(folder, info.name)
+        self._folder, self.path = folder, folder / info.name
         self.index = read_index(folder, manifest, number)
         self.offsets = self.index[:, TOKENS, 0].tolist()
         try:
-            self._descriptor, size = retry_local(self._open)
+            self._descriptor = retry_local(self._open)
         except OSError as error:
             raise CorruptShardError(f"{self.path} cannot be opened: {error.strerror}") from error
+        size = os.fstat(self._descriptor).st_size
         if size != info.bytes:
             raise CorruptShardError(self._size_problem(size))
 
-    def _open(self) -> tuple[int, int]:
-        """A descriptor, and the file's size."""
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return descriptor, os.fstat(descriptor).st_size
-        except OSError:
-            os.close(descriptor)
-            raise
+    def _open(self) -> int:
+        """A descriptor of the file, which was seen to be a regular one in its folder."""
+        with open_member(self._folder, self.info.name) as file:
+            return os.dup(file.fileno())
 
     def _size_problem(self, size: int) -> str:
         ends = self.index[:, :, 0] + self.index[:, :, 1]  # uint64 [chunks, 2]
@@ -300,7 +301,7 @@ class _OpenShard:
 
     def _read_anew(self, offset: int, size: int) -> bytes:
         """Of the file opened again: what a handle is stale for, or a cache holds half of, is whole there."""
-        descriptor, _ = self._open()
+        descriptor = self._open()
         try:
             content = os.pread(descriptor, size, offset)
             if len(content) != size:
@@ -353,8 +354,13 @@ def documents_of(corpus: Corpus) -> Iterator[StoredDocument]:
         mask = np.concatenate(masks) if corpus.manifest.loss_mask else None
         return StoredDocument(*head, np.concatenate(parts), text_bytes, mask, target_bytes)
 
+    before: ChunkDocuments | None = None
     for chunk in range(corpus.n_chunks):
         pieces, n_tokens = corpus.documents(chunk), corpus.tokens_in(chunk)
+        problem = continuation_problem(before, corpus.chunk_tokens, pieces)
+        if problem is not None:
+            raise CorruptShardError(f"{corpus.manifest_path}: {member_name(chunk, DOCUMENTS)} {problem}")
+        before = pieces
         tokens = np.split(corpus.read(chunk, 0, n_tokens), pieces.starts[1:])
         are_targets = np.split(corpus.is_target(chunk, 0, n_tokens), pieces.starts[1:])
         for row, document_id in enumerate(pieces.ids):
@@ -368,36 +374,3 @@ def documents_of(corpus: Corpus) -> Iterator[StoredDocument]:
             parts.append(tokens[row])
             masks.append(are_targets[row])
     yield document()
-
-
-def parse_documents(content: bytes, where: str, n_tokens: int, masked: bool) -> ChunkDocuments:
-    """A .doc member of a chunk with so many tokens. Raises CorruptShardError, whose text begins with `where`."""
-    try:
-        raw: dict[str, Any] = json.loads(content)
-        arrays: dict[str, Any] = {k: np.array(v, np.int64) for k, v in raw.items() if k != "ids"}
-        found = ChunkDocuments(ids=raw["ids"], **arrays)
-        per_piece = [value for name, value in arrays.items() if name != "targets"]
-        if len({len(value) for value in (found.ids, *per_piece)}) != 1:
-            raise ValueError("its lists differ in length")
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise CorruptShardError(f"{where} is no list of documents; prepare the corpus again") from error
-    problem = _targets_problem(found, n_tokens, masked)
-    if problem is not None:
-        raise CorruptShardError(f"{where} {problem}; prepare the corpus again")
-    return found
-
-
-def _targets_problem(found: ChunkDocuments, n_tokens: int, masked: bool) -> str | None:
-    """What is wrong with the loss mask of a chunk of `n_tokens`; None: nothing."""
-    targets = found.targets
-    if (targets is not None) is not masked or (found.target_bytes is not None) is not masked:
-        return f"has {'no' if masked else 'a'} loss mask, where its manifest says otherwise"
-    if targets is None:
-        return None
-    if targets.ndim != 1 or len(targets) % 2 or (np.diff(targets) < 0).any():
-        return "has targets that are no ascending pairs of start and stop"
-    if (targets[::2] == targets[1::2]).any() or (
-        len(targets) and not 0 <= targets[0] <= targets[-1] <= n_tokens
-    ):
-        return f"has targets that are empty or outside of the chunk's {n_tokens} tokens"
-    return None

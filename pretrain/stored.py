@@ -2,35 +2,34 @@
 
 A schema is a dataclass whose fields are annotated with the types below or with plain ones. Nothing is converted ("3"
 is no number, 3.0 is no whole one), nothing unknown is let through, and nothing in a text is resolved.
-
-The number of values is bounded before they are parsed: a value of two bytes takes some 150 in memory.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import reprlib
 from functools import lru_cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen, Predicate
 
 from pretrain.errors import ConfigError
+from pretrain.printing import visible
 
 T = TypeVar("T")
 MAX_VALUES = 1 << 16
-"""A checkpoint of 16,384 ranks has some 50,000."""
-_MAX_ERRORS = 1000
-_shown = reprlib.Repr()
-_shown.maxstring = _shown.maxother = 60
-_shown.maxlist = _shown.maxdict = 3
-_shown.maxlevel = 2
+"""Values in a file, unless its reader allows more: a checkpoint of 16,384 ranks has some 50,000."""
+_SHOWN_CHARS = 60
+_SHOWN_BYTES = 1 << 20  # of a file whose wrong values are quoted: a quotation may copy all of it
+_TOLD_ERRORS = 1000
+_WHOLE_BYTES = 4 << 20  # validated at a time
+_WHOLE_VALUES = 1 << 16
+_SLICE = 2000  # items of a list
 
 
 def is_sha256(text: str) -> bool:
     """64 hexadecimal digits."""
-    return re.fullmatch("[0-9a-f]{64}", text) is not None
+    return len(text) == 64 and not text.strip("0123456789abcdef")
 
 
 def is_file_name(text: str) -> bool:
@@ -76,40 +75,87 @@ def _adapter(schema: Any) -> Any:
 def parse(schema: type[T], content: str | bytes, where: str, what: str, max_values: int = MAX_VALUES) -> T:
     """JSON as an object of `schema`, a dataclass. `where`: its path, `what`: what it should be, as in "a manifest".
 
-    Raises ConfigError with one sentence that names the first value that is wrong. Bound the size of `content` before.
+    Raises ConfigError with one sentence that names the first value that is wrong, and where there are more than
+    `max_values`. Bound the size of `content` before.
     """
-    from pydantic import ValidationError
-
-    _check_values(content, where, what, max_values)
+    if isinstance(content, str):
+        content = content.encode("utf-8", "surrogatepass")
     try:
-        adapter: Any = _adapter(schema)  # type: ignore[arg-type]
-        return adapter.validate_json(content, strict=True, extra="forbid")
-    except ValidationError as error:
-        raise ConfigError(f"{where} is not {what}: {_first_problem(error)}") from None
+        if content.count(b",") > max_values:
+            raise _Wrong(f"it has more than the {max_values:,} values that are allowed")
+        return _validated(schema, content) if _is_small(content) else _in_slices(schema, content)
+    except _Wrong as wrong:
+        problem = str(wrong)
+    raise ConfigError(f"{where} is not {what}: {problem}")
 
 
 def parse_plain(content: bytes, where: str, what: str, max_values: int = MAX_VALUES) -> Any:
     """JSON without a schema, for what looks at a few of its values. Raises ConfigError where it is none."""
-    _check_values(content, where, what, max_values)
+    if content.count(b",") > max_values:
+        raise ConfigError(
+            f"{where} is not {what}: it has more than the {max_values:,} values that are allowed"
+        )
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not {what}: {error}") from None
 
 
-def _check_values(content: str | bytes, where: str, what: str, max_values: int) -> None:
-    content = content.encode() if isinstance(content, str) else content
-    n_values = sum(content.count(sign) for sign in (b",", b"[", b"{"))
-    if n_values > max_values:
-        raise ConfigError(f"{where} is not {what}: it has some {n_values:,} values, more than {max_values:,}")
+class _Wrong(Exception):
+    """What is wrong with a content."""
 
 
-def _first_problem(error: Any) -> str:
+def _is_small(content: bytes) -> bool:
+    """Whether it may be validated as a whole: for each value that is missing, pydantic copies all that is there."""
+    return len(content) <= _WHOLE_BYTES and content.count(b",") <= _WHOLE_VALUES
+
+
+def _validated(schema: type[T], content: bytes) -> T:
+    from pydantic import ValidationError
+
+    try:
+        adapter: Any = _adapter(schema)  # type: ignore[arg-type]
+        return adapter.validate_json(content, strict=True, extra="forbid")
+    except ValidationError as error:
+        problem = _first_problem(error, with_value=len(content) <= _SHOWN_BYTES)
+    raise _Wrong(problem)
+
+
+def _in_slices(schema: type[T], content: bytes) -> T:
+    """A large content, its long lists a slice at a time."""
+    try:
+        raw = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise _Wrong(f"invalid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise _Wrong("it should be an object")
+    lists = {name: value for name, value in raw.items() if isinstance(value, list) and len(value) > _SLICE}
+    first = raw | {name: values[:_SLICE] for name, values in lists.items()}
+    found = _validated(schema, _small_json(first))
+    types = get_type_hints(schema, include_extras=True)
+    for name, values in lists.items():
+        for start in range(_SLICE, len(values), _SLICE):
+            try:
+                part = _validated(types[name], _small_json(values[start : start + _SLICE]))
+                getattr(found, name).extend(part)
+            except _Wrong as wrong:
+                raise _Wrong(f"{name}, from number {start:,} on: {wrong}") from None
+    return found
+
+
+def _small_json(value: Any) -> bytes:
+    content = json.dumps(value).encode()
+    if not _is_small(content):
+        raise _Wrong("it has values that are too long, or too many where there is no list")
+    return content
+
+
+def _first_problem(error: Any, with_value: bool) -> str:
     """Where the first error is, what is there, and what is wrong with it."""
-    if error.error_count() > _MAX_ERRORS:  # to list them would take kilobytes for each
-        return f"{error.error_count():,} of its values are wrong"
-    first = error.errors(include_url=False)[0]
-    place = ".".join(map(str, first["loc"])) or "it"
+    if error.error_count() > _TOLD_ERRORS:  # they can only be asked for all together
+        return f"{error.error_count():,} of its values are wrong or unknown"
+    first = error.errors(include_url=False, include_context=False, include_input=with_value)[0]
+    place = ".".join(map(_shortened, map(str, first["loc"]))) or "it"
     message = first["msg"][0].lower() + first["msg"][1:]
     match first["type"]:
         case "json_invalid":
@@ -121,4 +167,10 @@ def _first_problem(error: Any) -> str:
         case "predicate_failed":
             name = message.split("'")[1]
             message = f"it should be {name.removeprefix('is_').replace('_', ' ')}"
-    return f"{place} is {_shown.repr(first['input'])}; {message}"
+    if not with_value:
+        return f"{place} is wrong; {message}"
+    return f"{place} is {_shortened(repr(first['input']))}; {message}"
+
+
+def _shortened(text: str) -> str:
+    return visible(text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}...")

@@ -16,7 +16,7 @@ from sentencepiece import SentencePieceProcessor
 
 from pretrain.config import ConfigError
 from pretrain.files import read_capped
-from pretrain.manifest import MANIFEST_TIMEOUT_S, token_dtype
+from pretrain.manifest import MANIFEST_TIMEOUT_S, MAX_VOCAB_SIZE, token_dtype
 from pretrain.remote import DamagedError, as_path, read_whole
 from pretrain.trial import try_tokenizer
 
@@ -25,10 +25,8 @@ HUGGING_FACE_NAME = "tokenizer.json"
 TOKENIZER_NAMES = (SENTENCEPIECE_NAME, HUGGING_FACE_NAME)
 """A corpus, a run and an export hold one of them."""
 MAX_MODEL_BYTES = 64 << 20  # a JSON of 256,000 entries takes about 33 MB
-MAX_SENTENCEPIECE_BYTES = (
-    16 << 20
-)  # a model of 256,000 entries takes about 5 MB, and ten times that in memory
-MAX_VOCAB_SIZE = 1 << 22
+MAX_SENTENCEPIECE_BYTES = 16 << 20
+"""A model of 256,000 entries takes about 5 MB, and ten times that in memory."""
 
 # sentencepiece writes every space as this character and reads it back as a space, so the character
 # itself, where a text holds it, must go another way: as its three UTF-8 bytes.

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Within pretrain/ a file imports only files that stand above it here.
 ORDER = [
     "errors",
+    "printing",
     "files",
     "stored",
     "run_state",
@@ -47,14 +48,15 @@ ORDER = [
     "distributed",
     "health",
     "manifest",
+    "chunk_documents",
     "node_cache",
     "remote_chunks",
     "trial",
     "tokenizer",
     "chat",
     "shards",
-    "corpus_check",
     "document_ids",
+    "corpus_check",
     "corpus_writer",
     "inputs",
     "permutation",
@@ -111,11 +113,13 @@ ORDER = [
 # The ends of the line do not know each other; the trainer may evaluate.
 ENDS = {"export", "evaluate", "generate", "planner", "trainer"}
 DATA_TOOLS_MAY_IMPORT = {
-    "errors",
-    "files",
-    "stored",
+    "chunk_documents",
     "remote",
     "command",
+    "errors",
+    "files",
+    "printing",
+    "stored",
     "chat",
     "config",
     "tokenizer",

@@ -92,9 +92,9 @@ def test_any_bytes_are_refused_in_words(content: bytes) -> None:
 
 def test_many_small_values_are_not_parsed() -> None:
     content = b'{"sha256": ' + b"[" + b"[]," * 200_000 + b"[]]}"
-    with pytest.raises(ConfigError, match="values, more than 65,536"):
+    with pytest.raises(ConfigError, match="more than the 65,536 values"):
         parse(Whole, content, "f.json", "a whole")
-    with pytest.raises(ConfigError, match="more than 65,536"):
+    with pytest.raises(ConfigError, match="more than the 65,536 values"):
         parse_plain(content, "f.json", "a whole")
     assert parse_plain(b'{"a": [1]}', "f.json", "a whole") == {"a": [1]}
     with pytest.raises(ConfigError, match="is not a whole: maximum recursion"):
@@ -105,3 +105,36 @@ def test_of_many_wrong_values_the_number_is_said() -> None:
     by_name = {str(number): -1 for number in range(2000)}
     with pytest.raises(ConfigError, match="2,000 of its values are wrong"):
         whole(by_name=by_name)
+
+
+# ---- large files -----------------------------------------------------------------------------------------------------
+
+
+def many(**changes: Any) -> bytes:
+    """A whole of many parts, one of which is changed."""
+    parts: list[dict[str, Any]] = [{"name": f"文{n}", "bytes": n} for n in range(60_000)]
+    parts[45_000] |= changes
+    return json.dumps({**GOOD, "parts": parts, "title": "t"}, ensure_ascii=False).encode()
+
+
+def test_a_large_file_is_read_in_slices() -> None:
+    found = parse(Whole, many(), "f.json", "a whole", max_values=1 << 20)
+    assert found.title == "t"
+    assert found.parts == [Part(name=f"文{n}", bytes=n) for n in range(60_000)]
+
+
+@pytest.mark.parametrize("changes", [{"bytes": -1}, {"name": "a/b"}, {"x\x1b" * 100: 1}])
+def test_a_wrong_value_of_a_large_file_is_found(changes: dict[str, Any]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^f\.json is not a whole: parts, from number 44,000 on: 1000\."
+    ) as caught:
+        parse(Whole, many(**changes), "f.json", "a whole", max_values=1 << 20)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+
+
+def test_more_values_than_are_allowed_are_refused() -> None:
+    with pytest.raises(ConfigError, match="more than the 131,072 values"):
+        parse(Whole, b"[" + b"1," * 200_000 + b"1]", "f.json", "a whole")
+    with pytest.raises(ConfigError, match="its values are wrong or unknown"):
+        parse(Whole, json.dumps({f"{n}": 1 for n in range(20_000)}), "f.json", "a whole")
