@@ -64,6 +64,7 @@ def remove(folder: Path, ids: set[str]) -> Counter[str]:
     """
     if not (folder / MANIFEST_NAME).exists():
         raise ConfigError(f"{folder} holds no {MANIFEST_NAME}; give the folder of a prepared corpus")
+    refuse_links(folder / WORK_FOLDER, folder, "remove it")
     report = read_prepare_report(folder / REPORT_NAME)
     shard_bytes = report["recipe"]["options"].get("shard_bytes")
     if type(shard_bytes) is not int or not 0 < shard_bytes < 1 << 62:
@@ -75,7 +76,6 @@ def remove(folder: Path, ids: set[str]) -> Counter[str]:
     if (folder / STATISTICS_NAME).exists():  # not where an older program prepared it
         statistics = read_statistics(folder / STATISTICS_NAME)
     removal = _Removal(ids, shard_bytes, tokenizer)
-    refuse_links(folder / WORK_FOLDER, folder, "remove it")
     with locked(folder / WORK_FOLDER, f"another process writes into {folder}; wait for it"):
         try:
             _rewrite(folder, folder / WORK_FOLDER / "remove", removal, report, statistics)

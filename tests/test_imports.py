@@ -130,7 +130,6 @@ DATA_TOOLS_MAY_IMPORT = {
     "corpus_check",
 }
 
-MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 60
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -280,10 +279,9 @@ def test_no_unsafe_constructs(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CODE, ids=name)
-def test_files_and_functions_are_short(path: Path) -> None:
-    source = path.read_text()
-    assert source.count("\n") <= MAX_FILE_LINES
-    assert not long_functions(source)
+def test_functions_are_short(path: Path) -> None:
+    """A file may be as long as its idea: a limit on files bred files with halves of ideas."""
+    assert not long_functions(path.read_text())
 
 
 def test_the_order_needs_numpy_only() -> None:
