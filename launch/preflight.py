@@ -37,7 +37,7 @@ begin(__name__)
 from omegaconf import MISSING
 
 from pretrain.config import ConfigError, PreflightConfig, run_command
-from pretrain.files import create_file, write_atomically
+from pretrain.files import write_atomically
 
 MIB, GIB = 2**20, 2**30
 PROBE_BYTES = 64 * MIB
@@ -138,10 +138,9 @@ def check_write(folder: Path, limit: float) -> dict[str, Any]:
     path = folder / f".preflight-{os.uname().nodename}-{os.getpid()}"
     block, written, started = os.urandom(MIB), 0, time.monotonic()
     try:
-        with create_file(path) as file:
+        with path.open("xb", buffering=0) as file:
             while written < PROBE_BYTES and time.monotonic() - started < PROBE_S:
                 written += file.write(block)
-            file.flush()
             os.fsync(file.fileno())
         rate = written / MIB / (time.monotonic() - started)
     finally:
@@ -248,11 +247,7 @@ class Meeting:
         self.rank, self.names, self.timeout_s = rank, names, timeout_s
         limit = timedelta(seconds=timeout_s)
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # At the address where nodes meet alone; torch's own listener would be open to all networks.
-        listener = socket.create_server(where, backlog=socket.SOMAXCONN).detach() if rank == 0 else None
-        self.store = TCPStore(
-            *where, is_master=rank == 0, timeout=limit, wait_for_workers=False, master_listen_fd=listener
-        )
+        self.store = TCPStore(*where, is_master=rank == 0, timeout=limit, wait_for_workers=False)
 
     def gather(self, key: str, value: str) -> dict[str, str]:
         """What every node said under `key`, by node; without those that did not come in time."""
@@ -276,12 +271,11 @@ class Meeting:
             self.store.set(f"end/{self.rank}", "")
 
 
-def check_links(job: Preflight, report: Report, meeting: Meeting) -> dict[str, Any]:
+def check_links(job: Preflight, report: Report, meeting: Meeting, listener: socket.socket) -> dict[str, Any]:
     """Clock and bandwidth between this node and the next one in the ring."""
-    own = own_address(job.network_interface)
-    listener = socket.create_server((own, 0))
+    port = listener.getsockname()[1]
     threading.Thread(target=answer, args=(listener,), daemon=True).start()
-    addresses = meeting.gather("address", f"{own}:{listener.getsockname()[1]}")
+    addresses = meeting.gather("address", f"{own_address(job.network_interface)}:{port}")
     absent = [name for name in meeting.names if name not in addresses]
     if absent:
         report.links.update(dict.fromkeys(absent, f"it did not come within {meeting.timeout_s:g} s"))
@@ -344,7 +338,8 @@ def check_together(job: Preflight, report: Report, rank: int, names: list[str]) 
         report.links[names[0]] = f"{os.environ['MASTER_ADDR']} cannot be reached ({reason})"
         return
     [meeting] = met
-    report.run("links", lambda: check_links(job, report, meeting), 3 * limit_s)
+    listener = socket.create_server(("", 0))
+    report.run("links", lambda: check_links(job, report, meeting, listener), 3 * limit_s)
     absent = report.checks["links"].get("absent")
     fit = {} if absent else meeting.gather("fit", str(int(report.fit and not report.links)))
     if set(fit.values()) == {"1"} and len(fit) == len(names):

@@ -134,7 +134,7 @@ def check_url(key: str, url: str) -> None:
 # ---- stores ----------------------------------------------------------------------------------------------------------
 
 
-def file_system(url: str, key: str = "") -> tuple[Any, str]:
+def file_system(url: str, key: str = "", **options: Any) -> tuple[Any, str]:
     """fsspec's file system for a URL, of this process, and the URL as that file system wants it. Raises ConfigError.
 
     `key`: what an error says before the URL. fsspec keeps one per process and options, and makes another in a forked
@@ -143,20 +143,12 @@ def file_system(url: str, key: str = "") -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
     _check_kind(url, key)
-    options = guards(url)
-    if url.startswith(("s3://", "s3a://")):
-        # One request per attempt: attempts are counted, timed and told of here.
-        once = {"retries": {"mode": "standard", "total_max_attempts": 1}, "max_pool_connections": 32}
-        options |= {"config_kwargs": once, "use_listings_cache": False}
     # Else gcsfs asks for each bucket's kind by gRPC, which survives no fork, and reads others than plain ones by it.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
-        found, path = url_to_fs(url, **options)
+        return url_to_fs(url, **guards(url), **options)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"{key}{redact_url(url)} cannot be used: {redact(str(error))}") from error
-    if "config_kwargs" in options:
-        found.retries = 1
-    return found, path
 
 
 def guards(url: str) -> dict[str, Any]:
@@ -223,6 +215,16 @@ async def _refuse_other_host(session: Any, context: Any, params: Any) -> None:
     raise PermissionError(f"the server sends on to {where}; name that in the URL if you trust it")
 
 
+def _impatient_file_system(url: str) -> tuple[Any, str]:
+    """As `file_system`, but with one request per attempt: attempts are counted, timed and told of here."""
+    if not url.startswith(("s3://", "s3a://")):
+        return file_system(url)
+    once = {"retries": {"mode": "standard", "total_max_attempts": 1}, "max_pool_connections": 32}
+    store, path = file_system(url, config_kwargs=once, use_listings_cache=False)
+    store.retries = 1
+    return store, path
+
+
 # ---- one attempt -----------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +232,7 @@ def read_once(url: str, start: int, stop: int, timeout_s: float) -> bytes:
     """One attempt to read bytes [start, stop) of a file; fewer where it ends before."""
     from fsspec.asyn import sync
 
-    store, path = file_system(url)
+    store, path = _impatient_file_system(url)
     if url.startswith(("http://", "https://")):
         return sync(store.loop, _get_http, store, path, start, stop, timeout=timeout_s)
     if store.async_impl:

@@ -170,7 +170,7 @@ class Watcher:
     def _drop(self, line: Line) -> None:
         if self.peers is not None:
             self.peers.drop(line)
-            if line.rank is not None and not self.table[line.rank].get("bye"):
+            if line.rank is not None and not self.table.get(line.rank, {}).get("bye"):
                 # Also where it has said what no watcher says: then nobody watches that rank any more.
                 self._decide(line.rank, "lost", "its watcher is gone")
         elif line is self.hub:
@@ -276,6 +276,8 @@ class Watcher:
     def _decide_hang(self, age_s: float) -> None:
         """All stand still: name those that are stopped, or have come least far, or are the ones not waiting."""
         behind = self._ask_all()
+        if not behind:  # they have ended meanwhile
+            return
         stopped = [rank for rank in behind if self.table[rank].get("stopped")]
         least = min(self.table[rank].get("count", 0) for rank in behind)
         behind = stopped or [rank for rank in behind if self.table[rank].get("count", 0) == least]

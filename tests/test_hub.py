@@ -366,3 +366,22 @@ def test_a_watcher_that_a_full_hub_has_dropped_comes_again(monkeypatch: pytest.M
         turn()  # but not once it has been taken: then rank 0's watcher is gone
         assert [verdict["reason"] for verdict in watcher.verdicts] == ["the watcher of rank 0 is gone"]
         watcher.selector.close()
+
+
+@pytest.mark.parametrize("word", [b"no JSON\n", json.dumps(STATUS | {"rank": 2}).encode() + b"\n", b""])
+def test_a_rank_that_leaves_with_its_first_words_is_lost(word: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        watcher: Any = object.__new__(Watcher)
+        watcher.selector, watcher.table, watcher.size = selectors.DefaultSelector(), {}, 3
+        watcher.listener, watcher.hub = listener, None
+        watcher._join([*listener.getsockname(), PASSWORD])
+        lost: list[tuple[int, str]] = []
+        watcher._decide = lambda rank, cause, reason: lost.append((rank, cause))
+        with socket.create_connection(listener.getsockname()) as client:
+            client.sendall(json.dumps(hello(1)).encode() + b"\n" + word)
+            client.shutdown(socket.SHUT_WR)
+            while not lost:
+                for key in watcher._ready():
+                    watcher._handle(key)
+        assert lost == [(1, "lost")]
+        watcher.selector.close()
