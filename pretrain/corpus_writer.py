@@ -23,6 +23,7 @@ from pretrain.files import create_file, sync_folder, write_atomically
 from pretrain.manifest import (
     DOCUMENTS,
     MANIFEST_NAME,
+    MAX_SHARD_CHUNKS,
     TOKENS,
     CorpusSource,
     Manifest,
@@ -153,8 +154,9 @@ class CorpusWriter:
             columns |= {"targets": self._targets, "target_bytes": self._target_bytes}
         documents = json.dumps(columns, ensure_ascii=False, separators=(",", ":")).encode()
         size = padded_bytes(len(tokens)) + padded_bytes(len(documents))
-        if self._shard is not None and self._shard.bytes + size > self._shard_bytes:
-            self._shards.append(self._shard.finish())
+        shard = self._shard
+        if shard and (shard.bytes + size > self._shard_bytes or shard.info.chunks == MAX_SHARD_CHUNKS):
+            self._shards.append(shard.finish())
             self._shard = None
         if self._shard is None:
             name = f"shard-{len(self._shards):05d}.tar"

@@ -45,6 +45,7 @@ MAX_DOCUMENTS_BYTES = 64 << 20  # of one .doc member
 MANIFEST_TIMEOUT_S = 300.0  # for one behind a URL
 MAX_CHUNKS = 1 << 32  # of a corpus: 10^15 tokens in chunks of the usual size
 MAX_CHUNK_TOKENS = 1 << 26  # a chunk is held in memory as a whole
+MAX_SHARD_CHUNKS = 1 << 22  # and so is the index of a shard, 48 bytes per chunk
 MAX_VOCAB_SIZE = 1 << 22
 TOKENS, DOCUMENTS = 0, 1  # second axis of an index
 _MAX_LISTED = 1 << 20  # sources, shards or files
@@ -96,7 +97,7 @@ class ShardInfo:
     sha256: Sha256 = ""
     index_sha256: Sha256 = ""
     first_chunk: Count
-    chunks: Count = 0
+    chunks: Annotated[Count, Le(MAX_SHARD_CHUNKS)] = 0
     documents: Count = 0
     """Documents that begin in this shard."""
     tokens: Count = 0

@@ -250,7 +250,7 @@ def test_a_server_without_ranges_is_not_believed(folder: Path, tmp_path: Path) -
     ("name", "content", "words"),
     [
         ("none.json", b"", "is not there"),
-        ("other.json", b"<html>", "is no corpus manifest"),
+        ("other.json", b"<html>", "is not a corpus manifest"),
         ("large.json", b"x" * 3000, "more than the 2,000 bytes"),
     ],
 )
