@@ -25,7 +25,14 @@ BOMB_FREE_BYTES = 16 << 20
 BROKEN = (OSError, EOFError, zlib.error)
 """What reading a file that ends too early, or is no archive, raises."""
 
+PACKED_RATIO = 32
+"""Unpacked bytes per packed byte of one block beyond BOMB_FREE_BYTES: text is never packed as tightly."""
+BLOCK_BYTES = 1 << 30
+"""Unpacked bytes of one block, however many it has packed."""
+
 _BUFFER_BYTES = 1 << 20
+# More values than bytes are no text.
+_FREE_VALUES = 1 << 20
 # zstd can make 32 MB of 1 KB: what is unpacked at once stays bounded.
 _ZST_BYTES = 1024
 # The largest window that the zstd command takes unasked.
@@ -50,6 +57,18 @@ class Bounds:
     """Unpacked bytes per packed byte, beyond BOMB_FREE_BYTES."""
     unpacked_bytes: int = 64 << 30
     """Unpacked bytes of one file."""
+
+
+def check_unpacked(what: str, packed_bytes: int, unpacked_bytes: int) -> None:
+    """Refuse what takes much more memory than it has bytes. Raises ValueError."""
+    if unpacked_bytes > min(BLOCK_BYTES, max(BOMB_FREE_BYTES, PACKED_RATIO * packed_bytes)):
+        raise ValueError(f"{what} of {packed_bytes:,} bytes unpacks to {unpacked_bytes:,}")
+
+
+def check_values(what: str, packed_bytes: int, n_values: int) -> None:
+    """Refuse more values than bytes. Raises ValueError."""
+    if n_values > max(_FREE_VALUES, packed_bytes):
+        raise ValueError(f"{what} of {packed_bytes:,} bytes holds {n_values:,} values")
 
 
 # ---- unpacking -------------------------------------------------------------------------------------------------------
