@@ -87,7 +87,8 @@ def unpacked(raw: IO[bytes], suffix: str, bounds: Bounds) -> IO[bytes]:
         file = gzip.GzipFile(fileobj=raw)
         pieces = iter(lambda: file.read1(_BUFFER_BYTES), b"")
         return io.BufferedReader(_Unpacker(raw, pieces, bounds), _BUFFER_BYTES)
-    return raw
+    # Files of fsspec cannot read a line of limited length.
+    return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw, _BUFFER_BYTES)  # type: ignore[type-var]
 
 
 class _Unpacker(io.RawIOBase):

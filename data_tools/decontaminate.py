@@ -22,13 +22,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.bounded import Bounds, lines, unpacked
 from data_tools.record import Record
 from pretrain.config import ConfigError
+from pretrain.files import open_regular
 
 Codes = NDArray[np.uint32]
 Hashes = NDArray[np.uint64]
@@ -130,10 +132,12 @@ class Index(NamedTuple):
     def read(cls, path: str | os.PathLike[str], parameters: str) -> Index:
         """Raises ConfigError where the file is none, or was built with other parameters."""
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                built_with, *head = json.loads(str(arrays["head"]))
-                hashes, sets, openings = arrays["hashes"], arrays["sets"], arrays["openings"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            with open_regular(path) as file:
+                _check_stored(file)
+                with np.load(file, allow_pickle=False) as arrays:
+                    built_with, *head = json.loads(str(arrays["head"]))
+                    hashes, sets, openings = arrays["hashes"], arrays["sets"], arrays["openings"]
+        except (OSError, ValueError, KeyError, MemoryError, RecursionError, zipfile.BadZipFile) as error:
             raise ConfigError(f"curation.decontaminate.index={path} cannot be read: {error}") from error
         if built_with != parameters:
             raise ConfigError(
@@ -267,18 +271,30 @@ def read_items(path: str, fields: list[str]) -> Iterator[list[str]]:
     import fsspec
 
     name = path.removesuffix(".gz").removesuffix(".zst")
+    bounds = Bounds()
     try:
-        with fsspec.open(path, "rt", encoding="utf-8-sig", compression="infer") as file:
-            for line in file:
+        with fsspec.open(path, "rb") as raw:
+            for line in lines(unpacked(raw, path, bounds), bounds.record_bytes):
+                if line.content is None:
+                    raise ValueError(f"line {line.number} has more than {bounds.record_bytes} bytes")
                 if name.endswith((".jsonl", ".ndjson")):
-                    item = json.loads(line) if line.strip() else {}
+                    item = line.json()
                     texts = [text for key in fields for text in _strings(item.get(key))]
+                    if any(texts):
+                        yield texts
                 else:
-                    texts = [line.strip()]
-                if any(texts):
-                    yield texts
+                    items = re.split("[\r\n]", line.content.decode("utf-8-sig"))
+                    yield from ([item.strip()] for item in items if item.strip())
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"curation.decontaminate.files: {path} cannot be read: {error}") from error
+
+
+def _check_stored(file: IO[bytes]) -> None:
+    """Refuse an index whose arrays are packed: `Index.write` packs none. Raises ValueError and BadZipFile."""
+    for info in zipfile.ZipFile(file).infolist():
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{info.filename} in it is compressed, which build_index never does")
+    file.seek(0)
 
 
 def _strings(value: Any) -> Iterator[str]:
