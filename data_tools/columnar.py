@@ -14,7 +14,14 @@ from typing import IO, Any, NamedTuple
 
 from data_tools.arrow_messages import Messages
 from data_tools.bounded import BOMB_FREE_BYTES, PACKED_RATIO, Bounds, check_unpacked, check_values
-from data_tools.parquet_pages import DELTA_BYTE_ARRAY, DELTA_LENGTH_BYTE_ARRAY, Page, delta_bytes, read_pages
+from data_tools.parquet_pages import (
+    DELTA_BYTE_ARRAY,
+    DELTA_LENGTH_BYTE_ARRAY,
+    Page,
+    delta_bytes,
+    read_footer,
+    read_pages,
+)
 
 _BUFFER_BYTES = 1 << 20
 _THRIFT_STRING_BYTES = 16 << 20
@@ -133,7 +140,12 @@ class ParquetFile:
             self.schema = self._file.schema_arrow
             self._leaves = [self._file.schema.column(i).path for i in range(self._file.metadata.num_columns)]
         self._raw = raw
-        self.n_groups: int = self._file.metadata.num_row_groups
+        self.groups = read_footer(raw)
+        n_groups = self._file.metadata.num_row_groups
+        if len(self.groups) != n_groups or any(
+            len(group.chunks) != len(self._leaves) for group in self.groups
+        ):
+            raise ValueError("its metadata is broken")
 
     def _opened(self, raw: IO[bytes], dictionaries: list[str] | None = None) -> Any:
         from pyarrow import parquet
@@ -145,19 +157,6 @@ class ParquetFile:
             thrift_string_size_limit=_THRIFT_STRING_BYTES,
             thrift_container_size_limit=_THRIFT_ITEMS,
         )
-
-    @property
-    def n_rows(self) -> int:
-        """As the file claims."""
-        return int(self._file.metadata.num_rows)
-
-    def group_rows(self, group: int) -> int:
-        """Rows of a row group, as the file claims."""
-        return int(self._file.metadata.row_group(group).num_rows)
-
-    def group_bytes(self, group: int) -> int:
-        """Size of a row group, as the file claims."""
-        return int(self._file.metadata.row_group(group).total_byte_size)
 
     def rows(self, group: int, columns: list[str], most_rows: int, bounds: Bounds) -> Iterator[Row]:
         """The rows of a row group, decoded `most_rows` or fewer at a time. Raises OSError and ValueError."""
@@ -179,16 +178,13 @@ class ParquetFile:
 
     def _pages(self, group: int, leaf: int) -> list[Page]:
         """The headers of a column's pages, where pyarrow will find them."""
-        chunk = self._file.metadata.row_group(group).column(leaf)
-        start = chunk.data_page_offset
-        if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < start:
-            start = chunk.dictionary_page_offset
-        pages = list(read_pages(self._raw, start, chunk.total_compressed_size, chunk.num_values))
+        chunk = self.groups[group].chunks[leaf]
+        pages = list(read_pages(self._raw, chunk))
         column = self._file.schema.column(leaf)
         n_levels = (column.max_definition_level > 0) + (column.max_repetition_level > 0)
         for number, page in enumerate(pages):
             if _DELTAS & {*page.encodings}:
-                decoded_bytes = delta_bytes(self._raw, page, chunk.compression, n_levels)
+                decoded_bytes = delta_bytes(self._raw, page, chunk.codec, n_levels)
                 pages[number] = page._replace(unpacked_bytes=max(page.unpacked_bytes, decoded_bytes))
         return pages
 

@@ -24,9 +24,11 @@ from typing import IO, Any
 HTTP_HEADER_BYTES = 256 << 10
 """An HTTP header beyond it is that of no page."""
 
+PAGE_CPU_S = 20
+"""Processor time of one page at most: it depends less than a clock on what else a machine does."""
+
 _ROOT = Path(__file__).resolve().parent.parent
 _HTTP = ["HTTP/1.0", "HTTP/1.1"]
-_PAGE_CPU_S = 20
 _DATA_BYTES = 1 << 30
 _MANY_TAGS = 250_000
 # A tag of n attributes takes time in the square of n to parse: 60,000 of them take 20 s, 2,000 take 20 ms.
@@ -57,7 +59,8 @@ _PROBLEM, _TEXT = b"!", b" "
 class PageReader:
     """The process that reads pages."""
 
-    def __init__(self) -> None:
+    def __init__(self, page_cpu_s: int = PAGE_CPU_S) -> None:
+        self._page_cpu_s = page_cpu_s
         self._process: subprocess.Popen[bytes] | None = None
 
     def read(self, answer: bytes, max_bytes: int) -> tuple[str, str | None]:
@@ -74,7 +77,7 @@ class PageReader:
 
     def _started(self) -> subprocess.Popen[bytes]:
         path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, "-c", "from data_tools.pages import main; main()"]
+        command = [sys.executable, "-c", f"from data_tools.pages import main; main({self._page_cpu_s})"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         return subprocess.Popen(command, **pipes, env={**os.environ, "PYTHONPATH": path})
 
@@ -82,7 +85,7 @@ class PageReader:
         """Why a page has ended the process."""
         code = self.close()
         if code == -signal.SIGPROF:
-            return f"is a page that takes more than {_PAGE_CPU_S} s to read"
+            return f"is a page that takes more than {self._page_cpu_s} s to read"
         return f"is a page at which its reader ends (exit code {code})"
 
     def close(self) -> int:
@@ -209,7 +212,7 @@ def _is_charset(name: str) -> bool:
         return False
 
 
-def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
+def serve(requests: IO[bytes], replies: IO[bytes], page_cpu_s: int) -> None:
     """Read pages until there are no more."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks is told, and closes the pipe
@@ -221,7 +224,7 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
             return
         [max_bytes] = struct.unpack_from("<Q", request)
         # The kernel ends the process, which code in C cannot prevent.
-        signal.setitimer(signal.ITIMER_PROF, _PAGE_CPU_S)
+        signal.setitimer(signal.ITIMER_PROF, page_cpu_s)
         try:
             reply = _TEXT + read_answer(request[8:], max_bytes).encode("utf-8", "surrogatepass")
         except ValueError as error:
@@ -230,8 +233,8 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
         write_frame(replies, reply)
 
 
-def main() -> None:
+def main(page_cpu_s: int) -> None:
     """Read pages from stdin."""
     with os.fdopen(os.dup(1), "wb") as replies:
         os.dup2(2, 1)  # nothing that a library prints is taken for a reply
-        serve(sys.stdin.buffer, replies)
+        serve(sys.stdin.buffer, replies, page_cpu_s)

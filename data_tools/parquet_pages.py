@@ -1,4 +1,6 @@
-"""Headers of the pages of Parquet columns, which say how much memory pyarrow will take for each.
+"""What a Parquet file says of its columns and their pages, and so how much memory pyarrow will take for each.
+
+pyarrow tells a part of it too, but ends the process where a column's metadata is broken.
 
 They are in Thrift's compact protocol. Raises OSError and ValueError alone.
 """
@@ -44,15 +46,74 @@ _ENCODING = {_DATA: 2, _DICTIONARY: 2, _DATA_V2: 4}
 _LEVELS_OF_V2, _IS_PACKED_OF_V2 = (5, 6), 7
 # Writers use 32.
 _PART_VALUES = 4096
-_CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "BROTLI": "brotli", "ZSTD": "zstd", "LZ4": "lz4_raw"}
+_CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
 
 
-def read_pages(raw: IO[bytes], start: int, chunk_bytes: int, n_values: int) -> Iterator[Page]:
-    """The headers of the pages of a column chunk, whose pages hold `n_values` together.
+class Chunk(NamedTuple):
+    """A column of a row group."""
+
+    start: int
+    n_bytes: int
+    n_values: int
+    codec: int
+
+
+class Group(NamedTuple):
+    """A row group, as the file claims it to be."""
+
+    n_rows: int
+    n_bytes: int
+    chunks: list[Chunk]
+
+
+def read_footer(raw: IO[bytes]) -> list[Group]:
+    """The row groups of a file. Raises ValueError where it is none."""
+    size_bytes = raw.seek(0, os.SEEK_END)
+    if size_bytes < 12:
+        raise ValueError(f"it has {size_bytes} bytes, and is no Parquet file")
+    raw.seek(size_bytes - 8)
+    [length] = struct.unpack("<I", raw.read(8)[:4])
+    if length > size_bytes - 12:
+        raise ValueError("it is cut off, or no Parquet file")
+    raw.seek(size_bytes - 8 - length)
+    try:
+        fields, _ = read_thrift(raw.read(length))
+    except EOFError:
+        raise ValueError("its metadata is broken") from None
+    return [_group_of(group) for group in _structs(fields, 4)]
+
+
+def _structs(fields: dict[int, Any], key: int) -> list[dict[int, Any]]:
+    found = fields.get(key)
+    return found if isinstance(found, list) else []
+
+
+def _group_of(fields: dict[int, Any]) -> Group:
+    chunks = []
+    for column in _structs(fields, 1):
+        inner = column.get(3)
+        inner = inner if isinstance(inner, dict) else {}
+        codec, n_values, n_bytes, start = (_number(inner, key) for key in (4, 5, 7, 9))
+        if 0 < (dictionary := _number(inner, 11) if 11 in inner else 0) < start:
+            start = dictionary
+        chunks.append(Chunk(start, n_bytes, n_values, codec))
+    return Group(_number(fields, 3), _number(fields, 2), chunks)
+
+
+def _number(fields: dict[int, Any], key: int) -> int:
+    value = fields.get(key)
+    if not isinstance(value, int) or not 0 <= value < 1 << 63:
+        raise ValueError("its metadata is broken")
+    return value
+
+
+def read_pages(raw: IO[bytes], chunk: Chunk) -> Iterator[Page]:
+    """The headers of the pages of a column in a row group.
 
     Raises ValueError where one does not hold what it says, or asks for too much.
     """
     size_bytes = raw.seek(0, os.SEEK_END)
+    start, chunk_bytes, n_values, _ = chunk
     if not 0 <= start <= size_bytes or not 0 <= chunk_bytes <= size_bytes - start:
         raise ValueError(
             f"a column begins at {start:,} and has {chunk_bytes:,} bytes, of {size_bytes:,} in the file"
@@ -111,7 +172,7 @@ def _page_of(header: dict[int, Any], at: int) -> Page:
 # ---- lengths that are packed as differences --------------------------------------------------------------------------
 
 
-def delta_bytes(raw: IO[bytes], page: Page, compression: str, n_levels: int) -> int:
+def delta_bytes(raw: IO[bytes], page: Page, codec: int, n_levels: int) -> int:
     """Decoded bytes of a page whose texts have their lengths, and what they share, packed as differences.
 
     100 bytes can hold half a billion lengths, or a long text many times. `n_levels`: how many kinds of levels stand
@@ -123,10 +184,10 @@ def delta_bytes(raw: IO[bytes], page: Page, compression: str, n_levels: int) -> 
         if page.kind == _DATA_PAGE_V2:
             values = data[page.levels_bytes :]
             if page.is_packed:
-                values = _unpacked(values, page.unpacked_bytes - page.levels_bytes, compression)
+                values = _unpacked(values, page.unpacked_bytes - page.levels_bytes, codec)
             at = 0
         else:
-            values, at = _unpacked(data, page.unpacked_bytes, compression), 0
+            values, at = _unpacked(data, page.unpacked_bytes, codec), 0
             for _ in range(n_levels):
                 at += 4 + struct.unpack_from("<I", values, at)[0]
         at, total = _lengths(values, at, page.n_values)
@@ -139,14 +200,14 @@ def delta_bytes(raw: IO[bytes], page: Page, compression: str, n_levels: int) -> 
         raise ValueError("the lengths in a page are broken") from error
 
 
-def _unpacked(data: bytes, unpacked_bytes: int, compression: str) -> bytes:
+def _unpacked(data: bytes, unpacked_bytes: int, codec: int) -> bytes:
     import pyarrow
 
-    if compression == "UNCOMPRESSED":
+    if codec == 0:
         return data
-    if compression not in _CODECS:
-        raise ValueError(f"a page is packed by {compression}, which cannot be checked")
-    return pyarrow.Codec(_CODECS[compression]).decompress(data, unpacked_bytes, asbytes=True)
+    if codec not in _CODECS:
+        raise ValueError(f"a page is packed by the codec {codec}, which cannot be checked")
+    return pyarrow.Codec(_CODECS[codec]).decompress(data, unpacked_bytes, asbytes=True)
 
 
 def _lengths(data: bytes, at: int, n_values: int) -> tuple[int, int]:
@@ -185,11 +246,11 @@ def _lengths(data: bytes, at: int, n_values: int) -> tuple[int, int]:
 
 # ---- Thrift ----------------------------------------------------------------------------------------------------------
 
-_DEPTH = 8
+_DEPTH = 16
 
 
 def read_thrift(data: bytes) -> tuple[dict[int, Any], int]:
-    """The whole numbers, flags and structs of a struct in Thrift's compact protocol, by field, and its size.
+    """A struct in Thrift's compact protocol, by field, and its size: its numbers, flags, structs and lists of structs.
 
     Raises EOFError where the data ends within it, and ValueError where it is none.
     """
@@ -213,7 +274,7 @@ class _Thrift:
         return fields
 
     def _value(self, kind: int, depth: int) -> Any:
-        """A whole number, a flag or a struct; None for anything else, which is passed over."""
+        """A whole number, a flag, a struct or a list of structs; None for anything else, which is passed over."""
         if depth > _DEPTH:
             raise ValueError("a header is nested too deep")
         match kind:
@@ -230,6 +291,8 @@ class _Thrift:
             case 9 | 10:
                 head = self._byte()
                 count = self.varint() if head >> 4 == 15 else head >> 4
+                if head & 15 == 12:
+                    return [self.struct(depth + 1) for _ in range(count)]
                 for _ in range(count):
                     self._item(head & 15, depth + 1)
             case 12:

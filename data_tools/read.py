@@ -213,7 +213,7 @@ def _row_group_borders(path: str, unit_bytes: int) -> list[int | None]:
     try:
         with closing(_open(path)) as raw:
             file = ParquetFile(raw)
-            sizes = [file.group_bytes(group) for group in range(file.n_groups)]
+            sizes = [group.n_bytes for group in file.groups]
     except (OSError, ValueError):  # reading the unit will name the file
         return [0, None]
     borders: list[int | None] = [0]
@@ -285,10 +285,10 @@ def _parquet(unit: Unit, raw: IO[bytes], options: ReadConfig, on_bad: OnBad) -> 
     file = ParquetFile(raw)
     columns = _columns(unit, file.schema, options, on_bad)
     row = 0
-    for group in range(file.n_groups if columns else 0):
+    for group in range(len(file.groups) if columns else 0):
         if group >= unit.start and (unit.stop is None or group < unit.stop):
             yield from _rows(unit, row, file.rows(group, columns, _ROWS, options.bounds), options, on_bad)
-        row += file.group_rows(group)
+        row += file.groups[group].n_rows
 
 
 def _arrow(unit: Unit, raw: IO[bytes], options: ReadConfig, on_bad: OnBad) -> Records:

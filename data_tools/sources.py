@@ -187,10 +187,11 @@ def _read_parquet(file: InputFile, raw: IO[bytes], config: PrepareConfig) -> Ite
     try:
         table = ParquetFile(raw)
         columns = _columns(file, table, config)
-        for group in range(table.n_groups):
+        n_rows = sum(group.n_rows for group in table.groups)
+        for group in range(len(table.groups)):
             for fields, problem in table.rows(group, columns, _PARQUET_ROWS, Bounds(config.max_record_bytes)):
                 number += 1
-                position = file.size_bytes * number // max(number, table.n_rows)
+                position = file.size_bytes * number // max(number, n_rows)
                 if fields is not None:
                     yield _document(file, fields, number, config, position)
                 else:
