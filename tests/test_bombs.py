@@ -15,6 +15,8 @@ pytest.importorskip("trafilatura", exc_type=ImportError)
 for package in ("pyarrow", "warcio", "zstandard"):
     pytest.importorskip(package)
 
+pytestmark = pytest.mark.integration
+
 MOST_MB = 200
 TEXT = {name: suffix for name, suffix, _ in bombs.bombs()}
 PREPARED = [name for name, suffix in TEXT.items() if suffix in (".jsonl.gz", ".parquet")]
@@ -66,3 +68,15 @@ def test_honest_files_of_these_kinds_are_read(told: dict[tuple[str, str], dict[s
     one = told[name, "curate"]
     assert one["bad"] == []
     assert one["records"] == (1 if "WARC" in name else len(bombs.HONEST))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl.gz"])
+def test_a_command_ends_with_a_sentence_and_writes_nothing(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(next(make() for _, kind, make in bombs.bombs() if kind == suffix))
+    command = [sys.executable, "-m", "data_tools.prepare", f"input=[{path}]", f"output={tmp_path}/out"]
+    done = subprocess.run(command, cwd=bombs.ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert f"{path}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
