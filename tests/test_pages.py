@@ -108,13 +108,18 @@ def test_a_header_that_lies_is_one_problem(old: bytes, new: bytes, why: str) -> 
     assert problem is not None and why in problem
 
 
-@pytest.mark.parametrize("status", [b"HTTP/2 200", b"garbage", b""])
+@pytest.mark.parametrize("status", [b"HTTP/1.1 404 Not Found", b"garbage", b""])
 def test_what_is_no_answer_of_http_is_no_page(status: bytes) -> None:
     answer = bombs.answer(bombs.page()).replace(b"HTTP/1.1 200 OK", status)
     assert found_in(bombs.warc_record(answer) + RECORD) == [(1, True, None)]
 
 
-def test_an_address_is_no_line_of_a_shell_and_may_be_missing() -> None:
+def test_an_answer_of_another_version_of_http_is_a_page() -> None:
+    answer = bombs.answer(bombs.page()).replace(b"HTTP/1.1 200 OK", b"HTTP/2 200")
+    assert found_in(bombs.warc_record(answer)) == [(0, True, None)]
+
+
+def test_an_answer_without_an_address_is_passed_over() -> None:
     without = RECORD.replace(b"WARC-Target-URI: http://u/1\r\n", b"")
     assert found_in(without + RECORD) == [(1, True, None)]
 
