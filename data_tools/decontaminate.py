@@ -22,12 +22,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.bounded import Bounds, lines, unpacked
+from data_tools.evaluation_sets import read_items
 from data_tools.record import Record
 from pretrain.config import ConfigError
 from pretrain.files import open_regular
@@ -266,43 +266,12 @@ def collect(config: DecontaminateConfig) -> Index:
     )
 
 
-def read_items(path: str, fields: list[str]) -> Iterator[list[str]]:
-    """The texts of each item of an evaluation file. Raises ConfigError."""
-    import fsspec
-
-    name = path.removesuffix(".gz").removesuffix(".zst")
-    bounds = Bounds()
-    try:
-        with fsspec.open(path, "rb") as raw:
-            for line in lines(unpacked(raw, path, bounds), bounds.record_bytes):
-                if line.content is None:
-                    raise ValueError(f"line {line.number} has more than {bounds.record_bytes} bytes")
-                if name.endswith((".jsonl", ".ndjson")):
-                    item = line.json()
-                    texts = [text for key in fields for text in _strings(item.get(key))]
-                    if any(texts):
-                        yield texts
-                else:
-                    items = re.split("[\r\n]", line.content.decode("utf-8-sig"))
-                    yield from ([item.strip()] for item in items if item.strip())
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"curation.decontaminate.files: {path} cannot be read: {error}") from error
-
-
 def _check_stored(file: IO[bytes]) -> None:
     """Refuse an index whose arrays are packed: `Index.write` packs none. Raises ValueError and BadZipFile."""
     for info in zipfile.ZipFile(file).infolist():
         if info.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{info.filename} in it is compressed, which build_index never does")
     file.seek(0)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | dict):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _strings(part)
 
 
 def _set_name(path: str) -> str:

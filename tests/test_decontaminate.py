@@ -23,6 +23,7 @@ from data_tools.decontaminate import (
     merge,
     tokenize,
 )
+from data_tools.evaluation_sets import read_items
 from data_tools.record import Record
 from pretrain.config import ConfigError
 
@@ -278,5 +279,5 @@ def test_an_index_that_is_packed_is_refused(tmp_path: Path, files: list[str]) ->
 
 def test_lines_of_a_text_may_end_in_any_way(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo\rthree\n\n four ".encode())
-    items = decontaminate.read_items(str(tmp_path / "a.txt"), ["text"])
+    items = read_items(str(tmp_path / "a.txt"), ["text"])
     assert list(items) == [["one"], ["two"], ["three"], ["four"]]
