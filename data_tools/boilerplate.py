@@ -1,4 +1,4 @@
-"""What belongs to a page and not to its text: main text of HTML, and lines that navigate, share and count.
+"""What belongs to a page and not to its text: lines that navigate, share and count.
 
 The rules on lines are conservative: a line goes only where nearly nothing else looks like it, and single
 words such as `Next` or `News`, which may be headings or verse, only where several stand together.
@@ -7,22 +7,13 @@ words such as `Next` or `News`, which may be headings or verse, only where sever
 from __future__ import annotations
 
 import re
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any
 
 from data_tools.language import is_code
 from data_tools.record import Record
-from pretrain.config import ConfigError
-
-BROKEN = (OSError, EOFError, zlib.error)
-"""What reading a file that ends too early, or is no archive, raises."""
 
 _LONGEST_LINE = 300
 _FEWEST_WORDS_OF_A_MENU = 3
-_SKIP_BYTES = 1 << 20
-_META_CHARSET = re.compile(rb"<meta[^>]{1,200}charset\s*=\s*[\"']?\s*([\w-]{3,20})", re.I)
 
 # Before and after the words of a line of a menu.
 _EDGES = " \t\u3000\xa0[]【】()（）<>«»‹›←→↑|·•*#-–—.:：…"
@@ -166,73 +157,3 @@ def _is_menu_row(line: str) -> bool:
         return len(parts) > 1 and all(part in _MENU and not part.isascii() for part in parts)
     menu = sum(part in _MENU for part in parts)
     return menu >= 2 and menu >= len(parts) / 2
-
-
-def pages(file: IO[bytes], max_bytes: int) -> Iterator[tuple[int, str | None, str, str | None]]:
-    """The HTML pages of a WARC file: record number, address, main text, and what is wrong with it, or None.
-
-    Pages are answers to requests with the status 200. The text is empty where a page has none. Nothing more
-    comes after a record at which the file cannot be read on.
-    """
-    try:
-        import trafilatura  # noqa: F401 - a missing package is told at once, not at the first page
-        from warcio.archiveiterator import ArchiveIterator
-        from warcio.exceptions import ArchiveLoadFailed
-    except ImportError as error:
-        raise ConfigError(
-            f"reading WARC files needs a package ({error}): pip install 'pretrain[data]'"
-        ) from error
-
-    number = -1
-    try:
-        for number, record in enumerate(ArchiveIterator(file)):
-            if record.rec_type != "response" or not _is_page(record.http_headers):
-                continue
-            html = record.content_stream().read(max_bytes + 1)
-            while record.raw_stream.read(_SKIP_BYTES):
-                pass
-            if record.raw_stream.limit:
-                raise EOFError("the file ends within the record")
-            url = record.rec_headers.get_header("WARC-Target-URI")
-            problem = f"is a page of more than {max_bytes} bytes" if len(html) > max_bytes else None
-            text = "" if problem else main_text(html, record.http_headers.get_header("Content-Type"))
-            yield number, url, text, problem
-    except (*BROKEN, ArchiveLoadFailed, ValueError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        yield max(number, 0), None, "", f"cannot be read from here on: {reason}"
-
-
-def _is_page(headers: Any) -> bool:
-    kind = (headers.get_header("Content-Type", "") if headers else "").split(";")[0].strip().lower()
-    return kind in ("text/html", "application/xhtml+xml") and headers.get_statuscode() == "200"
-
-
-def main_text(html: bytes, content_type: str | None) -> str:
-    """Main text of a page; empty where it has none, or where it is beyond what the extractor can parse.
-
-    Each page by itself: no removal of repetitions, which would depend on the pages before.
-    """
-    from trafilatura import extract
-
-    try:
-        text = extract(_decoded(html, content_type), include_comments=False, deduplicate=False)
-    except Exception:  # pages of strangers make parsers fail in any way; one page is no reason to stop
-        return ""
-    return text or ""
-
-
-def _decoded(html: bytes, content_type: str | None) -> str:
-    """By the charset that the header or the page names, else UTF-8, else GB 18030, else Windows-1252.
-
-    No statistical guess: those depend on what is installed.
-    """
-    header = re.search(r"charset\s*=\s*[\"']?([\w-]+)", content_type or "", re.I)
-    meta = _META_CHARSET.search(html[:4096])
-    named = [header[1]] if header else []
-    named += [meta[1].decode("ascii", "ignore")] if meta else []
-    for charset in [*named, "utf-8", "gb18030"]:
-        try:
-            return html.decode("gb18030" if charset.lower() in ("gb2312", "gbk") else charset)
-        except (UnicodeDecodeError, LookupError):
-            continue
-    return html.decode("cp1252", "replace")

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from data_tools.bounded import RECORD_BYTES
 from pretrain.config import ConfigError
 from pretrain.manifest import MAX_CHUNK_TOKENS
 
@@ -135,6 +136,8 @@ class PrepareConfig:
     """Bound on the text taken for `python`, spread evenly over what there is; null: all of it."""
     max_bad_records: int = 0
     """Lines that are no JSON, or have no text, that are passed over before the preparation is given up."""
+    max_record_bytes: int = RECORD_BYTES
+    """Longer records (lines, rows of Parquet) are bad records, and no more than that is decoded at a time."""
     min_chars: int = 8
     """Shorter documents are dropped; of a dialogue its contents count, all together."""
     max_chars: int = 5_000_000
@@ -167,7 +170,14 @@ class PrepareConfig:
             )
         if self.max_bad_records < 0:
             raise ConfigError(f"max_bad_records={self.max_bad_records} is negative; allowed: 0 or more")
-        for name in ("python_max_bytes", "chunk_tokens", "shard_bytes", "part_bytes", "workers"):
+        for name in (
+            "max_record_bytes",
+            "python_max_bytes",
+            "chunk_tokens",
+            "shard_bytes",
+            "part_bytes",
+            "workers",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be greater than 0")

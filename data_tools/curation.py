@@ -9,12 +9,11 @@ Last phase, one task per unit again: what duplicates and repeated lines are left
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -159,18 +158,22 @@ class _Rejects:
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder, self._rank = folder, rank
-        self._open: dict[str, io.BytesIO] = {}
+        self._files: dict[str, BinaryIO | Gzipped] = {}
+        self._open = ExitStack()
+
+    def __enter__(self) -> _Rejects:
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._open.__exit__(*error)
 
     def add(self, stage: str, reason: str, record: Record) -> None:
         line = {"reason": reason, "id": record.id, "source": record.source, "language": record.language}
         line |= {"signals": record.signals, "text": record.text}
-        buffer = self._open.setdefault(stage, io.BytesIO())
-        buffer.write(_line(line))
-
-    def close(self) -> None:
-        for stage, buffer in self._open.items():
-            with _written(self._folder / stage / f"{self._rank:05d}.jsonl.gz") as file:
-                file.write(buffer.getbuffer())
+        if stage not in self._files:
+            path = self._folder / stage / f"{self._rank:05d}.jsonl.gz"
+            self._files[stage] = self._open.enter_context(_written(path))
+        self._files[stage].write(_line(line))
 
 
 def _line(value: dict[str, Any]) -> bytes:
@@ -248,7 +251,9 @@ class CleanTask:
     def run(self, rank: int, progress: Progress) -> None:
         stages = build_stages(self.curation, self.layout.index)
         signatures, tally = Signatures(self.curation.dedup), Tally()
-        rejects = _Rejects(self.layout.rejected, rank)
+        rejects = _Rejects(
+            self.layout.rejected, rank
+        )  # on the disk as they come: they may be most of what there is
         order = {name: place for place, name in enumerate(self.curation.dedup.priority)}
         source_ranks: list[int] = []
         texts = hashlib.sha256()
@@ -258,7 +263,7 @@ class CleanTask:
             tally.drop(record, READ, "bad_record", 0)
             rejects.add(READ, "bad_record", record)
 
-        with _written(self.layout.kept(rank)) as file:
+        with _written(self.layout.kept(rank)) as file, rejects:
             for record in read_unit(self.units[rank], self.read, on_bad):
                 encoded = record.text.encode("utf-8", "replace")
                 n_bytes = len(encoded)
@@ -272,7 +277,6 @@ class CleanTask:
                 source_ranks.append(order.get(record.source, len(order)))
                 file.write(to_line(record))
         signatures.write(self.layout.work, rank)
-        rejects.close()
         save_array(self.layout.ranks(rank), np.array(source_ranks, dtype=np.uint32))
         write_json(self.layout.tally("clean", rank), tally.to_json())
         digest = {"bytes": sum(tally.read_bytes.values()), "sha256": texts.hexdigest()}
@@ -320,7 +324,8 @@ class FilterTask:
         lines = load_array(self.layout.lines, mapped=True)
         tally, rejects = Tally(), _Rejects(self.layout.rejected, rank)
         written, n_written = hashlib.sha256(), 0
-        with self.layout.kept(rank).open("rb") as kept, _written(self.layout.documents(rank)) as file:
+        documents = self.layout.documents(rank)
+        with self.layout.kept(rank).open("rb") as kept, _written(documents) as file, rejects:
             for number, line in enumerate(kept):
                 progress.advance(len(line))
                 record = from_line(line)
@@ -338,7 +343,6 @@ class FilterTask:
                 file.write(out)
                 written.update(out)
                 n_written += len(out)
-        rejects.close()
         digest = {"bytes": n_written, "sha256": written.hexdigest()}
         write_json(self.layout.digest("filter", rank), digest)
         write_json(self.layout.tally("filter", rank), tally.to_json())

@@ -22,15 +22,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.evaluation_sets import read_items
 from data_tools.record import Record
 from pretrain.config import ConfigError
-from pretrain.files import create_file
-from pretrain.remote import open_file
+from pretrain.files import create_file, open_regular
 
 Codes = NDArray[np.uint32]
 Hashes = NDArray[np.uint64]
@@ -132,10 +132,12 @@ class Index(NamedTuple):
     def read(cls, path: str | os.PathLike[str], parameters: str) -> Index:
         """Raises ConfigError where the file is none, or was built with other parameters."""
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                built_with, *head = json.loads(str(arrays["head"]))
-                hashes, sets, openings = arrays["hashes"], arrays["sets"], arrays["openings"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            with open_regular(path) as file:
+                _check_stored(file)
+                with np.load(file, allow_pickle=False) as arrays:
+                    built_with, *head = json.loads(str(arrays["head"]))
+                    hashes, sets, openings = arrays["hashes"], arrays["sets"], arrays["openings"]
+        except (OSError, ValueError, KeyError, MemoryError, RecursionError, zipfile.BadZipFile) as error:
             raise ConfigError(f"curation.decontaminate.index={path} cannot be read: {error}") from error
         if built_with != parameters:
             raise ConfigError(
@@ -264,29 +266,12 @@ def collect(config: DecontaminateConfig) -> Index:
     )
 
 
-def read_items(path: str, fields: list[str]) -> Iterator[list[str]]:
-    """The texts of each item of an evaluation file. Raises ConfigError."""
-    name = path.removesuffix(".gz").removesuffix(".zst")
-    try:
-        with open_file("decontaminate.files", path, "rt", encoding="utf-8-sig", compression="infer") as file:
-            for line in file:
-                if name.endswith((".jsonl", ".ndjson")):
-                    item = json.loads(line) if line.strip() else {}
-                    texts = [text for key in fields for text in _strings(item.get(key))]
-                else:
-                    texts = [line.strip()]
-                if any(texts):
-                    yield texts
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"curation.decontaminate.files: {path} cannot be read: {error}") from error
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | dict):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _strings(part)
+def _check_stored(file: IO[bytes]) -> None:
+    """Refuse an index whose arrays are packed: `Index.write` packs none. Raises ValueError and BadZipFile."""
+    for info in zipfile.ZipFile(file).infolist():
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{info.filename} in it is compressed, which build_index never does")
+    file.seek(0)
 
 
 def _set_name(path: str) -> str:

@@ -5,10 +5,7 @@ What is wrong with a record or a file is told to the caller, with its place; rea
 
 from __future__ import annotations
 
-import gzip
 import importlib
-import io
-import json
 import os
 import re
 import sys
@@ -18,9 +15,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import IO, Any, NamedTuple
 
-from data_tools.boilerplate import BROKEN, pages
+from data_tools.bounded import BROKEN, Bounds, lines, unpacked
+from data_tools.columnar import ArrowStream, ParquetFile, Row, is_text, name_columns
 from data_tools.record import Record
+from data_tools.warc import pages
 from pretrain.config import ConfigError
+from pretrain.files import open_regular
 from pretrain.remote import check_url, file_system
 
 _JSONL = dict.fromkeys([".jsonl", ".jsonl.gz", ".jsonl.zst"], "jsonl")
@@ -38,11 +38,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
 _HALF = re.compile(r"[\ud800-\udfff]")
 _BUFFER_BYTES = 1 << 20
 _ROWS = 64
-# zstd can make 32 MB of 1 KB: what is unpacked at once stays bounded.
-_ZST_BYTES = 1024
-# Small files may be of any ratio: a page of blanks is no attack.
-_BOMB_FREE_BYTES = 16 << 20
-_FIELDS = ("text", "id", "source", "url", "license")
+_NAMES = ("id", "source", "url", "license")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,9 +56,9 @@ class ReadConfig:
     license_field: str = "license"
     """Field of the license."""
     max_line_bytes: int = 32 << 20
-    """Longer lines, texts and pages are bad records."""
+    """Longer lines, texts, rows and pages are bad records."""
     max_ratio: int = 200
-    """Unpacked bytes per packed byte; a file beyond it is given up, as are Parquet files that claim it."""
+    """Unpacked bytes per packed byte; a file, or a row group of Parquet, is given up beyond it."""
     max_unpacked_bytes: int = 64 << 30
     """Unpacked bytes of one compressed file; it is given up beyond them."""
 
@@ -71,6 +67,10 @@ class ReadConfig:
             value = getattr(self, name)
             if value == "" or (isinstance(value, int) and value < 1):
                 raise ConfigError(f"read.{name}={value!r}: allowed are names and numbers above 0")
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds(self.max_line_bytes, self.max_ratio, self.max_unpacked_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,12 +211,12 @@ def _cut(file: _Found, label: str, unit_bytes: int) -> list[Unit]:
 
 
 def _row_group_borders(path: str, unit_bytes: int) -> list[int | None]:
-    parquet = _needed("pyarrow.parquet", path)
+    _needed("pyarrow.parquet", path)
     try:
         with closing(_open(path)) as raw:
-            metadata = parquet.ParquetFile(raw).metadata
-            sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
-    except (OSError, ValueError):  # ArrowInvalid is a ValueError; reading the unit will name the file
+            file = ParquetFile(raw)
+            sizes = [group.n_bytes for group in file.groups]
+    except (OSError, ValueError):  # reading the unit will name the file
         return [0, None]
     borders: list[int | None] = [0]
     for group in range(1, len(sizes)):
@@ -234,7 +234,7 @@ def _needed(module: str, path: str) -> Any:
 
 def _open(path: str) -> IO[bytes]:
     if not _URL.match(path):
-        return open(path, "rb", buffering=_BUFFER_BYTES)
+        return open_regular(path)
     fs, at = file_system(path)
     return fs.open(at, "rb")
 
@@ -251,7 +251,7 @@ def read_unit(unit: Unit, options: ReadConfig, on_bad: OnBad) -> Records:
             yield from readers[unit.kind](unit, raw, options, on_bad)
     except ConfigError:  # the caller has had enough, or a package is missing
         raise
-    except (*BROKEN, ValueError) as error:  # ArrowInvalid is a ValueError
+    except (*BROKEN, ValueError) as error:
         on_bad(unit.name, f"cannot be read: {_reason(error)}")
 
 
@@ -260,153 +260,69 @@ def _reason(error: BaseException) -> str:
 
 
 def _jsonl(unit: Unit, raw: IO[bytes], options: ReadConfig, on_bad: OnBad) -> Records:
-    file = io.BufferedReader(_unpacked(unit.path, raw, options), _BUFFER_BYTES)
-    for offset, line in _lines(unit, file, options.max_line_bytes, on_bad):
-        try:
-            fields: Any = json.loads(line.decode("utf-8-sig" if offset == 0 else "utf-8"))
-        except (ValueError, RecursionError) as error:
-            on_bad(f"{unit.name}:{offset}", f"is no JSON: {_reason(error)}")
-            continue
-        if isinstance(fields, dict):
-            yield from _record(unit, offset, fields, options, on_bad)
-        else:
-            on_bad(f"{unit.name}:{offset}", f"is a JSON {type(fields).__name__}, no object")
-
-
-def _lines(unit: Unit, file: io.BufferedReader, max_bytes: int, on_bad: OnBad) -> Iterator[tuple[int, bytes]]:
-    """Lines that begin in the unit, with their first byte; blank ones are passed over."""
     stop = sys.maxsize if unit.stop is None else unit.stop
     at = unit.start
     try:
-        if at:  # the line that reaches into the unit belongs to the one before
-            file.seek(at - 1)
-            at += _skip_line(file, stop - at + 1) - 1
-        while at < stop and (line := file.readline(max_bytes + 1)):
-            begin, at = at, at + len(line)
-            if len(line) > max_bytes and not line.endswith(b"\n"):
-                on_bad(f"{unit.name}:{begin}", f"is a line of more than {max_bytes} bytes")
-                at += _skip_line(file, stop - at)
-            elif not line.isspace():
-                yield begin, line
-    except BROKEN as error:
+        for line in lines(unpacked(raw, unit.path, options.bounds), options.max_line_bytes, unit.start, stop):
+            at = line.end
+            where = f"{unit.name}:{line.begin}"
+            if line.content is None:
+                on_bad(where, f"is a line of more than {options.max_line_bytes} bytes")
+                continue
+            try:
+                fields: Any = line.json()
+            except ValueError as error:
+                on_bad(where, f"is no JSON: {_reason(error)}")
+                continue
+            if isinstance(fields, dict):
+                yield from _record(unit, line.begin, fields, options, on_bad)
+            else:
+                on_bad(where, f"is a JSON {type(fields).__name__}, no object")
+    except OSError as error:
         on_bad(f"{unit.name}:{at}", f"cannot be read from here on: {_reason(error)}")
 
 
-def _skip_line(file: io.BufferedReader, max_bytes: int) -> int:
-    """Bytes to the end of the line, or `max_bytes` of them."""
-    skipped = 0
-    while skipped < max_bytes:
-        part = file.readline(min(_BUFFER_BYTES, max_bytes - skipped))
-        skipped += len(part)
-        if not part or part.endswith(b"\n"):
-            break
-    return skipped
-
-
-def _unpacked(path: str, raw: IO[bytes], options: ReadConfig) -> IO[bytes]:
-    """The file's bytes, a piece at a time: what comes before the place of an error is not lost."""
-    if path.lower().endswith(".zst"):
-        return _Unpacker(raw, _unzstd(raw), options)
-    is_gzip = path.lower().endswith(".gz")
-    if path.lower().endswith(".warc"):  # its reader unpacks by itself, without a bound
-        is_gzip = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-    if is_gzip:
-        file = gzip.GzipFile(fileobj=raw)
-        return _Unpacker(raw, iter(lambda: file.read1(_BUFFER_BYTES), b""), options)
-    return raw
-
-
-class _Unpacker(io.RawIOBase):
-    """Pieces of bytes as a file, with bounds on how much they may be. Raises OSError beyond them."""
-
-    def __init__(self, packed: IO[bytes], pieces: Iterator[bytes], options: ReadConfig) -> None:
-        self._packed, self._pieces, self._options = packed, pieces, options
-        self._left = memoryview(b"")
-        self._size_bytes = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if not self._left:
-            try:
-                self._left = memoryview(next(self._pieces, b""))
-            except EOFError as error:  # which readers of archives take for the end of a whole file
-                raise OSError(str(error)) from error
-            self._size_bytes += len(self._left)
-            ratio, most = self._options.max_ratio, self._options.max_unpacked_bytes
-            if self._size_bytes > most:
-                raise OSError(f"unpacks to more than {most} bytes")
-            if self._size_bytes > max(_BOMB_FREE_BYTES, ratio * self._packed.tell()):
-                raise OSError(f"unpacks to more than {ratio} times its size")
-        size = min(len(buffer), len(self._left))
-        buffer[:size] = self._left[:size]
-        self._left = self._left[size:]
-        return size
-
-
-def _unzstd(raw: IO[bytes]) -> Iterator[bytes]:
-    zstandard = _needed("zstandard", "a .zst file")
-    frame = None
-    try:
-        while packed := raw.read(_ZST_BYTES):
-            while packed:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                if piece := frame.decompress(packed):
-                    yield piece
-                packed = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
-    except zstandard.ZstdError as error:
-        raise OSError(str(error)) from error
-    if frame is not None:
-        raise EOFError("the compressed file ends too early")
-
-
 def _parquet(unit: Unit, raw: IO[bytes], options: ReadConfig, on_bad: OnBad) -> Records:
-    file = _needed("pyarrow.parquet", unit.path).ParquetFile(raw, buffer_size=_BUFFER_BYTES)
-    names = file.schema_arrow.names
-    columns = _columns(unit, names, options, on_bad)
+    _needed("pyarrow.parquet", unit.path)
+    file = ParquetFile(raw)
+    columns = _columns(unit, file.schema, options, on_bad)
     row = 0
-    for group in range(file.metadata.num_row_groups if columns else 0):
+    for group in range(len(file.groups) if columns else 0):
         if group >= unit.start and (unit.stop is None or group < unit.stop):
-            text = file.metadata.row_group(group).column(names.index(options.text_field))
-            most_bytes = max(_BOMB_FREE_BYTES, options.max_ratio * text.total_compressed_size)
-            if text.total_uncompressed_size > most_bytes:
-                on_bad(f"{unit.name}:{row}", f"unpacks to more than {options.max_ratio} times its size")
-            else:
-                batches = file.iter_batches(_ROWS, [group], columns, use_threads=False)
-                yield from _rows(unit, row, batches, options, on_bad)
-        row += file.metadata.row_group(group).num_rows
+            yield from _rows(unit, row, file.rows(group, columns, _ROWS, options.bounds), options, on_bad)
+        row += file.groups[group].n_rows
 
 
 def _arrow(unit: Unit, raw: IO[bytes], options: ReadConfig, on_bad: OnBad) -> Records:
-    """The stream format, as Hugging Face datasets are saved."""
-    reader = _needed("pyarrow.ipc", unit.path).open_stream(raw)
-    columns = _columns(unit, reader.schema.names, options, on_bad)
+    _needed("pyarrow.ipc", unit.path)
+    file = ArrowStream(raw, options.bounds)
+    columns = _columns(unit, file.schema, options, on_bad)
     if columns:
-        yield from _rows(unit, 0, (batch.select(columns) for batch in reader), options, on_bad)
+        yield from _rows(unit, 0, file.rows(columns), options, on_bad)
 
 
-def _columns(unit: Unit, names: list[str], options: ReadConfig, on_bad: OnBad) -> list[str]:
-    if options.text_field not in names:
-        if unit.start == 0:  # once per file
-            on_bad(unit.name, f"has no column {options.text_field!r} (it has {', '.join(names[:8])})")
+def _columns(unit: Unit, schema: Any, options: ReadConfig, on_bad: OnBad) -> list[str]:
+    """The columns to read; none where there is no text, which is told once per file."""
+    name, problem = options.text_field, None
+    if name not in schema.names:
+        problem = f"has no column {name!r} (it has {', '.join(schema.names[:8])})"
+    elif not is_text(schema.field(name).type):
+        problem = f"its column {name!r} holds {schema.field(name).type}, no text"
+    if problem:
+        if unit.start == 0:
+            on_bad(unit.name, problem)
         return []
-    return [c for c in dict.fromkeys(getattr(options, f"{field}_field") for field in _FIELDS) if c in names]
+    return name_columns(schema, [name, *(getattr(options, f"{field}_field") for field in _NAMES)])
 
 
-def _rows(unit: Unit, row: int, batches: Iterator[Any], options: ReadConfig, on_bad: OnBad) -> Records:
+def _rows(unit: Unit, row: int, rows: Iterator[Row], options: ReadConfig, on_bad: OnBad) -> Records:
     try:
-        for batch in batches:
-            for i in range(len(batch)):
-                try:
-                    [fields] = batch.slice(i, 1).to_pylist()
-                except UnicodeDecodeError:
-                    on_bad(f"{unit.name}:{row}", "is not UTF-8")
-                else:
-                    yield from _record(unit, row, fields, options, on_bad)
-                row += 1
+        for fields, problem in rows:
+            if fields is None:
+                on_bad(f"{unit.name}:{row}", problem)
+            else:
+                yield from _record(unit, row, fields, options, on_bad)
+            row += 1
     except ConfigError:
         raise
     except (OSError, ValueError) as error:
@@ -421,11 +337,11 @@ def _text(unit: Unit, raw: IO[bytes], options: ReadConfig, on_bad: OnBad) -> Rec
 
 
 def _warc(unit: Unit, raw: IO[bytes], options: ReadConfig, on_bad: OnBad) -> Records:
-    for number, url, text, problem in pages(_unpacked(unit.path, raw, options), options.max_line_bytes):
-        if problem:
-            on_bad(f"{unit.name}:{number}", problem)
+    for page in pages(unpacked(raw, unit.path, options.bounds), options.max_line_bytes):
+        if page.problem:
+            on_bad(f"{unit.name}:{page.number}", page.problem)
         else:
-            yield Record(id=f"{unit.name}:{number}", text=text, source=unit.source, url=url)
+            yield Record(id=f"{unit.name}:{page.number}", text=page.text, source=unit.source, url=page.url)
 
 
 def _record(unit: Unit, number: int, fields: dict[str, Any], options: ReadConfig, on_bad: OnBad) -> Records:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data_tools import dialogue
+from data_tools.bounded import Bounds, TooManyValuesError, lines, unpacked
+from data_tools.columnar import ParquetFile, is_text, name_columns
 from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.python_text import python_files
 from pretrain.config import ConfigError
+from pretrain.files import open_regular, read_capped
 
 TEXT_SUFFIXES = (".txt", ".md")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", *TEXT_SUFFIXES)
@@ -126,76 +126,104 @@ def read_documents(file: InputFile, config: PrepareConfig) -> Iterator[Document 
     """Every record of a file. Raises ConfigError where the file as a whole cannot be read."""
     suffix = _suffix(file.path)
     try:
-        if suffix == ".parquet":
-            yield from _read_parquet(file, config)
-        elif suffix.startswith(".jsonl"):
-            yield from _read_jsonl(file, config)
+        if suffix == ".parquet" or suffix.startswith(".jsonl"):
+            with open_regular(file.path) as raw:
+                read = _read_parquet if suffix == ".parquet" else _read_jsonl
+                yield from read(file, raw, config)
         else:
             yield _read_text(file, config.max_chars)
-    except (OSError, EOFError, zlib.error) as error:  # BadGzipFile is an OSError
-        reason = getattr(error, "strerror", None) or str(error)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
         raise ConfigError(f"{file.path} cannot be read: {reason}") from error
 
 
 def _read_text(file: InputFile, max_chars: int) -> Document | Rejected:
-    if file.size_bytes > max_chars * UTF8_BYTES_PER_CHAR:
+    most_bytes = max_chars * UTF8_BYTES_PER_CHAR
+    if file.size_bytes > most_bytes:
         return Rejected("too_long", str(file.path), file.size_bytes, is_error=False)
     try:
-        text = file.path.read_bytes().decode("utf-8")
+        text = read_capped(file.path, most_bytes).decode("utf-8")
     except UnicodeDecodeError:
         return Rejected("not_utf8", str(file.path), file.size_bytes, is_error=False)
     return Document(file.name, file.source, file.license, text, file.size_bytes)
 
 
-def _read_jsonl(file: InputFile, config: PrepareConfig) -> Iterator[Document | Rejected]:
-    with file.path.open("rb") as raw:
-        lines = gzip.GzipFile(fileobj=raw) if file.path.name.lower().endswith(".gz") else raw
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record: Any = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                what = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "is no JSON"
-                yield Rejected("bad_record", f"{file.path}:{number} {what}", raw.tell(), is_error=True)
-                continue
-            if not isinstance(record, dict):
-                yield Rejected(
-                    "bad_record", f"{file.path}:{number} is no JSON object", raw.tell(), is_error=True
-                )
-                continue
-            yield _document(file, record, number, config, raw.tell())
+def _read_jsonl(file: InputFile, raw: IO[bytes], config: PrepareConfig) -> Iterator[Document | Rejected]:
+    bounds = Bounds(config.max_record_bytes)
+    for line in lines(unpacked(raw, file.path.name, bounds), bounds.record_bytes):
+        where = f"{file.path}:{line.number}"
+        if line.content is None:
+            yield _too_large(where, "line", config, raw.tell())
+            continue
+        try:
+            record: Any = line.json()
+        except ValueError as error:
+            what = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "is no JSON"
+            what = str(error) if isinstance(error, TooManyValuesError) else what
+            yield Rejected("bad_record", f"{where} {what}", raw.tell(), is_error=True)
+            continue
+        if not isinstance(record, dict):
+            yield Rejected("bad_record", f"{where} is no JSON object", raw.tell(), is_error=True)
+            continue
+        yield _document(file, record, line.number, config, raw.tell())
 
 
-def _read_parquet(file: InputFile, config: PrepareConfig) -> Iterator[Document | Rejected]:
+def _too_large(where: str, what: str, config: PrepareConfig, position_bytes: int) -> Rejected:
+    most = config.max_record_bytes
+    why = f"{where} is a {what} of more than {most} bytes, and max_record_bytes={most} allows no more"
+    return Rejected("bad_record", why, position_bytes, is_error=True)
+
+
+def _read_parquet(file: InputFile, raw: IO[bytes], config: PrepareConfig) -> Iterator[Document | Rejected]:
     try:
-        import pyarrow
-        from pyarrow import parquet
+        import pyarrow  # noqa: F401
     except ImportError as error:
         raise ConfigError(
             f"{file.path} is Parquet, which needs pyarrow: pip install 'pretrain[data]'"
         ) from error
-    is_chat = config.format is DocumentFormat.chat
-    content_fields = dialogue.FIELDS if is_chat else (config.text_field,)
+    number = 0
     try:
-        table = parquet.ParquetFile(file.path)
-        names = table.schema_arrow.names
-        columns = [
-            c for c in dict.fromkeys((*content_fields, "id", "source", "license", "language")) if c in names
-        ]
-        if not set(content_fields) & set(columns):
-            what = f"{config.text_field!r} (it has {', '.join(names)}); set text_field"
-            if is_chat:
-                what = f"of a dialogue (it has {', '.join(names)}); needed are {dialogue.NEEDED}"
-            raise ConfigError(f"{file.path} has no column {what}")
-        number = 0
-        for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
-            for record in batch.to_pylist():
+        table = ParquetFile(raw)
+        columns = _columns(file, table, config)
+        n_rows = sum(group.n_rows for group in table.groups)
+        for group in range(len(table.groups)):
+            for fields, problem in table.rows(group, columns, _PARQUET_ROWS, Bounds(config.max_record_bytes)):
                 number += 1
-                position = file.size_bytes * number // table.metadata.num_rows
-                yield _document(file, record, number, config, position)
-    except pyarrow.ArrowException as error:
-        raise ConfigError(f"{file.path} is no good Parquet file: {error}") from error
+                position = file.size_bytes * number // max(number, n_rows)
+                if fields is not None:
+                    yield _document(file, fields, number, config, position)
+                else:
+                    yield Rejected("bad_record", f"{file.path}:{number} {problem}", position, is_error=True)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        where = f"{file.path}, after row {number}," if number else str(file.path)
+        raise ConfigError(f"{where} is no good Parquet file: {error}") from error
+
+
+def _columns(file: InputFile, table: ParquetFile, config: PrepareConfig) -> list[str]:
+    """The columns to read. Raises ConfigError where there is no content."""
+    names = table.schema.names
+    if config.format is DocumentFormat.chat:
+        content = [name for name in dialogue.FIELDS if name in names]
+        if not content:
+            raise ConfigError(
+                f"{file.path} has no column of a dialogue (it has {', '.join(names)}); needed are {dialogue.NEEDED}"
+            )
+    else:
+        content = [config.text_field]
+        if config.text_field not in names:
+            raise ConfigError(
+                f"{file.path} has no column {config.text_field!r} (it has {', '.join(names)}); set text_field"
+            )
+        if not is_text(kind := table.schema.field(config.text_field).type):
+            raise ConfigError(
+                f"{file.path} has {kind} in the column {config.text_field!r}, not text; set text_field"
+            )
+    more = name_columns(table.schema, ("id", "source", "license", "language"))
+    return list(dict.fromkeys((*content, *more)))
 
 
 def _document(

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_tools.bounded import RECORD_BYTES
 from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.reports import read_recipe
 from data_tools.sources import PYTHON, InputFile
@@ -94,8 +95,11 @@ def make_recipe(config: PrepareConfig, files: list[InputFile], tokenizer_sha256:
     # The tokenizer counts, not where it lies, nor who told what is special in it.
     options["tokenizer.path"] = tokenizer_sha256
     del options["tokenizer.bos_token"], options["tokenizer.eos_token"]
-    if config.format is DocumentFormat.text:  # unsaid, as in recipes from before there was another
+    # What is as it was before there was a choice is unsaid, as in recipes from before.
+    if config.format is DocumentFormat.text:
         del options["format"]
+    if config.max_record_bytes == RECORD_BYTES:
+        del options["max_record_bytes"]
     listing = [(file.name, file.source, file.license, file.size_bytes, file.version) for file in files]
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
     total = sum(file.size_bytes for file in files)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import tracemalloc
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ import pytest
 
 from data_tools.config import PrepareConfig, TokenizerConfig
 from data_tools.curate import CurateConfig, curate
-from data_tools.curation import STAGES
+from data_tools.curation import STAGES, CleanTask, CurationConfig, Layout
+from data_tools.executors import Progress
 from data_tools.funnel import funnel_rows, funnel_table
 from data_tools.prepare import prepare
+from data_tools.read import ReadConfig, units_of
 from pretrain.config import ConfigError, load_config
 from pretrain.manifest import load_manifest
 
@@ -296,3 +299,18 @@ def test_one_command_makes_the_corpus_and_its_card(text: Path, tmp_path: Path) -
         tokenizer=TokenizerConfig(vocab_size=2000),
     )
     assert prepare(by_hand) == 0
+
+
+def test_a_file_of_bad_lines_takes_little_memory(tmp_path: Path) -> None:
+    """Each line of two bytes is told with its place, which is much longer."""
+    (tmp_path / "a.jsonl").write_bytes(b"1\n" * 30_000)
+    layout, units = Layout(tmp_path / "work"), units_of([str(tmp_path / "a.jsonl")], 1 << 30)
+    task = CleanTask(units, ReadConfig(), CurationConfig(stages=[]), layout)
+    (tmp_path / "work").mkdir()
+    tracemalloc.start()
+    task.run(0, Progress(tmp_path / "progress"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    with gzip.open(layout.rejected / "read" / "00000.jsonl.gz", "rt") as lines:
+        assert sum("is a JSON int, no object" in line for line in lines) == 30_000
+    assert peak < 2 << 20

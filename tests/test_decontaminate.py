@@ -23,6 +23,7 @@ from data_tools.decontaminate import (
     merge,
     tokenize,
 )
+from data_tools.evaluation_sets import read_items
 from data_tools.record import Record
 from pretrain.config import ConfigError
 
@@ -253,3 +254,30 @@ def test_merged_spans_cover_the_same_and_are_apart(spans: list[tuple[int, int]])
     merged = merge(spans)
     assert {at for span in merged for at in range(*span)} == {at for span in spans for at in range(*span)}
     assert all(one[1] < two[0] for one, two in itertools.pairwise(merged))
+
+
+# --- files of strangers ---
+
+
+def test_an_evaluation_file_that_is_a_bomb_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "', 9) + gzip.compress(b"a" * (16 << 20), 9) * 8)
+    with pytest.raises(ConfigError, match=r"bomb\.jsonl\.gz cannot be read: unpacks to more than 200 times"):
+        build_index(DecontaminateConfig(files=[str(path)]), tmp_path / "index.npz")
+
+
+def test_an_index_that_is_packed_is_refused(tmp_path: Path, files: list[str]) -> None:
+    """A million zeros have a kilobyte there, and build_index packs nothing."""
+    config = DecontaminateConfig(files=files, index=str(tmp_path / "index.npz"))
+    build_index(config, tmp_path / "index.npz")
+    assert judge(DecontaminateStage(config), PROSE + QUESTION)[0] == "contaminated"
+    with np.load(tmp_path / "index.npz", allow_pickle=False) as arrays:
+        np.savez_compressed(tmp_path / "index.npz", **dict(arrays))
+    with pytest.raises(ConfigError, match="is compressed"):
+        judge(DecontaminateStage(config), PROSE)
+
+
+def test_lines_of_a_text_may_end_in_any_way(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo\rthree\n\n four ".encode())
+    items = read_items(str(tmp_path / "a.txt"), ["text"])
+    assert list(items) == [["one"], ["two"], ["three"], ["four"]]

@@ -232,6 +232,40 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
     }
 
 
+def test_a_record_that_is_too_large_is_a_bad_record_with_its_place(tmp_path: Path) -> None:
+    records = [*numbered(3), {"text": "x" * 500}, *numbered(9)[3:]]
+    lines = write_jsonl(tmp_path / "a.jsonl", records)
+    parquet.write_table(
+        pyarrow.table({"text": [record["text"] for record in records]}), tmp_path / "b.parquet"
+    )
+    for source, what in ((lines, "line"), (tmp_path / "b.parquet", "row")):
+        with pytest.raises(ConfigError, match=rf"{source}:4 is a {what} of more than 400 bytes"):
+            prepare(config(tmp_path / "out", source, max_record_bytes=400))
+        assert not (tmp_path / "out").exists()
+        output = tmp_path / f"{what}s"
+        assert prepare(config(output, source, max_record_bytes=400, max_bad_records=1)) == 0
+        report = json.loads((output / "prepare.json").read_text())
+        assert report["funnel"]["kept"] == 9
+        assert report["funnel"]["dropped"] == {"bad_record": 1}
+        assert report["recipe"]["options"]["max_record_bytes"] == 400
+
+
+def test_the_bound_on_records_leaves_recipes_of_before_as_they_are(prepared: Path) -> None:
+    assert "max_record_bytes" not in json.loads((prepared / "prepare.json").read_text())["recipe"]["options"]
+
+
+@pytest.mark.parametrize("column", ["text", "id"])
+def test_a_column_that_is_no_text_is_named_or_passed_over(tmp_path: Path, column: str) -> None:
+    columns = {"text": [ENGLISH.format(n) for n in range(9)], "id": [f"d{n}" for n in range(9)]}
+    parquet.write_table(pyarrow.table(columns | {column: [[n] for n in range(9)]}), tmp_path / "a.parquet")
+    if column == "id":  # as a record without an id
+        assert prepare(config(tmp_path / "out", tmp_path / "a.parquet")) == 0
+        assert "a.parquet:1" in all_documents(tmp_path / "out")
+    else:
+        with pytest.raises(ConfigError, match=r"a\.parquet has list<.*> in the column 'text', not text"):
+            prepare(config(tmp_path / "out", tmp_path / "a.parquet"))
+
+
 def test_inputs_of_one_name_keep_their_documents_apart(tmp_path: Path) -> None:
     for name in ("x", "y"):
         (tmp_path / name / "text").mkdir(parents=True)
