@@ -135,7 +135,8 @@ def read_corpus(manifest: Path, trained: TrainedModel) -> tuple[Iterator[TokenDo
     from pretrain.shards import Corpus
 
     corpus = Corpus(manifest)
-    if corpus.manifest.tokenizer_sha256 != trained.tokenizer.sha256:
+    made_with = (corpus.manifest.tokenizer_sha256, corpus.manifest.vocab_size)
+    if made_with != (trained.tokenizer.sha256, trained.tokenizer.vocab_size):
         raise ConfigError(
             f"input={manifest} was made with another tokenizer than run_dir was trained with; "
             "give the text itself, or prepare it with tokenizer.path=run_dir"

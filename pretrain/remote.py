@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from pretrain.config import ConfigError, DataConfig, RunError
+from pretrain.printing import visible
 from pretrain.redaction import redact, redact_url
 
 T = TypeVar("T")
@@ -351,7 +352,8 @@ def _pause(number: int) -> float:
 def _classify(error: Exception, timeout_s: float) -> tuple[type[ReadError], str, float]:
     """What kind of failure this is, in words, and for how many seconds the server wants to be left alone."""
     status, wish = _http_answer(error)
-    reason = redact(f"{type(error).__name__}: {error}".splitlines()[0])[:300].rstrip(": ")
+    # What the server says is a stranger's text.
+    reason = visible(redact(f"{type(error).__name__}: {error}".splitlines()[0])[:300].rstrip(": "))
     if isinstance(error, ReadError):
         return type(error), str(error), 0
     if isinstance(error, TimeoutError):
