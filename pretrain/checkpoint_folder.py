@@ -17,7 +17,7 @@ import xxhash
 
 from pretrain.config import ConfigError, RunError
 from pretrain.files import open_regular
-from pretrain.remote import as_path, check_url, redact
+from pretrain.remote import as_path, check_url, guards, redact
 from pretrain.remote import is_remote as is_url
 from pretrain.run_state import FORMAT_VERSION as FORMAT_VERSION
 from pretrain.run_state import Complete, FileEntry, RunState
@@ -47,7 +47,7 @@ def root_of(run_dir: str | Path, target: str | None) -> Path:
     from upath import UPath
 
     try:
-        root = UPath(target)
+        root = UPath(target, **guards(target))
         _ = root.fs
     except (ValueError, ImportError) as error:
         raise ConfigError(f"checkpoint.target={target} cannot be used: {error}") from error
