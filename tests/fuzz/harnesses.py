@@ -309,7 +309,14 @@ def warc() -> list[bytes]:
 
 def tokenizer(data: bytes) -> None:
     from pretrain.tokenizer import Tokenizer
+    from pretrain.trial import use
 
+    try:  # what fails in the process that tries it is not opened
+        use(data)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | MemoryError):
+            raise
+        return
     with refusing():
         found = Tokenizer.from_content(data, Path("tokenizer.model"))
         ids = found.encode("A text, \u4e2d\u6587 \u2581 <s> 12\n\n  and more.")
