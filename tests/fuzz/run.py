@@ -181,6 +181,7 @@ def fuzz_here(name: str, folder: Path, arguments: list[str]) -> None:
 
 def fuzz(name: str, seconds: float, folder: Path) -> Result:
     """Run one harness for so long; inputs stay in `folder`."""
+    shutil.rmtree(folder / "findings", ignore_errors=True)  # of an earlier run
     for part in ("corpus", "findings"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     result = Result(name)
