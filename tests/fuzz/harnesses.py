@@ -233,7 +233,7 @@ def journal(data: bytes) -> None:
     """What a run writes while it goes on, each file with the same lines."""
     from pretrain.journal import read_ledger, read_metrics
 
-    for name in ("events.jsonl", "metrics.jsonl", "samples/rank-00000.jsonl"):
+    for name in ("events.jsonl", "metrics.jsonl", "ledger/rank-00000.jsonl"):
         write(f"journal/{name}", data)
     for history in (read_metrics, read_ledger):
         with refusing():
