@@ -229,6 +229,24 @@ def safetensors_header(data: bytes) -> None:
     safetensors(len(data).to_bytes(8, "little") + data + bytes(24))
 
 
+def journal(data: bytes) -> None:
+    """What a run writes while it goes on, each file with the same lines."""
+    from pretrain.journal import read_ledger, read_metrics
+
+    for name in ("events.jsonl", "metrics.jsonl", "ledger/rank-00000.jsonl"):
+        write(f"journal/{name}", data)
+    for history in (read_metrics, read_ledger):
+        with refusing():
+            history(Path("journal"))
+
+
+JOURNAL = b"""{"event": "started", "attempt": 1, "step": 0}
+{"kind": "step", "event": "checkpoint", "step": 1, "attempt": 1, "loss": 2.5, "samples": [0, 1], "tokens_xxh3": "00"}
+{"event": "resumed", "attempt": 2, "step": 1, "kind": "evaluation", "heldout/loss": "NaN"}
+{"kind": "step", "event": "rollback", "step": 2, "attempt": 2, "loss": null, "samples": [], "tokens_xxh3": "00"}
+"""
+
+
 # --- texts ---
 
 
@@ -250,6 +268,24 @@ def zst() -> bytes:
     import zstandard
 
     return zstandard.compress(json_lines())
+
+
+def dialogues(data: bytes) -> None:
+    from data_tools import dialogue
+
+    if (record := as_object(data)) is not None:
+        with suppress(dialogue.NoDialogueError):
+            messages = dialogue.parse(record)
+            assert dialogue.load(dialogue.dump(messages)) == messages
+            dialogue.has_answer(messages)
+            dialogue.plain(messages)
+
+
+DIALOGUES = [
+    b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+    b'{"prompt": "a", "response": "b"}',
+    b'{"instruction": "a", "input": "c", "output": "b"}',
+]
 
 
 def table() -> Any:
@@ -309,7 +345,14 @@ def warc() -> list[bytes]:
 
 def tokenizer(data: bytes) -> None:
     from pretrain.tokenizer import Tokenizer
+    from pretrain.trial import use
 
+    try:  # what fails in the process that tries it is not opened
+        use(data)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | MemoryError):
+            raise
+        return
     with refusing():
         found = Tokenizer.from_content(data, Path("tokenizer.model"))
         ids = found.encode("A text, \u4e2d\u6587 \u2581 <s> 12\n\n  and more.")
@@ -411,6 +454,8 @@ HARNESSES = {
         lambda: [b'{"weight.a":{"dtype":"F32","shape":[6],"data_offsets":[0,24]}}', run_file(".safetensors")[8:-24]],
         is_json=True,
     ),
+    "journal": Harness(journal, lambda: [JOURNAL], is_json=True),
+    "dialogues": Harness(dialogues, lambda: DIALOGUES, is_json=True),
     "jsonl": Harness(lambda data: read(data, "x.jsonl", "jsonl"), lambda: [json_lines()], is_json=True),
     "gzip": Harness(lambda data: read(data, "x.jsonl.gz", "jsonl"), lambda: [gzip.compress(json_lines())]),
     "zst": Harness(lambda data: read(data, "x.jsonl.zst", "jsonl"), lambda: [zst()]),
