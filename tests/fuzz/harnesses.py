@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import selectors
 import socket
 import tarfile
 import tempfile
@@ -107,7 +108,7 @@ def documents(data: bytes) -> None:
 
     for masked in (False, True):
         with refusing():
-            found = parse_documents(data, "x.doc", 64, masked)
+            found = parse_documents(data, "x.doc", n_tokens=64, n_sources=1, masked=masked)
             borders = [*found.starts.tolist(), 64]
             assert borders[0] == 0 and (np.diff(borders) > 0).all(), "pieces that do not fill the chunk"
             assert (found.source >= 0).all() and (found.offsets >= 0).all() and (found.text_bytes >= 0).all()
@@ -209,13 +210,14 @@ def complete(data: bytes) -> None:
 def stored_config(data: bytes) -> None:
     """What a checkpoint or a run folder says of its configuration."""
     from pretrain.checkpoint_folder import root_of_run
-    from pretrain.config import TrainConfig, to_dict, validate
+    from pretrain.config import stored_config as read_config
+    from pretrain.config import to_dict
 
     with refusing():
         root_of_run(write("stored/config.json", data).parent)
     if (found := as_object(data)) is not None:
         with refusing():
-            assert CANARY not in str(to_dict(validate(TrainConfig, found)))
+            assert CANARY not in str(to_dict(read_config(found, "x")))
 
 
 def safetensors(data: bytes) -> None:
@@ -408,18 +410,32 @@ def tokenizer_jsons() -> list[bytes]:
 # --- peers and command lines ---
 
 
-def hub_line(data: bytes) -> None:
-    from pretrain.watcher import Line
+def hub(data: bytes) -> None:
+    """A peer that may know the password, at the hub of three ranks."""
+    from pretrain.hub import Hub
 
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        theirs.setblocking(False)
-        line = Line(ours)
+    with (
+        socket.socket(socket.AF_UNIX) as listener,
+        socket.socket(socket.AF_UNIX) as peer,
+        selectors.DefaultSelector() as selector,
+    ):
+        listener.bind(f"\0fuzz-{os.getpid()}")
+        listener.listen()
+        found = Hub(listener, "password", 3, selector)
+        peer.setblocking(False)
+        peer.connect(listener.getsockname())
+        found.accept()
+        (line,) = (key.data for key in selector.get_map().values() if key.data)
         for block in (data[: len(data) // 2], data[len(data) // 2 :]):
             with suppress(BlockingIOError):
-                theirs.send(block)
-            for message in line.receive():
-                assert isinstance(message, dict)
+                peer.send(block)
+            messages = found.read(line) if line.open else []
+            assert all(isinstance(message, dict) for message in messages) and not (
+                messages and line.rank is None
+            )
+            assert set(found.lines) <= {1, 2}
+        found.tend()
+        found.drop(line)
 
 
 def overrides(data: bytes) -> None:
@@ -465,7 +481,14 @@ HARNESSES = {
     "html": Harness(html, lambda: [PAGE], words=(b"<div>" * 99, b"<a b=", b"<!--", b"charset=utf-7", b"&#x110000;")),
     "sentencepiece": Harness(tokenizer, models),
     "tokenizer_json": Harness(tokenizer, tokenizer_jsons, is_json=True),
-    "hub_line": Harness(hub_line, lambda: [b'{"token": "a", "rank": 1}\n{"step": 3, "phase": "x"}\n'], is_json=True),
+    "hub": Harness(
+        hub,
+        lambda: [
+            b'{"token": "password", "rank": 1, "host": "a"}\n{"rank": 1, "step": 3, "phase": "x"}\n',
+            b'{"token": "another", "rank": 2, "host": "a"}\n{"alive": true}\n',
+        ],
+        is_json=True,
+    ),
     "overrides": Harness(
         overrides,
         lambda: [(ARGUMENTS + override).encode("utf-8", "surrogateescape") for override in OVERRIDES],
