@@ -71,22 +71,17 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pretrain" / "tried"
 
 
-def _try_here(content: bytes) -> None:
-    """Use the parsers as `pretrain.tokenizer` does. What is not refused at once has to survive a text."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S + 1))
-    resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def use(content: bytes) -> None:
+    """Use the parsers as `pretrain.tokenizer` does. What they do not refuse at once has to survive a text."""
     signs = "".join(map(chr, (*range(0x20, 0x800, 3), *range(0x4E00, 0x4F00, 3), 0x1F389)))
     text = f"A few words,  12.5\n\n\tand \u2581 {signs} {'a' * 100}!"
     if content.startswith(b"{"):
-        _try_hugging_face(content, text)
+        _use_hugging_face(content, text)
     else:
-        _try_sentencepiece(content, text)
+        _use_sentencepiece(content, text)
 
 
-def _try_hugging_face(content: bytes, text: str) -> None:
+def _use_hugging_face(content: bytes, text: str) -> None:
     from tokenizers import Tokenizer
 
     try:
@@ -98,7 +93,7 @@ def _try_hugging_face(content: bytes, text: str) -> None:
     made.decode(made.encode(text, add_special_tokens=False).ids)
 
 
-def _try_sentencepiece(content: bytes, text: str) -> None:
+def _use_sentencepiece(content: bytes, text: str) -> None:
     from sentencepiece import SentencePieceProcessor
 
     made = SentencePieceProcessor()
@@ -107,9 +102,19 @@ def _try_sentencepiece(content: bytes, text: str) -> None:
         made.piece_to_id("a")  # raises where there is no model in it
     except (RuntimeError, ValueError):
         return
+    made.id_to_piece(list(range(made.get_piece_size())))  # not all need be UTF-8
     made.decode(made.encode(text))
     made.decode(list(range(min(256, made.get_piece_size()))))
 
 
+def _limit() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S + 1))
+    resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
 if __name__ == "__main__":
-    _try_here(sys.stdin.buffer.read())
+    _limit()
+    use(sys.stdin.buffer.read())

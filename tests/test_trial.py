@@ -61,6 +61,13 @@ def test_one_that_panics_is_one_sentence() -> None:
     assert problem is not None and problem.startswith("failed (") and "\n" not in problem
 
 
+def test_a_piece_that_is_no_text_is_told(tmp_path: Path) -> None:
+    """A model as a fuzzer has made it of an honest one."""
+    path = Path(__file__).parent / "fuzz" / "crashers" / "sentencepiece" / "piece-that-is-no-utf-8"
+    with pytest.raises(ConfigError, match="UnicodeDecodeError"):
+        trial.try_tokenizer(path.read_bytes(), path)
+
+
 @pytest.mark.parametrize(
     ("code", "problem"),
     [

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import selectors
 import socket
 import tarfile
 import tempfile
@@ -107,7 +108,7 @@ def documents(data: bytes) -> None:
 
     for masked in (False, True):
         with refusing():
-            found = parse_documents(data, "x.doc", 64, masked)
+            found = parse_documents(data, "x.doc", n_tokens=64, n_sources=1, masked=masked)
             borders = [*found.starts.tolist(), 64]
             assert borders[0] == 0 and (np.diff(borders) > 0).all(), "pieces that do not fill the chunk"
             assert (found.source >= 0).all() and (found.offsets >= 0).all() and (found.text_bytes >= 0).all()
@@ -209,13 +210,14 @@ def complete(data: bytes) -> None:
 def stored_config(data: bytes) -> None:
     """What a checkpoint or a run folder says of its configuration."""
     from pretrain.checkpoint_folder import root_of_run
-    from pretrain.config import TrainConfig, to_dict, validate
+    from pretrain.config import stored_config as read_config
+    from pretrain.config import to_dict
 
     with refusing():
         root_of_run(write("stored/config.json", data).parent)
     if (found := as_object(data)) is not None:
         with refusing():
-            assert CANARY not in str(to_dict(validate(TrainConfig, found)))
+            assert CANARY not in str(to_dict(read_config(found, "x")))
 
 
 def safetensors(data: bytes) -> None:
@@ -227,6 +229,24 @@ def safetensors(data: bytes) -> None:
 
 def safetensors_header(data: bytes) -> None:
     safetensors(len(data).to_bytes(8, "little") + data + bytes(24))
+
+
+def journal(data: bytes) -> None:
+    """What a run writes while it goes on, each file with the same lines."""
+    from pretrain.journal import read_ledger, read_metrics
+
+    for name in ("events.jsonl", "metrics.jsonl", "ledger/rank-00000.jsonl"):
+        write(f"journal/{name}", data)
+    for history in (read_metrics, read_ledger):
+        with refusing():
+            history(Path("journal"))
+
+
+JOURNAL = b"""{"event": "started", "attempt": 1, "step": 0}
+{"kind": "step", "event": "checkpoint", "step": 1, "attempt": 1, "loss": 2.5, "samples": [0, 1], "tokens_xxh3": "00"}
+{"event": "resumed", "attempt": 2, "step": 1, "kind": "evaluation", "heldout/loss": "NaN"}
+{"kind": "step", "event": "rollback", "step": 2, "attempt": 2, "loss": null, "samples": [], "tokens_xxh3": "00"}
+"""
 
 
 # --- texts ---
@@ -250,6 +270,24 @@ def zst() -> bytes:
     import zstandard
 
     return zstandard.compress(json_lines())
+
+
+def dialogues(data: bytes) -> None:
+    from data_tools import dialogue
+
+    if (record := as_object(data)) is not None:
+        with suppress(dialogue.NoDialogueError):
+            messages = dialogue.parse(record)
+            assert dialogue.load(dialogue.dump(messages)) == messages
+            dialogue.has_answer(messages)
+            dialogue.plain(messages)
+
+
+DIALOGUES = [
+    b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+    b'{"prompt": "a", "response": "b"}',
+    b'{"instruction": "a", "input": "c", "output": "b"}',
+]
 
 
 def table() -> Any:
@@ -309,7 +347,14 @@ def warc() -> list[bytes]:
 
 def tokenizer(data: bytes) -> None:
     from pretrain.tokenizer import Tokenizer
+    from pretrain.trial import use
 
+    try:  # what fails in the process that tries it is not opened
+        use(data)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | MemoryError):
+            raise
+        return
     with refusing():
         found = Tokenizer.from_content(data, Path("tokenizer.model"))
         ids = found.encode("A text, \u4e2d\u6587 \u2581 <s> 12\n\n  and more.")
@@ -365,18 +410,32 @@ def tokenizer_jsons() -> list[bytes]:
 # --- peers and command lines ---
 
 
-def hub_line(data: bytes) -> None:
-    from pretrain.watcher import Line
+def hub(data: bytes) -> None:
+    """A peer that may know the password, at the hub of three ranks."""
+    from pretrain.hub import Hub
 
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        theirs.setblocking(False)
-        line = Line(ours)
+    with (
+        socket.socket(socket.AF_UNIX) as listener,
+        socket.socket(socket.AF_UNIX) as peer,
+        selectors.DefaultSelector() as selector,
+    ):
+        listener.bind(f"\0fuzz-{os.getpid()}")
+        listener.listen()
+        found = Hub(listener, "password", 3, selector)
+        peer.setblocking(False)
+        peer.connect(listener.getsockname())
+        found.accept()
+        (line,) = (key.data for key in selector.get_map().values() if key.data)
         for block in (data[: len(data) // 2], data[len(data) // 2 :]):
             with suppress(BlockingIOError):
-                theirs.send(block)
-            for message in line.receive():
-                assert isinstance(message, dict)
+                peer.send(block)
+            messages = found.read(line) if line.open else []
+            assert all(isinstance(message, dict) for message in messages) and not (
+                messages and line.rank is None
+            )
+            assert set(found.lines) <= {1, 2}
+        found.tend()
+        found.drop(line)
 
 
 def overrides(data: bytes) -> None:
@@ -411,6 +470,8 @@ HARNESSES = {
         lambda: [b'{"weight.a":{"dtype":"F32","shape":[6],"data_offsets":[0,24]}}', run_file(".safetensors")[8:-24]],
         is_json=True,
     ),
+    "journal": Harness(journal, lambda: [JOURNAL], is_json=True),
+    "dialogues": Harness(dialogues, lambda: DIALOGUES, is_json=True),
     "jsonl": Harness(lambda data: read(data, "x.jsonl", "jsonl"), lambda: [json_lines()], is_json=True),
     "gzip": Harness(lambda data: read(data, "x.jsonl.gz", "jsonl"), lambda: [gzip.compress(json_lines())]),
     "zst": Harness(lambda data: read(data, "x.jsonl.zst", "jsonl"), lambda: [zst()]),
@@ -420,7 +481,14 @@ HARNESSES = {
     "html": Harness(html, lambda: [PAGE], words=(b"<div>" * 99, b"<a b=", b"<!--", b"charset=utf-7", b"&#x110000;")),
     "sentencepiece": Harness(tokenizer, models),
     "tokenizer_json": Harness(tokenizer, tokenizer_jsons, is_json=True),
-    "hub_line": Harness(hub_line, lambda: [b'{"token": "a", "rank": 1}\n{"step": 3, "phase": "x"}\n'], is_json=True),
+    "hub": Harness(
+        hub,
+        lambda: [
+            b'{"token": "password", "rank": 1, "host": "a"}\n{"rank": 1, "step": 3, "phase": "x"}\n',
+            b'{"token": "another", "rank": 2, "host": "a"}\n{"alive": true}\n',
+        ],
+        is_json=True,
+    ),
     "overrides": Harness(
         overrides,
         lambda: [(ARGUMENTS + override).encode("utf-8", "surrogateescape") for override in OVERRIDES],

@@ -156,8 +156,7 @@ def fuzz_here(name: str, folder: Path, arguments: list[str]) -> None:
         crashers = sorted((HERE / "crashers" / name).glob("*"))
         for number, seed in enumerate([*seeds, *(path.read_bytes() for path in crashers)]):
             Path(folder / "corpus" / f"seed-{number}").write_bytes(seed)
-        for seed in seeds:
-            harness.one(seed)  # so that what it imports is there, and instrumented
+        harness.one(seeds[0])  # so that what it imports is there, and instrumented
 
         def mutate(data: bytes, max_size: int, seed: int) -> bytes:
             rng = random.Random(seed)
@@ -182,6 +181,7 @@ def fuzz_here(name: str, folder: Path, arguments: list[str]) -> None:
 
 def fuzz(name: str, seconds: float, folder: Path) -> Result:
     """Run one harness for so long; inputs stay in `folder`."""
+    shutil.rmtree(folder / "findings", ignore_errors=True)  # of an earlier run
     for part in ("corpus", "findings"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     result = Result(name)
