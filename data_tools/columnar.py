@@ -231,13 +231,8 @@ def _batch_rows(leaves: list[list[Page]], most_rows: int, bounds: Bounds) -> int
 # ---- Arrow -----------------------------------------------------------------------------------------------------------
 
 
-def arrow_stream(raw: IO[bytes], bounds: Bounds) -> ArrowStream:
-    """An open Arrow file of the stream format, as Hugging Face datasets are saved. Raises OSError and ValueError."""
-    return ArrowStream(raw, bounds)
-
-
 class ArrowStream:
-    """An open Arrow file of the stream format."""
+    """An open Arrow file of the stream format, as Hugging Face datasets are saved. Raises OSError and ValueError."""
 
     def __init__(self, raw: IO[bytes], bounds: Bounds) -> None:
         from pyarrow import ipc
