@@ -16,7 +16,7 @@ from typing import BinaryIO
 import xxhash
 
 from pretrain.config import ConfigError, RunError
-from pretrain.files import open_regular
+from pretrain.files import open_regular, read_at_most
 from pretrain.remote import as_path, check_url, guards, redact
 from pretrain.remote import is_remote as is_url
 from pretrain.run_state import FORMAT_VERSION as FORMAT_VERSION
@@ -128,7 +128,7 @@ def open_file(path: Path) -> BinaryIO:
 def read_bytes(path: Path) -> bytes:
     """A JSON file of a checkpoint or run. Raises ConfigError where it is too large or not a regular file; OSError."""
     with open_file(path) as file:
-        content = file.read(MAX_JSON_BYTES + 1)
+        content = read_at_most(file, MAX_JSON_BYTES + 1)
     if len(content) > MAX_JSON_BYTES:
         raise ConfigError(f"{path.name} has more than {MAX_JSON_BYTES:,} bytes")
     return content

@@ -14,6 +14,8 @@ from typing import BinaryIO, TextIO
 
 from pretrain.errors import ConfigError
 
+_READ_BYTES = 1 << 20
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -42,13 +44,23 @@ def read_capped(path: str | Path, max_bytes: int, inside: Path | None = None) ->
     """
     with open_regular(path, inside) as file:
         size_bytes = os.fstat(file.fileno()).st_size
-        content = file.read(max_bytes + 1) if size_bytes <= max_bytes else b""
+        content = read_at_most(file, max_bytes + 1) if size_bytes <= max_bytes else b""
     if max(size_bytes, len(content)) > max_bytes:  # files of /proc say that they have none
         raise ConfigError(
             f"{path} has {max(size_bytes, len(content)):,} bytes, where at most {max_bytes:,} are expected; it is not "
             "what it should be"
         )
     return content
+
+
+def read_at_most(file: BinaryIO, n_bytes: int) -> bytes:
+    """The next bytes of a file. Memory is taken for what is there, where `read` takes it for what it is asked for."""
+    blocks: list[bytes] = []
+    left = n_bytes
+    while left and (block := file.read(min(left, _READ_BYTES))):
+        blocks.append(block)
+        left -= len(block)
+    return b"".join(blocks)
 
 
 def is_inside(path: Path, folder: Path) -> bool:
