@@ -69,9 +69,12 @@ def _is_name(kind: Any) -> bool:
 
 def name_columns(schema: Any, names: Sequence[str]) -> list[str]:
     """Those of the names that are columns of text or whole numbers."""
-    return [
-        name for name in dict.fromkeys(names) if name in schema.names and _is_name(schema.field(name).type)
-    ]
+    return [name for name in dict.fromkeys(names) if name in schema.names and _is_name(kind_of(schema, name))]
+
+
+def kind_of(schema: Any, name: str) -> Any:
+    """The type of a column, which is there: the first one of that name, since a file may have several."""
+    return schema.field(schema.names.index(name)).type
 
 
 def _decoded_bytes(array: Any) -> int:

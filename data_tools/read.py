@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import IO, Any, NamedTuple
 
 from data_tools.bounded import BROKEN, Bounds, lines, unpacked
-from data_tools.columnar import ArrowStream, ParquetFile, Row, is_text, name_columns
+from data_tools.columnar import ArrowStream, ParquetFile, Row, is_text, kind_of, name_columns
 from data_tools.record import Record
 from data_tools.warc import pages
 from pretrain.config import ConfigError
@@ -306,8 +306,8 @@ def _columns(unit: Unit, schema: Any, options: ReadConfig, on_bad: OnBad) -> lis
     name, problem = options.text_field, None
     if name not in schema.names:
         problem = f"has no column {name!r} (it has {', '.join(schema.names[:8])})"
-    elif not is_text(schema.field(name).type):
-        problem = f"its column {name!r} holds {schema.field(name).type}, no text"
+    elif not is_text(kind_of(schema, name)):
+        problem = f"its column {name!r} holds {kind_of(schema, name)}, no text"
     if problem:
         if unit.start == 0:
             on_bad(unit.name, problem)

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from data_tools import dialogue
 from data_tools.bounded import Bounds, TooManyValuesError, lines, unpacked
-from data_tools.columnar import ParquetFile, is_text, name_columns
+from data_tools.columnar import ParquetFile, is_text, kind_of, name_columns
 from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.python_text import python_files
 from pretrain.config import ConfigError
@@ -218,7 +218,7 @@ def _columns(file: InputFile, table: ParquetFile, config: PrepareConfig) -> list
             raise ConfigError(
                 f"{file.path} has no column {config.text_field!r} (it has {', '.join(names)}); set text_field"
             )
-        if not is_text(kind := table.schema.field(config.text_field).type):
+        if not is_text(kind := kind_of(table.schema, config.text_field)):
             raise ConfigError(
                 f"{file.path} has {kind} in the column {config.text_field!r}, not text; set text_field"
             )

@@ -128,9 +128,14 @@ class LossGuard:
 _locks: list[IO[str]] = []  # open until the process ends, whatever way that is
 
 
-def lock_run(run_dir: Path) -> None:
-    """Hold the run folder until this process ends. Raises ConfigError while another process holds it."""
+def lock_run(run_dir: Path, target: Path | None = None) -> None:
+    """Hold the run folder until this process ends. `target`: another folder that checkpoints are written into.
+
+    Raises ConfigError while another process holds it, and for a link that would have us write elsewhere.
+    """
     refuse_links(run_dir, run_dir, LINK_ADVICE)
+    if target is not None:
+        refuse_links(target / "checkpoints", target, LINK_ADVICE)
     handle = open_lock(run_dir / "lock")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

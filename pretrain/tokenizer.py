@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -295,6 +296,7 @@ class _HuggingFace:
 
     def __init__(self, content: bytes, path: Path) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there is a process per core already
+        self._path = path
         self._tokenizer, description = parse_tokenizer_json(content, path)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -321,7 +323,8 @@ class _HuggingFace:
         encode, frame = self._tokenizer.encode_batch_fast, ([self.ids.bos], [self.ids.eos])
         found = []
         for text in texts:  # one by one: what the package returns takes a hundred times the memory of the ids
-            (encoded,) = encode([text], add_special_tokens=False)
+            with _package_errors(f"the tokenizer {self._path} cannot encode a text"):
+                (encoded,) = encode([text], add_special_tokens=False)
             found.append(np.array([*frame[0], *encoded.ids, *frame[1]], dtype))
         starts = np.cumsum([0, *map(len, found)], dtype=np.int64)
         return EncodedTexts(np.concatenate(found) if found else np.empty(0, dtype), starts)
@@ -339,14 +342,19 @@ def parse_tokenizer_json(content: bytes, path: Path) -> tuple[Any, dict[str, Any
     """The tokenizer of the package `tokenizers`, and what its file says."""
     import tokenizers
 
-    try:
+    with _package_errors(f"the tokenizer {path} is no tokenizer.json"):
         return tokenizers.Tokenizer.from_str(content.decode()), json.loads(content)
+
+
+@contextmanager
+def _package_errors(problem: str) -> Iterator[None]:
+    """What the package `tokenizers` raises as a ConfigError, panics included, which are no Exception."""
+    try:
+        yield
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of its parser
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ConfigError(
-            f"the tokenizer {path} is no tokenizer.json: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise ConfigError(f"{problem}: {' '.join(str(error).split())[:200]}") from error
 
 
 def frame(bos: tuple[str, int], eos: tuple[str, int] | None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pretrain.loader import Batch
 from pretrain.monitor import StepRecord
 from pretrain.optim import learning_rate
 from pretrain.order_state import Substitution
-from pretrain.remote import ReadOptions
+from pretrain.remote import ReadOptions, as_path, is_remote
 from pretrain.resilience import LossGuard, Verdict, lock_run
 from pretrain.saving import Saved, advised_interval_s
 from pretrain.sequences import Counts
@@ -35,7 +35,9 @@ def train(config: TrainConfig, world: World, watchdog: Watchdog) -> ExitCode:
     """Train until the last step or a request to stop. `config` is resolved; all ranks call this together."""
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    on_main(lambda: lock_run(run_dir), world)
+    target = config.checkpoint.target
+    folder = None if target is None or is_remote(target) else Path(as_path(target))
+    on_main(lambda: lock_run(run_dir, folder), world)
     run = assemble(config, world, run_dir, watchdog)
     code = ExitCode.FINISHED if run.step >= run.loader.n_steps else _loop(run)
     if code is ExitCode.STOPPED:

@@ -23,7 +23,7 @@ from data_tools.config import TokenizerConfig
 from data_tools.import_tokenizer import import_tokenizer
 from pretrain.config import ConfigError
 from pretrain.manifest import load_manifest
-from pretrain.tokenizer import CHECK_TEXT, Tokenizer
+from pretrain.tokenizer import CHECK_TEXT, Tokenizer, frame
 
 END = "<|endoftext|>"
 ROOT = Path(__file__).resolve().parent.parent
@@ -302,6 +302,19 @@ def test_a_folder_without_a_tokenizer_and_a_wrong_config_are_one_sentence(gpt2: 
         imported(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('["auto_map"]')  # no roles: the file itself is asked
     assert imported(tmp_path).eos_id == 0
+
+
+def test_a_text_that_the_package_cannot_encode_is_one_sentence(gpt2: Path, tmp_path: Path) -> None:
+    """A tokenizer that passes its trial may still fail at another text: here one without an entry for what is unknown."""
+    description = json.loads((gpt2 / "tokenizer.json").read_text())
+    description["model"] = {"type": "WordLevel", "vocab": {END: 0, "a": 1}, "unk_token": "none"}
+    description["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+    description["post_processor"] = frame((END, 0), (END, 0))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    tokenizer = Tokenizer.trusted(tmp_path / "tokenizer.json")
+    assert tokenizer.encode("a a") == [1, 1]
+    with pytest.raises(ConfigError, match=r"tokenizer\.json cannot encode a text: .*none"):
+        tokenizer.encode("a b")
 
 
 # --- the whole line ---
