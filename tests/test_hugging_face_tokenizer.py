@@ -305,7 +305,7 @@ def test_a_folder_without_a_tokenizer_and_a_wrong_config_are_one_sentence(gpt2: 
 
 
 def test_a_text_that_the_package_cannot_encode_is_one_sentence(gpt2: Path, tmp_path: Path) -> None:
-    """A tokenizer that passes its trial may still fail at another text: here one without an entry for what is unknown."""
+    """A tokenizer that passes its trial may still fail at another text: here it has no entry for what is unknown."""
     description = json.loads((gpt2 / "tokenizer.json").read_text())
     description["model"] = {"type": "WordLevel", "vocab": {END: 0, "a": 1}, "unk_token": "none"}
     description["pre_tokenizer"] = {"type": "WhitespaceSplit"}
@@ -313,7 +313,7 @@ def test_a_text_that_the_package_cannot_encode_is_one_sentence(gpt2: Path, tmp_p
     (tmp_path / "tokenizer.json").write_text(json.dumps(description))
     tokenizer = Tokenizer.trusted(tmp_path / "tokenizer.json")
     assert tokenizer.encode("a a") == [1, 1]
-    with pytest.raises(ConfigError, match=r"tokenizer\.json cannot encode a text: .*none"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json cannot encode a text: WordLevel"):
         tokenizer.encode("a b")
 
 
