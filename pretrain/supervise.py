@@ -145,7 +145,7 @@ class Supervisor:
             self._write_summary()
             code = self._verdict(attempt, failures)
             if code is not None:
-                print_summary(self._write_summary())
+                self._write_summary(shown=True)
                 return code
             if failures:
                 self._sleep(min(MAX_BACKOFF_S, 2.0 ** (failures - 1)))
@@ -153,7 +153,7 @@ class Supervisor:
                 say(
                     f"supervise: {self._asked} came between two attempts; the state of step {newest} is saved"
                 )
-                print_summary(self._write_summary())
+                self._write_summary(shown=True)
                 return ExitCode.STOPPED
 
     def _verdict(self, attempt: Attempt, failures: int) -> ExitCode | None:
@@ -178,12 +178,19 @@ class Supervisor:
         say(f"supervise: {text}")
         return code
 
-    def _write_summary(self) -> dict[str, Any]:
-        summary = account(self._attempts, self._run_dir)
+    def _write_summary(self, *, shown: bool = False) -> None:
+        """Write what each attempt and all together have lost, and show it. A damaged record ends no supervision."""
+        summary = None
+        try:
+            summary = account(self._attempts, self._run_dir)
+        except (ConfigError, KeyError, TypeError) as error:
+            say(f"warning: what the attempts have lost cannot be told: {error}")
         for attempt in self._attempts[-2:]:  # what one lost is known when the next has begun to train
             attempt.write(self._folder / f"{attempt.number:03d}")
-        write_json(self._folder / SUMMARY_FILE, summary)
-        return summary
+        if summary is not None:
+            write_json(self._folder / SUMMARY_FILE, summary)
+            if shown:
+                print_summary(summary)
 
     def _sleep(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
