@@ -187,7 +187,9 @@ def test_events_of_earlier_attempts_do_not_count(tmp_path: Path) -> None:
     (run_dir / "events.jsonl").write_text('{"event": "finished", "attempt": 9}\n{"event": "fin')
     with play(run_dir, CRASH, options=("--attempts", "1")) as run:
         assert run.wait() == 1
-    assert run.causes() == ["failed to start"]  # the played run has continued the torn line, which a real one cuts off
+    assert run.causes() == [
+        "failed to start"
+    ]  # the played run has continued the torn line, which a real one cuts off
     assert "gave up after 1 attempts" in run.text()
     assert "line 2 is no JSON" in run.text()
     assert "Traceback" not in run.text()
