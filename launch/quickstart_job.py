@@ -351,7 +351,7 @@ def open_folder(options: argparse.Namespace) -> tuple[Path, IO[str]]:
     out: Path = options.out
     try:
         out.mkdir(parents=True, exist_ok=True)
-        refuse_links(out, out, "remove it")
+        refuse_links(out, out, "remove it", leave_out="run/wandb/*run-*")  # where W&B makes links itself
         lock = open_lock(out / ".lock")
     except ConfigError as error:
         raise Failed(str(error)) from error

@@ -32,7 +32,7 @@ from pretrain.config import CONF_DIR, ClusterConfig, ConfigError, RunError, Subm
 from pretrain.files import refuse_links
 from pretrain.printing import visible
 from pretrain.redaction import redact_command
-from pretrain.resilience import LINK_ADVICE
+from pretrain.resilience import LINK_ADVICE, WANDB_STARTS
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "train.sbatch"
 PREFLIGHT = TEMPLATE.with_name("preflight.sbatch")
@@ -74,7 +74,7 @@ def submit(config: SubmitConfig) -> None:
     overrides = _train_overrides(sys.argv[1:], config)
     _check(config)
     run_dir = Path(config.run_dir).absolute()
-    refuse_links(run_dir, run_dir, LINK_ADVICE)
+    refuse_links(run_dir, run_dir, LINK_ADVICE, leave_out=WANDB_STARTS)
     folder = _next_folder(run_dir / "submit")
     script = batch_script(config, overrides, folder)
     if config.dry_run:

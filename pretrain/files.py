@@ -68,17 +68,19 @@ def is_inside(path: Path, folder: Path) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
-def refuse_links(folder: Path, inside: Path, advice: str) -> None:
+def refuse_links(folder: Path, inside: Path, advice: str, leave_out: str = "") -> None:
     """Raise ConfigError where `folder`, or anything in it, is a link that leads out of the folder `inside`.
 
     For folders that are written into and may have been made by others. `advice`: what to do instead of the link.
+    `leave_out`: a pattern of folders below `folder` that nothing is written into any more, and that are not searched.
     """
+    closed = set(folder.glob(leave_out)) if leave_out else set()
     places = [folder]
     while places:
         place = places.pop()
         if place.is_symlink() and not is_inside(place, inside):
             raise ConfigError(f"{place} is a link out of its folder, to {os.readlink(place)}; {advice}")
-        if place is folder or not place.is_symlink():
+        if place not in closed and (place is folder or not place.is_symlink()):
             with (
                 suppress(FileNotFoundError),
                 os.scandir(place) as entries,

@@ -24,6 +24,9 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 STOP_FILE = "stop"
 LINK_ADVICE = "remove it; checkpoint.target=DIR keeps checkpoints elsewhere"
 """Where a run folder holds a link: someone may have made it to have this run overwrite files of yours."""
+WANDB_STARTS = "wandb/*run-*"
+"""Folders of a run folder that W&B makes, one per start: there it links to its logs in the user's cache itself, and what
+it has once made it does not write into at a later start."""
 _STARTED = time.monotonic()
 _signals: list[str] = []
 
@@ -133,7 +136,7 @@ def lock_run(run_dir: Path, target: Path | None = None) -> None:
 
     Raises ConfigError while another process holds it, and for a link that would have us write elsewhere.
     """
-    refuse_links(run_dir, run_dir, LINK_ADVICE)
+    refuse_links(run_dir, run_dir, LINK_ADVICE, leave_out=WANDB_STARTS)
     if target is not None:
         refuse_links(target / "checkpoints", target, LINK_ADVICE)
     handle = open_lock(run_dir / "lock")

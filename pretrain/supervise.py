@@ -47,7 +47,7 @@ from pretrain.config import ConfigError, ExitCode
 from pretrain.files import create_file, open_lock, refuse_links, touch
 from pretrain.heartbeat import oom_kills
 from pretrain.journal import EVENTS_FILE, METRICS_FILE, say
-from pretrain.resilience import LINK_ADVICE, STOP_FILE
+from pretrain.resilience import LINK_ADVICE, STOP_FILE, WANDB_STARTS
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 POLL_S = 0.1
@@ -97,7 +97,7 @@ class Supervisor:
     def run(self) -> ExitCode:
         """Supervise to the end. Raises ConfigError where another run or supervisor holds the folder."""
         try:
-            refuse_links(self._run_dir, self._run_dir, LINK_ADVICE)
+            refuse_links(self._run_dir, self._run_dir, LINK_ADVICE, leave_out=WANDB_STARTS)
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"run_dir={self._run_dir} cannot be made: {error.strerror}") from error

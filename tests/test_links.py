@@ -67,6 +67,7 @@ def test_a_run_is_not_begun_in_a_folder_with_links_out_of_it(
 def test_links_within_a_run_folder_and_to_it_are_taken(tmp_path: Path) -> None:
     (tmp_path / "disk" / "wandb" / "run-1").mkdir(parents=True)
     (tmp_path / "disk" / "wandb" / "latest-run").symlink_to("run-1")
+    (tmp_path / "disk" / "wandb" / "run-1" / "debug-core.log").symlink_to("/tmp")  # as W&B has its own
     (tmp_path / "run").symlink_to("disk")
     lock_run(tmp_path / "run")
     (tmp_path / "disk" / "wandb" / "out").symlink_to(tmp_path)
