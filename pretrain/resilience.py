@@ -25,8 +25,8 @@ STOP_FILE = "stop"
 LINK_ADVICE = "remove it; checkpoint.target=DIR keeps checkpoints elsewhere"
 """Where a run folder holds a link: someone may have made it to have this run overwrite files of yours."""
 WANDB_STARTS = "wandb/*run-*"
-"""Folders of a run folder that W&B makes, one per start: there it links to its logs in the user's cache itself, and what
-it has once made it does not write into at a later start."""
+"""Folders of a run folder that W&B makes, one per start. It links to its logs in the user's cache there, and writes
+nothing into them at a later start."""
 _STARTED = time.monotonic()
 _signals: list[str] = []
 
