@@ -150,10 +150,15 @@ def test_a_step_and_the_losses_equal_torchs_muon(trained: Path, name: str) -> No
     assert found.keys() == first.keys()
     for key, value in first.items():
         difference = (found[key] - value).abs()
-        if "fp32" in name:
-            # Sums over ranks come in another order, which Adam's first step, a sign, carries on. Seen: 4e-7.
+        is_matrix = key.startswith("weight") and is_matrix_of_block(key.removeprefix("weight."))
+        if "fp32" in name and is_matrix:
+            # Sums over ranks come in another order. Where that rounds to another bf16 at the entrance of Newton-Schulz,
+            # its products spread it. The update has a mean of 5e-4. Seen at most: 4e-7, on a processor with AMX 4e-5.
+            assert difference.max() < 1e-4 and difference.mean() < 1e-5, key
+        elif "fp32" in name:
+            # Adam's first step, a sign, carries the other order on. Seen: 4e-7.
             assert difference.max() < 5e-6, key
-        elif key.startswith("weight") and is_matrix_of_block(key.removeprefix("weight.")):
+        elif is_matrix:
             assert difference.mean() < 1.5e-4, key  # seen: 8.5e-5; the update itself has a mean of 5e-4
     ours = losses(trained, f"straight-{name}")
     # Seen: 2e-6, and 2e-4 in bf16.

@@ -20,6 +20,7 @@ from supervised import CANARY, Supervised, deepspeed, processes, processes_of
 from test_training import assert_equals_undisturbed
 from tiny import TinyCorpus, events, run_arguments
 
+from pretrain import checkpoint_folder
 from pretrain.attempts import Attempt, Cause, account, error_sentence, judge
 from pretrain.config import ConfigError
 from pretrain.supervise import Tail, run_dir_of
@@ -462,6 +463,8 @@ def test_a_killed_supervisor_leaves_a_run_that_saves_and_ends(
     command, gate = deepspeed(2, *run_arguments(corpus, run_dir)), Gate(tmp_path / "gate", "step-6")
     with Supervised(run_dir, *command, env=gate.env) as run:
         run.wait_for(lambda: gate.reached("step-6"))
+        # The first save imports what saves need. The launcher gives its ranks 30 s, which could pass over that.
+        run.wait_for(lambda: checkpoint_folder.checkpoint_path(run_dir, 4).exists())
         run.process.kill()
         gate.open("step-6")
     with Supervised(run_dir, *command) as run:  # waits for the first to end

@@ -269,7 +269,7 @@ def test_no_trustworthy_checkpoint_ends_the_run(corpus: TinyCorpus, straight: Pa
         (path / "COMPLETE").unlink()
     result = train_once(run_arguments(corpus, run_dir))
     assert result.returncode == 1
-    assert "step-00000008: no COMPLETE file" in last_error(result)
+    assert "step-00000008: COMPLETE is missing" in last_error(result)
 
 
 def test_second_run_in_the_same_folder_is_refused(corpus: TinyCorpus, tmp_path: Path) -> None:
