@@ -141,6 +141,7 @@ def test_row_17_a_rank_with_a_tenth_of_a_core_is_named(
     rival.cpu_affinity([cores[0]])
     run_dir = tmp_path / "run"
     endless = ["total_steps=4000", "checkpoint.every_steps=4000", "evaluation.every_steps=4000"]
+    endless += ["watchdog.step_s=900"]  # the first save imports what saves need, here with a tenth of a core
     with Ranks(2, TRAIN, *run_arguments(corpus, run_dir, *endless), log_dir=tmp_path / "logs") as ranks:
         wait_for(lambda: steps_done(run_dir) >= 15, ranks)
         rival.cpu_affinity([cores[1]])
