@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +57,8 @@ def _stage(
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version  # 40 ms, which --help does without
+
     found = {}
     for package in packages:
         try:

@@ -6,15 +6,18 @@ Which text that is depends on the machine; its order does not.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
+
+if TYPE_CHECKING:
+    from importlib.metadata import PackageMetadata
 
 SUFFIXES = {".py", ".pyi", ".rst", ".md", ".txt"}
 STDLIB_SOURCE = "python-stdlib"
@@ -61,8 +64,10 @@ def _stdlib_files() -> Iterator[PythonFile]:
 
 
 def _package_files() -> Iterator[PythonFile]:
+    from importlib.metadata import distributions  # 40 ms, which --help does without
+
     seen: set[str] = set()
-    for distribution in importlib.metadata.distributions():
+    for distribution in distributions():
         source = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
         if not source or source in seen:
             continue
@@ -81,7 +86,7 @@ def _file(source: str, relative: str, path: Path, license: str) -> PythonFile:
     return PythonFile(name, path, source, license, path.stat().st_size)
 
 
-def distribution_license(metadata: importlib.metadata.PackageMetadata) -> str:
+def distribution_license(metadata: PackageMetadata) -> str:
     """What a package's metadata says: License-Expression, else License, else its classifiers."""
     for field in ("License-Expression", "License"):
         license = (metadata.get_all(field) or [""])[0].strip()

@@ -20,7 +20,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -389,6 +388,8 @@ def _seconds(retry_after: str | None) -> float:
     """Of the header Retry-After: a number of seconds or a date (RFC 9110, 10.2.3)."""
     if retry_after is None:
         return 0
+    from email.utils import parsedate_to_datetime
+
     try:
         if retry_after.isdecimal():
             return float(retry_after)

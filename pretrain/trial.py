@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 from pretrain.errors import ConfigError
@@ -28,6 +27,8 @@ def try_tokenizer(content: bytes, path: str | Path) -> None:
 
     A file that is refused as it should be passes: to open it here gives the sentence that says why.
     """
+    from importlib.metadata import version  # 40 ms, for those that open a tokenizer
+
     versions = "-".join(version(name) for name in ("sentencepiece", "tokenizers"))
     tried = _cache() / f"{hashlib.sha256(content).hexdigest()}-{versions}"
     if tried.exists():
