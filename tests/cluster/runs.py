@@ -69,7 +69,7 @@ class SlurmRun:
         assert match is not None, printed
         return match[1]
 
-    def wait_for(self, what: str, condition: Callable[[], bool], job: str, timeout_s: float = 120) -> float:
+    def wait_for(self, what: str, condition: Callable[[], bool], job: str, timeout_s: float = 300) -> float:
         """Wait for something to become true of a job's run; the seconds it took. Fails at once if the job ends."""
 
         def reached() -> bool:
@@ -85,7 +85,7 @@ class SlurmRun:
         except TimeoutError as error:
             raise AssertionError(f"{error}\n{self.cluster.job(job)}\n{self.log()}") from error
 
-    def wait_end(self, job: str, state: str = "COMPLETED", timeout_s: float = 150) -> dict[str, str]:
+    def wait_end(self, job: str, state: str = "COMPLETED", timeout_s: float = 300) -> dict[str, str]:
         """Wait for the job to end, which must be in this state; what Slurm says of it."""
         self.wait_for(
             f"job {job} {state}", lambda: self.cluster.job(job).get("JobState") == state, job, timeout_s
