@@ -31,6 +31,7 @@ from pretrain.hub import Hub, Line, Message
 TICK_S = 0.5
 DUMP_S = 5.0
 """A rank that runs at all writes its stacks within this time, in seconds, also on a busy host."""
+LEAVE_S = 15.0
 JOIN_PAUSE_S = 0.5
 """At most so long, at random, until a watcher tries again to reach the hub."""
 PIPE_BYTES = 1 << 16
@@ -71,6 +72,7 @@ class Watcher:
         self.found_stopped = False
         """Whether the rank was stopped when it was asked for its stacks, for which it runs a moment."""
         self.verdict: dict[str, Any] | None = None
+        self.ended_at = 0.0
         self._pipe = b""
         self._told = 0.0
 
@@ -87,7 +89,9 @@ class Watcher:
                 self._judge()
 
     def _over(self) -> bool:
-        return self.dead and not (self.peers and self.peers.lines)
+        # A host that is gone closes no connection: after a verdict the others get some seconds to close theirs.
+        told_all = self.verdict is not None and time.monotonic() - self.ended_at > LEAVE_S
+        return self.dead and (told_all or not (self.peers and self.peers.lines))
 
     def _tend(self) -> None:
         """The hub: let the others know that it is there, and see who is not."""
@@ -335,6 +339,7 @@ class Watcher:
     def _end(self, verdict: dict[str, Any], *, told: bool = False) -> None:
         """Leave the stacks and a word in the run folder, and end this rank. `told`: by the hub, which says it."""
         self.verdict = verdict
+        self.ended_at = time.monotonic()
         if self.listener is not None or self.size == 1 or (self.rank == 1 and not told):
             self._say(verdict)
         if not self.dead:

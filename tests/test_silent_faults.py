@@ -112,6 +112,9 @@ def test_row_8_a_flipped_bit_is_noticed_in_its_step_and_never_saved(
         codes = ranks.wait()
     assert codes[1] not in (0, 2, 75), ranks.output()
     what = "differ from the other ranks' copies" if kind == "copy" else "changed between two updates"
+    deadline = time.monotonic() + 30  # the watcher that writes it outlives the ranks
+    while not any(e["event"] == "rank_failed" for e in events(run_dir)) and time.monotonic() < deadline:
+        time.sleep(0.1)
     (failed,) = (event for event in events(run_dir) if event["event"] == "rank_failed")
     assert f"{what}, seen in step 8" in failed["reason"]
     if kind != "copy":  # of two copies nobody can tell which is right
