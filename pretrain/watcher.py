@@ -32,6 +32,7 @@ TICK_S = 0.5
 DUMP_S = 5.0
 """A rank that runs at all writes its stacks within this time, in seconds, also on a busy host."""
 LEAVE_S = 15.0
+"""The hub waits for the other watchers at most so long after its verdict."""
 JOIN_PAUSE_S = 0.5
 """At most so long, at random, until a watcher tries again to reach the hub."""
 PIPE_BYTES = 1 << 16

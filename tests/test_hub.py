@@ -8,8 +8,10 @@ import resource
 import selectors
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 
 from pretrain import hub
 from pretrain.hub import Hub, Line, Message, parse
-from pretrain.watcher import Watcher
+from pretrain.watcher import LEAVE_S, Watcher
 
 PASSWORD = "5" * 32
 VERDICT = {"rank": 1, "host": "b", "cause": "hang", "reason": "no progress", "step": None, "behind": [1, 2]}
@@ -385,3 +387,18 @@ def test_a_rank_that_leaves_with_its_first_words_is_lost(word: bytes) -> None:
                     watcher._handle(key)
         assert lost == [(1, "lost")]
         watcher.selector.close()
+
+
+@pytest.mark.parametrize(
+    ("verdict", "since_s", "over"), [(None, 60, False), ({}, 1, False), ({}, LEAVE_S + 1, True)]
+)
+def test_a_hub_does_not_wait_for_a_lost_host_to_close_its_connection(
+    verdict: Any, since_s: float, over: bool
+) -> None:
+    """It would keep the job's node from being free. Without a verdict it does wait: the others still have work."""
+    hub: Any = object.__new__(Watcher)
+    hub.dead, hub.verdict, hub.ended_at = True, verdict, time.monotonic() - since_s
+    hub.peers = SimpleNamespace(lines={1: object()})
+    assert hub._over() is over
+    hub.dead = False
+    assert not hub._over()
