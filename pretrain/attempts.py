@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -18,7 +17,6 @@ from pretrain.config import ExitCode
 from pretrain.files import read_capped, write_atomically
 from pretrain.heartbeat import LAUNCHER_LOST
 from pretrain.journal import METRICS_FILE, read_lines, read_metrics
-from pretrain.redaction import redact_command
 from pretrain.stored import parse
 
 ATTEMPTS_FOLDER = "attempts"
@@ -97,11 +95,6 @@ class Attempt:
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one step."""
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def without_values(command: Iterable[str]) -> list[str]:
-    """The words of a command without values that may be secret; of `NAME=value` only the name is left."""
-    return redact_command(command)
 
 
 # ---- why it ended ----------------------------------------------------------------------------------------------------

@@ -40,13 +40,13 @@ from pretrain.attempts import (
     judge,
     print_summary,
     read_attempts,
-    without_values,
     write_json,
 )
 from pretrain.config import ConfigError, ExitCode
 from pretrain.files import create_file, open_lock, refuse_links, touch
 from pretrain.heartbeat import oom_kills
 from pretrain.journal import EVENTS_FILE, METRICS_FILE, say
+from pretrain.redaction import redact_command
 from pretrain.resilience import LINK_ADVICE, STOP_FILE, WANDB_STARTS
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
@@ -64,7 +64,7 @@ def run_dir_of(command: list[str]) -> Path:
     """The run folder that a training command names with its word `run_dir=`. Raises ConfigError."""
     words = [word for word in command if word.startswith("run_dir=")]
     if not words:
-        shown = shlex.join(without_values(command))
+        shown = shlex.join(redact_command(command))
         raise ConfigError(f"the command has no word run_dir=DIR, which says where its events are: {shown}")
     try:
         value = OverridesParser.create().parse_override(words[-1]).value()
@@ -203,7 +203,7 @@ class Supervisor:
         taken = [int(path.name) for path in self._folder.iterdir() if path.name.isdigit()]
         attempt = Attempt(
             number=max(taken, default=0) + 1,
-            command=without_values(self._command),
+            command=redact_command(self._command),
             started=_now(),
             checkpoints_before=complete_checkpoints(self._run_dir),
         )

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from pretrain.attempts import without_values
 from pretrain.config import TrainConfig
 from pretrain.redaction import redact, redact_command, redact_url
 
@@ -81,7 +80,7 @@ def test_no_part_of_a_secret_in_a_url_is_shown(
     ],
 )
 def test_a_command_shows_no_secret_values(words: list[str], expected: list[str]) -> None:
-    assert redact_command(words) == expected == without_values(words)
+    assert redact_command(words) == expected
 
 
 @given(
