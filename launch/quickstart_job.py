@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ begin(__name__, goes_on=True)
 from pretrain.command_runner import CommandRunner, Failed, Stopped, say
 from pretrain.errors import ConfigError
 from pretrain.files import open_lock, refuse_links, write_atomically
+from pretrain.ports import free_port
 from pretrain.quickstart_length import (
     FEWEST_STEPS,
     LONGEST_STEPS,
@@ -125,12 +125,6 @@ def read_records(path: Path) -> list[dict]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 class Job:

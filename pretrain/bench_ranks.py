@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pretrain.bench_worker import TURNS_PORT, Job
 from pretrain.files import create_file
+from pretrain.ports import free_port
 
 _TAIL_LINES = 15
 _GRACE_S = 10
@@ -36,7 +37,7 @@ class Ranks:
             "WORLD_SIZE": job.ranks,
             "LOCAL_WORLD_SIZE": job.ranks,
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": _free_port(),
+            "MASTER_PORT": free_port(),
             "OMP_NUM_THREADS": job.threads,
             "HF_HUB_OFFLINE": 1,
         }
@@ -120,9 +121,3 @@ def _asks(connection: socket.socket) -> bool:
         return bool(connection.recv(1))
     except OSError:
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+
+from pretrain.ports import PORTS
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A port that no other test of this machine gets: they are handed out in turn, by a counter in a file."""
+    with open(Path(tempfile.gettempdir()) / "pretrain-tests-port", "a+") as counter:
+        fcntl.flock(counter, fcntl.LOCK_EX)
+        counter.seek(0)
+        port = int(counter.read() or PORTS.start)
+        while True:
+            port = port + 1 if port + 1 in PORTS else PORTS.start
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) != 0:  # nothing listens there
+                    break
+        counter.truncate(0)
+        counter.write(str(port))
+    return port
 
 
 def children_of(process: int) -> list[int]:

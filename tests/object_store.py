@@ -35,9 +35,9 @@ def s3_server(folder: Path) -> Iterator[str]:
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
     identity = {"name": "lab", "credentials": [credentials], "actions": actions}
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    port = _port()
+    port = free_port()
     where = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder / 'data'}", "-master.telemetry=false"]
-    ports = [f"-master.port={_port()}", f"-volume.port={_port()}", f"-filer.port={_port()}"]
+    ports = [f"-master.port={free_port()}", f"-volume.port={free_port()}", f"-filer.port={free_port()}"]
     limits = ["-master.volumeSizeLimitMB=64", "-volume.max=20"]
     command = [
         str(Path(sys.executable).parent / "weed"),
@@ -66,13 +66,6 @@ def s3_server(folder: Path) -> Iterator[str]:
         server.wait()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-def _port() -> int:
-    """A free port; each of these servers listens on the one that is 10,000 higher too."""
-    while (port := free_port()) > 55_000:
-        pass
-    return port
 
 
 def _wait_until_it_answers(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
