@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from pretrain.config import ConfigError
+from pretrain.stored import has_more_values
 
 RECORD_BYTES = 64 << 20
 """Decoded bytes of a record at most, where nothing else is asked for."""
@@ -40,7 +40,6 @@ _ZST_WINDOW_BYTES = 128 << 20
 _MANY_VALUES = 500_000
 # Shorter lines cost little, whatever they hold.
 _COUNTED_LINE_BYTES = 1 << 20
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.S)
 
 
 class TooManyValuesError(ValueError):
@@ -167,8 +166,8 @@ class Line:
         """
         assert self.content is not None
         content, self.content = self.content, b""
-        if len(content) > _COUNTED_LINE_BYTES:
-            _count_values(content)
+        if len(content) > _COUNTED_LINE_BYTES and has_more_values(content, _MANY_VALUES):
+            raise TooManyValuesError(f"holds more than {_MANY_VALUES:,} values")
         text = content.decode("utf-8-sig")
         del content
         try:
@@ -211,19 +210,3 @@ def _skip_line(file: IO[bytes], max_bytes: int) -> int:
         if not part or part.endswith(b"\n"):
             break
     return skipped
-
-
-def _count_values(content: bytes) -> None:
-    """Refuse JSON of very many values: an empty object has 3 bytes in the file and 70 in memory."""
-    if sum(content.count(sign) for sign in (b"[", b"{", b",")) <= _MANY_VALUES:
-        return
-    found = at = 0  # most of them may stand within strings, which hold text
-    for string in _STRING.finditer(content):
-        found += sum(content.count(sign, at, string.start()) for sign in (b"[", b"{", b","))
-        at = string.end()
-        if found > _MANY_VALUES:
-            break
-    else:
-        found += sum(content.count(sign, at) for sign in (b"[", b"{", b","))
-    if found > _MANY_VALUES:
-        raise TooManyValuesError(f"holds more than {_MANY_VALUES:,} values")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.manifest import CorruptShardError, Manifest
+from pretrain.stored import has_more_values
 
 MAX_ID_CHARS = 1 << 16
 """Of a document's id; longer ones are cut when a corpus is prepared."""
@@ -49,8 +50,8 @@ def parse_documents(
     Raises CorruptShardError, whose text begins with `where`.
     """
     try:
-        if len(content) > _SMALL_BYTES and content.count(b",") > 8 * n_tokens + _SMALL_BYTES:
-            raise ValueError  # an object takes up to thirty times the memory of its text
+        if len(content) > _SMALL_BYTES and has_more_values(content, 8 * n_tokens + _SMALL_BYTES):
+            raise ValueError
         raw: dict[str, Any] = json.loads(content.decode())
         arrays = {key: _integers(value) for key, value in raw.items() if key != "ids"}
         found = ChunkDocuments(ids=raw["ids"], **arrays)

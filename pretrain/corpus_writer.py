@@ -24,6 +24,7 @@ from pretrain.manifest import (
     DOCUMENTS,
     MANIFEST_NAME,
     MAX_SHARD_CHUNKS,
+    MAX_SHARDS,
     TOKENS,
     CorpusSource,
     Manifest,
@@ -159,6 +160,11 @@ class CorpusWriter:
             self._shards.append(shard.finish())
             self._shard = None
         if self._shard is None:
+            if len(self._shards) == MAX_SHARDS:
+                raise ConfigError(
+                    f"the corpus {self.folder} would have more than {MAX_SHARDS:,} shards; raise shard_bytes above "
+                    f"{self._shard_bytes:,}, or make several corpora and train on them as a mixture"
+                )
             name = f"shard-{len(self._shards):05d}.tar"
             self._shard = _ShardWriter(self.folder / SHARDS_FOLDER, name, self._n_chunks)
         self._shard.add(tokens, documents, self._filled, columns["offsets"].count(0))

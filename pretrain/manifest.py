@@ -39,8 +39,9 @@ from pretrain.stored import (
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 UINT16_VOCAB_SIZE = 65_536
-MAX_MANIFEST_BYTES = 40 << 20
-MAX_MANIFEST_VALUES = 1 << 20  # some 116,000 shards
+MAX_SHARDS = 40_000  # of a corpus: 40 TiB in shards of the usual size, 400 bytes each in the manifest
+MAX_MANIFEST_BYTES = 20 << 20
+MAX_MANIFEST_VALUES = 450_000
 MAX_DOCUMENTS_BYTES = 64 << 20  # of one .doc member
 MANIFEST_TIMEOUT_S = 300.0  # for one behind a URL
 MAX_CHUNKS = 1 << 32  # of a corpus: 10^15 tokens in chunks of the usual size
@@ -48,7 +49,7 @@ MAX_CHUNK_TOKENS = 1 << 26  # a chunk is held in memory as a whole
 MAX_SHARD_CHUNKS = 1 << 22  # and so is the index of a shard, 48 bytes per chunk
 MAX_VOCAB_SIZE = 1 << 22
 TOKENS, DOCUMENTS = 0, 1  # second axis of an index
-_MAX_LISTED = 1 << 20  # sources, shards or files
+_MAX_LISTED = 1 << 20  # sources or files
 _SHARD_NAME = re.compile(r"shard-[0-9]{5,12}\.tar")
 _VERSION = re.compile(r'\s*\{\s*"format_version"\s*:\s*(\d{1,9})\b')
 _READ_BYTES = 1 << 22
@@ -134,7 +135,7 @@ class Manifest:
     n_tokens: Positive
     n_documents: Count
     sources: Annotated[list[CorpusSource], MinLen(1), MaxLen(_MAX_LISTED)]
-    shards: Annotated[list[ShardInfo], MinLen(1), MaxLen(_MAX_LISTED)]
+    shards: Annotated[list[ShardInfo], MinLen(1), MaxLen(MAX_SHARDS)]
     files: Annotated[list[FileInfo], MaxLen(_MAX_LISTED)] = field(default_factory=list)
     loss_mask: bool = False
     """Only the tokens that the `.doc` members mark are to be predicted. Written where it is true only, so that other

@@ -53,6 +53,12 @@ def write(
     return writer.finish()
 
 
+def test_no_more_shards_are_written_than_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.corpus_writer.MAX_SHARDS", 3)
+    with pytest.raises(ConfigError, match=r"more than 3 shards; raise shard_bytes above 8,192"):
+        write(tmp_path, random_documents())
+
+
 def random_documents(count: int = 40, vocab_size: int = 1000) -> list[np.ndarray]:
     numbers = np.random.default_rng(0)
     return [numbers.integers(0, vocab_size, numbers.integers(1, 150)) for _ in range(count)]

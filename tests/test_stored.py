@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.errors import ConfigError
-from pretrain.stored import Count, FileName, Line, RelativePath, Sha256, parse, parse_plain
+from pretrain.stored import Count, FileName, Line, RelativePath, Sha256, has_more_values, parse, parse_plain
 
 
 @dataclass(kw_only=True, slots=True)
@@ -99,6 +99,21 @@ def test_many_small_values_are_not_parsed() -> None:
     assert parse_plain(b'{"a": [1]}', "f.json", "a whole") == {"a": [1]}
     with pytest.raises(ConfigError, match="is not a whole: maximum recursion"):
         parse_plain(b"[" * 50_000, "f.json", "a whole")
+
+
+@pytest.mark.parametrize(
+    ("content", "values"),
+    [
+        (b"[" * 70_000 + b"]" * 70_000, 70_000),
+        (b'{"a":' * 70_000, 70_000),
+        (b'["' + b'[{,\\"' * 70_000 + b'"]', 1),
+        (b'["a","' + b"[" * 9, 2),
+        (b"1," * 70_000, 70_000),
+    ],
+)
+def test_brackets_and_commas_outside_of_texts_count_as_values(content: bytes, values: int) -> None:
+    assert has_more_values(content, values - 1)
+    assert not has_more_values(content, values)
 
 
 def test_of_many_wrong_values_the_number_is_said() -> None:
