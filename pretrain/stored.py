@@ -167,7 +167,7 @@ def _in_slices(schema: type[T], content: bytes) -> T:
 
 
 def _small_json(value: Any) -> bytes:
-    content = json.dumps(value).encode()
+    content = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
     if not _is_small(content):
         raise _Wrong("it has values that are too long, or too many where there is no list")
     return content
