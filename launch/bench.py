@@ -215,7 +215,7 @@ def interpreter(given: str | None) -> str:
 
 def installed(configs: dict[str, BenchConfig], peers_python: str) -> dict[str, BenchConfig]:
     """Without the peers that are not there, which is said. Raises ConfigError where none is left."""
-    from pretrain.bench_session import missing_module
+    from benchmarks.harness.session import missing_module
 
     left = {}
     for text, one in configs.items():
@@ -249,8 +249,8 @@ def main(config: BenchConfig) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from pretrain.bench_session import PEAK, Session, Variant
-    from pretrain.bench_worker import Job
+    from benchmarks.harness.session import PEAK, Session, Variant
+    from benchmarks.harness.worker import Job
     from pretrain.model import count_parameters, flops_per_token
 
     def variant(text: str, one: BenchConfig) -> Variant:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from engine_worker import batches_of_step, small_config
 
-from pretrain.collectives import Traffic, counted, watch
+from benchmarks.harness.collectives import Traffic, counted, watch
 from pretrain.distributed import World, init_world, shutdown_world
 from pretrain.engine import Engine
 

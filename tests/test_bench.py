@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from pretrain.bench_report import (
+from benchmarks.harness.report import (
     alternated,
     markdown,
     merged,
@@ -24,8 +24,8 @@ from pretrain.bench_report import (
     speed_table,
     spread,
 )
-from pretrain.bench_session import Session, Variant
-from pretrain.bench_worker import Job, own_tokens
+from benchmarks.harness.session import Session, Variant
+from benchmarks.harness.worker import Job, own_tokens
 from pretrain.config import ConfigError, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -323,7 +323,7 @@ def test_a_variant_that_fails_is_told_and_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its other rank does not outlive it, and the others go on; the next start tries it again."""
-    monkeypatch.setattr("pretrain.bench_ranks._GRACE_S", 0.2)
+    monkeypatch.setattr("benchmarks.harness.ranks._GRACE_S", 0.2)
     found, lines = session(tmp_path / "out", "fast", "broken", "larger")
     assert sorted(found.problems) == ["broken", "larger"]
     assert "rank 1 ended with exit code 1" in found.problems["broken"]

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from engine_worker import small_config
 from launching import run_ranks
 
-from pretrain.collectives import Kind, Traffic, counted, watch
+from benchmarks.harness.collectives import Kind, Traffic, counted, watch
 from pretrain.model import count_parameters
 
 TABLE = ROOT / "tests" / "counts.json"

@@ -266,7 +266,9 @@ def test_nothing_else_asks_torch_for_gpus() -> None:
 def test_the_peers_of_the_benchmark_can_ask_too() -> None:
     """Their environment has torch, and not what this project's configuration needs."""
     hidden = "import sys; sys.modules.update(dict.fromkeys(['hydra', 'omegaconf', 'deepspeed']))"
-    subprocess.run([sys.executable, "-c", f"{hidden}\nimport pretrain.bench_worker"], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "-c", f"{hidden}\nimport benchmarks.harness.worker"], cwd=ROOT, check=True
+    )
 
 
 # --- real processes, with a stand-in for nvidia-smi ---

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from pretrain.bench_worker import Job, Meter, is_compiled, launched, own_tokens, read_job
+from benchmarks.harness.worker import Job, Meter, is_compiled, launched, own_tokens, read_job
 from pretrain.device import device_type
 
 JOB, FOLDER = read_job()  # before the peer is imported, which might keep collectives under other names

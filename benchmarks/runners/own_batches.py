@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from pretrain.bench_worker import Job, own_tokens
+from benchmarks.harness.worker import Job, own_tokens
 from pretrain.config import TrainConfig, validate
 from pretrain.loader import Batch
 

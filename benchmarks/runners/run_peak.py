@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.distributed as dist
 
-from pretrain.bench_worker import device_name, read_job
+from benchmarks.harness.worker import device_name, read_job
 from pretrain.config import Precision, TrainConfig, validate
 from pretrain.device_peak import measure_matmul_flops
 from pretrain.distributed import init_world, shutdown_world

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from own_batches import SYNTHETIC, synthetic_batches, train_config
 
-from pretrain.bench_worker import Meter, read_job
+from benchmarks.harness.worker import Meter, read_job
 from pretrain.config import TrainConfig
 from pretrain.distributed import World, init_world, shutdown_world
 from pretrain.engine import Engine

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from own_batches import synthetic_batches, train_config
 
-from pretrain.bench_worker import Meter, read_job
+from benchmarks.harness.worker import Meter, read_job
 from pretrain.config import Precision, Switch, TrainConfig
 from pretrain.distributed import World, init_world, shutdown_world
 from pretrain.kernels import capability_of, resolve

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-from pretrain.bench_worker import PARTS
+from benchmarks.harness.worker import PARTS
 
 Table = tuple[list[str], list[list[str]]]
 """Header and rows."""

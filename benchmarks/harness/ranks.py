@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from pretrain.bench_worker import TURNS_PORT, Job
+from benchmarks.harness.worker import TURNS_PORT, Job
 from pretrain.files import create_file
 from pretrain.ports import free_port
 

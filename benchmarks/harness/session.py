@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.bench_ranks import Ranks, RunFailed, take_turns
-from pretrain.bench_report import alternated, markdown, merged, parts_table, speed_table
-from pretrain.bench_worker import Job
+from benchmarks.harness.ranks import Ranks, RunFailed, take_turns
+from benchmarks.harness.report import alternated, markdown, merged, parts_table, speed_table
+from benchmarks.harness.worker import Job
 from pretrain.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent

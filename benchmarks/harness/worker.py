@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pretrain.collectives import Traffic, counted, watch
+from benchmarks.harness.collectives import Traffic, counted, watch
 from pretrain.device import device_type
 from pretrain.files import write_atomically
 

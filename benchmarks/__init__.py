@@ -1,0 +1,1 @@
+"""Measurements of this program, and of others beside it. The product imports nothing from here."""
