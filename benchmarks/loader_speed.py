@@ -24,11 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pretrain.config import DataConfig, Packing
+from pretrain.config.data_stages import Stage
 from pretrain.loader import TrainLoader
 from pretrain.order import Order, SourceSize
 from pretrain.sequences import SequenceReader
 from pretrain.shards import Corpus
-from pretrain.stages import Stage
 
 LENGTH = 2048
 BATCH = 32

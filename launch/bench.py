@@ -33,7 +33,7 @@ begin(__name__)
 from omegaconf import MISSING
 
 from pretrain.config import AUTO, ConfigError, Precision, TrainConfig, load_config, run_command, to_dict
-from pretrain.schemas import check_positive
+from pretrain.config.checks import check_positive
 
 SYNTHETIC = "synthetic"
 VOCABULARY = 32_768

@@ -26,13 +26,13 @@ begin(__name__)
 from omegaconf import MISSING
 
 from pretrain.config import ClusterConfig, ConfigError, DataConfig, TrainConfig, run_command
+from pretrain.config.checks import check_positive
 from pretrain.hardware import GIB, known_gpu
 from pretrain.plan_report import plan_lines, plan_values
 from pretrain.plan_scaling import scaling_table
 from pretrain.plan_time import Cluster
 from pretrain.planner import Site, make_plan
 from pretrain.precision import resolve_precision
-from pretrain.schemas import check_positive
 
 CHOSEN_BATCH_TOKENS = 4_000_000  # Llama 2 (Touvron et al., 2023)
 ASSUMED_VOCABULARY = 32_000  # of the same

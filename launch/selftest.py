@@ -20,7 +20,8 @@ from pretrain.command import begin
 
 begin(__name__)
 
-from pretrain.config import ConfigError, TrainConfig, launched_world_size, run_command
+from pretrain.config import ConfigError, TrainConfig, run_command
+from pretrain.config.launched import launched_world_size
 
 
 @dataclass(kw_only=True, slots=True)

@@ -28,7 +28,8 @@ from omegaconf import OmegaConf
 
 import data_tools
 import pretrain
-from pretrain.config import CONF_DIR, ClusterConfig, ConfigError, RunError, SubmitConfig, run_command, to_dict
+from pretrain.config import ClusterConfig, ConfigError, RunError, SubmitConfig, run_command, to_dict
+from pretrain.config.load import CONF_DIR
 from pretrain.files import refuse_links
 from pretrain.printing import visible
 from pretrain.redaction import redact_command

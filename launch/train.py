@@ -26,7 +26,8 @@ from pretrain.resilience import listen_for_signals
 
 listen_for_signals()  # at once: whatever comes from now on is heeded when the state can be saved
 
-from pretrain.config import ConfigError, TrainConfig, launched_world_size, run_command
+from pretrain.config import ConfigError, TrainConfig, run_command
+from pretrain.config.launched import launched_world_size
 from pretrain.heartbeat import mark
 from pretrain.watchdog import Watchdog
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.schemas import AttentionKernel
+from pretrain.config import AttentionKernel
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

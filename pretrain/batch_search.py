@@ -19,14 +19,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pretrain.config import ConfigError, RunError, TrainConfig, launched_local_size
+from pretrain.config import ConfigError, RunError, TrainConfig
+from pretrain.config.data_stages import micro_batch_of
+from pretrain.config.launched import launched_local_size
 from pretrain.device import device_type
 from pretrain.distributed import World, gather_objects
 from pretrain.engine import Engine
 from pretrain.heartbeat import mark
 from pretrain.loader import Batch
 from pretrain.run_state import RunState
-from pretrain.stages import micro_batch_of
 
 USABLE_FRAC = 0.9
 """Of what a rank may use: the rest is for fragments, communication buffers and reader processes, which probes do not

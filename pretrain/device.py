@@ -59,7 +59,7 @@ class Place(NamedTuple):
 
 def rank_place() -> Place:
     """Where this rank computes: its host's GPU of number LOCAL_RANK, or the only one that it can see."""
-    from pretrain.config import launched_local_size
+    from pretrain.config.launched import launched_local_size
 
     host, problem = socket.gethostname(), device_problem()
     if problem is not None or device_type() == "cpu":

@@ -22,13 +22,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pretrain.config import (
-    ConfigError,
-    RunError,
-    launched_local_size,
-    launched_rank,
-    launched_world_size,
-)
+from pretrain.config import ConfigError, RunError
+from pretrain.config.launched import launched_local_size, launched_rank, launched_world_size
 from pretrain.device import Place, joint_problem, rank_place
 
 T = TypeVar("T")

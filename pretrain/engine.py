@@ -30,16 +30,10 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups, set_z3_leaf_modules
 
-from pretrain.config import (
-    ConfigError,
-    OptimizerName,
-    Precision,
-    Switch,
-    TrainConfig,
-    launched_local_size,
-)
+from pretrain.config import ConfigError, OptimizerName, Precision, Switch, TrainConfig
+from pretrain.config.engine import NVME_SUB_GROUP_ELEMENTS
+from pretrain.config.launched import launched_local_size
 from pretrain.distributed import World, gather_objects, seed_step
-from pretrain.engine_schemas import NVME_SUB_GROUP_ELEMENTS
 from pretrain.engine_state import EngineState
 from pretrain.heartbeat import mark
 from pretrain.kernels import capability_of, least_capable, resolve

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain.config import ConfigError, TrainConfig, launched_local_size
+from pretrain.config import ConfigError, TrainConfig
+from pretrain.config.launched import launched_local_size
 from pretrain.manifest import load_manifest
 from pretrain.remote import as_path, check_url, exists, folder_of, is_remote
 from pretrain.tokenizer import TOKENIZER_NAMES

@@ -1,6 +1,6 @@
 """Which kernels and which precision compute the model: those asked for, or the best that all devices can do.
 
-What cannot work anywhere is refused by the configuration (`pretrain.schemas`); what cannot work here, by `resolve`.
+What cannot work anywhere is refused by the configuration (`KernelsConfig`); what cannot work here, by `resolve`.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config import ConfigError, DataConfig, SourceConfig
+from pretrain.config.data_stages import Step, Steps, micro_batch_of, n_steps_of, plan_stages
 from pretrain.device import device_type
 from pretrain.inputs import check_lengths
 from pretrain.order import Location, Order, SourceSize
@@ -25,7 +26,6 @@ from pretrain.schedule import choose_lanes, end_sources, rank_samples
 from pretrain.sequences import IGNORED_LABEL as IGNORED_LABEL
 from pretrain.sequences import Counts, SequenceReader, Sequences
 from pretrain.shards import Corpus
-from pretrain.stages import Step, Steps, micro_batch_of, n_steps_of, plan_stages
 from pretrain.workers import MicroBatches, read_ahead
 
 _STEPS_AHEAD = 16

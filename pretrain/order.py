@@ -54,9 +54,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.config.data_stages import Stage, stage_at
 from pretrain.mixture import PERIOD, interleave, quotas
 from pretrain.permutation import Ints, key_of, permute, unpermute
-from pretrain.stages import Stage, stage_at
 
 _ROTATION = 40503  # P / golden ratio, odd: successive lanes start at evenly spread, all different places
 _CHUNKS, _SEQUENCES = 0, 1  # what a permutation is for; part of its key

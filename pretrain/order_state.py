@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pretrain.config import ConfigError
-from pretrain.data_schemas import MAX_LANES
+from pretrain.config.data import MAX_LANES
+from pretrain.config.data_stages import MAX_SAMPLES, Stage
 from pretrain.mixture import quotas
-from pretrain.stages import MAX_SAMPLES, Stage
 from pretrain.stored import Annotated, Ge, Le, MaxLen, MinLen, Sha256, Text, parse
 
 STATE_SCHEMA = 2

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pretrain.engine_schemas import NVME_SUB_GROUP_ELEMENTS, EngineConfig
+from pretrain.config import ModelConfig, Precision, Recompute
+from pretrain.config.engine import NVME_SUB_GROUP_ELEMENTS, EngineConfig
 from pretrain.hardware import GIB
-from pretrain.schemas import ModelConfig, Precision, Recompute
 
 CONTEXT_BYTES = 1.5 * GIB
 """Assumed: CUDA context, NCCL's and cuBLAS's buffers."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pretrain.engine_schemas import EngineConfig
+from pretrain.config import ModelConfig, Precision, Recompute
+from pretrain.config.engine import EngineConfig
 from pretrain.errors import ConfigError
 from pretrain.hardware import Gpu
 from pretrain.plan_memory import (
@@ -20,7 +21,6 @@ from pretrain.plan_memory import (
     persistent_elements,
     saved_bytes_per_token,
 )
-from pretrain.schemas import ModelConfig, Precision, Recompute
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from pretrain.config import AUTO, AttentionKernel, Recompute, TrainConfig
-from pretrain.engine_schemas import EngineConfig
+from pretrain.config import AUTO, AttentionKernel, ModelConfig, Precision, Recompute, TrainConfig
+from pretrain.config.engine import EngineConfig
 from pretrain.errors import ConfigError
 from pretrain.hardware import GIB
 from pretrain.plan_memory import Pass, Sharding, count_parameters, memory_bytes
@@ -27,7 +27,6 @@ from pretrain.plan_time import (
     mfu_frac,
     step_time,
 )
-from pretrain.schemas import ModelConfig, Precision
 
 MEASURED, FITTED, PROJECTED = "measured", "fitted", "projected"
 BYTES_PER_PARAMETER_SAVED = 12

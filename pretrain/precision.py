@@ -9,9 +9,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from pretrain.config import Precision
 from pretrain.errors import ConfigError
 from pretrain.run_state import RunState
-from pretrain.schemas import Precision
 
 _CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """In /proc/cpuinfo: Intel and AMD from 2020 on, Intel from Sapphire Rapids on, Arm from Neoverse V1 on."""

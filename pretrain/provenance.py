@@ -15,6 +15,7 @@ import numpy as np
 
 from pretrain.checkpoint_folder import newest_state
 from pretrain.config import ConfigError, DataConfig, stored_config
+from pretrain.config.data_stages import Steps
 from pretrain.document_ids import chunks_of
 from pretrain.order import Order, SourceSize
 from pretrain.order_state import OrderState, Substitution
@@ -22,7 +23,6 @@ from pretrain.packing import best_fit, concat
 from pretrain.remote import ReadOptions, is_remote, redact
 from pretrain.schedule import rank_samples
 from pretrain.shards import Corpus
-from pretrain.stages import Steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

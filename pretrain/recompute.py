@@ -15,7 +15,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from pretrain.schemas import Recompute
+from pretrain.config import Recompute
 
 
 def recomputed(mode: Recompute, function: Callable[..., Tensor], *args: Any) -> Tensor:

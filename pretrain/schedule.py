@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from pretrain.config.data_stages import Stage, stage_at, tokens_before
 from pretrain.errors import ConfigError
 from pretrain.order import Order, SourceSize
 from pretrain.permutation import Ints
-from pretrain.stages import Stage, stage_at, tokens_before
 
 MIN_ROWS = 16
 """`choose_lanes` gives each lane at least this many chunks per epoch."""

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import heartbeat
-from pretrain.config import WatchdogConfig, launched_local_size, launched_rank, launched_world_size
+from pretrain.config import WatchdogConfig
+from pretrain.config.launched import launched_local_size, launched_rank, launched_world_size
 
 ROOT = Path(__file__).resolve().parent.parent
 STACK_SIGNAL = signal.SIGUSR2

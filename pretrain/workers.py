@@ -23,12 +23,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from pretrain.config.data_stages import stage_at
 from pretrain.errors import RunError
 from pretrain.heartbeat import memory_ran_out
 from pretrain.order import Order
 from pretrain.permutation import Ints
 from pretrain.sequences import SequenceReader, Sequences
-from pretrain.stages import stage_at
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pretrain.config.data_stages import Stage
 from pretrain.order_state import OrderState
-from pretrain.stages import Stage
 
 
 def run_state(step: int, shapes: Mapping[str, Sequence[int]], **given: Any) -> dict[str, Any]:

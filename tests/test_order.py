@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import ConfigError
+from pretrain.config.data_stages import Stage
 from pretrain.mixture import PERIOD, quotas
 from pretrain.order import Location, Order, SourceSize
 from pretrain.permutation import permute, unpermute
 from pretrain.schedule import choose_lanes, end_sources, rank_samples
-from pretrain.stages import Stage
 
 LANES = st.integers(1, 12)
 SEEDS = st.integers(-(2**63), 2**63 - 1)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.config import ConfigError, DataConfig, SourceConfig, StageConfig
-from pretrain.stages import Stage, Steps, micro_batch_of, n_steps_of, plan_stages, tokens_before
+from pretrain.config.data_stages import Stage, Steps, micro_batch_of, n_steps_of, plan_stages, tokens_before
 
 
 def config(*stages: StageConfig) -> DataConfig:

@@ -15,10 +15,10 @@ from launching import ROOT, run_ranks
 from tiny import TinyCorpus, run_arguments
 
 from pretrain.config import DataConfig
+from pretrain.config.data_stages import plan_stages
 from pretrain.order import Order, SourceSize
 from pretrain.sequences import SequenceReader
 from pretrain.shards import Corpus
-from pretrain.stages import plan_stages
 from pretrain.workers import MicroBatches, read_ahead
 
 # `copy` looks for Jython's `org`, yaml's parser is made by Cython.

@@ -144,9 +144,9 @@ def run_files() -> dict[str, bytes]:
 
     from pretrain import checkpoint
     from pretrain.config import TrainConfig, load_config, to_dict
+    from pretrain.config.data_stages import plan_stages
     from pretrain.distributed import Partition
     from pretrain.order_state import OrderState
-    from pretrain.stages import plan_stages
 
     given = ["run_dir=r", "data.manifest=m", "total_steps=9", "schedule.warmup_steps=1", "model=tiny"]
     config = load_config(TrainConfig, given, "config")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from pretrain.config.checks import check_positive
 from pretrain.errors import ConfigError
-from pretrain.schemas import check_positive
 
 
 @dataclass(kw_only=True, slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from pretrain.data_schemas import MAX_BATCH_SEQUENCES, MAX_SEQUENCE_LENGTH, DataConfig
+from pretrain.config.data import MAX_BATCH_SEQUENCES, MAX_SEQUENCE_LENGTH, DataConfig
 from pretrain.errors import ConfigError
 from pretrain.stored import Annotated, Ge, Le, MinLen
 

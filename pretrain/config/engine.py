@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from pretrain.config.checks import check_positive
+from pretrain.config.model import Precision
 from pretrain.errors import ConfigError
-from pretrain.schemas import Precision, check_positive
 
 NVME_SUB_GROUP_ELEMENTS = 100_000_000
 """Of a rank: what an optimizer on NVMe updates at a time. Four fp32 buffers of this size stay in host memory."""

@@ -8,8 +8,8 @@ from enum import Enum
 
 from omegaconf import MISSING
 
+from pretrain.config.checks import check_at_most, check_positive
 from pretrain.errors import ConfigError
-from pretrain.schemas import check_at_most, check_positive
 
 MAX_SEQUENCE_LENGTH = 1 << 24
 MAX_BATCH_SEQUENCES = 1 << 20

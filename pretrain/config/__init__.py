@@ -1,0 +1,59 @@
+"""What a run is told: Hydra composes `conf/`, dataclasses validate, a wrong value is one sentence. Imports no torch.
+
+Every key has its dataclass here, one file per topic; `TrainConfig` puts them together. `load_config` reads overrides,
+`stored_config` what a run has left in a file, and `run_command` is the entry point of every script:
+
+    config = load_config(TrainConfig, ["run_dir=runs/a", "data.manifest=corpus/manifest.json"], "config")
+    config.model.n_layers
+"""
+
+from pretrain.config.cluster import ClusterConfig, PreflightConfig
+from pretrain.config.command_line import run_command
+from pretrain.config.data import BadChunk, DataConfig, Packing, SourceConfig, StageConfig
+from pretrain.config.engine import EngineConfig
+from pretrain.config.load import load_config, stored_config, to_dict, validate
+from pretrain.config.model import AttentionKernel, KernelsConfig, ModelConfig, Precision, Recompute, Switch
+from pretrain.config.optimizer import OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
+from pretrain.config.records import EvaluationConfig, LoggingConfig, WandbMode
+from pretrain.config.run import AUTO, SubmitConfig, TrainConfig
+from pretrain.config.upkeep import CheckpointConfig, LossGuardConfig, SpikeAction, WatchdogConfig
+from pretrain.errors import ConfigError, ExitCode, RunError
+
+__all__ = [
+    "AUTO",
+    "AttentionKernel",
+    "BadChunk",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "ConfigError",
+    "DataConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "ExitCode",
+    "KernelsConfig",
+    "LoggingConfig",
+    "LossGuardConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "OptimizerName",
+    "Packing",
+    "Precision",
+    "PreflightConfig",
+    "Recompute",
+    "RunError",
+    "ScheduleConfig",
+    "ScheduleName",
+    "SourceConfig",
+    "SpikeAction",
+    "StageConfig",
+    "SubmitConfig",
+    "Switch",
+    "TrainConfig",
+    "WandbMode",
+    "WatchdogConfig",
+    "load_config",
+    "run_command",
+    "stored_config",
+    "to_dict",
+    "validate",
+]

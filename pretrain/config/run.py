@@ -1,0 +1,179 @@
+"""The configuration of a whole run: the groups together, and what must hold between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from pretrain.config.checks import check_at_most, check_positive, missing
+from pretrain.config.cluster import ClusterConfig
+from pretrain.config.data import MAX_BATCH_SEQUENCES, DataConfig
+from pretrain.config.data_stages import Stage, micro_batch_of, n_steps_of, plan_stages
+from pretrain.config.engine import EngineConfig
+from pretrain.config.model import KernelsConfig, ModelConfig, Precision
+from pretrain.config.optimizer import OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
+from pretrain.config.records import EvaluationConfig, LoggingConfig
+from pretrain.config.upkeep import CheckpointConfig, LossGuardConfig, WatchdogConfig
+from pretrain.errors import ConfigError
+
+AUTO = "auto"
+"""Of micro_batch_sequences: to be found before the first step."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """A training run. The same config gives the same run on any number of ranks."""
+
+    run_dir: str = MISSING
+    """Folder of the run: config, metrics, events, checkpoints. An existing run goes on where it stopped."""
+    seed: int = 1234
+    """Of the initial weights, the sample order and dropout."""
+    total_steps: int | None = None
+    """Length of the run in optimizer updates. Give this or total_tokens."""
+    total_tokens: int | None = None
+    """Length of the run in tokens, rounded up to whole steps."""
+    stop_at_step: int | None = None
+    """Save after this step and exit 75, as if asked to stop; a later start goes on."""
+    stop_after_s: float | None = None
+    """The same so many seconds after the start, for a known end of allocation; leave room for one step and a save."""
+    global_batch_sequences: int = 32
+    """Sequences per optimizer update, over all ranks."""
+    micro_batch_sequences: int | str = 4
+    """Sequences per rank and forward pass; accumulation steps follow from it. auto: the most that fit, found before
+    the first step."""
+    init_from: str | None = None
+    """Run folder whose newest checkpoint gives the initial weights (weights only)."""
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    optim: OptimConfig = MISSING
+    schedule: ScheduleConfig = MISSING
+    engine: EngineConfig = MISSING
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    checkpoint: CheckpointConfig = MISSING
+    evaluation: EvaluationConfig = MISSING
+    logging: LoggingConfig = MISSING
+    loss_guard: LossGuardConfig = field(default_factory=LossGuardConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+
+    def __post_init__(self) -> None:
+        if missing(self):
+            return
+        check_positive(self, "", "global_batch_sequences")
+        check_at_most(self, "", {"global_batch_sequences": MAX_BATCH_SEQUENCES})
+        if self.micro_batch_sequences != AUTO:
+            if not isinstance(self.micro_batch_sequences, int):
+                raise ConfigError(
+                    f"micro_batch_sequences={self.micro_batch_sequences} is not a whole number; give one, or auto"
+                )
+            check_positive(self, "", "micro_batch_sequences")
+        if (self.total_steps is None) == (self.total_tokens is None):
+            raise ConfigError(
+                f"total_steps={self.total_steps} and total_tokens={self.total_tokens}: give exactly one of them"
+            )
+        for name in ("total_steps", "total_tokens", "stop_at_step", "stop_after_s"):
+            if getattr(self, name) is not None:
+                check_positive(self, "", name)
+        if self.global_batch_sequences % self.micro_batch:
+            raise ConfigError(
+                f"global_batch_sequences={self.global_batch_sequences} is not a multiple of "
+                f"micro_batch_sequences={self.micro_batch_sequences}"
+            )
+        if self.optim.name is OptimizerName.muon and self.engine.precision is Precision.fp16:
+            raise ConfigError(
+                "optim.name=muon orthogonalizes its updates in bf16, so it cannot be used with engine.precision=fp16; "
+                "use optim=adamw, or engine.precision=fp32"
+            )
+        _check_sequence_parallel(self)
+        if self.data.manifest is None and not self.data.sources:
+            raise ConfigError("data.manifest is missing; give the manifest.json of a prepared corpus")
+        self.kernels.check(
+            self.model, self.engine.precision, {stage.sequence_length for stage in self.stages}
+        )
+        warmup, total = self.schedule.warmup_steps, self.n_steps
+        if warmup >= total and self.schedule.name is not ScheduleName.constant:
+            raise ConfigError(
+                f"schedule.warmup_steps={warmup} leaves nothing of the run's {total} steps; give less"
+            )
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages of a run that begins with this configuration."""
+        return plan_stages(self.data, self.global_batch_sequences)
+
+    @property
+    def n_steps(self) -> int:
+        """Optimizer updates of a whole run that begins with this configuration."""
+        return n_steps_of(self.stages, self.total_steps, self.total_tokens)
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences per rank and forward pass; 1, which divides every batch, as long as `auto` is not yet found."""
+        return 1 if self.micro_batch_sequences == AUTO else int(self.micro_batch_sequences)
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Most tokens of one forward pass."""
+        return self.micro_batch * self.data.sequence_length
+
+    def reader_ranks(self, world_size: int) -> int:
+        """Ranks, or groups of ranks that share sequences, each with sequences of its own. ConfigError."""
+        shared_by = self.engine.sequence_parallel_ranks
+        if world_size % shared_by:
+            raise ConfigError(
+                f"engine.sequence_parallel_ranks={shared_by} does not divide the {world_size} ranks; change either"
+            )
+        return world_size // shared_by
+
+    def grad_accum_steps(self, world_size: int) -> int:
+        """Most forward passes per rank and update of all stages. ConfigError where a batch does not divide."""
+        world_size = self.reader_ranks(world_size)
+        per_forward = self.micro_batch * world_size
+        if self.global_batch_sequences % per_forward:
+            raise ConfigError(
+                f"global_batch_sequences={self.global_batch_sequences} is not a multiple of "
+                f"micro_batch_sequences={self.micro_batch} x {world_size} ranks = {per_forward}"
+            )
+        for stage in self.data.stages:
+            if (stage.global_batch_sequences or world_size) % world_size:
+                raise ConfigError(
+                    f"data.stages: global_batch_sequences={stage.global_batch_sequences} is not a multiple of "
+                    f"{world_size} ranks"
+                )
+        return max(
+            stage.batch_sequences
+            // world_size
+            // micro_batch_of(
+                stage.batch_sequences, stage.sequence_length, world_size, self.micro_batch_tokens
+            )
+            for stage in self.stages
+        )
+
+
+def _check_sequence_parallel(config: TrainConfig) -> None:
+    """What must divide where ranks share sequences. ConfigError."""
+    ranks, heads, length = (
+        config.engine.sequence_parallel_ranks,
+        config.model.kv_heads,  # which divide the query heads
+        config.data.sequence_length,  # which divides those of later stages
+    )
+    if heads % ranks:
+        allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ConfigError(
+            f"engine.sequence_parallel_ranks={ranks} does not divide model.n_kv_heads={heads}, and each rank attends "
+            f"with its part of the heads; allowed: {allowed}"
+        )
+    if length % ranks:
+        raise ConfigError(
+            f"engine.sequence_parallel_ranks={ranks} does not divide data.sequence_length={length}, and each rank "
+            "holds its part of the tokens; change either"
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class SubmitConfig(TrainConfig):
+    """A training run and the cluster to send it to."""
+
+    cluster: ClusterConfig = MISSING
+    dry_run: bool = False
+    """Print the script and write nothing."""
