@@ -1,6 +1,6 @@
 """Fit the planner's constants on published runs of at most 64 GPUs: `python benchmarks/fit_planner.py`
 
-Prints the constants that pretrain/plan_time.py is to hold, and the residuals by source: of what was fitted, and of
+Prints the constants that pretrain/plan/time.py is to hold, and the residuals by source: of what was fitted, and of
 larger and other runs that were not. published_runs.csv has one row per run; docs/planning.md says where each is from.
 """
 
@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pretrain.config import EngineConfig, ModelConfig, Recompute
-from pretrain.hardware import known_gpu
-from pretrain.plan_memory import Pass, Sharding
-from pretrain.plan_time import CALIBRATIONS, Calibration, Cluster, step_time
+from pretrain.plan.hardware import known_gpu
+from pretrain.plan.memory import Pass, Sharding
+from pretrain.plan.time import CALIBRATIONS, Calibration, Cluster, step_time
 
 RUNS = ROOT / "benchmarks" / "published_runs.csv"
 # Shared by both devices: of these, too few runs of each would tell.

@@ -25,10 +25,10 @@ sys.path.insert(0, str(ROOT))
 
 from pretrain.config import DataConfig, Packing
 from pretrain.config.data_stages import Stage
-from pretrain.loader import TrainLoader
-from pretrain.order import Order, SourceSize
-from pretrain.sequences import SequenceReader
-from pretrain.shards import Corpus
+from pretrain.corpus.shards import Corpus
+from pretrain.data.loader import TrainLoader
+from pretrain.data.order import Order, SourceSize
+from pretrain.data.sequences import SequenceReader
 
 LENGTH = 2048
 BATCH = 32
@@ -204,7 +204,7 @@ def _one_of_1000(manifest: Path) -> TrainLoader:
 
 def measure_scale() -> None:
     """What one of 1,000 ranks over 100,000 shards holds: the manifest and the order, nothing of the shards."""
-    from pretrain.manifest import CorpusSource, Manifest, ShardInfo
+    from pretrain.corpus.manifest import CorpusSource, Manifest, ShardInfo
 
     shards = [
         ShardInfo(

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pretrain.config import CheckpointConfig
-from pretrain.journal import read_metrics
+from pretrain.reliability.journal import read_metrics
 
 
 class Save(NamedTuple):

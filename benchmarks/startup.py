@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny import TinyCorpus, make_corpus, run_arguments
 
-from pretrain import heartbeat
+from pretrain.reliability import heartbeat
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 N_RANKS = 2
@@ -38,8 +38,8 @@ SLOWEST_START_S = 300
 KINDS = {  # of a process, by a part of its command line; the first that fits
     "launcher, deepspeed": "bin/deepspeed",
     "launcher, launch.py": "deepspeed.launcher.launch",
-    "watcher": "pretrain.watcher",
-    "loader worker": "pretrain.workers",
+    "watcher": "pretrain.reliability.watcher",
+    "loader worker": "pretrain.data.workers",
     "loader worker of torch": "multiprocessing.spawn",
     "resource tracker": "multiprocessing.resource_tracker",
     "rank": "launch/train.py",
@@ -48,7 +48,7 @@ PER_RANK = ("watcher", "loader worker", "loader worker of torch", "resource trac
 TOTALS = ("rank, all phases (each)", "all but the launcher", "all")
 # As where nobody forbids it: the first start of a checkout writes its byte code.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-TRAINER_IMPORTS = "import pretrain.trainer"
+TRAINER_IMPORTS = "import pretrain.train.loop"
 
 
 def main() -> None:

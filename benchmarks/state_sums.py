@@ -17,10 +17,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from pretrain.batch import Batch
 from pretrain.config import TrainConfig, load_config
 from pretrain.distributed import init_world
-from pretrain.engine import Engine
-from pretrain.loader import Batch
+from pretrain.engine.engine import Engine
 
 
 def main() -> None:

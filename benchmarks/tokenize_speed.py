@@ -34,7 +34,7 @@ from data_tools.gather import Gathered, gather, part_path, read_part
 from data_tools.pack import pack
 from data_tools.sources import find_files
 from data_tools.vocabulary import train_tokenizer
-from pretrain.tokenizer import SENTENCEPIECE_NAME
+from pretrain.corpus.tokenizer import SENTENCEPIECE_NAME
 
 
 class Text(NamedTuple):

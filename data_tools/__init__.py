@@ -1,4 +1,4 @@
-"""Corpus preparation: text in, a corpus folder as `pretrain/shards.py` describes it out."""
+"""Corpus preparation: text in, a corpus folder as `pretrain/corpus/shards.py` describes it out."""
 
 import os
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.stored import has_more_values
 
 RECORD_BYTES = 64 << 20

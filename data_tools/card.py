@@ -19,8 +19,8 @@ from data_tools.workspace import (
     PLOTS_FOLDER,
     STATISTICS_NAME,
 )
+from pretrain.corpus.manifest import MANIFEST_NAME, CorpusSource, Manifest, load_manifest
 from pretrain.files import write_atomically
-from pretrain.manifest import MANIFEST_NAME, CorpusSource, Manifest, load_manifest
 
 _NOT_CURATED = " There was no other filter: personal data and unfit text were not looked for."
 _MASKED = """

@@ -10,8 +10,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from data_tools.bounded import RECORD_BYTES
-from pretrain.config import ConfigError
-from pretrain.manifest import MAX_CHUNK_TOKENS
+from pretrain.corpus.manifest import MAX_CHUNK_TOKENS
+from pretrain.errors import ConfigError
 
 CARD_FIELDS = ("name", "description", "creator", "date_published")
 _LARGEST_WEIGHT = 1000

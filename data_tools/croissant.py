@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.workspace import HELDOUT_FOLDER, HELDOUT_TEXT
-from pretrain.manifest import MANIFEST_NAME, Manifest, describe_file
+from pretrain.corpus.manifest import MANIFEST_NAME, Manifest, describe_file
+from pretrain.corpus.shards import SHARDS_FOLDER
 from pretrain.printing import visible
-from pretrain.shards import SHARDS_FOLDER
 
 CONFORMS_TO = "http://mlcommons.org/croissant/1.0"
 # The terms of version 1.0, as its specification prints them; validators compare this to the letter.

@@ -36,7 +36,8 @@ from data_tools.read import ReadConfig, Unit, units_of
 from data_tools.reports import read_curation_report, read_digest
 from data_tools.workspace import locked
 from pretrain import __version__
-from pretrain.config import ConfigError, RunError, run_command, to_dict
+from pretrain.config import run_command, to_dict
+from pretrain.errors import ConfigError, RunError
 from pretrain.files import refuse_links
 from pretrain.printing import print_error
 from pretrain.remote import open_file

@@ -33,7 +33,7 @@ from data_tools.quality import QualityConfig, QualityStage
 from data_tools.read import ReadConfig, Unit, read_unit
 from data_tools.record import Record, Stage
 from data_tools.reports import MAX_REPORT_BYTES, MAX_REPORT_VALUES
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.files import create_file, read_capped
 from pretrain.stored import parse
 

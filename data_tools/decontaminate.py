@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from data_tools.evaluation_sets import read_items
 from data_tools.record import Record
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.files import create_file, open_regular
 
 Codes = NDArray[np.uint32]

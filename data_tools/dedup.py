@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.files import create_file
 
 EXACT = 0

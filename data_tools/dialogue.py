@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from data_tools import clean
-from pretrain.chat import ASSISTANT, ROLES, USER, Message
+from pretrain.corpus.chat import ASSISTANT, ROLES, USER, Message
 
 MESSAGES = "messages"
 PAIRS = (("prompt", "response"), ("instruction", "output"))

@@ -38,9 +38,9 @@ from data_tools import dialogue
 from data_tools.config import DocumentFormat
 from data_tools.gather import Gathered, json_array, part_path, read_part, save_arrays
 from data_tools.progress import stage
-from pretrain.chat import ASSISTANT, encode_dialogue
-from pretrain.manifest import token_dtype
-from pretrain.tokenizer import Tokenizer
+from pretrain.corpus.chat import ASSISTANT, encode_dialogue
+from pretrain.corpus.manifest import token_dtype
+from pretrain.corpus.tokenizer import Tokenizer
 
 
 class WorkerDiedError(RuntimeError):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_tools.bounded import Bounds, lines, unpacked
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.remote import open_file
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_tools.progress import stage
-from pretrain.config import ConfigError, RunError
+from pretrain.errors import ConfigError, RunError
 from pretrain.files import create_file
 
 ROOT = Path(__file__).resolve().parent.parent

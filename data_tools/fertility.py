@@ -13,9 +13,9 @@ from typing import Any
 
 from data_tools.clean import count_cjk
 from data_tools.tables import code_span, markdown
+from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.errors import ConfigError
 from pretrain.files import open_regular
-from pretrain.tokenizer import Tokenizer
 
 SAMPLE_BYTES = 4_000_000
 MAX_RECORD_BYTES = 64 << 20

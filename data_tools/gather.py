@@ -24,8 +24,8 @@ from data_tools.progress import stage
 from data_tools.reports import MAX_REPORT_BYTES, MAX_REPORT_VALUES
 from data_tools.sources import Document, InputFile, Rejected, read_documents
 from data_tools.tables import shown
-from pretrain.chunk_documents import MAX_ID_CHARS
-from pretrain.config import ConfigError
+from pretrain.corpus.chunk_documents import MAX_ID_CHARS
+from pretrain.errors import ConfigError
 from pretrain.files import read_capped, write_atomically
 from pretrain.printing import print_error
 from pretrain.stored import parse

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data_tools.record import CHINESE, CHINESE_TRADITIONAL, CODE, UNKNOWN, Record
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 
 _SHIPPED = Path(__file__).parent / "word_lists"
 _LISTED_ENTRIES = 10

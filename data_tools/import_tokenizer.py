@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.config import TokenizerConfig
-from pretrain.config import ConfigError
-from pretrain.files import read_capped
-from pretrain.tokenizer import (
+from pretrain.corpus.tokenizer import (
     CHECK_TEXT,
     HUGGING_FACE_NAME,
     MAX_MODEL_BYTES,
@@ -27,7 +25,9 @@ from pretrain.tokenizer import (
     parse_tokenizer_json,
     unk_of,
 )
-from pretrain.trial import try_tokenizer
+from pretrain.corpus.tokenizer_trial import try_tokenizer
+from pretrain.errors import ConfigError
+from pretrain.files import read_capped
 
 _CONFIG_NAME = "tokenizer_config.json"
 _END_OF_TEXT = "<|endoftext|>"  # GPT-2's only special token

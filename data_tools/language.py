@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.record import CHINESE, CHINESE_TRADITIONAL, CODE, UNKNOWN, Record
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 
 Identified = tuple[str, float]
 

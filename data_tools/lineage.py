@@ -16,7 +16,7 @@ from data_tools.funnel import stage_counts
 from data_tools.gather import Gathered, read_digests
 from data_tools.workspace import Recipe
 from pretrain import __version__
-from pretrain.manifest import Manifest
+from pretrain.corpus.manifest import Manifest
 
 _LIBRARIES = ("numpy", "pyarrow", "sentencepiece", "xxhash")
 _OF_SHARDS = ("chunk_tokens", "shard_bytes", "heldout_frac")

@@ -12,7 +12,7 @@ from html.entities import html5
 from data_tools.clean import clean
 from data_tools.language import is_code_name, is_code_text
 from data_tools.record import CODE, UNKNOWN, Record
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 
 # Where bytes of UTF-8 were read one by one, at least two characters that single bytes can stand for are neighbors:
 # this leaves nearly no text to ftfy's own test, which is slower. (0xA0 after a letter may have become a blank.)

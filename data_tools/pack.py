@@ -23,10 +23,10 @@ from data_tools.gzipped import Gzipped
 from data_tools.progress import stage
 from data_tools.statistics import DocumentCounts
 from data_tools.workspace import HELDOUT_FOLDER, HELDOUT_TEXT
-from pretrain.corpus_writer import CorpusWriter
+from pretrain.corpus.manifest import CorpusSource, Manifest
+from pretrain.corpus.tokenizer import Tokenizer, tokenizer_in
+from pretrain.corpus.writer import CorpusWriter
 from pretrain.files import create_file
-from pretrain.manifest import CorpusSource, Manifest
-from pretrain.tokenizer import Tokenizer, tokenizer_in
 
 LARGEST_CHUNK_TOKENS = 1 << 18
 SMALLEST_CHUNK_TOKENS = 1 << 12

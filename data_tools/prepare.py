@@ -49,11 +49,12 @@ from data_tools.workspace import (
     remove_work,
     write_report,
 )
-from pretrain.config import ConfigError, run_command
+from pretrain.config import run_command
+from pretrain.corpus.manifest import MANIFEST_NAME, Manifest, load_manifest
+from pretrain.corpus.tokenizer import SENTENCEPIECE_NAME, Tokenizer, tokenizer_in
+from pretrain.errors import ConfigError
 from pretrain.files import write_atomically
-from pretrain.manifest import MANIFEST_NAME, Manifest, load_manifest
 from pretrain.printing import print_error, visible
-from pretrain.tokenizer import SENTENCEPIECE_NAME, Tokenizer, tokenizer_in
 
 _SOURCES_SHOWN = 12
 _CANNOT_WRITE = {

@@ -20,7 +20,7 @@ import numpy as np
 
 from data_tools import words as text_of
 from data_tools.record import CHINESE, CHINESE_TRADITIONAL, CODE, ENGLISH, Record, Signal
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 
 _STOP_WORDS = {
     ENGLISH: frozenset("the be to of and that have with".split()),  # Gopher's eight

@@ -19,7 +19,7 @@ from data_tools.bounded import BROKEN, Bounds, lines, unpacked
 from data_tools.columnar import ArrowStream, ParquetFile, Row, is_text, kind_of, name_columns
 from data_tools.record import Record
 from data_tools.warc import pages
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.files import open_regular
 from pretrain.remote import check_url, file_system
 

@@ -41,10 +41,7 @@ from data_tools.workspace import (
     remove_work,
     write_report,
 )
-from pretrain.config import ConfigError, ExitCode
-from pretrain.corpus_writer import CorpusWriter
-from pretrain.files import refuse_links, write_atomically
-from pretrain.manifest import (
+from pretrain.corpus.manifest import (
     MANIFEST_NAME,
     CorpusSource,
     CorruptShardError,
@@ -52,9 +49,12 @@ from pretrain.manifest import (
     describe_file,
     load_manifest,
 )
+from pretrain.corpus.shards import Corpus, documents_of
+from pretrain.corpus.tokenizer import Tokenizer
+from pretrain.corpus.writer import CorpusWriter
+from pretrain.errors import ConfigError, ExitCode
+from pretrain.files import refuse_links, write_atomically
 from pretrain.printing import print_error, visible
-from pretrain.shards import Corpus, documents_of
-from pretrain.tokenizer import Tokenizer
 
 
 def remove(folder: Path, ids: set[str]) -> Counter[str]:

@@ -20,11 +20,11 @@ import numpy as np
 from data_tools.card import HEADERS, source_rows
 from data_tools.tables import plain_table, shown
 from data_tools.workspace import HELDOUT_FOLDER, load_tokenizer
-from pretrain.config import ConfigError, ExitCode
-from pretrain.manifest import MANIFEST_NAME, CorruptShardError, Manifest, load_manifest
+from pretrain.corpus.manifest import MANIFEST_NAME, CorruptShardError, Manifest, load_manifest
+from pretrain.corpus.shards import Corpus
+from pretrain.corpus.tokenizer import Tokenizer, tokenizer_in
+from pretrain.errors import ConfigError, ExitCode
 from pretrain.printing import print_error, visible
-from pretrain.shards import Corpus
-from pretrain.tokenizer import Tokenizer, tokenizer_in
 
 _TEXT_LINES, _LINE_CHARS = 12, 110
 _TOKENS_SHOWN = 2048

@@ -12,7 +12,7 @@ from data_tools.bounded import Bounds, TooManyValuesError, lines, unpacked
 from data_tools.columnar import ParquetFile, is_text, kind_of, name_columns
 from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.python_text import python_files
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.files import open_regular, read_capped
 
 TEXT_SUFFIXES = (".txt", ".md")

@@ -18,8 +18,8 @@ import numpy as np
 from data_tools.clean import count_cjk
 from data_tools.funnel import StageCounts, stage_counts
 from data_tools.gather import Funnel
-from pretrain.manifest import Manifest
-from pretrain.tokenizer import Tokenizer
+from pretrain.corpus.manifest import Manifest
+from pretrain.corpus.tokenizer import Tokenizer
 
 _PERCENTILES = (5, 50, 95)
 # First bytes of the UTF-8 of U+3000 to U+DFFF: Chinese, Japanese and Korean but for a few hundred signs.

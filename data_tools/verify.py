@@ -15,9 +15,9 @@ from pathlib import Path
 
 from data_tools.progress import stage
 from data_tools.workspace import HELDOUT_FOLDER
-from pretrain.config import ConfigError, ExitCode
-from pretrain.corpus_check import verify_corpus
-from pretrain.manifest import MANIFEST_NAME, load_manifest
+from pretrain.corpus.check import verify_corpus
+from pretrain.corpus.manifest import MANIFEST_NAME, load_manifest
+from pretrain.errors import ConfigError, ExitCode
 from pretrain.printing import ERROR_CHARS, print_error, visible
 
 

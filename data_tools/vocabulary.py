@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceTrainer
 from data_tools.config import TokenizerConfig
 from data_tools.gather import Gathered, part_path, read_digests, read_part
 from data_tools.progress import waiting
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.files import write_atomically
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
 from data_tools.pages import HTTP_HEADER_BYTES, http_headers, page_reader
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 
 _LINE_BYTES = 64 << 10
 _HEADER_BYTES = 1 << 20

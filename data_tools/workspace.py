@@ -21,11 +21,12 @@ from data_tools.bounded import RECORD_BYTES
 from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.reports import read_recipe
 from data_tools.sources import PYTHON, InputFile
-from pretrain.config import ConfigError, to_dict
+from pretrain.config import to_dict
+from pretrain.corpus.manifest import MANIFEST_NAME, Manifest, load_manifest
+from pretrain.corpus.shards import SHARDS_FOLDER
+from pretrain.corpus.tokenizer import TOKENIZER_NAMES, Tokenizer, tokenizer_in
+from pretrain.errors import ConfigError
 from pretrain.files import open_for_append, refuse_links, sync_folder, write_atomically
-from pretrain.manifest import MANIFEST_NAME, Manifest, load_manifest
-from pretrain.shards import SHARDS_FOLDER
-from pretrain.tokenizer import TOKENIZER_NAMES, Tokenizer, tokenizer_in
 
 REPORT_NAME = "prepare.json"
 CARD_NAME = "README.md"

@@ -32,8 +32,9 @@ begin(__name__)
 
 from omegaconf import MISSING
 
-from pretrain.config import AUTO, ConfigError, Precision, TrainConfig, load_config, run_command, to_dict
+from pretrain.config import AUTO, Precision, TrainConfig, load_config, run_command, to_dict
 from pretrain.config.checks import check_positive
+from pretrain.errors import ConfigError
 
 SYNTHETIC = "synthetic"
 VOCABULARY = 32_768
@@ -160,7 +161,7 @@ def check_variant(text: str, config: BenchConfig) -> None:
             f"bench.variants: {text!r} is measured in one process; write '{text} bench.ranks=1'"
         )
     if config.data.manifest != SYNTHETIC:
-        from pretrain.inputs import resolve_inputs
+        from pretrain.data.inputs import resolve_inputs
 
         resolve_inputs(config, config.bench.ranks)
 
@@ -251,7 +252,7 @@ def main(config: BenchConfig) -> int:
 
     from benchmarks.harness.session import PEAK, Session, Variant
     from benchmarks.harness.worker import Job
-    from pretrain.model import count_parameters, flops_per_token
+    from pretrain.model.decoder import count_parameters, flops_per_token
 
     def variant(text: str, one: BenchConfig) -> Variant:
         name = text.split()[0]

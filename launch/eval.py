@@ -24,11 +24,12 @@ begin(__name__)
 
 from omegaconf import MISSING
 
-from pretrain.config import ConfigError, Precision, run_command
+from pretrain.config import Precision, run_command
+from pretrain.errors import ConfigError
 from pretrain.printing import visible
 
 if TYPE_CHECKING:
-    from pretrain.evaluate import HeldOutResult, TokenDocument
+    from pretrain.evaluate.heldout import HeldOutResult, TokenDocument
     from pretrain.trained import TrainedModel
 
 MANIFEST = "manifest.json"
@@ -84,8 +85,8 @@ def main(config: EvalConfig) -> None:
     """Load the model, score every document, print the table."""
     from data_tools.progress import stage
     from pretrain.device import own_device
-    from pretrain.evaluate import score_documents
-    from pretrain.kernels import DTYPES
+    from pretrain.evaluate.heldout import score_documents
+    from pretrain.model.kernels import DTYPES
     from pretrain.trained import load_trained, precision_on
 
     for entry in config.input:
@@ -112,7 +113,7 @@ def main(config: EvalConfig) -> None:
 
 def find_documents(config: EvalConfig, trained: TrainedModel) -> Work:
     """What to score, tokenized as it is read. Raises ConfigError for an input that is empty or does not fit."""
-    from pretrain.evaluate import first_tokens
+    from pretrain.evaluate.heldout import first_tokens
 
     work = Work([], 0)
     for entry in config.input:
@@ -131,8 +132,8 @@ def find_documents(config: EvalConfig, trained: TrainedModel) -> Work:
 
 def read_corpus(manifest: Path, trained: TrainedModel) -> tuple[Iterator[TokenDocument], int]:
     """The documents of a prepared corpus and the size of their text."""
-    from pretrain.evaluate import corpus_documents
-    from pretrain.shards import Corpus
+    from pretrain.corpus.shards import Corpus
+    from pretrain.evaluate.heldout import corpus_documents
 
     corpus = Corpus(manifest)
     made_with = (corpus.manifest.tokenizer_sha256, corpus.manifest.vocab_size)
@@ -150,7 +151,7 @@ def read_text(entry: str, config: EvalConfig, trained: TrainedModel) -> tuple[It
 
     from data_tools.config import PrepareConfig
     from data_tools.sources import Document, find_files, read_documents
-    from pretrain.evaluate import TokenDocument
+    from pretrain.evaluate.heldout import TokenDocument
 
     options = PrepareConfig(input=[entry], output="", text_field=config.text_field, max_chars=MAX_CHARS)
 

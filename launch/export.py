@@ -43,13 +43,13 @@ class ExportConfig:
 
 def main(config: ExportConfig) -> None:
     """Check, load, export, and say how well the result agrees."""
-    from pretrain.export import check_output, export, require_transformers
+    from pretrain.convert.hugging_face import check_output, export, require_transformers
 
     require_transformers()
     output = Path(config.output).expanduser()
     check_output(output, config.overwrite)
 
-    from pretrain.kernels import DTYPES
+    from pretrain.model.kernels import DTYPES
     from pretrain.trained import load_trained
 
     print(f"reading {config.run_dir}", file=sys.stderr, flush=True)

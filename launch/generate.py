@@ -24,7 +24,8 @@ begin(__name__)
 
 from omegaconf import MISSING
 
-from pretrain.config import ConfigError, Precision, run_command
+from pretrain.config import Precision, run_command
+from pretrain.errors import ConfigError
 from pretrain.printing import visible
 
 REPORT_EVERY_S = 5.0
@@ -70,14 +71,14 @@ class GenerateConfig:
 
 def main(config: GenerateConfig) -> None:
     """Read the prompts, load the model, write, print."""
-    from pretrain.generate import Sampling, prompt_seed
+    from pretrain.evaluate.generation import Sampling, prompt_seed
 
     sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     texts = config.prompt + read_prompts(config.prompt_file) or [""]
 
     from pretrain.device import own_device
-    from pretrain.generate import Prompt, generate
-    from pretrain.kernels import DTYPES
+    from pretrain.evaluate.generation import Prompt, generate
+    from pretrain.model.kernels import DTYPES
     from pretrain.trained import load_trained, precision_on
 
     trained = load_trained(config.run_dir, config.step, config.checkpoint_target)

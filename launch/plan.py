@@ -25,14 +25,15 @@ begin(__name__)
 
 from omegaconf import MISSING
 
-from pretrain.config import ClusterConfig, ConfigError, DataConfig, TrainConfig, run_command
+from pretrain.config import ClusterConfig, DataConfig, TrainConfig, run_command
 from pretrain.config.checks import check_positive
-from pretrain.hardware import GIB, known_gpu
-from pretrain.plan_report import plan_lines, plan_values
-from pretrain.plan_scaling import scaling_table
-from pretrain.plan_time import Cluster
-from pretrain.planner import Site, make_plan
-from pretrain.precision import resolve_precision
+from pretrain.errors import ConfigError
+from pretrain.model.precision import resolve_precision
+from pretrain.plan.hardware import GIB, known_gpu
+from pretrain.plan.planner import Site, make_plan
+from pretrain.plan.report import plan_lines, plan_values
+from pretrain.plan.scaling import scaling_table
+from pretrain.plan.time import Cluster
 
 CHOSEN_BATCH_TOKENS = 4_000_000  # Llama 2 (Touvron et al., 2023)
 ASSUMED_VOCABULARY = 32_000  # of the same
@@ -62,7 +63,7 @@ class PlanClusterConfig(ClusterConfig):
     """A cluster that may not exist."""
 
     gpu: str = "h100"
-    """Device by its name in pretrain/hardware.py."""
+    """Device by its name in pretrain/plan/hardware.py."""
     nic_gbit_per_second: float | None = None
     """Network of each GPU, one direction; null: as the maker's own system has it."""
     usd_per_gpu_hour: float | None = None

@@ -36,7 +36,8 @@ begin(__name__)
 
 from omegaconf import MISSING
 
-from pretrain.config import ConfigError, PreflightConfig, run_command
+from pretrain.config import PreflightConfig, run_command
+from pretrain.errors import ConfigError
 from pretrain.files import write_atomically
 
 MIB, GIB = 2**20, 2**30

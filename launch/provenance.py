@@ -22,12 +22,13 @@ begin(__name__)
 
 from omegaconf import MISSING
 
-from pretrain.config import ConfigError, run_command
+from pretrain.config import run_command
+from pretrain.errors import ConfigError
 from pretrain.printing import visible
 
 if TYPE_CHECKING:
-    from pretrain.provenance import Piece, ReadHistory
-    from pretrain.tokenizer import Tokenizer
+    from pretrain.corpus.tokenizer import Tokenizer
+    from pretrain.data.history import Piece, ReadHistory
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,8 +65,8 @@ class ProvenanceConfig:
 def main(config: ProvenanceConfig) -> None:
     """Look it up and print it."""
     config.check()
-    from pretrain.provenance import ReadHistory
-    from pretrain.tokenizer import Tokenizer, tokenizer_in
+    from pretrain.corpus.tokenizer import Tokenizer, tokenizer_in
+    from pretrain.data.history import ReadHistory
 
     run_dir = Path(config.run_dir)
     history, tokenizer_sha256 = ReadHistory.of_run(run_dir, config.manifests, config.checkpoint_target)

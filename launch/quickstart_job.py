@@ -28,11 +28,10 @@ from pretrain.command import begin
 
 begin(__name__, goes_on=True)
 
-from pretrain.command_runner import CommandRunner, Failed, Stopped, say
 from pretrain.errors import ConfigError
 from pretrain.files import open_lock, refuse_links, write_atomically
 from pretrain.ports import free_port
-from pretrain.quickstart_length import (
+from pretrain.quickstart.length import (
     FEWEST_STEPS,
     LONGEST_STEPS,
     Length,
@@ -42,6 +41,7 @@ from pretrain.quickstart_length import (
     length_overrides,
     second_half_limit_s,
 )
+from pretrain.quickstart.runner import CommandRunner, Failed, Stopped, say
 
 EXIT_FAILED, EXIT_STOPPED = 1, 75
 PLANNED_STOPS = ("stop_at_step=", "stop_after_s=")

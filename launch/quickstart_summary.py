@@ -22,9 +22,10 @@ begin(__name__)
 import numpy as np
 from omegaconf import MISSING
 
-from pretrain.config import ConfigError, RunError, run_command
-from pretrain.journal import read_metrics
-from pretrain.shards import Corpus
+from pretrain.config import run_command
+from pretrain.corpus.shards import Corpus
+from pretrain.errors import ConfigError, RunError
+from pretrain.reliability.journal import read_metrics
 
 AVERAGED_STEPS = 5
 """Losses in the table are means over this many steps: a single one depends on its batch."""

@@ -20,8 +20,9 @@ from pretrain.command import begin
 
 begin(__name__)
 
-from pretrain.config import ConfigError, TrainConfig, run_command
+from pretrain.config import TrainConfig, run_command
 from pretrain.config.launched import launched_world_size
+from pretrain.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,11 +51,11 @@ class SelfTestConfig(TrainConfig):
 
 def main(config: SelfTestConfig) -> int:
     """Test, print the verdict."""
-    from pretrain.inputs import resolve_inputs
+    from pretrain.data.inputs import resolve_inputs
 
     resolve_inputs(config, launched_world_size())
+    from pretrain.data.selftest import run_selftest, verdict_lines
     from pretrain.distributed import init_world, shutdown_world
-    from pretrain.selftest import run_selftest, verdict_lines
 
     world = init_world(config.engine.timeout_s)
     checks = run_selftest(config, world, steps=config.steps, from_step=config.from_step, kills=config.kills)

@@ -28,12 +28,13 @@ from omegaconf import OmegaConf
 
 import data_tools
 import pretrain
-from pretrain.config import ClusterConfig, ConfigError, RunError, SubmitConfig, run_command, to_dict
+from pretrain.config import ClusterConfig, SubmitConfig, run_command, to_dict
 from pretrain.config.load import CONF_DIR
+from pretrain.errors import ConfigError, RunError
 from pretrain.files import refuse_links
 from pretrain.printing import visible
 from pretrain.redaction import redact_command
-from pretrain.resilience import LINK_ADVICE, WANDB_STARTS
+from pretrain.reliability.run_lock import LINK_ADVICE, WANDB_STARTS
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "train.sbatch"
 PREFLIGHT = TEMPLATE.with_name("preflight.sbatch")
@@ -247,7 +248,7 @@ def _hydra_value(text: str) -> str:
 
 def _check(config: SubmitConfig) -> None:
     """Raise ConfigError for whatever would fail on the cluster and can be known here."""
-    from pretrain.inputs import resolve_inputs
+    from pretrain.data.inputs import resolve_inputs
 
     if "\\" in config.run_dir or "${" in config.run_dir:
         raise ConfigError(

@@ -16,9 +16,9 @@ from pretrain.command import begin
 
 begin(__name__, goes_on=True)
 
-from pretrain.config import ConfigError, ExitCode
+from pretrain.errors import ConfigError, ExitCode
 from pretrain.printing import print_error
-from pretrain.supervise import Supervisor, run_dir_of
+from pretrain.reliability.supervisor import Supervisor, run_dir_of
 
 
 def main(words: list[str]) -> int:

@@ -22,19 +22,20 @@ from pretrain.command import begin, print_failure
 
 begin(__name__, goes_on=True)
 
-from pretrain.resilience import listen_for_signals
+from pretrain.reliability.stop import listen_for_signals
 
 listen_for_signals()  # at once: whatever comes from now on is heeded when the state can be saved
 
-from pretrain.config import ConfigError, TrainConfig, run_command
+from pretrain.config import TrainConfig, run_command
 from pretrain.config.launched import launched_world_size
-from pretrain.heartbeat import mark
-from pretrain.watchdog import Watchdog
+from pretrain.errors import ConfigError
+from pretrain.reliability.heartbeat import mark
+from pretrain.reliability.watchdog import Watchdog
 
 
 def main(config: TrainConfig) -> int:
     """Check everything that needs no process group, then train."""
-    from pretrain.inputs import resolve_inputs
+    from pretrain.data.inputs import resolve_inputs
 
     watchdog = Watchdog(config.run_dir, config.watchdog)
     try:
@@ -53,7 +54,7 @@ def main(config: TrainConfig) -> int:
 def _train(config: TrainConfig, watchdog: Watchdog) -> int:
     mark("import")
     from pretrain.distributed import gather_objects, init_world, shutdown_world
-    from pretrain.trainer import train
+    from pretrain.train.loop import train
 
     gc.freeze()
     gc.enable()

@@ -34,7 +34,7 @@ def device_type() -> str:
 
 def own_device() -> torch.device:
     """The device of a process that works alone. Raises ConfigError where there is a GPU that torch cannot use."""
-    from pretrain.config import ConfigError
+    from pretrain.errors import ConfigError
 
     problem = device_problem()
     if problem is not None:

@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pretrain.config import ConfigError, RunError
 from pretrain.config.launched import launched_local_size, launched_rank, launched_world_size
 from pretrain.device import Place, joint_problem, rank_place
+from pretrain.errors import ConfigError, RunError
 
 T = TypeVar("T")
 

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from pretrain.config import ConfigError, DataConfig, RunError
+from pretrain.config import DataConfig
+from pretrain.errors import ConfigError, RunError
 from pretrain.printing import visible
 from pretrain.redaction import redact, redact_url
 

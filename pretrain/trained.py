@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint import load_weights
-from pretrain.config import ConfigError, ModelConfig, Precision, TrainConfig
-from pretrain.kernels import capability_of
-from pretrain.model import Decoder, build_decoder
-from pretrain.precision import precision_of, resolve_precision
-from pretrain.tokenizer import Tokenizer, tokenizer_in
+from pretrain.checkpoint.tensors import load_weights
+from pretrain.config import ModelConfig, Precision, TrainConfig
+from pretrain.corpus.tokenizer import Tokenizer, tokenizer_in
+from pretrain.errors import ConfigError
+from pretrain.model.decoder import Decoder, build_decoder
+from pretrain.model.kernels import capability_of
+from pretrain.model.precision import precision_of, resolve_precision
 
 
 @dataclass(frozen=True)

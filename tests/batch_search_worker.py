@@ -15,10 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine_worker import LR, batches_of_step, small_config
 
-from pretrain.batch_search import USABLE_FRAC, Found, find_micro_batch
-from pretrain.config import ConfigError, TrainConfig
+from pretrain.config import TrainConfig
 from pretrain.distributed import World, init_world, shutdown_world, sum_over_ranks
-from pretrain.engine import Engine
+from pretrain.engine.engine import Engine
+from pretrain.engine.micro_batch import USABLE_FRAC, Found, find_micro_batch
+from pretrain.errors import ConfigError
 
 GLOBAL = 16
 # Wide enough that the activations of one sequence, some 10 MiB, stand out from what an allocator rounds.

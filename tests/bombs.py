@@ -217,7 +217,7 @@ def curate(folder: Path) -> tuple[int, list[str]]:
 def prepare(folder: Path, format: str = "text") -> tuple[int, list[str]]:
     from data_tools.config import DocumentFormat, PrepareConfig, TokenizerConfig
     from data_tools.sources import Document, find_files, read_documents
-    from pretrain.config import ConfigError
+    from pretrain.errors import ConfigError
 
     config = PrepareConfig(
         input=[str(folder)], output="", format=DocumentFormat(format), tokenizer=TokenizerConfig(path="given")

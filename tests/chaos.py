@@ -43,9 +43,9 @@ from chaos_oracle import Oracle, Reference, append, summarize
 from supervised import Process, Supervised, below, deepspeed, kill_tree, processes_of, role
 from tiny import TinyCorpus, make_corpus, run_arguments
 
-from pretrain.attempts import Cause
-from pretrain.journal import read_lines
-from pretrain.supervise import Tail, complete_checkpoints
+from pretrain.reliability.attempts import Cause
+from pretrain.reliability.journal import read_lines
+from pretrain.reliability.supervisor import Tail, complete_checkpoints
 
 N_STEPS = 60
 SAVE_EVERY_STEPS = 5

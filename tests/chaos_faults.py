@@ -12,7 +12,7 @@ from pathlib import Path
 
 from supervised import below
 
-from pretrain.attempts import Cause
+from pretrain.reliability.attempts import Cause
 
 STOPPING = {signal.SIGTERM, signal.SIGUSR1}
 KINDS = {"SIGKILL": 8, "SIGSEGV": 2, "SIGABRT": 2, "SIGTERM": 3, "SIGUSR1": 2, "SIGSTOP": 2}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from pretrain.journal import read_ledger, read_lines, read_metrics
-from pretrain.supervise import Tail
+from pretrain.reliability.journal import read_ledger, read_lines, read_metrics
+from pretrain.reliability.supervisor import Tail
 
 LOSS_TOLERANCE = 2e-2
 """Between different numbers of ranks: sums run in another order, in bf16. test_training saw 2e-3 over 8 steps."""

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from run_states import run_state
 
-from pretrain import checkpoint
+from pretrain.batch import Batch
+from pretrain.checkpoint import tensors as checkpoint
 from pretrain.config import TrainConfig, load_config
 from pretrain.distributed import World, init_world, shutdown_world, sum_over_ranks
-from pretrain.engine import Engine
-from pretrain.loader import Batch
-from pretrain.loss_scale import LossScale
+from pretrain.engine.engine import Engine
+from pretrain.engine.loss_scale import LossScale
 
 T, VOCAB, GLOBAL, MICRO, LR = 32, 128, 8, 2, 3e-3
 

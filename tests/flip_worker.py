@@ -34,8 +34,8 @@ def tensor_of(engine, kind: str):
 
 def main() -> None:
     kind, victim, at_step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    from pretrain.engine import Engine
-    from pretrain.health import StateSums
+    from pretrain.engine.bit_sums import StateSums
+    from pretrain.engine.engine import Engine
 
     train_step, remember = Engine.train_step, StateSums.remember
     now = [0]

@@ -43,7 +43,7 @@ def loader_workers(process: int) -> list[int]:
     return [
         pid
         for pid in children_of(process)
-        if b"pretrain.workers" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"pretrain.data.workers" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
 
 

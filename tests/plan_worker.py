@@ -19,7 +19,7 @@ from engine_worker import batches_of_step, small_config
 
 from benchmarks.harness.collectives import Traffic, counted, watch
 from pretrain.distributed import World, init_world, shutdown_world
-from pretrain.engine import Engine
+from pretrain.engine.engine import Engine
 
 
 def storage_bytes(tensors: list[torch.Tensor]) -> int:

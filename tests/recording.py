@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import TrainConfig, load_config
-from pretrain.device_peak import PeakFlops
-from pretrain.monitor import Monitor, StepRecord
+from pretrain.gpus import PeakFlops
+from pretrain.monitor.monitor import Monitor, StepRecord
 
 BASE = [
     "data.manifest=unused.json",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pretrain.config.data_stages import Stage
-from pretrain.order_state import OrderState
+from pretrain.data.state import OrderState
 
 
 def run_state(step: int, shapes: Mapping[str, Sequence[int]], **given: Any) -> dict[str, Any]:

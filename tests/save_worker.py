@@ -19,11 +19,11 @@ import torch._dynamo  # a save imports it, which would take most of its time
 import torch.distributed as dist
 from run_states import run_state
 
-from pretrain import checkpoint
-from pretrain.checkpoint import ALONE, CheckpointError
+from pretrain.checkpoint import tensors as checkpoint
+from pretrain.checkpoint.saver import retain
+from pretrain.checkpoint.tensors import ALONE, CheckpointError
 from pretrain.config import CheckpointConfig
 from pretrain.distributed import Partition
-from pretrain.saving import retain
 
 SHAPES = {"a": (30,), "b": (7,)}
 

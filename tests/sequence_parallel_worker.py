@@ -20,10 +20,10 @@ import torch
 from engine_worker import GLOBAL, LR, VOCAB, T, batch_of, small_config
 from run_states import run_state
 
-from pretrain import checkpoint
+from pretrain.batch import Batch
+from pretrain.checkpoint import tensors as checkpoint
 from pretrain.distributed import World, init_world, shutdown_world, sum_over_ranks
-from pretrain.engine import Engine
-from pretrain.loader import Batch
+from pretrain.engine.engine import Engine
 
 HEADS = ["model.n_heads=8", "model.n_kv_heads=4", "model.d_head=4"]
 

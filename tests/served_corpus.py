@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.corpus_writer import CorpusWriter
+from pretrain.corpus.shards import Corpus
+from pretrain.corpus.writer import CorpusWriter
 from pretrain.remote import ReadOptions
-from pretrain.shards import Corpus
 
 CHUNK_TOKENS = 1024
 N_CHUNKS = 60

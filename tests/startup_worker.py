@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pretrain.watchdog import Watchdog
+from pretrain.reliability.watchdog import Watchdog
 
 _started = Watchdog.started
 

@@ -67,9 +67,9 @@ def role(process: Process, table: list[Process]) -> str:
         return "rank"
     if "/deepspeed " in process.command:
         return "deepspeed"
-    if "pretrain.workers" in process.command:
+    if "pretrain.data.workers" in process.command:
         return "loader worker"
-    return "watcher" if "pretrain.watcher" in process.command else "other"
+    return "watcher" if "pretrain.reliability.watcher" in process.command else "other"
 
 
 def kill_tree(pid: int) -> None:

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain import attention
-from pretrain.attention import Documents, attend, visibility
-from pretrain.config import AttentionKernel, ConfigError, ModelConfig, TrainConfig, load_config
-from pretrain.kernels import PLAIN, Capability, capability_of, resolve
-from pretrain.model import Decoder
+from pretrain.config import AttentionKernel, ModelConfig, TrainConfig, load_config
+from pretrain.errors import ConfigError
+from pretrain.model import attention
+from pretrain.model.attention import Documents, attend, visibility
+from pretrain.model.decoder import Decoder
+from pretrain.model.kernels import PLAIN, Capability, capability_of, resolve
 
 torch.set_num_threads(1)
 

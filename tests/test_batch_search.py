@@ -12,10 +12,10 @@ from launching import run_ranks
 from test_training import assert_each_sample_once
 from tiny import TinyCorpus, events, run_arguments
 
-from pretrain import checkpoint
-from pretrain.batch_search import LARGEST_STRIDE, Shape, _cgroup_left_bytes, kept, next_probe
+from pretrain.checkpoint import tensors as checkpoint
 from pretrain.distributed import World
-from pretrain.journal import read_metrics
+from pretrain.engine.micro_batch import LARGEST_STRIDE, Shape, _cgroup_left_bytes, kept, next_probe
+from pretrain.reliability.journal import read_metrics
 
 TRAIN = "launch/train.py"
 CASES = {1: ["0-fp32", "1-bf16", "2-fp32-offload"], 2: ["0-fp32", "1-fp32", "2-fp32", "3-bf16"]}

@@ -26,7 +26,8 @@ from benchmarks.harness.report import (
 )
 from benchmarks.harness.session import Session, Variant
 from benchmarks.harness.worker import Job, own_tokens
-from pretrain.config import ConfigError, load_config
+from pretrain.config import load_config
+from pretrain.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -30,10 +30,11 @@ from data_tools.plots import write_plots
 from data_tools.prepare import prepare
 from data_tools.remove import documents_of, remove
 from data_tools.statistics import DocumentCounts, drop_figures, length_statistics
-from pretrain.config import ConfigError, load_config
-from pretrain.manifest import load_manifest
-from pretrain.shards import Corpus
-from pretrain.tokenizer import Tokenizer
+from pretrain.config import load_config
+from pretrain.corpus.manifest import load_manifest
+from pretrain.corpus.shards import Corpus
+from pretrain.corpus.tokenizer import Tokenizer
+from pretrain.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 STATED = CardConfig(

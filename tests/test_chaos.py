@@ -11,7 +11,7 @@ import pytest
 from chaos_faults import DAMAGES, KINDS, VICTIMS, choose, plan
 from launching import ROOT
 
-from pretrain.journal import read_lines
+from pretrain.reliability.journal import read_lines
 
 
 def test_the_plan_follows_from_the_seed_and_covers_everything() -> None:

@@ -7,8 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trained_run import TEXTS, train_tokenizer
 
-from pretrain.chat import ASSISTANT, ROLES, SYSTEM, USER, Message, encode_dialogue, encode_prompt, marker
-from pretrain.tokenizer import Tokenizer
+from pretrain.corpus.chat import (
+    ASSISTANT,
+    ROLES,
+    SYSTEM,
+    USER,
+    Message,
+    encode_dialogue,
+    encode_prompt,
+    marker,
+)
+from pretrain.corpus.tokenizer import Tokenizer
 
 # What could be merged with its neighbors, or taken for a turn.
 TRICKY = [

@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from run_states import run_state
 
-from pretrain import checkpoint
-from pretrain.checkpoint import ALONE, CheckpointError
-from pretrain.config import CheckpointConfig, ConfigError
+from pretrain.checkpoint import tensors as checkpoint
+from pretrain.checkpoint.saver import retain
+from pretrain.checkpoint.tensors import ALONE, CheckpointError
+from pretrain.config import CheckpointConfig
 from pretrain.distributed import Partition, World, share
-from pretrain.saving import retain
+from pretrain.errors import ConfigError
 
 SHAPES = {"a.weight": (3, 5), "b.weight": (7,)}
 KEYS = [f"weight.{name}" for name in SHAPES]

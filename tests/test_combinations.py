@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from engine_worker import small_config
 
-from pretrain import engine as engine_module
-from pretrain.config import ConfigError, EngineConfig, Precision, TrainConfig, load_config
+from pretrain.config import EngineConfig, Precision, TrainConfig, load_config
 from pretrain.distributed import World
-from pretrain.engine import Engine, deepspeed_config, nvme_folder
-from pretrain.run_folder import check_resumable
+from pretrain.engine import engine as engine_module
+from pretrain.engine.engine import Engine, deepspeed_config, nvme_folder
+from pretrain.errors import ConfigError
+from pretrain.train.run_folder import check_resumable
 
 CHOICES = {
     "zero_stage": [0, 1, 2, 3],

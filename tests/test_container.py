@@ -19,8 +19,8 @@ from docker_engine import BASE, IMAGE, ROOT, Engine, Unavailable, build_image, r
 from test_engine import assert_same_state
 from tiny import GLOBAL_BATCH, TinyCorpus, events, make_corpus, run_arguments
 
-from pretrain import checkpoint
-from pretrain.journal import read_ledger, read_metrics
+from pretrain.checkpoint import tensors as checkpoint
+from pretrain.reliability.journal import read_ledger, read_metrics
 
 # Long: the image takes minutes to build. So CI lints the Dockerfile, but does not see the image work.
 pytestmark = [pytest.mark.integration, pytest.mark.container, pytest.mark.long]

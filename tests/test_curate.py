@@ -25,8 +25,9 @@ from data_tools.executors import Progress
 from data_tools.funnel import funnel_rows, funnel_table
 from data_tools.prepare import prepare
 from data_tools.read import ReadConfig, units_of
-from pretrain.config import ConfigError, load_config
-from pretrain.manifest import load_manifest
+from pretrain.config import load_config
+from pretrain.corpus.manifest import load_manifest
+from pretrain.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 PROSE = (

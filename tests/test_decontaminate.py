@@ -25,7 +25,7 @@ from data_tools.decontaminate import (
 )
 from data_tools.evaluation_sets import read_items
 from data_tools.record import Record
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 
 QUESTION = "Which gas do the leaves of green plants take up from the air while the sun is shining on them?"
 QUESTION_ZH = "下列关于光合作用的说法中，正确的是哪一项？绿色植物在阳光下吸收二氧化碳，释放氧气。"

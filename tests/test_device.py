@@ -17,8 +17,8 @@ from stand_ins import write_nvidia_smi
 from tiny import TinyCorpus, events, make_corpus, run_arguments
 
 from pretrain import device
-from pretrain.config import ConfigError
 from pretrain.device import Place, device_problem, device_type, joint_problem, own_device, rank_place
+from pretrain.errors import ConfigError
 
 ON_PURPOSE = "to train on the CPU on purpose, set DS_ACCELERATOR=cpu"
 

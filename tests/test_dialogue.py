@@ -19,11 +19,12 @@ from data_tools.dialogue import NoDialogueError
 from data_tools.prepare import prepare
 from data_tools.remove import remove
 from data_tools.verify import verify
-from pretrain.chat import ASSISTANT, Message, encode_dialogue
-from pretrain.config import ConfigError, load_config
-from pretrain.manifest import load_manifest
-from pretrain.shards import Corpus, documents_of
-from pretrain.tokenizer import Tokenizer
+from pretrain.config import load_config
+from pretrain.corpus.chat import ASSISTANT, Message, encode_dialogue
+from pretrain.corpus.manifest import load_manifest
+from pretrain.corpus.shards import Corpus, documents_of
+from pretrain.corpus.tokenizer import Tokenizer
+from pretrain.errors import ConfigError
 
 # From the FAQ of Perl and from a corpus of small talk: real questions, answers of one line and of many.
 PERL = [

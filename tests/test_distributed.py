@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.checkpoint import ALONE
-from pretrain.config import ConfigError
+from pretrain.checkpoint.tensors import ALONE
 from pretrain.distributed import gather_objects, on_main, seed_step, sum_over_ranks
+from pretrain.errors import ConfigError
 
 keys = st.tuples(st.integers(0, 2**31), st.integers(1, 10**7), st.integers(0, 4095))
 

@@ -179,7 +179,7 @@ def check_activate(arguments: list[str]) -> None:
 
 def check_stop_file(arguments: list[str]) -> None:
     """A request to stop: tests of resilience and training."""
-    from pretrain.resilience import STOP_FILE
+    from pretrain.reliability.stop import STOP_FILE
 
     assert [Path(argument).name for argument in arguments] == [STOP_FILE]
 

@@ -12,9 +12,9 @@ from engine_worker import GLOBAL, LR, MICRO, batch_of, small_config
 from launching import run_ranks
 from safetensors import safe_open
 
-from pretrain import checkpoint
-from pretrain.model import Decoder
-from pretrain.optim import parameter_groups
+from pretrain.checkpoint import tensors as checkpoint
+from pretrain.engine.optim import parameter_groups
+from pretrain.model.decoder import Decoder
 
 STEPS = 6
 OVERFLOWING_STEPS = 14

@@ -11,7 +11,7 @@ import pytest
 from launching import run_ranks
 from test_engine import assert_same_state, losses
 
-from pretrain import checkpoint
+from pretrain.checkpoint import tensors as checkpoint
 
 STEPS = 3
 # A rank's part of a sub-group must be 1 MiB at least to be moved to a file; and no parameter stays gathered, so that

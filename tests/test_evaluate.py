@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 from launching import ROOT, Ranks
 from trained_run import SMALL, make_run, run_script, script, train_tokenizer
 
-from pretrain.config import ConfigError
-from pretrain.corpus_writer import CorpusWriter
+from pretrain.batch import Batch
+from pretrain.corpus.shards import Corpus
+from pretrain.corpus.writer import CorpusWriter
 from pretrain.distributed import World
-from pretrain.evaluate import (
+from pretrain.errors import ConfigError
+from pretrain.evaluate.heldout import (
     HeldOutResult,
     TokenDocument,
     corpus_documents,
@@ -30,9 +32,7 @@ from pretrain.evaluate import (
     score_documents,
     windows,
 )
-from pretrain.loader import Batch
-from pretrain.model import Decoder, LossSums
-from pretrain.shards import Corpus
+from pretrain.model.decoder import Decoder, LossSums
 from pretrain.trained import load_trained
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))

@@ -20,7 +20,7 @@ from data_tools.executors import (
     _environment,
     run_phase,
 )
-from pretrain.config import ConfigError, RunError
+from pretrain.errors import ConfigError, RunError
 
 
 @dataclass

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from trained_run import SMALL, TEXTS, make_run, run_script, script, train_tokenizer
 
-from pretrain import export as export_module
-from pretrain.config import ConfigError, ModelConfig, RunError
-from pretrain.export import CHECK_TEXT, check_tokenizer, compare_logits, export, write_tokenizer
-from pretrain.tokenizer import Tokenizer
+from pretrain.config import ModelConfig
+from pretrain.convert import hugging_face as export_module
+from pretrain.convert.hugging_face import CHECK_TEXT, check_tokenizer, compare_logits, export, write_tokenizer
+from pretrain.corpus.tokenizer import Tokenizer
+from pretrain.errors import ConfigError, RunError
 from pretrain.trained import TrainedModel, load_trained
 
 transformers = pytest.importorskip("transformers")

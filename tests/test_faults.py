@@ -30,11 +30,11 @@ from save_worker import SHAPES
 from test_training import assert_equals_undisturbed, samples_by_step, steps_done, wait_for
 from tiny import GLOBAL_BATCH, TinyCorpus, events, run_arguments, train_tokenizer
 
-from pretrain import checkpoint
-from pretrain.checkpoint import find_latest
+from pretrain.checkpoint import tensors as checkpoint
+from pretrain.checkpoint.tensors import find_latest
 from pretrain.config import TrainConfig, load_config
-from pretrain.journal import read_ledger, read_lines, read_metrics
-from pretrain.run_folder import write_run_files
+from pretrain.reliability.journal import read_ledger, read_lines, read_metrics
+from pretrain.train.run_folder import write_run_files
 
 TRAIN = "launch/train.py"
 

@@ -12,8 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from trained_run import SMALL, make_run, run_script, script
 
-from pretrain.config import ConfigError
-from pretrain.generate import (
+from pretrain.errors import ConfigError
+from pretrain.evaluate.generation import (
     Continuation,
     Prompt,
     Sampling,
@@ -24,7 +24,7 @@ from pretrain.generate import (
     sample,
     token_probabilities,
 )
-from pretrain.model import Decoder
+from pretrain.model.decoder import Decoder
 
 logit_rows = st.lists(st.floats(-8, 8), min_size=1, max_size=40).map(torch.tensor)
 GREEDY = Sampling(temperature=0)
@@ -212,7 +212,7 @@ def test_tokens_outside_the_vocabulary_are_never_chosen() -> None:
 def test_greedy_generation_equals_that_of_transformers(tmp_path: Path) -> None:
     """On the exported folder, in a batch that they pad on the left."""
     transformers = pytest.importorskip("transformers")
-    from pretrain.export import export
+    from pretrain.convert.hugging_face import export
     from pretrain.trained import load_trained
 
     make_run(tmp_path / "run")

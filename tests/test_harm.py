@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from data_tools.harm import HarmConfig, HarmMode, HarmStage, entry_pattern, host_of, read_list
 from data_tools.record import Record
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 
 LISTS = Path(__file__).resolve().parent.parent / "data_tools" / "word_lists"
 # A fastText model (two dimensions, twelve words) that learned "cheap pills win cash now" as harmful and "the garden

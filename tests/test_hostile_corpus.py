@@ -35,14 +35,15 @@ from data_tools.reports import read_curation_report, read_prepare_report, read_s
 from data_tools.show import show
 from data_tools.statistics import drop_figures
 from data_tools.verify import verify
-from pretrain.chunk_documents import parse_documents
-from pretrain.config import ConfigError, Precision, TrainConfig, load_config
-from pretrain.corpus_check import verify_corpus
-from pretrain.corpus_writer import CorpusWriter
-from pretrain.document_ids import chunks_of
-from pretrain.inputs import resolve_inputs
-from pretrain.manifest import CorruptShardError, Manifest, load_manifest
-from pretrain.shards import Corpus, documents_of
+from pretrain.config import Precision, TrainConfig, load_config
+from pretrain.corpus.check import verify_corpus
+from pretrain.corpus.chunk_documents import parse_documents
+from pretrain.corpus.ids import chunks_of
+from pretrain.corpus.manifest import CorruptShardError, Manifest, load_manifest
+from pretrain.corpus.shards import Corpus, documents_of
+from pretrain.corpus.writer import CorpusWriter
+from pretrain.data.inputs import resolve_inputs
+from pretrain.errors import ConfigError
 
 BAD_VALUES: list[Any] = [None, -1, 1.5, 1e300, "", "3", [], {}, True, "x" * 2_000_000, "a\0b", [[]], 1 << 70]
 Piece = tuple[int, int, str, int, int]
@@ -229,7 +230,7 @@ def test_a_manifest_of_absurd_content_takes_little_memory(tmp_path: Path) -> Non
     for name, content in bombs.items():
         (tmp_path / name).write_text(content)
     code = (
-        "import re, sys\nfrom pathlib import Path\nfrom pretrain.manifest import load_manifest\n"
+        "import re, sys\nfrom pathlib import Path\nfrom pretrain.corpus.manifest import load_manifest\n"
         "for path in sys.argv[1:]:\n"
         "    try: load_manifest(path)\n"
         "    except ValueError as error: print(len(str(error)))\n"
@@ -709,8 +710,8 @@ FIGURES = {"lengths": {"histogram": {"2": 1}}, "sources": [], "scripts": {}}
 def test_commands_print_text_of_models_and_corpora_visibly(capsys: pytest.CaptureFixture[str]) -> None:
     from launch import eval as evaluation
     from launch import generate, provenance
-    from pretrain.evaluate import HeldOutResult, Scores
-    from pretrain.provenance import Piece
+    from pretrain.data.history import Piece
+    from pretrain.evaluate.heldout import HeldOutResult, Scores
 
     hostile = "".join(NAMES) + "[red]x[/red][link=http://z]y[/link]"
     where = {"first_token": 0, "n_tokens": 1, "chunk": 0, "start": 0}

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain import hub
-from pretrain.hub import Hub, Line, Message, parse
-from pretrain.watcher import LEAVE_S, Watcher
+from pretrain.reliability import hub
+from pretrain.reliability.hub import Hub, Line, Message, parse
+from pretrain.reliability.watcher import LEAVE_S, Watcher
 
 PASSWORD = "5" * 32
 VERDICT = {"rank": 1, "host": "b", "cause": "hang", "reason": "no progress", "step": None, "behind": [1, 2]}
@@ -347,7 +347,7 @@ def watcher_of_rank_1(address: tuple[str, int]) -> Any:
 
 
 def test_a_watcher_that_a_full_hub_has_dropped_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.watcher.JOIN_PAUSE_S", 0.01)
+    monkeypatch.setattr("pretrain.reliability.watcher.JOIN_PAUSE_S", 0.01)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         watcher = watcher_of_rank_1(listener.getsockname())
 

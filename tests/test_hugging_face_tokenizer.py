@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_tools.config import TokenizerConfig
 from data_tools.import_tokenizer import import_tokenizer
-from pretrain.config import ConfigError
-from pretrain.manifest import load_manifest
-from pretrain.tokenizer import CHECK_TEXT, Tokenizer, frame
+from pretrain.corpus.manifest import load_manifest
+from pretrain.corpus.tokenizer import CHECK_TEXT, Tokenizer, frame
+from pretrain.errors import ConfigError
 
 END = "<|endoftext|>"
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,9 +9,10 @@ import pytest
 from faulty_server import FaultyServer, always
 from tiny import TinyCorpus, make_corpus, run_arguments
 
-from pretrain.config import ConfigError, TrainConfig, load_config
-from pretrain.inputs import resolve_inputs, tokenizer_path
-from pretrain.tokenizer import Tokenizer
+from pretrain.config import TrainConfig, load_config
+from pretrain.corpus.tokenizer import Tokenizer
+from pretrain.data.inputs import resolve_inputs, tokenizer_path
+from pretrain.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from launching import ROOT, Ranks, free_port, run_ranks
 from test_training import losses, samples_by_step, steps_done, wait_for
 from tiny import GLOBAL_BATCH, TinyCorpus, events, make_corpus, run_arguments
 
-from pretrain import checkpoint
-from pretrain.heartbeat import LAUNCHER_LOST
-from pretrain.journal import read_metrics
+from pretrain.checkpoint import tensors as checkpoint
+from pretrain.reliability.heartbeat import LAUNCHER_LOST
+from pretrain.reliability.journal import read_metrics
 
 pytestmark = pytest.mark.integration
 TRAIN = "launch/train.py"

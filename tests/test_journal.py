@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain import journal
-from pretrain.journal import JsonLines, read_ledger, read_lines, read_metrics
+from pretrain.reliability import journal
+from pretrain.reliability.journal import JsonLines, read_ledger, read_lines, read_metrics
 from tests.recording import a_monitor, a_record
 
 ROOT = Path(__file__).resolve().parent.parent

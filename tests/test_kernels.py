@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from pretrain import float8
-from pretrain.config import ConfigError, ModelConfig, Recompute, TrainConfig, load_config
-from pretrain.kernels import PLAIN, Capability, resolve
-from pretrain.model import Decoder, RMSNorm
+from pretrain.config import ModelConfig, Recompute, TrainConfig, load_config
+from pretrain.errors import ConfigError
+from pretrain.model import float8
+from pretrain.model.decoder import Decoder, RMSNorm
+from pretrain.model.kernels import PLAIN, Capability, resolve
 
 torch.set_num_threads(1)
 

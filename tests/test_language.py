@@ -22,7 +22,7 @@ pytest.importorskip("py3langid")
 from data_tools import language
 from data_tools.language import LanguageConfig, LanguageStage, is_code_name, is_code_text, is_traditional
 from data_tools.record import Record
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 
 SIMPLIFIED = "为了保护专利权人的合法权益，鼓励发明创造，推动发明创造的应用，提高创新能力，制定本法。"
 TRADITIONAL = "為了保護專利權人的合法權益，鼓勵發明創造，推動發明創造的應用，提高創新能力，制定本法。"

@@ -13,16 +13,17 @@ import pytest
 
 from data_tools import curate, remove, workspace
 from data_tools.workspace import Recipe
-from pretrain import files, heartbeat
-from pretrain.attempts import write_json
-from pretrain.config import ConfigError
-from pretrain.export import _published_together
+from pretrain import files
+from pretrain.convert.hugging_face import _published_together
+from pretrain.corpus.node_cache import NodeCache
+from pretrain.errors import ConfigError
 from pretrain.files import let_umask_decide, open_lock, refuse_links, touch
-from pretrain.journal import JsonLines
-from pretrain.node_cache import NodeCache
-from pretrain.resilience import lock_run
-from pretrain.supervise import Supervisor, _start
-from pretrain.watcher import Watcher
+from pretrain.reliability import heartbeat
+from pretrain.reliability.attempts import write_json
+from pretrain.reliability.journal import JsonLines
+from pretrain.reliability.run_lock import lock_run
+from pretrain.reliability.supervisor import Supervisor, _start
+from pretrain.reliability.watcher import Watcher
 
 PRECIOUS = "precious\nand not ended"
 

@@ -24,14 +24,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launching import loader_workers
 
-from pretrain.config import BadChunk, ConfigError, DataConfig, Packing, SourceConfig, StageConfig
-from pretrain.corpus_writer import CorpusWriter
-from pretrain.loader import IGNORED_LABEL, Batch, TrainLoader, build_batch
-from pretrain.order import Location
-from pretrain.order_state import OrderState, Substitution
-from pretrain.sequences import SequenceReader
-from pretrain.shards import Corpus
-from pretrain.workers import MicroBatches, read_ahead
+from pretrain.batch import IGNORED_LABEL, Batch
+from pretrain.config import BadChunk, DataConfig, Packing, SourceConfig, StageConfig
+from pretrain.corpus.shards import Corpus
+from pretrain.corpus.writer import CorpusWriter
+from pretrain.data.loader import TrainLoader, build_batch
+from pretrain.data.order import Location
+from pretrain.data.sequences import SequenceReader
+from pretrain.data.state import OrderState, Substitution
+from pretrain.data.workers import MicroBatches, read_ahead
+from pretrain.errors import ConfigError
 
 CHUNK = 64
 BOS, EOS = 1, 2
@@ -689,7 +691,7 @@ import os, signal, sys
 sys.path.insert(0, "tests")
 from launching import loader_workers
 from pretrain.config import DataConfig
-from pretrain.loader import TrainLoader
+from pretrain.data.loader import TrainLoader
 data = DataConfig(manifest={texts[0].manifest!r}, sequence_length=16, loader_workers=2)
 loader = TrainLoader(data, 1, global_batch_sequences=4, micro_batch_sequences=4, rank=0, world_size=1,
                      total_steps=10**8, state=None)

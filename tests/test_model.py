@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config import ModelConfig
-from pretrain.model import (
+from pretrain.model.decoder import (
     IGNORED_LABEL,
     Decoder,
     KVCache,

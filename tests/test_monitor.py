@@ -19,11 +19,12 @@ import pytest
 import torch
 import wandb
 
-from pretrain import monitor
-from pretrain.config import LoggingConfig, WandbMode
-from pretrain.device_peak import known_peak, measure_matmul_flops, rank_peak_flops
-from pretrain.journal import read_lines, read_metrics, say
-from pretrain.monitor import wandb_mode
+from pretrain.config import LoggingConfig, Precision, WandbMode
+from pretrain.engine.peak import measure_matmul_flops, rank_peak_flops
+from pretrain.gpus import known_peak
+from pretrain.monitor import monitor
+from pretrain.monitor.monitor import wandb_mode
+from pretrain.reliability.journal import read_lines, read_metrics, say
 from tests.recording import TOKENS_PER_STEP, a_config, a_monitor, a_record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -345,7 +346,7 @@ def test_run_ids_are_what_wandb_takes() -> None:
     ],
 )
 def test_known_gpus(name: str, per_second: float) -> None:
-    peak = known_peak(name, torch.bfloat16)
+    peak = known_peak(name, Precision.bf16)
     assert peak is not None
     assert peak.per_second == per_second
 
@@ -362,14 +363,14 @@ def test_known_gpus(name: str, per_second: float) -> None:
     ],
 )
 def test_a_gpu_that_is_not_exactly_known_has_no_peak(name: str) -> None:
-    assert known_peak(name, torch.bfloat16) is None
+    assert known_peak(name, Precision.bf16) is None
 
 
 def test_a_peak_is_of_a_number_format() -> None:
-    half = known_peak("Tesla V100-SXM2-16GB", torch.float16)
+    half = known_peak("Tesla V100-SXM2-16GB", Precision.fp16)
     assert half is not None
     assert half.per_second == 125e12
-    assert known_peak("NVIDIA H100 PCIe", torch.float32) is None
+    assert known_peak("NVIDIA H100 PCIe", Precision.fp32) is None
 
 
 def test_the_measured_peak_is_what_matrix_products_reach() -> None:

@@ -12,10 +12,9 @@ from launching import run_ranks
 from test_engine import assert_same_state, losses, read_tensors
 from torch.optim._muon import _zeropower_via_newtonschulz as torch_newton_schulz
 
-from pretrain import checkpoint
+from pretrain.checkpoint import tensors as checkpoint
 from pretrain.config import OptimConfig
-from pretrain.model import Decoder
-from pretrain.optim import (
+from pretrain.engine.optim import (
     Muon,
     Piece,
     build_optimizer,
@@ -24,6 +23,7 @@ from pretrain.optim import (
     newton_schulz,
     parameter_groups,
 )
+from pretrain.model.decoder import Decoder
 
 STEPS = 4
 # A decay that shows beside the rounding of Newton-Schulz in bf16.

@@ -20,17 +20,17 @@ import pytest
 from faulty_server import FaultyServer, always, at_rate
 from served_corpus import CHUNK_TOKENS, N_CHUNKS, assert_same, options, write_corpus
 
-from pretrain import node_cache
-from pretrain.config import ConfigError
-from pretrain.manifest import CorruptShardError
-from pretrain.node_cache import NodeCache, default_folder
-from pretrain.shards import Corpus
+from pretrain.corpus import node_cache
+from pretrain.corpus.manifest import CorruptShardError
+from pretrain.corpus.node_cache import NodeCache, default_folder
+from pretrain.corpus.shards import Corpus
+from pretrain.errors import ConfigError
 
 ROOT_HASH = "a" * 64
 BLOCK = 4096
 # Processes that start at once, from a clean one without threads. What they import is loaded once.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pretrain.shards", "fsspec.implementations.http", "test_node_cache"])
+SERVER.set_forkserver_preload(["pretrain.corpus.shards", "fsspec.implementations.http", "test_node_cache"])
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_memory_is_bounded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def _fill(cache_folder: str, answers: multiprocessing.queues.Queue) -> None:
     """A real failure to write, without a full disk: the kernel lets this process write no file beyond 5,000 bytes."""
     said = []
-    logging.getLogger("pretrain.node_cache").addHandler(_Handler(said))
+    logging.getLogger("pretrain.corpus.node_cache").addHandler(_Handler(said))
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
     cache = NodeCache(Path(cache_folder), ROOT_HASH, 1 << 30)
     contents = [cache.get(name, fine, lambda: b"a" * 6000) for name in "xyz"]

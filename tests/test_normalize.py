@@ -14,7 +14,7 @@ pytest.importorskip("ftfy")
 
 from data_tools.normalize import NormalizeConfig, NormalizeStage, is_on_markup, repair_mojibake, undo_html
 from data_tools.record import CODE, ENGLISH, Record
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 
 LAW = "中华人民共和国专利法\n\n第一章　总则\n第一条　为了保护专利权人的合法权益，鼓励发明创造，制定本法。"
 POEM = "　　静夜思\n床前明月光，　疑是地上霜。\n举头望明月，　低头思故乡。"

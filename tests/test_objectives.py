@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.config import ModelConfig
-from pretrain.model import IGNORED_LABEL, Decoder, LossSums
-from pretrain.objectives import training_loss
+from pretrain.engine.objectives import training_loss
+from pretrain.model.decoder import IGNORED_LABEL, Decoder, LossSums
 
 
 def test_formula() -> None:

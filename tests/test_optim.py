@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.config import ModelConfig, OptimConfig, ScheduleConfig, ScheduleName
-from pretrain.model import Decoder
-from pretrain.optim import build_optimizer, learning_rate, parameter_groups
+from pretrain.engine.optim import build_optimizer, learning_rate, parameter_groups
+from pretrain.model.decoder import Decoder
 
 PEAK = 2.0
 schedules = st.builds(

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.config import ConfigError
 from pretrain.config.data_stages import Stage
-from pretrain.mixture import PERIOD, quotas
-from pretrain.order import Location, Order, SourceSize
-from pretrain.permutation import permute, unpermute
-from pretrain.schedule import choose_lanes, end_sources, rank_samples
+from pretrain.data.lanes import choose_lanes, end_sources, rank_samples
+from pretrain.data.mixture import PERIOD, quotas
+from pretrain.data.order import Location, Order, SourceSize
+from pretrain.data.permutation import permute, unpermute
+from pretrain.errors import ConfigError
 
 LANES = st.integers(1, 12)
 SEEDS = st.integers(-(2**63), 2**63 - 1)

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from pretrain.config import ConfigError
 from pretrain.config.data_stages import Stage
-from pretrain.order_state import OrderState, Substitution
+from pretrain.data.state import OrderState, Substitution
+from pretrain.errors import ConfigError
 
 
 def stage(first: int, start: int | None, *weights: float, length: int = 512, **values: object) -> Stage:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.packing import Segments, best_fit, concat
+from pretrain.data.packing import Segments, best_fit, concat
 
 
 @st.composite

@@ -17,14 +17,16 @@ from launching import ROOT, Ranks, run_ranks
 from tiny import TinyCorpus, events, run_arguments
 from trained_run import TEXTS, make_run, run_script
 
-from pretrain import device_peak, loss_scale
-from pretrain.checkpoint import list_checkpoints, read_state
-from pretrain.config import ConfigError, Precision, TrainConfig, load_config
-from pretrain.device_peak import emulation_warning
-from pretrain.journal import read_ledger, read_metrics
-from pretrain.kernels import Capability, least_capable, resolve
-from pretrain.loss_scale import GROWTH_STEPS, INITIAL, LossScale
-from pretrain.precision import cpu_has_bf16, host_cpu_has_bf16, precision_of, resolve_precision
+from pretrain.checkpoint.tensors import list_checkpoints, read_state
+from pretrain.config import Precision, TrainConfig, load_config
+from pretrain.engine import loss_scale
+from pretrain.engine import peak as device_peak
+from pretrain.engine.loss_scale import GROWTH_STEPS, INITIAL, LossScale
+from pretrain.engine.peak import emulation_warning
+from pretrain.errors import ConfigError
+from pretrain.model.kernels import Capability, least_capable, resolve
+from pretrain.model.precision import cpu_has_bf16, host_cpu_has_bf16, precision_of, resolve_precision
+from pretrain.reliability.journal import read_ledger, read_metrics
 
 GENOA = "processor : 0\nflags\t\t: fpu avx2 avx512f avx512_bf16 avx512vl\nprocessor : 1\nflags\t: fpu\n"
 LAPTOP = "processor : 0\nflags\t\t: fpu sse4_2 avx2 fma avx512_bf16x\n"
@@ -143,7 +145,7 @@ def test_hardware_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_process_can_play_a_cpu_without_bf16_units() -> None:
     """What the tests below and docs/configuration.md rely on."""
-    code = "from pretrain.precision import host_cpu_has_bf16; print(host_cpu_has_bf16())"
+    code = "from pretrain.model.precision import host_cpu_has_bf16; print(host_cpu_has_bf16())"
     found = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **WITHOUT}, cwd=ROOT, capture_output=True, text=True
     )

@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from pretrain.config import ConfigError, PreflightConfig, SubmitConfig, load_config
+from pretrain.config import PreflightConfig, SubmitConfig, load_config
+from pretrain.errors import ConfigError
 from tests.launching import free_port
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -40,11 +40,12 @@ from data_tools.progress import Stage
 from data_tools.python_text import distribution_license, python_files
 from data_tools.sources import find_files
 from data_tools.verify import verify
-from pretrain.config import ConfigError, load_config
-from pretrain.corpus_check import verify_corpus
-from pretrain.manifest import load_manifest
-from pretrain.shards import Corpus
-from pretrain.tokenizer import Tokenizer
+from pretrain.config import load_config
+from pretrain.corpus.check import verify_corpus
+from pretrain.corpus.manifest import load_manifest
+from pretrain.corpus.shards import Corpus
+from pretrain.corpus.tokenizer import Tokenizer
+from pretrain.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 STDLIB = Path(sysconfig.get_path("stdlib"))

@@ -16,11 +16,12 @@ from test_loader import CHUNK, Text, data_config, make_loader
 from test_schedule import staged
 from tiny import TinyCorpus
 
-from pretrain.config import BadChunk, ConfigError, Packing, StageConfig
-from pretrain.journal import read_ledger
-from pretrain.order_state import OrderState, Substitution
-from pretrain.provenance import ReadHistory
-from pretrain.tokenizer import Tokenizer
+from pretrain.config import BadChunk, Packing, StageConfig
+from pretrain.corpus.tokenizer import Tokenizer
+from pretrain.data.history import ReadHistory
+from pretrain.data.state import OrderState, Substitution
+from pretrain.errors import ConfigError
+from pretrain.reliability.journal import read_ledger
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from data_tools.quality import (
     reasons,
 )
 from data_tools.record import Record
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 

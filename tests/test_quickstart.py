@@ -22,12 +22,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.command_runner import CommandRunner, Failed, Stopped
-from pretrain.config import ConfigError, RunError, TrainConfig, load_config
-from pretrain.corpus_writer import CorpusWriter
-from pretrain.journal import read_lines, read_metrics
-from pretrain.optim import learning_rate
-from pretrain.quickstart_length import (
+from pretrain.config import TrainConfig, load_config
+from pretrain.corpus.shards import Corpus
+from pretrain.corpus.writer import CorpusWriter
+from pretrain.engine.optim import learning_rate
+from pretrain.errors import ConfigError, RunError
+from pretrain.quickstart.length import (
     AFTER_STARTS,
     AFTER_STEPS,
     FEWEST_STEPS,
@@ -39,7 +39,8 @@ from pretrain.quickstart_length import (
     choose_length,
     length_overrides,
 )
-from pretrain.shards import Corpus
+from pretrain.quickstart.runner import CommandRunner, Failed, Stopped
+from pretrain.reliability.journal import read_lines, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "launch" / "quickstart.sh"
@@ -293,7 +294,7 @@ def test_a_killed_job_ends_its_command(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from pretrain.command_runner import CommandRunner
+from pretrain.quickstart.runner import CommandRunner
 out = Path(sys.argv[1])
 runner = CommandRunner(cwd=out, logs=out / "logs", table=out / "table", stop_file=out / "stop")
 runner.run("slow", ["bash", "-c", "trap 'touch asked; exit' TERM; touch up; while :; do sleep 0.1; done"])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from data_tools.read import ReadConfig, Unit, read_unit, units_of
 from data_tools.record import Record
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 
 TEXTS = [
     "The committee met on Friday.",

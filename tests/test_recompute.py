@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pretrain.config import AttentionKernel, ModelConfig, Recompute
-from pretrain.kernels import PLAIN
-from pretrain.model import Block, Decoder, _rotary_tables
-from pretrain.plan_memory import saved_bytes_per_token, selected_bytes_per_token
+from pretrain.model.decoder import Block, Decoder, _rotary_tables
+from pretrain.model.kernels import PLAIN
+from pretrain.plan.memory import saved_bytes_per_token, selected_bytes_per_token
 
 torch.set_num_threads(1)
 

@@ -23,12 +23,14 @@ from served_corpus import CHUNK_TOKENS, assert_same, everything, options, write_
 
 from data_tools.decontaminate import read_items
 from data_tools.read import ReadConfig, Unit, read_unit, units_of
-from pretrain import remote, shards
-from pretrain.config import ConfigError, DataConfig
-from pretrain.loader import TrainLoader
-from pretrain.manifest import CorruptShardError, load_manifest
+from pretrain import remote
+from pretrain.config import DataConfig
+from pretrain.corpus import shards
+from pretrain.corpus.manifest import CorruptShardError, load_manifest
+from pretrain.corpus.shards import Corpus
+from pretrain.data.loader import TrainLoader
+from pretrain.errors import ConfigError
 from pretrain.remote import ReadError, is_remote, persist, redact
-from pretrain.shards import Corpus
 
 
 @pytest.fixture(autouse=True)
@@ -257,7 +259,7 @@ def test_a_server_without_ranges_is_not_believed(folder: Path, tmp_path: Path) -
 def test_what_is_no_manifest_is_a_configuration_error(
     tmp_path: Path, name: str, content: bytes, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pretrain.manifest.MAX_MANIFEST_BYTES", 2000)
+    monkeypatch.setattr("pretrain.corpus.manifest.MAX_MANIFEST_BYTES", 2000)
     if content:
         (tmp_path / name).write_bytes(content)
     with FaultyServer(tmp_path) as server, pytest.raises(ConfigError, match=words):

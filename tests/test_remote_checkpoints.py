@@ -12,8 +12,9 @@ from object_store import s3_server
 from test_training import losses, samples_by_step
 from tiny import TinyCorpus, events, run_arguments
 
-from pretrain import checkpoint, checkpoint_folder
-from pretrain.config import ConfigError
+from pretrain.checkpoint import folder as checkpoint_folder
+from pretrain.checkpoint import tensors as checkpoint
+from pretrain.errors import ConfigError
 
 pytestmark = pytest.mark.integration
 

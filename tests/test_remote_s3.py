@@ -16,10 +16,10 @@ from test_training import losses, samples_by_step
 from tiny import TinyCorpus, make_corpus, run_arguments
 
 from pretrain import remote
-from pretrain.config import ConfigError
-from pretrain.manifest import CorruptShardError, load_manifest
+from pretrain.corpus.manifest import CorruptShardError, load_manifest
+from pretrain.corpus.shards import Corpus
+from pretrain.errors import ConfigError
 from pretrain.remote import DeniedError, MissingError, ReadError
-from pretrain.shards import Corpus
 
 pytestmark = pytest.mark.integration
 

@@ -13,9 +13,9 @@ from data_tools.config import TokenizerConfig
 from data_tools.prepare import prepare
 from data_tools.remove import remove
 from data_tools.verify import verify
-from pretrain.config import ConfigError
-from pretrain.manifest import load_manifest
-from pretrain.shards import Corpus, documents_of
+from pretrain.corpus.manifest import load_manifest
+from pretrain.corpus.shards import Corpus, documents_of
+from pretrain.errors import ConfigError
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import ConfigError
-from pretrain.heartbeat import LAUNCHER_LOST
-from pretrain.resilience import StopRequest, lock_run
+from pretrain.errors import ConfigError
+from pretrain.reliability.heartbeat import LAUNCHER_LOST
+from pretrain.reliability.run_lock import lock_run
+from pretrain.reliability.stop import StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,7 +58,7 @@ def test_a_file_is_a_request_until_the_next_start(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from pretrain.resilience import lock_run
+from pretrain.reliability.run_lock import lock_run
 lock_run(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
@@ -85,7 +86,7 @@ from pathlib import Path
 code = '''
 import sys, time
 from pathlib import Path
-from pretrain.resilience import StopRequest
+from pretrain.reliability.stop import StopRequest
 stop = StopRequest(Path(sys.argv[1]), watch_file=False)
 Path(sys.argv[1], "ready").touch()
 while not stop.asked():

@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from run_states import run_state
 
-from pretrain import checkpoint, saving
-from pretrain.checkpoint import ALONE
+from pretrain.checkpoint import saver as saving
+from pretrain.checkpoint import tensors as checkpoint
+from pretrain.checkpoint.saver import Saver, advised_interval_s
+from pretrain.checkpoint.tensors import ALONE
 from pretrain.config import CheckpointConfig
 from pretrain.distributed import Partition
-from pretrain.saving import Saver, advised_interval_s
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -11,11 +11,11 @@ from launching import Ranks, run_ranks
 from test_training import TRAIN, losses, samples_by_step
 from tiny import TinyCorpus, events, run_arguments
 
-from pretrain import checkpoint
+from pretrain.checkpoint import tensors as checkpoint
 from pretrain.config import TrainConfig, load_config
-from pretrain.journal import read_ledger, read_metrics
-from pretrain.loader import TrainLoader
-from pretrain.shards import Corpus
+from pretrain.corpus.shards import Corpus
+from pretrain.data.loader import TrainLoader
+from pretrain.reliability.journal import read_ledger, read_metrics
 
 pytestmark = pytest.mark.integration
 

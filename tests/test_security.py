@@ -38,15 +38,19 @@ from safetensors.numpy import save_file
 from tiny import TinyCorpus, events, run_arguments
 from trained_run import make_run, train_tokenizer
 
-from pretrain import checkpoint, checkpoint_folder, corpus_writer, manifest, shards, tokenizer, trained
-from pretrain.config import ConfigError
-from pretrain.corpus_check import verify_corpus
-from pretrain.manifest import CorruptShardError, Manifest, load_manifest
-from pretrain.model import Decoder
-from pretrain.order_state import OrderState
-from pretrain.provenance import ReadHistory
-from pretrain.shards import Corpus
-from pretrain.tokenizer import Tokenizer
+from pretrain import trained
+from pretrain.checkpoint import folder as checkpoint_folder
+from pretrain.checkpoint import tensors as checkpoint
+from pretrain.corpus import manifest, shards, tokenizer
+from pretrain.corpus import writer as corpus_writer
+from pretrain.corpus.check import verify_corpus
+from pretrain.corpus.manifest import CorruptShardError, Manifest, load_manifest
+from pretrain.corpus.shards import Corpus
+from pretrain.corpus.tokenizer import Tokenizer
+from pretrain.data.history import ReadHistory
+from pretrain.data.state import OrderState
+from pretrain.errors import ConfigError
+from pretrain.model.decoder import Decoder
 
 SHIM = ROOT / "tests" / "fault_shims" / "pickles"
 SECRETS = ("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "SOME_TOKEN")

@@ -13,7 +13,7 @@ from launching import ROOT, run_ranks
 from tiny import TinyCorpus, run_arguments
 
 from pretrain.config import TrainConfig, load_config
-from pretrain.selftest import SampleRead, _entries, _problem
+from pretrain.data.selftest import SampleRead, _entries, _problem
 
 pytestmark = pytest.mark.integration
 

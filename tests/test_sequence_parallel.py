@@ -12,12 +12,13 @@ from test_engine import read_tensors
 from test_training import assert_each_sample_once
 from tiny import events, make_corpus, run_arguments
 
-from pretrain import checkpoint
-from pretrain.config import ConfigError, TrainConfig, load_config
+from pretrain.checkpoint import tensors as checkpoint
+from pretrain.config import TrainConfig, load_config
+from pretrain.data.history import ReadHistory
+from pretrain.data.loader import TrainLoader
 from pretrain.distributed import World, init_world
-from pretrain.journal import read_metrics
-from pretrain.loader import TrainLoader
-from pretrain.provenance import ReadHistory
+from pretrain.errors import ConfigError
+from pretrain.reliability.journal import read_metrics
 
 TRAIN = "launch/train.py"
 STEPS = 4

@@ -19,13 +19,13 @@ from hypothesis import given, settings
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from pretrain import document_ids
-from pretrain.config import ConfigError
-from pretrain.corpus_check import verify_corpus
-from pretrain.corpus_writer import CorpusWriter
-from pretrain.document_ids import chunks_of
-from pretrain.manifest import CorpusSource, CorruptShardError, Manifest, load_manifest, token_dtype
-from pretrain.shards import Corpus, documents_of
+from pretrain.corpus import ids as document_ids
+from pretrain.corpus.check import verify_corpus
+from pretrain.corpus.ids import chunks_of
+from pretrain.corpus.manifest import CorpusSource, CorruptShardError, Manifest, load_manifest, token_dtype
+from pretrain.corpus.shards import Corpus, documents_of
+from pretrain.corpus.writer import CorpusWriter
+from pretrain.errors import ConfigError
 
 os.environ["WDS_SECURE"] = "1"  # read when webdataset is imported
 import webdataset
@@ -54,7 +54,7 @@ def write(
 
 
 def test_no_more_shards_are_written_than_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.corpus_writer.MAX_SHARDS", 3)
+    monkeypatch.setattr("pretrain.corpus.writer.MAX_SHARDS", 3)
     with pytest.raises(ConfigError, match=r"more than 3 shards; raise shard_bytes above 8,192"):
         write(tmp_path, random_documents())
 
@@ -242,8 +242,8 @@ def test_a_corpus_that_was_replaced_meanwhile_is_not_opened_in_its_stead(origina
 
 
 def test_few_files_are_open_at_a_time(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.shards._OPEN_SHARDS", 2)
-    monkeypatch.setattr("pretrain.shards._CACHED_DOCUMENTS", 2)
+    monkeypatch.setattr("pretrain.corpus.shards._OPEN_SHARDS", 2)
+    monkeypatch.setattr("pretrain.corpus.shards._CACHED_DOCUMENTS", 2)
     corpus = Corpus(original / "manifest.json")
     before = len(os.listdir("/proc/self/fd"))
     for chunk in range(corpus.n_chunks):
@@ -338,7 +338,7 @@ def test_wrong_targets_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spans: list[object], words: str
 ) -> None:
     """Written by a program that is wrong, so that all hashes fit."""
-    monkeypatch.setattr("pretrain.corpus_writer._spans_within", lambda *_: spans)
+    monkeypatch.setattr("pretrain.corpus.writer._spans_within", lambda *_: spans)
     write_masked(tmp_path, [(CHUNK_TOKENS, [1, 2])])
     problems = verify_corpus(tmp_path / "manifest.json")
     assert len(problems) == 1

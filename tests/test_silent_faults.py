@@ -18,10 +18,12 @@ from launching import Ranks, run_ranks
 from test_training import assert_equals_undisturbed, steps_done, wait_for
 from tiny import TinyCorpus, events, run_arguments
 
-from pretrain import checkpoint, health
-from pretrain.checkpoint import ALONE
-from pretrain.config import RunError
-from pretrain.health import Pace, StateSums, bit_sum, check_memory
+from pretrain.checkpoint import tensors as checkpoint
+from pretrain.checkpoint.tensors import ALONE
+from pretrain.engine.bit_sums import StateSums, bit_sum, check_memory
+from pretrain.errors import RunError
+from pretrain.train import stragglers
+from pretrain.train.stragglers import Pace
 
 TRAIN = "launch/train.py"
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
@@ -83,7 +85,7 @@ def test_ranks_are_compared_near_the_start_and_when_steps_are_slow() -> None:
 def test_who_waits_for_data_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four ranks' answers are played: this is about the judgment."""
     rows = [(100.0, 0.1, "a"), (90.0, 0.8, "b"), (20.0, 0.1, "c"), (95.0, 0.1, "d")]
-    monkeypatch.setattr(health, "gather_objects", lambda value, world: rows)
+    monkeypatch.setattr(stragglers, "gather_objects", lambda value, world: rows)
     found = [(s.rank, s.host, s.cause, s.share) for s in Pace(watch=True).find_stragglers(ALONE)]
     assert found == [(1, "b", "data", 0.8), (2, "c", "compute", 20 / 95)]
 
@@ -162,4 +164,4 @@ def test_row_17_a_rank_with_a_tenth_of_a_core_is_named(
     named = [e for e in events(run_dir) if e["event"] == "straggler" and e["step"] > slowed_at]
     assert [(e["rank"], e["cause"]) for e in named] == [(1, "compute")]
     assert named[0]["share"] < 0.4
-    assert named[0]["step"] <= slowed_at + 2 * health.WINDOW_STEPS
+    assert named[0]["step"] <= slowed_at + 2 * stragglers.WINDOW_STEPS

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.config import ConfigError, DataConfig, SourceConfig, StageConfig
+from pretrain.config import DataConfig, SourceConfig, StageConfig
 from pretrain.config.data_stages import Stage, Steps, micro_batch_of, n_steps_of, plan_stages, tokens_before
+from pretrain.errors import ConfigError
 
 
 def config(*stages: StageConfig) -> DataConfig:

@@ -16,10 +16,10 @@ from tiny import TinyCorpus, run_arguments
 
 from pretrain.config import DataConfig
 from pretrain.config.data_stages import plan_stages
-from pretrain.order import Order, SourceSize
-from pretrain.sequences import SequenceReader
-from pretrain.shards import Corpus
-from pretrain.workers import MicroBatches, read_ahead
+from pretrain.corpus.shards import Corpus
+from pretrain.data.order import Order, SourceSize
+from pretrain.data.sequences import SequenceReader
+from pretrain.data.workers import MicroBatches, read_ahead
 
 # `copy` looks for Jython's `org`, yaml's parser is made by Cython.
 OF_THE_INTERPRETER = {"_distutils_hack", "sitecustomize", "usercustomize", "org", "__main__", "__mp_main__"}
@@ -104,11 +104,14 @@ def test_a_corpus_that_is_not_there_is_told_without_torch() -> None:
 
 
 def test_a_watcher_imports_the_standard_library_alone() -> None:
-    assert packages(imports_of("-m", "pretrain.watcher")) == set()
+    assert packages(imports_of("-m", "pretrain.reliability.watcher")) == set()
 
 
 def test_a_supervisor_imports_what_reads_a_command_line() -> None:
-    assert packages(imports_of("-c", "import pretrain.supervise, pretrain.watchdog")) <= CONFIGURATION
+    assert (
+        packages(imports_of("-c", "import pretrain.reliability.supervisor, pretrain.reliability.watchdog"))
+        <= CONFIGURATION
+    )
 
 
 def test_a_process_that_encodes_documents_imports_no_more_than_it_needs() -> None:
@@ -129,7 +132,7 @@ def test_a_loader_worker_imports_what_reads_a_corpus(
     import loaded_modules  # from tests/, which the worker finds too
 
     (modules,) = read_ahead(partial(loaded_modules.after, read), iter([wanted]), n_workers=1, ahead=1)
-    assert "pretrain.sequences" in modules
+    assert "pretrain.data.sequences" in modules
     assert packages(modules) <= OMEGACONF | PYDANTIC | {"numpy", "xxhash"}
 
 
@@ -144,7 +147,7 @@ def test_a_rank_has_no_compiler_and_no_reporter_at_its_first_step(
     for rank in range(2):
         modules = (tmp_path / f"modules-{rank}").read_text().split()
         assert "deepspeed.runtime.zero.stage3" in modules
-        assert "pretrain.trainer" in modules
+        assert "pretrain.train.loop" in modules
         assert not of_packages(modules, COMPILER)
         assert not of_packages(modules, NOT_FOR_THE_FIRST_STEP)
 
@@ -154,7 +157,7 @@ def test_a_rank_has_no_compiler_and_no_reporter_at_its_first_step(
 
 def run_uncompiled(code: str) -> None:
     """Run code in a process of its own, in which torch's compiler is left unloaded."""
-    head = "import sys, torch\nfrom pretrain.uncompiled import *\nleave_compiler_unloaded()\n"
+    head = "import sys, torch\nfrom pretrain.engine.uncompiled import *\nleave_compiler_unloaded()\n"
     loaded = "def loaded(): return 'torch._dynamo.eval_frame' in sys.modules\n"
     done = subprocess.run(
         [sys.executable, "-c", head + loaded + code], cwd=ROOT, capture_output=True, text=True
@@ -207,8 +210,9 @@ def test_a_compiler_that_is_loaded_stays() -> None:
         [
             sys.executable,
             "-c",
-            "import sys, torch._dynamo as real; from pretrain.uncompiled import leave_compiler_unloaded as leave\n"
-            "leave(); assert sys.modules['torch._dynamo'] is real is sys.modules['torch']._dynamo",
+            "import sys, torch._dynamo as real; from pretrain.engine import uncompiled\n"
+            "uncompiled.leave_compiler_unloaded()\n"
+            "assert sys.modules['torch._dynamo'] is real is sys.modules['torch']._dynamo",
         ],
         cwd=ROOT,
         capture_output=True,

@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from pretrain.config import ClusterConfig, ConfigError, SubmitConfig, TrainConfig, load_config, run_command
-from pretrain.journal import JsonLines
+from pretrain.config import ClusterConfig, SubmitConfig, TrainConfig, load_config, run_command
+from pretrain.errors import ConfigError
+from pretrain.reliability.journal import JsonLines
 from tests.slurm_stand_ins import install, requests, start_batch
 from tests.tiny import TinyCorpus
 

@@ -20,10 +20,10 @@ from supervised import CANARY, Supervised, deepspeed, processes, processes_of
 from test_training import assert_equals_undisturbed
 from tiny import TinyCorpus, events, run_arguments
 
-from pretrain import checkpoint_folder
-from pretrain.attempts import Attempt, Cause, account, error_sentence, judge
-from pretrain.config import ConfigError
-from pretrain.supervise import Tail, run_dir_of
+from pretrain.checkpoint import folder as checkpoint_folder
+from pretrain.errors import ConfigError
+from pretrain.reliability.attempts import Attempt, Cause, account, error_sentence, judge
+from pretrain.reliability.supervisor import Tail, run_dir_of
 
 PLAY = """
 import json, os, signal, subprocess, sys, time
@@ -386,7 +386,8 @@ def test_goodput_and_lost_time_add_up_to_the_wall_time(tmp_path: Path) -> None:
 
 
 def test_the_supervisor_needs_no_torch() -> None:
-    code = "import sys, pretrain.supervise; print(sorted({'torch', 'deepspeed', 'numpy'} & set(sys.modules)))"
+    heavy = "{'torch', 'deepspeed', 'numpy'}"
+    code = f"import sys, pretrain.reliability.supervisor; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -16,8 +16,8 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from data_tools.config import ModelType, PrepareConfig, TokenizerConfig
 from data_tools.prepare import prepare
-from pretrain.config import ConfigError
-from pretrain.tokenizer import _BETWEEN_SPACE_SYMBOLS, _UNITS, _WHOLE, SPACE_SYMBOL, Tokenizer
+from pretrain.corpus.tokenizer import _BETWEEN_SPACE_SYMBOLS, _UNITS, _WHOLE, SPACE_SYMBOL, Tokenizer
+from pretrain.errors import ConfigError
 
 CHINESE = (
     "道可道，非常道。名可名，非常名。無名天地之始；有名萬物之母。故常無欲，以觀其妙；常有欲，以觀其徼。\n"

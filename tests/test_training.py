@@ -21,11 +21,11 @@ from tiny import GLOBAL_BATCH, TinyCorpus, events, make_corpus, run_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_tools.prepare import prepare
-from pretrain import checkpoint
+from pretrain.checkpoint import tensors as checkpoint
 from pretrain.config import TrainConfig, load_config
-from pretrain.journal import read_ledger, read_metrics
-from pretrain.loader import TrainLoader
-from pretrain.shards import Corpus, documents_of
+from pretrain.corpus.shards import Corpus, documents_of
+from pretrain.data.loader import TrainLoader
+from pretrain.reliability.journal import read_ledger, read_metrics
 
 pytestmark = pytest.mark.integration
 TRAIN = "launch/train.py"

@@ -12,8 +12,8 @@ import pytest
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
-from pretrain import trial
-from pretrain.config import ConfigError
+from pretrain.corpus import tokenizer_trial as trial
+from pretrain.errors import ConfigError
 
 
 def made(**parts: object) -> bytes:

@@ -20,7 +20,9 @@ def watchers_of(processes: list[psutil.Process]) -> list[psutil.Process]:
     found = []
     for process in processes:
         with suppress(psutil.NoSuchProcess):  # it ends while it is looked at
-            found += [c for c in process.children(recursive=True) if "pretrain.watcher" in c.cmdline()]
+            found += [
+                c for c in process.children(recursive=True) if "pretrain.reliability.watcher" in c.cmdline()
+            ]
     return found
 
 

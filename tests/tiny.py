@@ -8,8 +8,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from pretrain.corpus_writer import CorpusWriter
-from pretrain.tokenizer import Tokenizer
+from pretrain.corpus.tokenizer import Tokenizer
+from pretrain.corpus.writer import CorpusWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQUENCE_LENGTH = 64

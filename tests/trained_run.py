@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from run_states import run_state
 
-from pretrain import checkpoint
+from pretrain.checkpoint import tensors as checkpoint
 from pretrain.config import ModelConfig, TrainConfig, load_config, to_dict
+from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.distributed import Partition, World
-from pretrain.model import Decoder
-from pretrain.tokenizer import Tokenizer
+from pretrain.model.decoder import Decoder
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from pretrain.config import WatchdogConfig
 from pretrain.distributed import gather_objects, init_world
-from pretrain.heartbeat import mark, touch
-from pretrain.watchdog import Watchdog
+from pretrain.reliability.heartbeat import mark, touch
+from pretrain.reliability.watchdog import Watchdog
 
 
 def get_into(trouble: str) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from benchmarks.harness.worker import Job, own_tokens
+from pretrain.batch import Batch
 from pretrain.config import TrainConfig, validate
-from pretrain.loader import Batch
 
 SYNTHETIC = "synthetic"
 """data.manifest of tokens that are drawn, not read."""

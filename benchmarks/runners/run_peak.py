@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from benchmarks.harness.worker import device_name, read_job
 from pretrain.config import Precision, TrainConfig, validate
-from pretrain.device_peak import measure_matmul_flops
 from pretrain.distributed import init_world, shutdown_world
+from pretrain.engine.peak import measure_matmul_flops
 
 SECONDS = 4.0
 

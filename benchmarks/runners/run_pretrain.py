@@ -13,10 +13,11 @@ import torch
 from own_batches import SYNTHETIC, synthetic_batches, train_config
 
 from benchmarks.harness.worker import Meter, read_job
+from pretrain.batch import Batch
 from pretrain.config import TrainConfig
+from pretrain.data.loader import TrainLoader
 from pretrain.distributed import World, init_world, shutdown_world
-from pretrain.engine import Engine
-from pretrain.loader import Batch, TrainLoader
+from pretrain.engine.engine import Engine
 
 
 def corpus_batches(config: TrainConfig, world: World) -> Iterator[list[Batch]]:

@@ -16,13 +16,13 @@ import torch.distributed as dist
 from own_batches import synthetic_batches, train_config
 
 from benchmarks.harness.worker import Meter, read_job
+from pretrain.batch import Batch
 from pretrain.config import Precision, Switch, TrainConfig
 from pretrain.distributed import World, init_world, shutdown_world
-from pretrain.kernels import capability_of, resolve
-from pretrain.loader import Batch
-from pretrain.model import Decoder
-from pretrain.objectives import training_loss
-from pretrain.optim import build_optimizer, parameter_groups
+from pretrain.engine.objectives import training_loss
+from pretrain.engine.optim import build_optimizer, parameter_groups
+from pretrain.model.decoder import Decoder
+from pretrain.model.kernels import capability_of, resolve
 
 
 def build_model(config: TrainConfig, device: torch.device) -> Decoder:

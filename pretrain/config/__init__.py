@@ -17,7 +17,6 @@ from pretrain.config.optimizer import OptimConfig, OptimizerName, ScheduleConfig
 from pretrain.config.records import EvaluationConfig, LoggingConfig, WandbMode
 from pretrain.config.run import AUTO, SubmitConfig, TrainConfig
 from pretrain.config.upkeep import CheckpointConfig, LossGuardConfig, SpikeAction, WatchdogConfig
-from pretrain.errors import ConfigError, ExitCode, RunError
 
 __all__ = [
     "AUTO",
@@ -25,11 +24,9 @@ __all__ = [
     "BadChunk",
     "CheckpointConfig",
     "ClusterConfig",
-    "ConfigError",
     "DataConfig",
     "EngineConfig",
     "EvaluationConfig",
-    "ExitCode",
     "KernelsConfig",
     "LoggingConfig",
     "LossGuardConfig",
@@ -40,7 +37,6 @@ __all__ = [
     "Precision",
     "PreflightConfig",
     "Recompute",
-    "RunError",
     "ScheduleConfig",
     "ScheduleName",
     "SourceConfig",

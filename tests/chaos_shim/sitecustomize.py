@@ -44,8 +44,8 @@ def forget_the_position(module: ModuleType) -> None:
 
 
 PATCHES = {
-    "hash": ("pretrain.checkpoint", trust_everything),
-    "loader": ("pretrain.loader", forget_the_position),
+    "hash": ("pretrain.checkpoint.tensors", trust_everything),
+    "loader": ("pretrain.data.loader", forget_the_position),
 }
 
 

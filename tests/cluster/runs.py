@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pretrain import checkpoint
-from pretrain.journal import read_ledger, read_lines, read_metrics
+from pretrain.checkpoint import tensors as checkpoint
+from pretrain.reliability.journal import read_ledger, read_lines, read_metrics
 from tests.cluster.hosts import Cluster, wait_until
 from tests.test_engine import assert_same_state
 from tests.tiny import GLOBAL_BATCH, ROOT, TinyCorpus, run_arguments

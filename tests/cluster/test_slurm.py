@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint import checkpoint_path, list_checkpoints
-from pretrain.journal import read_lines
+from pretrain.checkpoint.tensors import checkpoint_path, list_checkpoints
+from pretrain.reliability.journal import read_lines
 from tests.cluster.hosts import Cluster
 from tests.cluster.runs import (
     N_STEPS,

@@ -71,7 +71,7 @@ def as_object(data: bytes) -> dict[str, Any] | None:
 @cache
 def corpus_files() -> dict[str, bytes]:
     """A corpus of two chunks; its files by name."""
-    from pretrain.corpus_writer import CorpusWriter
+    from pretrain.corpus.writer import CorpusWriter
 
     with tempfile.TemporaryDirectory() as folder:
         ids = {"tokenizer_sha256": "0" * 64, "vocab_size": 512, "bos_id": 1, "eos_id": 2}
@@ -89,7 +89,7 @@ def tar_member(suffix: str) -> bytes:
 
 
 def manifest(data: bytes) -> None:
-    from pretrain.manifest import load_manifest
+    from pretrain.corpus.manifest import load_manifest
 
     raw = as_object(data)
     if raw is not None:  # who can write a manifest can write hashes that fit
@@ -104,7 +104,7 @@ def manifest(data: bytes) -> None:
 def documents(data: bytes) -> None:
     import numpy as np
 
-    from pretrain.shards import parse_documents
+    from pretrain.corpus.shards import parse_documents
 
     for masked in (False, True):
         with refusing():
@@ -122,14 +122,14 @@ def masked_documents() -> bytes:
 
 
 def shard_index(data: bytes) -> None:
-    from pretrain.manifest import Manifest, parse_index
+    from pretrain.corpus.manifest import Manifest, parse_index
 
     with refusing():
         parse_index(data, Manifest.from_json(corpus_files()["manifest.json"].decode()), 0, "x.idx")
 
 
 def tar_header(data: bytes) -> None:
-    from pretrain.manifest import header_problem
+    from pretrain.corpus.manifest import header_problem
 
     header_problem(data[:512], "000000.tok", 128)
 
@@ -142,11 +142,11 @@ def run_files() -> dict[str, bytes]:
     """A run folder with one checkpoint; its files by path."""
     import torch
 
-    from pretrain import checkpoint
+    from pretrain.checkpoint import tensors as checkpoint
     from pretrain.config import TrainConfig, load_config, to_dict
     from pretrain.config.data_stages import plan_stages
+    from pretrain.data.state import OrderState
     from pretrain.distributed import Partition
-    from pretrain.order_state import OrderState
 
     given = ["run_dir=r", "data.manifest=m", "total_steps=9", "schedule.warmup_steps=1", "model=tiny"]
     config = load_config(TrainConfig, given, "config")
@@ -194,14 +194,14 @@ def write_run(end: str, data: bytes) -> Path:
 
 
 def state(data: bytes) -> None:
-    from pretrain.provenance import ReadHistory
+    from pretrain.data.history import ReadHistory
 
     with refusing():
         ReadHistory.of_run(write_run("state.json", data))
 
 
 def complete(data: bytes) -> None:
-    from pretrain.checkpoint_folder import newest_state
+    from pretrain.checkpoint.folder import newest_state
 
     with refusing():
         newest_state(write_run("COMPLETE", data))
@@ -209,7 +209,7 @@ def complete(data: bytes) -> None:
 
 def stored_config(data: bytes) -> None:
     """What a checkpoint or a run folder says of its configuration."""
-    from pretrain.checkpoint_folder import root_of_run
+    from pretrain.checkpoint.folder import root_of_run
     from pretrain.config import stored_config as read_config
     from pretrain.config import to_dict
 
@@ -221,7 +221,7 @@ def stored_config(data: bytes) -> None:
 
 
 def safetensors(data: bytes) -> None:
-    from pretrain.checkpoint import load_weights
+    from pretrain.checkpoint.tensors import load_weights
 
     with refusing():
         load_weights(write_run(".safetensors", data))
@@ -233,7 +233,7 @@ def safetensors_header(data: bytes) -> None:
 
 def journal(data: bytes) -> None:
     """What a run writes while it goes on, each file with the same lines."""
-    from pretrain.journal import read_ledger, read_metrics
+    from pretrain.reliability.journal import read_ledger, read_metrics
 
     for name in ("events.jsonl", "metrics.jsonl", "ledger/rank-00000.jsonl"):
         write(f"journal/{name}", data)
@@ -346,8 +346,8 @@ def warc() -> list[bytes]:
 
 
 def tokenizer(data: bytes) -> None:
-    from pretrain.tokenizer import Tokenizer
-    from pretrain.trial import use
+    from pretrain.corpus.tokenizer import Tokenizer
+    from pretrain.corpus.tokenizer_trial import use
 
     try:  # what fails in the process that tries it is not opened
         use(data)
@@ -384,7 +384,7 @@ def models() -> list[bytes]:
 def tokenizer_jsons() -> list[bytes]:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-    from pretrain.tokenizer import frame
+    from pretrain.corpus.tokenizer import frame
 
     kinds = [
         (models.BPE(byte_fallback=False), trainers.BpeTrainer),
@@ -412,7 +412,7 @@ def tokenizer_jsons() -> list[bytes]:
 
 def hub(data: bytes) -> None:
     """A peer that may know the password, at the hub of three ranks."""
-    from pretrain.hub import Hub
+    from pretrain.reliability.hub import Hub
 
     with (
         socket.socket(socket.AF_UNIX) as listener,

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pretrain import heartbeat
+from pretrain.reliability import heartbeat
 
 _FOLDER = Path(os.environ["GATE_FOLDER"])
 _PLACES = set(os.environ["GATE_PLACES"].split(","))

@@ -1,0 +1,212 @@
+"""The folder of a checkpoint: where it is, what it lists, its state. Imports no torch: tools start at once.
+
+A checkpoint may come from anyone. Its files are read only where `COMPLETE` lists them, as regular files of its own
+folder, and what was hashed is what is parsed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+import xxhash
+
+from pretrain.checkpoint.state import FORMAT_VERSION as FORMAT_VERSION
+from pretrain.checkpoint.state import Complete, FileEntry, RunState
+from pretrain.errors import ConfigError, RunError
+from pretrain.files import open_regular, read_at_most
+from pretrain.remote import as_path, check_url, guards, redact
+from pretrain.remote import is_remote as is_url
+from pretrain.stored import parse, parse_plain
+
+COMPLETE = "COMPLETE"
+STATE = "state.json"
+READ_BYTES = 16 << 20
+MAX_JSON_BYTES = 256 << 20
+"""COMPLETE and state.json are refused above this; those of a 70B model on 4,096 ranks have about 1 MB."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint could not be written, or none that is left can be trusted."""
+
+
+def root_of(run_dir: str | Path, target: str | None) -> Path:
+    """Where a run keeps its checkpoints: `checkpoint.target`, a folder or any fsspec URL, else the run folder.
+
+    Raises ConfigError where the URL's kind is unknown or the package for it is not installed.
+    """
+    if target is None:
+        return Path(run_dir)
+    if not is_url(target):
+        return Path(as_path(target))
+    check_url("checkpoint.target", target)
+    from upath import UPath
+
+    try:
+        root = UPath(target, **guards(target))
+        _ = root.fs
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"checkpoint.target={target} cannot be used: {error}") from error
+    return root  # type: ignore[return-value]
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step`."""
+    return root / "checkpoints" / f"step-{step:08d}"
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Published checkpoint folders, oldest first; not verified."""
+    folder = root / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def step_of(path: Path) -> int:
+    """Step of a checkpoint folder."""
+    return int(path.name.removeprefix("step-"))
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a path is on a store without rename and fsync."""
+    return not isinstance(path, os.PathLike)
+
+
+def root_of_run(run_dir: Path, target: str | None = None, key: str = "checkpoint_target") -> Path:
+    """The root of an existing run's checkpoints: `target`, where the command line names one, or as config.json says.
+
+    A URL in config.json is not opened, since the run may be another's, and its author would learn who opens it, or
+    have requests sent from this host. Raises ConfigError for that, naming the `key` of the command line that would open
+    it, and for a config.json that is none.
+    """
+    if target is not None:
+        return root_of(run_dir, target)
+    path = run_dir / "config.json"
+    if not path.exists():
+        return run_dir
+    what = "the configuration of a run"
+    match parse_plain(read_bytes(path), str(path), what):
+        case {"checkpoint": {"target": str() | None as stored}}:
+            pass
+        case _:
+            raise ConfigError(f"{path} is not {what}: checkpoint.target is not a text")
+    if stored is not None and is_url(stored):
+        raise ConfigError(
+            f"run_dir={run_dir} keeps its checkpoints at {redact(stored)!r}, and a URL that a run folder names is not "
+            f"opened by itself; name it on the command line: {key}=URL"
+        )
+    return root_of(run_dir, stored)
+
+
+def hash_file(path: Path) -> str:
+    """xxh3-128 of a regular file, hexadecimal."""
+    with open_file(path) as file:
+        return _hash(file)
+
+
+def _hash(file: BinaryIO) -> str:
+    digest = xxhash.xxh3_128()
+    while block := file.read(READ_BYTES):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A file of a checkpoint or run: a regular one of the folder itself, or one in a store. ConfigError and OSError."""
+    if is_remote(path):
+        return path.open("rb")
+    if path.is_symlink():
+        raise ConfigError(f"{path.name} is a link; put the file itself there")
+    return open_regular(path)
+
+
+def read_bytes(path: Path) -> bytes:
+    """A JSON file of a checkpoint or run. Raises ConfigError where it is too large or not a regular file; OSError."""
+    with open_file(path) as file:
+        content = read_at_most(file, MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise ConfigError(f"{path.name} has more than {MAX_JSON_BYTES:,} bytes")
+    return content
+
+
+def listing(path: Path) -> dict[str, FileEntry]:
+    """What COMPLETE says of each file. Raises ConfigError and OSError."""
+    files = parse(Complete, read_bytes(path / COMPLETE), COMPLETE, "a list of files").files
+    if STATE not in files:
+        raise ConfigError(f"{COMPLETE} does not list {STATE}")
+    return files
+
+
+def unlisted(path: Path, files: dict[str, FileEntry]) -> list[str]:
+    """Names in a checkpoint's folder that COMPLETE does not list."""
+    # What is deleted while it is open on another host lives on under such a name in a folder on NFS.
+    names = (entry.name for entry in path.iterdir())
+    return sorted(name for name in names if name not in (COMPLETE, *files) and not name.startswith(".nfs"))
+
+
+def file_problem(folder: Path, name: str, entry: FileEntry) -> str | None:
+    """What is wrong with a listed file, or None."""
+    path = folder / name
+    try:
+        with open_file(path) as file:
+            size_bytes = path.stat().st_size if is_remote(path) else os.fstat(file.fileno()).st_size
+            if size_bytes != entry.bytes:
+                return f"{name} has {size_bytes} bytes, not {entry.bytes}"
+            if _hash(file) != entry.xxh3_128:
+                return f"{name} differs from what was written (hash mismatch)"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def stamp(path: Path) -> tuple[int, int, int]:
+    """Changes whenever the file at a local path does, or another takes its name: size and both times, in ns."""
+    found = os.stat(path, follow_symlinks=False)
+    if not stat.S_ISREG(found.st_mode):
+        raise ConfigError(f"{path.name} is not a regular file")
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def read_state(path: Path, files: dict[str, FileEntry] | None = None) -> RunState:
+    """state.json of a checkpoint whose COMPLETE lists `files`: the bytes that are hashed are those that are parsed.
+
+    Raises CheckpointError where it is another file, no state, or claims what the files cannot hold.
+    """
+    try:
+        files = listing(path) if files is None else files
+        content = read_bytes(path / STATE)
+        if xxhash.xxh3_128(content).hexdigest() != files[STATE].xxh3_128:
+            raise ConfigError(f"{STATE} differs from what was written (hash mismatch)")
+        state = parse(RunState, content, STATE, "the state of a run")
+    except (OSError, ConfigError) as error:
+        raise CheckpointError(f"{path.name}: {error}") from error
+    n_bytes = 4 * sum(math.prod(shape) for shape in state["tensors"].values())
+    held_bytes = sum(entry.bytes for entry in files.values())
+    if n_bytes > held_bytes:
+        raise CheckpointError(
+            f"{path.name}: {STATE} speaks of weights of {n_bytes:,} bytes, where the files have {held_bytes:,}"
+        )
+    return state
+
+
+def newest_state(run_dir: Path, target: str | None = None) -> RunState:
+    """state.json of a run's newest checkpoint whose state matches its hash; the tensors are not looked at.
+
+    `target` is what `checkpoint.target` was, where it is a URL. Raises ConfigError where there is none.
+    """
+    problems = []
+    for path in reversed(list_checkpoints(root_of_run(run_dir, target))):
+        try:
+            return read_state(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+    raise ConfigError(
+        f"run_dir={run_dir} has no checkpoint that can be read ({'; '.join(problems) or 'none'})"
+    )

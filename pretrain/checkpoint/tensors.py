@@ -1,0 +1,411 @@
+"""Checkpoints that belong to no cluster: what is saved, how it is published, verified, kept, found and loaded.
+
+`<run_dir>/checkpoints/step-00001000/` holds
+
+- `shard-*.safetensors`: the fp32 weights and Adam moments as flattened, named tensors, one file per rank that wrote,
+  by torch.distributed.checkpoint; any number of ranks reads them;
+- `state.json`: step, tokens, sample order, config, shapes, versions;
+- `COMPLETE`: size and xxh3-128 of every file, written last.
+
+The folder is written under a temporary name, synced, then renamed: it is complete or it does not exist. On an object
+store, which has no rename, the files are uploaded and `COMPLETE` after all others. Nothing in it is parsed before its
+hash matches, nothing in it is a pickle, and what `COMPLETE` does not list is neither read nor let pass.
+
+Functions take the root of a run's checkpoints: the run folder itself, or what `checkpoint.target` names (`root_of`).
+torch.distributed.checkpoint and DTensor are imported where they are used: they bring sympy along, which costs each
+rank a CPU-second, and a start that loads nothing needs them only beside training, when it saves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch.distributed.device_mesh import DeviceMesh
+
+from pretrain.checkpoint.folder import (
+    COMPLETE,
+    FORMAT_VERSION,
+    STATE,
+    CheckpointError,
+    checkpoint_path,
+    file_problem,
+    hash_file,
+    is_remote,
+    list_checkpoints,
+    listing,
+    read_state,
+    root_of_run,
+    stamp,
+    step_of,
+    unlisted,
+)
+from pretrain.checkpoint.state import FileEntry, RunState
+from pretrain.config import TrainConfig, stored_config
+from pretrain.distributed import Partition, World, gather_objects, share
+from pretrain.errors import ConfigError
+from pretrain.files import create_file, sync_folder
+
+FILE_BYTES = 1 << 30
+"""Tensors of a rank are put into files of about this size: safetensors builds each in memory."""
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """A checkpoint whose every file had the size and the hash that COMPLETE says."""
+
+    path: Path
+    files: dict[str, FileEntry]
+    state: RunState
+    stamps: dict[str, tuple[int, int, int]]
+    """`stamp` of each file from before it was hashed; of a remote one, which is hashed again as it comes, none."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest checkpoint that verified, and why newer ones were passed over."""
+
+    verified: Verified | None
+    passed_over: list[str] = field(default_factory=list)
+    """One sentence per checkpoint that was refused, newest first."""
+
+    @property
+    def path(self) -> Path | None:
+        """Its folder."""
+        return self.verified.path if self.verified else None
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def save(root: Path, step: int, partitions: dict[str, Partition], state: dict[str, Any], world: World) -> int:
+    """Write and publish one checkpoint; all ranks call this together and return when it is durable. Its bytes.
+
+    `partitions` is `EngineState.snapshot()`; `state` goes to state.json and is rank 0's. Raises CheckpointError on
+    every rank when any rank failed; then nothing is published and nothing temporary is left.
+    """
+    final = checkpoint_path(root, step)
+    with _workplace(final, world) as folder:
+        _write_tensors(folder, partitions, world)
+        hashes = _together(world, lambda: _finish_files(_own_files(folder, world), final))
+        files = {name: entry for one in hashes for name, entry in one.items()}
+        _together(world, lambda: _publish(folder, final, files, state) if world.is_main else None)
+    return sum(entry.bytes for entry in files.values())
+
+
+@contextmanager
+def _workplace(final: Path, world: World) -> Iterator[Path]:
+    """The folder in which a checkpoint is written: shared, beside its final place; private where that is remote."""
+    if is_remote(final):
+        folder = Path(tempfile.mkdtemp(prefix="pretrain-checkpoint-"))
+        mine = True
+        _together(
+            world, lambda: remove(final) if world.is_main else None
+        )  # one that was refused or is half there
+    else:
+        folder = final.with_name(f".{final.name}.tmp")
+        mine = world.is_main
+        _together(world, lambda: _empty_folder(folder) if world.is_main else None)
+    try:
+        yield folder
+    finally:
+        if mine:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint. Without COMPLETE it is none, so a deletion that is cut short leaves nothing half valid."""
+    (path / COMPLETE).unlink(missing_ok=True)
+    if not is_remote(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        path.fs.rm(path.path, recursive=True)  # type: ignore[attr-defined]
+
+
+def _write_tensors(folder: Path, partitions: dict[str, Partition], world: World) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    tensors = _as_dtensors({key: (p.values, p.numel) for key, p in partitions.items()}, world)
+    files = _file_of_each(partitions, world)
+    writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            dcp.save(tensors, storage_writer=writer, process_group=world.group)
+    except CheckpointException as error:  # raised on every rank, with every failed rank's own error inside
+        causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
+        raise CheckpointError(f"writing {folder.parent} failed: {causes}") from error
+
+
+def _file_of_each(partitions: dict[str, Partition], world: World) -> dict[str, int]:
+    """Key -> number of the file that holds it, from 1; alike on all ranks."""
+    numbers, number, size = {}, 1, 0
+    for key, partition in partitions.items():
+        per_rank = -(-partition.numel // world.size) * 4
+        if size and size + per_rank > FILE_BYTES:
+            number, size = number + 1, 0
+        numbers[key] = number
+        size += per_rank
+    return numbers
+
+
+def _as_dtensors(locals_: dict[str, tuple[torch.Tensor, int]], world: World) -> dict[str, torch.Tensor]:
+    """ZeRO-3 cuts a flattened tensor exactly as DTensor's Shard(0) does, so one stands for the other."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = DeviceMesh.from_group(world.group or dist.distributed_c10d._get_default_group(), "cpu")
+    return {
+        key: DTensor.from_local(
+            values, mesh, [Shard(0)], run_check=False, shape=torch.Size([numel]), stride=(1,)
+        )
+        for key, (values, numel) in locals_.items()
+    }
+
+
+def _own_files(folder: Path, world: World) -> list[Path]:
+    return sorted(folder.glob(f"shard-{world.rank + 1:05d}-*.safetensors"))
+
+
+def _empty_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _finish_files(paths: list[Path], final: Path) -> dict[str, FileEntry]:
+    """Make files durable, or take them to where they belong; name -> size and hash."""
+    entries = {}
+    for path in paths:
+        entries[path.name] = FileEntry(bytes=path.stat().st_size, xxh3_128=hash_file(path))
+        if is_remote(final):
+            _upload(path, final)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    return entries
+
+
+def _upload(path: Path, folder: Path) -> None:
+    try:
+        folder.fs.put_file(str(path), (folder / path.name).path)  # type: ignore[attr-defined]
+    except Exception as error:  # each kind of store has exceptions of its own
+        raise OSError(f"{folder / path.name} was not uploaded ({type(error).__name__}: {error})") from error
+
+
+def _publish(folder: Path, final: Path, files: dict[str, FileEntry], state: dict[str, Any]) -> None:
+    _write_synced(folder / STATE, json.dumps({"format_version": FORMAT_VERSION, **state}, indent=1))
+    files |= _finish_files([folder / STATE], final)
+    listed = {name: asdict(entry) for name, entry in files.items()}
+    _write_synced(
+        folder / COMPLETE, json.dumps({"format_version": FORMAT_VERSION, "files": listed}, indent=1)
+    )
+    if is_remote(final):
+        _upload(folder / COMPLETE, final)
+        return
+    sync_folder(folder)
+    remove(final)  # one that was refused at the start of this attempt
+    folder.rename(final)
+    sync_folder(final.parent)
+    sync_folder(final.parent.parent)  # the first save has made the folder of all
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with create_file(path) as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _together(world: World, action: Callable[[], T]) -> list[T]:
+    """Run `action` on every rank; when it failed on one, raise CheckpointError on all."""
+    problem, value = None, None
+    try:
+        value = action()
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        problem = f"rank {world.rank}: {error.strerror or error}{where}"
+    results = gather_objects((problem, value), world)
+    problems = [problem for problem, _ in results if problem]
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    return [value for _, value in results]
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def find_latest(
+    root: Path, world: World = ALONE, step: int | None = None, before: int | None = None
+) -> Found:
+    """The newest checkpoint whose every hash matches: of all, of `step`, or of those before step `before`.
+
+    All ranks together share the reading.
+    """
+    passed_over: list[str] = []
+    for path in reversed(list_checkpoints(root)):
+        if step not in (None, step_of(path)) or (before is not None and step_of(path) >= before):
+            continue
+        found = _examine(path, world)
+        if isinstance(found, Verified):
+            return Found(found, passed_over)
+        passed_over.append(f"{path.name}: {found}")
+    return Found(None, passed_over)
+
+
+def verify(path: Path, world: World = ALONE) -> str | None:
+    """What is wrong with a checkpoint, or None. The files are divided over the ranks; all get the same answer."""
+    found = _examine(path, world)
+    return found if isinstance(found, str) else None
+
+
+def _examine(path: Path, world: World) -> Verified | str:
+    """A checkpoint, or what is wrong with it. The tensors' files are hashed by one rank each, the state by all."""
+    problem, verified = None, None
+    try:
+        files = listing(path)
+        if strangers := unlisted(path, files):
+            raise ConfigError(f"{COMPLETE} does not list {', '.join(map(repr, strangers[:3]))}")
+        stamps = {} if is_remote(path) else {name: stamp(path / name) for name in files}
+        mine = [name for number, name in enumerate(sorted(files)) if number % world.size == world.rank]
+        problem = next(filter(None, (file_problem(path, name, files[name]) for name in mine)), None)
+        if problem is None:
+            verified = Verified(path=path, files=files, state=read_state(path, files), stamps=stamps)
+    except FileNotFoundError as error:
+        problem = f"{Path(error.filename).name if error.filename else COMPLETE} is missing"
+    except OSError as error:
+        problem = f"it cannot be read ({type(error).__name__}: {error})"
+    except (ConfigError, CheckpointError) as error:
+        problem = str(error).removeprefix(f"{path.name}: ")
+    others = next((found for found in gather_objects(problem, world) if found), None)
+    if others is not None:
+        return others
+    assert verified is not None
+    return verified
+
+
+def load(
+    verified: Verified, keys: list[str], shapes: dict[str, tuple[int, ...]], world: World
+) -> dict[str, torch.Tensor]:
+    """This rank's share of each tensor of a checkpoint, for `EngineState.restore`. All ranks together.
+
+    `keys`: those to read (`weight.<name>`, `exp_avg.<name>`, ...). Raises ConfigError where the model has others, and
+    CheckpointError.
+    """
+    saved = {name: tuple(shape) for name, shape in verified.state["tensors"].items()}
+    for name in sorted(saved.keys() | shapes.keys()):
+        if saved.get(name) != shapes.get(name):
+            raise ConfigError(
+                f"{verified.path} holds another model: {name} is {saved.get(name, 'absent')} there and "
+                f"{shapes.get(name, 'absent')} in this configuration; use the model it was trained with"
+            )
+    targets = {}
+    for key in keys:
+        numel = torch.Size(shapes[key.split(".", 1)[1]]).numel()
+        start, stop = share(numel, world)
+        targets[key] = (torch.zeros(stop - start), numel)
+    _read(verified, _as_dtensors(targets, world), world, no_dist=False)
+    return {key: values for key, (values, _) in targets.items()}
+
+
+def _read(verified: Verified, tensors: dict[str, torch.Tensor], world: World, *, no_dist: bool) -> None:
+    """Fill `tensors`. Raises CheckpointError where the files have others or have changed since they were hashed."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    with (
+        _local_copy(verified, world) as folder,
+        tempfile.TemporaryDirectory(prefix="pretrain-load-") as listed,
+    ):
+        # The reader takes every file of the folder it is given, so it is given one that has the listed files only.
+        for name in verified.files:
+            os.symlink(folder.absolute() / name, Path(listed, name))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(listed), no_dist=no_dist)
+        except (CheckpointException, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{verified.path.name}: its tensors are not those of a run ({_cause(error)})"
+            ) from error
+        changed = [name for name, before in verified.stamps.items() if stamp(folder / name) != before]
+    if changed:
+        raise CheckpointError(
+            f"{verified.path.name}: {changed[0]} was changed while it was read; start again"
+        )
+
+
+def _cause(error: BaseException) -> str:
+    """What a failed read came from, in one line."""
+    failures = getattr(error, "failures", None)
+    cause = next(iter(failures.values()))[0] if failures else error
+    return " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
+
+
+@contextmanager
+def _local_copy(verified: Verified, world: World) -> Iterator[Path]:
+    """The checkpoint as files on this host: itself, or a copy that the ranks of the host download together."""
+    if not is_remote(verified.path):
+        yield verified.path
+        return
+    hosts = gather_objects(os.uname().nodename, world)
+    here = [rank for rank, host in enumerate(hosts) if host == hosts[world.rank]]
+    first = world.rank == here[0]
+    folders = gather_objects(tempfile.mkdtemp(prefix="pretrain-checkpoint-") if first else None, world)
+    folder = Path(folders[here[0]])
+    try:
+        _together(world, lambda: _download(verified, folder, here.index(world.rank), len(here)))
+        yield folder
+        gather_objects(None, world)  # all have read
+    finally:
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _download(verified: Verified, folder: Path, part: int, parts: int) -> None:
+    path = verified.path
+    for name in sorted(verified.files)[part::parts]:
+        try:
+            path.fs.get_file((path / name).path, str(folder / name))  # type: ignore[attr-defined]
+        except Exception as error:  # each kind of store has exceptions of its own
+            raise OSError(f"{path / name} was not downloaded ({type(error).__name__}: {error})") from error
+        problem = file_problem(folder, name, verified.files[name])
+        if problem is not None:
+            raise OSError(f"{path}: {problem}")
+
+
+def load_weights(
+    run_dir: str | Path, step: int | None = None, target: str | None = None
+) -> tuple[TrainConfig, dict[str, torch.Tensor], RunState]:
+    """Config, fp32 weights by parameter name at full shape, and state.json of a run's newest good checkpoint.
+
+    In one process, without a process group. `target`: the URL of the checkpoints, where they are not in the run folder.
+    Raises ConfigError where there is no such checkpoint.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise ConfigError(f"run_dir={run_dir} does not exist")
+    found = find_latest(root_of_run(run_dir, target), step=step)
+    if found.verified is None:
+        which = f"of step {step} " if step is not None else ""
+        why = f" ({'; '.join(found.passed_over)})" if found.passed_over else ""
+        raise ConfigError(f"run_dir={run_dir} holds no usable checkpoint {which}under checkpoints/{why}")
+    state = found.verified.state
+    config = stored_config(state["config"], f"{found.verified.path.name}/{STATE}")
+    shapes = {name: torch.Size(shape) for name, shape in state["tensors"].items()}
+    flat = {f"weight.{name}": torch.zeros(shape.numel()) for name, shape in shapes.items()}
+    _read(found.verified, dict(flat), ALONE, no_dist=True)
+    weights = {name: flat[f"weight.{name}"].view(shape) for name, shape in shapes.items()}
+    return config, weights, state

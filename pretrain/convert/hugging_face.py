@@ -1,0 +1,416 @@
+"""A checkpoint as a Hugging Face folder, which is published only after it gave the same logits and tokens.
+
+The folder holds config.json, generation_config.json, model*.safetensors (LlamaForCausalLM, or Qwen3ForCausalLM
+with QK-norm), a tokenizer that `transformers.AutoTokenizer` loads and, if it came from one, the sentencepiece model.
+`transformers` is imported where it is used: it is an optional package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from pretrain.config import ModelConfig, TrainConfig
+from pretrain.corpus.tokenizer import CHECK_TEXT, SPACE_SYMBOL, Tokenizer, frame
+from pretrain.errors import ConfigError, RunError
+from pretrain.files import let_umask_decide
+from pretrain.model.decoder import build_decoder
+from pretrain.trained import TrainedModel
+
+MAX_SHARD_BYTES = 5_000_000_000
+RELATIVE_TOLERANCE = 1e-4
+"""Largest difference of two fp32 logits, relative to the largest logit: summing in another order stays far below."""
+MIN_ARGMAX_AGREEMENT = 0.99
+_UNREACHABLE_SCORE = -1e4
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How the exported model, as `transformers` loads it in fp32, compares with ours on a text."""
+
+    tokens: int
+    max_difference: float
+    """Of two logits."""
+    tolerance: float
+    """What is allowed of that."""
+    argmax_agreement: float
+    """Share of positions with the same most probable token."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the export is good; false also where a logit is no number."""
+        return self.max_difference <= self.tolerance and self.argmax_agreement >= MIN_ARGMAX_AGREEMENT
+
+
+def require_transformers() -> None:
+    """Raises ConfigError where the optional packages are not installed."""
+    try:
+        import tokenizers  # noqa: F401
+        import transformers
+    except ImportError as error:
+        raise ConfigError(
+            f"export needs the package {error.name}; install it with: pip install 'pretrain[eval]'"
+        ) from error
+    transformers.utils.logging.disable_progress_bar()
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises ConfigError where `output` holds something that may not be replaced."""
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output={output} is a file; give a folder")
+    if output.exists() and any(output.iterdir()) and not overwrite:
+        raise ConfigError(f"output={output} is not empty; give another folder or overwrite=true")
+
+
+def export(
+    trained: TrainedModel,
+    output: Path,
+    *,
+    dtype: torch.dtype,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Parity:
+    """Write the folder `output`, which appears complete and checked or not at all.
+
+    Raises ConfigError where `output` may not be replaced or the tokenizer cannot be converted, RunError where
+    the written model or tokenizer does not do what ours does, and OSError or RunError where writing fails.
+    """
+    require_transformers()
+    check_output(output, overwrite)
+    with _published_together(output) as folder:
+        try:
+            write_model(trained, folder, dtype, max_shard_bytes)
+            write_tokenizer(trained.tokenizer, folder, trained.sequence_length)
+        except SafetensorError as error:
+            raise RunError(f"{output} cannot be written: {error}") from error
+        check_tokenizer(trained.tokenizer, folder)
+        parity = compare_logits(trained, folder, dtype)
+        if not parity.holds:
+            raise RunError(
+                f"the exported model differs from the trained one: logits by up to {parity.max_difference:.3g} "
+                f"(allowed {parity.tolerance:.3g}), same most probable token at {parity.argmax_agreement:.1%} "
+                f"of {parity.tokens} positions; {output} was not written"
+            )
+    return parity
+
+
+@contextmanager
+def _published_together(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output`, which takes its place when the block ends well."""
+    output = output.absolute()
+    temporary = output.with_name(f".{output.name}.tmp")
+    replaced = output.with_name(f".{output.name}.old")
+    for leftover in (temporary, replaced):
+        _remove(leftover)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in temporary.iterdir():
+            let_umask_decide(path)
+        for path in [*temporary.iterdir(), temporary]:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if output.exists():
+            output.rename(replaced)
+        temporary.rename(output)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """A folder with all that is in it, or a link to one without what it leads to."""
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
+# --- the model ---
+
+
+def hugging_face_config(config: TrainConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> Any:
+    """The `transformers` configuration of the same model: Llama, or Qwen3 where heads are normalized."""
+    from transformers import LlamaConfig, Qwen3Config
+
+    model = config.model
+    family = Qwen3Config if model.qk_norm else LlamaConfig
+    return family(
+        architectures=["Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"],
+        vocab_size=model.vocab_size,
+        hidden_size=model.d_model,
+        intermediate_size=model.d_ff,
+        num_hidden_layers=model.n_layers,
+        num_attention_heads=model.n_heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.head_width,
+        max_position_embeddings=config.data.sequence_length,
+        rms_norm_eps=model.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        tie_word_embeddings=model.tie_embeddings,
+        initializer_range=model.init_std,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+        dtype=dtype,
+    )
+
+
+def hugging_face_names(model: ModelConfig) -> dict[str, str]:
+    """Our parameter names -> those of LlamaForCausalLM and Qwen3ForCausalLM. No tensor changes its shape."""
+    names = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+    if not model.tie_embeddings:
+        names["head.weight"] = "lm_head.weight"
+    inner = {
+        "attention_norm": "input_layernorm",
+        "attention.q": "self_attn.q_proj",
+        "attention.k": "self_attn.k_proj",
+        "attention.v": "self_attn.v_proj",
+        "attention.output": "self_attn.o_proj",
+        "feed_forward_norm": "post_attention_layernorm",
+        "feed_forward.gate": "mlp.gate_proj",
+        "feed_forward.up": "mlp.up_proj",
+        "feed_forward.down": "mlp.down_proj",
+    }
+    if model.qk_norm:
+        inner |= {"attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm"}
+    for layer in range(model.n_layers):
+        for ours, theirs in inner.items():
+            names[f"blocks.{layer}.{ours}.weight"] = f"model.layers.{layer}.{theirs}.weight"
+    return names
+
+
+def write_model(trained: TrainedModel, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    """Write config.json, generation_config.json and the weights, in files of at most `max_shard_bytes`."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    config = hugging_face_config(trained.config, trained.tokenizer, dtype)
+    names = hugging_face_names(trained.config.model)
+    weights: dict[str, Tensor] = {
+        theirs: trained.weights[ours].to(dtype).contiguous() for ours, theirs in names.items()
+    }
+    if trained.config.model.tie_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    filling = list(range(trained.tokenizer.vocab_size, config.vocab_size))  # rows that stand for no token
+    model.generation_config = GenerationConfig(
+        bos_token_id=trained.tokenizer.bos_id,
+        eos_token_id=trained.tokenizer.eos_id,
+        pad_token_id=trained.tokenizer.pad_id,
+        suppress_tokens=filling or None,
+    )
+    model.save_pretrained(folder, max_shard_size=max_shard_bytes)
+
+
+@torch.no_grad()
+def compare_logits(trained: TrainedModel, folder: Path, dtype: torch.dtype) -> Parity:
+    """Load the folder with `transformers` and compare its logits with ours, both in fp32 on the CPU.
+
+    Ours are computed from weights rounded to `dtype`, as they were written.
+    """
+    from transformers import AutoModelForCausalLM
+
+    ids = trained.tokenizer.encode_document(CHECK_TEXT)[: trained.sequence_length]
+    tokens = torch.tensor([ids])
+    rounded = {name: weight.to(dtype).float() for name, weight in trained.weights.items()}
+    ours = build_decoder(trained.config.model, rounded, "cpu", torch.float32)
+    expected = ours.logits(tokens)
+    del rounded, ours
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    found = model(tokens).logits
+    return Parity(
+        tokens=len(ids),
+        max_difference=float((found - expected).abs().max()),
+        tolerance=RELATIVE_TOLERANCE * max(1.0, float(expected.abs().max())),
+        argmax_agreement=float((found.argmax(-1) == expected.argmax(-1)).float().mean()),
+    )
+
+
+# --- the tokenizer ---
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_tokens: int) -> None:
+    """Write tokenizer.json and tokenizer_config.json and, where it is one, the sentencepiece model itself."""
+    from transformers import PreTrainedTokenizerFast
+
+    special = {
+        "unk": tokenizer.unk_id,
+        "bos": tokenizer.bos_id,
+        "eos": tokenizer.eos_id,
+        "pad": tokenizer.pad_id,
+    }
+    settings: dict[str, Any] = {
+        "model_max_length": max_tokens,
+        "padding_side": "left",  # as generation from a batch of prompts needs it
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # "</s>" in a text is text
+        **{f"{name}_token": tokenizer.piece(i) for name, i in special.items() if i is not None},
+    }
+    if tokenizer.is_sentencepiece:
+        converted = PreTrainedTokenizerFast(tokenizer_object=convert_tokenizer(tokenizer), **settings)
+        converted.save_pretrained(folder)
+        (folder / tokenizer.file_name).write_bytes(tokenizer.content)
+        return
+    description = json.loads(tokenizer.content)
+    bos = settings["bos_token"], tokenizer.bos_id
+    description["post_processor"] = frame(bos, None)  # a prompt has no end
+    settings["tokenizer_class"] = PreTrainedTokenizerFast.__name__
+    for name, value in ((tokenizer.file_name, description), ("tokenizer_config.json", settings)):
+        (folder / name).write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def convert_tokenizer(tokenizer: Tokenizer) -> Any:
+    """A sentencepiece model as a `tokenizers.Tokenizer`, which puts bos before a text.
+
+    In the vocabulary of a model that leaves text as it is, as `data_tools.prepare` makes them, a space is a space,
+    where sentencepiece writes U+2581: so a real U+2581 in a text is outside the vocabulary and becomes bytes, as it
+    does in our tokenizer. Models of others keep U+2581, which they read as a space.
+    """
+    import tokenizers
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    model = proto.ModelProto()
+    model.ParseFromString(tokenizer.content)
+    kinds = proto.ModelProto.SentencePiece
+    space = " " if tokenizer.encode(SPACE_SYMBOL) != tokenizer.encode(" ") else SPACE_SYMBOL
+    learned = {
+        piece.piece.replace(SPACE_SYMBOL, space): (number, piece.score)
+        for number, piece in enumerate(model.pieces)
+        if piece.type == kinds.NORMAL
+    }
+    others = {
+        piece.piece.replace(SPACE_SYMBOL, " ") if piece.type == kinds.USER_DEFINED else piece.piece: number
+        for number, piece in enumerate(model.pieces)
+        if piece.type != kinds.NORMAL
+    }
+    is_bpe = model.trainer_spec.model_type == proto.TrainerSpec.BPE
+    assert tokenizer.unk_id is not None  # sentencepiece knows no model without
+    build = _bpe if is_bpe else _unigram
+    converted = tokenizers.Tokenizer(build(learned, others, tokenizer.unk_id))
+    if (splits := _splits(learned, others)) is not None:
+        converted.pre_tokenizer = splits
+    if (normalizer := _normalizer(model.normalizer_spec, space)) is not None:
+        converted.normalizer = normalizer
+    converted.decoder = _decoder(model.normalizer_spec, space)
+    bos = tokenizer.piece(tokenizer.bos_id)
+    converted.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos_id)]
+    )
+    special = [piece.piece for piece in model.pieces if piece.type in (kinds.UNKNOWN, kinds.CONTROL)]
+    converted.add_special_tokens([tokenizers.AddedToken(p, special=True, normalized=False) for p in special])
+    # These are found before all others; one with a real space never, since a text has none after normalization.
+    own = [
+        p.piece.replace(SPACE_SYMBOL, " ")
+        for p in model.pieces
+        if p.type == kinds.USER_DEFINED and " " not in p.piece
+    ]
+    converted.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in own])
+    return converted
+
+
+def _normalizer(spec: Any, space: str) -> Any:
+    """What a sentencepiece model does to a text first, or None."""
+    from tokenizers import Regex, normalizers
+
+    steps: list[Any] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(space))
+    if space != " ":
+        steps.append(normalizers.Replace(" ", space))
+    return normalizers.Sequence(steps) if steps else None
+
+
+def _decoder(spec: Any, space: str) -> Any:
+    """From pieces to text."""
+    from tokenizers import decoders
+
+    steps: list[Any] = [decoders.Replace(space, " ")] if space != " " else []
+    steps += [decoders.ByteFallback(), decoders.Fuse()]
+    if spec.add_dummy_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    return decoders.Sequence(steps)
+
+
+def _bpe(learned: dict[str, tuple[int, float]], others: dict[str, int], unk_id: int) -> Any:
+    """sentencepiece joins the two pieces whose result has the best score, `tokenizers` the pair first in a list.
+
+    So the list holds every way to make a piece from two others, better pieces first.
+    """
+    from tokenizers.models import BPE
+
+    merges = []
+    for piece in sorted(learned, key=lambda piece: -learned[piece][1]):
+        pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        known = [(left, right) for left, right in pairs if left in learned and right in learned]
+        merges += sorted(known, key=lambda pair: (learned[pair[0]][0], learned[pair[1]][0]))
+    vocabulary = others | {piece: number for piece, (number, _) in learned.items()}
+    (unk,) = (piece for piece, number in others.items() if number == unk_id)
+    return BPE(vocab=vocabulary, merges=merges, unk_token=unk, byte_fallback=True, fuse_unk=True)
+
+
+def _unigram(learned: dict[str, tuple[int, float]], others: dict[str, int], unk_id: int) -> Any:
+    """`tokenizers` would find "<0x0A>" in a text, which sentencepiece never does.
+
+    A score below that of any six characters keeps it from that.
+    """
+    from tokenizers.models import Unigram
+
+    scores = {number: (piece, score) for piece, (number, score) in learned.items()}
+    scores |= {number: (piece, _UNREACHABLE_SCORE) for piece, number in others.items()}
+    ordered = [scores[number] for number in range(len(scores))]
+    return Unigram(ordered, unk_id=unk_id, byte_fallback=True)
+
+
+def _splits(learned: dict[str, tuple[int, float]], others: dict[str, int]) -> Any:
+    """Where a text is cut before it is encoded, or None: only where no piece can reach across.
+
+    After newlines, as our tokenizer does, for speed. And at characters of "<0x0A>" and its like that are outside the
+    vocabulary, since there a unigram model could prefer that piece to several unknown characters.
+    """
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import Sequence, Split
+
+    splits = []
+    if not any(re.search(r"\n[^\n]", piece) for piece in learned):
+        splits.append(Split(Regex(r"[^\n]*\n+|[^\n]+"), behavior="isolated"))
+    unknown = sorted({character for piece in others for character in piece} - learned.keys())
+    if unknown:
+        splits.append(Split(Regex("|".join(map(re.escape, unknown))), behavior="isolated"))
+    return Sequence(splits) if splits else None
+
+
+def check_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Raises RunError where the tokenizer in `folder` encodes or decodes `CHECK_TEXT` in another way than the run's.
+
+    The same pieces in another order pass: a unigram model finds them equally probable, and rounding decides.
+    """
+    from transformers import AutoTokenizer
+
+    exported = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    expected = [tokenizer.bos_id, *tokenizer.encode(CHECK_TEXT)]
+    found = exported.encode(CHECK_TEXT, verbose=False)
+    text = exported.decode(found, skip_special_tokens=True)
+    if sorted(found) != sorted(expected) or text != tokenizer.decode(expected):
+        at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(expected))
+        raise RunError(
+            f"the exported tokenizer differs from {tokenizer.path}: token {at} of the check text is "
+            f"{found[at : at + 1]} instead of {expected[at : at + 1]}"
+        )

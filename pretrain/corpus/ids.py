@@ -1,0 +1,125 @@
+"""Finding a document by its id: a sorted index that comes with a corpus, searched where it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import BinaryIO
+
+import numpy as np
+import xxhash
+
+from pretrain.corpus.manifest import (
+    NPY_HEADER_BYTES,
+    CorruptShardError,
+    FileInfo,
+    Manifest,
+    npy_header,
+    open_member,
+)
+from pretrain.corpus.shards import SHARDS_FOLDER, Corpus
+from pretrain.errors import ConfigError
+from pretrain.remote import folder_of, read_range
+
+IDS_NAME = f"{SHARDS_FOLDER}/ids.npy"
+_ROW_BYTES = 16
+_BLOCK_ROWS = 4096  # read at a time
+
+Rows = np.ndarray  # uint64 [n, 2]: hash of the id, first chunk
+
+
+def hash_id(document_id: str) -> int:
+    """xxh3-64 of a document's id."""
+    return xxhash.xxh3_64_intdigest(document_id.encode("utf-8", "surrogatepass"))
+
+
+def chunks_of(corpus: Corpus, document_id: str) -> list[int]:
+    """The chunks that hold a document, or several of one id; empty: there is none.
+
+    Raises ConfigError where the corpus is older than its index of ids, CorruptShardError, and as reading does.
+    """
+    listed = [file for file in corpus.manifest.files if file.name == IDS_NAME]
+    if not listed:
+        raise ConfigError(
+            f"{corpus.manifest_path} has no {IDS_NAME}, which finds documents by their id; prepare the corpus again "
+            "with this program"
+        )
+    wanted, n_rows = hash_id(document_id), corpus.manifest.n_documents
+    if listed[0].bytes != NPY_HEADER_BYTES + n_rows * _ROW_BYTES:
+        raise CorruptShardError(f"{corpus.manifest_path}: {IDS_NAME} does not list {n_rows} documents")
+    read = partial(_read_rows, corpus, listed[0])
+    low, high = 0, n_rows  # the first row with the wanted hash, or what would follow it, is in [low, high]
+    while high - low > _BLOCK_ROWS:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if int(read(middle, middle + 1)[0, 0]) < wanted else (low, middle)
+    begins = _equal_rows(read, low, n_rows, wanted)
+    if not all(0 <= chunk < corpus.n_chunks for chunk in begins):
+        raise CorruptShardError(f"{corpus.manifest_path}: {IDS_NAME} names a chunk that does not exist")
+    return _chunks_from(corpus, document_id, begins)
+
+
+def ids_problem(file: BinaryIO, manifest: Manifest) -> str | None:
+    """What is wrong with the index of ids, an open file; None: nothing."""
+    file.seek(0)
+    if file.read(NPY_HEADER_BYTES) != npy_header((manifest.n_documents, 2)):
+        return f"is no index of {manifest.n_documents} documents; prepare the corpus again"
+    last = 0
+    while block := file.read(_BLOCK_ROWS * _ROW_BYTES):
+        rows = parse_ids(block)
+        if rows is None or rows[0, 0] < last or (rows[1:, 0] < rows[:-1, 0]).any():
+            return "is not in ascending order; prepare the corpus again"
+        if (rows[:, 1] >= manifest.n_chunks).any():
+            return "names a chunk that does not exist; prepare the corpus again"
+        last = rows[-1, 0]
+    return None
+
+
+def parse_ids(content: bytes) -> Rows | None:
+    """Rows of the index; None where they are no whole ones."""
+    return np.frombuffer(content, "<u8").reshape(-1, 2) if len(content) % _ROW_BYTES == 0 else None
+
+
+def _read_rows(corpus: Corpus, file: FileInfo, first: int, stop: int) -> Rows:
+    """Rows [first, stop) of the index."""
+    start, end = (NPY_HEADER_BYTES + row * _ROW_BYTES for row in (first, stop))
+    place = folder_of(corpus.manifest_path)
+
+    def size_problem(content: bytes) -> str | None:
+        return None if len(content) == end - start else f"{file.name} is cut off"
+
+    if isinstance(place, str):
+        content = read_range(f"{place}/{file.name}", start, end, corpus.options.read_timeout_s, size_problem)
+    else:
+        try:
+            with open_member(place, file.name) as index:
+                index.seek(start)
+                content = index.read(end - start)
+        except OSError as error:
+            raise CorruptShardError(f"{place / file.name} cannot be read: {error.strerror}") from error
+        if (problem := size_problem(content)) is not None:
+            raise CorruptShardError(f"{place}: {problem}")
+    return np.frombuffer(content, "<u8").reshape(-1, 2)
+
+
+def _equal_rows(read: Callable[[int, int], Rows], low: int, n_rows: int, wanted: int) -> list[int]:
+    """The chunks of all rows with the wanted hash, the first of which is within a block from `low`."""
+    chunks: list[int] = []
+    while low < n_rows:
+        rows = read(low, min(low + _BLOCK_ROWS + 1, n_rows))
+        chunks += rows[rows[:, 0] == wanted, 1].tolist()
+        if int(rows[-1, 0]) > wanted:
+            break
+        low += len(rows)
+    return chunks
+
+
+def _chunks_from(corpus: Corpus, document_id: str, begins: list[int]) -> list[int]:
+    """The chunks in which the documents begin, and those in which they go on."""
+    found = set()
+    for chunk in sorted(set(begins)):
+        while chunk < corpus.n_chunks and document_id in corpus.documents(chunk).ids:
+            found.add(chunk)
+            if corpus.documents(chunk).ids[-1] != document_id:
+                break
+            chunk += 1
+    return sorted(found)

@@ -1,0 +1,371 @@
+"""What a corpus holds: its manifest.json, the index of a shard, and how its files are written, hashed and checked.
+
+The corpus itself is read by `pretrain/corpus/shards.py` and written by `pretrain/corpus/writer.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import tarfile
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from pretrain import __version__
+from pretrain.errors import ConfigError, RunError
+from pretrain.files import open_regular, read_capped
+from pretrain.remote import DamagedError, as_path, is_remote, read_whole, retry_local
+from pretrain.stored import (
+    Annotated,
+    Count,
+    Le,
+    Line,
+    MaxLen,
+    MinLen,
+    Positive,
+    Predicate,
+    RelativePath,
+    Sha256,
+    Text,
+    parse,
+)
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+UINT16_VOCAB_SIZE = 65_536
+MAX_SHARDS = 40_000  # of a corpus: 40 TiB in shards of the usual size, 400 bytes each in the manifest
+MAX_MANIFEST_BYTES = 20 << 20
+MAX_MANIFEST_VALUES = 450_000
+MAX_DOCUMENTS_BYTES = 64 << 20  # of one .doc member
+MANIFEST_TIMEOUT_S = 300.0  # for one behind a URL
+MAX_CHUNKS = 1 << 32  # of a corpus: 10^15 tokens in chunks of the usual size
+MAX_CHUNK_TOKENS = 1 << 26  # a chunk is held in memory as a whole
+MAX_SHARD_CHUNKS = 1 << 22  # and so is the index of a shard, 48 bytes per chunk
+MAX_VOCAB_SIZE = 1 << 22
+TOKENS, DOCUMENTS = 0, 1  # second axis of an index
+_MAX_LISTED = 1 << 20  # sources or files
+_SHARD_NAME = re.compile(r"shard-[0-9]{5,12}\.tar")
+_VERSION = re.compile(r'\s*\{\s*"format_version"\s*:\s*(\d{1,9})\b')
+_READ_BYTES = 1 << 22
+NPY_HEADER_BYTES = 128
+_INDEX_ROW_BYTES = 2 * 3 * 8
+_BLOCK = tarfile.BLOCKSIZE
+
+
+class CorruptShardError(RunError):
+    """A shard is not what its manifest says, or not there. The text names the file, the member and what differs."""
+
+    def __init__(self, text: str, *, source_path: str | None = None, chunk: int | None = None) -> None:
+        super().__init__(text)
+        self.source_path, self.chunk = source_path, chunk
+        """The manifest of the corpus, as it was given, and the chunk that cannot be used; None: not of one chunk."""
+
+
+def is_shard_name(text: str) -> bool:
+    """A name like shard-00000.tar."""
+    return _SHARD_NAME.fullmatch(text) is not None
+
+
+@dataclass(kw_only=True, slots=True)
+class CorpusSource:
+    """Where documents come from, and how much of the corpus is theirs.
+
+    Names and licenses come from file names and records, so that any text is allowed; who prints them makes them
+    visible (`pretrain.printing`).
+    """
+
+    name: Text
+    license: Text = "unknown"
+    documents: Count = 0
+    tokens: Count = 0
+    """With one bos and one eos per document."""
+    text_bytes: Count = 0
+    """UTF-8 bytes of the documents' text."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ShardInfo:
+    """One tar file of a corpus."""
+
+    name: Annotated[str, Predicate(is_shard_name)]
+    bytes: Count = 0
+    sha256: Sha256 = ""
+    index_sha256: Sha256 = ""
+    first_chunk: Count
+    chunks: Annotated[Count, Le(MAX_SHARD_CHUNKS)] = 0
+    documents: Count = 0
+    """Documents that begin in this shard."""
+    tokens: Count = 0
+
+    @property
+    def index_name(self) -> str:
+        """File name of the index beside it."""
+        return self.name.removesuffix(".tar") + ".idx"
+
+
+@dataclass(slots=True)
+class FileInfo:
+    """Another file that belongs to a corpus; `name` is its path relative to the manifest."""
+
+    name: RelativePath
+    bytes: Count
+    sha256: Sha256
+
+
+@dataclass(kw_only=True, slots=True)
+class Manifest:
+    """What a corpus holds. `root_sha256` covers every other field, and so the content of every file."""
+
+    format_version: Count = FORMAT_VERSION
+    created_by: Line = f"pretrain {__version__}"
+    tokenizer_sha256: Sha256
+    vocab_size: Annotated[Positive, Le(MAX_VOCAB_SIZE)]
+    bos_id: Count
+    eos_id: Count
+    dtype: Line
+    """uint16 or uint32, little-endian."""
+    chunk_tokens: Annotated[Positive, Le(MAX_CHUNK_TOKENS)]
+    n_chunks: Annotated[Positive, Le(MAX_CHUNKS)]
+    n_tokens: Positive
+    n_documents: Count
+    sources: Annotated[list[CorpusSource], MinLen(1), MaxLen(_MAX_LISTED)]
+    shards: Annotated[list[ShardInfo], MinLen(1), MaxLen(MAX_SHARDS)]
+    files: Annotated[list[FileInfo], MaxLen(_MAX_LISTED)] = field(default_factory=list)
+    loss_mask: bool = False
+    """Only the tokens that the `.doc` members mark are to be predicted. Written where it is true only, so that other
+    corpora have the hashes that they had before there was a mask, and programs that know none refuse this corpus."""
+    root_sha256: Sha256 = ""
+
+    @property
+    def last_chunk_tokens(self) -> int:
+        """Tokens of the corpus's last chunk, 1 to chunk_tokens."""
+        return self.n_tokens - (self.n_chunks - 1) * self.chunk_tokens
+
+    def compute_root_sha256(self) -> str:
+        """The hash over everything else in the manifest."""
+        content = {key: value for key, value in self._content().items() if key != "root_sha256"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps(self._content(), indent=1, ensure_ascii=False) + "\n"
+
+    def _content(self) -> dict[str, Any]:
+        content = _as_dict(self)
+        for name in ("sources", "shards", "files"):
+            content[name] = [_as_dict(item) for item in content[name]]
+        if self.loss_mask is False:
+            del content["loss_mask"]
+        return content
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = MANIFEST_NAME) -> Manifest:
+        """Parse and check a manifest. Raises ConfigError, whose text begins with `where`."""
+        head = text[:200].decode(errors="replace") if isinstance(text, bytes) else text[:200]
+        version = _VERSION.match(head)  # it comes first; other versions may have other fields
+        if version and int(version[1]) != FORMAT_VERSION:
+            raise ConfigError(
+                f"{where} has format version {version[1]}, this program reads {FORMAT_VERSION}; "
+                "prepare the corpus again with this program"
+            )
+        manifest = parse(cls, text, where, "a corpus manifest", MAX_MANIFEST_VALUES)
+        if manifest.compute_root_sha256() != manifest.root_sha256:
+            raise ConfigError(
+                f"{where} was changed: its root_sha256 does not match its content; restore it or prepare the "
+                "corpus again"
+            )
+        problem = manifest._problem()
+        if problem is not None:
+            raise ConfigError(f"{where} contradicts itself in {problem}; prepare the corpus again")
+        return manifest
+
+    def _problem(self) -> str | None:
+        """What contradicts itself; None: nothing."""
+        if self.format_version != FORMAT_VERSION:
+            return "its format version"
+        if not max(self.bos_id, self.eos_id) < self.vocab_size:
+            return f"its ids of bos and eos, of which a vocabulary of {self.vocab_size} entries has none"
+        if self.dtype != token_dtype(self.vocab_size).name:
+            return "its dtype"
+        paths = [file.name for file in self.files] + [shard.name for shard in self.shards]
+        if len(set(paths)) != len(paths):
+            return "its files, of which one is named twice"
+        first = np.cumsum([0] + [shard.chunks for shard in self.shards])
+        if (
+            [shard.first_chunk for shard in self.shards] != first[:-1].tolist()
+            or first[-1] != self.n_chunks
+            or not all(0 < shard.chunks <= shard.bytes // (2 * _BLOCK) for shard in self.shards)
+            or sum(shard.tokens for shard in self.shards) != self.n_tokens
+            or not 0 < self.last_chunk_tokens <= self.chunk_tokens
+        ):
+            return "its numbers of chunks and tokens"
+        return None
+
+
+_NAMES: dict[type, tuple[str, ...]] = {
+    kind: tuple(f.name for f in fields(kind)) for kind in (Manifest, CorpusSource, ShardInfo, FileInfo)
+}
+_VALUES = {kind: attrgetter(*names) for kind, names in _NAMES.items()}
+
+
+def _as_dict(item: Any) -> dict[str, Any]:
+    """The fields, several times as fast as dataclasses.asdict, which copies every value."""
+    return dict(zip(_NAMES[type(item)], _VALUES[type(item)](item), strict=True))
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """How tokens of this vocabulary are stored: uint16 up to 65,536 entries, else uint32."""
+    return np.dtype("uint16" if vocab_size <= UINT16_VOCAB_SIZE else "uint32")
+
+
+def load_manifest(path: str | Path, time_limit_s: float = MANIFEST_TIMEOUT_S) -> Manifest:
+    """Read and check a manifest.json, a path or a URL. Raises ConfigError, and RunError where a store is away."""
+    if isinstance(path, str) and is_remote(path):
+        return _load_remote_manifest(path, time_limit_s)
+    path = as_path(path)
+    try:
+        content = read_capped(path, MAX_MANIFEST_BYTES)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist; give the manifest.json of a prepared corpus") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read as a manifest: {error.strerror}") from error
+    return Manifest.from_json(content, str(path))
+
+
+def _load_remote_manifest(url: str, time_limit_s: float) -> Manifest:
+    found = []
+
+    def check(content: bytes) -> str | None:
+        try:
+            found.append(Manifest.from_json(content))
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    try:
+        read_whole(url, MAX_MANIFEST_BYTES, time_limit_s, check)
+    except DamagedError as error:
+        raise ConfigError(str(error)) from error
+    return found[-1]
+
+
+def open_member(folder: Path, name: str) -> BinaryIO:
+    """The file `name` of a corpus's folder, opened.
+
+    Raises CorruptShardError where it is not a regular file or lies outside of the folder, and OSError.
+    """
+    try:
+        return open_regular(folder / name, inside=folder)
+    except ConfigError as error:
+        raise CorruptShardError(str(error)) from error
+
+
+def member_name(chunk: int, kind: int) -> str:
+    """Name of a tar member: NNNNNN.tok or NNNNNN.doc."""
+    return f"{chunk:06d}.{'tok' if kind == TOKENS else 'doc'}"
+
+
+def padded_bytes(n_bytes: int) -> int:
+    """Space that a member takes in a tar."""
+    return _BLOCK + n_bytes + -n_bytes % _BLOCK
+
+
+def read_index(folder: Path, manifest: Manifest, number: int) -> np.ndarray:
+    """uint64 [chunks, 2, 3]: (offset, length, xxh3-64) of the .tok and the .doc member of each chunk of a shard.
+
+    The members must fill the shard in order, so that what a tar reader finds there is what is read here. Raises
+    CorruptShardError.
+    """
+    info = manifest.shards[number]
+    path = folder / info.index_name
+    try:
+        content = retry_local(lambda: read_capped(path, index_bytes(info), inside=folder))
+    except ConfigError as error:
+        raise CorruptShardError(str(error)) from error
+    except OSError as error:
+        raise CorruptShardError(f"{path} cannot be read: {error.strerror}") from error
+    if hashlib.sha256(content).hexdigest() != info.index_sha256:
+        raise CorruptShardError(f"{path} has another sha256 than its manifest says; restore the file")
+    return parse_index(content, manifest, number, str(path))
+
+
+def index_bytes(info: ShardInfo) -> int:
+    """Size of the index of a shard."""
+    return NPY_HEADER_BYTES + info.chunks * _INDEX_ROW_BYTES
+
+
+def parse_index(content: bytes, manifest: Manifest, number: int, path: str) -> np.ndarray:
+    """The index of a shard, of bytes with the right hash, read from `path`. Raises CorruptShardError."""
+    info = manifest.shards[number]
+    shape = (info.chunks, 2, 3)
+    if len(content) != index_bytes(info) or not content.startswith(npy_header(shape)):
+        raise CorruptShardError(f"{path} is no index of {info.chunks} chunks; prepare the corpus again")
+    index = np.frombuffer(content, "<u8", offset=NPY_HEADER_BYTES).reshape(shape)
+    problem = _index_problem(index, manifest, info)
+    if problem is not None:
+        raise CorruptShardError(f"{path} {problem}; prepare the corpus again")
+    return index
+
+
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    """How a .npy file of uint64 values in this shape begins. A file's own header is compared with it, never parsed."""
+    header = io.BytesIO()
+    description = {"descr": "<u8", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, description)
+    return header.getvalue()
+
+
+def _index_problem(index: np.ndarray, manifest: Manifest, info: ShardInfo) -> str | None:
+    lengths = index[:, :, 1]
+    width = np.dtype(manifest.dtype).itemsize
+    token_bytes = np.full(info.chunks, manifest.chunk_tokens * width, np.uint64)
+    if info.first_chunk + info.chunks == manifest.n_chunks:
+        token_bytes[-1] = manifest.last_chunk_tokens * width
+    if not np.array_equal(lengths[:, TOKENS], token_bytes):
+        row = int(np.argmax(lengths[:, TOKENS] != token_bytes))
+        name = member_name(info.first_chunk + row, TOKENS)
+        return f"says that {name} has {lengths[row, TOKENS]} bytes, its manifest {token_bytes[row]}"
+    if (lengths[:, DOCUMENTS] > MAX_DOCUMENTS_BYTES).any():
+        row = int(np.argmax(lengths[:, DOCUMENTS]))
+        name = member_name(info.first_chunk + row, DOCUMENTS)
+        return f"says that {name} has {lengths[row, DOCUMENTS]} bytes, more than {MAX_DOCUMENTS_BYTES:,}"
+    sizes = lengths.astype(np.int64).reshape(-1)
+    ends = np.cumsum(_BLOCK + sizes + -sizes % _BLOCK)
+    starts = np.concatenate([[0], ends[:-1]]) + _BLOCK
+    if not np.array_equal(index[:, :, 0].reshape(-1), starts.astype(np.uint64)):
+        return "has members that do not follow one another"
+    if ends[-1] + 2 * _BLOCK != info.bytes:
+        return f"does not fill the {info.bytes} bytes of its shard"
+    return None
+
+
+def header_problem(block: bytes, name: str, n_bytes: int) -> str | None:
+    """What is wrong with a member's tar header, which plain tar readers believe; None: it is as the index says."""
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+    except (tarfile.HeaderError, UnicodeDecodeError) as error:
+        return f"has no tar header ({error})"
+    if header.name != name or not header.isreg() or header.size != n_bytes:
+        return f"is {header.name!r} of type {header.type!r} with {header.size} bytes in its tar header"
+    return None
+
+
+def describe_file(folder: Path, name: str) -> FileInfo:
+    """Size and hash of the file `name` in `folder`. Raises as `open_member` does."""
+    with open_member(folder, name) as file:
+        return describe_open_file(file, name)
+
+
+def describe_open_file(file: BinaryIO, name: str) -> FileInfo:
+    """The same of a file that is open, from its beginning."""
+    digest, size = hashlib.sha256(), 0
+    while block := file.read(_READ_BYTES):
+        digest.update(block)
+        size += len(block)
+    return FileInfo(name=name, bytes=size, sha256=digest.hexdigest())

@@ -1,0 +1,381 @@
+"""The on-disk contract of a corpus, and random access to its tokens (`corpus_writer.py` writes them).
+
+A corpus is a folder of webdataset tar shards and one `manifest.json`:
+
+    manifest.json                 what is there, and a hash of all of it (`Manifest`)
+    shards/shard-00000.tar        members NNNNNN.tok (a chunk: little-endian tokens) and NNNNNN.doc (JSON)
+    shards/shard-00000.idx        where each member lies and its xxh3-64, as a .npy array
+    shards/ids.npy                uint64 [documents, 2]: xxh3-64 of each document's id, ascending, and its first chunk
+
+Documents, [bos] tokens [eos] each, are concatenated and cut into chunks of `chunk_tokens`; only the
+last chunk of a corpus may be shorter. NNNNNN is the number of the chunk in the corpus. A `.doc` member
+describes the pieces of documents in its chunk: `starts` (token offset in the chunk), `source` (index into
+the manifest's sources), `ids` (document ids), `offsets` (the piece's first token, counted within its
+document: 0 unless it is a continuation), `text_bytes` (UTF-8 bytes of the document's text, given with its
+first piece, else 0).
+
+Where the manifest says `loss_mask`, only some tokens are to be predicted, and a `.doc` member has two lists more:
+`targets` ([start, stop, start, stop, ...], token offsets in the chunk, ascending) and `target_bytes` (UTF-8 bytes of
+the text that the document's targets stand for, given with its first piece, else 0).
+"""
+
+from __future__ import annotations
+
+import bisect
+import errno
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from pretrain.corpus.chunk_documents import (
+    ChunkDocuments,
+    continuation_problem,
+    parse_documents,
+    tokens_problem,
+)
+from pretrain.corpus.manifest import (
+    DOCUMENTS,
+    TOKENS,
+    CorruptShardError,
+    Manifest,
+    load_manifest,
+    member_name,
+    open_member,
+    read_index,
+)
+from pretrain.corpus.remote_chunks import RemoteChunks, load_remote_manifest
+from pretrain.remote import ReadOptions, as_path, folder_of, redact, retry_local
+
+SHARDS_FOLDER = "shards"
+_OPEN_SHARDS = 64  # file descriptors that one Corpus holds at most
+_CACHED_DOCUMENTS = 512  # parsed .doc members that one Corpus holds at most
+_BLOCK = tarfile.BLOCKSIZE
+
+
+class Corpus:
+    """Random access to the tokens of a corpus, on a disk or behind any fsspec URL.
+
+    Shards and indexes are opened at first use. Can be sent to a process, and used after a fork. With `verify_chunks`
+    the hash of a chunk is checked at its first use in this process (always, where it comes from a URL). Raises
+    CorruptShardError where the manifest's root hash is not `root_sha256`, if given.
+    """
+
+    def __init__(
+        self,
+        manifest_path: str | Path,
+        verify_chunks: bool = True,
+        root_sha256: str | None = None,
+        options: ReadOptions | None = None,
+    ) -> None:
+        self.manifest_path = as_path(manifest_path)
+        self.verify_chunks = verify_chunks
+        self.options = options or ReadOptions()
+        if isinstance(self.manifest_path, str):
+            self.manifest = load_remote_manifest(self.manifest_path, self.options, root_sha256)
+        else:
+            self.manifest = load_manifest(self.manifest_path)
+        if root_sha256 not in (None, self.manifest.root_sha256):
+            raise CorruptShardError(
+                f"{redact(str(manifest_path))} is another corpus than the one begun with; put that back"
+            )
+        self.n_chunks = self.manifest.n_chunks
+        self.chunk_tokens = self.manifest.chunk_tokens
+        self.last_chunk_tokens = self.manifest.last_chunk_tokens
+        self._dtype = np.dtype(self.manifest.dtype)
+        self._first_chunks = [shard.first_chunk for shard in self.manifest.shards]
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._documents: OrderedDict[int, ChunkDocuments] = OrderedDict()
+        self._verified = np.zeros(self.n_chunks, dtype=bool)
+        self._remote: RemoteChunks | None = None
+        if isinstance(self.manifest_path, str):
+            self._remote = self._new_remote()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent to another process as its name: one that is killed before it has read more than the 64 KiB that a
+        pipe holds would keep its starter waiting for ever."""
+        return Corpus, (self.manifest_path, self.verify_chunks, self.manifest.root_sha256, self.options)
+
+    def _new_remote(self) -> RemoteChunks:
+        return RemoteChunks(f"{folder_of(self.manifest_path)}/{SHARDS_FOLDER}", self.manifest, self.options)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it lies behind a URL."""
+        return self._remote is not None
+
+    def prefetch(self, chunks: Sequence[int]) -> None:
+        """Begin to fetch chunks that will soon be read, in this order; at most `data.prefetch_chunks` at a time.
+
+        Returns at once. Where it fails, `read` tries again and raises. Nothing to do for a corpus on a disk.
+        """
+        if self._remote is not None:
+            self._here(self._remote).prefetch(chunks)
+
+    def _here(self, remote: RemoteChunks) -> RemoteChunks:
+        """The reader of this process: threads and connections do not live on in a forked child."""
+        if remote.pid != os.getpid():
+            remote = self._remote = self._new_remote()
+        return remote
+
+    def tokens_in(self, chunk: int) -> int:
+        """Number of tokens of a chunk."""
+        return self.last_chunk_tokens if chunk == self.n_chunks - 1 else self.chunk_tokens
+
+    def read(self, chunk: int, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of a chunk, `stop` clipped to its end; an array of the manifest's dtype.
+
+        Raises CorruptShardError, IndexError for a chunk or start that does not exist, and, behind a URL, ReadError
+        where the store is away for longer than `data.read_timeout_s`.
+        """
+        stop = min(stop, self.tokens_in(chunk))
+        if not (0 <= chunk < self.n_chunks and 0 <= start <= stop):
+            raise IndexError(f"{self.manifest_path}: no tokens {start} to {stop} in chunk {chunk}")
+        width = self._dtype.itemsize
+        try:
+            content = self._token_bytes(chunk, start * width, stop * width)
+        except CorruptShardError as error:
+            error.source_path, error.chunk = str(self.manifest_path), chunk
+            raise
+        return np.frombuffer(content, dtype=self._dtype.newbyteorder("<")).astype(self._dtype)
+
+    def read_many(self, ranges: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
+        """Tokens [start, stop) of chunks, given as (chunk, start, stop), as `read` has them.
+
+        On a disk all go into one buffer, each by one system call: several times as fast as one by one.
+        """
+        if self._remote is not None or not ranges:
+            return [self.read(*wanted) for wanted in ranges]
+        width = self._dtype.itemsize
+        chunks, starts, stops = np.array(ranges, np.int64).T
+        stops = np.minimum(
+            stops, np.where(chunks == self.n_chunks - 1, self.last_chunk_tokens, self.chunk_tokens)
+        )
+        borders = np.concatenate([[0], np.cumsum(stops - starts)])
+        buffer = np.empty(int(borders[-1]), self._dtype.newbyteorder("<"))
+        into, at = buffer.data.cast("B"), (borders * width).tolist()
+        for i, (chunk, start) in enumerate(zip(chunks.tolist(), (starts * width).tolist(), strict=True)):
+            shard, row = self._locate(chunk)
+            target = into[at[i] : at[i + 1]]
+            if self.verify_chunks and not self._verified[chunk]:
+                target[:] = self._token_bytes(chunk, start, start + len(target))
+            elif not shard.read_into(row, start, target):
+                target[:] = shard.read(row, TOKENS, start, start + len(target))
+        tokens = buffer.astype(self._dtype, copy=False)
+        return [tokens[low:high] for low, high in pairwise(borders.tolist())]
+
+    def documents(self, chunk: int) -> ChunkDocuments:
+        """The document pieces of a chunk. Raises CorruptShardError, and IndexError for an unknown chunk."""
+        if not 0 <= chunk < self.n_chunks:
+            raise IndexError(f"{self.manifest_path}: no chunk {chunk}")
+        if chunk in self._documents:
+            self._documents.move_to_end(chunk)
+            return self._documents[chunk]
+        try:
+            where, content = self._document_bytes(chunk)
+            documents = parse_documents(
+                content,
+                where,
+                n_tokens=self.tokens_in(chunk),
+                n_sources=len(self.manifest.sources),
+                masked=self.manifest.loss_mask,
+            )
+        except CorruptShardError as error:
+            error.source_path, error.chunk = str(self.manifest_path), chunk
+            raise
+        self._documents[chunk] = documents
+        if len(self._documents) > _CACHED_DOCUMENTS:
+            self._documents.popitem(last=False)
+        return documents
+
+    def is_target(self, chunk: int, start: int, stop: int) -> np.ndarray:
+        """Whether the tokens [start, stop) of a chunk are to be predicted: bool [stop - start], all true without a
+        loss mask, false behind the chunk's end with one. Raises as `documents` does."""
+        if not self.manifest.loss_mask:
+            return np.ones(stop - start, np.bool_)
+        targets = self.documents(chunk).targets
+        assert targets is not None
+        # A token behind an odd number of starts and stops lies within a target.
+        return targets.searchsorted(np.arange(start, stop), side="right") % 2 == 1
+
+    def _token_bytes(self, chunk: int, start: int, stop: int) -> bytes:
+        if self.verify_chunks and not self._verified[chunk]:
+            content = self._whole_tokens(chunk)
+            problem = tokens_problem(content, self.manifest)
+            if problem is not None:
+                name = member_name(chunk, TOKENS)
+                raise CorruptShardError(f"{redact(str(self.manifest_path))}: {name} {problem}")
+            self._verified[chunk] = True
+            return content[start:stop]
+        if self._remote is not None:
+            return self._here(self._remote).read(chunk, TOKENS, start, stop)
+        shard, row = self._locate(chunk)
+        return shard.read(row, TOKENS, start, stop)
+
+    def _whole_tokens(self, chunk: int) -> bytes:
+        """A .tok member, its hash checked."""
+        if self._remote is not None:
+            return self._here(self._remote).read(chunk, TOKENS, 0)
+        shard, row = self._locate(chunk)
+        return shard.member(row, TOKENS)
+
+    def _document_bytes(self, chunk: int) -> tuple[str, bytes]:
+        """Where a .doc member lies, in words, and the member."""
+        if self._remote is not None:
+            where = f"{redact(str(self.manifest_path))}: {member_name(chunk, DOCUMENTS)}"
+            return where, self._here(self._remote).read(chunk, DOCUMENTS, 0)
+        shard, row = self._locate(chunk)
+        return f"{shard.path}: {member_name(chunk, DOCUMENTS)}", shard.member(row, DOCUMENTS)
+
+    def _locate(self, chunk: int) -> tuple[_OpenShard, int]:
+        number = bisect.bisect_right(self._first_chunks, chunk) - 1
+        info = self.manifest.shards[number]
+        if number in self._open:
+            self._open.move_to_end(number)
+        else:
+            folder = Path(self.manifest_path).parent / SHARDS_FOLDER
+            self._open[number] = _OpenShard(folder, self.manifest, number)
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)[1].close()
+        return self._open[number], chunk - info.first_chunk
+
+
+class _OpenShard:
+    """One shard with its index in memory. Reads by position, so that forked processes do not disturb it.
+
+    Not memory-mapped: there a failing disk or network file system kills the process, here it is an error.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, number: int) -> None:
+        self._descriptor = -1
+        self.info = info = manifest.shards[number]
+        self._folder, self.path = folder, folder / info.name
+        self.index = read_index(folder, manifest, number)
+        self.offsets = self.index[:, TOKENS, 0].tolist()
+        try:
+            self._descriptor = retry_local(self._open)
+        except OSError as error:
+            raise CorruptShardError(f"{self.path} cannot be opened: {error.strerror}") from error
+        size = os.fstat(self._descriptor).st_size
+        if size != info.bytes:
+            raise CorruptShardError(self._size_problem(size))
+
+    def _open(self) -> int:
+        """A descriptor of the file, which was seen to be a regular one in its folder."""
+        with open_member(self._folder, self.info.name) as file:
+            return os.dup(file.fileno())
+
+    def _size_problem(self, size: int) -> str:
+        ends = self.index[:, :, 0] + self.index[:, :, 1]  # uint64 [chunks, 2]
+        lost = np.argwhere(ends > size)
+        first = f"; the first member cut off is {self.member_name(*lost[0].tolist())}" if len(lost) else ""
+        return f"{self.path} has {size} bytes, its manifest says {self.info.bytes}{first}"
+
+    def member_name(self, row: int, kind: int) -> str:
+        return member_name(self.info.first_chunk + row, kind)
+
+    def read(self, row: int, kind: int, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a member, which are not checked."""
+        offset, size = int(self.index[row, kind, 0]) + start, stop - start
+        try:
+            content = os.pread(self._descriptor, size, offset)
+        except OSError:
+            content = b""
+        if len(content) == size:
+            return content
+        try:
+            return retry_local(lambda: self._read_anew(offset, size))
+        except OSError as error:
+            raise CorruptShardError(
+                f"{self.path}: member {self.member_name(row, kind)} cannot be read: {error.strerror}"
+            ) from error
+
+    def read_into(self, row: int, start: int, target: memoryview) -> bool:
+        """Fill `target` with the bytes of a .tok member from `start` on, which are not checked; False: it failed."""
+        try:
+            return os.preadv(self._descriptor, (target,), self.offsets[row] + start) == len(target)
+        except OSError:
+            return False
+
+    def _read_anew(self, offset: int, size: int) -> bytes:
+        """Of the file opened again: what a handle is stale for, or a cache holds half of, is whole there."""
+        descriptor = self._open()
+        try:
+            content = os.pread(descriptor, size, offset)
+            if len(content) != size:
+                raise OSError(errno.EIO, f"it is cut off, {len(content)} of {size} bytes are there")
+            os.dup2(descriptor, self._descriptor, inheritable=False)
+        finally:
+            os.close(descriptor)
+        return content
+
+    def member(self, row: int, kind: int) -> bytes:
+        """A whole member, its hash checked."""
+        content = self.read(row, kind, 0, int(self.index[row, kind, 1]))
+        expected, found = int(self.index[row, kind, 2]), xxhash.xxh3_64_intdigest(content)
+        if found != expected:
+            raise CorruptShardError(
+                f"{self.path}: member {self.member_name(row, kind)} has xxh3-64 {found:016x}, its index says "
+                f"{expected:016x}; restore the file or prepare the corpus again"
+            )
+        return content
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDocument:
+    """A document as a corpus holds it."""
+
+    source: str
+    id: str
+    tokens: np.ndarray
+    text_bytes: int
+    is_target: np.ndarray | None  # bool [tokens]: what is to be predicted; None without a loss mask: all
+    target_bytes: int
+
+
+def documents_of(corpus: Corpus) -> Iterator[StoredDocument]:
+    """Every document in its place, put together from its pieces. Raises CorruptShardError."""
+    parts: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
+    head: tuple[str, str] = ("", "")
+    text_bytes = target_bytes = 0
+
+    def document() -> StoredDocument:
+        mask = np.concatenate(masks) if corpus.manifest.loss_mask else None
+        return StoredDocument(*head, np.concatenate(parts), text_bytes, mask, target_bytes)
+
+    before: ChunkDocuments | None = None
+    for chunk in range(corpus.n_chunks):
+        pieces, n_tokens = corpus.documents(chunk), corpus.tokens_in(chunk)
+        problem = continuation_problem(before, corpus.chunk_tokens, pieces)
+        if problem is not None:
+            raise CorruptShardError(f"{corpus.manifest_path}: {member_name(chunk, DOCUMENTS)} {problem}")
+        before = pieces
+        tokens = np.split(corpus.read(chunk, 0, n_tokens), pieces.starts[1:])
+        are_targets = np.split(corpus.is_target(chunk, 0, n_tokens), pieces.starts[1:])
+        for row, document_id in enumerate(pieces.ids):
+            if pieces.offsets[row] == 0:
+                if parts:
+                    yield document()
+                parts, masks = [], []
+                head = (corpus.manifest.sources[pieces.source[row]].name, document_id)
+                text_bytes = int(pieces.text_bytes[row])
+                target_bytes = 0 if pieces.target_bytes is None else int(pieces.target_bytes[row])
+            parts.append(tokens[row])
+            masks.append(are_targets[row])
+    yield document()

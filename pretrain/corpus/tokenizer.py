@@ -1,0 +1,411 @@
+"""The tokenizer of a corpus, sentencepiece or Hugging Face: encode, decode, special ids, fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor
+
+from pretrain.corpus.manifest import MANIFEST_TIMEOUT_S, MAX_VOCAB_SIZE, token_dtype
+from pretrain.corpus.tokenizer_trial import try_tokenizer
+from pretrain.errors import ConfigError
+from pretrain.files import read_capped
+from pretrain.remote import DamagedError, as_path, read_whole
+
+SENTENCEPIECE_NAME = "tokenizer.model"
+HUGGING_FACE_NAME = "tokenizer.json"
+TOKENIZER_NAMES = (SENTENCEPIECE_NAME, HUGGING_FACE_NAME)
+"""A corpus, a run and an export hold one of them."""
+MAX_MODEL_BYTES = 64 << 20  # a JSON of 256,000 entries takes about 33 MB
+MAX_SENTENCEPIECE_BYTES = 16 << 20
+"""A model of 256,000 entries takes about 5 MB, and ten times that in memory."""
+
+# sentencepiece writes every space as this character and reads it back as a space, so the character
+# itself, where a text holds it, must go another way: as its three UTF-8 bytes.
+SPACE_SYMBOL = "\u2581"
+
+# What a text is cut into, so that each different unit has to be encoded but once.
+_UNITS = re.compile(rf" *(?:[^ \n{SPACE_SYMBOL}]+\n*|\n+)| +|{SPACE_SYMBOL}")
+_BETWEEN_SPACE_SYMBOLS = re.compile(rf"[^{SPACE_SYMBOL}]+|{SPACE_SYMBOL}")
+_WHOLE = re.compile(r"(?s).+")
+# Where a piece lies across the end of a unit, in a text of all pieces with a zero after each.
+_ACROSS_UNITS = re.compile(rf"[^{SPACE_SYMBOL}\0]{SPACE_SYMBOL}|\n[^\n\0]")
+_LONG_UNIT_CHARS = 24
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+_REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character
+
+CHECK_TEXT = """It is a truth universally acknowledged, that a single man in possession of a good fortune, \
+must be in want of a wife. However little known the feelings or views of such a man may be on his first entering \
+a neighborhood, this truth is so well fixed in the minds of the surrounding families, that he is considered as \
+the rightful property of some one or other of their daughters.
+
+道可道，非常道。名可名，非常名。無名天地之始；有名萬物之母。故常無欲，以觀其妙；常有欲，以觀其徼。
+
+def fibonacci(n: int) -> list[int]:
+    numbers = [0, 1]
+    while len(numbers) < n:
+        numbers.append(numbers[-1] + numbers[-2])  # 1, 2, 3, 5, 8
+    return numbers[:n]
+
+\tTabs,  double   spaces, 12,345.67 €, naïve façade, <s></s><0x0A>, a \u2581 b, 👩‍👩‍👧 🎉\r\n"""
+"""Prose, Chinese, code and signs that many vocabularies lack: what tokenizers and models are compared on."""
+
+
+class EncodedTexts(NamedTuple):
+    """Documents in a row."""
+
+    tokens: np.ndarray
+    """[tokens of all documents], each [bos] + text + [eos], as a corpus stores them: uint16 or uint32."""
+    starts: np.ndarray
+    """int64 [documents + 1], where each begins, and the end."""
+
+
+class SpecialIds(NamedTuple):
+    """Ids that stand for no text."""
+
+    unk: int | None
+    """For what cannot be written; None: everything can."""
+    bos: int
+    eos: int
+    """May be the same as bos."""
+    pad: int
+    """eos, where the tokenizer has no padding of its own."""
+
+
+class _Model(Protocol):
+    """What the two kinds of tokenizers have in common."""
+
+    vocab_size: int
+    ids: SpecialIds
+
+    def encode_texts(self, texts: Sequence[str]) -> EncodedTexts: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def piece(self, token: int) -> str: ...
+
+
+class Tokenizer:
+    """The tokenizer in a file: a sentencepiece model, or a tokenizer.json that `data_tools.prepare` has imported.
+
+    With a model trained by `data_tools.prepare`, `decode(encode(text)) == text` for every text. The names of special
+    ids in a text are text: `encode` gives no bos, eos or pad. `sha256` is the hash that the file must have: of another
+    file nothing else is looked at, since a model made with bad intent can crash the parser. Raises ConfigError for
+    that, and where `path`, which may be a URL, is no such file.
+    """
+
+    def __init__(self, path: str | Path, sha256: str) -> None:
+        content = _read_model(as_path(path), sha256)
+        found = hashlib.sha256(content).hexdigest()
+        if found != sha256:
+            raise ConfigError(
+                f"the tokenizer {path} has sha256 {found}, where {sha256} is needed; put back the "
+                f"{Path(path).name} of the corpus"
+            )
+        try_tokenizer(content, path)
+        self._take(content, Path(path))
+
+    @classmethod
+    def trusted(cls, path: Path) -> Tokenizer:
+        """Of a file that the user has named, or that this program has just written: there is no hash to compare."""
+        return cls.from_content(_read_model(path, None), path)
+
+    @classmethod
+    def from_content(cls, content: bytes, path: Path) -> Tokenizer:
+        """From what was read already. `path` is for messages."""
+        tokenizer = cls.__new__(cls)
+        tokenizer._take(content, path)
+        return tokenizer
+
+    def _take(self, content: bytes, path: Path) -> None:
+        self.path = path
+        self.content = content
+        """The file's content, to be used instead of reading again what was hashed."""
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.is_sentencepiece = not content.startswith(b"{")
+        if self.is_sentencepiece and len(content) > MAX_SENTENCEPIECE_BYTES:
+            raise ConfigError(
+                f"the tokenizer {path} has {len(content):,} bytes, where a sentencepiece model has at most "
+                f"{MAX_SENTENCEPIECE_BYTES:,}"
+            )
+        self.file_name = SENTENCEPIECE_NAME if self.is_sentencepiece else HUGGING_FACE_NAME
+        """What the file is called in a corpus, a run or an export."""
+        self._model: _Model = (
+            _SentencePiece(content, path) if self.is_sentencepiece else _HuggingFace(content, path)
+        )
+        self.vocab_size = self._model.vocab_size
+        self.unk_id, self.bos_id, self.eos_id, self.pad_id = self._model.ids
+        self._special = {*self._model.ids}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without special ids."""
+        return self._model.encode_texts([text]).tokens[1:-1].tolist()
+
+    def encode_document(self, text: str) -> list[int]:
+        """Token ids of a whole document: [bos] + tokens + [eos]."""
+        return [self.bos_id, *self.encode(text), self.eos_id]
+
+    def encode_documents(self, texts: Sequence[str]) -> EncodedTexts:
+        """The same for many, several times as fast."""
+        return self._model.encode_texts(texts)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; special ids are dropped. Raises IndexError for an id outside the vocabulary."""
+        return self._model.decode([number for i in ids if (number := int(i)) not in self._special])
+
+    def decode_after(self, context: Sequence[int], ids: Sequence[int]) -> str:
+        """What `ids` add to the text of `context`: of some tokenizers, the first space of a text is none."""
+        before, whole = self.decode(context), self.decode([*context, *ids])
+        return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
+
+    def piece(self, token: int) -> str:
+        """How the vocabulary writes one token, for display."""
+        return self._model.piece(int(token))
+
+    def is_part_of_character(self, token: int) -> bool:
+        """Whether a token stands for bytes: the vocabulary has no entry for their character, or none for all of it."""
+        if _BYTE_PIECE.fullmatch(piece := self.piece(token)):
+            return True
+        return _REPLACEMENT not in piece and _REPLACEMENT in self.decode([token])
+
+
+def _read_model(path: str | Path, sha256: str | None) -> bytes:
+    if not isinstance(path, str):
+        try:
+            return read_capped(path, MAX_MODEL_BYTES)
+        except OSError as error:
+            raise ConfigError(f"the tokenizer {path} cannot be read: {error.strerror or error}") from error
+
+    def check(content: bytes) -> str | None:
+        same = sha256 in (None, hashlib.sha256(content).hexdigest())
+        return None if same else f"it has another sha256 than {sha256}, which is needed"
+
+    try:
+        return read_whole(path, MAX_MODEL_BYTES, MANIFEST_TIMEOUT_S, check)
+    except DamagedError as error:
+        raise ConfigError(f"the tokenizer {error}") from error
+
+
+def tokenizer_in(folder: Path) -> Path:
+    """The tokenizer's file in a folder, or where it should be."""
+    found = [path for name in TOKENIZER_NAMES if (path := folder / name).is_file()]
+    return found[0] if found else folder / SENTENCEPIECE_NAME
+
+
+# ---- sentencepiece ---------------------------------------------------------------------------------------------------
+
+
+class _SentencePiece:
+    def __init__(self, content: bytes, path: Path) -> None:
+        processor = self._processor = SentencePieceProcessor()
+        try:
+            processor.LoadFromSerializedProto(content)
+            self.vocab_size = int(processor.get_piece_size())
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"the tokenizer {path} is no sentencepiece model") from error
+        unk, bos, eos, pad = processor.unk_id(), processor.bos_id(), processor.eos_id(), processor.pad_id()
+        if bos < 0 and eos < 0:
+            raise ConfigError(f"the tokenizer {path} has neither bos nor eos; give one that has")
+        bos, eos = (bos if bos >= 0 else eos), (eos if eos >= 0 else bos)
+        self.ids = SpecialIds(unk, bos, eos, pad if pad >= 0 else eos)
+        symbol_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
+        self._units = self._choose_units(has_bytes=unk not in symbol_ids)
+        self._space_symbol_ids = processor.encode(SPACE_SYMBOL) if self._units is _WHOLE else symbol_ids
+
+    def _choose_units(self, has_bytes: bool) -> re.Pattern[str]:
+        """How to cut a text so that the ids of the units, in a row, are the ids of the text."""
+        sample = "  a  b\n  a\n\na \n"
+        keeps_spaces = self._processor.normalize(sample) == sample.replace(" ", SPACE_SYMBOL)
+        if not has_bytes or not keeps_spaces:
+            return _WHOLE
+        pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
+        return _BETWEEN_SPACE_SYMBOLS if _ACROSS_UNITS.search("\0".join(pieces)) else _UNITS
+
+    def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
+        """Each different unit is encoded once: texts repeat their words."""
+        numbers = _Numbers()
+        number = numbers.__getitem__
+        rows: list[int] = []
+        n_rows = [0]
+        for text in texts:
+            rows.append(_BOS)
+            units = self._units
+            if units is _UNITS and text.count(" ") * _LONG_UNIT_CHARS < len(text):  # most of all Chinese
+                units = _BETWEEN_SPACE_SYMBOLS
+            rows += map(number, units.findall(text))
+            rows.append(_EOS)
+            n_rows.append(len(rows))
+        # For short units lists are made faster than arrays.
+        is_long = sum(map(len, numbers)) > _LONG_UNIT_CHARS * len(numbers)
+        found = self._processor.encode(list(numbers), num_threads=1, return_type="numpy" if is_long else int)
+        ids = [[self.ids.bos], [self.ids.eos], self._space_symbol_ids, *found[1:]]
+        return _put_together(ids, np.array(rows, np.int64), np.array(n_rows), token_dtype(self.vocab_size))
+
+    def decode(self, ids: list[int]) -> str:
+        return self._processor.decode(ids)
+
+    def piece(self, token: int) -> str:
+        return self._processor.id_to_piece(token)
+
+
+_BOS, _EOS, _SYMBOL = 0, 1, 2  # numbers of units
+
+
+class _Numbers(dict[str, int]):
+    """Numbers units in the order of their appearance, after bos and eos."""
+
+    def __init__(self) -> None:
+        self[SPACE_SYMBOL] = _SYMBOL
+
+    def __missing__(self, unit: str) -> int:
+        number = self[unit] = len(self) + _SYMBOL
+        return number
+
+
+def _put_together(
+    ids: Sequence[Sequence[int]], rows: np.ndarray, n_rows: np.ndarray, dtype: np.dtype
+) -> EncodedTexts:
+    """Replace unit numbers (`rows`, of all texts; text k ends at `n_rows[k + 1]`) by the ids of the units."""
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    if isinstance(ids[-1], np.ndarray):
+        flat = np.concatenate(ids, dtype=dtype, casting="unsafe")
+    else:
+        flat = np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum()))
+    begins = np.cumsum(lengths) - lengths
+    counts = lengths[rows]
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    # Within a row, the index into `flat` runs on by one: the difference to the index into the result is constant.
+    places = np.repeat(begins[rows] - ends[:-1], counts) + np.arange(ends[-1])
+    return EncodedTexts(flat[places], ends[n_rows])
+
+
+# ---- Hugging Face ----------------------------------------------------------------------------------------------------
+
+
+class _HuggingFace:
+    """A tokenizer.json that puts bos before a text and eos after it, as `data_tools.prepare` writes it at import."""
+
+    def __init__(self, content: bytes, path: Path) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there is a process per core already
+        self._path = path
+        self._tokenizer, description = parse_tokenizer_json(content, path)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True  # "</s>" in a text is text
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=0)  # ids may have gaps
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise ConfigError(
+                f"the tokenizer {path} has an id {self.vocab_size - 1:,}, where less than {MAX_VOCAB_SIZE:,} is allowed"
+            )
+        if (frame := frame_of(description)) is None:
+            raise ConfigError(
+                f"the tokenizer {path} does not say what begins and ends a document; import it with "
+                "data_tools.prepare tokenizer.path=..."
+            )
+        bos, eos, pad, unk = map(
+            self._tokenizer.token_to_id, (*frame, pad_of(description), unk_of(description))
+        )
+        if bos is None or eos is None:
+            raise ConfigError(f"the tokenizer {path} has no entry for {frame[0]!r} or {frame[1]!r}")
+        self.ids = SpecialIds(unk, bos, eos, eos if pad is None else pad)
+
+    def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
+        dtype = token_dtype(self.vocab_size)
+        encode, frame = self._tokenizer.encode_batch_fast, ([self.ids.bos], [self.ids.eos])
+        found = []
+        for text in texts:  # one by one: what the package returns takes a hundred times the memory of the ids
+            with _package_errors(f"the tokenizer {self._path} cannot encode a text"):
+                (encoded,) = encode([text], add_special_tokens=False)
+            found.append(np.array([*frame[0], *encoded.ids, *frame[1]], dtype))
+        starts = np.cumsum([0, *map(len, found)], dtype=np.int64)
+        return EncodedTexts(np.concatenate(found) if found else np.empty(0, dtype), starts)
+
+    def decode(self, ids: list[int]) -> str:
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise IndexError(f"a token is outside of 0 to {self.vocab_size - 1}")
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def piece(self, token: int) -> str:
+        return self._tokenizer.id_to_token(token) or ""
+
+
+def parse_tokenizer_json(content: bytes, path: Path) -> tuple[Any, dict[str, Any]]:
+    """The tokenizer of the package `tokenizers`, and what its file says."""
+    import tokenizers
+
+    with _package_errors(f"the tokenizer {path} is no tokenizer.json"):
+        return tokenizers.Tokenizer.from_str(content.decode()), json.loads(content)
+
+
+@contextmanager
+def _package_errors(problem: str) -> Iterator[None]:
+    """What the package `tokenizers` raises as a ConfigError, panics included, which are no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ConfigError(f"{problem}: {' '.join(str(error).split())[:200]}") from error
+
+
+def frame(bos: tuple[str, int], eos: tuple[str, int] | None) -> dict[str, Any]:
+    """The post-processor of a tokenizer.json that puts bos (name and id) before a text and eos, if any, after it."""
+
+    def template(*sequences: str) -> list[dict[str, Any]]:
+        items: list[dict[str, Any]] = []
+        for number, sequence in enumerate(sequences):
+            items.append({"SpecialToken": {"id": bos[0], "type_id": number}})
+            items.append({"Sequence": {"id": sequence, "type_id": number}})
+            if eos is not None:
+                items.append({"SpecialToken": {"id": eos[0], "type_id": number}})
+        return items
+
+    special = dict([bos] if eos is None else [bos, eos])
+    return {
+        "type": "TemplateProcessing",
+        "single": template("A"),
+        "pair": template("A", "B"),
+        "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in special.items()},
+    }
+
+
+def frame_of(description: dict[str, Any]) -> tuple[str, str] | None:
+    """(bos, eos) of a tokenizer.json that puts them around a text; of others None."""
+    match description.get("post_processor"):
+        case {
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": str(bos)}},
+                {"Sequence": {"id": "A"}},
+                {"SpecialToken": {"id": str(eos)}},
+            ],
+        }:
+            return bos, eos
+    return None
+
+
+def pad_of(description: dict[str, Any]) -> str:
+    """The padding of a tokenizer.json; empty where it has none."""
+    match description.get("padding"):
+        case {"pad_token": str(pad)}:
+            return pad
+    return ""
+
+
+def unk_of(description: dict[str, Any]) -> str:
+    """What a tokenizer.json writes for what it cannot; empty where there is no such thing."""
+    match description["model"]:
+        case {"unk_token": str(unk)}:
+            return unk
+        case {"unk_id": int(number), "vocab": [*entries]}:
+            return entries[number][0]
+    return ""

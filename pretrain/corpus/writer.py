@@ -1,0 +1,254 @@
+"""Writing a corpus: the other side of `pretrain/corpus/shards.py`, whose text says what lies where."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import xxhash
+
+from pretrain.corpus.chunk_documents import MAX_ID_CHARS
+from pretrain.corpus.ids import IDS_NAME, hash_id
+from pretrain.corpus.manifest import (
+    DOCUMENTS,
+    MANIFEST_NAME,
+    MAX_SHARD_CHUNKS,
+    MAX_SHARDS,
+    TOKENS,
+    CorpusSource,
+    Manifest,
+    ShardInfo,
+    describe_file,
+    member_name,
+    padded_bytes,
+    token_dtype,
+)
+from pretrain.corpus.shards import SHARDS_FOLDER
+from pretrain.errors import ConfigError
+from pretrain.files import create_file, sync_folder, write_atomically
+
+_BLOCK = tarfile.BLOCKSIZE
+_PIECE_KEYS = ("starts", "source", "ids", "offsets", "text_bytes")
+
+
+class CorpusWriter:
+    """Writes a corpus; the same calls give the same bytes.
+
+    Every file gets a temporary name, is synced and renamed; the manifest comes last, in `finish`.
+    `sources` are the names, or names with licenses, that `add_document` may use. Raises ConfigError
+    where `folder` holds a corpus already. With `loss_mask` every document says which of its tokens are predicted.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        tokenizer_sha256: str,
+        vocab_size: int,
+        bos_id: int,
+        eos_id: int,
+        chunk_tokens: int,
+        sources: Sequence[str | CorpusSource],
+        shard_bytes: int = 1 << 30,
+        files: Sequence[str] = (),
+        loss_mask: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        if (self.folder / MANIFEST_NAME).exists():
+            raise ConfigError(f"{self.folder} holds a corpus already; choose another folder")
+        (self.folder / SHARDS_FOLDER).mkdir(parents=True, exist_ok=True)
+        self._sources = [
+            CorpusSource(name=s) if isinstance(s, str) else CorpusSource(**asdict(s)) for s in sources
+        ]
+        self._source_index = {source.name: i for i, source in enumerate(self._sources)}
+        self._header: dict[str, Any] = {
+            "tokenizer_sha256": tokenizer_sha256,
+            "vocab_size": vocab_size,
+            "bos_id": bos_id,
+            "eos_id": eos_id,
+            "chunk_tokens": chunk_tokens,
+            "loss_mask": loss_mask,
+        }
+        self._loss_mask = loss_mask
+        self._dtype = token_dtype(vocab_size)
+        self._vocab_size, self._chunk_tokens = vocab_size, chunk_tokens
+        self._shard_bytes, self._files = shard_bytes, list(files)
+        self._shards: list[ShardInfo] = []
+        self._shard: _ShardWriter | None = None
+        self._n_chunks = 0
+        self._id_rows = array("Q")  # (hash of the id, first chunk) of every document: 16 bytes of memory each
+        self._buffer = np.empty(chunk_tokens, dtype=self._dtype.newbyteorder("<"))
+        self._start_chunk()
+
+    def _start_chunk(self) -> None:
+        self._filled = 0
+        self._pieces: list[tuple[int, int, str, int, int]] = []  # the values of _PIECE_KEYS, piece by piece
+        self._targets: list[int] = []
+        self._target_bytes: list[int] = []
+
+    def add_document(
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        *,
+        source: str,
+        document_id: str,
+        text_bytes: int = 0,
+        targets: Sequence[int] | np.ndarray | None = None,
+        target_bytes: int = 0,
+    ) -> None:
+        """Append one document, its bos and eos included in `tokens`.
+
+        With a loss mask, `targets` are the tokens to be predicted, as [start, stop, start, stop, ...] in ascending
+        order, and `target_bytes` the UTF-8 bytes of their text. Raises ValueError for a foreign id, for targets that
+        are no such list, and where they are given without a loss mask or are missing with one.
+        """
+        row = np.asarray(tokens)
+        if row.ndim != 1 or not len(row):
+            raise ValueError(f"document {document_id!r} is not a non-empty row of tokens")
+        if len(document_id) > MAX_ID_CHARS:
+            raise ValueError(
+                f"document {document_id[:60]!r}... has an id of more than {MAX_ID_CHARS} characters"
+            )
+        smallest = 0 if row.dtype.kind == "u" else np.minimum.reduce(row)
+        if smallest < 0 or np.maximum.reduce(row) >= self._vocab_size:
+            raise ValueError(f"document {document_id!r} has token ids outside 0 to {self._vocab_size - 1}")
+        if (targets is not None) is not self._loss_mask:
+            raise ValueError(f"document {document_id!r} has targets, or the corpus a loss mask, not both")
+        spans = np.asarray([] if targets is None else targets, np.int64)
+        if targets is not None:
+            bounds = np.concatenate([[0], spans, [len(row)]])
+            if len(spans) % 2 or (np.diff(bounds) < 0).any() or (spans[::2] == spans[1::2]).any():
+                raise ValueError(
+                    f"document {document_id!r} has targets that are no ascending starts and stops"
+                )
+        totals = self._sources[number := self._source_index[source]]
+        totals.documents += 1
+        totals.tokens += len(row)
+        totals.text_bytes += text_bytes
+        self._id_rows.extend((hash_id(document_id), self._n_chunks))
+        done = 0
+        while done < len(row):
+            room = min(self._chunk_tokens - self._filled, len(row) - done)
+            self._pieces.append((self._filled, number, document_id, done, 0 if done else text_bytes))
+            if self._loss_mask:
+                self._target_bytes.append(0 if done else target_bytes)
+                self._targets += _spans_within(spans, done, done + room, self._filled)
+            self._buffer[self._filled : self._filled + room] = row[done : done + room]
+            self._filled += room
+            done += room
+            if self._filled == self._chunk_tokens:
+                self._flush_chunk()
+
+    def _flush_chunk(self) -> None:
+        tokens = self._buffer[: self._filled].tobytes()
+        columns: dict[str, Any] = dict(zip(_PIECE_KEYS, zip(*self._pieces, strict=True), strict=True))
+        if self._loss_mask:
+            columns |= {"targets": self._targets, "target_bytes": self._target_bytes}
+        documents = json.dumps(columns, ensure_ascii=False, separators=(",", ":")).encode()
+        size = padded_bytes(len(tokens)) + padded_bytes(len(documents))
+        shard = self._shard
+        if shard and (shard.bytes + size > self._shard_bytes or shard.info.chunks == MAX_SHARD_CHUNKS):
+            self._shards.append(shard.finish())
+            self._shard = None
+        if self._shard is None:
+            if len(self._shards) == MAX_SHARDS:
+                raise ConfigError(
+                    f"the corpus {self.folder} would have more than {MAX_SHARDS:,} shards; raise shard_bytes above "
+                    f"{self._shard_bytes:,}, or make several corpora and train on them as a mixture"
+                )
+            name = f"shard-{len(self._shards):05d}.tar"
+            self._shard = _ShardWriter(self.folder / SHARDS_FOLDER, name, self._n_chunks)
+        self._shard.add(tokens, documents, self._filled, columns["offsets"].count(0))
+        self._n_chunks += 1
+        self._start_chunk()
+
+    def finish(self) -> Manifest:
+        """Write what is left, then the manifest. Raises ValueError where no document was added."""
+        if self._filled:
+            self._flush_chunk()
+        if self._shard is None:
+            raise ValueError(f"no document was added to the corpus {self.folder}")
+        self._shards.append(self._shard.finish())
+        self._shard = None
+        self._write_ids()
+        manifest = Manifest(
+            **self._header,
+            dtype=self._dtype.name,
+            n_chunks=self._n_chunks,
+            n_tokens=sum(shard.tokens for shard in self._shards),
+            n_documents=sum(shard.documents for shard in self._shards),
+            sources=self._sources,
+            shards=self._shards,
+            files=[describe_file(self.folder, name) for name in [*self._files, IDS_NAME]],
+        )
+        manifest.root_sha256 = manifest.compute_root_sha256()
+        write_atomically(self.folder / MANIFEST_NAME, manifest.to_json().encode())
+        return manifest
+
+    def _write_ids(self) -> None:
+        rows = np.frombuffer(self._id_rows, np.uint64).reshape(-1, 2)
+        content = io.BytesIO()
+        np.save(content, rows[np.argsort(rows[:, 0], kind="stable")].astype("<u8"), allow_pickle=False)
+        write_atomically(self.folder / IDS_NAME, content.getvalue())
+
+
+def _spans_within(spans: np.ndarray, start: int, stop: int, offset: int) -> list[int]:
+    """The parts of `spans` that lie in tokens [start, stop) of a document, which are written at `offset`."""
+    pairs = np.clip(spans.reshape(-1, 2), start, stop)
+    pairs = pairs[pairs[:, 0] < pairs[:, 1]]
+    return (pairs - start + offset).flatten().tolist()
+
+
+class _ShardWriter:
+    """One tar under a temporary name, hashed while it is written."""
+
+    def __init__(self, folder: Path, name: str, first_chunk: int) -> None:
+        self.folder = folder
+        self.info = ShardInfo(name=name, first_chunk=first_chunk)
+        self._temporary = folder / f".{name}.tmp"
+        self._file: BinaryIO = create_file(self._temporary)
+        self._sha256 = hashlib.sha256()
+        self._rows: list[list[tuple[int, int, int]]] = []
+        self.bytes = 0
+
+    def _write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._sha256.update(content)
+        self.bytes += len(content)
+
+    def _member(self, kind: int, content: bytes) -> tuple[int, int, int]:
+        header = tarfile.TarInfo(member_name(self.info.first_chunk + len(self._rows), kind))
+        header.size = len(content)  # mtime, uid and gid are 0, owner names empty: TarInfo's defaults
+        self._write(header.tobuf(tarfile.USTAR_FORMAT))
+        offset = self.bytes
+        self._write(content + bytes(-len(content) % _BLOCK))
+        return offset, len(content), xxhash.xxh3_64_intdigest(content)
+
+    def add(self, tokens: bytes, documents: bytes, n_tokens: int, n_documents: int) -> None:
+        self._rows.append([self._member(TOKENS, tokens), self._member(DOCUMENTS, documents)])
+        self.info.chunks += 1
+        self.info.tokens += n_tokens
+        self.info.documents += n_documents
+
+    def finish(self) -> ShardInfo:
+        self._write(bytes(2 * _BLOCK))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        index = io.BytesIO()
+        np.save(index, np.array(self._rows, dtype="<u8"), allow_pickle=False)
+        write_atomically(self.folder / self.info.index_name, index.getvalue())
+        os.replace(self._temporary, self.folder / self.info.name)
+        sync_folder(self.folder)
+        self.info.bytes, self.info.sha256 = self.bytes, self._sha256.hexdigest()
+        self.info.index_sha256 = hashlib.sha256(index.getvalue()).hexdigest()
+        return self.info

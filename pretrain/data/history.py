@@ -1,0 +1,254 @@
+"""What a run has read: which documents each of its steps held, and at which steps a document was read.
+
+Answers come from the state that a checkpoint holds and from the corpora: the order of samples is a function of these,
+so that nothing has to be logged, and any step of a run of any length is found at once. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain.checkpoint.folder import newest_state
+from pretrain.config import DataConfig, stored_config
+from pretrain.config.data_stages import Steps
+from pretrain.corpus.ids import chunks_of
+from pretrain.corpus.shards import Corpus
+from pretrain.data.lanes import rank_samples
+from pretrain.data.order import Order, SourceSize
+from pretrain.data.packing import best_fit, concat
+from pretrain.data.state import OrderState, Substitution
+from pretrain.errors import ConfigError
+from pretrain.remote import ReadOptions, is_remote, redact
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """A part of a document in a sequence."""
+
+    corpus: str
+    """Name of the source in the run's mixture."""
+    source: str
+    """Where the document comes from, as its corpus names it."""
+    document: str
+    """Its id."""
+    first_token: int
+    """Counted within the document, its bos being 0."""
+    n_tokens: int
+    chunk: int
+    start: int
+    """Token of the chunk at which the piece begins."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceRead:
+    """One sequence of a step."""
+
+    sample: int
+    """Its index in the order."""
+    epoch: int
+    """Of its source, counted from 0."""
+    pieces: list[Piece]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentRead:
+    """A part of a document that a step has read."""
+
+    step: int | None
+    """None: a rollback passed over it."""
+    sample: int
+    epoch: int
+    piece: Piece
+
+
+class ReadHistory:
+    """The reading of a run, as the state after `step` steps has it."""
+
+    def __init__(
+        self, data: DataConfig, state: OrderState, step: int, world_size: int, sequence_ranks: int = 1
+    ) -> None:
+        """`sequence_ranks`: how many neighboring ranks share each sequence."""
+        self.step, self.world_size, self._sequence_ranks = step, world_size, sequence_ranks
+        self._state, self._data = state, data
+        self.names = [source.name for source in data.corpora()]
+        # A cache folder that a run names is not written to: it may be another's run.
+        self.corpora = [
+            Corpus(source.manifest, data.verify_chunks, options=ReadOptions()) for source in data.corpora()
+        ]
+        found = [corpus.manifest.root_sha256 for corpus in self.corpora]
+        for name, now, then in zip(self.names, found, state.manifest_sha, strict=False):
+            if now != then:
+                raise ConfigError(
+                    f"the corpus of {name!r} has root hash {now}, the run has read {then}; put that corpus back"
+                )
+        sizes = [SourceSize(c.n_chunks, c.chunk_tokens, c.last_chunk_tokens) for c in self.corpora]
+        self._order = Order(
+            sizes, state.stages, lanes=state.lanes, window_chunks=state.window_chunks, seed=state.seed
+        )
+        self._steps = Steps(state.stages, state.passed_over)
+
+    @classmethod
+    def of_run(
+        cls, run_dir: Path, manifests: Sequence[str] = (), target: str | None = None
+    ) -> tuple[ReadHistory, str]:
+        """From the newest checkpoint of a run, with the sha256 of its tokenizer.
+
+        `manifests`: where the corpora are, in the order of the run's sources, and `target`: where the checkpoints are.
+        They are needed where they are behind URLs: those that a file names are not opened. Raises ConfigError for
+        that, and where there is no checkpoint.
+        """
+        state = newest_state(run_dir, target)
+        config = stored_config(state["config"], f"the newest checkpoint of {run_dir}")
+        data = _with_manifests(config.data, manifests)
+        order, shared_by = OrderState.from_dict(state["order"]), config.engine.sequence_parallel_ranks
+        history = cls(data, order, state["step"], state["world_size"], shared_by)
+        return history, state["tokenizer_sha256"]
+
+    def read_in(
+        self, step: int, rank: int | None = None, world_size: int | None = None
+    ) -> list[SequenceRead]:
+        """The sequences of a step, or those of one rank of so many, in the order in which it reads them.
+
+        Raises ConfigError for a step that the run has not done, and CorruptShardError.
+        """
+        if not 1 <= step <= self.step:
+            raise ConfigError(f"step={step} is not among the steps 1 to {self.step} of the newest checkpoint")
+        taken = self._steps[step]
+        samples = np.arange(taken.first_sample, taken.end_sample)
+        if rank is not None:
+            n_ranks = world_size or self.world_size
+            readers, rest = divmod(n_ranks, self._sequence_ranks)
+            if not 0 <= rank < n_ranks or rest or len(samples) % readers:
+                raise ConfigError(
+                    f"rank={rank} does not exist where {len(samples)} sequences are split over {n_ranks} ranks"
+                    + (f", {self._sequence_ranks} to each" if self._sequence_ranks > 1 else "")
+                )
+            samples = rank_samples(
+                taken.first_sample,
+                len(samples),
+                lanes=self._state.lanes,
+                rank=rank // self._sequence_ranks,
+                world_size=readers,
+            )
+        where = self._order.locate(samples)
+        found = []
+        for row, sample in enumerate(samples.tolist()):
+            mine = np.flatnonzero(where.row == row)
+            pieces = []
+            for source, epoch, chunk, sequence, length, _ in zip(
+                *(values[mine].tolist() for values in where), strict=True
+            ):
+                chunk = self._read_chunk(source, epoch, chunk, sample)
+                pieces += self._pieces(source, chunk, self._segments(source, chunk, sequence, length))
+            found.append(SequenceRead(sample=sample, epoch=int(where.epoch[mine[0]]), pieces=pieces))
+        return found
+
+    def reads_of(self, document: str) -> list[DocumentRead]:
+        """Every reading of a document, or of all documents with this id, in the order of the samples.
+
+        Raises ConfigError where no corpus has it.
+        """
+        end = self._steps[self.step].end_sample
+        found: list[DocumentRead] = []
+        exists = False
+        for source, corpus in enumerate(self.corpora):
+            for chunk in chunks_of(corpus, document):
+                exists = True
+                for sample, epoch, segments in self._readings(source, chunk, end):
+                    found += [
+                        DocumentRead(
+                            step=self._steps.step_of(sample), sample=sample, epoch=epoch, piece=piece
+                        )
+                        for piece in self._pieces(source, chunk, segments)
+                        if piece.document == document
+                    ]
+        if not exists:
+            raise ConfigError(
+                f"document={document} is in none of the run's corpora ({', '.join(self.names)})"
+            )
+        return sorted(found, key=lambda read: (read.sample, read.piece.chunk, read.piece.start))
+
+    def text(self, piece: Piece, tokenizer: Any) -> str:
+        """The text of a piece."""
+        corpus = self.corpora[self.names.index(piece.corpus)]
+        return tokenizer.decode(corpus.read(piece.chunk, piece.start, piece.start + piece.n_tokens).tolist())
+
+    def _readings(self, source: int, chunk: int, end: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
+        """(sample, epoch, segments of the chunk) of all sequences that were read from it, also in another's place."""
+        stood_in = [s for s in self._state.substitutions if (s.source, s.substitute) == (source, chunk)]
+        readings = []
+        for which in [None, *stood_in]:
+            there = self._order.find(source, which.chunk if which else chunk, end)
+            for sample, sequence, epoch, length in zip(*(values.tolist() for values in there), strict=True):
+                asked = which.chunk if which else chunk
+                if (which is None or which.epoch == epoch) and (
+                    self._read_chunk(source, epoch, asked, sample) == chunk
+                ):
+                    readings.append((sample, epoch, self._segments(source, chunk, sequence, length)))
+        return readings
+
+    def _read_chunk(self, source: int, epoch: int, chunk: int, sample: int) -> int:
+        """The chunk that was read where the order says `chunk`."""
+
+        def applies(entry: Substitution) -> bool:
+            return (entry.source, entry.epoch, entry.chunk) == (source, epoch, chunk) and (
+                sample >= entry.first_sample
+            )
+
+        return next((s.substitute for s in self._state.substitutions if applies(s)), chunk)
+
+    def _segments(self, source: int, chunk: int, sequence: int, length: int) -> list[tuple[int, int]]:
+        corpus = self.corpora[source]
+        n_tokens = corpus.tokens_in(chunk)
+        if self._state.packing == "concat":
+            return concat(n_tokens, length, sequence)
+        return best_fit(corpus.documents(chunk).starts, n_tokens, length)[sequence]
+
+    def _pieces(self, source: int, chunk: int, segments: list[tuple[int, int]]) -> list[Piece]:
+        corpus = self.corpora[source]
+        documents = corpus.documents(chunk)
+        ends = np.append(documents.starts[1:], corpus.tokens_in(chunk))
+        pieces = []
+        for start, stop in segments:
+            first = int(documents.starts.searchsorted(start, side="right")) - 1
+            last = int(documents.starts.searchsorted(stop, side="left"))
+            for i in range(first, last):
+                low, high = max(start, int(documents.starts[i])), min(stop, int(ends[i]))
+                pieces.append(
+                    Piece(
+                        corpus=self.names[source],
+                        source=corpus.manifest.sources[int(documents.source[i])].name,
+                        document=documents.ids[i],
+                        first_token=int(documents.offsets[i]) + low - int(documents.starts[i]),
+                        n_tokens=high - low,
+                        chunk=chunk,
+                        start=low,
+                    )
+                )
+        return pieces
+
+
+def _with_manifests(data: DataConfig, manifests: Sequence[str]) -> DataConfig:
+    """What a run read, from where the command line says, if it says anything. ConfigError."""
+    sources = data.corpora()
+    if manifests:
+        if len(manifests) != len(sources):
+            names = ", ".join(source.name for source in sources)
+            raise ConfigError(
+                f"manifests={list(manifests)} names {len(manifests)} corpora, where the run has read {len(sources)}: "
+                f"{names}; name all of them, in this order"
+            )
+        named = [replace(source, manifest=given) for source, given in zip(sources, manifests, strict=True)]
+        return replace(data, manifest=None, sources=named, stages=[])
+    for source in sources:
+        if is_remote(source.manifest):
+            raise ConfigError(
+                f"the run has read the corpus {source.name!r} from {redact(source.manifest)!r}, and a URL that a run "
+                "folder names is not opened by itself; name it on the command line: manifests=[URL,...]"
+            )
+    return data

@@ -1,0 +1,93 @@
+"""What must hold between a configuration and the corpora it names, checked before any process group is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretrain.config import TrainConfig
+from pretrain.config.launched import launched_local_size
+from pretrain.corpus.manifest import load_manifest
+from pretrain.corpus.tokenizer import TOKENIZER_NAMES
+from pretrain.errors import ConfigError
+from pretrain.remote import as_path, check_url, exists, folder_of, is_remote
+
+VOCABULARY_MULTIPLE = (
+    64  # matrix kernels like the output head's width in multiples of 64 (nanoGPT: 25% faster)
+)
+
+
+def resolve_inputs(config: TrainConfig, world_size: int) -> TrainConfig:
+    """The config with `model.vocab_size` filled in. Raises ConfigError where inputs and config do not fit.
+
+    Reads manifests only; imports no torch, so that a mistake is answered at once.
+    """
+    config.grad_accum_steps(world_size)
+    config.engine.check_ranks(world_size, launched_local_size())
+    _check_urls(config)
+    patience = config.data.read_timeout_s
+    manifests = {
+        source.manifest: load_manifest(source.manifest, patience) for source in config.data.corpora()
+    }
+    for path, manifest in manifests.items():
+        check_lengths([stage.sequence_length for stage in config.stages], manifest.chunk_tokens, path)
+    if config.evaluation.manifest is not None:
+        manifests[config.evaluation.manifest] = load_manifest(config.evaluation.manifest, patience)
+    first_path, first = next(iter(manifests.items()))
+    for path, manifest in manifests.items():
+        if (manifest.tokenizer_sha256, manifest.vocab_size) != (first.tokenizer_sha256, first.vocab_size):
+            raise ConfigError(
+                f"{path} was made with another tokenizer than {first_path}; "
+                "prepare both with the same tokenizer (tokenizer.path=...)"
+            )
+    needed = -(-first.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    if config.model.vocab_size is None:
+        config.model.vocab_size = needed
+    elif config.model.vocab_size < first.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary of {first_path} "
+            f"({first.vocab_size}); leave it out or give at least {needed}"
+        )
+    return config
+
+
+def check_lengths(lengths: Sequence[int], chunk_tokens: int, manifest_path: str) -> None:
+    """Raise ConfigError for a sequence length that does not divide the chunks of a corpus."""
+    for length in lengths:
+        if chunk_tokens % length:
+            fits = max(t for t in range(1, min(length, chunk_tokens) + 1) if chunk_tokens % t == 0)
+            raise ConfigError(
+                f"data.sequence_length={length} does not divide the chunks of {manifest_path}, which have "
+                f"{chunk_tokens} tokens; {fits} would, or prepare the corpus with other chunk_tokens"
+            )
+
+
+def _check_urls(config: TrainConfig) -> None:
+    key = "data.manifest" if config.data.manifest is not None else "data.sources: manifest"
+    named = [(key, source.manifest) for source in config.data.corpora()]
+    named += [("evaluation.manifest", config.evaluation.manifest or "")]
+    remote = [(key, url) for key, url in named if is_remote(url)]
+    target = config.checkpoint.target or ""
+    for key, url in [*remote, *[("checkpoint.target", target)] * is_remote(target)]:
+        check_url(key, url)
+    if remote and config.data.read_timeout_s >= config.watchdog.step_s:
+        raise ConfigError(
+            f"data.read_timeout_s={config.data.read_timeout_s} is not less than watchdog.step_s="
+            f"{config.watchdog.step_s}, so that the watchdog would end a run that waits for its store; change one"
+        )
+
+
+def tokenizer_path(manifest_path: str) -> str | Path:
+    """The tokenizer file of a corpus's folder, a path or a URL; a held-out corpus has its parent's.
+
+    Raises ConfigError.
+    """
+    path = as_path(manifest_path)
+    folder = folder_of(path if isinstance(path, str) else path.resolve())
+    for place in (folder, folder_of(folder)):
+        names = [f"{place}/{name}" if isinstance(place, str) else place / name for name in TOKENIZER_NAMES]
+        for candidate in filter(exists, names):
+            return candidate
+    raise ConfigError(
+        f"{folder} has no {' or '.join(TOKENIZER_NAMES)}; prepare the corpus again or copy its tokenizer there"
+    )

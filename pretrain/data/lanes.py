@@ -1,0 +1,74 @@
+"""What a run makes of an order: its lanes, what each rank reads, and where sources end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from pretrain.config.data_stages import Stage, stage_at, tokens_before
+from pretrain.data.order import Order, SourceSize
+from pretrain.data.permutation import Ints
+from pretrain.errors import ConfigError
+
+MIN_ROWS = 16
+"""`choose_lanes` gives each lane at least this many chunks per epoch."""
+
+
+def choose_lanes(sizes: list[SourceSize], global_batch_sequences: int) -> int:
+    """V for a new run: the largest divisor of the global batch that leaves each lane enough chunks; at least 1.
+
+    Many lanes are good: a batch then touches many chunks, and with V a multiple of the number of ranks each
+    rank reads chunks that no other rank reads. But a lane shuffles its own chunks only, so that it should have
+    at least MIN_ROWS of them per epoch of every source. A divisor of the batch gives all lanes the same pace.
+    """
+    most = min(global_batch_sequences, min(size.n_chunks for size in sizes) // MIN_ROWS)
+    return max((v for v in range(1, most + 1) if global_batch_sequences % v == 0), default=1)
+
+
+def rank_samples(first: int, count: int, *, lanes: int, rank: int, world_size: int) -> Ints:
+    """Global indices of the samples [first, first + count) of one batch that belong to `rank`: [count / ranks].
+
+    The batch sorted by (lane, index) is split in equal contiguous parts. If count is a multiple of `lanes` and
+    `lanes` of `world_size`, rank r so owns the lanes [r V/R, (r+1) V/R) for the whole run.
+    """
+    if count % world_size:
+        raise ValueError(f"a batch of {count} samples does not split evenly over {world_size} ranks")
+    samples = np.arange(first, first + count, dtype=np.int64)
+    ordered = samples[np.argsort(samples % lanes, kind="stable")]
+    mine = count // world_size
+    return ordered[rank * mine : (rank + 1) * mine]
+
+
+def end_sources(
+    order: Order, max_epochs: Sequence[int | None], fixed_samples: int, end_sample: int
+) -> list[Stage]:
+    """The order's stages, with one more wherever a source has been read `max_epochs` times: it is drawn no more.
+
+    What lies before `fixed_samples` stays as it is. Raises ConfigError where all sources end before `end_sample`.
+    """
+    stages = order.stages
+    ends = []
+    for source, most in enumerate(max_epochs):
+        if most is not None and source not in stages[-1].ended and order.is_read(source, most, end_sample):
+            low, high = 0, end_sample  # is_read: not before low, before high
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if order.is_read(source, most, middle) else (middle, high)
+            stage = stages[stage_at(stages, low)]
+            ahead = (low - stage.first_sample) // stage.batch_sequences * stage.batch_sequences
+            ends.append((max(fixed_samples, stage.first_sample + ahead), source))
+    if not ends:
+        return stages
+    first, source = min(ends)
+    at = stage_at(stages, first)
+    inserted = replace(stages[at], first_sample=first, start_tokens=None)
+    later = [replace(stage, ended=(*stage.ended, source)) for stage in (inserted, *stages[at + 1 :])]
+    if not all(sum(stage.drawn_weights) for stage in later):
+        raise ConfigError(
+            f"all sources of the mixture are read max_epochs times after {tokens_before(stages, first):,} tokens, "
+            "before the run ends; raise max_epochs, add a source or shorten the run"
+        )
+    again = order.with_stages([*stages[: at + 1], *later])
+    return end_sources(again, max_epochs, fixed_samples, end_sample)

@@ -1,0 +1,205 @@
+"""The batches of one rank: what `order.py` says is next, read from `shards.py`.
+
+The only state is one integer, the samples consumed, which the trainer advances when a step is complete; what
+workers have read ahead never counts. All else in `OrderState` says which order and which corpus it counts in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from pretrain.batch import Batch
+from pretrain.config import DataConfig, SourceConfig
+from pretrain.config.data_stages import Step, Steps, micro_batch_of, n_steps_of, plan_stages
+from pretrain.corpus.shards import Corpus
+from pretrain.data.inputs import check_lengths
+from pretrain.data.lanes import choose_lanes, end_sources, rank_samples
+from pretrain.data.order import Location, Order, SourceSize
+from pretrain.data.permutation import Ints
+from pretrain.data.sequences import SequenceReader, Sequences
+from pretrain.data.state import OrderState, Substitution
+from pretrain.data.workers import MicroBatches, read_ahead
+from pretrain.device import device_type
+from pretrain.errors import ConfigError
+from pretrain.remote import ReadOptions
+
+_STEPS_AHEAD = 16
+"""Chunks from a URL are asked for so many steps before they are read: a window of chunks begins all at once."""
+
+
+def build_batch(
+    corpus: Corpus, chunk: Ints, sequence: Ints, sequence_length: int, document_masking: bool
+) -> Batch:
+    """Sequences of one corpus, cut every `sequence_length` tokens of a chunk.
+
+    A sequence that the chunk does not fill is padded with the corpus's eos. Raises CorruptShardError.
+    """
+    samples = np.arange(len(chunk))
+    zeros = np.zeros_like(chunk)
+    where = Location(zeros, zeros, chunk, sequence, np.full_like(chunk, sequence_length), samples)
+    reader = SequenceReader([corpus], DataConfig(document_masking=document_masking))
+    return _to_batch(reader.read(where, samples, sequence_length), samples)
+
+
+def _to_batch(read: Sequences, samples: Ints) -> Batch:
+    """In page-locked memory where there is a GPU, so that it is copied there in the background."""
+    tensor = torch.empty(read.packed.shape, dtype=torch.int64, pin_memory=device_type() == "cuda")
+    tokens, labels, positions, document_ids = tensor.copy_(torch.from_numpy(read.packed)).unbind(0)
+    return Batch(tokens, labels, positions, document_ids, samples, read.counts, read.substitutions)
+
+
+class TrainLoader:
+    """The training batches of one rank.
+
+    `state` is what a checkpoint held, or None for a new run. Raises ConfigError where the configuration, the
+    corpora and that state do not fit together.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        seed: int,
+        *,
+        global_batch_sequences: int,
+        micro_batch_sequences: int,
+        rank: int,
+        world_size: int,
+        total_steps: int | None = None,
+        total_tokens: int | None = None,
+        state: OrderState | None,
+    ) -> None:
+        sources = data.corpora()
+        options = ReadOptions.of(data)
+        corpora = [Corpus(source.manifest, data.verify_chunks, options=options) for source in sources]
+        _check_corpora(sources, corpora, data)
+        self._sizes = [SourceSize(c.n_chunks, c.chunk_tokens, c.last_chunk_tokens) for c in corpora]
+        lanes = data.lanes or (state.lanes if state else choose_lanes(self._sizes, global_batch_sequences))
+        self.state = OrderState(
+            manifest_sha=[corpus.manifest.root_sha256 for corpus in corpora],
+            seed=seed,
+            stages=plan_stages(data, global_batch_sequences),
+            consumed_samples=0,
+            lanes=lanes,
+            chunk_tokens=[corpus.chunk_tokens for corpus in corpora],
+            window_chunks=data.window_chunks,
+            packing=data.packing.name,
+        )
+        if state is not None:
+            state.check_compatible(self.state)
+            self.state.consumed_samples = state.consumed_samples
+            self.state.passed_over = state.passed_over
+            self.state.substitutions = state.substitutions
+            self.state.stages = plan_stages(data, global_batch_sequences, state.begun, state.fixed_samples)
+        self._data, self._corpora = data, corpora
+        self.names = [source.name for source in sources]
+        self.n_steps = n_steps_of(self.state.stages, total_steps, total_tokens)
+        """Optimizer updates of the whole run."""
+        self._max_epochs = [source.max_epochs for source in sources]
+        self._rank, self._world_size = rank, world_size
+        self.set_micro_batch(micro_batch_sequences)
+        self._plan()
+        first = corpora[0].manifest
+        self.tokenizer_sha256, self.vocab_size = first.tokenizer_sha256, first.vocab_size
+        self.bos_id, self.eos_id = first.bos_id, first.eos_id
+
+    def set_micro_batch(self, sequences: int) -> None:
+        """Another size of the forward passes, from the next call of `steps` on; the order stays as it is."""
+        self._micro_batch_tokens = sequences * self._data.sequence_length
+
+    def _plan(self) -> None:
+        state = self.state
+        order = Order(
+            self._sizes,
+            state.stages,
+            lanes=state.lanes,
+            window_chunks=state.window_chunks,
+            seed=state.seed,
+        )
+        end = Steps(state.stages, state.passed_over)[self.n_steps].end_sample
+        state.stages = end_sources(order, self._max_epochs, state.fixed_samples, end)
+        if state.stages is not order.stages:
+            order = order.with_stages(state.stages)
+        self.order, self.plan = order, Steps(state.stages, state.passed_over)
+
+    def state_at(self, step: int) -> OrderState:
+        """The state to save after a step."""
+        return replace(self.state, consumed_samples=self.plan[step].end_sample)
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often each source has been read, in the order, by the end of a step."""
+        return dict(zip(self.names, self.order.epochs(self.plan[step].end_sample), strict=True))
+
+    def pass_over(self, step: int, n_steps: int) -> list[int]:
+        """Leave out the samples of so many steps, from `step` on, which has not been taken; their range."""
+        window = [self.plan[step].first_sample, self.plan.end_after(step, n_steps, self.state.stages)]
+        self.state.passed_over = [*self.state.passed_over, window]
+        self._plan()
+        return window
+
+    def substituted(self, found: Sequence[Substitution]) -> list[Substitution]:
+        """Note chunks that ranks found bad in a step; those that were not known. The same call on all ranks."""
+        known = {(s.source, s.epoch, s.chunk) for s in self.state.substitutions}
+        new: dict[tuple[int, int, int], Substitution] = {}
+        for entry in sorted(found, key=lambda s: (s.source, s.epoch, s.chunk, s.first_sample)):
+            if (key := (entry.source, entry.epoch, entry.chunk)) not in known:
+                new.setdefault(key, entry)
+        self.state.substitutions = [*self.state.substitutions, *new.values()]
+        return list(new.values())
+
+    def steps(self, first_step: int) -> Iterator[list[Batch]]:
+        """The micro batches of each optimizer step, from that of number `first_step` to the last one of the run.
+
+        The iterator owns its worker processes, which end with it; call again to start elsewhere. Raises
+        CorruptShardError, and RunError where a worker process died.
+        """
+        reader = SequenceReader(self._corpora, self._data, self.state.seed, self.state.substitutions)
+        read, wanted = MicroBatches(reader, self.order), self._micro_batches(first_step)
+        n_workers = self._data.loader_workers
+        found = (
+            read_ahead(read, wanted, n_workers, self._data.prefetch_batches)
+            if n_workers
+            else map(read, wanted)
+        )
+        for number in range(first_step, self.n_steps + 1):
+            yield [_to_batch(*next(found)) for _ in self._micro_batches_of(self.plan[number])]
+
+    def _micro_batches(self, first_step: int) -> Iterator[tuple[Ints, Ints]]:
+        """The samples of each forward pass, and those whose chunks should be fetched by now."""
+        is_remote = any(corpus.is_remote for corpus in self._corpora)
+        nothing = np.empty(0, np.int64)
+        for number in range(first_step, self.n_steps + 1):
+            ahead = (
+                [number + _STEPS_AHEAD] if number > first_step else range(number, number + _STEPS_AHEAD + 1)
+            )
+            wanted = [n for n in ahead if is_remote and n <= self.n_steps]
+            upcoming = [samples for n in wanted for samples in self._micro_batches_of(self.plan[n])]
+            for samples in self._micro_batches_of(self.plan[number]):
+                yield samples, np.concatenate(upcoming) if upcoming else nothing
+                upcoming = []
+
+    def _micro_batches_of(self, step: Step) -> list[Ints]:
+        """The samples of each forward pass of this rank."""
+        count = step.end_sample - step.first_sample
+        mine = rank_samples(
+            step.first_sample, count, lanes=self.state.lanes, rank=self._rank, world_size=self._world_size
+        )
+        size = micro_batch_of(count, step.sequence_length, self._world_size, self._micro_batch_tokens)
+        return list(mine.reshape(-1, size))
+
+
+def _check_corpora(sources: list[SourceConfig], corpora: list[Corpus], data: DataConfig) -> None:
+    first = corpora[0].manifest
+    lengths = [data.sequence_length, *(s.sequence_length for s in data.stages if s.sequence_length)]
+    for source, corpus in zip(sources, corpora, strict=True):
+        for name in ("tokenizer_sha256", "vocab_size", "bos_id", "eos_id"):
+            here, there = getattr(corpus.manifest, name), getattr(first, name)
+            if here != there:
+                raise ConfigError(
+                    f"data.sources: {source.name!r} has {name} {here}, {sources[0].name!r} has {there}; "
+                    "prepare all sources of a run with the same tokenizer"
+                )
+        check_lengths(lengths, corpus.chunk_tokens, source.manifest)

@@ -1,0 +1,220 @@
+"""From places in the order to the arrays that a model reads: sequences, their labels, positions and documents."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.batch import IGNORED_LABEL, Counts
+from pretrain.config import BadChunk, DataConfig, Packing
+from pretrain.corpus.manifest import CorruptShardError
+from pretrain.corpus.shards import Corpus
+from pretrain.data.order import Location
+from pretrain.data.packing import Segments, best_fit, concat
+from pretrain.data.permutation import Ints, key_of
+from pretrain.data.state import Substitution
+from pretrain.errors import RunError
+
+_PACKED_CHUNKS = 512  # whose packing is kept, 60 KB each: W chunks per lane and source are read at a time
+_SUBSTITUTES_TRIED = 8
+_ATTEMPTS = 3  # a chunk that comes and goes must not hold up a run for ever
+_NOTHING = np.empty(0, np.uint16)
+
+Packed = NDArray[np.int32]
+
+
+@dataclass
+class Sequences:
+    """B sequences of T tokens."""
+
+    packed: Packed
+    """int32 [4, B, T]: tokens, labels, positions, document ids."""
+    counts: Counts
+    substitutions: list[Substitution] = field(default_factory=list)
+    """Chunks that could not be read, found while reading these."""
+
+
+class _Segment(NamedTuple):
+    """Tokens [start, stop) of a chunk, of which a row holds a copy."""
+
+    row: int
+    source: int
+    chunk: int
+    start: int
+    stop: int
+
+
+class SequenceReader:
+    """Reads sequences from corpora. `substitutions` are those that the run has made so far."""
+
+    def __init__(
+        self,
+        corpora: Sequence[Corpus],
+        data: DataConfig,
+        seed: int = 0,
+        substitutions: Sequence[Substitution] = (),
+    ) -> None:
+        self._corpora, self._seed = corpora, seed
+        self._masking = data.document_masking
+        self._best_fit = data.packing is Packing.best_fit
+        self._stops = data.on_bad_chunk is BadChunk.stop
+        self._substitutions = {(s.source, s.epoch, s.chunk): s for s in substitutions}
+        self._packings: OrderedDict[tuple[int, int, int], Segments] = OrderedDict()
+
+    def read(self, where: Location, samples: Ints, sequence_length: int) -> Sequences:
+        """The sequences at `where`, one row per sample. Raises CorruptShardError, and RunError without a substitute."""
+        found: list[Substitution] = []
+        for _ in range(_ATTEMPTS):
+            try:
+                segments = self._segments(where, samples)
+                return self._fill(segments, len(samples), sequence_length, found)
+            except (CorruptShardError, OSError) as error:
+                if self._stops:
+                    raise
+                problem = error
+            found += self._substitute_bad_chunks(where, samples)
+        raise problem
+
+    def prefetch(self, where: Location) -> None:
+        """Begin to fetch the chunks of these places, the first ones first."""
+        for source, corpus in enumerate(self._corpora):
+            chunks = dict.fromkeys(where.chunk[where.source == source].tolist())
+            corpus.prefetch(list(chunks))
+
+    def _segments(self, where: Location, samples: Ints) -> list[_Segment]:
+        """What the rows hold, one after another."""
+        segments = []
+        for source, epoch, chunk, sequence, length, row in zip(*(a.tolist() for a in where), strict=True):
+            chunk = self._chunk(source, epoch, chunk, int(samples[row]))
+            if self._best_fit:
+                ranges = self._packing(source, chunk, length)[sequence]
+            else:
+                ranges = concat(self._corpora[source].tokens_in(chunk), length, sequence)
+            segments += [_Segment(row, source, chunk, start, stop) for start, stop in ranges]
+        return segments
+
+    def _fill(
+        self, segments: list[_Segment], n: int, sequence_length: int, found: list[Substitution]
+    ) -> Sequences:
+        packed = np.empty((4, n, sequence_length), np.int32)
+        tokens, labels = packed[0], packed[1]
+        labels[:] = IGNORED_LABEL
+        begins = np.zeros((n, sequence_length), np.bool_)
+        filled = [0] * n
+        pieces = cut = 0
+        for segment, read in zip(segments, self._read_tokens(segments), strict=True):
+            row, begin = segment.row, filled[segment.row]
+            size = segment.stop - segment.start
+            end = filled[row] = begin + size
+            tokens[row, begin:end] = read[:size]
+            labels[row, begin : begin + len(read) - 1] = read[1:]
+            corpus = self._corpora[segment.source]
+            if corpus.manifest.loss_mask:
+                targets = corpus.is_target(segment.chunk, segment.start + 1, segment.stop + 1)
+                labels[row, begin:end][~targets] = IGNORED_LABEL
+            if self._masking:
+                n_pieces, n_cut = self._mark(
+                    segment, begins[row, begin:end], labels[row, begin:end], read[size - 1]
+                )
+                pieces, cut = pieces + n_pieces, cut + n_cut
+        eos_id = self._corpora[0].manifest.eos_id
+        for row, stop in enumerate(filled):
+            if stop < sequence_length:
+                tokens[row, stop:] = eos_id
+                begins[row, stop] = True
+        packed[2] = np.arange(sequence_length, dtype=np.int32)
+        if self._masking:
+            begins[:, 0] = False  # documents of a row are counted from 0
+            packed[2] -= np.maximum.accumulate(np.where(begins, packed[2], 0), axis=1)
+            np.cumsum(begins, axis=1, out=packed[3])
+        else:
+            packed[3] = 0
+        return Sequences(packed, Counts(pieces, cut, n * sequence_length - sum(filled)), found)
+
+    def _read_tokens(self, segments: list[_Segment]) -> list[NDArray[np.integer]]:
+        """The tokens of each segment, and one beyond where its chunk has it: the last label."""
+        read: list[NDArray[np.integer]] = [_NOTHING] * len(segments)
+        for source, corpus in enumerate(self._corpora):
+            mine = [i for i, segment in enumerate(segments) if segment.source == source]
+            ranges = [(segments[i].chunk, segments[i].start, segments[i].stop + 1) for i in mine]
+            for i, tokens in zip(mine, corpus.read_many(ranges), strict=True):
+                read[i] = tokens
+        return read
+
+    def _mark(
+        self, segment: _Segment, begins: NDArray[np.bool_], labels: NDArray[np.int32], last: np.integer
+    ) -> tuple[int, int]:
+        """Mark where documents begin, and that no label crosses to the next; pieces, and those that are cut."""
+        corpus = self._corpora[segment.source]
+        documents = corpus.documents(segment.chunk)
+        low, high = documents.starts.searchsorted((segment.start, segment.stop))
+        at = documents.starts[low:high] - segment.start
+        begins[at] = True
+        labels[at[at > 0] - 1] = IGNORED_LABEL
+        ends = high < len(documents.starts) and documents.starts[high] == segment.stop
+        if ends:
+            labels[-1] = IGNORED_LABEL
+        whole_first = len(at) > 0 and at[0] == 0 and documents.offsets[low] == 0
+        whole_last = ends or last == corpus.manifest.eos_id
+        n = len(at) + (len(at) == 0 or at[0] > 0)
+        begins[0] = True
+        return n, (not whole_first) + (not whole_last) if n > 1 else int(not (whole_first and whole_last))
+
+    def _chunk(self, source: int, epoch: int, chunk: int, sample: int) -> int:
+        """The chunk to read where the order says `chunk`."""
+        known = self._substitutions.get((source, epoch, chunk))
+        return known.substitute if known is not None and sample >= known.first_sample else chunk
+
+    def _substitute_bad_chunks(self, where: Location, samples: Ints) -> list[Substitution]:
+        """Try every chunk of these places by itself, and choose others for those that cannot be read."""
+        found = []
+        for source, epoch, chunk, _, _, row in zip(*(a.tolist() for a in where), strict=True):
+            sample = int(samples[row])
+            reason = self._problem(source, self._chunk(source, epoch, chunk, sample))
+            if reason is None:
+                continue
+            candidates = self._substitutes(source, epoch, chunk)
+            good = next((other for other in candidates if self._problem(source, other) is None), None)
+            if good is None:
+                raise RunError(
+                    f"{reason}; and {_SUBSTITUTES_TRIED} chunks that would stand in for it cannot be read either"
+                )
+            entry = Substitution(
+                source=source, epoch=epoch, chunk=chunk, first_sample=sample, substitute=good, reason=reason
+            )
+            self._substitutions[source, epoch, chunk] = entry
+            found.append(entry)
+        return found
+
+    def _problem(self, source: int, chunk: int) -> str | None:
+        """What is wrong with a chunk, or None."""
+        corpus = self._corpora[source]
+        try:
+            corpus.read(chunk, 0, corpus.chunk_tokens)
+            corpus.documents(chunk)
+        except (CorruptShardError, OSError) as error:
+            return str(error)
+        return None
+
+    def _substitutes(self, source: int, epoch: int, chunk: int) -> list[int]:
+        """Chunks to be tried in place of a bad one: the same on every rank, and at every restart."""
+        n_full = self._corpora[source].n_chunks - 1  # the last one may have fewer sequences
+        tries = np.arange(4 * _SUBSTITUTES_TRIED)
+        keys = key_of(self._seed, source, epoch, chunk, tries)
+        drawn = [int(key % np.uint64(max(n_full, 1))) for key in keys]
+        return [other for other in dict.fromkeys(drawn) if other != chunk][:_SUBSTITUTES_TRIED]
+
+    def _packing(self, source: int, chunk: int, length: int) -> Segments:
+        key = (source, chunk, length)
+        if key not in self._packings:
+            corpus = self._corpora[source]
+            self._packings[key] = best_fit(corpus.documents(chunk).starts, corpus.tokens_in(chunk), length)
+            if len(self._packings) > _PACKED_CHUNKS:
+                self._packings.popitem(last=False)
+        self._packings.move_to_end(key)
+        return self._packings[key]

@@ -1,0 +1,162 @@
+"""What a checkpoint holds of the data: where the run is in the order, and which order it is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pretrain.config.data import MAX_LANES
+from pretrain.config.data_stages import MAX_SAMPLES, Stage
+from pretrain.data.mixture import quotas
+from pretrain.errors import ConfigError
+from pretrain.stored import Annotated, Ge, Le, MaxLen, MinLen, Sha256, Text, parse
+
+STATE_SCHEMA = 2
+MAX_TABLE_ROWS = 1 << 24
+"""Stages x lanes x sources; the order keeps 40 bytes for each."""
+MAX_SOURCES = 1 << 16
+
+Sample = Annotated[int, Ge(0), Le(MAX_SAMPLES)]
+Chunk = Annotated[int, Ge(0), Le(1 << 32)]
+SourceNumber = Annotated[int, Ge(0), Le(MAX_SOURCES)]
+
+
+@dataclass(kw_only=True, slots=True)
+class Substitution:
+    """A chunk that could not be read, and what was read in its place."""
+
+    source: SourceNumber
+    """Number of the source in the mixture."""
+    epoch: Annotated[int, Ge(0), Le(MAX_SAMPLES)]
+    chunk: Chunk
+    first_sample: Sample
+    """From this sample of the order on; the chunk's samples before it were read as they are."""
+    substitute: Chunk
+    """The chunk read instead."""
+    reason: Text
+    """What was wrong, in one sentence."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OrderState:
+    """The same on every rank. `consumed_samples` ends the last completed optimizer step."""
+
+    schema: int = STATE_SCHEMA
+    manifest_sha: Annotated[list[Sha256], MinLen(1), MaxLen(MAX_SOURCES)]
+    """Root hash of each source's manifest, in the order of the sources."""
+    seed: Annotated[int, Ge(-(1 << 63)), Le((1 << 64) - 1)]
+    stages: Annotated[list[Stage], MinLen(1), MaxLen(1 << 10)]
+    consumed_samples: Sample
+    lanes: Annotated[int, Ge(1), Le(MAX_LANES)]
+    chunk_tokens: list[Annotated[int, Ge(1), Le(1 << 40)]]
+    """Per source."""
+    window_chunks: Annotated[int, Ge(1), Le(1 << 32)]
+    packing: Annotated[str, MaxLen(64)]
+    passed_over: list[Annotated[list[Sample], MinLen(2), MaxLen(2)]] = field(default_factory=list)
+    """Sample indices [first, end) that rollbacks left out of the run, in the order of the rollbacks."""
+    substitutions: list[Substitution] = field(default_factory=list)
+
+    @property
+    def fixed_samples(self) -> int:
+        """What comes before this sample of the order is decided: it was read, or will be passed over."""
+        return max([self.consumed_samples, *(end for _, end in self.passed_over)])
+
+    @property
+    def begun(self) -> list[Stage]:
+        """The stages that can no longer change."""
+        return [stage for stage in self.stages if stage.first_sample < self.fixed_samples]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self) | {"stages": [stage.to_dict() for stage in self.stages]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> OrderState:
+        """The inverse of `to_dict`. ConfigError where another version of this program wrote the values."""
+        if values.get("schema") != STATE_SCHEMA:
+            raise ConfigError(
+                f"the checkpoint's order of samples has schema {values.get('schema')!r}, this version reads schema "
+                f"{STATE_SCHEMA}; resume with the version that wrote it"
+            )
+        where = "the order in a checkpoint"
+        state = parse(cls, json.dumps(values), where, "an order of samples")
+        state._check(where)
+        return state
+
+    def _check(self, where: str) -> None:
+        """Raise ConfigError where the values contradict each other."""
+        n_sources = len(self.manifest_sha)
+        widths = {len(stage.weights) for stage in self.stages} | {len(self.chunk_tokens)}
+        firsts = [stage.first_sample for stage in self.stages]
+        if widths != {n_sources} or firsts[0] != 0 or firsts != sorted(firsts):
+            raise ConfigError(f"{where} contradicts itself in its sources or in where its stages begin")
+        if len(self.stages) * self.lanes * n_sources > MAX_TABLE_ROWS:
+            raise ConfigError(
+                f"{where} has {len(self.stages)} stages, {self.lanes} lanes and {n_sources} sources; their product may "
+                f"be {MAX_TABLE_ROWS:,} at most"
+            )
+        if any(first > end for first, end in self.passed_over):
+            raise ConfigError(f"{where} passes over samples that end before they begin")
+        if any(substitution.source >= n_sources for substitution in self.substitutions):
+            raise ConfigError(f"{where} names a source that it does not have")
+
+    def check_compatible(self, other: OrderState) -> None:
+        """Raise ConfigError unless the configured order, `other`, goes on as this saved one began.
+
+        `other.stages` are those of a run that begins with the configuration. What is still unread may change:
+        stages that have not begun, the batch, and sources appended to the list (they have no weight in what was read).
+        """
+        differences = [
+            f"{key}={new} was {old}"
+            for key, old, new in [
+                ("seed", self.seed, other.seed),
+                ("data.lanes", self.lanes, other.lanes),
+                ("data.window_chunks", self.window_chunks, other.window_chunks),
+                ("data.packing", self.packing, other.packing),
+            ]
+            if old != new
+        ]
+        differences += self._corpus_differences(other)
+        wanted = {stage.start_tokens: _content(stage) for stage in other.stages}
+        for stage in self.begun:
+            if stage.start_tokens is not None and wanted.get(stage.start_tokens) != _content(stage):
+                there = wanted.get(stage.start_tokens)
+                differences.append(
+                    f"the stage that began after {stage.start_tokens} tokens is "
+                    f"{'gone' if there is None else _words(there)}, was {_words(_content(stage))}"
+                )
+        if differences:
+            raise ConfigError(
+                f"the run cannot go on with this order of samples: {'; '.join(differences)}. "
+                "Restore what it began with, or start a new run_dir (init_from=RUN_DIR keeps the weights)"
+            )
+
+    def _corpus_differences(self, other: OrderState) -> list[str]:
+        if len(other.manifest_sha) < len(self.manifest_sha):
+            return [
+                f"the corpus changed: {len(other.manifest_sha)} sources, was {len(self.manifest_sha)} "
+                "(a source leaves by weight 0, not by its removal)"
+            ]
+        return [
+            f"the corpus changed: source {k} has root hash {new}, was {old}"
+            for k, (old, new) in enumerate(zip(self.manifest_sha, other.manifest_sha, strict=False))
+            if old != new
+        ] + [
+            f"the corpus changed: source {k} has chunks of {new} tokens, was {old}"
+            for k, (old, new) in enumerate(zip(self.chunk_tokens, other.chunk_tokens, strict=False))
+            if old != new
+        ]
+
+
+def _content(stage: Stage) -> tuple[int, list[int]]:
+    """Sequence length and quotas, trailing sources of quota 0 left out: what fixes the samples of a stage."""
+    counts = quotas(stage.weights)
+    while counts[-1] == 0:
+        counts.pop()
+    return stage.sequence_length, counts
+
+
+def _words(content: tuple[int, list[int]]) -> str:
+    length, counts = content
+    return f"sequences of {length} tokens with shares {[round(count / (1 << 16), 4) for count in counts]}"

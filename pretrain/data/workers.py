@@ -1,0 +1,176 @@
+"""The processes that read micro batches ahead of the trainer. They import no torch, so each starts in half a second.
+
+Items go round in turns, to worker 0, 1, ..., 0, ..., and so do the answers: the order is that of one process. Each
+worker has a socket of its own to the trainer; what comes over it are arrays, for tensors would need shared memory, of
+which a container has 64 MB by default.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import cycle
+from multiprocessing.connection import Connection, Pipe
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from pretrain.config.data_stages import stage_at
+from pretrain.data.order import Order
+from pretrain.data.permutation import Ints
+from pretrain.data.sequences import SequenceReader, Sequences
+from pretrain.errors import RunError
+from pretrain.reliability.heartbeat import memory_ran_out
+
+_ROOT = Path(__file__).resolve().parents[2]
+_PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
+_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+_END_S = 1.0
+"""A worker that is still reading this many seconds after the end is killed."""
+
+
+class MicroBatches:
+    """From (the global indices of a micro batch, those to come) to (its sequences, samples [B])."""
+
+    def __init__(self, reader: SequenceReader, order: Order) -> None:
+        self._reader, self._order = reader, order
+
+    def __call__(self, wanted: tuple[Ints, Ints]) -> tuple[Sequences, Ints]:
+        """Raises CorruptShardError, RunError and OSError."""
+        samples, upcoming = wanted
+        if len(upcoming):
+            self._reader.prefetch(self._order.locate(upcoming))
+        length = self._order.stages[stage_at(self._order.stages, int(samples[0]))].sequence_length
+        return self._reader.read(self._order.locate(samples), samples, length), samples
+
+
+def read_ahead(read: Callable[[Any], Any], items: Iterator[Any], n_workers: int, ahead: int) -> Iterator[Any]:
+    """What `read` makes of each item, in order, in processes of which each has up to `ahead` items to read.
+
+    The iterator owns its workers, which end with it. Raises what `read` raises (RunError, OSError), and RunError where
+    a worker died.
+    """
+    workers: list[_Worker] = []
+    try:
+        for _ in range(n_workers):
+            workers.append(_Worker())
+        for worker in workers:
+            worker.send(read)
+        asked: deque[_Worker] = deque()
+        for item, worker in zip(items, cycle(workers), strict=False):
+            worker.send(item)
+            asked.append(worker)
+            if len(asked) > n_workers * ahead:
+                yield asked.popleft().receive()
+        while asked:
+            yield asked.popleft().receive()
+    finally:
+        for worker in workers:
+            worker.connection.close()
+        for worker in workers:
+            worker.end()
+
+
+class _Worker:
+    """One process, seen from the trainer."""
+
+    def __init__(self) -> None:
+        self.connection, theirs = Pipe()
+        code = f"from pretrain.data.workers import serve; serve({theirs.fileno()}, {os.getpid()})"
+        one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        # A request to stop (Ctrl-C, Slurm, the launcher) reaches every process of a job, but only the trainer may
+        # act on it: it finishes the step and saves. In its workers these signals are blocked from the first moment.
+        allowed = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        try:
+            # A new program, not a fork: gloo, autograd and OpenMP have threads in the trainer, and one of them in
+            # the wrong place at that moment leaves a forked child hanging (seen once in 23 starts).
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", code],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, **one_thread, "PYTHONPATH": path},
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
+            theirs.close()
+
+    def send(self, value: Any) -> None:
+        try:
+            self.connection.send(value)
+        except OSError as error:
+            raise self._dead() from error
+
+    def receive(self) -> Any:
+        try:
+            answer = self.connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._dead() from error
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def end(self) -> None:
+        """After its connection was closed."""
+        try:
+            self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _dead(self) -> RunError:
+        code = self._process.wait()
+        if code >= 0:
+            reason, cause = f"exit code {code}", "what it has printed above says why"
+        else:
+            reason = signal.Signals(-code).name
+            cause = "the kernel ran out of memory" if memory_ran_out() else "killed from outside"
+        return RunError(
+            f"a process that reads training data died (pid {self._process.pid}, {reason}): {cause}; start again to go "
+            "on from the last checkpoint"
+        )
+
+
+# ---- in the worker ---------------------------------------------------------------------------------------------------
+
+
+def serve(descriptor: int, trainer_pid: int) -> None:
+    """The program of a worker: answer items until the trainer closes the connection or dies."""
+    # If the trainer is killed while its worker is reading from a slow store, that must go at once.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != trainer_pid:  # it was killed before the kernel knew of this wish
+        os._exit(1)
+    connection = Connection(descriptor)
+    answers: SimpleQueue[Any] = SimpleQueue()
+    # A thread sends, so that reading goes on while the trainer is busy and the socket is full.
+    threading.Thread(target=_send, args=(connection, answers), daemon=True).start()
+    read = _receive(connection)
+    while True:
+        item = _receive(connection)
+        try:
+            answer = read(item)
+        except (RunError, OSError) as error:
+            answer = error  # for the trainer to raise: here it would be a traceback on the terminal
+        answers.put(ForkingPickler.dumps(answer))
+
+
+def _receive(connection: Connection) -> Any:
+    try:
+        return connection.recv()
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+def _send(connection: Connection, answers: SimpleQueue[Any]) -> None:
+    with suppress(OSError):
+        while True:
+            connection.send_bytes(answers.get())
+    os._exit(0)

@@ -1,0 +1,346 @@
+"""The model under DeepSpeed: one optimizer step, one evaluation pass, and all state as whole, named tensors.
+
+The only file that imports deepspeed. DeepSpeed's own checkpoints are not used: `Engine.state`
+exchanges weights and moments with `checkpoint.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pretrain.device import device_type
+
+# DeepSpeed chooses at its import: it shall use what the run uses, and not warn of what is not there.
+os.environ.setdefault("DS_ACCELERATOR", device_type())
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups, set_z3_leaf_modules
+
+from pretrain.batch import Batch
+from pretrain.config import OptimizerName, Precision, Switch, TrainConfig
+from pretrain.config.engine import NVME_SUB_GROUP_ELEMENTS
+from pretrain.config.launched import launched_local_size
+from pretrain.distributed import World, gather_objects, seed_step
+from pretrain.engine.loss_scale import INITIAL, LossScale
+from pretrain.engine.objectives import training_loss
+from pretrain.engine.optim import build_optimizer, parameter_groups
+from pretrain.engine.state import EngineState
+from pretrain.engine.uncompiled import compiling_nothing, leave_compiler_unloaded
+from pretrain.errors import ConfigError
+from pretrain.model.decoder import Block, Decoder, LossSums
+from pretrain.model.kernels import capability_of, least_capable, resolve
+from pretrain.model.sequence_parallel import SequenceGroup
+from pretrain.reliability.heartbeat import mark
+
+# DeepSpeed calls collectives by names that torch has begun to rename; nothing a user can do.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What this rank knows after one optimizer step; the sums are over its own sequences."""
+
+    nll_sum: torch.Tensor
+    """Sum of the negative log-likelihoods, nats; on the device, not yet synchronized."""
+    z_sum: torch.Tensor
+    """Sum of squared log-partitions; on the device."""
+    n_predicted: int
+    """Predicted tokens of the global batch."""
+    grad_norm: float
+    """Global L2 norm before clipping; not finite when the step was skipped."""
+    skipped: bool
+    """The gradient was not finite: weights and moments are as before."""
+    memory_changed: torch.Tensor
+    """1 where this rank's weights or moments were not as the update before had left them, else 0; on a device."""
+
+
+def deepspeed_config(config: TrainConfig, world_size: int, files: Path | None = None) -> dict[str, Any]:
+    """The DeepSpeed dictionary of a run whose precision is resolved.
+
+    `files`: folder of this rank's optimizer, where it is on NVMe.
+    """
+    engine, accum_steps = config.engine, config.grad_accum_steps(world_size)
+    zero: dict[str, Any] = {
+        "stage": engine.zero_stage,
+        "reduce_bucket_size": engine.reduce_bucket_elements,
+        "contiguous_gradients": True,
+        "overlap_comm": device_type() == "cuda",  # gloo has no streams to overlap on
+    }
+    if engine.zero_stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": engine.prefetch_bucket_elements,
+            "stage3_param_persistence_threshold": engine.persistence_threshold_elements,
+            "stage3_max_live_parameters": engine.max_live_elements,
+            "stage3_max_reuse_distance": engine.max_live_elements,
+        }
+        if engine.hpz_partition_ranks > 1:
+            zero["zero_hpz_partition_size"] = engine.hpz_partition_ranks
+        zero["zero_quantized_weights"] = engine.quantized_weights
+        zero["zero_quantized_gradients"] = engine.quantized_gradients
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device_type() == "cuda"}
+    if files is not None:
+        zero["offload_optimizer"] |= {"device": "nvme", "nvme_path": str(files)}
+        zero["sub_group_size"] = NVME_SUB_GROUP_ELEMENTS
+    if engine.offload_params:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": device_type() == "cuda"}
+    result: dict[str, Any] = {
+        "train_batch_size": config.micro_batch * accum_steps * world_size,
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "gradient_accumulation_steps": accum_steps,
+        "gradient_clipping": config.optim.max_grad_norm,
+        "bf16": {"enabled": engine.precision is Precision.bf16},
+        # A scale that DeepSpeed does not change: the engine sets the one of each step.
+        "fp16": {"enabled": engine.precision is Precision.fp16, "loss_scale": INITIAL},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW serves offload too; nothing is compiled
+        "zero_allow_untested_optimizer": config.optim.name is OptimizerName.muon,  # ours
+        "steps_per_print": 2**31,
+    }
+    if engine.zero_stage == 3:
+        # Micro batches are summed in fp32. Stages 1 and 2 sum them in 16 bits: fp32 there selects another wrapper.
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    if engine.quantized_gradients:
+        # The kernels of qgZ read any tensor's bits as fp16 (csrc/quantization/pt_binding.cpp, ds_swizzle_quant).
+        result["communication_data_type"] = "fp16"
+    return _merged(result, engine.deepspeed_overrides)
+
+
+def _host_problem(config: TrainConfig, folder: Path | None) -> str | None:
+    """What this host lacks for the configuration. Empties `folder`, where an optimizer on NVMe keeps its files."""
+    engine = config.engine
+    if (engine.quantized_weights or engine.quantized_gradients) and device_type() == "cpu":
+        return (
+            f"engine.quantized_weights={engine.quantized_weights}, engine.quantized_gradients="
+            f"{engine.quantized_gradients}: DeepSpeed quantizes on NVIDIA GPUs only; set both to false"
+        )
+    if folder is None:
+        return None
+    if not deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible(verbose=False):
+        return f"engine.nvme_path={engine.nvme_path} needs the library libaio (Debian and Ubuntu: libaio-dev)"
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
+        folder.mkdir()
+    except OSError as error:
+        return f"engine.nvme_path={engine.nvme_path} cannot be written to ({error.strerror}); give an existing folder"
+    return None
+
+
+def nvme_folder(config: TrainConfig, rank: int) -> Path | None:
+    """Where a rank keeps its optimizer: its own, so that ranks and runs of one host do not meet."""
+    if config.engine.nvme_path is None:
+        return None
+    run = hashlib.sha256(str(Path(config.run_dir).resolve()).encode()).hexdigest()[:12]
+    return Path(config.engine.nvme_path) / f"pretrain-{run}-rank{rank}"
+
+
+def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in overrides.items():
+        inner = merged.get(key)
+        merged[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
+class Engine:
+    """A decoder, its optimizer and DeepSpeed around them, on every rank of the world."""
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        """`config.model.vocab_size` is set. All ranks call this together."""
+        falls_back = config.kernels.compile is Switch.auto
+        self.capability = least_capable(gather_objects(capability_of(world.device), world))
+        """What the devices of all ranks can do."""
+        self.config = config = resolve(config, self.capability)
+        """With precision and kernels chosen, alike on all ranks."""
+        self.world = world
+        compiles = config.kernels.compile is Switch.always
+        if not compiles:
+            leave_compiler_unloaded()
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # Of all operators DeepSpeed asks this one only, and would try a compiler on each to know; this one it would
+        # compile at each start for 30 to 90 s, although only inference uses it, and it leaks shared memory.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+        if config.engine.precision is Precision.fp16 and world.device.type == "cpu":
+            # DeepSpeed refuses fp16 on a CPU without units for it; torch emulates it there, and our tests rely on that.
+            get_accelerator().is_fp16_supported = lambda: True
+        if local_size := 1 if world.size == 1 else launched_local_size():
+            # Without it DeepSpeed starts a program in every step on a CPU, numactl, to count devices; a fork of a
+            # process with threads and gigabytes is slow at best. Its own launcher sets it, others do not.
+            os.environ.setdefault("LOCAL_SIZE", str(local_size))
+        deepspeed.init_distributed(dist_init_required=False)
+        stage, self._files = config.engine.zero_stage, nvme_folder(config, world.rank)
+        self._check_hosts()
+        settings = deepspeed_config(config, world.size, self._files)
+        self._sequences = SequenceGroup(world) if world.sequence_ranks > 1 else None
+        with deepspeed.zero.Init(
+            config_dict_or_path=settings,
+            enabled=stage == 3,
+            mem_efficient_linear=False,
+            # hpZ's, where an engine before this one has made it.
+            zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
+        ):
+            model = Decoder(config.model, config.seed, config.kernels)
+        if self._sequences is not None:
+            model.share_sequences(self._sequences)
+        if stage == 3:
+            # A block's parameters come and go together: one gather and one set of hooks, and none inside the block
+            # that would break a compiled graph, or differ when the block is computed again (torch compares the two
+            # under selective activation checkpointing).
+            set_z3_leaf_modules(model, [Block])
+        if compiles:
+            if self._sequences is not None:
+                self._sequences.keep_out_of_graphs()
+            model.compile_parts(fall_back=falls_back)
+        named = list(model.named_parameters())
+        self._stage = stage
+        self._parameters = dict(named)
+        self._optimizer = build_optimizer(parameter_groups(named, config.optim), config.optim)
+        with nullcontext() if compiles else compiling_nothing():
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=self._optimizer, config=settings
+            )
+        self.state = EngineState(
+            self._deepspeed.optimizer, self._optimizer, self._parameters, config.optim, stage, world
+        )
+        """Weights and moments, to be copied for a checkpoint and put back."""
+        self.loss_scale = LossScale() if config.engine.precision is Precision.fp16 else None
+        """Of the next step; None where the precision needs none."""
+
+    def _check_hosts(self) -> None:
+        """Raise ConfigError on all ranks where one host lacks something: only the host itself can tell."""
+        found = gather_objects((_host_problem(self.config, self._files), os.uname().nodename), self.world)
+        for problem, host in found:
+            if problem:
+                raise ConfigError(f"{problem} (seen on {host})")
+
+    def close(self) -> None:
+        """Delete the files of an optimizer on NVMe. Nothing of the engine can be used afterwards."""
+        if self._files is not None:
+            shutil.rmtree(self._files, ignore_errors=True)
+
+    def set_micro_batch(self, config: TrainConfig) -> None:
+        """Another micro batch from the next step on: as if the engine had been made with this configuration."""
+        self.config = replace(self.config, micro_batch_sequences=config.micro_batch_sequences)
+        self._deepspeed.set_train_micro_batch_size(config.micro_batch)
+        accum_steps = config.grad_accum_steps(self.world.size)
+        self._deepspeed.set_train_batch_size(config.micro_batch * accum_steps * self.world.size)
+
+    def train_step(
+        self,
+        batches: list[Batch],
+        step: int,
+        lr: float,
+        loss_limit: float = math.inf,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> StepResult | None:
+        """One optimizer update from this rank's micro batches. `step` counts from 1.
+
+        The update is left out, alike on all ranks, where the gradient is not finite or the loss (mean nats over the
+        global batch) is above `loss_limit`. `give_up` is asked before each micro batch, and must answer alike on all
+        ranks; once it says yes, the result is None, and weights and moments are as before.
+        """
+        if self._sequences is not None:
+            batches = [self._sequences.own_part(batch) for batch in batches]
+        seed_step(self.config.seed, step, self.world.rank)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        if self.loss_scale is not None:
+            self._deepspeed.optimizer.override_loss_scale(self.loss_scale.value)
+        predicted = sum(int((batch.labels >= 0).sum()) for batch in batches)
+        n_predicted = torch.tensor(predicted, device=self.world.device)
+        if self.world.size > 1:
+            dist.all_reduce(n_predicted)  # not read here: a device goes on to the forward pass
+        nll_sum = torch.zeros((), device=self.world.device)
+        z_sum = torch.zeros((), device=self.world.device)
+        # DeepSpeed averages over its accumulation steps and ranks; the scale turns that into the mean over tokens.
+        scale = float(self._deepspeed.gradient_accumulation_steps() * self.world.size)
+        self._deepspeed.train()
+        for batch in batches:
+            mark("micro batch", step)
+            if give_up():
+                return None
+            # Told, not counted: stages of a run differ in their number of micro batches.
+            self._deepspeed.set_gradient_accumulation_boundary(batch is batches[-1])
+            sums = self._forward(batch)
+            nll_sum += sums.nll_sum.detach()
+            z_sum += sums.z_sum.detach()
+            loss = training_loss(sums, self.config.model.z_loss, n_predicted.clamp(min=1), scale)
+            if batch is batches[-1] and loss_limit < math.inf:
+                loss = loss * self._factor(nll_sum, n_predicted, loss_limit)
+            self._deepspeed.backward(loss)
+            if batch is not batches[-1]:
+                self._deepspeed.step()  # counts micro batches
+        changed = self.state.sums.changed()
+        grad_norm, skipped = self._plain_update() if self._stage == 0 else self._update()
+        if skipped:
+            # DeepSpeed then lets go of the small parameters that it keeps whole, until the next forward pass.
+            self.state.sums.forget()
+        else:
+            self.state.sums.remember()
+        return StepResult(nll_sum, z_sum, int(n_predicted), grad_norm, skipped, changed)
+
+    @property
+    def replica_sum(self) -> torch.Tensor:
+        """Sum over the bits of all that every rank holds whole, after the last update; on a device."""
+        return self.state.sums.replica
+
+    def _factor(self, nll_sum: torch.Tensor, n_predicted: torch.Tensor, loss_limit: float) -> torch.Tensor:
+        """1, or NaN where the loss is above the limit: DeepSpeed leaves out an update that is not finite.
+
+        Found on the device, without waiting for it.
+        """
+        total = nll_sum.to(torch.float64, copy=True)
+        if self.world.size > 1:
+            dist.all_reduce(total)
+        one = torch.ones((), device=nll_sum.device)
+        return torch.where(total > loss_limit * n_predicted.clamp(min=1), one * math.nan, one)
+
+    def _update(self) -> tuple[float, bool]:
+        """Apply the summed gradient; its norm, and whether the update was left out."""
+        self._deepspeed.step()
+        skipped = not self._deepspeed.was_step_applied()
+        norm = self._deepspeed.get_global_grad_norm()
+        return (float("nan") if norm is None or skipped else float(norm)), skipped
+
+    def _plain_update(self) -> tuple[float, bool]:
+        """Stage 0: DeepSpeed neither reports a norm nor skips a step that is not finite, so both are done here."""
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        skipped = not math.isfinite(norm)
+        if skipped:
+            for parameter in self._parameters.values():
+                parameter.grad = None
+            self._deepspeed.set_gradient_accumulation_boundary(False)  # else it would clip what is not there
+        self._deepspeed.step()
+        return norm, skipped
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> LossSums:
+        """Loss sums of this rank's batch, dropout off. Under stage 3 all ranks call this together."""
+        mark("evaluation")
+        if self._sequences is not None:
+            batch = self._sequences.own_part(batch)
+        self._deepspeed.eval()
+        return self._forward(batch)
+
+    def _forward(self, batch: Batch) -> LossSums:
+        tokens, labels, positions, document_ids = (
+            t.to(self.world.device, non_blocking=True) for t in batch[:4]
+        )
+        if not self.config.data.document_masking:  # one document: the causal attention kernel needs no mask
+            return self._deepspeed(tokens, labels, positions)
+        return self._deepspeed(tokens, labels, positions, document_ids)

@@ -1,0 +1,315 @@
+"""`micro_batch_sequences=auto`: the largest micro batch whose forward and backward pass fit this rank's memory.
+
+Each probe is a real optimizer step on made-up tokens whose loss is above its limit, so that the update is left out as
+after a spike: weights, moments and everything that is random are afterwards as if it had not been.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pretrain.batch import Batch
+from pretrain.checkpoint.state import RunState
+from pretrain.config import TrainConfig
+from pretrain.config.data_stages import micro_batch_of
+from pretrain.config.launched import launched_local_size
+from pretrain.device import device_type
+from pretrain.distributed import World, gather_objects
+from pretrain.engine.engine import Engine
+from pretrain.errors import ConfigError, RunError
+from pretrain.reliability.heartbeat import mark
+
+USABLE_FRAC = 0.9
+"""Of what a rank may use: the rest is for fragments, communication buffers and reader processes, which probes do not
+have."""
+LARGEST_STRIDE = 4
+"""A probe is of at most so many times the sequences of the largest one before, however well a line foretells it."""
+SHAPES_MEMORY = ("model.", "engine.", "kernels.", "optim.", "data.", "global_batch_sequences")
+"""Beginnings of the keys on which the number found depends."""
+GIB = 2**30
+
+
+class Shape(NamedTuple):
+    """One forward pass of a rank."""
+
+    sequences: int
+    sequence_length: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """What one shape took."""
+
+    sequences: int
+    sequence_length: int
+    peak_bytes: int
+    """On the rank that took the most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """The largest micro batch that fits all ranks."""
+
+    micro_batch_sequences: int
+    usable_bytes: int
+    """What a rank may use, `USABLE_FRAC` of it, on the rank that has the least."""
+    probes: list[Probe]
+    """In the order in which they were made."""
+    time_s: float
+
+    def facts(self) -> dict[str, Any]:
+        """For the event."""
+        return asdict(self)
+
+
+def kept(state: RunState, changed: list[str], world: World) -> int | None:
+    """The number that the run of this state found, where it is still good: bit-identical resume needs the same one.
+
+    `changed`: keys that are not as they were.
+    """
+    same = state["world_size"] == world.size and not any(key.startswith(SHAPES_MEMORY) for key in changed)
+    found = state["config"].get("micro_batch_sequences")
+    return found if same and state.get("micro_batch_found") and type(found) is int and found > 0 else None
+
+
+def find_micro_batch(
+    engine: Engine, config: TrainConfig, world: World, budget_bytes: Callable[[], int] | None = None
+) -> Found:
+    """Search with the run's own engine, before its first step or before a checkpoint is loaded. All ranks together.
+
+    `budget_bytes`: what this rank may use; by default what its device or its host has left for it. ConfigError, alike
+    on all ranks, where not even one sequence fits.
+    """
+    started = time.monotonic()
+    budget = budget_bytes or (lambda: _budget_bytes(engine, world))
+    shapes = _shapes_of_candidates(config, world)
+    measured: dict[Shape, int] = {}
+    probes: list[Probe] = []
+
+    def measure(shape: Shape) -> None:
+        mark("probe")
+        own = _peak_bytes(engine, config, world, shape, _largest_fitting(shapes, measured, usable))
+        measured[shape] = max(gather_objects(own, world))
+        probes.append(Probe(**shape._asdict(), peak_bytes=measured[shape]))
+
+    usable = 0
+    at_rest = 0
+    for length in sorted({shape.sequence_length for needed in shapes.values() for shape in needed}):
+        _run_probe(engine, config, world, Shape(1, length))  # the first one pays for what is made once
+        at_rest = max(gather_objects(_memory_bytes(), world))
+        usable = int(USABLE_FRAC * min(gather_objects(budget(), world)))
+        measure(Shape(1, length))
+    while (shape := next_probe(shapes, measured, at_rest, usable)) is not None:
+        measure(shape)
+    best = _largest_fitting(shapes, measured, usable)
+    if best is None:
+        worst = max(probes, key=lambda probe: probe.peak_bytes)
+        raise ConfigError(
+            f"micro_batch_sequences=auto: one sequence of {worst.sequence_length} tokens takes "
+            f"{worst.peak_bytes / GIB:.2f} GiB, and a rank may use {usable / GIB:.2f} GiB; {_ADVICE}"
+        )
+    return Found(
+        micro_batch_sequences=best,
+        usable_bytes=usable,
+        probes=probes,
+        time_s=time.monotonic() - started,
+    )
+
+
+_ADVICE = (
+    "set model.activation_checkpointing=full, engine=zero3_offload or a shorter data.sequence_length, "
+    "or take more ranks"
+)
+
+
+# ---- the choice, in plain numbers ------------------------------------------------------------------------------------
+
+
+def _shapes_of_candidates(config: TrainConfig, world: World) -> dict[int, set[Shape]]:
+    """Each micro batch that divides a rank's sequences, with the forward passes that it means in the run's stages."""
+    share = config.global_batch_sequences // world.n_readers
+    return {
+        candidate: {
+            Shape(
+                micro_batch_of(
+                    stage.batch_sequences,
+                    stage.sequence_length,
+                    world.n_readers,
+                    candidate * config.data.sequence_length,
+                ),
+                stage.sequence_length,
+            )
+            for stage in config.stages
+        }
+        for candidate in range(1, share + 1)
+        if share % candidate == 0
+    }
+
+
+def _largest_fitting(shapes: dict[int, set[Shape]], measured: dict[Shape, int], usable: int) -> int | None:
+    """The largest candidate all of whose shapes were measured to fit."""
+    return max(
+        (c for c, needed in shapes.items() if all(measured.get(s, usable + 1) <= usable for s in needed)),
+        default=None,
+    )
+
+
+def next_probe(
+    shapes: dict[int, set[Shape]], measured: dict[Shape, int], at_rest: int, usable: int
+) -> Shape | None:
+    """What to measure next; None: nothing larger can be hoped to fit.
+
+    `shapes`: the forward passes of each candidate. `measured`: bytes of those known, one sequence of each length at
+    least. `at_rest`: bytes between probes.
+
+    Memory is taken to be affine in the number of sequences of one length. A shape is only measured where the line
+    through the two largest known ones of its length says that it fits, for a rank that runs out of memory alone
+    leaves the others in a collective.
+    """
+    best = _largest_fitting(shapes, measured, usable)
+    if any(count == 1 and bytes_ > usable for (count, _), bytes_ in measured.items()):
+        return None
+    larger = sorted((c for c in shapes if best is None or c > best), reverse=True)
+    for n, length in sorted({shape for c in larger for shape in shapes[c]}):
+        two = Shape(2, length)  # a line needs two points
+        alone = [m for m, of in measured if of == length] == [1]
+        if n > 1 and alone and _foretold(two, measured, at_rest) <= usable:
+            return two
+    for candidate in larger:
+        unknown = [shape for shape in sorted(shapes[candidate]) if shape not in measured]
+        known = [shape for shape in shapes[candidate] if shape in measured]
+        if any(measured[shape] > usable for shape in known):
+            continue
+        if all(_foretold(shape, measured, at_rest) <= usable for shape in unknown):
+            return _within_stride(unknown[0], measured)
+    return None
+
+
+def _foretold(shape: Shape, measured: dict[Shape, int], at_rest: int) -> int:
+    """Bytes by the line through the two largest measured ones of the same length; of one alone, an upper bound."""
+    of_length = sorted((n, size) for (n, length), size in measured.items() if length == shape.sequence_length)
+    n, size = of_length[-1]
+    if len(of_length) == 1:
+        return size + (shape.sequences - n) * max(0, size - at_rest)
+    m, smaller = of_length[-2]
+    return size + round((shape.sequences - n) * max(0, size - smaller) / (n - m))
+
+
+def _within_stride(shape: Shape, measured: dict[Shape, int]) -> Shape:
+    """The shape itself, or a smaller one on the way to it."""
+    largest = max(n for n, length in measured if length == shape.sequence_length)
+    return shape._replace(sequences=min(shape.sequences, LARGEST_STRIDE * largest))
+
+
+# ---- probes ----------------------------------------------------------------------------------------------------------
+
+
+def _run_probe(engine: Engine, config: TrainConfig, world: World, shape: Shape) -> None:
+    """One step of two micro batches, so that the second finds the first one's gradients; no update.
+
+    With torch.compile each probe's shape is compiled, since shapes are static there; what the run does not use is
+    compiled in vain.
+    """
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size or 0, shape)
+    of_batch = torch.from_numpy(tokens)
+    positions = torch.arange(shape.sequence_length).expand_as(of_batch).contiguous()
+    batch = Batch(of_batch, of_batch, positions, torch.zeros_like(of_batch), np.arange(shape.sequences))
+    result = engine.train_step([batch, batch._replace()], step=0, lr=0.0, loss_limit=-1.0)
+    assert result is not None
+    assert result.skipped, "every loss is above -1"
+
+
+def _peak_bytes(engine: Engine, config: TrainConfig, world: World, shape: Shape, fitting: int | None) -> int:
+    """The most memory that this rank holds during a probe."""
+    cuda = world.device.type == "cuda"
+    _memory_bytes()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+    try:
+        _run_probe(engine, config, world, shape)
+    except torch.OutOfMemoryError as error:
+        # The others may wait for this rank within a collective, and DeepSpeed's hooks are half done: no way back.
+        raise RunError(
+            f"micro_batch_sequences=auto: a probe of {shape.sequences} x {shape.sequence_length} tokens ran out of "
+            f"memory ({str(error).splitlines()[0]}); "
+            + (f"set micro_batch_sequences={fitting}" if fitting is not None else _ADVICE)
+        ) from error
+    if cuda:
+        return torch.cuda.max_memory_allocated()
+    return _status_bytes("VmHWM")
+
+
+def _memory_bytes() -> int:
+    """What this process holds now, what it has freed given back."""
+    gc.collect()
+    if device_type() == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc keeps it: pretrain.distributed
+        libc.malloc_trim(0)
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(key: str) -> int:
+    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text("ascii"), re.M)
+    assert found
+    return int(found[1]) * 1024
+
+
+# ---- what there is ---------------------------------------------------------------------------------------------------
+
+
+def _budget_bytes(engine: Engine, world: World) -> int:
+    """What this rank may hold: its device's memory, or its part of the host's without the copy for checkpoints."""
+    if world.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved()
+    n_ranks = launched_local_size() or 1
+    left = min(_available_bytes(), _cgroup_left_bytes())
+    state = engine.state
+    saved = [torch.Size(state.shapes[key.split(".", 1)[1]]) for key in state.weight_keys + state.moment_keys]
+    snapshot = 4 * sum(shape.numel() for shape in saved) // world.size
+    return _status_bytes("VmRSS") + left // n_ranks - snapshot
+
+
+def _available_bytes() -> int:
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text("ascii"), re.M)
+    assert found
+    return int(found[1]) * 1024
+
+
+def _cgroup_left_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """What this process's control groups, of version 1 or 2, and those around them leave; files kept in memory do not
+    count as taken, for the kernel lets go of them."""
+    left = 2**63
+    for line in own.read_text().splitlines():
+        _, controllers, name = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = root / controllers
+        limit = "memory.limit_in_bytes" if controllers else "memory.max"
+        usage = "memory.usage_in_bytes" if controllers else "memory.current"
+        folder = top / name.lstrip("/")
+        for group in (folder, *folder.parents):
+            # A container may see its own group as the top; where a file is missing there is no limit.
+            with suppress(OSError, ValueError):  # "max" is no number
+                most, used = int((group / limit).read_text()), int((group / usage).read_text())
+                cached = re.findall(r"inactive_file (\d+)", (group / "memory.stat").read_text())
+                left = min(left, most - used + int(cached[-1]))  # version 1 ends with the totals
+            if group == top:
+                break
+    return left

@@ -1,0 +1,244 @@
+"""What DeepSpeed holds in partitions, as whole, named tensors: the state of a run, for checkpoints and checks.
+
+Knows how the stages lay out their partitions, and imports no deepspeed. A snapshot holds fp32 master weights and the
+optimizer's moments in a form that no number of ranks or ZeRO stage appears in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pretrain.config import OptimConfig
+from pretrain.distributed import Partition, World, share
+from pretrain.engine.bit_sums import StateSums
+from pretrain.engine.optim import Muon, Piece, moments_of
+
+Spans = tuple[tuple[int, int], ...]
+
+
+class EngineState:
+    """Weights and moments of a model under DeepSpeed, on every rank of the world."""
+
+    def __init__(
+        self,
+        zero: Any,
+        optimizer: torch.optim.Optimizer,
+        parameters: dict[str, torch.nn.Parameter],
+        config: OptimConfig,
+        stage: int,
+        world: World,
+    ) -> None:
+        """`zero`: DeepSpeed's wrapper of the optimizer (stage 0: the optimizer). Makes the moments, all zero."""
+        self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
+        """Full shape of every parameter."""
+        self.weight_keys = [f"weight.{name}" for name in parameters]
+        self.moment_keys = [f"{kind}.{name}" for name in parameters for kind in moments_of(name, config)]
+        """`exp_avg.<name>` and `exp_avg_sq.<name>`, or where Muon trains a matrix `momentum_buffer.<name>`."""
+        self._zero, self._optimizer, self._parameters = zero, optimizer, parameters
+        self._config, self._stage, self._world = config, stage, world
+        self._host: dict[str, torch.Tensor] = {}
+        self._pieces = self._find_pieces()
+        if isinstance(optimizer, Muon):
+            optimizer.pieces, optimizer.rank, optimizer.device = self._pieces, world.rank, world.device
+        self._allocate_moments()
+        self.sums = StateSums(self._partitioned_state, self._replicated_state)
+        """Over all bits of the state, to see that nothing but an update changes it."""
+
+    @property
+    def optimizer_step(self) -> int:
+        """Updates that Adam has applied; skipped steps do not count."""
+        return next(int(state["step"]) for state in self._optimizer.state.values() if "step" in state)
+
+    @torch.no_grad()
+    def snapshot(self) -> dict[str, Partition]:
+        """`weight_keys` and `moment_keys` -> this rank's share, copied to the host.
+
+        All ranks call this together. The next snapshot overwrites this one's memory, which is kept for it, and is
+        page-locked where there is a GPU.
+        """
+        partitions: dict[str, Partition] = {}
+        for index, (flat, pieces) in enumerate(self._pieces.items()):
+            with self._in_memory(index):
+                for piece in pieces:
+                    for kind in ("weight", *moments_of(piece.name, self._config)):
+                        key = f"{kind}.{piece.name}"
+                        partitions[key] = self._copied(
+                            key, self._share_of(self._part(flat, piece, kind), piece)
+                        )
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize()
+        return partitions
+
+    @torch.no_grad()
+    def restore(self, partitions: dict[str, torch.Tensor], optimizer_step: int) -> None:
+        """Put back what `snapshot` gave, by any number of ranks and any stage.
+
+        `partitions`: key -> this rank's share of the flattened tensor, as `share` cuts it. All ranks together.
+        """
+        self.sums.forget()
+        if self._stage == 3:
+            self._zero.checkpoint_event_prologue()  # nothing stays gathered
+        for index, (flat, pieces) in enumerate(self._pieces.items()):
+            with self._in_memory(index, changed=True):
+                for piece in pieces:
+                    for kind in ("weight", *moments_of(piece.name, self._config)):
+                        self._put_back(flat, piece, kind, partitions[f"{kind}.{piece.name}"])
+                if "step" in self._optimizer.state[flat]:
+                    self._optimizer.state[flat]["step"].fill_(optimizer_step)
+                if self._stage == 3:  # the partitions that compute follow the masters
+                    self._zero._reassign_or_swap_out_partitioned_parameters(index)
+        if self._stage == 3:
+            self._zero.checkpoint_event_epilogue()  # and so do the parameters that are kept whole, or kept twice (hpZ)
+
+    @torch.no_grad()
+    def restore_weights(self, partitions: dict[str, torch.Tensor]) -> None:
+        """Put back `weight.<name>` only; moments stay at zero (a new run from old weights)."""
+        zeros = {
+            key: torch.zeros_like(partitions[f"weight.{key.split('.', 1)[1]}"]) for key in self.moment_keys
+        }
+        self.restore({**zeros, **partitions}, optimizer_step=0)
+
+    # ---- where the values are --------------------------------------------------------------------------------------
+
+    def _find_pieces(self) -> dict[torch.Tensor, list[Piece]]:
+        """What the optimizer updates on this rank (fp32, flat from stage 1 on), and which parameters are in it."""
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+
+        def piece(parameter: Any, offset: int, spans: Spans) -> Piece:
+            name = names[id(parameter)]
+            return Piece(name=name, shape=self.shapes[name], offset=offset, spans=spans)
+
+        zero, found = self._zero, {}
+        match self._stage:
+            case 0:
+                for parameter in (p for group in self._optimizer.param_groups for p in group["params"]):
+                    found[parameter] = [piece(parameter, 0, ((0, parameter.numel()),))]
+            case 3:
+                for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+                    offsets = accumulate((p.partition_numel() for p in group), initial=0)
+                    found[flat] = [
+                        piece(p, at, self._even(p.ds_numel)) for p, at in zip(group, offsets, strict=False)
+                    ]
+            case _:
+                for index, flat in enumerate(zero.single_partition_of_fp32_groups):
+                    group, size = zero.round_robin_bit16_groups[index], zero.partition_size[index]
+                    found[flat] = [
+                        piece(p, max(0, at - self._world.rank * size), self._cut(at, p.numel(), size))
+                        for p, at in zip(group, zero.round_robin_bit16_offsets[index], strict=True)
+                    ]
+        return found
+
+    def _even(self, numel: int) -> Spans:
+        """How stage 3, and a checkpoint, cut a tensor."""
+        return tuple(share(numel, replace(self._world, rank=rank)) for rank in range(self._world.size))
+
+    def _cut(self, first: int, numel: int, size: int) -> Spans:
+        """How stages 1 and 2 cut a tensor that begins at element `first` of partitions of `size` elements."""
+        borders = [min(max(rank * size - first, 0), numel) for rank in range(self._world.size + 1)]
+        return tuple(pairwise(borders))
+
+    @contextmanager
+    def _in_memory(self, index: int, *, changed: bool = False) -> Iterator[None]:
+        """Master and moments of a partition, which under NVMe offload are in files between two updates."""
+        swapped = self._stage == 3 and self._zero._swappable_optimizer_subgroup(index)
+        if swapped:
+            self._zero._optimizer_states_and_gradient_swap_in(index)
+        yield
+        if swapped and changed:
+            self._zero._optimizer_states_and_gradient_swap_out(index)
+        elif swapped:
+            self._zero._release_swap_buffers(index)
+
+    def _part(self, flat: torch.Tensor, piece: Piece, kind: str) -> torch.Tensor:
+        """What this rank holds of a parameter's master or moment: a view."""
+        tensor = flat if kind == "weight" else self._optimizer.state[flat][kind]
+        start, stop = self._span(piece)
+        return tensor.detach().view(-1)[piece.offset : piece.offset + stop - start]
+
+    def _span(self, piece: Piece) -> tuple[int, int]:
+        return piece.spans[self._world.rank if len(piece.spans) > 1 else 0]
+
+    def _share_of(self, part: torch.Tensor, piece: Piece) -> torch.Tensor:
+        """This rank's share of a tensor of which all ranks hold parts."""
+        numel = torch.Size(piece.shape).numel()
+        if piece.spans == self._even(numel):
+            return part
+        start, stop = share(numel, self._world)
+        if len(piece.spans) == 1:
+            return part[start:stop]
+        whole = torch.zeros(numel, device=self._world.device)
+        own_start, own_stop = self._span(piece)
+        whole[own_start:own_stop] = part
+        dist.all_reduce(whole)
+        return whole[start:stop]
+
+    def _copied(self, key: str, values: torch.Tensor) -> Partition:
+        host = self._host.get(key)
+        if host is None:
+            pinned = self._world.device.type == "cuda"
+            host = torch.empty(values.numel(), dtype=torch.float32, pin_memory=pinned)
+            self._host[key] = host
+        numel = torch.Size(self.shapes[key.split(".", 1)[1]]).numel()
+        return Partition(host.copy_(values, non_blocking=True), numel)
+
+    def _put_back(self, flat: torch.Tensor, piece: Piece, kind: str, values: torch.Tensor) -> None:
+        part = self._part(flat, piece, kind)
+        if self._stage == 3:
+            part.copy_(values)
+            return
+        whole = self._gather(values, piece.shape)
+        start, stop = self._span(piece)
+        part.copy_(whole.flatten()[start:stop])
+        if kind == "weight":
+            self._parameters[piece.name].copy_(whole)  # the weight that computes
+
+    def _gather(self, values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """The whole tensor from every rank's share."""
+        numel = torch.Size(shape).numel()
+        per_rank = -(-numel // self._world.size)
+        padded = torch.zeros(per_rank)
+        padded[: values.numel()].copy_(values)
+        if self._world.size == 1:
+            return padded.view(shape)
+        gathered = [torch.empty(per_rank) for _ in range(self._world.size)]
+        dist.all_gather(gathered, padded)
+        return torch.cat(gathered)[:numel].view(shape)
+
+    # ---- all of it -------------------------------------------------------------------------------------------------
+
+    def _partitioned_state(self) -> list[torch.Tensor]:
+        """What this rank alone holds; what is in files between two updates counts as nothing."""
+        masters = list(self._pieces)
+        found = [t for state in self._optimizer.state.values() for kind, t in state.items() if kind != "step"]
+        if self._stage > 0:
+            found += masters
+        if self._stage == 3:
+            working = self._zero.fp16_partitioned_groups_flat
+            found += [w for w, m in zip(working, masters, strict=True) if w.data_ptr() != m.data_ptr()]
+        return found
+
+    def _replicated_state(self) -> list[torch.Tensor]:
+        """Whole parameters on every rank: all of them, or under stage 3 those too small to be cut."""
+        if self._stage < 3:
+            return list(self._parameters.values())
+        return [p for p in self._parameters.values() if p.ds_persist]  # type: ignore[attr-defined]
+
+    def _allocate_moments(self) -> None:
+        """Create the state, which torch makes at the first step only: a checkpoint is loaded in place before it.
+
+        Each flat partition gets a `step` of its own: one shared by several would count each update several times.
+        """
+        for index, (flat, pieces) in enumerate(self._pieces.items()):
+            with self._in_memory(index, changed=True):
+                state = self._optimizer.state[flat]
+                for kind in moments_of(pieces[0].name, self._config):
+                    state[kind] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+                if "exp_avg" in state:
+                    state["step"] = torch.zeros((), device=flat.device)

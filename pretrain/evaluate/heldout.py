@@ -1,0 +1,280 @@
+"""Held-out loss, perplexity and bits per byte: of packed sequences while training, of whole documents after it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.batch import IGNORED_LABEL, Batch
+from pretrain.corpus.shards import Corpus, documents_of
+from pretrain.data.loader import build_batch
+from pretrain.distributed import World, sum_over_ranks
+from pretrain.errors import ConfigError
+from pretrain.model.decoder import Decoder, LossSums
+
+_BUFFERED_BATCHES = 16  # windows of this many batches are sorted by length, so that little is padding
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well a model predicts a text."""
+
+    loss: float
+    """Mean nats per predicted token."""
+    perplexity: float
+    """exp(loss)."""
+    bits_per_byte: float
+    """Bits for all predicted tokens per UTF-8 byte of the text: comparable between tokenizers."""
+    tokens: int
+    """Predicted tokens: those of the text and each document's EOS; with a loss mask its targets."""
+    text_bytes: int
+    """With a loss mask, of the targets' text."""
+    documents: int
+
+    def as_dict(self) -> dict[str, float]:
+        """The values by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class HeldOutResult:
+    """Scores of everything and, where documents were scored one by one, of each source."""
+
+    overall: Scores
+    sources: dict[str, Scores]
+
+
+class TokenDocument(NamedTuple):
+    """A document to be scored: [bos] + tokens + [eos], and the UTF-8 bytes of its text."""
+
+    source: str
+    tokens: np.ndarray
+    text_bytes: int
+    is_target: np.ndarray | None = None
+    """bool [tokens]: those that count, of a corpus with a loss mask; None: all."""
+    target_bytes: int = 0
+    """UTF-8 bytes of the text that they stand for."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The tokens as int64, IGNORED_LABEL for those that do not count."""
+        tokens = self.tokens.astype(np.int64)
+        return tokens if self.is_target is None else np.where(self.is_target, tokens, IGNORED_LABEL)
+
+    def beginning(self, n_tokens: int) -> TokenDocument:
+        """The first `n_tokens` of the document, with bytes in proportion to its tokens."""
+        if n_tokens >= len(self.tokens):
+            return self
+        text_bytes = round(self.text_bytes * n_tokens / len(self.tokens))
+        if self.is_target is None:
+            return self._replace(tokens=self.tokens[:n_tokens], text_bytes=text_bytes)
+        is_target = self.is_target[:n_tokens]
+        target_bytes = round(self.target_bytes * is_target.sum() / max(1, self.is_target.sum()))
+        return self._replace(
+            tokens=self.tokens[:n_tokens],
+            text_bytes=text_bytes,
+            is_target=is_target,
+            target_bytes=target_bytes,
+        )
+
+
+@torch.no_grad()
+def evaluate_loss(
+    forward: Callable[[Batch], LossSums],
+    corpus: Corpus,
+    *,
+    sequence_length: int,
+    micro_batch_sequences: int,
+    max_sequences: int | None,
+    world: World,
+    document_masking: bool,
+) -> HeldOutResult:
+    """Loss of the corpus's first `max_sequences` sequences, cut and batched as in training.
+
+    The sequences are split over the ranks (those that share sequences get the same); `forward` is called equally
+    often on each, with all labels ignored where a rank has none left, because under ZeRO-3 it is collective. Every
+    rank returns the same result.
+
+    The start of a sequence has lost its context, so bits_per_byte is a little higher than `score_documents`
+    finds. The bytes of a document that is cut off by `max_sequences` count in proportion to its tokens.
+    Raises CorruptShardError, and ConfigError where a loss mask leaves nothing to predict.
+    """
+    # A chunk that is no multiple of the sequence length ends in a sequence that is padded.
+    per_chunk = -(-corpus.chunk_tokens // sequence_length)
+    n_sequences = (corpus.n_chunks - 1) * per_chunk + -(-corpus.last_chunk_tokens // sequence_length)
+    if max_sequences is not None:
+        n_sequences = min(n_sequences, max_sequences)
+    per_call = micro_batch_sequences * world.n_readers
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for first in range(0, n_sequences, per_call):
+        start = first + world.reader * micro_batch_sequences
+        mine = np.arange(start, min(start + micro_batch_sequences, n_sequences))
+        sequences = mine if len(mine) else np.array([n_sequences - 1])
+        where = sequences // per_chunk, sequences % per_chunk
+        batch = build_batch(corpus, *where, sequence_length, document_masking)
+        if not len(mine):
+            batch = batch._replace(labels=torch.full_like(batch.labels, IGNORED_LABEL))
+        found = forward(batch)
+        sums += torch.stack([found.nll_sum.double(), found.n_predicted.double()])
+    nll_sum, n_predicted = sum_over_ranks(sums.tolist(), world)
+    if n_predicted == 0:
+        raise ConfigError(
+            f"the first {n_sequences} sequences of {corpus.manifest_path} hold no token that its loss mask lets count; "
+            "raise evaluation.max_sequences"
+        )
+    chunk, sequence = divmod(n_sequences - 1, per_chunk)
+    in_chunk = min((sequence + 1) * sequence_length, corpus.tokens_in(chunk))
+    text_bytes, documents = _text_before(corpus, chunk * corpus.chunk_tokens + in_chunk)
+    return HeldOutResult(_scores(nll_sum, n_predicted, text_bytes, documents), sources={})
+
+
+def _text_before(corpus: Corpus, n_tokens: int) -> tuple[int, int]:
+    """Text bytes and number of the documents that begin in the corpus's first `n_tokens`, the last one in part."""
+    starts: list[int] = []
+    sizes: list[int] = []
+    chunk, end = 0, corpus.manifest.n_tokens
+    while chunk < corpus.n_chunks and (not starts or starts[-1] < n_tokens):
+        found = corpus.documents(chunk)
+        begins = found.offsets == 0
+        starts += (chunk * corpus.chunk_tokens + found.starts[begins]).tolist()
+        text_bytes = found.text_bytes if found.target_bytes is None else found.target_bytes
+        sizes += text_bytes[begins].tolist()
+        chunk += 1
+    start = np.array(starts)
+    length = np.diff(start, append=end)  # documents follow each other without a gap
+    share = np.clip((n_tokens - start) / length, 0, 1)
+    return round(float((share * np.array(sizes)).sum())), int((share > 0).sum())
+
+
+@torch.no_grad()
+def score_documents(
+    model: Decoder,
+    documents: Iterable[TokenDocument],
+    *,
+    sequence_length: int,
+    micro_batch_sequences: int,
+    device: torch.device,
+    progress: Callable[[TokenDocument], None] | None = None,
+) -> HeldOutResult:
+    """Scores of whole documents, each token predicted exactly once from the document's earlier tokens.
+
+    A document longer than `sequence_length` T is read in windows of T tokens, each of which starts T/2 after
+    the one before and scores what that one did not: so every token has at least T/2 tokens of context, or all
+    that there are. `progress` is called after each document is taken up. Raises ValueError for no documents.
+    """
+    totals: dict[str, _Totals] = {}
+    for document in documents:
+        totals.setdefault(document.source, _Totals(model, micro_batch_sequences, device)).add(
+            document, sequence_length
+        )
+        if progress is not None:
+            progress(document)
+    sources = {name: total.finish() for name, total in sorted(totals.items())}
+    if not sources:
+        raise ValueError("no documents to score")
+    sums = np.array([[t.nll_sum, t.n_predicted, t.text_bytes, t.documents] for t in totals.values()]).sum(0)
+    return HeldOutResult(_scores(*sums.tolist()), sources)
+
+
+class _Totals:
+    """Sums over the documents of one source, whose windows wait here to be batched."""
+
+    def __init__(self, model: Decoder, micro_batch_sequences: int, device: torch.device) -> None:
+        self.model, self.batch_size, self.device = model, micro_batch_sequences, device
+        self.nll_sum, self.n_predicted, self.text_bytes, self.documents = 0.0, 0, 0, 0
+        self._windows: list[tuple[np.ndarray, np.ndarray, int]] = []
+
+    def add(self, document: TokenDocument, sequence_length: int) -> None:
+        self.text_bytes += document.text_bytes if document.is_target is None else document.target_bytes
+        self.documents += 1
+        of_tokens = windows(document.tokens, sequence_length)
+        of_labels = windows(document.labels, sequence_length)
+        self._windows += [
+            (t, labels, first) for (t, first), (labels, _) in zip(of_tokens, of_labels, strict=True)
+        ]
+        if len(self._windows) >= _BUFFERED_BATCHES * self.batch_size:
+            self._flush()
+
+    def finish(self) -> Scores:
+        self._flush()
+        return _scores(self.nll_sum, self.n_predicted, self.text_bytes, self.documents)
+
+    def _flush(self) -> None:
+        self._windows.sort(key=lambda window: len(window[0]))
+        for first in range(0, len(self._windows), self.batch_size):
+            tokens, labels = _pad(self._windows[first : first + self.batch_size])
+            # Padding is on the right: no token sees it, so no mask is needed.
+            sums = self.model(tokens.to(self.device), labels.to(self.device))
+            self.nll_sum += float(sums.nll_sum)
+            self.n_predicted += int(sums.n_predicted)
+        self._windows.clear()
+
+
+def windows(tokens: np.ndarray, sequence_length: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Overlapping windows of a document and, for each, from which of its labels on it scores.
+
+    A window of n tokens gives n - 1 labels, at most `sequence_length`; all windows together score each token
+    after the first exactly once.
+    """
+    stride = max(1, sequence_length // 2)
+    scored = 1
+    for start in range(0, len(tokens), stride):
+        window = tokens[start : start + sequence_length + 1]
+        yield window, scored - start - 1
+        scored = start + len(window)
+        if scored == len(tokens):
+            return
+
+
+def _pad(batch: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[Tensor, Tensor]:
+    """Tokens and labels [B, T] of windows."""
+    length = max(len(window) for window, _, _ in batch) - 1
+    tokens = np.zeros((len(batch), length), np.int64)
+    labels = np.full((len(batch), length), IGNORED_LABEL, np.int64)
+    for row, (window, its_labels, first_label) in enumerate(batch):
+        n = len(window) - 1
+        tokens[row, :n] = window[:-1]
+        labels[row, first_label:n] = its_labels[1 + first_label :]
+    return torch.from_numpy(tokens), torch.from_numpy(labels)
+
+
+def first_tokens(documents: Iterable[TokenDocument], max_tokens: int) -> Iterator[TokenDocument]:
+    """The documents up to `max_tokens` tokens, the last of them cut where the bound is reached.
+
+    A beginning that predicts nothing is left out. Raises ConfigError where that leaves no document.
+    """
+    left, found = max_tokens, False
+    for document in documents:
+        beginning = document.beginning(left)
+        if (beginning.labels[1:] != IGNORED_LABEL).any():
+            found = True
+            yield beginning
+        left -= len(beginning.tokens)
+        if left == 0:
+            break
+    if not found:
+        raise ConfigError(f"max_tokens={max_tokens} ends before the first token that counts; give more")
+
+
+def corpus_documents(corpus: Corpus) -> Iterator[TokenDocument]:
+    """The documents of a prepared corpus. Raises CorruptShardError."""
+    for found in documents_of(corpus):
+        yield TokenDocument(found.source, found.tokens, found.text_bytes, found.is_target, found.target_bytes)
+
+
+def _scores(nll_sum: float, n_predicted: float, text_bytes: float, documents: float) -> Scores:
+    loss = nll_sum / n_predicted
+    return Scores(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),  # a diverged model: no overflow
+        bits_per_byte=nll_sum / (math.log(2) * text_bytes) if text_bytes else math.nan,
+        tokens=int(n_predicted),
+        text_bytes=int(text_bytes),
+        documents=int(documents),
+    )

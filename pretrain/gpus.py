@@ -1,0 +1,68 @@
+"""The peak rates of GPUs from their makers' data sheets, for MFU and for planning. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from pretrain.config import Precision
+
+
+class PeakFlops(NamedTuple):
+    """The denominator of MFU: what one rank's device can do at most."""
+
+    per_second: float
+    source: str
+    """Where the figure is from, shown beside every MFU: `configured peak`, `H100 SXM peak`, `measured peak`."""
+
+
+class GpuPeak(NamedTuple):
+    """The peak of one kind of GPU."""
+
+    label: str
+    pattern: str
+    """Matches the whole name that CUDA reports, without its maker: variants (laptop, D, MIG slices) differ, and a wrong
+    peak is worse than none."""
+    flops: float
+    """Dense peak in FLOP/s with 16-bit inputs and fp32 accumulation."""
+    has_bf16: bool = True
+    """Whether this peak holds for bf16 too, and not for fp16 alone."""
+
+
+# From data sheets and white papers; where a sheet gives the figure with sparsity, half of it.
+PEAKS = [
+    GpuPeak("A100", r"A100-SXM4-\d+GB|A100-PCIE-\d+GB|A100 80GB PCIe", 312e12),  # A100 data sheet
+    GpuPeak("A800", r"A800-SXM4-\d+GB|A800 80GB PCIe", 312e12),  # the A100's cores, slower NVLink
+    GpuPeak("H100 SXM", r"H100 80GB HBM3|H100 96GB HBM3", 989e12),  # H100 data sheet: 1,979 sparse
+    GpuPeak("H100 PCIe", r"H100 PCIe", 756e12),  # H100 data sheet: 1,513 sparse
+    GpuPeak("H100 NVL", r"H100 NVL", 835e12),  # H100 NVL data sheet: 1,671 sparse
+    GpuPeak("H800 SXM", r"H800", 989e12),  # the H100's cores, slower NVLink
+    GpuPeak("H800 PCIe", r"H800 PCIe", 756e12),
+    GpuPeak("H200 SXM", r"H200", 989e12),  # H200 data sheet: 1,979 sparse
+    GpuPeak("H200 NVL", r"H200 NVL", 835e12),  # H200 data sheet: 1,671 sparse
+    GpuPeak("H20", r"H20", 148e12),
+    GpuPeak("GH200", r"GH200 \d+GB?.*", 989e12),  # GH200 data sheet: 1,979 sparse
+    GpuPeak("B200", r"B200", 2250e12),  # DGX B200 data sheet: 36 PFLOP/s sparse for 8
+    GpuPeak("L40S", r"L40S", 362e12),  # L40S data sheet: 362.05 dense, 733 sparse
+    GpuPeak("L40", r"L40", 181e12),  # L40 data sheet
+    GpuPeak("L4", r"L4", 121e12),  # L4 data sheet: 242 sparse
+    GpuPeak("A40", r"A40", 149.7e12),  # A40 data sheet
+    GpuPeak("A30", r"A30", 165e12),  # A30 data sheet
+    GpuPeak("A10", r"A10", 125e12),  # A10 data sheet
+    GpuPeak("RTX 4090", r"GeForce RTX 4090", 165.2e12),  # Ada white paper, fp32 accumulation
+    GpuPeak("RTX 3090", r"GeForce RTX 3090", 71e12),  # GA102 white paper, fp32 accumulation
+    GpuPeak("V100 SXM2", r"V100-SXM2-\d+GB(-LS)?", 125e12, has_bf16=False),  # V100 data sheet; no bf16
+    GpuPeak("V100 PCIe", r"V100-PCIE-\d+GB", 112e12, has_bf16=False),
+    GpuPeak("T4", r"T4", 65e12, has_bf16=False),  # T4 data sheet; no bf16
+]
+PEAK_OF = {peak.label: peak for peak in PEAKS}
+
+
+def known_peak(name: str, precision: Precision) -> PeakFlops | None:
+    """The peak of a GPU by the name that CUDA reports; None where the table does not have exactly this one."""
+    name = re.sub(r"^(NVIDIA|Tesla) ", "", name)
+    for peak in PEAKS:
+        if re.fullmatch(peak.pattern, name):
+            known = precision is Precision.fp16 or (precision is Precision.bf16 and peak.has_bf16)
+            return PeakFlops(peak.flops, f"{peak.label} peak") if known else None
+    return None

@@ -1,0 +1,432 @@
+"""The decoder: a Llama-style transformer, its initial weights, and its parameter and FLOP counts.
+
+Three rules hold throughout, because under ZeRO stage 3 a parameter is whole only while the module that
+owns it runs, and `deepspeed.zero.Init` partitions a module's parameters right after its `__init__`:
+
+- a module initializes its own weights inside its own `__init__`, and no other module touches them;
+- nothing made in `__init__` is a floating-point buffer (it would come out as bf16);
+- whatever uses a weight is a method of the module that owns it, so the loss is computed by the head.
+
+Shapes: B batch, T sequence, D model width, H query heads, G key/value heads, K head width, V vocabulary,
+S key positions (T, or what the cache holds).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.batch import IGNORED_LABEL
+from pretrain.config import KernelsConfig, ModelConfig
+from pretrain.model import float8, liger
+from pretrain.model.attention import Documents, Visibility, attend, visibility
+from pretrain.model.kernels import PLAIN
+from pretrain.model.linear import linear
+from pretrain.model.recompute import recomputed
+from pretrain.model.sequence_parallel import SequenceGroup
+
+
+class LossSums(NamedTuple):
+    """Sums over the predicted positions of a batch, so that any split of a batch adds up."""
+
+    nll_sum: Tensor
+    """Negative log-likelihood of the labels in nats: fp32 scalar."""
+    z_sum: Tensor
+    """Squared log-partition (logsumexp of the logits): fp32 scalar; has a gradient if config.z_loss > 0."""
+    n_predicted: Tensor
+    """Positions whose label is not -100: int64 scalar."""
+
+
+class KVCache:
+    """Keys and values of past tokens, one slot per position: token p of a row is in slot p of that row.
+
+    Rows may have different lengths. A prefill pads short prompts on the right: what padding leaves in
+    later slots is masked until the row's own tokens overwrite it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        n_rows: int,
+        max_tokens: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (config.n_layers, n_rows, config.kv_heads, max_tokens, config.head_width)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self._rows = torch.arange(n_rows, device=device)[:, None]
+        self._positions = self._rows
+        self._n_slots = 0
+
+    def advance(self, positions: Tensor) -> Tensor:
+        """Announce the positions [B, T] of the tokens to come; returns who sees whom, bool [B, 1, T, S]."""
+        self._positions = positions
+        self._n_slots = int(positions.max()) + 1
+        slots = torch.arange(self._n_slots, device=positions.device)
+        return slots <= positions[:, None, :, None]
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v [B, G, T, K] of the announced tokens; returns all slots in use, [B, G, S, K]."""
+        self.k[layer][self._rows, :, self._positions] = k.transpose(1, 2)
+        self.v[layer][self._rows, :, self._positions] = v.transpose(1, 2)
+        return self.k[layer, :, :, : self._n_slots], self.v[layer, :, :, : self._n_slots]
+
+
+class Linear(nn.Module):
+    """Matrix product without bias; weights from a normal distribution."""
+
+    product: Callable[[Tensor, Tensor], Tensor] = staticmethod(linear)
+
+    def __init__(self, n_in: int, n_out: int, std: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.weight = _normal_parameter(n_out, n_in, std, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight)
+
+
+class Embedding(nn.Module):
+    """Rows of a matrix by token id."""
+
+    def __init__(self, n_rows: int, width: int, std: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.weight = _normal_parameter(n_rows, width, std, generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    # Fused on CUDA; where it is not, PyTorch decomposes it with the statistics in fp32.
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in fp32 (Zhang and Sennrich, 2019)."""
+
+    norm: Callable[[Tensor, Tensor, float], Tensor] = staticmethod(_rms_norm)
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, layer: int, generator: torch.Generator) -> None:
+        super().__init__()
+        width, std = config.d_model, config.init_std
+        q_width, kv_width = config.n_heads * config.head_width, config.kv_heads * config.head_width
+        self.layer = layer
+        self.d_head = config.head_width
+        self.sequences: SequenceGroup | None = None
+        """Ranks that share sequences with this one."""
+        self.q = Linear(width, q_width, std, generator)
+        self.k = Linear(width, kv_width, std, generator)
+        self.v = Linear(width, kv_width, std, generator)
+        self.q_norm = RMSNorm(self.d_head, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.d_head, config.norm_eps) if config.qk_norm else None
+        self.output = Linear(q_width, width, _residual_std(config), generator)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, visible: Visibility, cache: KVCache | None
+    ) -> Tensor:
+        q = self.q(x).unflatten(-1, (-1, self.d_head))  # [B, T, H, K]
+        k = self.k(x).unflatten(-1, (-1, self.d_head))  # [B, T, G, K]
+        v = self.v(x).unflatten(-1, (-1, self.d_head)).transpose(1, 2)  # [B, G, T, K]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = _rotate(q.transpose(1, 2), cos, sin), _rotate(k.transpose(1, 2), cos, sin)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        if self.sequences is not None:
+            q, k, v = self.sequences.to_heads(q, k, v)
+        y = attend(q, k, v, visible)
+        if self.sequences is not None:
+            y = self.sequences.to_tokens(y)
+        return self.output(y.transpose(1, 2).flatten(2))
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, 2020)."""
+
+    swiglu: Callable[[Tensor, Tensor], Tensor] = staticmethod(_swiglu)
+
+    def __init__(self, config: ModelConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        self.gate = Linear(config.d_model, config.d_ff, config.init_std, generator)
+        self.up = Linear(config.d_model, config.d_ff, config.init_std, generator)
+        self.down = Linear(config.d_ff, config.d_model, _residual_std(config), generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.swiglu(self.gate(x), self.up(x)))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each normalized first and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.recompute = config.activation_checkpointing
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config, layer, generator)
+        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.feed_forward = FeedForward(config, generator)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, visible: Visibility, cache: KVCache | None
+    ) -> Tensor:
+        # Inside the block, so that torch.compile of a block, and ZeRO's gathering for it, include recomputing.
+        return recomputed(self.recompute, self._forward, x, cos, sin, visible, cache)
+
+    def _forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, visible: Visibility, cache: KVCache | None
+    ) -> Tensor:
+        y = self.attention(self.attention_norm(x), cos, sin, visible, cache)
+        x = x + F.dropout(y, self.dropout, self.training)
+        y = self.feed_forward(self.feed_forward_norm(x))
+        return x + F.dropout(y, self.dropout, self.training)
+
+
+class Head(nn.Module):
+    """Output projection and, given labels, the loss: logits of at most `loss_chunk_tokens` exist at a time.
+
+    `weight` is the embedding's parameter when the two are tied.
+    """
+
+    def __init__(
+        self, config: ModelConfig, n_rows: int, weight: nn.Parameter | None, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.chunk_tokens = config.loss_chunk_tokens
+        self.with_z_gradient = config.z_loss > 0
+        self.fused = False
+        self.weight = (
+            weight
+            if weight is not None
+            else _normal_parameter(n_rows, config.d_model, config.init_std, generator)
+        )
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Of hidden [B, T, D]: (logits [B, T, V],) without labels, (nll_sum, z_sum) with labels [B, T]."""
+        if labels is None:
+            return (linear(hidden, self.weight),)
+        hidden, labels = hidden.flatten(0, 1), labels.flatten()
+        if self.fused:  # z_sum is left out: nothing uses it without a weight
+            nll_sum = liger.nll_sum(hidden, self.weight, labels, IGNORED_LABEL)
+            return nll_sum, torch.zeros_like(nll_sum)
+        if len(labels) <= self.chunk_tokens:
+            return self.sums(hidden, labels)
+        sums = [
+            checkpoint(self.sums, h, y, use_reentrant=False, preserve_rng_state=False)
+            for h, y in zip(hidden.split(self.chunk_tokens), labels.split(self.chunk_tokens), strict=True)
+        ]
+        return torch.stack([nll for nll, _ in sums]).sum(), torch.stack([z for _, z in sums]).sum()
+
+    def sums(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(nll_sum, z_sum) of one chunk: hidden [N, D], labels [N]."""
+        logits = linear(hidden, self.weight).float()  # [N, V]
+        nll = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED_LABEL)  # [N]
+        # log Z = logit of the label + its nll. Its gradient costs another [N, V]: only where it is used.
+        with torch.set_grad_enabled(self.with_z_gradient and torch.is_grad_enabled()):
+            label_logits = logits.gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1)
+            log_z = (label_logits + nll).masked_fill(labels == IGNORED_LABEL, 0.0)
+        return nll.sum(), log_z.square().sum()
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer.
+
+    The weights are a pure function of (config, seed): drawn in fp32 on the CPU in the order of construction,
+    the same on any device and any number of ranks. `config.vocab_size` must be set. `kernels` is what
+    `pretrain.model.kernels.resolve` returned.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int, kernels: KernelsConfig = PLAIN) -> None:
+        super().__init__()
+        assert config.vocab_size is not None, "model.vocab_size is resolved before the model is built"
+        generator = torch.Generator("cpu").manual_seed(seed)
+        self.config, self.kernels = config, kernels
+        self._compiled = False
+        self.embed = Embedding(config.vocab_size, config.d_model, config.init_std, generator)
+        self.blocks = nn.ModuleList(Block(config, layer, generator) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        tied = self.embed.weight if config.tie_embeddings else None
+        self.head = Head(config, config.vocab_size, tied, generator)
+        self._replace_parts(kernels)
+
+    def _replace_parts(self, kernels: KernelsConfig) -> None:
+        for part in self.modules():
+            if isinstance(part, Linear) and kernels.fp8:
+                part.product = float8.product
+            elif isinstance(part, RMSNorm) and kernels.liger:
+                part.norm = liger.rms_norm
+            elif isinstance(part, FeedForward) and kernels.liger:
+                part.swiglu = liger.swiglu
+        self.head.fused = kernels.liger
+
+    def share_sequences(self, ranks: SequenceGroup) -> None:
+        """From now on a forward pass gets this rank's part of sequences that it shares with these ranks."""
+        for block in self.blocks:
+            block.attention.sequences = ranks  # type: ignore[union-attr]
+
+    def compile_parts(self, fall_back: bool = False) -> None:
+        """Compile each block's computation and the loss, at their first use and anew for each shape.
+
+        `fall_back`: what cannot be compiled here is computed as it stands, and torch warns; else it raises.
+
+        The functions are compiled, not the modules: hooks, by which ZeRO gathers parameters, stay outside, so that a
+        block is one graph; and blocks of one shape share it.
+        """
+        self._compiled = True
+        torch._dynamo.config.suppress_errors = fall_back
+        for block in self.blocks:
+            block.forward = torch.compile(block.forward, dynamic=False)
+        self.head.sums = torch.compile(self.head.sums, dynamic=False)  # type: ignore[method-assign]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> LossSums:
+        """Loss sums of a batch. All arguments are int64 [B, T].
+
+        A token attends to earlier ones of its own document, or to all earlier ones without `document_ids`. Where ranks
+        share sequences, T is this rank's part, but for `document_ids`, which are of all tokens.
+        `positions` are the rotary positions (0, 1, ... by default); labels of -100 are not predicted.
+        """
+        hidden = self.hidden(tokens, positions, document_ids)
+        nll_sum, z_sum = self.head(hidden, labels)
+        return LossSums(nll_sum, z_sum, (labels != IGNORED_LABEL).sum())
+
+    def logits(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V] in the model's dtype, of the token after each of `tokens` [B, T].
+
+        With a cache, `positions` say where each row's tokens go, and earlier tokens come from the cache.
+        """
+        return self.head(self.hidden(tokens, positions, document_ids, cache))[0]
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """What the head reads: the normalized residual stream [B, T, D]. Arguments as in `logits`."""
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        cos, sin = _rotary_tables(positions, self.config)
+        if cache is not None:
+            visible: Visibility = cache.advance(positions)
+        else:
+            visible = visibility(document_ids, self.kernels.attention)
+        if self._compiled and isinstance(visible, Documents):
+            # Else a block would be compiled anew for each number of documents.
+            torch._dynamo.mark_dynamic(visible.starts, 0)
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x, cos, sin, visible, cache)
+        return self.norm(x)
+
+
+def build_decoder(
+    config: ModelConfig, weights: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype
+) -> Decoder:
+    """A decoder in evaluation mode with the given weights (names of `Decoder.named_parameters()`).
+
+    Raises RuntimeError where names or shapes do not fit the config.
+    """
+    with torch.device("meta"):  # no initial weights are drawn
+        model = Decoder(config, seed=0)
+    weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}
+    if config.tie_embeddings:
+        weights["head.weight"] = weights["embed.weight"]
+    model.load_state_dict(weights, assign=True)
+    if config.tie_embeddings:
+        model.head.weight = model.embed.weight
+    return model.eval().requires_grad_(False)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Number of trainable values; a tied matrix counts once."""
+    assert config.vocab_size is not None
+    matrices = 1 if config.tie_embeddings else 2
+    return non_embedding_parameters(config) + matrices * config.vocab_size * config.d_model
+
+
+def non_embedding_parameters(config: ModelConfig) -> int:
+    """Parameters without the token embedding and the output head, as scaling laws count (Kaplan, 2020)."""
+    norms = 2 * config.d_model + (2 * config.head_width if config.qk_norm else 0)
+    return _block_matmul_parameters(config) + config.n_layers * norms + config.d_model
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Floating-point operations per token of a forward and backward pass, without recomputation.
+
+    6 x (parameters in matrix products, the head but not the embedding look-up) + 12 L H K T: PaLM
+    (Chowdhery et al., 2022), appendix B. As there, attention counts as if every token saw all T tokens:
+    the causal and the document mask are not deducted. Norms, rotary positions and softmax are left out.
+    """
+    assert config.vocab_size is not None
+    matmul_parameters = _block_matmul_parameters(config) + config.vocab_size * config.d_model
+    attention = 12 * config.n_layers * config.n_heads * config.head_width * sequence_length
+    return float(6 * matmul_parameters + attention)
+
+
+def _block_matmul_parameters(config: ModelConfig) -> int:
+    attention = 2 * config.d_model * config.head_width * (config.n_heads + config.kv_heads)
+    return config.n_layers * (attention + 3 * config.d_model * config.d_ff)
+
+
+def _residual_std(config: ModelConfig) -> float:
+    # 2 n_layers branches add up on the residual stream: this keeps its variance independent of depth (GPT-2).
+    return config.init_std / math.sqrt(2 * config.n_layers)
+
+
+def _normal_parameter(n_rows: int, n_columns: int, std: float, generator: torch.Generator) -> nn.Parameter:
+    weight = torch.empty(n_rows, n_columns)  # under zero.Init: bf16, on the rank's device
+    if not weight.is_meta:
+        # Always drawn in fp32 on the CPU, then rounded: the same numbers for every dtype and device.
+        weight.copy_(torch.normal(0.0, std, (n_rows, n_columns), generator=generator, dtype=torch.float32))
+    return nn.Parameter(weight)
+
+
+def _rotary_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, T, K] in fp32 of the positions [B, T] (Su et al., 2021)."""
+    even = torch.arange(0, config.head_width, 2, device=positions.device, dtype=torch.float32)
+    frequencies = 1.0 / config.rope_theta ** (even / config.head_width)  # [K/2]
+    angles = positions[:, None, :, None].float() * frequencies  # [B, 1, T, K/2]
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions of x [B, heads, T, K]; dimension i pairs with i + K/2, as in Hugging Face's Llama."""
+    first, second = x.float().chunk(2, dim=-1)  # fp32: in bf16 the products would lose the angle's precision
+    return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)

@@ -1,0 +1,50 @@
+"""Which processors compute bf16 in hardware, and the precision that follows for a run. Imports no torch.
+
+A bf16 matrix product on a CPU without such units is emulated, many times slower than one in fp32.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pretrain.checkpoint.state import RunState
+from pretrain.config import Precision
+from pretrain.errors import ConfigError
+
+_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+"""In /proc/cpuinfo: Intel and AMD from 2020 on, Intel from Sapphire Rapids on, Arm from Neoverse V1 on."""
+_ISAS_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
+"""Values of ONEDNN_MAX_CPU_ISA, an environment variable that keeps oneDNN from newer instructions."""
+
+
+def resolve_precision(asked: Precision, has_bf16: bool) -> Precision:
+    """The precision to compute in, on devices of which all compute bf16 in hardware or one does not."""
+    if asked is not Precision.auto:
+        return asked
+    return Precision.bf16 if has_bf16 else Precision.fp32
+
+
+def precision_of(state: RunState) -> Precision:
+    """What the run that wrote a state.json computed in."""
+    # States from before `engine.precision=auto` existed name it in their configuration only.
+    try:
+        return Precision(state.get("precision") or state["config"]["engine"]["precision"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError("state.json does not say in which precision the run computed") from error
+
+
+def host_cpu_has_bf16() -> bool:
+    """Whether this host's CPU computes bf16 in hardware, and oneDNN is allowed to use it."""
+    return cpu_has_bf16(Path("/proc/cpuinfo").read_text(encoding="utf-8"), os.environ)
+
+
+def cpu_has_bf16(cpuinfo: str, environment: Mapping[str, str]) -> bool:
+    """The same of a given /proc/cpuinfo and given environment variables."""
+    isa = environment.get("ONEDNN_MAX_CPU_ISA", environment.get("DNNL_MAX_CPU_ISA", ""))
+    if isa.upper() in _ISAS_WITHOUT_BF16:
+        return False
+    lines = (line.partition(":") for line in cpuinfo.splitlines())
+    flags = next((words for name, _, words in lines if name.strip() in ("flags", "Features")), "")
+    return not _CPU_FLAGS.isdisjoint(flags.split())

@@ -1,0 +1,392 @@
+"""What is recorded of a run: metrics and events in JSON lines, the sample ledger, W&B, and a line for a person.
+
+The JSON-lines files are the record; W&B and the progress line stand on top of them. Nothing in here stops or slows
+training: a file that cannot be written, a W&B server that does not answer and a closed terminal cost one warning.
+docs/monitoring.md describes every field.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import queue
+import resource
+import secrets
+import string
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from pretrain.checkpoint.saver import Saved
+from pretrain.config import LoggingConfig, TrainConfig, WandbMode, to_dict
+from pretrain.errors import ExitCode
+from pretrain.gpus import PeakFlops
+from pretrain.reliability.journal import (
+    EVENTS_FILE,
+    HELDOUT_PREFIX,
+    LEDGER_FOLDER,
+    METRICS_FILE,
+    ROLLBACK,
+    JsonLines,
+    jsonable,
+    say,
+)
+from pretrain.reliability.journal import read_ledger as read_ledger
+from pretrain.reliability.journal import read_metrics as read_metrics
+
+WANDB_INIT_TIMEOUT_S = 30.0
+WANDB_FINISH_TIMEOUT_S = 30.0  # below srun's --wait, so that a slow upload never looks like a hung rank
+WANDB_QUEUE_RECORDS = 10_000
+WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # machines of `wandb login` in netrc, old and new
+
+
+@dataclass(kw_only=True, slots=True)
+class StepRecord:
+    """What the trainer knows of one completed optimizer update."""
+
+    step: int
+    tokens_seen: int
+    samples_seen: int
+    step_tokens: int
+    """Of this step, over all ranks."""
+    sequence_length: int
+    """Tokens."""
+    loss: float
+    """Mean nats per predicted token over the global batch, without z-loss."""
+    z_loss: float | None
+    """Mean squared log-partition; None where the model has no z-loss."""
+    grad_norm: float | None
+    """Global L2 norm before clipping; None where the engine has none."""
+    lr: float
+    step_time_s: float
+    """Wall time since the step before, the wait for data included."""
+    data_wait_s: float
+    cut_documents_frac: float
+    """Pieces of documents in the step's sequences that are not whole documents; 0 without document masking."""
+    padding_tokens: int
+    """Of `step_tokens`, over all ranks."""
+    substituted_chunks: int
+    """Chunks of the run so far that could not be read, and others were read for."""
+    skipped: bool
+    """Whether the gradient was not finite and the update was left out."""
+    loss_scale: float | None = None
+    """What the loss of this step was multiplied by; None where the precision is not fp16."""
+    epochs: dict[str, float] = field(default_factory=dict)
+    """How often each source has been read, by name; empty but every `logging.every_steps`."""
+
+
+def new_run_id() -> str:
+    """A random id of a run, of the form W&B uses (8 letters or digits)."""
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+
+
+# ---- W&B -------------------------------------------------------------------------------------------------------------
+
+
+def wandb_mode(config: LoggingConfig) -> WandbMode:
+    """The mode that is meant: `auto` and `online` need an API key, from WANDB_API_KEY or netrc, else offline."""
+    if config.wandb in (WandbMode.auto, WandbMode.online):
+        return WandbMode.online if _has_wandb_key() else WandbMode.offline
+    return config.wandb
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    base_url = os.environ.get("WANDB_BASE_URL")
+    hosts = (urlsplit(base_url).netloc,) if base_url else WANDB_HOSTS
+    try:
+        known = netrc.netrc(os.environ.get("NETRC") or str(Path("~/.netrc").expanduser()))
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return any(known.authenticators(host) for host in hosts)
+
+
+class _WandbWriter:
+    """Sends records to W&B from a thread of its own, so that no call of W&B can block training.
+
+    An online run that cannot be opened goes on offline (`wandb sync` uploads it later); any other failure ends W&B
+    for this attempt. `on_failure` gets one sentence, once.
+    """
+
+    def __init__(self, arguments: dict[str, Any], on_failure: Callable[[str], None]) -> None:
+        self._arguments = arguments
+        self._on_failure = on_failure
+        self._queue: queue.Queue[tuple[int, dict[str, Any]] | int] = queue.Queue(WANDB_QUEUE_RECORDS)
+        self._ended = False
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Queue one record; dropped when W&B is so far behind that the queue is full."""
+        self._put((step, values))
+
+    def close(self, exit_code: int) -> None:
+        """Finish the W&B run; waits for it a bounded time."""
+        self._put(exit_code)
+        if not self._ended:
+            self._thread.join(WANDB_INIT_TIMEOUT_S + WANDB_FINISH_TIMEOUT_S)
+
+    def _put(self, item: tuple[int, dict[str, Any]] | int) -> None:
+        if self._ended:
+            return
+        try:
+            self._queue.put_nowait(item)
+        except queue.Full:
+            self._fail("W&B does not keep up")
+
+    def _fail(self, reason: str) -> None:
+        if not self._ended:
+            self._ended = True
+            self._on_failure(reason)
+
+    def _work(self) -> None:
+        try:
+            import wandb  # here, since it takes seconds and only rank 0 needs it
+
+            run = self._open()
+            while isinstance(item := self._queue.get(), tuple):
+                step, values = item
+                run.log(values, step=step)
+            if item == ExitCode.STOPPED:
+                run.mark_preempting()  # shown as preempted, not as failed: the next attempt goes on
+            run.finish(exit_code=item)
+            wandb.teardown(item)  # ends W&B's own process; only then are the last records in the run's file
+        except Exception as error:
+            self._fail(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+    def _open(self) -> Any:
+        import wandb
+
+        settings = wandb.Settings(
+            init_timeout=WANDB_INIT_TIMEOUT_S,
+            finish_timeout=WANDB_FINISH_TIMEOUT_S,
+            console="off",  # else W&B takes over stdout and stderr
+            silent=True,
+            disable_git=True,  # a remote's URL may hold a password
+            save_code=False,
+        )
+        try:
+            return wandb.init(settings=settings, **self._arguments)
+        except Exception as error:
+            if self._arguments["mode"] != WandbMode.online.name:
+                raise
+            self._on_failure(f"{type(error).__name__}; this attempt is recorded offline")
+            wandb.teardown()  # its process still holds the run that could not be opened
+            return wandb.init(settings=settings, **(self._arguments | {"mode": WandbMode.offline.name}))
+
+
+# ---- the monitor -----------------------------------------------------------------------------------------------------
+
+
+class Monitor:
+    """Records a run. Rank 0 writes; on other ranks every method but `ledger` does nothing.
+
+    `first_step` is the first step that this attempt completes: 1, or the checkpoint's step + 1. The caller reports
+    `event("started")` or `event("resumed", step=...)` once the state is in place; from then on `read_metrics` takes
+    the steps after it from this attempt.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        rank: int,
+        world_size: int,
+        run_dir: Path,
+        attempt: int,
+        wandb_run_id: str,
+        flops_per_token: Callable[[int], float],
+        peak_flops_per_second: PeakFlops | None,
+        first_step: int,
+        n_steps: int,
+    ) -> None:
+        self._config = config
+        self._rank = rank
+        self._world_size = world_size
+        self._attempt = attempt
+        self._flops_per_token = flops_per_token
+        self._peak = peak_flops_per_second
+        self._first_step = first_step
+        self._n_steps = n_steps
+        self._started: float | None = None
+        self._since_line = (0, 0.0)  # tokens, seconds
+        self._newest_step = first_step - 1
+        self._ledger: JsonLines | None = None
+        if config.logging.sample_ledger:
+            self._ledger = JsonLines(run_dir / LEDGER_FOLDER / f"rank-{rank:05d}.jsonl")
+        if rank != 0:
+            return
+        self._metrics = JsonLines(run_dir / METRICS_FILE)
+        self._events = JsonLines(run_dir / EVENTS_FILE)
+        self._wandb: _WandbWriter | None = None
+        mode = wandb_mode(config.logging)
+        self.event(
+            "monitoring",
+            flops_per_token=flops_per_token(config.data.sequence_length),
+            peak_flops_per_second=self._peak.per_second if self._peak else None,
+            peak_source=self._peak.source if self._peak else None,
+            wandb=mode,
+            wandb_run_id=wandb_run_id,
+        )
+        if mode is not WandbMode.disabled:
+            arguments = {
+                "id": wandb_run_id,
+                "resume": "allow",
+                "mode": mode.name,
+                "dir": str(run_dir),
+                "project": config.logging.wandb_project,
+                "entity": config.logging.wandb_entity,
+                "name": config.logging.wandb_name or run_dir.resolve().name,
+                "tags": config.logging.wandb_tags,
+                "config": to_dict(config),
+            }
+            self._wandb = _WandbWriter(arguments, lambda reason: self.event("wandb_failed", reason=reason))
+
+    def step(self, record: StepRecord) -> None:
+        """Record one completed update; every `logging.every_steps` also to W&B and as a line."""
+        if self._rank != 0:
+            return
+        self._newest_step = record.step
+        time_s = max(record.step_time_s, 1e-9)
+        rate = record.step_tokens / time_s
+        epochs = {f"epochs/{name}": value for name, value in record.epochs.items()}
+        line = {key: value for key, value in asdict(record).items() if key != "epochs"} | epochs
+        line |= {
+            "tokens_per_second": rate,
+            "tokens_per_second_per_rank": rate / self._world_size,
+            "mfu_frac": self._mfu_frac(rate, record.sequence_length),
+            "eta_s": self._eta_s(record),
+            "peak_memory_bytes": _peak_memory_bytes(),
+        }
+        self._metrics.append({"kind": "step", "attempt": self._attempt, "time": _now()} | line)
+        tokens, seconds = self._since_line
+        self._since_line = (tokens + record.step_tokens, seconds + time_s)
+        if record.step % self._config.logging.every_steps == 0 or record.step in (
+            self._first_step,
+            self._n_steps,
+        ):
+            self._log_wandb(record.step, line)
+            self._progress(record, line["eta_s"])
+            self._since_line = (0, 0.0)
+
+    def evaluation(self, step: int, result: dict[str, float]) -> None:
+        """Record held-out results, each under heldout/<name>."""
+        if self._rank != 0:
+            return
+        named = {HELDOUT_PREFIX + name.removeprefix(HELDOUT_PREFIX): value for name, value in result.items()}
+        self._metrics.append(
+            {"kind": "evaluation", "attempt": self._attempt, "time": _now(), "step": step} | named
+        )
+        self._log_wandb(step, named)
+        say(f"step {step}/{self._n_steps}  " + "  ".join(f"{k} {v:,.4g}" for k, v in named.items()))
+
+    def checkpoint(self, saved: Saved) -> None:
+        """Record what came of a save; W&B gets the figures under checkpoint/<name>."""
+        if saved.problem is not None:
+            self.event("checkpoint_failed", step=saved.step, reason=saved.problem)
+            return
+        figures = {
+            "stall_s": saved.stall_s,
+            "write_s": saved.write_s,
+            "bytes": saved.bytes,
+            "bytes_per_second": saved.bytes / max(saved.write_s, 1e-9),
+        }
+        self.event("checkpoint_saved", step=saved.step, path=str(saved.path), **figures)
+        for path in saved.deleted:
+            self.event("checkpoint_deleted", step=saved.step, path=str(path))
+        if self._rank == 0:
+            # At the newest step: W&B never goes back.
+            self._log_wandb(
+                self._newest_step, {f"checkpoint/{name}": value for name, value in figures.items()}
+            )
+
+    def rolled_back(self, step: int, **facts: Any) -> None:
+        """The run is again as it was after `step`: metrics and ledger of later steps do not count."""
+        undone = {"kind": ROLLBACK, "attempt": self._attempt, "step": step + 1}
+        if self._ledger is not None:
+            self._ledger.append(undone)
+        if self._rank == 0:
+            self._metrics.append(undone | {"time": _now()})
+        self.event("rolled_back", step=step, **facts)
+
+    def event(self, name: str, **facts: Any) -> None:
+        """Record that something happened, in events.jsonl and as a line on stderr."""
+        if self._rank != 0:
+            return
+        self._events.append({"event": name, "attempt": self._attempt, "time": _now()} | facts)
+        shown = (f"{key}={jsonable(value)}" for key, value in facts.items() if value not in (None, []))
+        say("  ".join((name, *shown)))
+
+    def ledger(self, step: int, samples: Sequence[int], tokens_hash: str) -> None:
+        """Record which samples this rank trained on in a step, and the xxh3-64 of their tokens (hex)."""
+        if self._ledger is not None:
+            samples = [int(sample) for sample in samples]
+            self._ledger.append(
+                {"step": step, "attempt": self._attempt, "samples": samples, "tokens_xxh3": tokens_hash}
+            )
+
+    def close(self, exit_code: int) -> None:
+        """Finish W&B (within a bounded time) and close the files."""
+        if self._ledger is not None:
+            self._ledger.close()
+        if self._rank == 0:
+            if self._wandb is not None:
+                self._wandb.close(exit_code)
+            self._metrics.close()
+            self._events.close()
+
+    def _log_wandb(self, step: int, values: dict[str, Any]) -> None:
+        if self._wandb is not None:
+            self._wandb.log(step, {k: v for k, v in values.items() if v is not None and k != "step"})
+
+    def _mfu_frac(self, tokens_per_second: float, sequence_length: int) -> float | None:
+        """Model FLOPs utilization (PaLM, 2022, appendix B): useful FLOPs per second over the ranks' peak."""
+        if self._peak is None:
+            return None
+        flops = tokens_per_second * self._flops_per_token(sequence_length)
+        return flops / (self._peak.per_second * self._world_size)
+
+    def _eta_s(self, record: StepRecord) -> float:
+        """Seconds to the last step at this attempt's pace; evaluations and checkpoints count as they came."""
+        now = time.monotonic()
+        if self._started is None:
+            self._started = now - record.step_time_s
+        done = max(1, record.step - self._first_step + 1)
+        return (now - self._started) / done * (self._n_steps - record.step)
+
+    def _progress(self, record: StepRecord, eta_s: float) -> None:
+        tokens, seconds = self._since_line
+        rate = tokens / seconds
+        mfu = self._mfu_frac(rate, record.sequence_length)
+        parts = [f"step {record.step}/{self._n_steps}", f"loss {record.loss:.4f}", f"lr {record.lr:.1e}"]
+        if record.grad_norm is not None:
+            parts.append(f"grad {record.grad_norm:.2f}")
+        parts.append(f"{rate:,.0f} tok/s in {self._config.engine.precision.value}")
+        parts.append(
+            f"MFU {mfu:.1%} ({self._peak.source})" if mfu is not None and self._peak else "MFU unknown"
+        )
+        parts.append(f"ETA {timedelta(seconds=round(eta_s))}")
+        if record.skipped:
+            why = "" if record.loss_scale is None else f" at a loss scale of {record.loss_scale:,.0f}"
+            parts.append(f"SKIPPED: gradient not finite{why}")
+        say("  ".join(parts))
+
+
+def _now() -> str:
+    """UTC, for people; nothing is computed from it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _peak_memory_bytes() -> int:
+    """Most memory this rank has held so far: on the GPU where it has one, else resident in the host."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

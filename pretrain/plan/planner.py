@@ -1,0 +1,367 @@
+"""Memory, time and cost of a run before it is launched: pure functions of a configuration and a cluster.
+
+Imports no torch, so that it answers at once. Nothing here has been measured on a GPU of this project: figures are
+`measured` (counted in real runs of this program), `fitted` (on published runs of others) or `projected`.
+docs/planning.md says how to read a plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from pretrain.config import AUTO, AttentionKernel, ModelConfig, Precision, Recompute, TrainConfig
+from pretrain.config.engine import EngineConfig
+from pretrain.errors import ConfigError
+from pretrain.plan.hardware import GIB
+from pretrain.plan.memory import Pass, Sharding, count_parameters, memory_bytes
+from pretrain.plan.time import (
+    CALIBRATIONS,
+    HOST_S_PER_BLOCK,
+    Calibration,
+    Cluster,
+    StepTime,
+    collectives,
+    mfu_frac,
+    step_time,
+)
+
+MEASURED, FITTED, PROJECTED = "measured", "fitted", "projected"
+BYTES_PER_PARAMETER_SAVED = 12
+"""fp32 weight and two moments."""
+HOURS_BETWEEN_FAILURES_PER_RANK = 50_000.0
+"""As `pretrain.checkpoint.saver`: Llama 3 (2024), 419 unexpected interruptions in 54 days on 16,384 GPUs."""
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+CALIBRATED = ("a100", "a100_40", "h100")
+"""Devices of the published runs, which had 8 to 64 of them."""
+OTHER_STACKS = 0.15
+"""The same of programs and models that were not fitted: torchtitan, 8 to 128 GPUs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """What of a cluster is no device: storage, failures, prices, host memory."""
+
+    usd_per_gpu_hour: float | None
+    storage_bytes_per_s: float
+    """That all ranks together write a checkpoint with."""
+    restart_s: float
+    """From a failure until training goes on: detection, start, loading."""
+    host_bytes_per_node: float
+    """Memory of a node."""
+
+
+_CHECKPOINTING = {
+    Recompute.none: "",
+    Recompute.selective: "selective checkpointing",
+    Recompute.full: "checkpointing",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Option:
+    """One way to run the model: a point of the search."""
+
+    model: ModelConfig
+    engine: EngineConfig
+    sharding: Sharding
+    each: Pass
+    accum_steps: int
+
+    @property
+    def name(self) -> str:
+        """Stage, micro batch, and what is switched on."""
+        extra = [
+            _CHECKPOINTING[self.model.activation_checkpointing],
+            "offload optimizer" if self.engine.offload_optimizer else "",
+            "offload parameters" if self.engine.offload_params else "",
+            "on NVMe" if self.engine.nvme_path is not None else "",
+            f"hpZ {self.engine.hpz_partition_ranks}" if self.engine.hpz_partition_ranks > 1 else "",
+            "qwZ" if self.engine.quantized_weights else "",
+            "qgZ" if self.engine.quantized_gradients else "",
+        ]
+        words = [f"ZeRO-{self.engine.zero_stage}", f"micro batch {self.each.sequences}", *filter(None, extra)]
+        return ", ".join(words)
+
+    @property
+    def overrides(self) -> list[str]:
+        """The keys that select it, for launch/train.py."""
+        engine = self.engine
+        return [
+            f"engine.zero_stage={engine.zero_stage}",
+            f"micro_batch_sequences={self.each.sequences}",
+            f"model.activation_checkpointing={self.model.activation_checkpointing.value}",
+            f"engine.offload_optimizer={str(engine.offload_optimizer).lower()}",
+            f"engine.offload_params={str(engine.offload_params).lower()}",
+            f"engine.nvme_path={'null' if engine.nvme_path is None else engine.nvme_path}",
+            f"engine.hpz_partition_ranks={engine.hpz_partition_ranks}",
+            f"engine.quantized_weights={str(engine.quantized_weights).lower()}",
+            f"engine.quantized_gradients={str(engine.quantized_gradients).lower()}",
+        ]
+
+
+class Judged(NamedTuple):
+    """An option with what it takes."""
+
+    option: Option
+    device: dict[str, int]
+    host: dict[str, int]
+    step: StepTime
+    problem: str | None
+    """Why it cannot run; None: it fits."""
+
+    @property
+    def device_total(self) -> int:
+        """Bytes."""
+        return sum(self.device.values())
+
+
+def options(config: TrainConfig, cluster: Cluster, search: bool = True) -> Iterator[Option]:
+    """All ways to run the configuration on the cluster, or only the one that it asks for.
+
+    Stage 0 only in fp32, in which this program runs it. Offloaded parameters only beside an offloaded optimizer.
+    """
+    n = cluster.n_ranks
+    share, rest = divmod(config.global_batch_sequences, n)
+    if rest:
+        raise ConfigError(
+            f"global_batch_sequences={config.global_batch_sequences} is not a multiple of {n} ranks; "
+            f"try {max(1, share) * n}"
+        )
+    engine, model = config.engine, config.model
+    masked = config.data.document_masking and config.kernels.attention is AttentionKernel.sdpa
+    stages = [s for s in (0, 1, 2, 3) if s or engine.precision is Precision.fp32]
+    offloads = [(False, False), (True, False), (True, True)]
+    micros: tuple[int, ...] = MICRO_BATCHES
+    recomputes = list(Recompute)
+    if not search:
+        stages = [engine.zero_stage]
+        if config.micro_batch_sequences != AUTO:
+            micros = (config.micro_batch,)
+        offloads, recomputes = (
+            [(engine.offload_optimizer, engine.offload_params)],
+            [model.activation_checkpointing],
+        )
+    for stage in stages:
+        for micro in micros:
+            if share % micro:
+                continue
+            for recompute in recomputes:
+                for optimizer, params in offloads:
+                    if (optimizer and stage == 0) or (params and stage != 3):
+                        continue
+                    yield Option(
+                        model=replace(model, activation_checkpointing=recompute),
+                        engine=_with(engine, stage, optimizer, params),
+                        sharding=Sharding(n_ranks=n, n_shards=n),
+                        each=Pass(
+                            sequences=micro,
+                            sequence_length=config.data.sequence_length,
+                            masked=masked,
+                        ),
+                        accum_steps=share // micro,
+                    )
+
+
+def _with(engine: EngineConfig, stage: int, optimizer: bool, params: bool) -> EngineConfig:
+    """The configured engine with another stage and offload; what then cannot be is off."""
+    return replace(
+        engine,
+        zero_stage=stage,
+        offload_optimizer=optimizer,
+        offload_params=params,
+        nvme_path=engine.nvme_path if stage == 3 and optimizer else None,
+        hpz_partition_ranks=engine.hpz_partition_ranks if stage == 3 and not params else 1,
+        quantized_weights=engine.quantized_weights and stage == 3,
+        quantized_gradients=engine.quantized_gradients and stage == 3,
+    )
+
+
+def judge(
+    option: Option,
+    cluster: Cluster,
+    site: Site,
+    constants: Calibration | None = None,
+    host_s_per_block: float | None = None,
+) -> Judged:
+    """Memory, time and whether it fits."""
+    device, host = memory_bytes(option.model, option.engine, option.sharding, option.each)
+    step = step_time(
+        option.model,
+        option.engine,
+        option.sharding,
+        cluster,
+        option.each,
+        option.accum_steps,
+        constants=constants,
+        host_s_per_block=host_s_per_block,
+    )
+    problem = None
+    needs, has = sum(device.values()), cluster.gpu.memory_bytes
+    on_node = sum(host.values()) * cluster.gpus_per_node
+    if needs > has:
+        problem = f"{needs / GIB:.1f} GiB do not fit the {has / GIB:.1f} GiB of the device"
+    elif on_node > site.host_bytes_per_node:
+        problem = f"{on_node / GIB:.0f} GiB of host memory do not fit the node's {site.host_bytes_per_node / GIB:.0f}"
+    return Judged(option, device, host, step, problem)
+
+
+def rank_options(config: TrainConfig, cluster: Cluster, site: Site, search: bool = True) -> list[Judged]:
+    """Those that fit, the fastest first (of equals the one that takes less memory), then those that do not."""
+    judged = [judge(option, cluster, site) for option in options(config, cluster, search)]
+    if not judged:
+        raise ConfigError(
+            f"micro_batch_sequences={config.micro_batch_sequences} does not divide the "
+            f"{config.global_batch_sequences // cluster.n_ranks} sequences of each rank"
+        )
+    return sorted(judged, key=lambda j: (j.problem is not None, j.step.total_s, j.device_total))
+
+
+def advised_interval_s(save_cost_s: float, mtbf_s: float) -> float:
+    """Young, 1974, as `pretrain.checkpoint.saver.advised_interval_s`."""
+    return math.sqrt(2 * save_cost_s * mtbf_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Goodput:
+    """What saving and failures take from a run."""
+
+    checkpoint_bytes: int
+    stall_s: float
+    """Training stands still so long for a save: the copy to host memory."""
+    write_s: float
+    """Beside training."""
+    mtbf_s: float
+    """Of the whole job."""
+    interval_s: float
+    """Between saves; advised, but no shorter than a write takes."""
+    frac: float
+    """Of wall time that trains: less stalls, half an interval and a restart per failure."""
+
+
+def goodput(
+    model: ModelConfig, cluster: Cluster, site: Site, mtbf_hours: float | None, failures: float = 1.0
+) -> Goodput:
+    """Expected over a long run; `failures` scales their rate."""
+    saved = BYTES_PER_PARAMETER_SAVED * count_parameters(model)
+    stall = saved / cluster.n_ranks / cluster.gpu.pcie_bytes_per_s
+    hours = mtbf_hours if mtbf_hours is not None else HOURS_BETWEEN_FAILURES_PER_RANK / cluster.n_ranks
+    mtbf = hours * 3600 / failures
+    write = saved / site.storage_bytes_per_s
+    interval = max(advised_interval_s(stall, mtbf), write)
+    lost = stall / interval + (interval / 2 + site.restart_s) / mtbf
+    return Goodput(
+        checkpoint_bytes=saved,
+        stall_s=stall,
+        write_s=write,
+        mtbf_s=mtbf,
+        interval_s=interval,
+        frac=max(0.0, 1 - lost),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A run on a cluster, with the option that was chosen."""
+
+    config: TrainConfig
+    cluster: Cluster
+    site: Site
+    ranked: list[Judged]
+    goodput: Goodput
+
+    @property
+    def best(self) -> Judged:
+        """The fastest option that fits."""
+        return self.ranked[0]
+
+    @property
+    def days(self) -> float:
+        """Wall time of all steps, failures included."""
+        return self.config.n_steps * self.best.step.total_s / self.goodput.frac / 86400
+
+    @property
+    def usd(self) -> float | None:
+        """None where no price is known."""
+        if self.site.usd_per_gpu_hour is None:
+            return None
+        return self.days * 24 * self.cluster.n_ranks * self.site.usd_per_gpu_hour
+
+
+def make_plan(config: TrainConfig, cluster: Cluster, site: Site, search: bool = True) -> Plan:
+    """Judge all options. ConfigError, with what is short, where none fits or too much fails to get anywhere."""
+    ranked = rank_options(config, cluster, site, search)
+    if ranked[0].problem is not None:
+        least = min(ranked, key=lambda j: j.device_total)
+        raise ConfigError(
+            f"none of {len(ranked)} options fits {cluster.n_ranks} x {cluster.gpu.name}: {least.option.name}, which "
+            f"takes the least, is left out because {least.problem}; use more or larger devices, or shorter sequences"
+        )
+    found = goodput(config.model, cluster, site, config.checkpoint.mtbf_hours)
+    if found.frac <= 0:
+        raise ConfigError(
+            f"the job would fail every {found.mtbf_s / 3600:.2f} h and lose more than it gains; use fewer ranks, "
+            "faster storage or a shorter cluster.restart_s"
+        )
+    return Plan(config=config, cluster=cluster, site=site, ranked=ranked, goodput=found)
+
+
+def uncertainties(plan: Plan) -> list[tuple[str, float]]:
+    """(what is not known, how much longer or dearer the run is at its bad end), the widest first."""
+    constants = CALIBRATIONS[plan.cluster.gpu.calibrated_as]
+    option, total = plan.best.option, plan.best.step.total_s
+
+    def slower(worse: Calibration, cluster: Cluster = plan.cluster, host: float | None = None) -> float:
+        return judge(option, cluster, plan.site, worse, host).step.total_s / total - 1
+
+    halved = replace(plan.cluster, nic_bits_per_s=plan.cluster.nic_bits_per_s / 2)
+    hidden = replace(constants, exposed_frac=1.0)
+    twice = 2 * HOST_S_PER_BLOCK[option.engine.zero_stage]
+    often = goodput(plan.config.model, plan.cluster, plan.site, plan.config.checkpoint.mtbf_hours, failures=3)
+    unlike = OTHER_STACKS if plan.cluster.gpu.name in CALIBRATED else 2 * OTHER_STACKS
+    found = [
+        ("this program's kernels against those of the published runs", math.exp(unlike) - 1),
+        ("the network gives half of what was fitted", slower(constants, halved)),
+        ("no communication hides behind computing", slower(hidden)),
+        ("the host takes twice as long for each block", slower(constants, host=twice)),
+        ("failures are three times as many", plan.goodput.frac / often.frac - 1 if often.frac else math.inf),
+    ]
+    if plan.site.usd_per_gpu_hour == plan.cluster.gpu.usd_per_hour is not None:
+        found.append(("the price, which for one H100 was 2.69 to 12.29 USD (2026)", 12.29 / 3.99 - 1))
+    return sorted(found, key=lambda item: -item[1])
+
+
+def data_bytes_per_s(plan: Plan) -> float:
+    """That the job reads from its corpus: 2 bytes per token up to a vocabulary of 65,536, else 4."""
+    return token_bytes(plan.config.model) * plan.best.step.tokens_per_second
+
+
+def token_bytes(model: ModelConfig) -> int:
+    """On disk."""
+    assert model.vocab_size is not None
+    return 2 if model.vocab_size <= 65_536 else 4
+
+
+def checkpoints_kept(config: TrainConfig) -> int:
+    """Checkpoints on disk at the end of the run, at most, and one being written."""
+    policy = config.checkpoint
+    permanent = config.n_steps // policy.keep_every_steps if policy.keep_every_steps else 0
+    return policy.keep_last + policy.keep_best + permanent + 1
+
+
+def sent_bytes(judged: Judged, cluster: Cluster) -> list[tuple[str, float, float]]:
+    """(kind and time, bytes that a rank sends per step, bytes that enter a node per step)."""
+    option = judged.option
+    micro, once = collectives(option.model, option.engine, option.sharding, cluster)
+    return [
+        (f"{c.kind}, {c.when}", times * c.sent_bytes, times * c.between_nodes_bytes)
+        for group, times in ((micro, option.accum_steps), (once, 1))
+        for c in group
+    ]
+
+
+def mfu(judged: Judged, cluster: Cluster) -> float:
+    """0 to 1."""
+    return mfu_frac(judged.step, cluster, judged.option.engine.precision)

@@ -1,0 +1,188 @@
+"""A plan as text and as JSON-ready values. Each figure bears how it is known: measured, fitted or projected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pretrain.plan.hardware import GIB
+from pretrain.plan.planner import (
+    CALIBRATED,
+    FITTED,
+    MEASURED,
+    PROJECTED,
+    Judged,
+    Plan,
+    checkpoints_kept,
+    data_bytes_per_s,
+    mfu,
+    sent_bytes,
+    token_bytes,
+    uncertainties,
+)
+
+# Sums of storages of real runs of this program equal these formulas (tests/test_planner.py).
+COUNTED = {
+    "parameters",
+    "persistent parameters",
+    "masters",
+    "moments",
+    "gradients",
+}
+RANKED_LINES = 8
+
+
+class Figure(dict[str, Any]):
+    """{value, unit, known}: one number of the report."""
+
+    def __init__(self, value: float | int | str | None, unit: str, known: str) -> None:
+        super().__init__(value=value, unit=unit, known=known)
+
+
+def memory_figures(judged: Judged) -> dict[str, Figure]:
+    """Bytes per rank by part; `host:` before what is in host memory. Only the counted parts are known to be right."""
+    found = {
+        name: Figure(size, "bytes", MEASURED if name in COUNTED else PROJECTED)
+        for name, size in judged.device.items()
+    }
+    for name, size in judged.host.items():
+        found[f"host: {name}"] = Figure(size, "bytes", PROJECTED)  # no run with offload was counted
+    return found
+
+
+def time_figures(plan: Plan) -> dict[str, Figure]:
+    """The step by part, and what follows from it."""
+    best, step, good = plan.best, plan.best.step, plan.goodput
+    calibrated = plan.cluster.gpu.name in CALIBRATED and plan.cluster.n_ranks <= 64
+    known = FITTED if calibrated else PROJECTED
+    return {
+        "step_time_s": Figure(step.total_s, "s", known),
+        "compute_s": Figure(step.compute_s, "s", known),
+        "exposed_communication_s": Figure(step.exposed_communication_s, "s", known),
+        "optimizer_s": Figure(step.optimizer_s, "s", PROJECTED),
+        "all_communication_s": Figure(step.communication_s, "s", known),
+        "mfu_frac": Figure(mfu(best, plan.cluster), "", known),
+        "tokens_per_second": Figure(step.tokens_per_second, "tokens/s", known),
+        "tokens_per_second_per_rank": Figure(
+            step.tokens_per_second / plan.cluster.n_ranks, "tokens/s", known
+        ),
+        "steps": Figure(plan.config.n_steps, "", PROJECTED),
+        "days": Figure(plan.days, "days", PROJECTED),
+        "cost_usd": Figure(plan.usd, "USD", PROJECTED),
+        "checkpoint_bytes": Figure(good.checkpoint_bytes, "bytes", MEASURED),
+        "save_stall_s": Figure(good.stall_s, "s", PROJECTED),
+        "save_write_s": Figure(good.write_s, "s", PROJECTED),
+        "mtbf_hours": Figure(good.mtbf_s / 3600, "h", PROJECTED),
+        "advised_interval_s": Figure(good.interval_s, "s", PROJECTED),
+        "advised_every_steps": Figure(max(1, round(good.interval_s / step.total_s)), "steps", PROJECTED),
+        "goodput_frac": Figure(good.frac, "", PROJECTED),
+        "data_bytes_per_second": Figure(data_bytes_per_s(plan), "bytes/s", known),
+        "corpus_bytes": Figure(
+            token_bytes(plan.config.model) * plan.config.n_steps * step.tokens, "bytes", PROJECTED
+        ),
+        "checkpoints_bytes": Figure(
+            checkpoints_kept(plan.config) * good.checkpoint_bytes, "bytes", PROJECTED
+        ),
+    }
+
+
+def plan_values(plan: Plan) -> dict[str, Any]:
+    """The whole plan, JSON-ready."""
+    fits = [j for j in plan.ranked if j.problem is None]
+    return {
+        "ranks": plan.cluster.n_ranks,
+        "gpu": plan.cluster.gpu.name,
+        "option": plan.best.option.name,
+        "overrides": [
+            *plan.best.option.overrides,
+            f"global_batch_sequences={plan.config.global_batch_sequences}",
+        ],
+        "memory": memory_figures(plan.best),
+        "memory_total": Figure(plan.best.device_total, "bytes", PROJECTED),
+        "memory_margin": Figure(plan.cluster.gpu.memory_bytes - plan.best.device_total, "bytes", PROJECTED),
+        "sent_bytes_per_step": {
+            name: {
+                "by_rank": Figure(by_rank, "bytes", MEASURED),
+                "into_node": Figure(into_node, "bytes", PROJECTED),
+            }
+            for name, by_rank, into_node in sent_bytes(plan.best, plan.cluster)
+        },
+        "time": time_figures(plan),
+        "uncertainties": [
+            {"what": what, "more_frac": more, "known": PROJECTED} for what, more in uncertainties(plan)
+        ],
+        "ranked": [
+            {
+                "option": j.option.name,
+                "step_time_s": Figure(j.step.total_s, "s", PROJECTED),
+                "memory": Figure(j.device_total, "bytes", PROJECTED),
+            }
+            for j in fits
+        ],
+        "left_out": [
+            {"option": j.option.name, "why": j.problem, "known": PROJECTED} for j in plan.ranked if j.problem
+        ],
+    }
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The plan for a person."""
+    config, cluster, best = plan.config, plan.cluster, plan.best
+    lines = [
+        f"{cluster.nodes} nodes x {cluster.gpus_per_node} {cluster.gpu.label}, "
+        f"{cluster.nic_bits_per_s / 1e9:g} Gb/s each; nothing below was run on a GPU of this project",
+        "measured: the formula gives what CPU runs of 1 and 2 ranks count; fitted: on runs that others published,",
+        "of up to 64 GPUs; projected: neither (docs/planning.md)",
+        f"sequence_length={config.data.sequence_length}, global_batch_sequences={config.global_batch_sequences} "
+        f"({best.step.tokens:,} tokens), vocabulary {config.model.vocab_size:,}, "
+        f"document_masking={str(config.data.document_masking).lower()}",
+        f"best option: {best.option.name}, {best.option.accum_steps} micro batches per step",
+        f"  {' '.join(best.option.overrides)}",
+        "",
+        "memory per rank",
+        *(
+            f"  {name:<32}{figure['value'] / GIB:>10.2f} GiB  {figure['known']}"
+            for name, figure in memory_figures(best).items()
+        ),
+        f"  {'device, together':<32}{best.device_total / GIB:>10.2f} GiB of {cluster.gpu.memory_bytes / GIB:.1f}  "
+        f"{PROJECTED}",
+        "",
+        f"{'sent per step':<34}{'by a rank':>10}{'into a node':>17}",
+        *(
+            f"  {name:<32}{by_rank / 1e9:>10.2f} GB{into_node / 1e9:>14.2f} GB  {MEASURED}"
+            for name, by_rank, into_node in sent_bytes(best, cluster)
+        ),
+        "",
+        "time, cost, storage",
+        *(f"  {name:<32}{_shown(figure)}  {figure['known']}" for name, figure in time_figures(plan).items()),
+        "",
+        "what is not known, and how much longer or dearer the run is at its bad end, the widest first",
+        *(f"  +{more:>6.1%}  {what}  {PROJECTED}" for what, more in uncertainties(plan)),
+        "",
+    ]
+    return lines + ranked_lines(plan.ranked)
+
+
+def _shown(figure: Figure) -> str:
+    value, unit = figure["value"], figure["unit"]
+    if value is None:
+        return f"{'unknown; give cluster.usd_per_gpu_hour':>10}"
+    if unit in ("bytes", "bytes/s"):
+        return f"{value / 1e9:>12,.3f} {unit.replace('bytes', 'GB')}"
+    if isinstance(value, int) or value >= 1000:
+        return f"{value:>12,.0f} {unit}"
+    return f"{value:>12.4g} {unit}"
+
+
+def ranked_lines(ranked: list[Judged]) -> list[str]:
+    """The best options, and for the others how many are left out for what."""
+    fits, rest = [j for j in ranked if j.problem is None], [j for j in ranked if j.problem]
+    lines = [f"options, the fastest first ({len(fits)} fit, {len(rest)} are left out)"]
+    for judged in fits[:RANKED_LINES]:
+        lines.append(
+            f"  {judged.option.name:<64}{judged.step.total_s:>9.3f} s{judged.device_total / GIB:>9.1f} GiB  {PROJECTED}"
+        )
+    for judged in sorted(rest, key=lambda j: j.device_total)[:RANKED_LINES]:
+        lines.append(f"  left out: {judged.option.name}: {judged.problem}")
+    if len(rest) > RANKED_LINES:
+        lines.append(f"  ... and {len(rest) - RANKED_LINES} more; json=true lists all")
+    return lines

@@ -1,0 +1,60 @@
+"""Requests to stop a run: a signal, the file `stop` in the run folder, or the end of its time."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+from pretrain.reliability.heartbeat import LAUNCHER_LOST, LAUNCHER_LOST_SIGNAL
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+STOP_FILE = "stop"
+_STARTED = time.monotonic()
+_signals: list[str] = []
+
+
+def listen_for_signals() -> None:
+    """From now on SIGTERM, SIGINT, SIGUSR1 and SIGHUP are requests to stop, heeded once training could save.
+
+    SIGHUP, which comes when a terminal is closed, stays ignored where `nohup` has ignored it.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, LAUNCHER_LOST_SIGNAL):
+        signal.signal(number, _on_signal)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _on_signal)
+    # The launcher may be killed alone; its ranks then save and end.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, LAUNCHER_LOST_SIGNAL, 0, 0, 0)
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    _signals.append(LAUNCHER_LOST if number == LAUNCHER_LOST_SIGNAL else signal.Signals(number).name)
+
+
+class StopRequest:
+    """Whether someone asked this run to save and end: a signal, a file `stop` in the run folder, or the clock.
+
+    Only this rank's view; the trainer agrees with the other ranks before it acts.
+    """
+
+    def __init__(self, run_dir: Path, *, watch_file: bool, stop_after_s: float | None = None) -> None:
+        self.reason: str | None = None
+        self._file = run_dir / STOP_FILE if watch_file else None
+        self._stop_after_s = stop_after_s
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)  # a request to an earlier attempt
+        listen_for_signals()
+
+    def asked(self) -> bool:
+        """Whether this rank knows of a request by now."""
+        if self.reason is None:
+            if _signals:
+                self.reason = _signals[0]
+                _signals.clear()
+            elif self._file is not None and self._file.exists():
+                self.reason = f"file {self._file.name}"
+            elif self._stop_after_s is not None and time.monotonic() - _STARTED > self._stop_after_s:
+                self.reason = f"stop_after_s={self._stop_after_s}"
+        return self.reason is not None

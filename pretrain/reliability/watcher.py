@@ -1,0 +1,456 @@
+"""The program of a rank's watcher, which `watchdog.py` starts; that file says what it is for. Imports no torch.
+
+Messages between watchers are lines of JSON (`hub.py`). A watcher says who it is, then `{"rank", "count", "step",
+"phase", "age_s", ...}` every second; `dead` or `bye` when its rank is gone; the hub says `alive` every second, `dump`,
+and then `end` with a verdict.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import random
+import re
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pretrain.command import begin
+from pretrain.files import create_file, is_inside, open_for_append
+from pretrain.reliability import heartbeat
+from pretrain.reliability.hub import Hub, Line, Message
+
+TICK_S = 0.5
+DUMP_S = 5.0
+"""A rank that runs at all writes its stacks within this time, in seconds, also on a busy host."""
+LEAVE_S = 15.0
+"""The hub waits for the other watchers at most so long after its verdict."""
+JOIN_PAUSE_S = 0.5
+"""At most so long, at random, until a watcher tries again to reach the hub."""
+PIPE_BYTES = 1 << 16
+LAUNCHERS = (b"deepspeed", b"torchrun", b"torch.distributed")
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory|MemoryError", re.IGNORECASE)
+WAITING = re.compile(r'File "[^"]*(torch/distributed/|deepspeed/comm/)')
+
+
+class Watcher:
+    """Watches one rank; on rank 0 also the hub of all watchers."""
+
+    def __init__(self, facts: dict[str, Any]) -> None:
+        self.rank, self.size = facts["rank"], facts["world_size"]
+        self.run_dir = Path(facts["run_dir"])
+        self.limits = {name: facts[name] for name in ("startup_s", "step_s", "lost_s")}
+        self.progress, self.stacks = facts["progress"], facts["stacks"]
+        self.pid = facts["pid"]
+        self.host = os.uname().nodename
+        self.selector = selectors.DefaultSelector()
+        self.process = os.pidfd_open(self.pid)
+        self.launchers = _launchers(self.pid)
+        for descriptor in (self.process, *self.launchers, sys.stdin.fileno()):
+            self.selector.register(descriptor, selectors.EVENT_READ)
+        self.listener = socket.socket(fileno=facts["hub"]) if facts["hub"] is not None else None
+        self.peers: Hub | None = None
+        """Where this is the hub, once the ranks have met."""
+        self.table: dict[int, Message] = {}
+        """What each rank said last, where this is the hub."""
+        self.hub: Line | None = None
+        """To the watcher of rank 0, where this is not the hub."""
+        self.address: list[Any] = []
+        """Host, port and password of the hub."""
+        self.join_until = 0.0
+        self.welcomed = False
+        """Whether the hub has taken this watcher for the one of its rank."""
+        self.attempt = 0
+        self.joined = self.started = self.bye = self.dead = self.dumped = False
+        self.found_stopped = False
+        """Whether the rank was stopped when it was asked for its stacks, for which it runs a moment."""
+        self.verdict: dict[str, Any] | None = None
+        self.ended_at = 0.0
+        self._pipe = b""
+        self._told = 0.0
+
+    def run(self) -> None:
+        """Until the rank has ended and, on the hub, all others have too."""
+        while not self._over():
+            for key in self._ready():
+                self._handle(key)
+            if time.monotonic() - self._told >= 2 * TICK_S:
+                self._told = time.monotonic()
+                self._report(self._status())
+                self._tend()
+            if self.verdict is None:
+                self._judge()
+
+    def _over(self) -> bool:
+        # A host that is gone closes no connection: after a verdict the others get some seconds to close theirs.
+        told_all = self.verdict is not None and time.monotonic() - self.ended_at > LEAVE_S
+        return self.dead and (told_all or not (self.peers and self.peers.lines))
+
+    def _tend(self) -> None:
+        """The hub: let the others know that it is there, and see who is not."""
+        if self.peers is None:
+            return
+        for line in self.peers.lines.values():
+            line.send({"alive": True})
+        for line in self.peers.tend():
+            self._drop(line)
+
+    # ---- what is heard ----
+
+    def _ready(self) -> Iterator[selectors.SelectorKey]:
+        """What there is to be heard, within a tick."""
+        for key, _ in self.selector.select(TICK_S):
+            # Else it was closed by what came before it in this round, and its number may be another's already.
+            if self.selector.get_map().get(key.fd) is key:
+                yield key
+
+    def _handle(self, key: selectors.SelectorKey) -> None:
+        source: Any = key.fileobj
+        if key.data is not None:
+            self._read_line(key.data)
+        elif self.peers is not None and source is self.peers.listener:
+            self.peers.accept()
+        elif source == self.process:
+            self._rank_ended()
+        elif source in self.launchers:  # one that launched the rank has died: save and end
+            self.selector.unregister(source)
+            self._kill(heartbeat.LAUNCHER_LOST_SIGNAL)
+        else:
+            self._read_pipe()
+
+    def _read_pipe(self) -> None:
+        block = os.read(sys.stdin.fileno(), PIPE_BYTES)
+        if not block:
+            self.selector.unregister(sys.stdin.fileno())
+        *lines, self._pipe = (self._pipe + block).split(b"\n")
+        for message in map(json.loads, lines):
+            self.attempt = message.get("attempt", self.attempt)
+            self.started = message.get("started", self.started)
+            self.bye = message.get("bye", self.bye)
+            if "join" in message:
+                self._join(message["join"])
+
+    def _join(self, hub: list[Any] | None) -> None:
+        self.joined = True
+        if hub is None:
+            return
+        self.address = hub
+        if self.listener is not None:
+            self.peers = Hub(self.listener, self.address[2], self.size, self.selector)
+            return
+        self.join_until = time.monotonic() + self.limits["lost_s"]
+        self._connect()
+
+    def _connect(self) -> None:
+        """Say to the hub who this is. A hub that is full of strangers drops connections, so this may come again."""
+        host, port, password = self.address
+        try:
+            left_s = max(1.0, self.join_until - time.monotonic())
+            self.hub = Line(socket.create_connection((host, port), timeout=left_s))
+        except OSError as error:
+            self._end({"rank": 0, "cause": "lost", "reason": f"rank 0's watcher cannot be reached ({error})"})
+            return
+        self.selector.register(self.hub.socket, selectors.EVENT_READ, self.hub)
+        self.hub.send({"token": password, "rank": self.rank, "host": self.host})
+
+    def _read_line(self, line: Line) -> None:
+        if line is self.hub:
+            for message in line.receive():
+                self.welcomed = True
+                self._obey(message)
+        elif self.peers is not None:
+            for message in self.peers.read(line):
+                self._note(line, message)
+        if not line.open:
+            self._drop(line)
+
+    def _drop(self, line: Line) -> None:
+        if self.peers is not None:
+            self.peers.drop(line)
+            if line.rank is not None and not self.table.get(line.rank, {}).get("bye"):
+                # Also where it has said what no watcher says: then nobody watches that rank any more.
+                self._decide(line.rank, "lost", "its watcher is gone")
+        elif line is self.hub:
+            self._leave_hub()
+            if self.bye or self.dead:
+                return
+            if not self.welcomed and time.monotonic() < self.join_until:
+                time.sleep(random.uniform(0, JOIN_PAUSE_S))
+                self._connect()
+            else:
+                self._end({"rank": 0, "cause": "lost", "reason": "the watcher of rank 0 is gone"})
+
+    def _leave_hub(self) -> None:
+        if self.hub is not None:
+            self.selector.unregister(self.hub.socket)
+            self.hub.socket.close()
+            self.hub = None
+
+    def _obey(self, message: dict[str, Any]) -> None:
+        if "dump" in message:
+            self._report({"rank": self.rank} | self._dump())
+        elif "end" in message:
+            self._end(message["end"], told=True)
+
+    def _note(self, line: Line, message: Message) -> None:
+        """The hub: the watcher of a rank has said something."""
+        assert line.rank is not None
+        self.table[line.rank] = self.table.get(line.rank, {}) | message
+        if "dead" in message:
+            self._decide(line.rank, message["dead"], message["reason"])
+
+    # ---- what is said ----
+
+    def _report(self, message: dict[str, Any]) -> None:
+        if self.hub is not None:
+            self.hub.send(message)
+        elif self.joined:
+            self.table[self.rank] = self.table.get(self.rank, {"host": self.host}) | message
+            if "dead" in message:
+                self._decide(self.rank, message["dead"], message["reason"])
+
+    def _status(self) -> dict[str, Any]:
+        beat = heartbeat.read(self.progress)
+        age_s = 0.0 if self.bye or self.dead else time.monotonic() - beat.time_s
+        return {
+            "rank": self.rank,
+            "count": beat.marks,
+            "step": beat.step,
+            "phase": beat.phase,
+            "age_s": age_s,
+            "limit_s": self.limits["step_s" if self.started else "startup_s"],
+            "stopped": self.found_stopped or (not self.dead and _state(self.pid) in "Tt"),
+            "bye": self.bye,
+        }
+
+    def _rank_ended(self) -> None:
+        self.selector.unregister(self.process)
+        if sys.stdin.fileno() in self.selector.get_map():
+            self._read_pipe()  # its last word may still be in there
+        self.dead = True
+        if self.bye or self.verdict is not None:
+            self._report({"rank": self.rank, "bye": True})
+        else:
+            words = heartbeat.read(self.progress).last_words
+            oom = heartbeat.memory_ran_out() or OUT_OF_MEMORY.search(words) is not None
+            cause = "oom" if oom else "error" if words else "killed"
+            reason = words or (
+                "it was killed when the kernel ran out of memory" if oom else "it was killed by a signal"
+            )
+            if self.joined:
+                self._report(self._status() | {"dead": cause, "reason": reason})
+            else:
+                self._end({"rank": self.rank, "cause": cause, "reason": reason})
+        self._leave_hub()
+
+    # ---- what is decided ----
+
+    def _judge(self) -> None:
+        now = time.monotonic()
+        if not self.joined:
+            beat = heartbeat.read(self.progress)
+            if not self.dead and now - beat.time_s > self.limits["startup_s"]:
+                self._dump()
+                self._end(
+                    {"rank": self.rank, "cause": "hang", "reason": f"no progress in phase {beat.phase}"}
+                )
+            return None
+        if self.hub is not None:
+            if now - self.hub.heard > self.limits["lost_s"]:
+                self._end({"rank": 0, "cause": "lost", "reason": "no sign of life from its host"})
+            return None
+        for rank, line in self.peers.lines.items() if self.peers else ():
+            silent_s = now - line.heard
+            if silent_s > self.limits["lost_s"]:
+                return self._decide(rank, "lost", f"no sign of life from its host for {silent_s:.0f} s")
+        # The others wait for the one that goes on, so all stand still, or none is stuck.
+        ages_s = [row.get("age_s", 0) for row in self.table.values() if not row.get("bye")]
+        limits_s = [row.get("limit_s", 0) for row in self.table.values() if not row.get("bye")]
+        if ages_s and min(ages_s) > max(limits_s):
+            self._decide_hang(max(ages_s))
+        return None
+
+    def _decide_hang(self, age_s: float) -> None:
+        """All stand still: name those that are stopped, or have come least far, or are the ones not waiting."""
+        behind = self._ask_all()
+        if not behind:  # they have ended meanwhile
+            return
+        stopped = [rank for rank in behind if self.table[rank].get("stopped")]
+        least = min(self.table[rank].get("count", 0) for rank in behind)
+        behind = stopped or [rank for rank in behind if self.table[rank].get("count", 0) == least]
+        busy = [rank for rank in behind if self.table[rank].get("waiting") is False]
+        behind = behind if stopped else busy or behind
+        row = self.table[behind[0]]
+        where = f"step {row.get('step')}, phase {row.get('phase')}"
+        state = "stopped by a signal" if stopped else "without progress"
+        self._decide(
+            behind[0], "stopped" if stopped else "hang", f"{state} for {age_s:.0f} s in {where}", behind
+        )
+
+    def _ask_all(self) -> list[int]:
+        """Have all ranks dump their stacks; the ranks that still run, in order.
+
+        A stopped rank has to run for a moment to write its stacks, which may let go of those that wait for it, so it
+        is asked when they have written theirs.
+        """
+        running = sorted(rank for rank, row in self.table.items() if not row.get("bye"))
+        stopped = [rank for rank in running if self.table[rank].get("stopped")]
+        self._ask([rank for rank in running if rank not in stopped])
+        self._ask(stopped)
+        return [rank for rank in running if not self.table[rank].get("bye")]
+
+    def _ask(self, ranks: list[int]) -> None:
+        """Have these ranks dump their stacks, and wait until they have."""
+        for rank in ranks:
+            self.table[rank].pop("waiting", None)
+        for rank, line in self.peers.lines.items() if self.peers else ():
+            if rank in ranks:
+                line.send({"dump": True})
+        if self.rank in ranks and not self.dead:
+            self.table[self.rank] |= self._dump()
+        deadline = time.monotonic() + DUMP_S + 1
+        while time.monotonic() < deadline:
+            rows = [self.table[rank] for rank in ranks]
+            if all("waiting" in row or row.get("bye") for row in rows):
+                return
+            for key in self._ready():
+                if key.data is not None or key.fileobj is self.listener:
+                    self._handle(key)
+
+    def _decide(self, rank: int, cause: str, reason: str, behind: list[int] | None = None) -> None:
+        """The hub: one rank is the trouble; all end."""
+        if self.verdict is not None:
+            return
+        row = self.table.get(rank, {})
+        verdict = {"rank": rank, "host": row.get("host"), "cause": cause, "reason": reason}
+        verdict |= {"step": row.get("step"), "behind": behind or [rank]}
+        self.verdict = verdict
+        for line in self.peers.lines.values() if self.peers else ():
+            line.send({"end": verdict})
+        self._end(verdict)
+
+    def _end(self, verdict: dict[str, Any], *, told: bool = False) -> None:
+        """Leave the stacks and a word in the run folder, and end this rank. `told`: by the hub, which says it."""
+        self.verdict = verdict
+        self.ended_at = time.monotonic()
+        if self.listener is not None or self.size == 1 or (self.rank == 1 and not told):
+            self._say(verdict)
+        if not self.dead:
+            if not self.dumped:
+                self._dump()
+            self._kill(signal.SIGKILL)
+
+    def _say(self, verdict: dict[str, Any]) -> None:
+        event = {"event": "rank_failed", "attempt": self.attempt, "time": _now()} | verdict
+        try:
+            with open(open_for_append(self.run_dir / "events.jsonl"), "ab", buffering=0) as file:
+                file.write(json.dumps(event).encode() + b"\n")
+        except OSError:
+            pass
+        host = f" on {verdict['host']}" if verdict.get("host") else ""
+        text = (
+            f"watchdog: rank {verdict['rank']}{host}: {verdict['cause']}: {verdict['reason']}; all ranks end"
+        )
+        print(f"{text}, their stacks are in {self._folder()}", file=sys.stderr, flush=True)
+
+    def _folder(self) -> Path:
+        return self.run_dir / "stacks" / f"attempt-{self.attempt:03d}"
+
+    def _dump(self) -> dict[str, bool]:
+        """Write the rank's stacks to the run folder; whether they show it waiting for other ranks, and was stopped."""
+        if self.dead:
+            return {"waiting": False}
+        self.dumped = True
+        stopped = self.found_stopped = _state(self.pid) in "Tt"
+        os.ftruncate(self.stacks, 0)
+        os.lseek(self.stacks, 0, os.SEEK_SET)
+        self._ask_for_stacks()
+        if stopped:
+            self._kill(signal.SIGCONT)
+        text = self._wait_for_stacks()
+        if stopped:
+            self._kill(signal.SIGSTOP)
+        beat = heartbeat.read(self.progress)
+        head = f"rank {self.rank} on {self.host}, process {self.pid}{', was stopped' if stopped else ''}, {_now()}\n"
+        head += f"step {beat.step}, phase {beat.phase}, since {time.monotonic() - beat.time_s:.1f} s\n\n"
+        try:
+            if is_inside(self._folder(), self.run_dir):
+                self._folder().mkdir(parents=True, exist_ok=True)
+                with create_file(self._folder() / f"rank-{self.rank:05d}.txt") as file:
+                    file.write((head + text).encode())
+        except OSError:
+            pass
+        threads = [part for part in text.split("\n\n") if "pretrain/checkpoint/saver.py" not in part]
+        waiting = not stopped and any(WAITING.search("\n".join(part.splitlines()[:9])) for part in threads)
+        return {"waiting": waiting, "stopped": stopped}
+
+    def _wait_for_stacks(self) -> str:
+        """What the rank writes: whole once the outermost frame of the main thread is there, which comes last."""
+        text, deadline = "", time.monotonic() + DUMP_S
+        while not text.endswith(" in <module>\n") and time.monotonic() < deadline:
+            time.sleep(0.02)
+            text = os.pread(self.stacks, os.fstat(self.stacks).st_size, 0).decode(errors="replace")
+        return text or f"no answer within {DUMP_S:.0f} s\n"
+
+    def _ask_for_stacks(self) -> None:
+        """To the main thread: a stopped one then writes before it goes on; another thread could come too late."""
+        to_thread = getattr(ctypes.CDLL(None), "tgkill", None)  # glibc 2.30
+        if to_thread is None:
+            self._kill(signal.SIGUSR2)
+        else:
+            to_thread(self.pid, self.pid, signal.SIGUSR2)
+
+    def _kill(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.process, number)
+
+
+def _launchers(pid: int) -> list[int]:
+    """File descriptors of the launcher processes above `pid`, nearest first."""
+    found = []
+    while (pid := int(_stat(pid)[1])) > 1:  # its parent
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if not any(name in command for name in LAUNCHERS) or b"supervise.py" in command:
+                break
+            found.append(os.pidfd_open(pid))
+        except OSError:
+            break
+    return found
+
+
+def _stat(pid: int) -> list[str]:
+    try:  # the name, in parentheses, may hold anything
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ["X", "0"]
+
+
+def _state(pid: int) -> str:
+    return _stat(pid)[0]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+if __name__ == "__main__":
+    begin(__name__, goes_on=True)
+    # Unbuffered: `select` must see what is still to be read.
+    first = b""
+    while not first.endswith(b"\n"):
+        byte = os.read(sys.stdin.fileno(), 1)
+        if not byte:
+            sys.exit(0)
+        first += byte
+    facts = json.loads(first)
+    if os.getppid() == facts["pid"]:  # else the rank is gone already
+        Watcher(facts).run()

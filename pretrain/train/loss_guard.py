@@ -1,0 +1,65 @@
+"""Judges each step by its loss: an update is applied, skipped, or the run is rolled back to a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+from pretrain.config import LossGuardConfig, SpikeAction
+
+
+class Verdict(Enum):
+    """What a step was."""
+
+    GOOD = "good"
+    SKIPPED = "skipped"
+    ROLL_BACK = "roll back"
+
+
+class LossGuard:
+    """Judges each step by its loss; fed the same numbers on every rank, it decides alike on every rank.
+
+    `state` is what `state()` gave when the checkpoint was written, so that a resumed run decides as it would have.
+    """
+
+    def __init__(self, config: LossGuardConfig, state: Mapping[str, Any] | None = None) -> None:
+        self._config = config
+        self._losses: deque[float] = deque(state["losses"] if state else [], config.window_steps)
+        self._skips: int = state["skips"] if state else 0
+        """Updates left out in a row."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"losses": list(self._losses), "skips": self._skips}
+
+    def limit(self) -> float:
+        """The next step's loss is a spike above this: median + spike_sigmas x 1.4826 x median absolute deviation."""
+        sigmas = self._config.spike_sigmas
+        if sigmas is None or len(self._losses) < self._config.window_steps:
+            return math.inf
+        median = statistics.median(self._losses)
+        deviation = statistics.median(abs(loss - median) for loss in self._losses)
+        return (
+            median + sigmas * 1.4826 * deviation
+        )  # 1.4826: equals the standard deviation of a normal sample
+
+    def judge(self, loss: float, limit: float, *, applied: bool) -> Verdict:
+        """What to do after a step of this loss, whose `limit()` was `limit` and whose update was `applied` or not."""
+        if applied:
+            self._losses.append(loss)
+            self._skips = 0
+            return Verdict.GOOD
+        self._skips += 1
+        spike = loss > limit and self._config.on_spike is SpikeAction.rollback
+        if spike or self._skips >= self._config.max_skips_in_a_row:
+            return Verdict.ROLL_BACK
+        return Verdict.SKIPPED
+
+    @property
+    def skips_in_a_row(self) -> int:
+        """Updates left out in a row, up to the last step."""
+        return self._skips

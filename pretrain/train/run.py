@@ -1,0 +1,250 @@
+"""Everything that a run consists of, put together; and its state, as a checkpoint holds it and as it is put back."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pretrain import __version__
+from pretrain.checkpoint import tensors as checkpoint
+from pretrain.checkpoint.folder import root_of, root_of_run
+from pretrain.checkpoint.saver import Saver
+from pretrain.checkpoint.tensors import CheckpointError, Found, Verified
+from pretrain.config import AUTO, Precision, TrainConfig, to_dict
+from pretrain.data.loader import TrainLoader
+from pretrain.data.state import OrderState
+from pretrain.distributed import Vote, World, on_main
+from pretrain.engine import micro_batch as batch_search
+from pretrain.engine.engine import Engine
+from pretrain.engine.loss_scale import LossScale
+from pretrain.engine.peak import emulation_warning, rank_peak_flops
+from pretrain.errors import ConfigError
+from pretrain.model.decoder import flops_per_token
+from pretrain.model.precision import precision_of
+from pretrain.monitor.monitor import Monitor
+from pretrain.reliability.heartbeat import mark
+from pretrain.reliability.journal import say
+from pretrain.reliability.stop import StopRequest
+from pretrain.reliability.watchdog import Watchdog
+from pretrain.remote import is_remote
+from pretrain.train.loss_guard import LossGuard
+from pretrain.train.run_folder import check_resumable, heldout_losses_of, write_run_files
+from pretrain.train.stragglers import Pace
+
+
+@dataclass
+class Run:
+    """A run at one moment: everything the loop needs, on one rank."""
+
+    config: TrainConfig
+    world: World
+    run_dir: Path
+    root: Path
+    """Where its checkpoints are."""
+    identity: dict[str, Any]
+    """run.json: run_id, wandb_run_id, attempt."""
+    loader: TrainLoader
+    engine: Engine
+    monitor: Monitor
+    pace: Pace
+    stop: StopRequest
+    stop_vote: Vote
+    guard: LossGuard
+    saver: Saver
+    heldout_losses: dict[int, float]
+    """By step."""
+    watchdog: Watchdog
+    step: int
+    """Completed optimizer updates."""
+    searched: bool
+    """Whether the micro batch was asked for as `auto`."""
+    saved_step: int = 0
+    """The newest step whose checkpoint this process has seen published or has loaded; 0: none."""
+    advised: bool = False
+    """Whether the advice on the interval of saves was given."""
+    saved_at: float = field(default_factory=time.monotonic)
+    """When the last save began (monotonic clock, s)."""
+
+
+def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdog) -> Run:
+    root = root_of(run_dir, config.checkpoint.target)
+    found = checkpoint.find_latest(root, world)
+    if found.path is None and found.passed_over:
+        raise CheckpointError(
+            f"no checkpoint in {root / 'checkpoints'} can be trusted ({'; '.join(found.passed_over)}); "
+            "restore one, or start afresh in another run_dir"
+        )
+    state = found.verified.state if found.verified else None
+    changed = check_resumable(config, state) if state else []
+    searched = config.micro_batch_sequences == AUTO
+    if searched and state and (known := batch_search.kept(state, changed, world)) is not None:
+        config = replace(config, micro_batch_sequences=known)
+    loader = TrainLoader(
+        config.data,
+        config.seed,
+        global_batch_sequences=config.global_batch_sequences,
+        micro_batch_sequences=config.micro_batch,
+        rank=world.reader,
+        world_size=world.n_readers,
+        total_steps=config.total_steps,
+        total_tokens=config.total_tokens,
+        state=OrderState.from_dict(state["order"]) if state else None,
+    )
+    identity = on_main(lambda: write_run_files(config, run_dir, state), world)
+    watchdog.attempt(identity["attempt"])
+    stop = StopRequest(run_dir, watch_file=world.is_main, stop_after_s=config.stop_after_s)
+    mark("engine")
+    engine = Engine(config, world)
+    warning = emulation_warning(engine.config.engine.precision, engine.capability, world.device)
+    if warning and world.is_main:
+        say(f"warning: {warning}")
+    monitor = _monitor(
+        engine, world, run_dir, identity, loader, first_step=(state["step"] if state else 0) + 1
+    )
+    if config.micro_batch_sequences == AUTO:
+        config = _search_micro_batch(config, world, engine, loader, monitor)
+    heldout_losses = heldout_losses_of(run_dir) if world.is_main and state else {}
+    run = Run(
+        config=config,
+        world=world,
+        run_dir=run_dir,
+        root=root,
+        identity=identity,
+        loader=loader,
+        engine=engine,
+        monitor=monitor,
+        pace=Pace(watch=world.is_main and world.size > 1),
+        stop=stop,
+        stop_vote=Vote(stop.asked, world),
+        guard=LossGuard(config.loss_guard, state.get("loss_guard") if state else None),
+        saver=Saver(root, config.checkpoint, world, heldout_losses),
+        heldout_losses=heldout_losses,
+        watchdog=watchdog,
+        step=0,
+        searched=searched,
+    )
+    _begin(run, found, changed)
+    return run
+
+
+def _monitor(
+    engine: Engine,
+    world: World,
+    run_dir: Path,
+    identity: dict[str, Any],
+    loader: TrainLoader,
+    first_step: int,
+) -> Monitor:
+    config = engine.config
+    return Monitor(
+        config,
+        rank=world.rank,
+        world_size=world.size,
+        run_dir=run_dir,
+        attempt=identity["attempt"],
+        wandb_run_id=identity["wandb_run_id"],
+        flops_per_token=lambda length: flops_per_token(config.model, length),
+        peak_flops_per_second=rank_peak_flops(config, world.device),
+        first_step=first_step,
+        n_steps=loader.n_steps,
+    )
+
+
+def _search_micro_batch(
+    config: TrainConfig, world: World, engine: Engine, loader: TrainLoader, monitor: Monitor
+) -> TrainConfig:
+    """The configuration with the largest micro batch that fits, which engine and loader use from now on."""
+    found = batch_search.find_micro_batch(engine, config, world)
+    config = replace(config, micro_batch_sequences=found.micro_batch_sequences)
+    engine.set_micro_batch(config)
+    loader.set_micro_batch(config.micro_batch)
+    monitor.event("micro_batch_found", **found.facts())
+    return config
+
+
+def _begin(run: Run, found: Found, changed: list[str]) -> None:
+    """Put the state in place: of a checkpoint, of another run's weights, or fresh."""
+    config, world = run.config, run.world
+    chosen = run.engine.config
+    facts: dict[str, Any] = {"world_size": world.size, "precision": chosen.engine.precision.value}
+    if config.engine.precision is Precision.auto:
+        facts["precision_decided_by"] = run.engine.capability.host
+    facts["kernels"] = to_dict(chosen.kernels)
+    for reason in found.passed_over:
+        run.monitor.event("checkpoint_passed_over", reason=reason)
+    if found.verified is not None:
+        restore(run, found.verified)
+        before = precision_of(found.verified.state)
+        if before is not chosen.engine.precision:
+            facts["precision_before"] = before.value
+        run.monitor.event("resumed", step=run.step, path=str(found.path), config_changed=changed, **facts)
+        return
+    if config.init_from is not None:
+        _init_from(config.init_from, run.engine, world, run.loader.tokenizer_sha256)
+    run.monitor.event("started", n_steps=run.loader.n_steps, init_from=config.init_from, **facts)
+
+
+def _init_from(run_dir: str, engine: Engine, world: World, tokenizer_sha256: str) -> None:
+    """Initial weights from the newest good checkpoint of another run: its folder, or the URL of its checkpoints."""
+    is_root = is_remote(run_dir)
+    root = root_of(run_dir, run_dir) if is_root else root_of_run(Path(run_dir), key="init_from")
+    found = checkpoint.find_latest(root, world)
+    if found.verified is None:
+        raise ConfigError(
+            f"init_from={run_dir} holds no usable checkpoint ({'; '.join(found.passed_over) or 'none'})"
+        )
+    if found.verified.state["tokenizer_sha256"] != tokenizer_sha256:
+        raise ConfigError(f"init_from={run_dir} was trained with another tokenizer than this corpus")
+    state = engine.state
+    state.restore_weights(checkpoint.load(found.verified, state.weight_keys, state.shapes, world))
+
+
+# ---- state ----
+
+
+def restore(run: Run, verified: Verified) -> None:
+    """Put weights, moments, step and place in the data as a checkpoint has them."""
+    mark("load")
+    state, held = verified.state, run.engine.state
+    partitions = checkpoint.load(verified, held.weight_keys + held.moment_keys, held.shapes, run.world)
+    held.restore(partitions, state["optimizer_step"])
+    if run.engine.loss_scale is not None:
+        run.engine.loss_scale = LossScale(state.get("loss_scale"))
+    run.step = state["step"]
+    run.saved_step = run.step
+    for undone in [step for step in run.heldout_losses if step > run.step]:
+        del run.heldout_losses[undone]
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """state.json: all that a resumed run needs beside the tensors. Random state is a function of (seed, step, rank)."""
+    config, plan = run.config, run.loader.plan[run.step]
+    return {
+        "step": run.step,
+        "tokens_seen": plan.tokens_seen,
+        "samples_seen": plan.samples_seen,
+        "sequence_length": plan.sequence_length,
+        "optimizer_step": run.engine.state.optimizer_step,
+        "order": run.loader.state_at(run.step).to_dict(),
+        "loss_guard": run.guard.state(),
+        "tokenizer_sha256": run.loader.tokenizer_sha256,
+        "run_id": run.identity["run_id"],
+        "wandb_run_id": run.identity["wandb_run_id"],
+        "attempt": run.identity["attempt"],
+        "world_size": run.world.size,
+        "zero_stage": config.engine.zero_stage,
+        "precision": run.engine.config.engine.precision.value,
+        "loss_scale": run.engine.loss_scale.state() if run.engine.loss_scale else None,
+        "versions": {
+            "pretrain": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "deepspeed")},
+        },
+        "config": to_dict(config),
+        "micro_batch_found": run.searched,
+        "tensors": {name: list(shape) for name, shape in run.engine.state.shapes.items()},
+    }

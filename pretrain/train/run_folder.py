@@ -1,0 +1,78 @@
+"""What a run folder says of itself: who the run is, and whether a configuration may go on with it."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint.state import Identity, RunState
+from pretrain.config import AUTO, TrainConfig, to_dict
+from pretrain.corpus.manifest import load_manifest
+from pretrain.corpus.tokenizer import Tokenizer
+from pretrain.data.inputs import tokenizer_path
+from pretrain.errors import ConfigError
+from pretrain.files import read_capped, write_atomically
+from pretrain.monitor.monitor import new_run_id
+from pretrain.reliability.journal import HELDOUT_PREFIX, read_metrics
+from pretrain.stored import parse
+
+_MAX_RUN_JSON_BYTES = 1 << 16
+NOT_OF_THE_RUN = ("run_dir", "stop_at_step", "stop_after_s")
+"""Keys that say nothing of the training."""
+
+
+def check_resumable(config: TrainConfig, state: RunState) -> list[str]:
+    """Changed keys that a resumed run may have. Raises ConfigError for those that make it another run."""
+    old, new = _flat(state["config"]), _flat(to_dict(config))
+    if state.get("micro_batch_found"):
+        old["micro_batch_sequences"] = AUTO
+    changed = [key for key in new if old.get(key) != new[key] and key not in NOT_OF_THE_RUN]
+    fixed = [key for key in changed if key in ("seed", "optim.name") or _shapes_the_run(key)]
+    if fixed:
+        what = ", ".join(f"{key}={new[key]} (was {old.get(key)})" for key in fixed)
+        raise ConfigError(
+            f"run_dir={config.run_dir} holds a run with another configuration: {what}; "
+            "put these back, or use another run_dir (with init_from= to keep the weights)"
+        )
+    return [f"{key}: {old.get(key)} -> {new[key]}" for key in changed]
+
+
+def _shapes_the_run(key: str) -> bool:
+    free = ("model.activation_checkpointing", "model.loss_chunk_tokens", "model.dropout", "model.z_loss")
+    return (key.startswith("model.") and key not in free) or key == "data.document_masking"
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def write_run_files(config: TrainConfig, run_dir: Path, state: RunState | None) -> dict[str, Any]:
+    """Rank 0: config.json, run.json and the tokenizer, so that the folder explains itself. Returns run.json."""
+    source = config.data.corpora()[0].manifest
+    manifest = load_manifest(source)
+    tokenizer = Tokenizer(tokenizer_path(source), manifest.tokenizer_sha256)
+    path = run_dir / "run.json"
+    identity: dict[str, Any] = {"run_id": new_run_id(), "attempt": 0}
+    with suppress(FileNotFoundError, ConfigError):  # damaged: the checkpoint tells the same
+        identity |= parse(
+            Identity, read_capped(path, _MAX_RUN_JSON_BYTES), str(path), "the identity of a run"
+        )
+    if state:
+        identity |= {"run_id": state["run_id"], "wandb_run_id": state["wandb_run_id"]}
+    identity.setdefault("wandb_run_id", identity["run_id"])
+    identity["attempt"] = max(identity["attempt"], state["attempt"] if state else 0) + 1
+    write_atomically(path, (json.dumps(identity, indent=1) + "\n").encode())
+    write_atomically(run_dir / "config.json", (json.dumps(to_dict(config), indent=1) + "\n").encode())
+    write_atomically(run_dir / tokenizer.file_name, tokenizer.content)
+    return identity
+
+
+def heldout_losses_of(run_dir: Path) -> dict[int, float]:
+    """Step -> held-out loss, of all evaluations so far."""
+    key = f"{HELDOUT_PREFIX}loss"
+    return {record["step"]: record[key] for record in read_metrics(run_dir) if key in record}

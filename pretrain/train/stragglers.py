@@ -1,0 +1,101 @@
+"""Finds ranks that slow down all the others.
+
+Ranks wait for each other, so a slow one slows them all alike. When steps have become slow, and once near the start,
+every rank computes by itself for a moment, and a rank that does less than the others is named.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from pretrain.distributed import World, gather_objects
+
+WINDOW_STEPS = 10
+SLOW_FACTOR = 1.5
+"""Steps are slow when the median of a window is so many times the fastest window's."""
+PAUSE_WINDOWS = 10
+"""Between two comparisons while steps stay slow."""
+PROBE_S = 0.2
+STRAGGLER_FRAC = 2 / 3
+"""A rank that computes below this share of the upper median of all is named."""
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """A rank that holds up the others."""
+
+    rank: int
+    host: str
+    cause: str
+    """compute, or data: the wait for the loader."""
+    share: float
+    """Of compute: its speed over the upper median's. Of data: its wait over the time of the steps."""
+
+
+class Pace:
+    """Notices that steps have become slow (rank 0), and finds out which rank it is (all ranks)."""
+
+    def __init__(self, *, watch: bool) -> None:
+        self._watch = watch
+        self._times_s: deque[float] = deque(maxlen=WINDOW_STEPS)
+        self._waits_s: deque[float] = deque(maxlen=WINDOW_STEPS)
+        self._fastest_s = float("inf")
+        self._steps = 0
+        self._compared = False
+        self._pause_until = 0
+        self.slow = False
+        """Whether the steps were slow when this was last looked at."""
+
+    def note(self, step_time_s: float, data_wait_s: float) -> None:
+        """One more step of this rank."""
+        self._times_s.append(step_time_s)
+        self._waits_s.append(data_wait_s)
+        self._steps += 1
+
+    def wants_probe(self) -> bool:
+        """Rank 0: whether the ranks should be compared now: after the first window, and when steps are slow."""
+        if not self._watch or len(self._times_s) < WINDOW_STEPS:
+            return False
+        median_s = statistics.median(self._times_s)
+        self._fastest_s = min(self._fastest_s, median_s)
+        self.slow = median_s > SLOW_FACTOR * self._fastest_s
+        if not self._compared:
+            self._compared = True
+            return True
+        if not self.slow or self._steps < self._pause_until:
+            return False
+        self._pause_until = self._steps + PAUSE_WINDOWS * WINDOW_STEPS
+        return True
+
+    def find_stragglers(self, world: World) -> list[Straggler]:
+        """All ranks together: who computes slowly, or waits long for data. Takes PROBE_S."""
+        speed = _speed(world.device)
+        share = sum(self._waits_s) / max(sum(self._times_s), 1e-9)
+        rows = gather_objects((speed, share, os.uname().nodename), world)
+        usual = statistics.median_high(row[0] for row in rows)
+        found = []
+        for rank, (speed, share, host) in enumerate(rows):
+            if speed < STRAGGLER_FRAC * usual:
+                found.append(Straggler(rank, host, "compute", speed / usual))
+            elif share > 0.5 and share > 2 * statistics.median_low(row[1] for row in rows):
+                found.append(Straggler(rank, host, "data", share))
+        return found
+
+
+def _speed(device: torch.device) -> float:
+    """Small matrix products per second, of this rank alone."""
+    width = 4096 if device.type == "cuda" else 256
+    matrix = torch.ones(width, width, device=device, dtype=torch.bfloat16 if device.type == "cuda" else None)
+    n_done, started = 0, time.monotonic()
+    while (passed_s := time.monotonic() - started) < PROBE_S:
+        torch.mm(matrix, matrix)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        n_done += 1
+    return n_done / passed_s
