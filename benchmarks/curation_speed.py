@@ -24,10 +24,10 @@ import xxhash
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data_tools.dedup import DedupConfig, band_hashes
-from data_tools.quality import QualityConfig, QualityStage, ThresholdsConfig
+from data_tools.curation.dedup import DedupConfig, band_hashes
 from data_tools.record import ENGLISH, Record
-from data_tools.words import words_of
+from data_tools.stages.quality import QualityConfig, QualityStage, ThresholdsConfig
+from data_tools.stages.words import words_of
 
 Process = Callable[[str], bool]
 """Process one text: whether it is kept."""

@@ -28,12 +28,12 @@ from sentencepiece import SentencePieceProcessor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from data_tools.building.encode import encode_parts
+from data_tools.building.gather import Gathered, gather, part_path, read_part
+from data_tools.building.pack import pack
+from data_tools.building.vocabulary import train_tokenizer
 from data_tools.config import PrepareConfig
-from data_tools.encode import encode_parts
-from data_tools.gather import Gathered, gather, part_path, read_part
-from data_tools.pack import pack
-from data_tools.sources import find_files
-from data_tools.vocabulary import train_tokenizer
+from data_tools.reading.sources import find_files
 from pretrain.corpus.tokenizer import SENTENCEPIECE_NAME
 
 

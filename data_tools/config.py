@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from data_tools.bounded import RECORD_BYTES
+from data_tools.names import RECORD_BYTES
 from pretrain.corpus.manifest import MAX_CHUNK_TOKENS
 from pretrain.errors import ConfigError
 

@@ -26,15 +26,23 @@ from typing import IO, Any
 
 from omegaconf import MISSING
 
-from data_tools.compare import compare_task, decide
+from data_tools.building.workspace import locked
 from data_tools.config import PrepareConfig
-from data_tools.curation import STAGES, CleanTask, CurationConfig, FilterTask, Layout, Tally, write_json
-from data_tools.decontaminate import build_index
-from data_tools.executors import ExecutorConfig, run_phase
-from data_tools.funnel import DOCUMENTS, REPORT, funnel_table
-from data_tools.read import ReadConfig, Unit, units_of
-from data_tools.reports import read_curation_report, read_digest
-from data_tools.workspace import locked
+from data_tools.curation.compare import compare_task, decide
+from data_tools.curation.executors import ExecutorConfig, run_phase
+from data_tools.curation.phases import (
+    STAGES,
+    CleanTask,
+    CurationConfig,
+    FilterTask,
+    Layout,
+    Tally,
+    write_json,
+)
+from data_tools.reading.units import ReadConfig, Unit, units_of
+from data_tools.report.funnel import DOCUMENTS, REPORT, funnel_table
+from data_tools.report.schemas import read_curation_report, read_digest
+from data_tools.stages.decontaminate import build_index
 from pretrain import __version__
 from pretrain.config import run_command, to_dict
 from pretrain.errors import ConfigError, RunError

@@ -19,27 +19,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_tools.card import HEADERS, describe, source_rows
-from data_tools.config import CardConfig, PrepareConfig
-from data_tools.encode import WorkerDiedError, encode_parts
-from data_tools.fertility import heldout_texts, measure
-from data_tools.funnel import curations_of, funnel_table
-from data_tools.gather import Gathered, gather, is_known
-from data_tools.import_tokenizer import import_tokenizer
-from data_tools.lineage import curation_lineage, preparation_lineage
-from data_tools.pack import pack
-from data_tools.reports import read_prepare_report
-from data_tools.sources import find_files
-from data_tools.statistics import corpus_figures, drop_figures, to_text
-from data_tools.tables import plain_table, shown
-from data_tools.vocabulary import train_tokenizer
-from data_tools.workspace import (
-    CARD_NAME,
-    CORPUS_FOLDER,
-    HELDOUT_FOLDER,
-    HELDOUT_TEXT,
-    REPORT_NAME,
-    STATISTICS_NAME,
+from data_tools.building.encode import WorkerDiedError, encode_parts
+from data_tools.building.gather import Gathered, gather, is_known
+from data_tools.building.import_tokenizer import import_tokenizer
+from data_tools.building.lineage import curation_lineage, preparation_lineage
+from data_tools.building.pack import pack
+from data_tools.building.vocabulary import train_tokenizer
+from data_tools.building.workspace import (
     Recipe,
     check_places,
     is_finished,
@@ -49,6 +35,22 @@ from data_tools.workspace import (
     remove_work,
     write_report,
 )
+from data_tools.config import CardConfig, PrepareConfig
+from data_tools.names import (
+    CARD_NAME,
+    CORPUS_FOLDER,
+    HELDOUT_FOLDER,
+    HELDOUT_TEXT,
+    REPORT_NAME,
+    STATISTICS_NAME,
+)
+from data_tools.reading.sources import find_files
+from data_tools.report.card import HEADERS, describe, source_rows
+from data_tools.report.fertility import heldout_texts, measure
+from data_tools.report.funnel import curations_of, funnel_table
+from data_tools.report.schemas import read_prepare_report
+from data_tools.report.statistics import corpus_figures, drop_figures, to_text
+from data_tools.tables import plain_table, shown
 from pretrain.config import run_command
 from pretrain.corpus.manifest import MANIFEST_NAME, Manifest, load_manifest
 from pretrain.corpus.tokenizer import SENTENCEPIECE_NAME, Tokenizer, tokenizer_in

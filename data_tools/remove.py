@@ -21,25 +21,21 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.card import describe
-from data_tools.fertility import heldout_records
-from data_tools.gather import Funnel
-from data_tools.lineage import removal_lineage
-from data_tools.pack import HeldoutText
+from data_tools.building.lineage import removal_lineage
+from data_tools.building.pack import HeldoutText
+from data_tools.building.workspace import load_tokenizer, locked, publish, remove_work, write_report
+from data_tools.names import HELDOUT_FOLDER, HELDOUT_TEXT, REPORT_NAME, STATISTICS_NAME, WORK_FOLDER
 from data_tools.progress import stage
-from data_tools.reports import read_prepare_report, read_statistics
-from data_tools.statistics import DocumentCounts, corpus_figures, drop_figures, preparation_counts, to_text
-from data_tools.workspace import (
-    HELDOUT_FOLDER,
-    HELDOUT_TEXT,
-    REPORT_NAME,
-    STATISTICS_NAME,
-    WORK_FOLDER,
-    load_tokenizer,
-    locked,
-    publish,
-    remove_work,
-    write_report,
+from data_tools.report.card import describe
+from data_tools.report.fertility import heldout_records
+from data_tools.report.funnel import Funnel
+from data_tools.report.schemas import read_prepare_report, read_statistics
+from data_tools.report.statistics import (
+    DocumentCounts,
+    corpus_figures,
+    drop_figures,
+    preparation_counts,
+    to_text,
 )
 from pretrain.corpus.manifest import (
     MANIFEST_NAME,

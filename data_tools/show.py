@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.card import HEADERS, source_rows
+from data_tools.building.workspace import load_tokenizer
+from data_tools.names import HELDOUT_FOLDER
+from data_tools.report.card import HEADERS, source_rows
 from data_tools.tables import plain_table, shown
-from data_tools.workspace import HELDOUT_FOLDER, load_tokenizer
 from pretrain.corpus.manifest import MANIFEST_NAME, CorruptShardError, Manifest, load_manifest
 from pretrain.corpus.shards import Corpus
 from pretrain.corpus.tokenizer import Tokenizer, tokenizer_in

@@ -13,8 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from data_tools.names import HELDOUT_FOLDER
 from data_tools.progress import stage
-from data_tools.workspace import HELDOUT_FOLDER
 from pretrain.corpus.check import verify_corpus
 from pretrain.corpus.manifest import MANIFEST_NAME, load_manifest
 from pretrain.errors import ConfigError, ExitCode

@@ -150,7 +150,7 @@ def read_text(entry: str, config: EvalConfig, trained: TrainedModel) -> tuple[It
     import numpy as np
 
     from data_tools.config import PrepareConfig
-    from data_tools.sources import Document, find_files, read_documents
+    from data_tools.reading.sources import Document, find_files, read_documents
     from pretrain.evaluate.heldout import TokenDocument
 
     options = PrepareConfig(input=[entry], output="", text_field=config.text_field, max_chars=MAX_CHARS)

@@ -204,7 +204,7 @@ def write(folder: Path, made: Iterator[tuple[str, str, Callable[[], bytes]]]) ->
 
 def curate(folder: Path) -> tuple[int, list[str]]:
     """Records, and what is wrong."""
-    from data_tools.read import ReadConfig, read_unit, units_of
+    from data_tools.reading.units import ReadConfig, read_unit, units_of
 
     bad: list[str] = []
     count = 0
@@ -216,7 +216,7 @@ def curate(folder: Path) -> tuple[int, list[str]]:
 
 def prepare(folder: Path, format: str = "text") -> tuple[int, list[str]]:
     from data_tools.config import DocumentFormat, PrepareConfig, TokenizerConfig
-    from data_tools.sources import Document, find_files, read_documents
+    from data_tools.reading.sources import Document, find_files, read_documents
     from pretrain.errors import ConfigError
 
     config = PrepareConfig(
@@ -253,8 +253,8 @@ def read_in_child(
             told = {"records": count, "bad": bad[:3], "n_bad": len(bad)}
         except BaseException as error:
             told = {"raised": f"{type(error).__name__}: {error}"[:200]}
-        if "data_tools.pages" in sys.modules:
-            sys.modules["data_tools.pages"].page_reader().close()
+        if "data_tools.reading.pages" in sys.modules:
+            sys.modules["data_tools.reading.pages"].page_reader().close()
         told["children_mb"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
         os.write(into, json.dumps(told).encode())
         os._exit(0)
@@ -273,8 +273,8 @@ def main(folder: str, *readers: str) -> None:
     import pyarrow.parquet
     import zstandard
 
-    import data_tools.read
-    import data_tools.sources
+    import data_tools.reading.sources
+    import data_tools.reading.units
 
     del pyarrow, zstandard, data_tools
     limit = int(os.environ.get("BOMBS_LIMIT_BYTES", 2 * GIB))

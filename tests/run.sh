@@ -21,6 +21,7 @@ if [ $# -eq 0 ]; then
     check ruff check .
     check ruff format --check .
     check mypy pretrain/
+    check lint-imports
 fi
 
 status=0

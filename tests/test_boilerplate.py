@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools import boilerplate
-from data_tools.boilerplate import (
+from data_tools.record import Record
+from data_tools.stages import boilerplate
+from data_tools.stages.boilerplate import (
     BoilerplateConfig,
     BoilerplateStage,
     without_boilerplate,
 )
-from data_tools.record import Record
 
 PROSE = "The committee met on Friday and agreed on the report, which is to be published next month."
 CHINESE = "中国专利法规定，发明是指对产品、方法或者其改进所提出的新的技术方案。"

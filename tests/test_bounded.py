@@ -22,9 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data_tools.bounded import BOMB_FREE_BYTES, Bounds, TooManyValuesError, lines, unpacked
-from data_tools.columnar import ArrowStream, ParquetFile, name_columns
-from data_tools.parquet_pages import read_thrift
+from data_tools.reading.bounded import BOMB_FREE_BYTES, Bounds, TooManyValuesError, lines, unpacked
+from data_tools.reading.columnar import ArrowStream, ParquetFile, name_columns
+from data_tools.reading.parquet_pages import read_thrift
 
 SMALL, USUAL = Bounds(record_bytes=1000), Bounds()
 

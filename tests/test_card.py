@@ -24,12 +24,12 @@ from test_prepare import ENGLISH, config, content, numbered, run, write_jsonl
 
 from data_tools.config import CardConfig, PrepareConfig, TokenizerConfig
 from data_tools.curate import CurateConfig, curate
-from data_tools.fertility import measure
-from data_tools.gather import Funnel
-from data_tools.plots import write_plots
 from data_tools.prepare import prepare
 from data_tools.remove import documents_of, remove
-from data_tools.statistics import DocumentCounts, drop_figures, length_statistics
+from data_tools.report.fertility import measure
+from data_tools.report.funnel import Funnel
+from data_tools.report.plots import write_plots
+from data_tools.report.statistics import DocumentCounts, drop_figures, length_statistics
 from pretrain.config import load_config
 from pretrain.corpus.manifest import load_manifest
 from pretrain.corpus.shards import Corpus
@@ -255,7 +255,7 @@ def test_plots_do_not_depend_on_the_user(prepared: Path, tmp_path: Path) -> None
     settings = tmp_path / "matplotlibrc"
     settings.write_text("font.family: serif\naxes.facecolor: red\nsvg.fonttype: path\nfigure.dpi: 300\n")
     code = (
-        "import json, sys; from pathlib import Path; from data_tools.plots import write_plots\n"
+        "import json, sys; from pathlib import Path; from data_tools.report.plots import write_plots\n"
         "write_plots(json.loads(Path(sys.argv[1]).read_text(encoding='utf-8')), Path(sys.argv[2]))"
     )
     environment = {**os.environ, "MATPLOTLIBRC": str(settings), "HOME": str(tmp_path), "TZ": "Asia/Tokyo"}

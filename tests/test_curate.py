@@ -20,11 +20,11 @@ import pytest
 
 from data_tools.config import PrepareConfig, TokenizerConfig
 from data_tools.curate import CurateConfig, curate
-from data_tools.curation import STAGES, CleanTask, CurationConfig, Layout
-from data_tools.executors import Progress
-from data_tools.funnel import funnel_rows, funnel_table
+from data_tools.curation.executors import Progress
+from data_tools.curation.phases import STAGES, CleanTask, CurationConfig, Layout
 from data_tools.prepare import prepare
-from data_tools.read import ReadConfig, units_of
+from data_tools.reading.units import ReadConfig, units_of
+from data_tools.report.funnel import funnel_rows, funnel_table
 from pretrain.config import load_config
 from pretrain.corpus.manifest import load_manifest
 from pretrain.errors import ConfigError

@@ -14,8 +14,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data_tools import decontaminate
-from data_tools.decontaminate import (
+from data_tools.reading.evaluation_sets import read_items
+from data_tools.record import Record
+from data_tools.stages import decontaminate
+from data_tools.stages.decontaminate import (
     DecontaminateConfig,
     DecontaminateMode,
     DecontaminateStage,
@@ -23,8 +25,6 @@ from data_tools.decontaminate import (
     merge,
     tokenize,
 )
-from data_tools.evaluation_sets import read_items
-from data_tools.record import Record
 from pretrain.errors import ConfigError
 
 QUESTION = "Which gas do the leaves of green plants take up from the air while the sun is shining on them?"

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import dedup
-from data_tools.dedup import (
+from data_tools.curation import dedup
+from data_tools.curation.dedup import (
     DedupConfig,
     Signatures,
     band_hashes,

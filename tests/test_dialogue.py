@@ -13,10 +13,10 @@ from pyarrow import parquet
 from test_prepare import config, content, run, write_jsonl
 from trained_run import TEXTS, make_run, run_script, train_tokenizer
 
-from data_tools import dialogue
 from data_tools.config import PrepareConfig, TokenizerConfig
-from data_tools.dialogue import NoDialogueError
 from data_tools.prepare import prepare
+from data_tools.reading import dialogue
+from data_tools.reading.dialogue import NoDialogueError
 from data_tools.remove import remove
 from data_tools.verify import verify
 from pretrain.config import load_config

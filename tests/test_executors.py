@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_tools.executors import (
+from data_tools.curation.executors import (
     ExecutorConfig,
     ExecutorKind,
     Progress,

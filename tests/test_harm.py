@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.harm import HarmConfig, HarmMode, HarmStage, entry_pattern, host_of, read_list
 from data_tools.record import Record
+from data_tools.stages.harm import HarmConfig, HarmMode, HarmStage, entry_pattern, host_of, read_list
 from pretrain.errors import ConfigError
 
 LISTS = Path(__file__).resolve().parent.parent / "data_tools" / "word_lists"

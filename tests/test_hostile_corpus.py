@@ -23,17 +23,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launching import ROOT
 
-from data_tools import card, plots
+from data_tools.building.lineage import curation_lineage
 from data_tools.config import CardConfig, PrepareConfig, TokenizerConfig
-from data_tools.fertility import heldout_records
-from data_tools.funnel import funnel_table
-from data_tools.gather import Funnel
-from data_tools.lineage import curation_lineage
 from data_tools.prepare import prepare
 from data_tools.remove import remove
-from data_tools.reports import read_curation_report, read_prepare_report, read_statistics
+from data_tools.report import card, plots
+from data_tools.report.fertility import heldout_records
+from data_tools.report.funnel import Funnel, funnel_table
+from data_tools.report.schemas import read_curation_report, read_prepare_report, read_statistics
+from data_tools.report.statistics import drop_figures
 from data_tools.show import show
-from data_tools.statistics import drop_figures
 from data_tools.verify import verify
 from pretrain.config import Precision, TrainConfig, load_config
 from pretrain.corpus.check import verify_corpus
@@ -652,7 +651,7 @@ def test_held_out_text_that_is_none_is_refused(tmp_path: Path, lines: bytes) -> 
 
 
 def test_a_bomb_among_the_held_out_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_tools.fertility.MAX_RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr("data_tools.report.fertility.MAX_RECORD_BYTES", 1 << 20)
     path = tmp_path / "documents.jsonl.gz"
     path.write_bytes(gzip.compress(b" " * (8 << 20)))
     with pytest.raises(ConfigError, match="a line of more than 1,048,576 bytes"):

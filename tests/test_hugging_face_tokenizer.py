@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import TinyCorpus, run_arguments
+from tiny import TinyCorpus, python_documents, run_arguments
 from tokenizers import Tokenizer as Theirs
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from data_tools.building.import_tokenizer import import_tokenizer
 from data_tools.config import TokenizerConfig
-from data_tools.import_tokenizer import import_tokenizer
 from pretrain.corpus.manifest import load_manifest
 from pretrain.corpus.tokenizer import CHECK_TEXT, Tokenizer, frame
 from pretrain.errors import ConfigError
@@ -333,8 +333,8 @@ def test_from_text_to_a_trained_and_exported_model(tmp_path: Path) -> None:
     """Real text with a byte-level tokenizer that has several special tokens; every command that reads its corpus."""
     source, corpus, run = tmp_path / "pretrain", tmp_path / "corpus", tmp_path / "run"
     source.mkdir()
-    for path in sorted((ROOT / "pretrain").glob("*.py")):
-        (source / f"{path.stem}.txt").write_bytes(path.read_bytes())
+    for name, text in python_documents().items():
+        (source / name).with_suffix(".txt").write_text(text)
     theirs = byte_level([END, "<|pad|>", "<|bos|>"], vocab_size=800)
     roles = {"bos_token": "<|bos|>", "eos_token": END, "pad_token": "<|pad|>"}
     given = save(theirs, tmp_path / "given", **roles)
@@ -367,6 +367,7 @@ def test_from_text_to_a_trained_and_exported_model(tmp_path: Path) -> None:
             "prompt=import ",
             "max_new_tokens=8",
             "temperature=0",
+            "precision=fp32",  # as the export, whose tokens have to be the same
             "--json",
         ).splitlines()[-1]
     )["samples"]

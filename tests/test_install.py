@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from launching import ROOT, free_port
-from tiny import TinyCorpus, events, make_corpus, run_arguments
+from tiny import TinyCorpus, events, make_corpus, python_documents, run_arguments
 
 from pretrain.command import COMMANDS
 
@@ -161,8 +161,8 @@ def test_prepare_train_and_evaluate(installed: Installed, tmp_path: Path) -> Non
     """The whole line with installed commands: ranks that `deepspeed` starts in both of its ways, and one alone."""
     texts = tmp_path / "texts"
     texts.mkdir()
-    for path in sorted((ROOT / "pretrain").glob("*.py")):
-        shutil.copy(path, texts / f"{path.stem}.txt")
+    for name, text in python_documents().items():
+        (texts / name).with_suffix(".txt").write_text(text)
     small = ["tokenizer.vocab_size=512", "chunk_tokens=1024", "heldout_frac=0.05"]
     prepared = installed.run(
         "pretrain-prepare", f"input=[{texts}]", f"output={tmp_path / 'corpus'}", *small, timeout_s=120

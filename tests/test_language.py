@@ -19,9 +19,15 @@ from hypothesis import strategies as st
 
 pytest.importorskip("py3langid")
 
-from data_tools import language
-from data_tools.language import LanguageConfig, LanguageStage, is_code_name, is_code_text, is_traditional
 from data_tools.record import Record
+from data_tools.stages import language
+from data_tools.stages.language import (
+    LanguageConfig,
+    LanguageStage,
+    is_code_name,
+    is_code_text,
+    is_traditional,
+)
 from pretrain.errors import ConfigError
 
 SIMPLIFIED = "为了保护专利权人的合法权益，鼓励发明创造，推动发明创造的应用，提高创新能力，制定本法。"
@@ -178,7 +184,7 @@ def test_results_depend_on_no_order_and_no_process(stage: LanguageStage) -> None
     assert all_told(texts[::-1]) == here
     code = (
         "import json, sys\n"
-        "from data_tools.language import *\nfrom data_tools.record import Record\n"
+        "from data_tools.stages.language import *\nfrom data_tools.record import Record\n"
         "stage = LanguageStage(LanguageConfig())\n"
         "for text in json.load(sys.stdin):\n"
         "    r = Record(id='1', text=text, source='s'); stage.process(r)\n"

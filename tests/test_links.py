@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from data_tools import curate, remove, workspace
-from data_tools.workspace import Recipe
+from data_tools import curate, remove
+from data_tools.building import workspace
+from data_tools.building.workspace import Recipe
 from pretrain import files
 from pretrain.convert.hugging_face import _published_together
 from pretrain.corpus.node_cache import NodeCache

@@ -12,8 +12,14 @@ from hypothesis import strategies as st
 
 pytest.importorskip("ftfy")
 
-from data_tools.normalize import NormalizeConfig, NormalizeStage, is_on_markup, repair_mojibake, undo_html
 from data_tools.record import CODE, ENGLISH, Record
+from data_tools.stages.normalize import (
+    NormalizeConfig,
+    NormalizeStage,
+    is_on_markup,
+    repair_mojibake,
+    undo_html,
+)
 from pretrain.errors import ConfigError
 
 LAW = "中华人民共和国专利法\n\n第一章　总则\n第一条　为了保护专利权人的合法权益，鼓励发明创造，制定本法。"

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data_tools.pii import PiiConfig, PiiStage, id_check_digit, luhn
 from data_tools.record import Record
+from data_tools.stages.pii import PiiConfig, PiiStage, id_check_digit, luhn
 
 # Assembled here, so that no scanner of secrets takes this file for a leak.
 GITHUB = "ghp_" + "aB3dE5fG7hI9jK1lM2nO4pQ6rS8tU0vW1xY2"

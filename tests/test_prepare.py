@@ -29,16 +29,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data_tools import clean
+from data_tools import text as clean
+from data_tools.building.gather import choose_sample, heldout_bound, sample_bound
+from data_tools.building.pack import choose_chunk_tokens
 from data_tools.config import PrepareConfig, TokenizerConfig
-from data_tools.fertility import fit_lines, measure
-from data_tools.gather import choose_sample, heldout_bound, sample_bound
 from data_tools.gzipped import Gzipped
-from data_tools.pack import choose_chunk_tokens
 from data_tools.prepare import prepare
 from data_tools.progress import Stage
-from data_tools.python_text import distribution_license, python_files
-from data_tools.sources import find_files
+from data_tools.reading.python_text import distribution_license, python_files
+from data_tools.reading.sources import find_files
+from data_tools.report.fertility import fit_lines, measure
 from data_tools.verify import verify
 from pretrain.config import load_config
 from pretrain.corpus.check import verify_corpus

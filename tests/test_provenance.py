@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from launching import ROOT, run_ranks
 from test_loader import CHUNK, Text, data_config, make_loader
 from test_schedule import staged
-from tiny import TinyCorpus
+from tiny import TinyCorpus, python_documents
 
 from pretrain.config import BadChunk, Packing, StageConfig
 from pretrain.corpus.tokenizer import Tokenizer
@@ -183,7 +183,7 @@ def test_the_command_prints_documents_and_their_text(run_dir: Path, corpus: Tiny
         (piece for read in answer["sequences"] for piece in read["pieces"]),
         key=lambda piece: piece["n_tokens"],
     )
-    text = (ROOT / "pretrain" / piece["document"]).read_text(encoding="utf-8")
+    text = python_documents()[piece["document"]]
     assert piece["text"].strip()
     assert piece["text"] in text
     ids = Tokenizer.trusted(run_dir / "tokenizer.model").encode_document(text)

@@ -1,4 +1,4 @@
-"""data_tools/words.py and data_tools/quality.py: the split, the figures, the decisions."""
+"""data_tools/stages/words.py and data_tools/stages/quality.py: the split, the figures, the decisions."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from data_tools import words as text_of
-from data_tools.quality import (
+from data_tools.record import Record
+from data_tools.stages import words as text_of
+from data_tools.stages.quality import (
     RULES,
     QualityConfig,
     QualityMode,
@@ -29,7 +30,6 @@ from data_tools.quality import (
     measure,
     reasons,
 )
-from data_tools.record import Record
 from pretrain.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -456,7 +456,7 @@ def test_programs_keep_their_lines() -> None:
 
 def test_the_figures_are_the_same_in_every_process() -> None:
     code = (
-        "import json, sys; from data_tools.quality import *; "
+        "import json, sys; from data_tools.stages.quality import *; "
         "print(json.dumps(measure(sys.stdin.read(), 'en', QualityConfig())[0]))"
     )
     texts = ENGLISH + ENGLISH[100:700] + "\nHome\nNext"

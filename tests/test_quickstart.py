@@ -516,6 +516,11 @@ def test_summary_of_nothing(tmp_path: Path) -> None:
 # --- the whole of it, with stops that nobody planned ---
 
 
+def heed_hangups() -> None:
+    """SIGHUP stays ignored in all processes below `nohup`, and the tests may run there."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.integration
 def test_requests_to_stop_are_heeded_in_both_halves(tmp_path: Path) -> None:
     """By the file in the first half, by a signal in the second; each time the same command goes on."""
@@ -525,7 +530,7 @@ def test_requests_to_stop_are_heeded_in_both_halves(tmp_path: Path) -> None:
 
     def start(number: int) -> subprocess.Popen:
         with (tmp_path / f"{number}.log").open("w") as log:
-            return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log, preexec_fn=heed_hangups)
 
     def steps_done() -> int:
         return len(read_metrics(out / "run"))

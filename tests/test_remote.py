@@ -21,8 +21,8 @@ import pytest
 from faulty_server import FAULTS, FaultyServer, always, at_rate
 from served_corpus import CHUNK_TOKENS, assert_same, everything, options, write_corpus
 
-from data_tools.decontaminate import read_items
-from data_tools.read import ReadConfig, Unit, read_unit, units_of
+from data_tools.reading.units import ReadConfig, Unit, read_unit, units_of
+from data_tools.stages.decontaminate import read_items
 from pretrain import remote
 from pretrain.config import DataConfig
 from pretrain.corpus import shards

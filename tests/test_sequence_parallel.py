@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, run_ranks
+from launching import run_ranks
 from test_engine import read_tensors
 from test_training import assert_each_sample_once
-from tiny import events, make_corpus, run_arguments
+from tiny import events, make_corpus, python_documents, run_arguments
 
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.config import TrainConfig, load_config
@@ -160,7 +160,7 @@ def test_a_run_goes_on_without_sharing(trained: Path) -> None:
 @pytest.mark.integration
 def test_a_whole_run(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    texts = [path.read_text()[:3000] for path in sorted((ROOT / "pretrain").glob("*.py"))[1:7]]
+    texts = [text[:3000] for text in list(python_documents().values())[1:7]]
     documents = [(str(n), text) for n, text in enumerate(texts)]
     # So small that its last chunk, which is not full, is read within the run.
     corpus = make_corpus(tmp_path / "corpus", documents=documents)

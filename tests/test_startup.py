@@ -115,7 +115,7 @@ def test_a_supervisor_imports_what_reads_a_command_line() -> None:
 
 
 def test_a_process_that_encodes_documents_imports_no_more_than_it_needs() -> None:
-    assert packages(imports_of("-c", "import data_tools.encode")) <= OMEGACONF | SCHEMAS | CORPUS
+    assert packages(imports_of("-c", "import data_tools.building.encode")) <= OMEGACONF | SCHEMAS | CORPUS
 
 
 def test_a_loader_worker_imports_what_reads_a_corpus(

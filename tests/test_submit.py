@@ -327,7 +327,7 @@ def test_code_and_configuration_are_frozen(
         "--parsable",
         f"{folder}/train.sbatch",
     ]
-    for source in [*ROOT.glob("pretrain/*.py"), *ROOT.glob("conf/**/*.yaml"), ROOT / "launch/train.py"]:
+    for source in [*ROOT.glob("pretrain/**/*.py"), *ROOT.glob("conf/**/*.yaml"), ROOT / "launch/train.py"]:
         assert (folder / "code" / source.relative_to(ROOT)).read_bytes() == source.read_bytes()
     assert not list(folder.rglob("__pycache__"))
     assert yaml.safe_load((folder / "config.yaml").read_text())["optim"]["lr"] == 7e-4

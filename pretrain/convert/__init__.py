@@ -1,0 +1,1 @@
+"""Our checkpoints in the formats of other tools."""

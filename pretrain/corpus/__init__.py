@@ -1,0 +1,8 @@
+"""Token shards on disk: their format, and how they are read, written and checked.
+
+Three doors lead here:
+
+    corpus = Corpus("corpus/manifest.json")          # shards.py: random access to chunks of tokens
+    verify_corpus("corpus/manifest.json")            # check.py: every file against the manifest
+    CorpusWriter(folder, ...)                        # writer.py: the same bytes for the same documents
+"""

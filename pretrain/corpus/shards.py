@@ -1,4 +1,4 @@
-"""The on-disk contract of a corpus, and random access to its tokens (`corpus_writer.py` writes them).
+"""The on-disk contract of a corpus, and random access to its tokens (`writer.py` writes them).
 
 A corpus is a folder of webdataset tar shards and one `manifest.json`:
 

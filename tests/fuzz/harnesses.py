@@ -253,7 +253,7 @@ JOURNAL = b"""{"event": "started", "attempt": 1, "step": 0}
 
 
 def read(data: bytes, name: str, kind: str) -> None:
-    from data_tools.read import ReadConfig, Unit, read_unit
+    from data_tools.reading.units import ReadConfig, Unit, read_unit
 
     write(name, data)
     for record in read_unit(Unit(path=name, name=name, source="s", kind=kind), ReadConfig(), lambda *_: None):
@@ -273,7 +273,7 @@ def zst() -> bytes:
 
 
 def dialogues(data: bytes) -> None:
-    from data_tools import dialogue
+    from data_tools.reading import dialogue
 
     if (record := as_object(data)) is not None:
         with suppress(dialogue.NoDialogueError):
@@ -320,7 +320,7 @@ PAGE = b"""<html><head><meta charset="utf-8"><title>T</title></head><body><nav><
 
 
 def html(data: bytes) -> None:
-    from data_tools.pages import main_text
+    from data_tools.reading.pages import main_text
 
     main_text(data, "text/html").encode("utf-8", "surrogatepass")
 

@@ -1,0 +1,349 @@
+"""First stage: read every document, clean it, drop what is not wanted, and write the rest as parts.
+
+A part is two files, both complete or absent:
+
+    text-00000.jsonl     one line per document: [id, source index, order, split, text, language]
+    text-00000.npz       the digests and lengths, and what is needed to go on after this part
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_tools import text as clean
+from data_tools.config import DocumentFormat, PrepareConfig
+from data_tools.progress import stage
+from data_tools.reading import dialogue
+from data_tools.reading.sources import Document, InputFile, Rejected, read_documents
+from data_tools.report.funnel import Funnel
+from data_tools.report.schemas import MAX_REPORT_BYTES, MAX_REPORT_VALUES
+from data_tools.tables import shown
+from pretrain.corpus.chunk_documents import MAX_ID_CHARS
+from pretrain.errors import ConfigError
+from pretrain.files import read_capped, write_atomically
+from pretrain.printing import print_error
+from pretrain.stored import parse
+
+GATHERED_NAME = "gathered.json"
+_MAX_U64 = (1 << 64) - 1
+_PROBE_CHARS = 1000  # of each document, to tell its script
+_NAMED_SOURCES = 12
+
+
+class SourceSample(NamedTuple):
+    """What of a source's training documents the tokenizer is trained on."""
+
+    times: int
+    """How often each of them is in the sample."""
+    below: int
+    """Those whose `order` is smaller are in it once more."""
+    text_bytes: int
+    """How much that is."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Gathered:
+    """Result of the stage."""
+
+    parts: list[int]
+    """Text bytes of each part."""
+    sources: list[tuple[str, str]]
+    """Name and license."""
+    funnel: Funnel
+    heldout_below: int
+    """Documents whose `split` is smaller are held out."""
+    sample: list[SourceSample]
+    """Of each source, in the same order."""
+    sample_bytes: int
+    cjk_share: float
+    """Share of Chinese, Japanese or Korean characters in the beginnings of the documents."""
+    read_sha256: str = ""
+    """Over the hash of every text that was read, in the order of reading."""
+
+
+@dataclass(slots=True)
+class PartDocument:
+    """One document of a part."""
+
+    id: str
+    source: int
+    order: int
+    split: int
+    text: str
+    """Of a dialogue, what `dialogue.dump` makes of it."""
+    language: str
+
+
+@dataclass(slots=True)
+class _State:
+    """Everything that the documents read so far leave behind, but for the digests."""
+
+    next_file: int = 0
+    next_record: int = 0
+    funnel: Funnel = field(default_factory=Funnel)
+    licenses: dict[str, list[str]] = field(default_factory=dict)
+    """Of each source, in the order of their appearance."""
+    parts: list[int] = field(default_factory=list)
+    probed_chars: int = 0
+    cjk_chars: int = 0
+    read_sha256: str = ""
+
+
+def part_path(work: Path, number: int) -> Path:
+    """The text of a part."""
+    return work / f"text-{number:05d}.jsonl"
+
+
+def read_digests(work: Path, number: int) -> np.ndarray:
+    """uint64 [documents, 4]: order, split, text bytes and source index of a part's documents."""
+    with np.load(part_path(work, number).with_suffix(".npz"), allow_pickle=False) as saved:
+        return saved["digests"]
+
+
+def read_part(path: Path, wanted: np.ndarray | None = None) -> Iterator[PartDocument]:
+    """The documents of a part, or those that `wanted` (bool [documents]) marks."""
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file):
+            if wanted is None or wanted[number]:
+                yield PartDocument(*json.loads(line))
+
+
+def gather(config: PrepareConfig, files: list[InputFile], work: Path) -> Gathered:
+    """Run the stage, or go on with it, or load its result. Raises ConfigError where no document is left."""
+    result = work / GATHERED_NAME
+    if not result.exists():
+        gatherer = _Gatherer(config, work)
+        gatherer.run(files)
+        gathered = gatherer.result()
+        write_atomically(result, json.dumps(asdict(gathered)).encode())
+    content = read_capped(result, MAX_REPORT_BYTES)
+    return parse(Gathered, content, str(result), "what a preparation gathered", MAX_REPORT_VALUES)
+
+
+class _Gatherer:
+    """Reads on where the last complete part ends."""
+
+    def __init__(self, config: PrepareConfig, work: Path) -> None:
+        self._config, self._work = config, work
+        self._state = _State()
+        self._seen: set[int] = set()  # about 100 bytes of memory per document
+        self._source_index: dict[str, int] = {}
+        self._digests: list[np.ndarray] = []  # per part, as `read_digests` gives them
+        self._start_part()
+        self._load()
+
+    def _start_part(self) -> None:
+        self._lines: list[bytes] = []
+        self._rows: list[tuple[int, int, int, int]] = []
+        self._bytes = 0
+
+    def _load(self) -> None:
+        """Take up what complete parts of an earlier call hold."""
+        while (path := part_path(self._work, len(self._digests)).with_suffix(".npz")).exists():
+            with np.load(path, allow_pickle=False) as saved:
+                self._digests.append(saved["digests"])
+                state = saved["state"].tobytes()
+            self._state = parse(_State, state, str(path), "a part of a preparation", MAX_REPORT_VALUES)
+            self._seen.update(order << 64 | split for order, split, *_ in self._digests[-1].tolist())
+        self._source_index = {name: i for i, name in enumerate(self._state.licenses)}
+
+    def run(self, files: list[InputFile]) -> None:
+        sizes = [file.size_bytes for file in files]
+        first_file, skipped_records = self._state.next_file, self._state.next_record
+        with stage("reading and cleaning", sum(sizes)) as progress:
+            progress.skip(sum(sizes[:first_file]))
+            for number in range(first_file, len(files)):
+                position = 0
+                for record, item in enumerate(read_documents(files[number], self._config), 1):
+                    progress.advance(item.position_bytes - position)
+                    position = item.position_bytes
+                    if number == first_file and record <= skipped_records:
+                        continue
+                    self._state.next_file, self._state.next_record = number, record
+                    self._take(item)
+                progress.advance(sizes[number] - position)
+        if self._rows:
+            self._finish_part()
+
+    def _take(self, item: Document | Rejected) -> None:
+        funnel = self._state.funnel
+        funnel.read += 1
+        if isinstance(item, Rejected):
+            self._reject(item)
+            return
+        if self._config.format is DocumentFormat.chat:  # cleaned already, message by message
+            text, plain = item.text, dialogue.plain(dialogue.load(item.text))
+        else:
+            text = plain = clean.clean(item.text)
+        problem = clean.length_problem(plain, self._config.min_chars, self._config.max_chars)
+        digest = clean.digest(text)
+        key = digest.order << 64 | digest.split
+        # A chain, so that it can go on from the state of the last part.
+        chained = f"{self._state.read_sha256}{key:032x}"
+        self._state.read_sha256 = hashlib.sha256(chained.encode()).hexdigest()
+        if problem is None and key in self._seen:
+            problem = "duplicate"
+        if problem is not None:
+            funnel.drop(problem)
+            return
+        self._seen.add(key)
+        licenses = self._state.licenses.setdefault(item.source, [])
+        if item.license not in licenses:
+            licenses.append(item.license)
+        source = self._source_index.setdefault(item.source, len(self._source_index))
+        n_bytes = len(plain.encode())
+        visible_chars, cjk_chars = clean.count_cjk(plain[:_PROBE_CHARS])
+        self._state.probed_chars += visible_chars
+        self._state.cjk_chars += cjk_chars
+        line = json.dumps([item.id[:MAX_ID_CHARS], source, *digest, text, item.language], ensure_ascii=False)
+        self._lines.append(line.encode() + b"\n")
+        self._rows.append((*digest, n_bytes, source))
+        self._bytes += n_bytes
+        funnel.kept += 1
+        funnel.kept_bytes += n_bytes
+        if self._bytes >= self._config.part_bytes:
+            self._finish_part()
+
+    def _reject(self, item: Rejected) -> None:
+        self._state.funnel.drop(item.reason)
+        limit = self._config.max_bad_records
+        if item.is_error and self._state.funnel.dropped[item.reason] > limit:
+            allowed = (
+                f", and max_bad_records={limit} allows no more"
+                if limit
+                else "; max_bad_records=N lets N pass"
+            )
+            raise ConfigError(f"{item.where}{allowed}")
+        if item.is_error:
+            print_error("passed over", item.where)
+
+    def _finish_part(self) -> None:
+        number = len(self._digests)
+        self._state.parts.append(self._bytes)
+        digests = np.array(self._rows, dtype=np.uint64)
+        path = part_path(self._work, number)
+        write_atomically(path, b"".join(self._lines))
+        save_arrays(path.with_suffix(".npz"), digests=digests, state=json_array(asdict(self._state)))
+        self._digests.append(digests)
+        self._start_part()
+
+    def result(self) -> Gathered:
+        state = self._state
+        if not self._digests:
+            dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(state.funnel.dropped.items()))
+            raise ConfigError(
+                f"input={','.join(self._config.input)} leaves no document: {state.funnel.read} read, "
+                f"dropped: {dropped or 'none'}"
+            )
+        unknown = sorted(name for name, known in state.licenses.items() if not all(map(is_known, known)))
+        if unknown and (self._config.require_licenses or self._config.card.required):
+            names = ", ".join(map(shown, unknown[:5])) + (" and others" if len(unknown) > 5 else "")
+            raise ConfigError(
+                f"the license of {names} is not known; state it in the field license of "
+                "the records, or for all of them with license=NAME"
+            )
+        digests = np.concatenate(self._digests)
+        below = heldout_bound(digests[:, 1], self._config.heldout_frac)
+        heldout = digests[:, 1] < np.uint64(below)
+        state.funnel.heldout = int(heldout.sum())
+        sample = self._sample(digests[~heldout])
+        return Gathered(
+            parts=state.parts,
+            sources=[(name, "; ".join(licenses)) for name, licenses in state.licenses.items()],
+            funnel=state.funnel,
+            heldout_below=below,
+            sample=sample,
+            sample_bytes=sum(source.text_bytes for source in sample),
+            cjk_share=state.cjk_chars / max(state.probed_chars, 1),
+            read_sha256=state.read_sha256,
+        )
+
+    def _sample(self, digests: np.ndarray) -> list[SourceSample]:
+        """The tokenizer's sample of the training documents. Raises ConfigError where the weights do not fit."""
+        config, names = self._config.tokenizer, list(self._state.licenses)
+        given = {str(name): weight for name, weight in (config.source_weights or {}).items()}
+        for name in sorted(given.keys() - set(names)):
+            known = ", ".join(names[:_NAMED_SOURCES]) + (" and others" if len(names) > _NAMED_SOURCES else "")
+            raise ConfigError(
+                f"tokenizer.source_weights names {name!r}, which is no source of the input; its sources are {known}"
+            )
+        weights = [float(given.get(name, 1)) for name in names]
+        sample = choose_sample(digests, weights, config.sample_bytes)
+        if not any(source.text_bytes for source in sample):
+            raise ConfigError(
+                "tokenizer.source_weights leaves no text to train a tokenizer on; raise a weight"
+            )
+        return sample
+
+
+def is_known(license: str) -> bool:
+    """Whether a license is stated; several are joined by semicolons."""
+    return not {"unknown", ""} & {part.strip() for part in license.split(";")}
+
+
+def heldout_bound(splits: np.ndarray, heldout_frac: float) -> int:
+    """The bound below which a document's `split` (uint64 [documents]) puts it into the held-out set.
+
+    Where that would leave one side of two or more documents empty, the bound moves by one document.
+    """
+    bound = int(heldout_frac * 2**64)
+    if bound == 0 or len(splits) < 2:
+        return 0
+    smallest, largest = int(splits.min()), int(splits.max())
+    return min(max(bound, smallest + 1), largest)
+
+
+def sample_bound(digests: np.ndarray, sample_bytes: int) -> tuple[int, int]:
+    """The bound on `order` that takes at least `sample_bytes` of text, or all, and how much it takes.
+
+    `digests` is uint64 [documents, 3 or more]: (order, split, bytes, ...).
+    """
+    ordered = digests[np.argsort(digests[:, 0], kind="stable")]
+    total = np.cumsum(ordered[:, 2])
+    count = min(int(np.searchsorted(total, np.uint64(sample_bytes))) + 1, len(ordered))
+    return min(int(ordered[count - 1, 0]) + 1, _MAX_U64), int(total[count - 1])
+
+
+def choose_sample(digests: np.ndarray, weights: Sequence[float], sample_bytes: int) -> list[SourceSample]:
+    """What the tokenizer is trained on: of each source, weight x its bytes, all scaled to `sample_bytes` at most.
+
+    `digests` is uint64 [documents, 4]: (order, split, bytes, source), `weights` one per source. Documents are taken in
+    the order of their hash, so neither the order nor the size of parts matters. Where all weights are the same, the
+    hash chooses among all documents at once.
+    """
+    source = digests[:, 3].astype(np.int64)
+    sizes = np.bincount(source, digests[:, 2], minlength=len(weights))
+    if len(set(weights)) == 1 and weights[0] > 0:
+        below, _ = sample_bound(digests, sample_bytes)
+        taken = np.bincount(source, digests[:, 2] * (digests[:, 0] < below), minlength=len(weights))
+        return [SourceSample(0, below, int(n_bytes)) for n_bytes in taken]
+    total = float(np.dot(sizes, weights))
+    scale = min(1.0, sample_bytes / total) if total else 0.0
+    sample = []
+    for number, (size, weight) in enumerate(zip(sizes.tolist(), weights, strict=True)):
+        times, part = divmod(scale * weight, 1)
+        below = taken = 0
+        if part * size >= 1:
+            below, taken = sample_bound(digests[source == number], int(part * size))
+        sample.append(SourceSample(int(times), below, int(times * size) + taken))
+    return sample
+
+
+def json_array(value: Any) -> np.ndarray:
+    """JSON text as an array of bytes, to lie beside other arrays in one .npz."""
+    return np.frombuffer(json.dumps(value, ensure_ascii=False).encode(), dtype=np.uint8)
+
+
+def save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Write an .npz that is there as a whole or not at all."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]  # its stub takes the first for another argument
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,367 @@
+"""The stages that a text goes through before it becomes tokens, and the first and last phase of that.
+
+First phase, one task per unit of input: read, then the stages in their order. What is dropped goes to
+`rejected/<stage>/NNNNN.jsonl.gz` with its reason; what is kept to the work folder, with the hashes that find
+duplicates.
+Last phase, one task per unit again: what duplicates and repeated lines are left out of the kept text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from data_tools.curation.dedup import DedupConfig, Signatures, line_hashes, load_array, save_array
+from data_tools.curation.executors import Progress
+from data_tools.gzipped import Gzipped
+from data_tools.reading.units import ReadConfig, Unit, read_unit
+from data_tools.record import Record, Stage
+from data_tools.report.schemas import MAX_REPORT_BYTES, MAX_REPORT_VALUES
+from data_tools.stages.boilerplate import BoilerplateConfig, BoilerplateStage
+from data_tools.stages.decontaminate import DecontaminateConfig, DecontaminateStage
+from data_tools.stages.harm import HarmConfig, HarmStage
+from data_tools.stages.language import LanguageConfig, LanguageStage
+from data_tools.stages.normalize import NormalizeConfig, NormalizeStage
+from data_tools.stages.pii import PiiConfig, PiiStage
+from data_tools.stages.quality import QualityConfig, QualityStage
+from pretrain.errors import ConfigError
+from pretrain.files import create_file, read_capped
+from pretrain.stored import parse
+
+# Placeholders of personal data would hide what an evaluation set shares, so they come last.
+STAGES = ("normalize", "language", "boilerplate", "quality", "harm", "decontaminate", "pii")
+READ, DECONTAMINATE, DEDUP = "read", "decontaminate", "dedup"
+
+
+@dataclass(kw_only=True, slots=True)
+class CurationConfig:
+    """Which stages there are, and the rules of each."""
+
+    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    """Of normalize, language, boilerplate, quality, harm, decontaminate, pii; they run in this order."""
+    normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    boilerplate: BoilerplateConfig = field(default_factory=BoilerplateConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    harm: HarmConfig = field(default_factory=HarmConfig)
+    pii: PiiConfig = field(default_factory=PiiConfig)
+    decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
+    dedup: DedupConfig = field(default_factory=DedupConfig)
+    """Runs last, over all documents."""
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.stages if name not in STAGES]
+        if unknown or len(set(self.stages)) != len(self.stages):
+            raise ConfigError(
+                f"curation.stages={self.stages} must name each stage once; known are {', '.join(STAGES)}"
+            )
+
+
+def build_stages(config: CurationConfig, index: Path) -> list[Stage]:
+    """The stages in their order. `index`: where that of the evaluation sets lies."""
+    builders: dict[str, Callable[[], Stage]] = {
+        "normalize": lambda: NormalizeStage(config.normalize),
+        "language": lambda: LanguageStage(config.language),
+        "boilerplate": lambda: BoilerplateStage(config.boilerplate),
+        "quality": lambda: QualityStage(config.quality),
+        "harm": lambda: HarmStage(config.harm),
+        "decontaminate": lambda: DecontaminateStage(replace(config.decontaminate, index=str(index))),
+        "pii": lambda: PiiStage(config.pii),
+    }
+    return [builders[name]() for name in STAGES if name in config.stages]
+
+
+# ---- what a task writes ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """Counts of one task, or of all; documents and UTF-8 bytes."""
+
+    read: Counter[str] = field(default_factory=Counter)
+    """Documents by source."""
+    read_bytes: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Documents by `stage/reason`."""
+    dropped_bytes: Counter[str] = field(default_factory=Counter)
+    dropped_of: Counter[str] = field(default_factory=Counter)
+    """Documents by `source/stage`."""
+    kept: Counter[str] = field(default_factory=Counter)
+    """Documents by source."""
+    kept_bytes: Counter[str] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)
+    """Kept documents."""
+    language_bytes: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[str] = field(default_factory=Counter)
+    """Kept documents by the power of two of their characters."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """What stages did within texts."""
+    contaminated: Counter[str] = field(default_factory=Counter)
+    """Documents that share text with an evaluation set, by set; those that were dropped for it included."""
+    licenses: Counter[str] = field(default_factory=Counter)
+    """Kept documents by `source/license`."""
+
+    def drop(self, record: Record, stage: str, reason: str, n_bytes: int) -> None:
+        self.dropped[f"{stage}/{reason}"] += 1
+        self.dropped_bytes[f"{stage}/{reason}"] += n_bytes
+        self.dropped_of[f"{record.source}/{stage}"] += 1
+
+    def keep(self, record: Record, n_bytes: int) -> None:
+        self.kept[record.source] += 1
+        self.kept_bytes[record.source] += n_bytes
+        self.languages[record.language] += 1
+        self.language_bytes[record.language] += n_bytes
+        self.lengths[str(max(4, min(24, len(record.text).bit_length())))] += 1
+        self.licenses[f"{record.source}/{record.license or ''}"] += 1
+
+    def add(self, other: Tally) -> None:
+        for name, counter in vars(self).items():
+            counter.update(getattr(other, name))
+
+    def to_json(self) -> dict[str, dict[str, int]]:
+        return {name: dict(sorted(counter.items())) for name, counter in vars(self).items()}
+
+    @classmethod
+    def of_file(cls, path: Path) -> Tally:
+        """What `to_json` wrote. Raises ConfigError."""
+        return parse(cls, read_capped(path, MAX_REPORT_BYTES), str(path), "a tally", MAX_REPORT_VALUES)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[BinaryIO | Gzipped]:
+    """A file that is there as a whole or not at all; compressed where its name says so, always to the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with create_file(temporary) as raw:
+        if path.suffix == ".gz":
+            packed = Gzipped(raw, level=4)
+            yield packed
+            packed.finish()
+        else:
+            yield raw
+        raw.flush()
+        os.fsync(raw.fileno())
+    temporary.replace(path)
+
+
+class _Rejects:
+    """Files of dropped documents, one per stage, made when the first one comes."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder, self._rank = folder, rank
+        self._files: dict[str, BinaryIO | Gzipped] = {}
+        self._open = ExitStack()
+
+    def __enter__(self) -> _Rejects:
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._open.__exit__(*error)
+
+    def add(self, stage: str, reason: str, record: Record) -> None:
+        line = {"reason": reason, "id": record.id, "source": record.source, "language": record.language}
+        line |= {"signals": record.signals, "text": record.text}
+        if stage not in self._files:
+            path = self._folder / stage / f"{self._rank:05d}.jsonl.gz"
+            self._files[stage] = self._open.enter_context(_written(path))
+        self._files[stage].write(_line(line))
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
+
+
+def to_line(record: Record) -> bytes:
+    """A kept document as a line of JSON."""
+    value: dict[str, Any] = {"id": record.id, "text": record.text, "source": record.source}
+    value["language"] = record.language
+    for name in ("license", "url"):
+        if getattr(record, name) is not None:
+            value[name] = getattr(record, name)
+    if record.signals:
+        value["signals"] = record.signals
+    return _line(value)
+
+
+def from_line(line: bytes) -> Record:
+    """The inverse."""
+    value = json.loads(line)
+    return Record(**value)
+
+
+# ---- first phase -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Layout:
+    """Where the files of a curation lie, below its work folder."""
+
+    work: Path
+
+    def kept(self, rank: int) -> Path:
+        return self.work / "kept" / f"{rank:05d}.jsonl"
+
+    def ranks(self, rank: int) -> Path:
+        return self.work / "ranks" / f"{rank:05d}.npy"
+
+    def tally(self, phase: str, rank: int) -> Path:
+        return self.work / "tally" / phase / f"{rank:05d}.json"
+
+    def removed(self, rank: int) -> Path:
+        return self.work / "removed" / f"{rank:05d}.npy"
+
+    def documents(self, rank: int) -> Path:
+        return self.work / "documents" / f"part-{rank:05d}.jsonl"
+
+    def digest(self, phase: str, rank: int) -> Path:
+        """Bytes and sha256 of the texts that the first phase read, or of the file that the last one wrote."""
+        return self.work / "digest" / phase / f"{rank:05d}.json"
+
+    @property
+    def rejected(self) -> Path:
+        return self.work / "rejected"
+
+    @property
+    def index(self) -> Path:
+        return self.work / "evaluation-index.npz"
+
+    @property
+    def lines(self) -> Path:
+        return self.work / "lines.npy"
+
+
+@dataclass
+class CleanTask:
+    """First phase: the stages over one unit of input."""
+
+    units: list[Unit]
+    read: ReadConfig
+    curation: CurationConfig
+    layout: Layout
+
+    def run(self, rank: int, progress: Progress) -> None:
+        stages = build_stages(self.curation, self.layout.index)
+        signatures, tally = Signatures(self.curation.dedup), Tally()
+        rejects = _Rejects(
+            self.layout.rejected, rank
+        )  # on the disk as they come: they may be most of what there is
+        order = {name: place for place, name in enumerate(self.curation.dedup.priority)}
+        source_ranks: list[int] = []
+        texts = hashlib.sha256()
+
+        def on_bad(where: str, why: str) -> None:
+            record = Record(id=where, text=why, source=READ)
+            tally.drop(record, READ, "bad_record", 0)
+            rejects.add(READ, "bad_record", record)
+
+        with _written(self.layout.kept(rank)) as file, rejects:
+            for record in read_unit(self.units[rank], self.read, on_bad):
+                encoded = record.text.encode("utf-8", "replace")
+                n_bytes = len(encoded)
+                texts.update(b"%d " % n_bytes + encoded)
+                progress.advance(n_bytes)
+                tally.read[record.source] += 1
+                tally.read_bytes[record.source] += n_bytes
+                if self._dropped(record, stages, tally, rejects, n_bytes):
+                    continue
+                signatures.add(len(source_ranks), record.text)
+                source_ranks.append(order.get(record.source, len(order)))
+                file.write(to_line(record))
+        signatures.write(self.layout.work, rank)
+        save_array(self.layout.ranks(rank), np.array(source_ranks, dtype=np.uint32))
+        write_json(self.layout.tally("clean", rank), tally.to_json())
+        digest = {"bytes": sum(tally.read_bytes.values()), "sha256": texts.hexdigest()}
+        write_json(self.layout.digest("clean", rank), digest)
+        progress.finish(self.units[rank].size_bytes)
+
+    def _dropped(
+        self, record: Record, stages: list[Stage], tally: Tally, rejects: _Rejects, n_bytes: int
+    ) -> bool:
+        for stage in stages:
+            reason = stage.process(record)
+            if stage.name == DECONTAMINATE:
+                prefix = f"{DECONTAMINATE}."
+                tally.contaminated.update(
+                    name.removeprefix(prefix) for name in record.counts if name.startswith(prefix)
+                )
+            if reason is not None:
+                tally.drop(record, stage.name, reason, n_bytes)
+                rejects.add(stage.name, reason, record)
+                return True
+        tally.counts.update(record.counts)
+        return False
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file that is there as a whole or not at all."""
+    with _written(path) as file:
+        file.write(json.dumps(value, ensure_ascii=False, indent=1).encode() + b"\n")
+
+
+# ---- last phase ------------------------------------------------------------------------------------------------------
+
+REASONS = ("exact_duplicate", "near_duplicate", "only_repeated_lines")
+
+
+@dataclass
+class FilterTask:
+    """Last phase: what is left of one unit's documents without duplicates and repeated lines."""
+
+    curation: CurationConfig
+    layout: Layout
+
+    def run(self, rank: int, progress: Progress) -> None:
+        removed = dict(load_array(self.layout.removed(rank)).tolist())
+        lines = load_array(self.layout.lines, mapped=True)
+        tally, rejects = Tally(), _Rejects(self.layout.rejected, rank)
+        written, n_written = hashlib.sha256(), 0
+        documents = self.layout.documents(rank)
+        with self.layout.kept(rank).open("rb") as kept, _written(documents) as file, rejects:
+            for number, line in enumerate(kept):
+                progress.advance(len(line))
+                record = from_line(line)
+                n_bytes = len(record.text.encode("utf-8", "replace"))
+                reason = REASONS[removed[number]] if number in removed else None
+                if reason is None and self._without_lines(record, lines, rank << 32 | number):
+                    reason = REASONS[2]
+                if reason is not None:
+                    tally.drop(record, DEDUP, reason, n_bytes)
+                    rejects.add(DEDUP, reason, record)
+                    continue
+                tally.counts.update(record.counts)
+                tally.keep(record, len(record.text.encode("utf-8", "replace")))
+                out = to_line(record)
+                file.write(out)
+                written.update(out)
+                n_written += len(out)
+        digest = {"bytes": n_written, "sha256": written.hexdigest()}
+        write_json(self.layout.digest("filter", rank), digest)
+        write_json(self.layout.tally("filter", rank), tally.to_json())
+
+    def _without_lines(self, record: Record, repeated: np.ndarray, document: int) -> bool:
+        """Take out the lines that repeat, but in the first document that has them; whether nothing is left."""
+        if not len(repeated) or not self.curation.dedup.repeated_lines:
+            return False
+        found = line_hashes(record.text, self.curation.dedup)
+        hashes = np.array([value for value, _ in found], dtype=np.uint64)
+        places = np.minimum(np.searchsorted(repeated[:, 0], hashes), len(repeated) - 1)
+        rows = repeated[places]
+        taken = (rows[:, 0] == hashes) & (rows[:, 1] != document)
+        if not taken.any():
+            return False
+        out = {line for (_, line), out in zip(found, taken.tolist(), strict=True) if out}
+        left = [line for line in record.text.split("\n") if line not in out]
+        record.count("dedup.repeated_lines", int(taken.sum()))
+        if not any(line.strip() for line in left):
+            return True
+        record.text = "\n".join(left).strip("\n")
+        return False

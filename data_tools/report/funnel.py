@@ -1,0 +1,127 @@
+"""How many documents each stage took and left: the funnel of a preparation and of a curation, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_tools.report.schemas import read_curation_report
+from data_tools.tables import plain_table, shown
+
+DOCUMENTS, REPORT = "documents", "report.json"
+"""In the folder of a curation: the text, and what was done."""
+_SHOWN = 12
+
+
+@dataclass(kw_only=True, slots=True)
+class Funnel:
+    """How many documents came in, and what became of them."""
+
+    read: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    """By reason: bad_record, not_utf8, too_short, too_long, duplicate; no_answer of dialogues."""
+    kept: int = 0
+    kept_bytes: int = 0
+    heldout: int = 0
+
+    def drop(self, reason: str) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The funnel as a text of few lines."""
+        lines = [f"{self.read:>12,} documents read"]
+        lines += [
+            f"{-count:>12,} {reason.replace('_', ' ')}" for reason, count in sorted(self.dropped.items())
+        ]
+        lines.append(
+            f"{self.kept:>12,} kept ({self.kept_bytes / 1e6:.1f} MB), {self.heldout:,} of them held out"
+        )
+        return lines
+
+
+def curations_of(inputs: Iterable[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Those of a preparation's inputs that are curated text: where, and their reports."""
+    found = []
+    for entry in inputs:
+        folder = Path(entry).expanduser().resolve()
+        report = folder.parent / REPORT
+        if folder.name == DOCUMENTS and report.is_file():
+            found.append((folder.parent.name, read_curation_report(report)))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class StageCounts:
+    """What a stage did with the documents that came to it."""
+
+    stage: str
+    documents_in: int
+    documents_out: int
+    bytes_in: int
+    bytes_out: int
+    """UTF-8 bytes of these documents as they were read; stages change the text too."""
+    dropped: dict[str, int]
+    """Documents by reason, most frequent first."""
+
+
+def stage_counts(report: Mapping[str, Any]) -> list[StageCounts]:
+    """Of a curation's report: what was read, then each stage in its order, and `dedup` last."""
+    tally = report["tally"]
+    left, left_bytes = sum(tally["read"].values()), sum(tally["read_bytes"].values())
+    bad = dict(_of_stage(tally["dropped"], "read"))
+    found = [StageCounts("read", left + sum(bad.values()), left, left_bytes, left_bytes, bad)]
+    for stage in (*report["stages"], "dedup"):
+        reasons = dict(sorted(_of_stage(tally["dropped"], stage), key=lambda item: (-item[1], item[0])))
+        after = left - sum(reasons.values())
+        after_bytes = left_bytes - sum(count for _, count in _of_stage(tally["dropped_bytes"], stage))
+        found.append(StageCounts(stage, left, after, left_bytes, after_bytes, reasons))
+        left, left_bytes = after, after_bytes
+    return found
+
+
+def _of_stage(counts: Mapping[str, int], stage: str) -> list[tuple[str, int]]:
+    return [(name.partition("/")[2], n) for name, n in counts.items() if name.startswith(f"{stage}/")]
+
+
+def funnel_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One row per stage in its order: documents that came in, were dropped and why, and are left."""
+    read, *stages = stage_counts(report)
+    rows: list[tuple[str, ...]] = [("read", f"{read.documents_out:,}", "", f"{read.bytes_out / 1e6:.1f}", "")]
+    for counts in stages:
+        why = ", ".join(f"{reason} {count:,}" for reason, count in list(counts.dropped.items())[:5])
+        dropped = counts.documents_out - counts.documents_in
+        size = f"{counts.bytes_out / 1e6:.1f}"
+        rows.append((counts.stage, f"{counts.documents_out:,}", f"{dropped:,}", size, why))
+    return rows
+
+
+def funnel_table(report: Mapping[str, Any]) -> str:
+    """Funnel, languages and sources, as aligned text."""
+    tally = report["tally"]
+    parts = [plain_table(funnel_rows(report), ("stage", "documents", "dropped", "MB of input", "why"))]
+    bad = tally["dropped"].get("read/bad_record", 0)
+    if bad:
+        parts.append(f"{bad:,} records could not be read: rejected/read")
+    kept = sum(tally["kept"].values())
+    rows = []
+    for source, n_read in sorted(tally["read"].items(), key=lambda item: (-item[1], item[0]))[:_SHOWN]:
+        n_kept = tally["kept"].get(source, 0)
+        size = tally["kept_bytes"].get(source, 0)
+        rows.append(
+            (source, f"{n_read:,}", f"{n_kept:,}", f"{n_kept / max(n_read, 1):.1%}", f"{size / 1e6:.1f}")
+        )
+    if len(tally["read"]) > _SHOWN:
+        rows.append((f"{len(tally['read']) - _SHOWN} others", "", "", "", ""))
+    parts.append(plain_table(rows, ("source", "read", "kept", "share", "MB kept")))
+    languages = sorted(tally["language_bytes"].items(), key=lambda item: (-item[1], item[0]))
+    parts.append(
+        "languages: " + ", ".join(f"{shown(name)} {size / 1e6:.1f} MB" for name, size in languages[:_SHOWN])
+    )
+    parts.append(f"kept: {kept:,} documents, {sum(tally['kept_bytes'].values()) / 1e6:.1f} MB")
+    return "\n\n".join(parts)

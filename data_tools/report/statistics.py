@@ -1,0 +1,219 @@
+"""What a corpus holds, in figures: statistics.json.
+
+Two kinds of figures. Those of the documents themselves are counted as they are written, by `prepare` and again by
+`remove`, from their tokens alone. Those of what was left out (drops, duplicates, personal data, evaluation sets) are
+of the curation, and stay as they are when documents are removed later. A figure that nobody has taken is null, not 0.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from data_tools.report.funnel import Funnel, StageCounts, stage_counts
+from data_tools.text import count_cjk
+from pretrain.corpus.manifest import Manifest
+from pretrain.corpus.tokenizer import Tokenizer
+
+_PERCENTILES = (5, 50, 95)
+# First bytes of the UTF-8 of U+3000 to U+DFFF: Chinese, Japanese and Korean but for a few hundred signs.
+_CJK_BYTES = range(0xE3, 0xEE)
+_FIRST_BYTES = (*range(0x21, 0x7F), *range(0xC2, 0xF5))
+_PROBE_TOKENS = 512  # of a document, decoded to tell its script where the pieces of a vocabulary are no text
+
+
+class DocumentCounts:
+    """Lengths and scripts of documents, added one by one; memory does not grow with their number."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        if tokenizer.is_sentencepiece:  # whose pieces are text
+            pieces = [_piece_characters(tokenizer.piece(token)) for token in range(tokenizer.vocab_size)]
+            self._characters, self._cjk = np.array(pieces, dtype=np.uint8).T
+            for special in (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id):
+                self._characters[special] = 0
+        self._lengths: Counter[int] = Counter()
+        self._scripts: dict[str, Counter[str]] = {}
+
+    def add(self, tokens: np.ndarray, text_bytes: int) -> None:
+        """One document, with its bos and eos. `tokens`: int [length]."""
+        self._lengths[len(tokens)] += 1
+        if self._tokenizer.is_sentencepiece:
+            n_characters, n_cjk = (
+                int(counts[tokens].sum(dtype=np.int64)) for counts in (self._characters, self._cjk)
+            )
+        else:
+            n_characters, n_cjk = count_cjk(self._tokenizer.decode(tokens[:_PROBE_TOKENS].tolist()))
+        script = "cjk" if 2 * n_cjk > n_characters else "other"
+        counts = {"documents": 1, "tokens": len(tokens), "text_bytes": text_bytes}
+        self._scripts.setdefault(script, Counter()).update(counts)
+
+    def to_json(self) -> dict[str, Any]:
+        """`lengths`, in tokens, and `scripts` (`cjk`: most characters are Chinese, Japanese or Korean)."""
+        return {
+            "lengths": length_statistics(self._lengths),
+            "scripts": {name: dict(counts) for name, counts in sorted(self._scripts.items())},
+        }
+
+
+def _piece_characters(piece: str) -> tuple[int, int]:
+    """Visible characters of an entry of the vocabulary, and how many of them are Chinese, Japanese or Korean.
+
+    A character that is written in bytes counts with its first one.
+    """
+    if len(piece) == 6 and piece.startswith("<0x"):
+        byte = int(piece[3:5], 16)
+        return int(byte in _FIRST_BYTES), int(byte in _CJK_BYTES)
+    return count_cjk(piece.replace("\u2581", " "))
+
+
+def length_statistics(lengths: Mapping[int, int]) -> dict[str, Any]:
+    """Of documents by their length: percentiles (nearest rank), and documents by power of two.
+
+    Of the histogram, `"64": 3` says that 3 documents have 64 to 127 tokens.
+    """
+    ordered = np.array(sorted(lengths.items()), dtype=np.int64).reshape(-1, 2)
+    upto = np.cumsum(ordered[:, 1])
+    n_documents = int(upto[-1])
+    at = {p: int(np.searchsorted(upto, -(-n_documents * p // 100))) for p in _PERCENTILES}
+    histogram: Counter[int] = Counter()
+    for length, count in ordered.tolist():
+        histogram[1 << (length.bit_length() - 1)] += count
+    return {
+        "mean": round(int((ordered[:, 0] * ordered[:, 1]).sum()) / n_documents, 1),
+        **{f"p{p}": int(ordered[row, 0]) for p, row in at.items()},
+        "max": int(ordered[-1, 0]),
+        "histogram": {str(size): count for size, count in sorted(histogram.items())},
+    }
+
+
+def corpus_figures(manifest: Manifest, heldout: Manifest | None, counts: DocumentCounts) -> dict[str, Any]:
+    """Figures of the documents that are there. `counts`: of all that were written for training."""
+    sources = sorted((s for s in manifest.sources if s.documents), key=lambda s: (-s.tokens, s.name))
+    held = None
+    if heldout is not None:
+        held = {"documents": heldout.n_documents, "tokens": heldout.n_tokens}
+    return {
+        "root_sha256": manifest.root_sha256,
+        "documents": manifest.n_documents,
+        "tokens": manifest.n_tokens,
+        "text_bytes": sum(source.text_bytes for source in sources),
+        "heldout": held,
+        **counts.to_json(),
+        "sources": [
+            {
+                "name": source.name,
+                "license": source.license,
+                "documents": source.documents,
+                "tokens": source.tokens,
+                "text_bytes": source.text_bytes,
+                "bytes_per_token": round(source.text_bytes / source.tokens, 3),
+            }
+            for source in sources
+        ],
+    }
+
+
+def drop_figures(reports: Sequence[Mapping[str, Any]], n_inputs: int, funnel: Funnel) -> dict[str, Any]:
+    """Figures of what did not get into the corpus. `reports`: of the curations that the inputs come from."""
+    if not reports:
+        return {
+            "languages": None,
+            "funnel": [preparation_counts(funnel)],
+            "duplicates": {"exact_in_preparation": funnel.dropped.get("duplicate", 0)},
+            "personal_data": None,
+            "contamination": None,
+        }
+    merged = _merged(reports)
+    tally = merged["tally"]
+    languages = None
+    if len(reports) == n_inputs:  # else a part of the text has no known language
+        languages = {
+            name: {"documents": count, "text_bytes": tally["language_bytes"].get(name, 0)}
+            for name, count in sorted(tally["languages"].items(), key=lambda item: (-item[1], item[0]))
+        }
+    stages = [_row(counts) for counts in stage_counts(merged)]
+    return {
+        "languages": languages,
+        "funnel": [*stages, preparation_counts(funnel)],
+        "duplicates": _duplicates(merged, funnel),
+        "personal_data": _named(tally["counts"], "pii") if "pii" in merged["stages"] else None,
+        "contamination": _contamination(reports, tally) if "contaminated" in tally else None,
+    }
+
+
+def preparation_counts(funnel: Funnel) -> dict[str, Any]:
+    """The preparation as the last row of the funnel; it does not know how many bytes came in."""
+    dropped = dict(sorted(funnel.dropped.items(), key=lambda item: (-item[1], item[0])))
+    return {
+        "stage": "prepare",
+        "documents_in": funnel.read,
+        "documents_out": funnel.kept,
+        "bytes_in": None,
+        "bytes_out": funnel.kept_bytes,
+        "dropped": dropped,
+    }
+
+
+def _row(counts: StageCounts) -> dict[str, Any]:
+    return {name: getattr(counts, name) for name in StageCounts.__slots__}
+
+
+def _merged(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several curations as one: counts add up."""
+    tally: dict[str, Counter[str]] = {}
+    sizes: Counter[str] = Counter()
+    clusters: Counter[str] = Counter()
+    for report in reports:
+        for name, counts in report["tally"].items():
+            tally.setdefault(name, Counter()).update(counts)
+        sizes.update(report["clusters"]["sizes"])
+        clusters.update(
+            {name: report["clusters"][name] for name in ("clusters", "documents", "repeated_lines")}
+        )
+    longest = max((report["stages"] for report in reports), key=len)
+    stages = list(dict.fromkeys([*longest, *(name for report in reports for name in report["stages"])]))
+    return {"tally": tally, "stages": stages, "clusters": clusters, "sizes": sizes}
+
+
+def _duplicates(merged: Mapping[str, Any], funnel: Funnel) -> dict[str, Any]:
+    dropped, clusters = merged["tally"]["dropped"], merged["clusters"]
+    return {
+        "exact": dropped["dedup/exact_duplicate"],
+        "near": dropped["dedup/near_duplicate"],
+        "only_repeated_lines": dropped["dedup/only_repeated_lines"],
+        "repeated_lines": clusters["repeated_lines"],
+        "clusters": clusters["clusters"],
+        "documents_in_clusters": clusters["documents"],
+        "cluster_sizes": dict(sorted(merged["sizes"].items(), key=lambda item: int(item[0]))),
+        "exact_in_preparation": funnel.dropped.get("duplicate", 0),
+    }
+
+
+def _named(counts: Mapping[str, int], stage: str) -> dict[str, int]:
+    """What a stage counted, most frequent first."""
+    found = {name.partition(".")[2]: n for name, n in counts.items() if name.startswith(f"{stage}.")}
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _contamination(
+    reports: Sequence[Mapping[str, Any]], tally: Mapping[str, Mapping[str, int]]
+) -> dict[str, int] | None:
+    """Documents that share text with each set that was looked for; 0 for one that none shares."""
+    files = [
+        file
+        for report in reports
+        for file in report["recipe"]["options"]["curation"]["decontaminate"]["files"]
+    ]
+    named = {PurePath(file).name.partition(".")[0]: 0 for file in files}
+    return (named | dict(tally["contaminated"])) or None
+
+
+def to_text(statistics: Mapping[str, Any]) -> bytes:
+    """The content of statistics.json."""
+    return (json.dumps(statistics, indent=1, ensure_ascii=False) + "\n").encode()

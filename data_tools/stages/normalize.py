@@ -1,0 +1,251 @@
+"""The same text in one form: composed characters, one kind of line end, no left-overs of encodings and HTML."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from html.entities import html5
+
+from data_tools.record import CODE, UNKNOWN, Record
+from data_tools.stages.language import is_code_name, is_code_text
+from data_tools.text import clean
+from pretrain.errors import ConfigError
+
+# Where bytes of UTF-8 were read one by one, at least two characters that single bytes can stand for are neighbors:
+# this leaves nearly no text to ftfy's own test, which is slower. (0xA0 after a letter may have become a blank.)
+_ENCODED_TWICE = re.compile("[\x80-\u06ff\u1ea0-\u1eff\u2010-\u25ff\uf8ff\ufb01\ufb02]{2}|[ÂÃÅàáâãå] ")
+# What is undone can bring up what was beneath it (&amp;lt;br&amp;gt;); deeper nesting than this is no accident.
+_MOST_ROUNDS = 8
+
+_TERMINAL = re.compile(r"\x1b\[[0-9;?]*[@-~]")
+_LINE_END = re.compile(r"\r\n?|[\x0b\x0c\u2028\u2029]")
+# Soft hyphens, marks and overrides of direction, word joiners and byte-order marks wherever they are.
+_INVISIBLE = re.compile(
+    "[\u00ad\u061c\u180e\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb]"
+)
+# Zero-width (non-)joiners shape Arabic and Indic letters and join emoji; zero-width spaces part the words of
+# Thai, Lao, Burmese and Khmer. After any other character they are left over from a page's layout.
+_JOINED = (
+    "\u0600-\u08ff\u0900-\u0dff\u0f00-\u109f\u1780-\u18af\u1a20-\u1aaf\u1b00-\u1c4f\ua840-\uabff"
+    "\ufb1d-\ufdff\ufe0f\ufe70-\ufefc\u2190-\u2bff\U00010a00-\U00011fff\U0001f000-\U0001faff"
+)
+_STRAY_JOINER = re.compile(f"(?<![{_JOINED}])[\u200c\u200d]")
+_STRAY_SPACE = re.compile("(?<![\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf])\u200b")
+_ZERO_WIDTH = re.compile("[\u200b-\u200d]")
+
+_SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
+_BLANKS = " \t\u3000"
+# Ideographic spaces indent Chinese paragraphs and part the halves of verses; among Latin words they are blanks.
+_EAST_ASIAN = re.compile(
+    "[\u2e80-\u2fdf\u3001-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
+)
+
+_ENTITY = re.compile(r"&(?:amp;|#38;|#x26;)*(#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
+# Tags that become line ends, and others. Names that are words may be placeholders, as in `copy <source> <b>`: such
+# a tag goes only where it has attributes or is closed somewhere in the text.
+_BLOCKS = frozenset(
+    "blockquote br dd div dl dt fieldset figcaption h1 h2 h3 h4 h5 h6 hr iframe li noscript ol p tbody td tfoot th "
+    "thead tr ul".split()
+)
+_INLINE = "abbr acronym basefont big col colgroup dfn em font img kbd nobr span strike strong svg tt var wbr".split()
+_BLOCK_WORDS = frozenset(
+    "address article aside body caption center details figure footer form frame head header html legend main nav "
+    "option pre section select summary table textarea title".split()
+)
+_INLINE_WORDS = (
+    "a area audio b base button canvas cite code del embed i input ins label link map mark meta object param "
+    "picture q s small source sub sup u video".split()
+)
+_WORDS = _BLOCK_WORDS.union(_INLINE_WORDS)
+# The first attribute has a value: `<meta path finder>` is no tag.
+_VALUE = r"\s*=\s*(?:\"[^\"<>]*\"|'[^'<>]*'|[^\s\"'<>=]+)"
+_ATTRIBUTES = rf"(?:\s+[\w:@.-]+{_VALUE}(?:\s+[\w:@.-]+(?:{_VALUE})?){{0,20}})?"
+_TAG = re.compile(rf"<(/?)({'|'.join(sorted(_WORDS.union(_BLOCKS, _INLINE)))})({_ATTRIBUTES})\s*/?>", re.I)
+_CLOSING = re.compile(r"</([a-z]{1,10})\s*>", re.I)
+# What no reader of the page sees.
+_UNSEEN = re.compile(r"<(script|style)\b[^<>]{0,500}>|<(!)--", re.I)
+_UNSEEN_END = {
+    "script": re.compile(r"</script\s*>", re.I),
+    "style": re.compile(r"</style\s*>", re.I),
+    "!": re.compile("-->"),
+}
+_LONGEST_UNSEEN = 20_000
+# A text on markup names it, or shows a tag as code or in quotation marks; a text on programming has blocks of code.
+_MARKUP_NAME = re.compile(r"\b(?:X?HTML5?|XML|CSS|JSX|[Mm]arkup)\b|<\?xml|```|^[ \t]*>>> |::\n\n[ \t]", re.M)
+_SHOWN_TAG = re.compile(r"[`\"'“‘「『]<[/!]?[A-Za-z][^<>]{0,80}>[`\"'”’」』]")
+
+
+@dataclass(kw_only=True, slots=True)
+class NormalizeConfig:
+    """What is put right, beyond what is always done (NFC, control and invisible characters, line ends, blanks)."""
+
+    mojibake: bool = True
+    """Repair text that was decoded by the wrong encoding, where ftfy is sure of it."""
+    html: bool = True
+    """Undo entities and take out tags, except in code and in texts on markup."""
+    max_blank_lines: int = 2
+    """Blank lines in a row that are kept."""
+
+    def __post_init__(self) -> None:
+        if self.max_blank_lines < 0:
+            raise ConfigError(
+                f"curation.normalize.max_blank_lines={self.max_blank_lines} is negative; allowed: 0 or more"
+            )
+
+
+class NormalizeStage:
+    """Normalizes the text. Again gives the same. Counts:
+
+    `normalize.mojibake` repaired lines, `normalize.html` entities and tags, `normalize.invisible` characters
+    that nobody sees, `normalize.blank_lines` lines taken out of long runs.
+    """
+
+    name = "normalize"
+
+    def __init__(self, config: NormalizeConfig) -> None:
+        self._config = config
+
+    def process(self, record: Record) -> str | None:
+        """`empty` where nothing but blanks is left."""
+        text, is_source = record.text, None
+        for _ in range(_MOST_ROUNDS):
+            before = text
+            if self._is_suspicious(text):
+                is_source = _is_source(record) if is_source is None else is_source
+                text = text if is_source else self._repaired(text, record)
+            text = self._plain(text, record)
+            if text == before or is_source or not self._is_suspicious(text):
+                break
+        record.text = text
+        return None if text.strip() else "empty"
+
+    def _is_suspicious(self, text: str) -> bool:
+        """A fast test: most texts have nothing to repair."""
+        if self._config.mojibake and _may_be_mojibake(text):
+            return True
+        in_tags = self._config.html and "<" in text and (_TAG.search(text) or _UNSEEN.search(text))
+        return bool(in_tags or (self._config.html and "&" in text and _ENTITY.search(text)))
+
+    def _plain(self, text: str, record: Record) -> str:
+        """What is done to all text, code included."""
+        text = _LINE_END.sub("\n", _TERMINAL.sub("", text))
+        if not text.isascii():
+            length = len(text)
+            text = _INVISIBLE.sub("", text)
+            if _ZERO_WIDTH.search(text):
+                text = _STRAY_JOINER.sub("", _STRAY_SPACE.sub("", text))
+            record.count("normalize.invisible", length - len(text))
+        text = clean(text)
+        if not text.isascii():
+            text = _SPACE.sub(" ", text)
+            if "\u3000" in text:
+                text = "\n".join(map(_without_ideographic_spaces, text.split("\n")))
+        if any(f"{blank}\n" in text for blank in _BLANKS):
+            text = "\n".join([line.rstrip(_BLANKS) for line in text.split("\n")])
+        text = text.rstrip(_BLANKS + "\n").lstrip("\n")
+        most = self._config.max_blank_lines + 1
+        if "\n" * (most + 1) in text:
+            lines = text.count("\n")
+            text = re.sub(rf"\n{{{most + 1},}}", "\n" * most, text)
+            record.count("normalize.blank_lines", lines - text.count("\n"))
+        return text
+
+    def _repaired(self, text: str, record: Record) -> str:
+        if self._config.mojibake and _may_be_mojibake(text):
+            text, lines = repair_mojibake(text)
+            record.count("normalize.mojibake", lines)
+        if self._config.html:
+            undone, found = undo_html(text)
+            if found and not is_on_markup(text):
+                record.count("normalize.html", found)
+                return undone
+        return text
+
+
+def _without_ideographic_spaces(line: str) -> str:
+    return line if _EAST_ASIAN.search(line) else line.replace("\u3000", " ")
+
+
+def _may_be_mojibake(text: str) -> bool:
+    return not text.isascii() and bool(_ENCODED_TWICE.search(text)) and bool(_ftfy()[0](text))
+
+
+def repair_mojibake(text: str) -> tuple[str, int]:
+    """Text whose lines were decoded by the wrong encoding, repaired by ftfy; and the number of such lines.
+
+    Line by line, since a page often has text of several origins.
+    """
+    is_bad, fix = _ftfy()
+    lines = text.split("\n")
+    repaired = [fix(line) if is_bad(line) else line for line in lines]
+    return "\n".join(repaired), sum(old != new for old, new in zip(lines, repaired, strict=True))
+
+
+@cache
+def _ftfy() -> tuple[Callable[[str], bool], Callable[[str], str]]:
+    """Its test, and the part of it that puts right encodings alone: no width, quotation mark or ligature is touched."""
+    from ftfy import fix_encoding
+    from ftfy.badness import is_bad
+
+    return is_bad, fix_encoding
+
+
+def _is_source(record: Record) -> bool:
+    """Whether a text is code; left-overs of HTML in it do not make it so."""
+    if record.language != UNKNOWN:
+        return record.language == CODE
+    return is_code_name(record.id) or is_code_text(_ENTITY.sub(" ", _TAG.sub("", record.text)))
+
+
+def is_on_markup(text: str) -> bool:
+    """Whether a text is on HTML or its like, so that tags and entities in it are what it is about.
+
+    It is where it names a markup language outside of its tags, shows a tag in quotation marks or as code, or
+    has blocks of code (Markdown's fences, Python's prompts, reStructuredText's double colons).
+    """
+    seen, _ = _without_unseen(text)
+    return bool(_SHOWN_TAG.search(seen) or _MARKUP_NAME.search(_TAG.sub(" ", seen)))
+
+
+def undo_html(text: str) -> tuple[str, int]:
+    """Text with entities as their characters and without known tags, and the number of both.
+
+    Tags of blocks become line ends, others vanish; scripts, styles and comments go with what is in them.
+    """
+    text, found = _without_unseen(text)
+    closed = {name.lower() for name in _CLOSING.findall(text)} if "<" in text else set()
+
+    def without_tag(tag: re.Match[str]) -> str:
+        nonlocal found
+        name = tag[2].lower()
+        if name in _WORDS and name not in closed and not tag[3]:
+            return tag[0]
+        found += 1
+        if name in _BLOCKS or name in _BLOCK_WORDS:
+            return "\n"
+        return "^" if name == "sup" and not tag[1] else ""
+
+    def character(entity: re.Match[str]) -> str:
+        nonlocal found
+        is_number = entity[1].startswith("#")
+        undone = html.unescape(f"&{entity[1]};") if is_number else html5.get(f"{entity[1]};", entity[0])
+        found += undone != entity[0]
+        return undone
+
+    text = _TAG.sub(without_tag, text)
+    return _ENTITY.sub(character, text), found
+
+
+def _without_unseen(text: str) -> tuple[str, int]:
+    """Text without scripts, styles and comments, and their number."""
+    parts, at = [], 0
+    for opening in _UNSEEN.finditer(text):
+        end = _UNSEEN_END[(opening[1] or opening[2]).lower()]
+        start = opening.end()
+        if opening.start() >= at and (closing := end.search(text, start, start + _LONGEST_UNSEEN)):
+            parts.append(text[at : opening.start()])
+            at = closing.end()
+    return "".join(parts) + text[at:], len(parts)

@@ -1,0 +1,410 @@
+"""Rules on the quality of a document: Gopher, C4 and FineWeb, from one split into words.
+
+Sources: Gopher: Rae et al. 2021, appendix A1. C4: Raffel et al. 2020, section 2.2. FineWeb: Penedo et al. 2024,
+section 3.6. Chinese thresholds of repetition: FineWeb2's for cmn_Hani (Penedo et al. 2025).
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_tools.record import CHINESE, CHINESE_TRADITIONAL, CODE, ENGLISH, Record, Signal
+from data_tools.stages import words as text_of
+from pretrain.errors import ConfigError
+
+_STOP_WORDS = {
+    ENGLISH: frozenset("the be to of and that have with".split()),  # Gopher's eight
+    CHINESE: frozenset("的了是在和有不为这就也与以其之对中年"),
+    CHINESE_TRADITIONAL: frozenset("的了是在和有不為這就也與以其之對中年"),
+}
+_NONE: frozenset[str] = frozenset()
+_MANY_BLANK = re.compile(r"\n{3,}")
+_BULLETS = "•-*●○▪■◆·‣◦–—"
+_ELLIPSES = ("...", "…", "。。。")
+_BAD_PHRASES = (
+    "javascript",
+    *("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies"),
+    *("使用条款", "隐私政策", "使用條款", "隱私政策"),
+)
+
+
+class QualityMode(Enum):
+    drop = "drop"
+    annotate = "annotate"
+
+
+@dataclass(kw_only=True, slots=True)
+class ThresholdsConfig:
+    """Bounds of one language, as shares from 0 to 1 unless said otherwise; null: the rule is not applied."""
+
+    min_words: float | None = 50
+    """Words with a letter or digit (Chinese: characters). Gopher."""
+    max_words: float | None = 100_000
+    """As min_words. Gopher."""
+    min_mean_word_length: float | None = 3
+    """Characters per word, punctuation aside. Gopher."""
+    max_mean_word_length: float | None = 10
+    """As min_mean_word_length. Gopher."""
+    max_hash_ratio: float | None = 0.1
+    """Signs # per word. Gopher."""
+    max_ellipsis_ratio: float | None = 0.1
+    """Ellipses per word. Gopher."""
+    max_bullet_lines: float | None = 0.9
+    """Lines that begin with a bullet. Gopher."""
+    max_ellipsis_lines: float | None = 0.3
+    """Lines that end with an ellipsis. Gopher."""
+    min_alpha_words: float | None = 0.8
+    """Words and punctuation that hold a letter. Gopher."""
+    min_stop_words: float | None = 2
+    """Number of different stop words. Gopher."""
+    max_duplicate_lines: float | None = 0.3
+    """Lines that stood before in the document. Gopher."""
+    max_duplicate_paragraphs: float | None = 0.3
+    """Paragraphs that stood before. Gopher."""
+    max_duplicate_paragraph_chars: float | None = 0.2
+    """Characters in them. Gopher."""
+    max_top_2gram: float | None = 0.20
+    """Characters in the most frequent run of 2 words (Chinese: of 4 characters). Gopher, as the next two."""
+    max_top_3gram: float | None = 0.18
+    max_top_4gram: float | None = 0.16
+    max_duplicate_5gram: float | None = 0.15
+    """Characters in runs of 5 words (Chinese: 10 characters) that stood before. Gopher, as the next five."""
+    max_duplicate_6gram: float | None = 0.14
+    max_duplicate_7gram: float | None = 0.13
+    max_duplicate_8gram: float | None = 0.12
+    max_duplicate_9gram: float | None = 0.11
+    max_duplicate_10gram: float | None = 0.10
+    min_sentences: float | None = 5
+    """Number of sentences in the lines that C4 keeps. C4."""
+    max_lorem_ipsum: float | None = 0
+    """Whether it says lorem ipsum, 0 or 1. C4."""
+    max_curly_brackets: float | None = 0
+    """Whether it holds a curly bracket, 0 or 1. C4."""
+    min_terminal_lines: float | None = 0.12
+    """Lines that end in terminal punctuation. FineWeb."""
+    max_short_lines: float | None = 0.67
+    """Lines of at most 30 characters (Chinese: 12). FineWeb."""
+    max_duplicate_line_chars: float | None = 0.01
+    """Characters in lines that stood before. FineWeb; Gopher has 0.2."""
+    max_newline_ratio: float | None = 0.3
+    """Line ends per word. FineWeb."""
+    min_classifier_score: float | None = None
+    """Score of `classifier_label` by the classifier, where one is given."""
+    max_perplexity: float | None = None
+    """Perplexity per word by the language model, where one is given."""
+
+
+def chinese_thresholds() -> ThresholdsConfig:
+    """Words are characters here, about 1.7 to a word, and the shares per word are lowered by that.
+
+    Repetition, terminal punctuation and line ends are FineWeb2's. A mean length above 3 is Latin text for the most
+    part. Sentences are long, and laws and minutes repeat their headings: hence fewer and more.
+    """
+    return ThresholdsConfig(
+        min_words=80,
+        max_words=170_000,
+        min_mean_word_length=None,
+        max_mean_word_length=3,
+        max_hash_ratio=0.06,
+        max_ellipsis_ratio=0.06,
+        max_duplicate_lines=0.287,
+        max_top_2gram=0.256,
+        max_top_3gram=0.201,
+        max_top_4gram=0.171,
+        max_duplicate_5gram=0.198,
+        max_duplicate_6gram=0.182,
+        max_duplicate_7gram=0.167,
+        max_duplicate_8gram=0.154,
+        max_duplicate_9gram=0.14,
+        max_duplicate_10gram=0.127,
+        min_sentences=3,
+        min_terminal_lines=0.106,
+        max_duplicate_line_chars=0.1,
+        max_newline_ratio=0.11,
+    )
+
+
+def code_thresholds() -> ThresholdsConfig:
+    """Repetition only, against tables and generated code; of SymPy 395 of 398 files keep within these bounds.
+
+    In the median file half of the words have no letter, half of the lines are short and 17 % of the characters are
+    in repeated runs of 5: the other rules, and Gopher's bounds, would drop good programs.
+    """
+    off = dict.fromkeys(threshold.name for threshold in fields(ThresholdsConfig))
+    return ThresholdsConfig(
+        **off
+        | dict.fromkeys(("max_duplicate_lines", "max_duplicate_5gram", "max_duplicate_6gram"), 0.6)
+        | dict.fromkeys(("max_duplicate_line_chars", "max_duplicate_7gram", "max_duplicate_8gram"), 0.5)
+        | dict.fromkeys(("max_duplicate_paragraphs", "max_duplicate_9gram", "max_duplicate_10gram"), 0.5)
+        | dict.fromkeys(("max_duplicate_paragraph_chars",), 0.3)
+        | dict.fromkeys(("max_top_2gram", "max_top_3gram", "max_top_4gram"), 0.4)
+    )
+
+
+def curated_thresholds() -> ThresholdsConfig:
+    """Against broken text only: what repeats itself, and what has hardly a letter. For text that people chose.
+
+    Of 261 factbook pages, 10,033 encyclopedia entries, 59 plays and poems, 31,429 short Chinese reviews and 7,167
+    dialogues, the thresholds for the web drop 100, 73, 81, 84 and 59 %; these drop 0, 0.01, 1.7, 0.4 and 0.5 %:
+    phrases said over and over, and one list of addresses. Of the 53,762 documents of ten sources all but three have
+    letters in more than a quarter of their words; two of these are tables of prices.
+    """
+    return replace(code_thresholds(), min_alpha_words=0.25)
+
+
+@dataclass(kw_only=True, slots=True)
+class QualityConfig:
+    """Which documents are good enough. Languages without thresholds of their own get the English ones but for
+    stop words."""
+
+    mode: QualityMode = QualityMode.drop
+    """drop: documents that break a rule are dropped, lines that C4 drops are removed; annotate: the figures go into
+    the document's signals, `quality.<figure>`, and nothing is dropped."""
+    english: ThresholdsConfig = field(default_factory=ThresholdsConfig)
+    """Also of other languages that are written with spaces."""
+    chinese: ThresholdsConfig = field(default_factory=chinese_thresholds)
+    """Simplified and traditional."""
+    code: ThresholdsConfig = field(default_factory=code_thresholds)
+    """Programs."""
+    curated: ThresholdsConfig = field(default_factory=curated_thresholds)
+    """Documents of `curated_sources` in every language; programs among them are judged by `code`."""
+    curated_sources: list[str] = field(default_factory=list)
+    """Sources that people chose (books, poems, reviews, reference works), by name or pattern such as `zh_*`; `*`: all.
+    No lines are removed from their documents."""
+    remove_lines: bool = True
+    """Remove the lines that C4 drops from documents that are kept; never from code."""
+    require_terminal_punctuation: bool = False
+    """C4 drops lines that do not end in terminal punctuation. FineWeb found that this takes too much."""
+    min_line_words: int = 3
+    """C4 drops lines with fewer words (Chinese: characters)."""
+    max_line_word_chars: int = 1000
+    """C4 drops lines with a longer word."""
+    classifier_path: str | None = None
+    """A fastText model of yours; it reads the text in one line. null: none."""
+    classifier_label: str = "__label__hq"
+    """The label whose probability is the score."""
+    perplexity_path: str | None = None
+    """A KenLM model of yours (ARPA or binary), over lower-case words as `words.py` splits them. null: none."""
+
+    def __post_init__(self) -> None:
+        for key in ("min_line_words", "max_line_word_chars"):
+            if (value := getattr(self, key)) < 1:
+                raise ConfigError(f"curation.quality.{key}={value} must be greater than 0")
+        for language in ("english", "chinese", "code", "curated"):
+            thresholds = getattr(self, language)
+            for rule in RULES:
+                value, highest = getattr(thresholds, rule.field), None if rule.field in _UNBOUNDED else 1
+                if value is not None and not 0 <= value <= (highest or math.inf):
+                    raise ConfigError(
+                        f"curation.quality.{language}.{rule.field}={value} must be "
+                        + ("from 0 to 1" if highest else "0 or greater")
+                    )
+            for key, path in (
+                ("min_classifier_score", "classifier_path"),
+                ("max_perplexity", "perplexity_path"),
+            ):
+                if getattr(thresholds, key) is not None and getattr(self, path) is None:
+                    raise ConfigError(
+                        f"curation.quality.{language}.{key}={getattr(thresholds, key)} needs a model; "
+                        f"give curation.quality.{path}=PATH"
+                    )
+
+    def is_curated(self, source: str) -> bool:
+        """Whether people chose the documents of a source."""
+        return any(fnmatchcase(source, pattern) for pattern in self.curated_sources)
+
+    def thresholds(self, language: str, source: str = "") -> ThresholdsConfig:
+        """What documents of a language and a source are judged by."""
+        if language == CODE:
+            return self.code
+        if self.is_curated(source):
+            return self.curated
+        if text_of.is_chinese(language):
+            return self.chinese
+        return self.english if language == ENGLISH else replace(self.english, min_stop_words=None)
+
+
+class Rule(NamedTuple):
+    """One bound; its signal and reason follow from the name of its threshold."""
+
+    field: str
+    signal: str
+    is_minimum: bool
+    reason: str
+
+
+def _rule(threshold: str) -> Rule:
+    side, figure = threshold.split("_", 1)
+    return Rule(
+        threshold, f"quality.{figure}", side == "min", f"{'low' if side == 'min' else 'high'}_{figure}"
+    )
+
+
+RULES = [_rule(threshold.name) for threshold in fields(ThresholdsConfig)]
+_UNBOUNDED = set(
+    "min_words max_words min_mean_word_length max_mean_word_length min_stop_words min_sentences max_hash_ratio "
+    "max_ellipsis_ratio max_newline_ratio max_perplexity".split()
+)
+
+
+def reasons(signals: Mapping[str, Signal], thresholds: ThresholdsConfig) -> list[str]:
+    """The rules that a document breaks, from its figures alone; a figure that is not there breaks none."""
+    found = []
+    for threshold, signal, is_minimum, reason in RULES:
+        bound, value = getattr(thresholds, threshold), signals.get(signal)
+        if bound is not None and value is not None and (value < bound if is_minimum else value > bound):
+            found.append(reason)
+    return found
+
+
+def _word_signals(text: str, words: text_of.Split, language: str) -> dict[str, float]:
+    """Gopher's rules on words. Punctuation counts as words where shares are taken, but not in `words`."""
+    n_all = max(1, len(words.numbers))
+    is_alpha = [w.isalpha() or any(map(str.isalpha, w)) for w in words.distinct]
+    is_word = [alpha or any(map(str.isalnum, w)) for alpha, w in zip(is_alpha, words.distinct, strict=True)]
+    counted = np.array(is_word, bool)[words.numbers]
+    n_words = int(counted.sum())
+    n_ellipses = sum(map(text.count, _ELLIPSES)) - text.count("……")  # the Chinese ellipsis is two signs
+    return {
+        "words": n_words,
+        "mean_word_length": int(words.lengths[counted].sum()) / max(1, n_words),
+        "hash_ratio": text.count("#") / n_all,
+        "ellipsis_ratio": n_ellipses / n_all,
+        "alpha_words": int(np.array(is_alpha, bool)[words.numbers].sum()) / n_all,
+        "stop_words": len(_STOP_WORDS.get(language, _NONE).intersection(words.distinct)),
+        "newline_ratio": text.count("\n") / n_all,
+    }
+
+
+def _line_signals(text: str, lines: list[str], short_chars: int) -> dict[str, float]:
+    """Gopher's and FineWeb's rules on lines and paragraphs; blank lines do not count."""
+    n_lines, n_chars = max(1, len(lines)), max(1, sum(map(len, lines)))
+    paragraphs = text_of.paragraphs_of(text)
+    n_again, chars_again = _again(lines)
+    n_paragraphs_again, paragraph_chars_again = _again(paragraphs)
+    return {
+        "bullet_lines": sum(line[0] in _BULLETS for line in lines) / n_lines,
+        "ellipsis_lines": sum(line.endswith(_ELLIPSES) for line in lines) / n_lines,
+        "terminal_lines": sum(map(text_of.ends_sentence, lines)) / n_lines,
+        "short_lines": sum(len(line) <= short_chars for line in lines) / n_lines,
+        "duplicate_lines": n_again / n_lines,
+        "duplicate_line_chars": chars_again / n_chars,
+        "duplicate_paragraphs": n_paragraphs_again / max(1, len(paragraphs)),
+        "duplicate_paragraph_chars": paragraph_chars_again / max(1, len(text)),
+    }
+
+
+def _again(parts: list[str]) -> tuple[int, int]:
+    """How many parts stood before, and their characters."""
+    distinct = set(parts)
+    return len(parts) - len(distinct), sum(map(len, parts)) - sum(map(len, distinct))
+
+
+def measure(text: str, language: str, config: QualityConfig) -> tuple[dict[str, float], set[str]]:
+    """All figures of a text, `quality.<figure>`, and those of its lines that C4 drops."""
+    lines = text_of.lines_of(text)
+    lower = text.lower()
+    words = text_of.split(text, language)
+    bad = _bad_lines(lines, lower, language, config)
+    kept = [line for line in lines if line not in bad] if bad else lines
+    n_chars = max(1, len(text))
+    figures = _word_signals(text, words, language)
+    figures |= _line_signals(text, lines, 12 if text_of.is_chinese(language) else 30)
+    figures |= {name: chars / n_chars for name, chars in text_of.gram_chars(words, language).items()}
+    figures["sentences"] = text_of.count_sentences(kept, language)
+    figures["lorem_ipsum"] = int("lorem ipsum" in lower)
+    figures["curly_brackets"] = int("{" in text or "}" in text)
+    return {f"quality.{name}": round(value, 5) for name, value in figures.items()}, bad
+
+
+def _bad_lines(lines: list[str], lower: str, language: str, config: QualityConfig) -> set[str]:
+    """Lines that C4 drops."""
+    least, longest = config.min_line_words, config.max_line_word_chars
+    if text_of.is_chinese(language):
+        bad = {line for line in lines if len(line) < least}
+    else:
+        bad = {line for line in lines if len(line.split(None, least - 1)) < least}
+    bad |= {line for line in lines if len(line) > longest and max(map(len, line.split())) > longest}
+    if config.require_terminal_punctuation:
+        bad |= {line for line in lines if not text_of.ends_sentence(line) or line.endswith(_ELLIPSES)}
+    if phrases := [phrase for phrase in _BAD_PHRASES if phrase in lower]:
+        bad |= {line for line in lines if any(phrase in line.lower() for phrase in phrases)}
+    return bad
+
+
+def _remove_lines(record: Record, bad: set[str]) -> None:
+    """Of the blank lines around a removed one, one stays: paragraphs remain apart."""
+    lines = record.text.split("\n")
+    kept = [line for line in lines if line.strip() not in bad]
+    record.text = _MANY_BLANK.sub("\n\n", "\n".join(kept)).strip("\n")
+    record.count("quality.lines", len(lines) - len(kept))
+
+
+class QualityStage:
+    """Drops documents that break a rule, or notes their figures."""
+
+    name = "quality"
+
+    def __init__(self, config: QualityConfig) -> None:
+        self.config = config
+        self._classifier: Any = None
+        self._language_model: Any = None
+
+    def process(self, record: Record) -> str | None:
+        """The first rule that the record breaks, as `low_<figure>` or `high_<figure>`."""
+        signals, bad = measure(record.text, record.language, self.config)
+        if self.config.classifier_path is not None:
+            signals["quality.classifier_score"] = round(self._score(record.text), 5)
+        if self.config.perplexity_path is not None:
+            signals["quality.perplexity"] = round(self._perplexity(record.text, record.language), 2)
+        if self.config.mode is QualityMode.annotate:
+            record.signals.update(signals)
+            return None
+        if found := reasons(signals, self.config.thresholds(record.language, record.source)):
+            return found[0]
+        keeps_lines = record.language == CODE or self.config.is_curated(record.source)
+        if bad and self.config.remove_lines and not keeps_lines:
+            _remove_lines(record, bad)
+        return None
+
+    def _score(self, text: str) -> float:
+        """Probability of the label that the user's classifier gives."""
+        if self._classifier is None:
+            self._classifier = _load("classifier_path", self.config.classifier_path, "fasttext", "load_model")
+            if self.config.classifier_label not in self._classifier.labels:
+                raise ConfigError(
+                    f"curation.quality.classifier_label={self.config.classifier_label} is no label of "
+                    f"{self.config.classifier_path}; it has {', '.join(sorted(self._classifier.labels)[:20])}"
+                )
+        labels, scores = self._classifier.predict(text.replace("\n", " "), k=len(self._classifier.labels))
+        return float(dict(zip(labels, scores, strict=True)).get(self.config.classifier_label, 0.0))
+
+    def _perplexity(self, text: str, language: str) -> float:
+        """By the user's language model, per word and line end; each line is a sentence to it."""
+        if self._language_model is None:
+            self._language_model = _load("perplexity_path", self.config.perplexity_path, "kenlm", "Model")
+        lines = [text_of.words_of(line, language) for line in text_of.lines_of(text.lower())]
+        log10 = sum(self._language_model.score(" ".join(words)) for words in lines)
+        return 10 ** (-log10 / max(1, sum(map(len, lines)) + len(lines)))
+
+
+def _load(key: str, path: str | None, package: str, loader: str) -> Any:
+    """A user's model; ConfigError where its package or file is missing, or the file is no model."""
+    if not Path(str(path)).is_file():
+        raise ConfigError(f"curation.quality.{key}={path} is no file")
+    try:
+        return getattr(importlib.import_module(package), loader)(path)
+    except ImportError as error:
+        raise ConfigError(f"curation.quality.{key}={path} needs the package {package}; install it") from error
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"curation.quality.{key}={path} cannot be read by {package}: {error}") from error
