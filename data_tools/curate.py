@@ -46,7 +46,7 @@ from data_tools.stages.decontaminate import build_index
 from pretrain import __version__
 from pretrain.config import run_command, to_dict
 from pretrain.errors import ConfigError, RunError
-from pretrain.files import refuse_links
+from pretrain.files import sync_folder
 from pretrain.printing import print_error
 from pretrain.remote import open_file
 
@@ -278,8 +278,7 @@ def _is_finished(output: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
 def _work(output: Path, recipe: dict[str, Any]) -> Iterator[Layout]:
     """The work folder of a recipe, for one process at a time; that of other recipes is removed."""
     work = output / WORK
-    refuse_links(work, output, "remove it")
-    with locked(work, f"another process is curating into output={output}; wait for it"):
+    with locked(work, f"another process is curating into output={output}"):
         for other in work.iterdir():
             if other.is_dir() and other.name != _key(recipe):
                 shutil.rmtree(other)
@@ -298,6 +297,7 @@ def _publish(work: Path, output: Path) -> None:
             shutil.rmtree(output / name)
         if (work / name).exists():
             os.replace(work / name, output / name)
+    sync_folder(output)
     shutil.rmtree(output / WORK)
 
 

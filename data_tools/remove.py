@@ -72,7 +72,7 @@ def remove(folder: Path, ids: set[str]) -> Counter[str]:
     if (folder / STATISTICS_NAME).exists():  # not where an older program prepared it
         statistics = read_statistics(folder / STATISTICS_NAME)
     removal = _Removal(ids, shard_bytes, tokenizer)
-    with locked(folder / WORK_FOLDER, f"another process writes into {folder}; wait for it"):
+    with locked(folder / WORK_FOLDER, f"another process writes into {folder}"):
         try:
             _rewrite(folder, folder / WORK_FOLDER / "remove", removal, report, statistics)
         finally:

@@ -8,7 +8,6 @@ failed, 2 an argument is wrong, 75 stopped on request (Ctrl-C, SIGTERM, SIGHUP, 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import re
@@ -29,7 +28,7 @@ from pretrain.command import begin
 begin(__name__, goes_on=True)
 
 from pretrain.errors import ConfigError
-from pretrain.files import open_lock, refuse_links, write_atomically
+from pretrain.files import hold_lock, refuse_links, write_atomically
 from pretrain.ports import free_port
 from pretrain.quickstart.length import (
     FEWEST_STEPS,
@@ -346,18 +345,13 @@ def open_folder(options: argparse.Namespace) -> tuple[Path, IO[str]]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         refuse_links(out, out, "remove it", leave_out="run/wandb/*run-*")  # where W&B makes links itself
-        lock = open_lock(out / ".lock")
+        out = out.resolve()
+        busy = f"another quickstart is at work in {out}"
+        lock = hold_lock(out / ".lock", busy, "wait for it, or choose another folder with --out")
     except ConfigError as error:
         raise Failed(str(error)) from error
     except OSError as error:
         raise Failed(f"{out} cannot be made ({error.strerror}); choose another folder with --out") from error
-    out = out.resolve()
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Failed(
-            f"another quickstart is at work in {out}; wait for it, or choose another folder with --out"
-        ) from None
     text = " ".join(map(str, options.corpus)) or "python"
     asked = f"{text} steps={options.steps}" if options.steps else f"{text} minutes={options.minutes:g}"
     remembered = out / "asked"

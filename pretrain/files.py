@@ -6,15 +6,19 @@ followed, a temporary file is always new, and a file is there as a whole or not 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from pretrain.errors import ConfigError
 
 _READ_BYTES = 1 << 20
+_HOLDER_CHARS = 200
+"""Read of what a lock file says of its holder."""
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
@@ -114,11 +118,6 @@ def open_for_append(path: str | Path, mode: int = 0o666) -> int:
     return descriptor
 
 
-def open_lock(path: str | Path) -> TextIO:
-    """A file to be locked, made where it is missing, whose words can be read and replaced. Raises OSError."""
-    return open(open_for_append(path), "a+", encoding="utf-8")
-
-
 def touch(path: str | Path) -> None:
     """Have a file there, with what it holds. Raises OSError."""
     os.close(open_for_append(path))
@@ -134,19 +133,33 @@ def let_umask_decide(path: str | Path) -> None:
     os.chmod(path, 0o666 & ~umask)
 
 
-def write_atomically(path: Path, content: bytes, mode: int = 0o666) -> None:
-    """Write a file that is there as a whole or not at all, synced to disk. `mode` as for `create_file`."""
+@contextmanager
+def written_atomically(path: Path, *, durable: bool, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """A new file to write to; it takes the name `path` when the block ends well, and what stood there stays till then.
+
+    `durable`: the content is on the disk before it has its name, and the name before this returns, so that a power
+    cut leaves the old file or the new one. Otherwise this holds for a killed process only, and costs no sync.
+    `mode` as for `create_file`. Raises OSError.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with create_file(temporary, mode) as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except Exception:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
+
+
+def write_atomically(path: Path, content: bytes, *, durable: bool = True, mode: int = 0o666) -> None:
+    """Write a file that is there as a whole or not at all; `durable` and `mode` as for `written_atomically`."""
+    with written_atomically(path, durable=durable, mode=mode) as file:
+        file.write(content)
 
 
 def sync_folder(folder: Path) -> None:
@@ -156,3 +169,43 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# ---- locks -----------------------------------------------------------------------------------------------------------
+
+
+def open_lock(path: str | Path) -> TextIO:
+    """A file to be locked, made where it is missing, whose words can be read and replaced. Raises OSError."""
+    return open(open_for_append(path), "a+", encoding="utf-8")
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file (flock(2)) unless another process holds it. The kernel frees it when the holder ends."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def unlock(descriptor: int) -> None:
+    """Free what `try_lock` locked. Closing is not enough where a child forked meanwhile has the file open too."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def hold_lock(path: str | Path, busy: str, advice: str) -> TextIO:
+    """Hold a lock file, made where it is missing, until the returned file is closed or this process ends.
+
+    Raises ConfigError where another process holds it: `busy` says of what, `advice` what to do. Raises OSError.
+    """
+    handle = open_lock(path)
+    if not try_lock(handle.fileno()):
+        with handle:
+            handle.seek(0)
+            holder = handle.readline(_HOLDER_CHARS).strip() or "unknown"
+        raise ConfigError(f"{busy} (process {holder}); {advice}")
+    with suppress(OSError):  # a full disk: the lock holds, and only the sentence above lacks its holder
+        handle.truncate(0)
+        handle.write(f"{os.getpid()} on {os.uname().nodename}\n")
+        handle.flush()
+    return handle

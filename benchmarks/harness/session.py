@@ -132,7 +132,8 @@ class Session:
         folder = self.folder / "logs" / f"repeat-{repeat + 1}-{name}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write_atomically(folder / "job.json", json.dumps(asdict(variant.job), indent=1).encode())
+        content = json.dumps(asdict(variant.job), indent=1).encode()
+        write_atomically(folder / "job.json", content, durable=False)
         return folder
 
     # ---- what was found ----

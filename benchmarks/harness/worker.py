@@ -192,7 +192,7 @@ class Meter:
             "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions},
             "device": device_name(self._device),
         }
-        write_atomically(self._folder / f"rank-{self._rank}.json", json.dumps(result).encode())
+        write_atomically(self._folder / f"rank-{self._rank}.json", json.dumps(result).encode(), durable=False)
 
     def _now(self) -> float:
         if self._device.type == "cuda":

@@ -6,7 +6,6 @@ and the input files. The finished corpus is moved into OUTPUT, manifest.json las
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -36,7 +35,7 @@ from pretrain.corpus.manifest import MANIFEST_NAME, Manifest, load_manifest
 from pretrain.corpus.shards import SHARDS_FOLDER
 from pretrain.corpus.tokenizer import TOKENIZER_NAMES, Tokenizer, tokenizer_in
 from pretrain.errors import ConfigError
-from pretrain.files import open_for_append, refuse_links, sync_folder, write_atomically
+from pretrain.files import hold_lock, refuse_links, sync_folder, write_atomically
 
 PRODUCTS = (
     REPORT_NAME,
@@ -182,23 +181,19 @@ def _check_complete(output: Path) -> None:
 def locked(work: Path, busy: str) -> Iterator[None]:
     """A work folder, made where it is missing, for one process at a time; `busy` is what the others are told.
 
-    Raises ConfigError, also where a link stands in its place: what it leads to would be written and removed.
+    Raises ConfigError, also where it is a link or holds one out of the output: what that leads to would be written
+    and removed.
     """
+    if work.is_symlink():
+        raise ConfigError(f"{work} is a link; remove it")
+    refuse_links(work, work.parent, "remove it")
     try:
         work.mkdir(parents=True, exist_ok=True)
-        if work.is_symlink():
-            raise ConfigError(f"{work} is a link; remove it")
-        lock = open_for_append(work / "lock")
+        lock = hold_lock(work / "lock", busy, "wait for it")
     except OSError as error:
         raise ConfigError(f"{work / 'lock'} cannot be used ({error.strerror or error})") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(busy) from error
+    with lock:
         yield
-    finally:
-        os.close(lock)
 
 
 def load_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
@@ -219,8 +214,7 @@ def open_work(output: Path, recipe: Recipe) -> Iterator[Path]:
     Raises ConfigError where another process prepares into the same output.
     """
     work = output / WORK_FOLDER
-    refuse_links(work, output, "remove it")
-    with locked(work, f"another process is preparing output={output}; wait for it"):
+    with locked(work, f"another process is preparing output={output}"):
         for other in work.iterdir():
             if other.is_dir() and other.name != recipe.key:
                 shutil.rmtree(other)

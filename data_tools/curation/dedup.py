@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 
 from pretrain.errors import ConfigError
-from pretrain.files import create_file
+from pretrain.files import written_atomically
 
 EXACT = 0
 """Number of the table of whole texts; those of the bands follow."""
@@ -163,12 +163,10 @@ def table_path(folder: Path, table: int, rank: int) -> Path:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write one array, which is there as a whole or not at all."""
+    """Write one array, which is there as a whole or not at all, also after a power cut: its task may count as done."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with create_file(temporary) as file:
+    with written_atomically(path, durable=True) as file:
         np.save(file, array, allow_pickle=False)
-    temporary.replace(path)
 
 
 def load_array(path: Path, *, mapped: bool = False) -> np.ndarray:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,7 +33,7 @@ from data_tools.stages.normalize import NormalizeConfig, NormalizeStage
 from data_tools.stages.pii import PiiConfig, PiiStage
 from data_tools.stages.quality import QualityConfig, QualityStage
 from pretrain.errors import ConfigError
-from pretrain.files import create_file, read_capped
+from pretrain.files import read_capped, written_atomically
 from pretrain.stored import parse
 
 # Placeholders of personal data would hide what an evaluation set shares, so they come last.
@@ -140,17 +139,13 @@ class Tally:
 def _written(path: Path) -> Iterator[BinaryIO | Gzipped]:
     """A file that is there as a whole or not at all; compressed where its name says so, always to the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with create_file(temporary) as raw:
+    with written_atomically(path, durable=True) as raw:
         if path.suffix == ".gz":
             packed = Gzipped(raw, level=4)
             yield packed
             packed.finish()
         else:
             yield raw
-        raw.flush()
-        os.fsync(raw.fileno())
-    temporary.replace(path)
 
 
 class _Rejects:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from data_tools.reading.evaluation_sets import read_items
 from data_tools.record import Record
 from pretrain.errors import ConfigError
-from pretrain.files import create_file, open_regular
+from pretrain.files import open_regular, written_atomically
 
 Codes = NDArray[np.uint32]
 Hashes = NDArray[np.uint64]
@@ -118,15 +118,10 @@ class Index(NamedTuple):
 
     def write(self, path: str | os.PathLike[str], parameters: str) -> None:
         """One .npz file without pickle; the same content gives the same bytes."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         head = [parameters, self.names, self.items, self.too_short, self.lengths]
-        with create_file(temporary) as file:
+        with written_atomically(Path(path), durable=True) as file:
             arrays = {"hashes": self.hashes, "sets": self.sets, "openings": self.openings}
             np.savez(file, allow_pickle=False, head=np.array(json.dumps(head)), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], parameters: str) -> Index:

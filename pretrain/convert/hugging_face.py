@@ -24,7 +24,7 @@ from torch import Tensor
 from pretrain.config import ModelConfig, TrainConfig
 from pretrain.corpus.tokenizer import CHECK_TEXT, SPACE_SYMBOL, Tokenizer, frame
 from pretrain.errors import ConfigError, RunError
-from pretrain.files import let_umask_decide
+from pretrain.files import let_umask_decide, sync_folder
 from pretrain.model.decoder import build_decoder
 from pretrain.trained import TrainedModel
 
@@ -125,6 +125,7 @@ def _published_together(output: Path) -> Iterator[Path]:
         if output.exists():
             output.rename(replaced)
         temporary.rename(output)
+        sync_folder(output.parent)  # before the replaced export goes
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

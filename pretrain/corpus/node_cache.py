@@ -12,7 +12,6 @@ does not disturb who has it open, and who misses it fetches it again.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.errors import ConfigError
+from pretrain.files import try_lock, unlock
 
 Check = Callable[[bytes], str | None]
 """What is wrong with a content, or None."""
@@ -155,7 +155,7 @@ class NodeCache:
             except OSError as error:
                 self._turn_off(error)
                 return None
-            if _lock_now(descriptor):
+            if try_lock(descriptor):
                 if _is_at(descriptor, part):
                     return descriptor
                 os.close(descriptor)  # the one who had it has published or removed it
@@ -215,7 +215,7 @@ class NodeCache:
         )
         try:
             deadline = time.monotonic() + _WAIT_S
-            while not (locked := _lock_now(descriptor)) and time.monotonic() < deadline:
+            while not (locked := try_lock(descriptor)) and time.monotonic() < deadline:
                 time.sleep(_POLL_S)
             yield descriptor if locked else None
         finally:
@@ -272,17 +272,9 @@ def _space(size: int) -> int:
     return -(-size // _BLOCK_BYTES) * _BLOCK_BYTES
 
 
-def _lock_now(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _unlock(descriptor: int) -> None:
-    """Close a file that may be locked; a child forked meanwhile has it open too, and would keep the lock."""
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    """Close a file that may be locked."""
+    unlock(descriptor)
     os.close(descriptor)
 
 
@@ -302,7 +294,7 @@ def _remove_if_dead(part: str) -> bool:
     except FileNotFoundError:
         return True
     try:
-        if not _lock_now(descriptor):
+        if not try_lock(descriptor):
             return False
         if _is_at(descriptor, part):
             os.unlink(part)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 from array import array
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -34,7 +34,7 @@ from pretrain.corpus.manifest import (
 )
 from pretrain.corpus.shards import SHARDS_FOLDER
 from pretrain.errors import ConfigError
-from pretrain.files import create_file, sync_folder, write_atomically
+from pretrain.files import write_atomically, written_atomically
 
 _BLOCK = tarfile.BLOCKSIZE
 _PIECE_KEYS = ("starts", "source", "ids", "offsets", "text_bytes")
@@ -214,8 +214,8 @@ class _ShardWriter:
     def __init__(self, folder: Path, name: str, first_chunk: int) -> None:
         self.folder = folder
         self.info = ShardInfo(name=name, first_chunk=first_chunk)
-        self._temporary = folder / f".{name}.tmp"
-        self._file: BinaryIO = create_file(self._temporary)
+        self._open = ExitStack()
+        self._file = self._open.enter_context(written_atomically(folder / name, durable=True))
         self._sha256 = hashlib.sha256()
         self._rows: list[list[tuple[int, int, int]]] = []
         self.bytes = 0
@@ -241,14 +241,10 @@ class _ShardWriter:
 
     def finish(self) -> ShardInfo:
         self._write(bytes(2 * _BLOCK))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
         index = io.BytesIO()
         np.save(index, np.array(self._rows, dtype="<u8"), allow_pickle=False)
         write_atomically(self.folder / self.info.index_name, index.getvalue())
-        os.replace(self._temporary, self.folder / self.info.name)
-        sync_folder(self.folder)
+        self._open.close()  # the shard takes its name after its index
         self.info.bytes, self.info.sha256 = self.bytes, self._sha256.hexdigest()
         self.info.index_sha256 = hashlib.sha256(index.getvalue()).hexdigest()
         return self.info

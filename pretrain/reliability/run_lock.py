@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from pathlib import Path
 from typing import IO
 
-from pretrain.errors import ConfigError
-from pretrain.files import open_lock, refuse_links
+from pretrain.files import hold_lock, refuse_links
 
 LINK_ADVICE = "remove it; checkpoint.target=DIR keeps checkpoints elsewhere"
 """Where a run folder holds a link: someone may have made it to have this run overwrite files of yours."""
@@ -27,17 +24,5 @@ def lock_run(run_dir: Path, target: Path | None = None) -> None:
     refuse_links(run_dir, run_dir, LINK_ADVICE, leave_out=WANDB_STARTS)
     if target is not None:
         refuse_links(target / "checkpoints", target, LINK_ADVICE)
-    handle = open_lock(run_dir / "lock")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        handle.seek(0)
-        raise ConfigError(
-            f"run_dir={run_dir} is in use by another run (process {handle.read().strip() or 'unknown'}); "
-            "stop that one or choose another folder"
-        ) from error
-    handle.seek(0)
-    handle.truncate()
-    handle.write(f"{os.getpid()} on {os.uname().nodename}\n")
-    handle.flush()
-    _locks.append(handle)
+    busy = f"run_dir={run_dir} is in use by another run"
+    _locks.append(hold_lock(run_dir / "lock", busy, "stop that one or choose another folder"))
