@@ -7,7 +7,6 @@ which a container has 64 MB by default.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -29,9 +28,9 @@ from pretrain.data.permutation import Ints
 from pretrain.data.sequences import SequenceReader, Sequences
 from pretrain.errors import RunError
 from pretrain.reliability.heartbeat import memory_ran_out
+from pretrain.reliability.processes import end_with_parent
 
 _ROOT = Path(__file__).resolve().parents[2]
-_PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 _END_S = 1.0
 """A worker that is still reading this many seconds after the end is killed."""
@@ -145,9 +144,7 @@ class _Worker:
 def serve(descriptor: int, trainer_pid: int) -> None:
     """The program of a worker: answer items until the trainer closes the connection or dies."""
     # If the trainer is killed while its worker is reading from a slow store, that must go at once.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != trainer_pid:  # it was killed before the kernel knew of this wish
-        os._exit(1)
+    end_with_parent(trainer_pid, signal.SIGKILL)
     connection = Connection(descriptor)
     answers: SimpleQueue[Any] = SimpleQueue()
     # A thread sends, so that reading goes on while the trainer is busy and the socket is full.

@@ -5,7 +5,6 @@ Needs nothing but the standard library: the job may have to make its environment
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shlex
@@ -14,16 +13,17 @@ import subprocess
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
 from pretrain.files import create_file, open_lock, touch
+from pretrain.reliability.processes import end_with_parent
 
 POLL_S = 0.1
 GRACE_S = 20.0
 """Time that a command other than a training run gets to end after SIGTERM."""
-PR_SET_PDEATHSIG = 1  # prctl(2)
 CHATTER = re.compile(r'\[[0-9-]+ [0-9:,]+\] \[(INFO|WARNING|ERROR)\] \[[a-z_]+\.py|\[W[0-9]{3,}|\{"run_dir"')
 """Lines that are for programs: they go to the log and not to the screen."""
 
@@ -87,7 +87,7 @@ class CommandRunner:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=partial(end_with_parent, os.getpid()),
             )
         code = self._see_out(child, log, trains)
         self._heed()
@@ -138,11 +138,6 @@ class CommandRunner:
     def _note(self, name: str, seconds: str) -> None:
         with open_lock(self._table) as table:
             table.write(f"{name}\t{seconds}\n")
-
-
-def _end_with_parent() -> None:
-    """In a child before it starts: have the kernel send it SIGTERM when this process dies."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def _signal_group(child: subprocess.Popen[bytes], number: signal.Signals) -> None:

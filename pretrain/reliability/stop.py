@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import signal
 import time
 from pathlib import Path
 from types import FrameType
 
 from pretrain.reliability.heartbeat import LAUNCHER_LOST, LAUNCHER_LOST_SIGNAL
+from pretrain.reliability.processes import signal_at_parent_death
 
-PR_SET_PDEATHSIG = 1  # prctl(2)
 STOP_FILE = "stop"
 _STARTED = time.monotonic()
 _signals: list[str] = []
@@ -26,7 +25,7 @@ def listen_for_signals() -> None:
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, _on_signal)
     # The launcher may be killed alone; its ranks then save and end.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, LAUNCHER_LOST_SIGNAL, 0, 0, 0)
+    signal_at_parent_death(LAUNCHER_LOST_SIGNAL)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

@@ -10,8 +10,6 @@ launchers return odd codes. Imports no torch.
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import json
 import math
 import os
@@ -31,7 +29,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from pretrain.errors import ConfigError, ExitCode
-from pretrain.files import create_file, open_lock, refuse_links, touch
+from pretrain.files import create_file, hold_lock, refuse_links, touch
 from pretrain.redaction import redact_command
 from pretrain.reliability.attempts import (
     ATTEMPTS_FOLDER,
@@ -47,10 +45,10 @@ from pretrain.reliability.attempts import (
 )
 from pretrain.reliability.heartbeat import oom_kills
 from pretrain.reliability.journal import EVENTS_FILE, METRICS_FILE, say
+from pretrain.reliability.processes import adopt_orphans, descendants, end_with_parent
 from pretrain.reliability.run_lock import LINK_ADVICE, WANDB_STARTS
 from pretrain.reliability.stop import STOP_FILE
 
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 POLL_S = 0.1
 MAX_BACKOFF_S = 30.0
 FAILED_S = 10.0
@@ -104,7 +102,7 @@ class Supervisor:
             raise ConfigError(f"run_dir={self._run_dir} cannot be made: {error.strerror}") from error
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        adopt_orphans()
         own = self._wait_for_lock(self._folder / "lock", "another supervisor")
         self._attempts = read_attempts(self._run_dir)
         try:
@@ -119,19 +117,16 @@ class Supervisor:
         self._asked = self._asked or signal.Signals(number).name
 
     def _wait_for_lock(self, path: Path, holder: str) -> IO[str]:
-        """Take a lock, waiting for at most the grace time: what holds it may be saving"""
+        """Take a lock, waiting for at most the grace time: what holds it may be saving. Raises ConfigError."""
         deadline = time.monotonic() + self._grace_s + LOCK_MARGIN_S
-        handle = open_lock(path)
+        busy = f"run_dir={self._run_dir} is held by {holder}: {path} is locked"
         while True:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return handle
-            except BlockingIOError:
+                return hold_lock(path, busy, "stop that one first")
+            except ConfigError:
                 if self._asked or time.monotonic() > deadline:
-                    raise ConfigError(
-                        f"run_dir={self._run_dir} is held by {holder} ({path} is locked); stop that one first"
-                    ) from None
-                time.sleep(POLL_S)
+                    raise
+            time.sleep(POLL_S)
 
     def _supervise(self) -> ExitCode:
         best = max(complete_checkpoints(self._run_dir), default=0)
@@ -249,8 +244,8 @@ class Supervisor:
             return self._see_out(guard, watch)
         try:
             os.setsid()  # Ctrl-C is for the supervisor, who asks the run
-            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-            _end_with_parent(supervisor)
+            adopt_orphans()
+            end_with_parent(supervisor)
             _exit_like(self._see_out(_start(self._command, log), None))
         except BaseException as error:
             say(f"supervise: {error}")
@@ -383,17 +378,10 @@ def _start(command: list[str], log: Path) -> int:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            preexec_fn=lambda: _end_with_parent(guard),
+            preexec_fn=lambda: end_with_parent(guard),
         )
     process.returncode = 0  # it is waited for in `_reap`, with those that it leaves behind
     return process.pid
-
-
-def _end_with_parent(parent: int) -> None:
-    """Have the kernel send SIGTERM to this process when its parent dies, or now if it has."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _exit_like(code: int) -> None:
@@ -412,26 +400,6 @@ def _reap() -> dict[int, int]:
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             codes[ended[0]] = os.waitstatus_to_exitcode(ended[1])
     return codes
-
-
-def descendants() -> list[int]:
-    """Living processes below this one. Orphans among them come to this process, a subreaper, and stay below it."""
-    # One whose parent dies while the processes are looked at is missed, so that none is found counts the second time.
-    return _descendants() or _descendants()
-
-
-def _descendants() -> list[int]:
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            state, parent = path.read_text().rpartition(")")[2].split()[:2]
-            if state != "Z":
-                children.setdefault(int(parent), []).append(int(path.parent.name))
-    found, below = [], [os.getpid()]
-    while below:
-        below = [child for parent in below for child in children.get(parent, [])]
-        found += below
-    return found
 
 
 def _kill_all() -> dict[int, int]:

@@ -27,6 +27,7 @@ from pretrain.command import begin
 from pretrain.files import create_file, is_inside, open_for_append
 from pretrain.reliability import heartbeat
 from pretrain.reliability.hub import Hub, Line, Message
+from pretrain.reliability.processes import command_line_of, status_of
 
 TICK_S = 0.5
 DUMP_S = 5.0
@@ -227,7 +228,7 @@ class Watcher:
             "phase": beat.phase,
             "age_s": age_s,
             "limit_s": self.limits["step_s" if self.started else "startup_s"],
-            "stopped": self.found_stopped or (not self.dead and _state(self.pid) in "Tt"),
+            "stopped": self.found_stopped or (not self.dead and status_of(self.pid).state in "Tt"),
             "bye": self.bye,
         }
 
@@ -369,7 +370,7 @@ class Watcher:
         if self.dead:
             return {"waiting": False}
         self.dumped = True
-        stopped = self.found_stopped = _state(self.pid) in "Tt"
+        stopped = self.found_stopped = status_of(self.pid).state in "Tt"
         os.ftruncate(self.stacks, 0)
         os.lseek(self.stacks, 0, os.SEEK_SET)
         self._ask_for_stacks()
@@ -416,26 +417,15 @@ class Watcher:
 def _launchers(pid: int) -> list[int]:
     """File descriptors of the launcher processes above `pid`, nearest first."""
     found = []
-    while (pid := int(_stat(pid)[1])) > 1:  # its parent
+    while (pid := status_of(pid).parent) > 1:
         try:
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            command = command_line_of(pid)
             if not any(name in command for name in LAUNCHERS) or b"supervise.py" in command:
                 break
             found.append(os.pidfd_open(pid))
         except OSError:
             break
     return found
-
-
-def _stat(pid: int) -> list[str]:
-    try:  # the name, in parentheses, may hold anything
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ["X", "0"]
-
-
-def _state(pid: int) -> str:
-    return _stat(pid)[0]
 
 
 def _now() -> str:
