@@ -11,7 +11,6 @@ every --every-steps, and prints the median and the range of all saves but each r
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pretrain.config import CheckpointConfig
+from pretrain.reliability.events import Event, read_events
 from pretrain.reliability.journal import read_metrics
 
 
@@ -50,9 +50,8 @@ def train(manifest: Path, run_dir: Path, n_steps: int, every_steps: int, backgro
     times_s = {record["step"]: record["step_time_s"] for record in read_metrics(run_dir)}
     step_s = statistics.median(times_s.values())
     saves = []
-    for line in (run_dir / "events.jsonl").read_text().splitlines():
-        event = json.loads(line)
-        if event["event"] != "checkpoint_saved" or event["step"] in (every_steps, n_steps):
+    for event in read_events(run_dir):
+        if event["event"] != Event.CHECKPOINT_SAVED or event["step"] in (every_steps, n_steps):
             continue
         if not background:
             saves.append(Save(event["stall_s"] + event["write_s"], 0.0, event["write_s"], step_s))

@@ -8,7 +8,6 @@ failed, 2 an argument is wrong, 75 stopped on request (Ctrl-C, SIGTERM, SIGHUP, 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -41,6 +40,9 @@ from pretrain.quickstart.length import (
     second_half_limit_s,
 )
 from pretrain.quickstart.runner import CommandRunner, Failed, Stopped, say
+from pretrain.reliability.events import Event, read_events
+from pretrain.reliability.journal import METRICS_FILE
+from pretrain.reliability.json_lines import read_lines
 
 EXIT_FAILED, EXIT_STOPPED = 1, 75
 PLANNED_STOPS = ("stop_at_step=", "stop_after_s=")
@@ -117,13 +119,6 @@ def parse(words: list[str]) -> argparse.Namespace:
 def hydra_quoted(path: Path) -> str:
     """A path as a value that Hydra reads, whatever signs it holds."""
     return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def read_records(path: Path) -> list[dict]:
-    """The whole lines of a file of JSON lines; none where there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 class Job:
@@ -258,7 +253,8 @@ class Job:
 
     def _measure(self, wall_s: float) -> Measured:
         """What the start of the run that took `wall_s` showed."""
-        records = [line for line in read_records(self.run_dir / "metrics.jsonl") if line["kind"] == "step"]
+        lines = read_lines(self.run_dir / METRICS_FILE, kind=str)
+        records = [line for line in lines if line["kind"] == "step"]
         times_s = [line["step_time_s"] for line in records if line["attempt"] == records[-1]["attempt"]]
         usual_s = times_s[1:] or times_s  # the first step allocates
         return Measured(self._newest_step(), sum(usual_s) / len(usual_s), max(0.0, wall_s - sum(times_s)))
@@ -285,7 +281,7 @@ class Job:
         command += [*settings, *length_overrides(steps), *stop]
         code = self.stages.run(name, command, codes=(0, EXIT_STOPPED), trains=True)
         if code == EXIT_STOPPED:
-            stops = [e for e in read_records(self.run_dir / "events.jsonl") if e["event"] == "stopped"]
+            stops = [event for event in read_events(self.run_dir) if event["event"] == Event.STOPPED]
             if not stops[-1]["reason"].startswith(PLANNED_STOPS):
                 raise Stopped(stops[-1]["reason"])
         return code

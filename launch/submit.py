@@ -34,6 +34,7 @@ from pretrain.errors import ConfigError, RunError
 from pretrain.files import refuse_links
 from pretrain.printing import visible
 from pretrain.redaction import redact_command
+from pretrain.reliability.events import EVENTS_FILE, finished_pattern
 from pretrain.reliability.run_lock import LINK_ADVICE, WANDB_STARTS
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "train.sbatch"
@@ -128,7 +129,8 @@ def batch_script(config: SubmitConfig, overrides: list[str], folder: Path) -> st
         "CODE": shlex.quote(str(folder / "code" / "launch")),
         "WORLD_INFO": base64.urlsafe_b64encode(json.dumps(world).encode()).decode(),
         "OVERRIDES": _words(overrides),
-        "N_STEPS": str(config.n_steps),
+        "FINISHED": shlex.quote(finished_pattern(config.n_steps)),
+        "EVENTS_FILE": EVENTS_FILE,
         "EXCLUDE": " ".join(shlex.quote(node) for node in cluster.exclude),
         "NODES": str(cluster.nodes),
         "CPUS_PER_NODE": str(ranks * cluster.cpus_per_rank),

@@ -34,3 +34,17 @@ def _escape(character: str) -> str:
 def print_error(kind: str, error: BaseException | str) -> None:
     """A line on stderr: `kind` and what was wrong, which may quote what a file holds."""
     print(f"{kind}: {visible(str(error), limit=ERROR_CHARS)}", file=sys.stderr, flush=True)
+
+
+def say(line: str) -> None:
+    """One line on stderr, whatever state stderr is in; what it quotes of events and logs is made visible."""
+    line = visible(line)
+    try:
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            Console(stderr=True).print(line, markup=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # the terminal or the reader of the pipe is gone
+        pass

@@ -9,7 +9,7 @@ import torch
 from pretrain.config import Precision, TrainConfig
 from pretrain.gpus import PeakFlops, known_peak
 from pretrain.model.kernels import DTYPES, Capability
-from pretrain.reliability.journal import say
+from pretrain.printing import say
 
 
 def measure_matmul_flops(

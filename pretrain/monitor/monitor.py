@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,18 +28,12 @@ from pretrain.checkpoint.saver import Saved
 from pretrain.config import LoggingConfig, TrainConfig, WandbMode, to_dict
 from pretrain.errors import ExitCode
 from pretrain.gpus import PeakFlops
-from pretrain.reliability.journal import (
-    EVENTS_FILE,
-    HELDOUT_PREFIX,
-    LEDGER_FOLDER,
-    METRICS_FILE,
-    ROLLBACK,
-    JsonLines,
-    jsonable,
-    say,
-)
+from pretrain.printing import say
+from pretrain.reliability.events import Event, EventLog
+from pretrain.reliability.journal import HELDOUT_PREFIX, LEDGER_FOLDER, METRICS_FILE, ROLLBACK
 from pretrain.reliability.journal import read_ledger as read_ledger
 from pretrain.reliability.journal import read_metrics as read_metrics
+from pretrain.reliability.json_lines import JsonLines, jsonable, utc_now
 
 WANDB_INIT_TIMEOUT_S = 30.0
 WANDB_FINISH_TIMEOUT_S = 30.0  # below srun's --wait, so that a slow upload never looks like a hung rank
@@ -190,8 +184,8 @@ class Monitor:
     """Records a run. Rank 0 writes; on other ranks every method but `ledger` does nothing.
 
     `first_step` is the first step that this attempt completes: 1, or the checkpoint's step + 1. The caller reports
-    `event("started")` or `event("resumed", step=...)` once the state is in place; from then on `read_metrics` takes
-    the steps after it from this attempt.
+    `event(Event.STARTED)` or `event(Event.RESUMED, step=...)` once the state is in place; from then on `read_metrics`
+    takes the steps after it from this attempt.
     """
 
     def __init__(
@@ -225,11 +219,11 @@ class Monitor:
         if rank != 0:
             return
         self._metrics = JsonLines(run_dir / METRICS_FILE)
-        self._events = JsonLines(run_dir / EVENTS_FILE)
+        self._events = EventLog(run_dir)
         self._wandb: _WandbWriter | None = None
         mode = wandb_mode(config.logging)
         self.event(
-            "monitoring",
+            Event.MONITORING,
             flops_per_token=flops_per_token(config.data.sequence_length),
             peak_flops_per_second=self._peak.per_second if self._peak else None,
             peak_source=self._peak.source if self._peak else None,
@@ -248,7 +242,7 @@ class Monitor:
                 "tags": config.logging.wandb_tags,
                 "config": to_dict(config),
             }
-            self._wandb = _WandbWriter(arguments, lambda reason: self.event("wandb_failed", reason=reason))
+            self._wandb = _WandbWriter(arguments, self._on_wandb_failure)
 
     def step(self, record: StepRecord) -> None:
         """Record one completed update; every `logging.every_steps` also to W&B and as a line."""
@@ -266,7 +260,7 @@ class Monitor:
             "eta_s": self._eta_s(record),
             "peak_memory_bytes": _peak_memory_bytes(),
         }
-        self._metrics.append({"kind": "step", "attempt": self._attempt, "time": _now()} | line)
+        self._metrics.append({"kind": "step", "attempt": self._attempt, "time": utc_now()} | line)
         tokens, seconds = self._since_line
         self._since_line = (tokens + record.step_tokens, seconds + time_s)
         if record.step % self._config.logging.every_steps == 0 or record.step in (
@@ -283,7 +277,7 @@ class Monitor:
             return
         named = {HELDOUT_PREFIX + name.removeprefix(HELDOUT_PREFIX): value for name, value in result.items()}
         self._metrics.append(
-            {"kind": "evaluation", "attempt": self._attempt, "time": _now(), "step": step} | named
+            {"kind": "evaluation", "attempt": self._attempt, "time": utc_now(), "step": step} | named
         )
         self._log_wandb(step, named)
         say(f"step {step}/{self._n_steps}  " + "  ".join(f"{k} {v:,.4g}" for k, v in named.items()))
@@ -291,7 +285,7 @@ class Monitor:
     def checkpoint(self, saved: Saved) -> None:
         """Record what came of a save; W&B gets the figures under checkpoint/<name>."""
         if saved.problem is not None:
-            self.event("checkpoint_failed", step=saved.step, reason=saved.problem)
+            self.event(Event.CHECKPOINT_FAILED, step=saved.step, reason=saved.problem)
             return
         figures = {
             "stall_s": saved.stall_s,
@@ -299,9 +293,9 @@ class Monitor:
             "bytes": saved.bytes,
             "bytes_per_second": saved.bytes / max(saved.write_s, 1e-9),
         }
-        self.event("checkpoint_saved", step=saved.step, path=str(saved.path), **figures)
+        self.event(Event.CHECKPOINT_SAVED, step=saved.step, path=str(saved.path), **figures)
         for path in saved.deleted:
-            self.event("checkpoint_deleted", step=saved.step, path=str(path))
+            self.event(Event.CHECKPOINT_DELETED, step=saved.step, path=str(path))
         if self._rank == 0:
             # At the newest step: W&B never goes back.
             self._log_wandb(
@@ -314,16 +308,19 @@ class Monitor:
         if self._ledger is not None:
             self._ledger.append(undone)
         if self._rank == 0:
-            self._metrics.append(undone | {"time": _now()})
-        self.event("rolled_back", step=step, **facts)
+            self._metrics.append(undone | {"time": utc_now()})
+        self.event(Event.ROLLED_BACK, step=step, **facts)
 
-    def event(self, name: str, **facts: Any) -> None:
+    def event(self, event: Event, **facts: Any) -> None:
         """Record that something happened, in events.jsonl and as a line on stderr."""
         if self._rank != 0:
             return
-        self._events.append({"event": name, "attempt": self._attempt, "time": _now()} | facts)
+        self._events.append(event, self._attempt, **facts)
         shown = (f"{key}={jsonable(value)}" for key, value in facts.items() if value not in (None, []))
-        say("  ".join((name, *shown)))
+        say("  ".join((event, *shown)))
+
+    def _on_wandb_failure(self, reason: str) -> None:
+        self.event(Event.WANDB_FAILED, reason=reason)
 
     def ledger(self, step: int, samples: Sequence[int], tokens_hash: str) -> None:
         """Record which samples this rank trained on in a step, and the xxh3-64 of their tokens (hex)."""
@@ -378,11 +375,6 @@ class Monitor:
             why = "" if record.loss_scale is None else f" at a loss scale of {record.loss_scale:,.0f}"
             parts.append(f"SKIPPED: gradient not finite{why}")
         say("  ".join(parts))
-
-
-def _now() -> str:
-    """UTC, for people; nothing is computed from it."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _peak_memory_bytes() -> int:

@@ -15,8 +15,10 @@ from typing import Any
 
 from pretrain.errors import ExitCode
 from pretrain.files import read_capped, write_atomically
+from pretrain.reliability.events import Event, RankFailure
 from pretrain.reliability.heartbeat import LAUNCHER_LOST
-from pretrain.reliability.journal import METRICS_FILE, read_lines, read_metrics
+from pretrain.reliability.journal import METRICS_FILE, read_metrics
+from pretrain.reliability.json_lines import read_lines
 from pretrain.stored import parse
 
 ATTEMPTS_FOLDER = "attempts"
@@ -46,13 +48,13 @@ class Cause(StrEnum):
 
 
 # What the run itself says in its event `rank_failed`.
-RANK_CAUSES = {
-    "killed": Cause.KILLED,
-    "oom": Cause.OUT_OF_MEMORY,
-    "hang": Cause.HANG,
-    "stopped": Cause.FROZEN,
-    "error": Cause.CRASH,
-    "lost": Cause.HOST_LOST,
+RANK_CAUSES: dict[str, Cause] = {
+    RankFailure.KILLED: Cause.KILLED,
+    RankFailure.OUT_OF_MEMORY: Cause.OUT_OF_MEMORY,
+    RankFailure.HANG: Cause.HANG,
+    RankFailure.FROZEN: Cause.FROZEN,
+    RankFailure.ERROR: Cause.CRASH,
+    RankFailure.HOST_LOST: Cause.HOST_LOST,
 }
 
 
@@ -107,12 +109,12 @@ def judge(
 
     The events come first: `deepspeed` returns 0 when its child is killed. `oom_kills`: by the kernel, meanwhile.
     """
-    names = {event["event"]: event for event in events}
-    if "finished" in names:
-        return Cause.FINISHED, f"finished at step {names['finished'].get('step')}"
+    last: dict[str, dict[str, Any]] = {event["event"]: event for event in events}
+    if finished := last.get(Event.FINISHED):
+        return Cause.FINISHED, f"finished at step {finished.get('step')}"
     number = _signal_of(exit_code)
-    if "stopped" in names:
-        step, reason = names["stopped"].get("step"), names["stopped"].get("reason")
+    if stopped := last.get(Event.STOPPED):
+        step, reason = stopped.get("step"), stopped.get("reason")
         # A signal that asks to stop may end the launcher first; its ranks then see the loss of the launcher.
         requested = number is not None or reason != LAUNCHER_LOST
         if asked or (exit_code != 0 and number not in _FATAL and requested):
@@ -124,8 +126,7 @@ def judge(
         return Cause.UNSAVED_STOP, f"{asked} came, and the run ended without saving"
     if exit_code == ExitCode.CONFIG_ERROR:
         return Cause.CONFIG_ERROR, error_sentence(log) or "exit code 2"
-    if "rank_failed" in names:
-        failed = names["rank_failed"]
+    if failed := last.get(Event.RANK_FAILED):
         cause = RANK_CAUSES.get(failed.get("cause", ""), Cause.CRASH)
         sentence = f"rank {failed.get('rank')} on {failed.get('host')}: {failed.get('reason')}"
         return cause, f"{sentence}: {error_sentence(log)}" if cause is Cause.CRASH else sentence

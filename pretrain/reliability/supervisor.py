@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -30,6 +29,7 @@ from hydra.errors import HydraException
 
 from pretrain.errors import ConfigError, ExitCode
 from pretrain.files import create_file, hold_lock, refuse_links, touch
+from pretrain.printing import say
 from pretrain.redaction import redact_command
 from pretrain.reliability.attempts import (
     ATTEMPTS_FOLDER,
@@ -43,8 +43,10 @@ from pretrain.reliability.attempts import (
     read_attempts,
     write_json,
 )
+from pretrain.reliability.events import EVENTS_FILE, Event
 from pretrain.reliability.heartbeat import oom_kills
-from pretrain.reliability.journal import EVENTS_FILE, METRICS_FILE, say
+from pretrain.reliability.journal import METRICS_FILE
+from pretrain.reliability.json_lines import utc_now
 from pretrain.reliability.processes import adopt_orphans, descendants, end_with_parent
 from pretrain.reliability.run_lock import LINK_ADVICE, WANDB_STARTS
 from pretrain.reliability.stop import STOP_FILE
@@ -55,7 +57,7 @@ FAILED_S = 10.0
 """After its watchdog has said that a rank failed, a run has nothing left to save: stacks take a few seconds."""
 LOCK_MARGIN_S = 10.0
 """Beyond the grace time, after which the guard of a killed supervisor kills what is left."""
-ENDINGS = {"finished", "stopped", "rank_failed"}
+ENDINGS = {Event.FINISHED, Event.STOPPED, Event.RANK_FAILED}
 """Events after which a run's processes must end soon."""
 
 
@@ -200,7 +202,7 @@ class Supervisor:
         attempt = Attempt(
             number=max(taken, default=0) + 1,
             command=redact_command(self._command),
-            started=_now(),
+            started=utc_now(),
             checkpoints_before=complete_checkpoints(self._run_dir),
         )
         folder = self._folder / f"{attempt.number:03d}"
@@ -213,14 +215,14 @@ class Supervisor:
         exit_code = self._run_command(folder / OUTPUT_FILE, watch)
         ended = self._ended_at = time.monotonic()
         watch.look()
-        attempt.ended, attempt.exit_code, attempt.wall_s = _now(), exit_code, ended - began
+        attempt.ended, attempt.exit_code, attempt.wall_s = utc_now(), exit_code, ended - began
         attempt.run_attempts = watch.run_attempts
         attempt.first_step, attempt.last_step = watch.first_step, watch.last_step
         trained = watch.first_step_at is not None
         attempt.startup_s = (watch.first_step_at or ended) - began
         attempt.detection_s = ended - watch.last_sign_at if trained else attempt.wall_s
         # Those in a remote store are known from what the run said.
-        saved = {event["step"] for event in watch.events if event["event"] == "checkpoint_saved"}
+        saved = {event["step"] for event in watch.events if event["event"] == Event.CHECKPOINT_SAVED}
         attempt.checkpoints_after = sorted(saved | set(complete_checkpoints(self._run_dir)))
         attempt.cause, attempt.reason = judge(
             exit_code,
@@ -309,7 +311,7 @@ class Watch:
     @property
     def failed(self) -> bool:
         """Whether the run's watchdog has ended it."""
-        return any(event["event"] == "rank_failed" for event in self.events)
+        return any(event["event"] == Event.RANK_FAILED for event in self.events)
 
     @property
     def run_attempts(self) -> list[int]:
@@ -418,7 +420,3 @@ def complete_checkpoints(run_dir: Path) -> list[int]:
     """Steps of the checkpoints that are complete, oldest first; not verified."""
     found = (run_dir / "checkpoints").glob("step-*/COMPLETE")
     return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -19,14 +19,15 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pretrain.command import begin
-from pretrain.files import create_file, is_inside, open_for_append
+from pretrain.files import create_file, is_inside
 from pretrain.reliability import heartbeat
+from pretrain.reliability.events import Event, EventLog, RankFailure
 from pretrain.reliability.hub import Hub, Line, Message
+from pretrain.reliability.json_lines import utc_now
 from pretrain.reliability.processes import command_line_of, status_of
 
 TICK_S = 0.5
@@ -157,7 +158,7 @@ class Watcher:
             left_s = max(1.0, self.join_until - time.monotonic())
             self.hub = Line(socket.create_connection((host, port), timeout=left_s))
         except OSError as error:
-            self._end({"rank": 0, "cause": "lost", "reason": f"rank 0's watcher cannot be reached ({error})"})
+            self._end_without_hub(f"rank 0's watcher cannot be reached ({error})")
             return
         self.selector.register(self.hub.socket, selectors.EVENT_READ, self.hub)
         self.hub.send({"token": password, "rank": self.rank, "host": self.host})
@@ -178,7 +179,7 @@ class Watcher:
             self.peers.drop(line)
             if line.rank is not None and not self.table.get(line.rank, {}).get("bye"):
                 # Also where it has said what no watcher says: then nobody watches that rank any more.
-                self._decide(line.rank, "lost", "its watcher is gone")
+                self._decide(line.rank, RankFailure.HOST_LOST, "its watcher is gone")
         elif line is self.hub:
             self._leave_hub()
             if self.bye or self.dead:
@@ -187,7 +188,7 @@ class Watcher:
                 time.sleep(random.uniform(0, JOIN_PAUSE_S))
                 self._connect()
             else:
-                self._end({"rank": 0, "cause": "lost", "reason": "the watcher of rank 0 is gone"})
+                self._end_without_hub("the watcher of rank 0 is gone")
 
     def _leave_hub(self) -> None:
         if self.hub is not None:
@@ -242,7 +243,9 @@ class Watcher:
         else:
             words = heartbeat.read(self.progress).last_words
             oom = heartbeat.memory_ran_out() or OUT_OF_MEMORY.search(words) is not None
-            cause = "oom" if oom else "error" if words else "killed"
+            cause = RankFailure.KILLED
+            if oom or words:
+                cause = RankFailure.OUT_OF_MEMORY if oom else RankFailure.ERROR
             reason = words or (
                 "it was killed when the kernel ran out of memory" if oom else "it was killed by a signal"
             )
@@ -260,18 +263,18 @@ class Watcher:
             beat = heartbeat.read(self.progress)
             if not self.dead and now - beat.time_s > self.limits["startup_s"]:
                 self._dump()
-                self._end(
-                    {"rank": self.rank, "cause": "hang", "reason": f"no progress in phase {beat.phase}"}
-                )
+                reason = f"no progress in phase {beat.phase}"
+                self._end({"rank": self.rank, "cause": RankFailure.HANG, "reason": reason})
             return None
         if self.hub is not None:
             if now - self.hub.heard > self.limits["lost_s"]:
-                self._end({"rank": 0, "cause": "lost", "reason": "no sign of life from its host"})
+                self._end_without_hub("no sign of life from its host")
             return None
         for rank, line in self.peers.lines.items() if self.peers else ():
             silent_s = now - line.heard
             if silent_s > self.limits["lost_s"]:
-                return self._decide(rank, "lost", f"no sign of life from its host for {silent_s:.0f} s")
+                reason = f"no sign of life from its host for {silent_s:.0f} s"
+                return self._decide(rank, RankFailure.HOST_LOST, reason)
         # The others wait for the one that goes on, so all stand still, or none is stuck.
         ages_s = [row.get("age_s", 0) for row in self.table.values() if not row.get("bye")]
         limits_s = [row.get("limit_s", 0) for row in self.table.values() if not row.get("bye")]
@@ -291,10 +294,10 @@ class Watcher:
         behind = behind if stopped else busy or behind
         row = self.table[behind[0]]
         where = f"step {row.get('step')}, phase {row.get('phase')}"
-        state = "stopped by a signal" if stopped else "without progress"
-        self._decide(
-            behind[0], "stopped" if stopped else "hang", f"{state} for {age_s:.0f} s in {where}", behind
-        )
+        cause, state = RankFailure.HANG, "without progress"
+        if stopped:
+            cause, state = RankFailure.FROZEN, "stopped by a signal"
+        self._decide(behind[0], cause, f"{state} for {age_s:.0f} s in {where}", behind)
 
     def _ask_all(self) -> list[int]:
         """Have all ranks dump their stacks; the ranks that still run, in order.
@@ -338,6 +341,9 @@ class Watcher:
             line.send({"end": verdict})
         self._end(verdict)
 
+    def _end_without_hub(self, reason: str) -> None:
+        self._end({"rank": 0, "cause": RankFailure.HOST_LOST, "reason": reason})
+
     def _end(self, verdict: dict[str, Any], *, told: bool = False) -> None:
         """Leave the stacks and a word in the run folder, and end this rank. `told`: by the hub, which says it."""
         self.verdict = verdict
@@ -350,12 +356,10 @@ class Watcher:
             self._kill(signal.SIGKILL)
 
     def _say(self, verdict: dict[str, Any]) -> None:
-        event = {"event": "rank_failed", "attempt": self.attempt, "time": _now()} | verdict
-        try:
-            with open(open_for_append(self.run_dir / "events.jsonl"), "ab", buffering=0) as file:
-                file.write(json.dumps(event).encode() + b"\n")
-        except OSError:
-            pass
+        if self.run_dir.is_dir():  # not where the rank ends before the run has a folder
+            log = EventLog(self.run_dir)
+            log.append(Event.RANK_FAILED, self.attempt, **verdict)
+            log.close()
         host = f" on {verdict['host']}" if verdict.get("host") else ""
         text = (
             f"watchdog: rank {verdict['rank']}{host}: {verdict['cause']}: {verdict['reason']}; all ranks end"
@@ -380,7 +384,7 @@ class Watcher:
         if stopped:
             self._kill(signal.SIGSTOP)
         beat = heartbeat.read(self.progress)
-        head = f"rank {self.rank} on {self.host}, process {self.pid}{', was stopped' if stopped else ''}, {_now()}\n"
+        head = f"rank {self.rank} on {self.host}, process {self.pid}{', was stopped' if stopped else ''}, {utc_now()}\n"
         head += f"step {beat.step}, phase {beat.phase}, since {time.monotonic() - beat.time_s:.1f} s\n\n"
         try:
             if is_inside(self._folder(), self.run_dir):
@@ -426,10 +430,6 @@ def _launchers(pid: int) -> list[int]:
         except OSError:
             break
     return found
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 if __name__ == "__main__":

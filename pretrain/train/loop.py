@@ -24,6 +24,7 @@ from pretrain.engine.optim import learning_rate
 from pretrain.errors import ConfigError, ExitCode
 from pretrain.evaluate.heldout import evaluate_loss
 from pretrain.monitor.monitor import StepRecord
+from pretrain.reliability.events import Event
 from pretrain.reliability.heartbeat import LAUNCHER_LOST, mark
 from pretrain.reliability.run_lock import lock_run
 from pretrain.reliability.watchdog import Watchdog
@@ -42,9 +43,9 @@ def train(config: TrainConfig, world: World, watchdog: Watchdog) -> ExitCode:
     run = assemble(config, world, run_dir, watchdog)
     code = ExitCode.FINISHED if run.step >= run.loader.n_steps else _loop(run)
     if code is ExitCode.STOPPED:
-        run.monitor.event("stopped", step=run.step, reason=_reason(run))
+        run.monitor.event(Event.STOPPED, step=run.step, reason=_reason(run))
     else:
-        run.monitor.event("finished", step=run.step)
+        run.monitor.event(Event.FINISHED, step=run.step)
     run.monitor.close(int(code))
     run.engine.close()
     return code
@@ -193,7 +194,9 @@ def _after_step(run: Run, sums: Sums) -> ExitCode | None:
         _save_now(run)
     elif sums.due or step % config.checkpoint.every_steps == 0:
         if sums.busy and not permanent:
-            run.monitor.event("checkpoint_skipped", step=step, reason="the one before is still being written")
+            run.monitor.event(
+                Event.CHECKPOINT_SKIPPED, step=step, reason="the one before is still being written"
+            )
         else:
             _collect(run, wait=True)
             _begin_save(run)
@@ -211,7 +214,7 @@ def _note_substitutions(run: Run, batches: list[Batch], step: int) -> None:
     found = [Substitution(**values) for values in sum(gather_objects(mine, run.world), [])]
     for entry in run.loader.substituted(found):
         facts = asdict(entry) | {"source": run.loader.names[entry.source]}
-        run.monitor.event("chunk_substituted", step=step, **facts)
+        run.monitor.event(Event.CHUNK_SUBSTITUTED, step=step, **facts)
 
 
 def _compare_ranks(run: Run) -> None:
@@ -219,9 +222,9 @@ def _compare_ranks(run: Run) -> None:
     mark("comparison")
     stragglers = run.pace.find_stragglers(run.world)
     for straggler in stragglers:
-        run.monitor.event("straggler", step=run.step, **vars(straggler))
+        run.monitor.event(Event.STRAGGLER, step=run.step, **vars(straggler))
     if run.pace.slow and not stragglers:
-        run.monitor.event("slow_steps", step=run.step, reason="no rank is slower than the others")
+        run.monitor.event(Event.SLOW_STEPS, step=run.step, reason="no rank is slower than the others")
 
 
 # ---- a loss that goes wrong ------------------------------------------------------------------------------------------
@@ -240,7 +243,7 @@ def _goes_wrong(run: Run, loss: float, limit: float, skipped: bool) -> bool:
     """Ask the guard; True after a rollback."""
     verdict = run.guard.judge(loss, limit, applied=not skipped)
     if loss > limit:
-        run.monitor.event("loss_spike", step=run.step, loss=loss, limit=limit)
+        run.monitor.event(Event.LOSS_SPIKE, step=run.step, loss=loss, limit=limit)
     if verdict is not Verdict.ROLL_BACK:
         return False
     reason = (
@@ -270,7 +273,7 @@ def _roll_back(run: Run, first_bad_step: int, reason: str) -> None:
         )
     good = found.verified
     for newer in on_main(lambda: _delete_after(run.root, good.path), run.world):
-        run.monitor.event("checkpoint_deleted", step=run.step, path=newer)
+        run.monitor.event(Event.CHECKPOINT_DELETED, step=run.step, path=newer)
     from_step = run.step
     restore(run, good)
     window = run.loader.pass_over(first_bad_step, guard.pass_over_steps)
@@ -348,7 +351,7 @@ def _advise(run: Run, saved: Saved) -> None:
     # Training stands still for the whole save where it waits for it.
     cost_s = saved.stall_s + (0.0 if policy.background else saved.write_s)
     run.monitor.event(
-        "checkpoint_interval_advised",
+        Event.CHECKPOINT_INTERVAL_ADVISED,
         interval_s=advised_interval_s(cost_s, run.world.size, policy.mtbf_hours),
         cost_s=cost_s,
         mtbf="given" if policy.mtbf_hours is not None else "estimated: 50,000 h / ranks",

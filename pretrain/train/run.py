@@ -26,8 +26,9 @@ from pretrain.errors import ConfigError
 from pretrain.model.decoder import flops_per_token
 from pretrain.model.precision import precision_of
 from pretrain.monitor.monitor import Monitor
+from pretrain.printing import say
+from pretrain.reliability.events import Event
 from pretrain.reliability.heartbeat import mark
-from pretrain.reliability.journal import say
 from pretrain.reliability.stop import StopRequest
 from pretrain.reliability.watchdog import Watchdog
 from pretrain.remote import is_remote
@@ -162,7 +163,7 @@ def _search_micro_batch(
     config = replace(config, micro_batch_sequences=found.micro_batch_sequences)
     engine.set_micro_batch(config)
     loader.set_micro_batch(config.micro_batch)
-    monitor.event("micro_batch_found", **found.facts())
+    monitor.event(Event.MICRO_BATCH_FOUND, **found.facts())
     return config
 
 
@@ -175,17 +176,17 @@ def _begin(run: Run, found: Found, changed: list[str]) -> None:
         facts["precision_decided_by"] = run.engine.capability.host
     facts["kernels"] = to_dict(chosen.kernels)
     for reason in found.passed_over:
-        run.monitor.event("checkpoint_passed_over", reason=reason)
+        run.monitor.event(Event.CHECKPOINT_PASSED_OVER, reason=reason)
     if found.verified is not None:
         restore(run, found.verified)
         before = precision_of(found.verified.state)
         if before is not chosen.engine.precision:
             facts["precision_before"] = before.value
-        run.monitor.event("resumed", step=run.step, path=str(found.path), config_changed=changed, **facts)
+        run.monitor.event(Event.RESUMED, step=run.step, path=str(found.path), config_changed=changed, **facts)
         return
     if config.init_from is not None:
         _init_from(config.init_from, run.engine, world, run.loader.tokenizer_sha256)
-    run.monitor.event("started", n_steps=run.loader.n_steps, init_from=config.init_from, **facts)
+    run.monitor.event(Event.STARTED, n_steps=run.loader.n_steps, init_from=config.init_from, **facts)
 
 
 def _init_from(run_dir: str, engine: Engine, world: World, tokenizer_sha256: str) -> None:
