@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import fcntl
 import json
 import math
 import os
@@ -9,6 +11,8 @@ import signal
 import struct
 import subprocess
 import sys
+import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.reliability import journal
+from pretrain.data.state import Substitution
+from pretrain.engine.micro_batch import Found
+from pretrain.reliability import journal, json_lines
+from pretrain.reliability.events import (
+    EVENTS_FILE,
+    Event,
+    EventLog,
+    RankFailure,
+    finished_pattern,
+    read_events,
+)
 from pretrain.reliability.journal import JsonLines, read_ledger, read_lines, read_metrics
+from pretrain.reliability.processes import status_of
+from pretrain.reliability.watcher import Watcher
+from pretrain.train.stragglers import Straggler
 from tests.recording import a_monitor, a_record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +111,135 @@ def test_every_line_is_on_disk_when_the_writer_is_killed(tmp_path: Path) -> None
     steps = [record["step"] for record in read_metrics(tmp_path)]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) >= told[-1] >= 50
+
+
+# ---- events, which two processes write ----
+
+FULL_DISK = """
+import os, resource, sys, time
+from pathlib import Path
+from pretrain.reliability.events import Event, EventLog
+cut = os.ftruncate
+os.ftruncate = lambda *arguments: (time.sleep(0.01), cut(*arguments))  # what is torn can be seen
+resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+log, attempt = EventLog(Path(sys.argv[1])), int(sys.argv[2])
+log.append(Event.STARTED, attempt)
+print("started", flush=True)
+while True:
+    log.append(Event.WANDB_FAILED, attempt, reason="x" * 70_000)
+    time.sleep(0.005)
+"""
+"""A process that has room for its first event and for a part of each later one."""
+
+
+def stop_in_half_a_line(process: subprocess.Popen[str], path: Path) -> None:
+    """Stop a process between the short write of a line and the cut."""
+    while True:
+        process.send_signal(signal.SIGSTOP)
+        while status_of(process.pid).state != "T":
+            time.sleep(0.0005)
+        if not path.read_bytes().endswith(b"\n"):
+            return
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.003)
+
+
+def test_no_event_of_two_processes_is_lost_or_torn(tmp_path: Path) -> None:
+    """One finds the disk full in every line and is killed in the middle of one; the other's lines all fit."""
+    log, expected = EventLog(tmp_path), []
+    for attempt in range(4):
+        command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(attempt)]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "started\n"
+            expected.append((attempt, None))
+            for step in range(25):
+                log.append(Event.SLOW_STEPS, attempt, step=step)
+                expected.append((attempt, step))
+            stop_in_half_a_line(other, tmp_path / EVENTS_FILE)
+            other.kill()
+    assert [(event["attempt"], event.get("step")) for event in read_events(tmp_path)] == expected
+
+
+def test_a_writer_that_was_stopped_keeps_no_other_from_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A watcher has to end a rank that is stopped, whatever that rank was about to do."""
+    monkeypatch.setattr(json_lines, "LOCK_WAIT_S", 0.05)
+    log, path = EventLog(tmp_path), tmp_path / EVENTS_FILE
+    with path.open("r+b") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        log.append(Event.FINISHED, 1, step=1)
+        assert [event["step"] for event in read_events(tmp_path)] == [1]
+        other.seek(0, os.SEEK_END)
+        other.write(b'{"event')
+        other.flush()
+        before = path.read_bytes()
+        log.append(Event.FINISHED, 1, step=2)
+        assert path.read_bytes() == before  # else both lines would be lost
+        assert "events.jsonl cannot be written (a stopped process" in capfd.readouterr().err
+    log.append(Event.FINISHED, 1, step=3)
+    assert [event["step"] for event in read_events(tmp_path)] == [1, 3]
+
+
+def test_events_stand_in_the_file_as_ever(tmp_path: Path) -> None:
+    """Byte for byte but for the time: what others read today they can read tomorrow."""
+    m = a_monitor(tmp_path, attempt=2)
+    m.event(Event.RESUMED, step=3, path="é", config_changed=["a"], precision_before=None)
+    m.event(Event.LOSS_SPIKE, step=4, loss=math.nan, limit=0.1)
+    watcher: Any = object.__new__(Watcher)
+    watcher.run_dir, watcher.attempt = tmp_path, 2
+    verdict = {"rank": 1, "host": "h", "cause": RankFailure.HOST_LOST, "reason": "é", "step": None}
+    watcher._say(verdict | {"behind": [1]})
+    times = [event["time"] for event in read_events(tmp_path)]
+    assert (tmp_path / EVENTS_FILE).read_text() == "".join(
+        f'{{"event": "{name}", "attempt": 2, "time": "{time}", {rest}}}\n'
+        for name, time, rest in zip(
+            ("monitoring", "resumed", "loss_spike", "rank_failed"),
+            times,
+            (
+                '"flops_per_token": 60000000.0, "peak_flops_per_second": 1000000000000.0, "peak_source": '
+                '"measured peak", "wandb": "disabled", "wandb_run_id": "abcd1234"',
+                '"step": 3, "path": "\\u00e9", "config_changed": ["a"], "precision_before": null',
+                '"step": 4, "loss": "NaN", "limit": 0.1',
+                '"rank": 1, "host": "h", "cause": "lost", "reason": "\\u00e9", "step": null, "behind": [1]',
+            ),
+            strict=True,
+        )
+    )
+
+
+@pytest.mark.parametrize(("step", "found"), [(10, True), (100, False), (1, False)])
+def test_grep_finds_a_finished_run(tmp_path: Path, step: int, found: bool) -> None:
+    log = EventLog(tmp_path)
+    log.append(Event.STOPPED, 1, step=step, reason="SIGTERM")
+    log.append(Event.FINISHED, 1, step=10)
+    grep = ["grep", "-qsE", finished_pattern(step), str(tmp_path / EVENTS_FILE)]
+    assert (subprocess.run(grep).returncode == 0) is found
+
+
+def test_each_event_has_the_fields_that_are_listed_and_is_described() -> None:
+    used: dict[str, set[str]] = {}
+    for path in (ROOT / "pretrain").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            match call:
+                case ast.Call(
+                    func=ast.Attribute(attr="event" | "append"),
+                    args=[ast.Attribute(value=ast.Name(id="Event"), attr=name), *_],
+                    keywords=keywords,
+                ):
+                    used.setdefault(name, set()).update(word.arg for word in keywords if word.arg)
+    assert used.keys() == Event.__members__.keys()
+    described = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    for event in Event:
+        assert used[event.name] <= set(event.fields)
+        assert f"`{event}`" in described
+    for event, source in (
+        (Event.MICRO_BATCH_FOUND, Found),
+        (Event.CHUNK_SUBSTITUTED, Substitution),
+        (Event.STRAGGLER, Straggler),
+    ):
+        assert {field.name for field in fields(source)} <= set(event.fields)
 
 
 # ---- the true history ----
