@@ -134,7 +134,7 @@ while True:
 
 def stop_in_half_a_line(process: subprocess.Popen[str], path: Path) -> None:
     """Stop a process between the short write of a line and the cut."""
-    while True:
+    for _ in range(1000):
         process.send_signal(signal.SIGSTOP)
         while status_of(process.pid).state != "T":
             time.sleep(0.0005)
@@ -142,6 +142,8 @@ def stop_in_half_a_line(process: subprocess.Popen[str], path: Path) -> None:
             return
         process.send_signal(signal.SIGCONT)
         time.sleep(0.003)
+    process.kill()
+    raise AssertionError("the process was never in the middle of a line")
 
 
 def test_no_event_of_two_processes_is_lost_or_torn(tmp_path: Path) -> None:
