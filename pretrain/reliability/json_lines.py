@@ -47,8 +47,8 @@ class JsonLines:
     since JSON has none.
 
     `shared`: each line is written, and a torn one cut off, under a lock of the file; else the cut could take a line
-    that another process has just written. It costs a round trip on a network file system, so it is not for files
-    that get a line in every step.
+    that another process has just written. The lock costs round trips on a network file system, so files that get a
+    line in every step do without it: each of them has one writer.
     """
 
     def __init__(self, path: Path, *, shared: bool = False) -> None:
@@ -77,7 +77,7 @@ class JsonLines:
 
     @contextmanager
     def _alone(self, descriptor: int) -> Iterator[bool]:
-        """Keep other processes from writing meanwhile; False where one has been stopped that keeps us from it."""
+        """Hold the lock of a shared file meanwhile. Yields False where a stopped process does not give it up."""
         if not self._shared:
             yield True
             return
@@ -105,7 +105,10 @@ class JsonLines:
 
 
 def _append_line(descriptor: int, line: bytes, alone: bool) -> None:
-    """Append by one system call. Only who is `alone` may shorten the file: another process may be about to do it."""
+    """Append a line by one system call.
+
+    Unless `alone`, the file is never shortened: what looks torn may be a line that another process is writing.
+    """
     if alone:
         _cut_torn_line(descriptor)
     elif _is_torn(descriptor):
