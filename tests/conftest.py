@@ -11,9 +11,8 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from tiny import TinyCorpus
+    from support.tiny import TinyCorpus
 
-ROOT = Path(__file__).resolve().parent.parent
 
 # Set before any test imports torch or transformers, and inherited by every process that a test starts.
 os.environ.update(
@@ -42,7 +41,7 @@ def private_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
     """A small real corpus, not to be changed."""
-    from tiny import make_corpus
+    from support.tiny import make_corpus
 
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
@@ -50,8 +49,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
 @pytest.fixture(scope="session")
 def straight(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing disturbed, on 2 ranks."""
-    from launching import run_ranks
-    from tiny import run_arguments
+    from support.launching import run_ranks
+    from support.tiny import run_arguments
 
     run_dir = tmp_path_factory.mktemp("straight") / "run"
     run_ranks(2, "launch/train.py", *run_arguments(corpus, run_dir), log_dir=run_dir.parent / "logs")

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import run_ranks
-from test_training import assert_each_sample_once
-from tiny import TinyCorpus, events, run_arguments
 
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.distributed import World
 from pretrain.engine.micro_batch import LARGEST_STRIDE, Shape, _cgroup_left_bytes, kept, next_probe
 from pretrain.reliability.journal import read_metrics
+from support.launching import run_ranks
+from support.tiny import TinyCorpus, events, run_arguments
+from support.training import assert_each_sample_once
 
 TRAIN = "launch/train.py"
 CASES = {1: ["0-fp32", "1-bf16", "2-fp32-offload"], 2: ["0-fp32", "1-fp32", "2-fp32", "3-bf16"]}
@@ -136,7 +136,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """What each rank has found, by case."""
     root, n_ranks = tmp_path_factory.mktemp("search"), request.param
     job = json.dumps({"cases": CASES[n_ranks], "out": str(root / "out")})
-    run_ranks(n_ranks, "tests/batch_search_worker.py", job, log_dir=root)
+    run_ranks(n_ranks, "tests/support/workers/batch_search_worker.py", job, log_dir=root)
     return [json.loads((root / f"out-{rank}.json").read_text()) for rank in range(n_ranks)]
 
 

@@ -28,8 +28,7 @@ from benchmarks.harness.session import Session, Variant
 from benchmarks.harness.worker import Job, own_tokens
 from pretrain.config import load_config
 from pretrain.errors import ConfigError
-
-ROOT = Path(__file__).resolve().parent.parent
+from support import ROOT
 
 
 def result(speed: float, **more: Any) -> dict[str, Any]:

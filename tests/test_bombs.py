@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import bombs
 import pytest
+
+from support import bombs
 
 pytest.importorskip("trafilatura", exc_type=ImportError)
 for package in ("pyarrow", "warcio", "zstandard"):

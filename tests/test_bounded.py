@@ -7,15 +7,11 @@ import gzip
 import io
 import itertools
 import json
-import random
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import bombs
 import pyarrow
 import pytest
 from hypothesis import given, settings
@@ -23,10 +19,10 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from data_tools.reading.bounded import BOMB_FREE_BYTES, Bounds, TooManyValuesError, lines, unpacked
-from data_tools.reading.columnar import ArrowStream, ParquetFile, name_columns
+from data_tools.reading.columnar import ParquetFile
 from data_tools.reading.parquet_pages import read_thrift
-
-SMALL, USUAL = Bounds(record_bytes=1000), Bounds()
+from support import ROOT, bombs
+from support.tables import SMALL, USUAL, arrow_rows, parquet_rows, table
 
 
 def lines_of(
@@ -106,28 +102,6 @@ def test_any_bytes_are_lines_or_a_named_error(data: bytes, suffix: str) -> None:
 
 
 # --- Parquet ---
-
-
-def table(n: int) -> pyarrow.Table:
-    choose = random.Random(1)
-    return pyarrow.Table.from_pylist(
-        [
-            {
-                "info": {"a": 1, "b": [1, 2]},
-                "text": None if i % 17 == 0 else "w" * choose.randrange(300) + f"{i} 发明",
-                "id": i,
-                "messages": [{"role": "user", "content": str(i) * j} for j in range(choose.randrange(4))],
-            }
-            for i in range(n)
-        ]
-    )
-
-
-def parquet_rows(data: bytes, columns: list[str], bounds: Bounds = USUAL) -> Iterator[Any]:
-    file = ParquetFile(io.BytesIO(data))
-    for group in range(len(file.groups)):
-        for row in file.rows(group, columns, 64, bounds):
-            yield row.fields if row.fields is not None else row.problem
 
 
 @pytest.mark.parametrize("encoding", [None, "PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])
@@ -235,11 +209,6 @@ def test_any_bytes_are_a_header_of_a_page_or_an_error(data: bytes) -> None:
 # --- Arrow ---
 
 
-def arrow_rows(data: bytes, bounds: Bounds = USUAL) -> list[Any]:
-    file = ArrowStream(io.BytesIO(data), bounds)
-    return [row.fields for row in file.rows(name_columns(file.schema, ["text", "id"]))]
-
-
 @pytest.mark.parametrize("compression", [None, "zstd", "lz4"])
 def test_honest_streams_are_read(compression: str | None) -> None:
     content = table(300)
@@ -264,9 +233,9 @@ def test_offsets_that_lead_out_of_a_batch_are_refused() -> None:
 FUZZ = """
 import io, random, sys
 sys.path[:0] = [{tests!r}, {root!r}]
-import test_bounded as t
+from support.tables import seeds
 choose = random.Random({seed})
-seeds = t.seeds()
+seeds = seeds()
 for _ in range({times}):
     read, data = choose.choice(seeds)
     data = bytearray(data)
@@ -284,28 +253,10 @@ print("whole")
 """
 
 
-def seeds() -> list[tuple[Any, bytes]]:
-    content = table(40)
-    columns = {name: content[name] for name in ("text", "id", "messages")}
-    delta = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}, "compression": "none"}
-    made = [
-        bombs.parquet(columns),
-        bombs.parquet(columns, compression="zstd", data_page_version="2.0", data_page_size=50),
-        bombs.parquet(columns, **delta),
-    ]
-    streams = [bombs.arrow({"text": content["text"]}, compression=packed) for packed in (None, "zstd")]
-    return [
-        *((lambda data: parquet_rows(data, ["text", "id"]), data) for data in made),
-        *((lambda data: parquet_rows(data, ["messages"]), data) for data in made),
-        *((arrow_rows, data) for data in streams),
-    ]
-
-
 @pytest.mark.integration
 def test_changed_tables_are_read_or_refused_and_end_no_process() -> None:
     """pyarrow ended the process where a column's metadata was broken."""
-    tests = Path(__file__).resolve().parent
-    code = FUZZ.format(tests=str(tests), root=str(tests.parent), seed=0, times=1500)
+    code = FUZZ.format(tests=str(ROOT / "tests"), root=str(ROOT), seed=0, times=1500)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout) == (0, "whole\n"), done.stderr[-2000:]
 

@@ -19,8 +19,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_curate import PROSE, write_text
-from test_prepare import ENGLISH, config, content, numbered, run, write_jsonl
 
 from data_tools.config import CardConfig, PrepareConfig, TokenizerConfig
 from data_tools.curate import CurateConfig, curate
@@ -35,8 +33,10 @@ from pretrain.corpus.manifest import load_manifest
 from pretrain.corpus.shards import Corpus
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.errors import ConfigError
+from support import ROOT
+from support.curating import PROSE, write_text
+from support.preparing import ENGLISH, config, content, numbered, run, write_jsonl
 
-ROOT = Path(__file__).resolve().parent.parent
 STATED = CardConfig(
     name="图书馆 and library", description="Reports.", creator="The Library", date_published="2026-03-01"
 )

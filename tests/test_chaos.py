@@ -1,4 +1,4 @@
-"""A short chaos run, and the proof that its oracle sees what is broken. Long: `python tests/chaos.py --kills N`."""
+"""A short chaos run, and the proof that its oracle sees what is broken. Long: tests/support/chaos/run.py."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from chaos_faults import DAMAGES, KINDS, VICTIMS, choose, plan
-from launching import ROOT
 
 from pretrain.reliability.journal import read_lines
+from support import ROOT
+from support.chaos.faults import DAMAGES, KINDS, VICTIMS, choose, plan
 
 
 def test_the_plan_follows_from_the_seed_and_covers_everything() -> None:
@@ -37,7 +37,7 @@ def test_the_plan_follows_from_the_seed_and_covers_everything() -> None:
 
 
 def chaos(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tests/chaos.py", "--out", str(out), *arguments]
+    command = [sys.executable, "tests/support/chaos/run.py", "--out", str(out), *arguments]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trained_run import TEXTS, train_tokenizer
 
 from pretrain.corpus.chat import (
     ASSISTANT,
@@ -18,6 +17,7 @@ from pretrain.corpus.chat import (
     marker,
 )
 from pretrain.corpus.tokenizer import Tokenizer
+from support.trained_run import TEXTS, train_tokenizer
 
 # What could be merged with its neighbors, or taken for a turn.
 TRICKY = [

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from run_states import run_state
 
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.saver import retain
@@ -20,6 +19,7 @@ from pretrain.checkpoint.tensors import ALONE, CheckpointError
 from pretrain.config import CheckpointConfig
 from pretrain.distributed import Partition, World, share
 from pretrain.errors import ConfigError
+from support.run_states import run_state
 
 SHAPES = {"a.weight": (3, 5), "b.weight": (7,)}
 KEYS = [f"weight.{name}" for name in SHAPES]

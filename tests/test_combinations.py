@@ -6,7 +6,6 @@ import itertools
 from pathlib import Path
 
 import pytest
-from engine_worker import small_config
 
 from pretrain.config import EngineConfig, Precision, TrainConfig, load_config
 from pretrain.distributed import World
@@ -14,6 +13,7 @@ from pretrain.engine import engine as engine_module
 from pretrain.engine.engine import Engine, deepspeed_config, nvme_folder
 from pretrain.errors import ConfigError
 from pretrain.train.run_folder import check_resumable
+from support.workers.engine_worker import small_config
 
 CHOICES = {
     "zero_stage": [0, 1, 2, 3],

@@ -10,10 +10,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from launching import ROOT, free_port
-from tiny import TinyCorpus, events, make_corpus, run_arguments
 
 from pretrain.command import COMMANDS, MISSING_PACKAGE, READER_LEFT
+from support import ROOT
+from support.launching import free_port
+from support.tiny import TinyCorpus, events, make_corpus, run_arguments
 
 SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "launch").glob("*.py"))
 MODULES = [f"data_tools.{name}" for name in ("curate", "prepare", "remove", "show", "verify")]

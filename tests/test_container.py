@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from docker_engine import BASE, IMAGE, ROOT, Engine, Unavailable, build_image, running_engine
-from test_engine import assert_same_state
-from tiny import GLOBAL_BATCH, TinyCorpus, events, make_corpus, run_arguments
 
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.reliability.journal import read_ledger, read_metrics
+from support import ROOT
+from support.checkpoints import assert_same_state
+from support.docker_engine import BASE, IMAGE, Engine, Unavailable, build_image, running_engine
+from support.tiny import GLOBAL_BATCH, TinyCorpus, events, make_corpus, run_arguments
 
 # Long: the image takes minutes to build. So CI lints the Dockerfile, but does not see the image work.
 pytestmark = [pytest.mark.integration, pytest.mark.container, pytest.mark.long]

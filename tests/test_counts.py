@@ -1,6 +1,6 @@
 """What a step moves between ranks, counted exactly: no clock, so that noise of the machine cannot hide a regression.
 
-tests/counts.json has for each ZeRO stage every collective of one step of a small model on 2 ranks, by phase. It
+tests/support/counts.json has for each ZeRO stage every collective of one step of a small model on 2 ranks, by phase. It
 changes on purpose only: `python tests/test_counts.py` counts again and writes it, and the change is to be read in the
 diff. What must hold of it whatever the implementation, the bytes, is spelled out below.
 """
@@ -18,13 +18,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import pytest
 import torch
 import torch.distributed as dist
-from engine_worker import small_config
-from launching import run_ranks
 
 from benchmarks.harness.collectives import Kind, Traffic, counted, watch
 from pretrain.model.decoder import count_parameters
+from support.launching import run_ranks
+from support.workers.engine_worker import small_config
 
-TABLE = ROOT / "tests" / "counts.json"
+TABLE = ROOT / "tests/support/counts.json"
 STAGES = {"zero0": (0, "fp32"), "zero1": (1, "bf16"), "zero2": (2, "bf16"), "zero3": (3, "bf16")}
 # Nothing is kept between the passes, so that stage 3 shows each gather.
 OVERRIDES = ["engine.max_live_elements=1", "engine.prefetch_bucket_elements=1"]
@@ -39,7 +39,7 @@ def count(folder: Path) -> Counts:
         {"stage": stage, "precision": precision, "overrides": OVERRIDES, "out": str(folder / name)}
         for name, (stage, precision) in STAGES.items()
     ]
-    run_ranks(RANKS, "tests/plan_worker.py", json.dumps(jobs), log_dir=folder / "logs")
+    run_ranks(RANKS, "tests/support/workers/plan_worker.py", json.dumps(jobs), log_dir=folder / "logs")
     return {name: json.loads((folder / f"{name}.0.json").read_text())["kinds"] for name in STAGES}
 
 

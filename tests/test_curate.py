@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 import tracemalloc
 from importlib.util import find_spec
@@ -19,79 +17,22 @@ from typing import Any
 import pytest
 
 from data_tools.config import PrepareConfig, TokenizerConfig
-from data_tools.curate import CurateConfig, curate
+from data_tools.curate import curate
 from data_tools.curation.executors import Progress
 from data_tools.curation.phases import STAGES, CleanTask, CurationConfig, Layout
 from data_tools.prepare import prepare
 from data_tools.reading.units import ReadConfig, units_of
 from data_tools.report.funnel import funnel_rows, funnel_table
-from pretrain.config import load_config
 from pretrain.corpus.manifest import load_manifest
 from pretrain.errors import ConfigError
-
-ROOT = Path(__file__).resolve().parent.parent
-PROSE = (
-    "The committee met on Tuesday to talk about the new library. Most members said that the old building was too small "
-    "for the books which the town had bought during the last ten years, and that readers often had to wait for a seat. "
-    "A plan was shown that would move the children's books to the ground floor. It was agreed that the architect "
-    "should come back in March with a second drawing, and that the cost of it would be shared with the county. "
-    "Nobody spoke against the plan, although two members asked whether the roof could be mended first, since rain "
-    "came in every winter."
-)
-CHINESE = (
-    "图书馆的新馆将于明年春天动工。委员会认为,旧馆面积太小,近十年来购入的图书已经无处存放,读者常常需要排队等候座位。"
-    "新的方案把儿童读物移到一楼,并在二楼增设一间安静的阅览室。会议决定请建筑师在三月份提交第二份图纸,费用由市里和县里共同承担。"
-    "没有人反对这个方案,但有两位委员提出,屋顶每年冬天都会漏水,是否应当先行修缮。主任答复说,修缮工作会与新馆的建设同时进行。"
-)
-
-
-def report(number: int) -> str:
-    text = PROSE.replace("ten years", f"{number + 3} years")
-    return f"Report number {number}. {text}\n\nPage {number * 37}"
-
-
-def documents() -> list[dict[str, Any]]:
-    """English and Chinese prose, copies of it, dirt, and modules of the standard library."""
-    records: list[dict[str, Any]] = []
-
-    def add(source: str, text: str) -> None:
-        records.append({"id": f"{source}:{len(records)}", "source": source, "text": text})
-
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:40]:
-        add("code", path.read_text(encoding="utf-8"))
-    for number in range(12):
-        add(
-            "news",
-            f"Report number {number}. "
-            + PROSE.replace("ten years", f"{number + 3} years")
-            + f"\n\nPage {number * 37}",
-        )
-        add(
-            "新闻",
-            f"第{number}号报道。"
-            + CHINESE.replace("三月份", f"{number % 9 + 1}月份")
-            + f"编号{number * 37}。",
-        )
-    add("copies", "Report number 3. " + PROSE.replace("ten years", "6 years") + "\n\nPage 111")
-    add("mail", PROSE + " Write to jane.doe@corporation.org or call 13812345678 before noon.")
-    add("short", "Buy now!!! " * 3)
-    return records
-
-
-def write_text(path: Path) -> Path:
-    lines = [json.dumps(record, ensure_ascii=False) for record in documents()]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+from support import ROOT
+from support.curating import PROSE, config, documents, write_text
+from support.preparing import content
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("input") / "text.jsonl")
-
-
-def config(text: Path, output: Path, *more: str) -> CurateConfig:
-    units = [] if any(word.startswith("unit_bytes=") for word in more) else ["unit_bytes=100000"]
-    return load_config(CurateConfig, [f"input=[{text}]", f"output={output}", *units, *more])
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +41,6 @@ def curated(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("curated") / "out"
     assert curate(config(text, output, "executor.workers=1", "curation.dedup.priority=[news]")) == 0
     return output
-
-
-def content(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def kept(folder: Path) -> list[dict[str, Any]]:

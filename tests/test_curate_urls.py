@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import s3fs
-from faulty_server import FaultyServer
-from object_store import s3_server
-from test_curate import config, content, write_text
 
 from data_tools.curate import curate
+from support.curating import config, write_text
+from support.faulty_server import FaultyServer
+from support.object_store import s3_server
+from support.preparing import content
 
 pytestmark = pytest.mark.integration
 FEW = ("executor.workers=2", "curation.stages=[normalize,language]")

@@ -12,13 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from launching import ROOT, Ranks
-from stand_ins import write_nvidia_smi
-from tiny import TinyCorpus, events, make_corpus, run_arguments
 
 from pretrain import device
 from pretrain.device import Place, device_problem, device_type, joint_problem, own_device, rank_place
 from pretrain.errors import ConfigError
+from support import ROOT
+from support.launching import Ranks
+from support.stand_ins import write_nvidia_smi
+from support.tiny import TinyCorpus, events, make_corpus, run_arguments
 
 ON_PURPOSE = "to train on the CPU on purpose, set DS_ACCELERATOR=cpu"
 

@@ -10,8 +10,6 @@ from typing import Any
 import pyarrow
 import pytest
 from pyarrow import parquet
-from test_prepare import config, content, run, write_jsonl
-from trained_run import TEXTS, make_run, run_script, train_tokenizer
 
 from data_tools.config import PrepareConfig, TokenizerConfig
 from data_tools.prepare import prepare
@@ -25,42 +23,9 @@ from pretrain.corpus.manifest import load_manifest
 from pretrain.corpus.shards import Corpus, documents_of
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.errors import ConfigError
-
-# From the FAQ of Perl and from a corpus of small talk: real questions, answers of one line and of many.
-PERL = [
-    (
-        "What is Perl?",
-        "Perl is a high-level programming language with an eclectic heritage\nwritten by Larry Wall.",
-    ),
-    (
-        "Is Perl difficult to learn?",
-        "No, Perl is easy to start learning --and easy to keep learning.\n\nIt looks\n",
-    ),
-]
-CHAT = [
-    ("什么是ai", "人工智能是工程和科学的分支,致力于构建具有思维的机器。"),
-    ("你是什么语言编写的", "Python"),
-]
-
-
-def turns(*pairs: tuple[str, str], system: str | None = None) -> list[dict[str, str]]:
-    found = [{"role": "system", "content": system}] if system is not None else []
-    for question, answer in pairs:
-        found += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return found
-
-
-def dialogues(count: int) -> list[dict[str, Any]]:
-    """Each different, one or two questions long, every third with a system message."""
-    records = []
-    for number in range(count):
-        pairs = [
-            (f"{q} ({number})", a * (1 + number % 3))
-            for q, a in (PERL + CHAT)[number % 3 :][: 1 + number % 2]
-        ]
-        system = "Answer in one line." if number % 3 == 0 else None
-        records.append({"id": f"talk-{number}", "messages": turns(*pairs, system=system)})
-    return records
+from support.dialogues import chat_config, dialogues, turns
+from support.preparing import config, content, run, write_jsonl
+from support.trained_run import TEXTS, make_run, run_script, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -68,22 +33,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("base") / "tokenizer.model"
     train_tokenizer(path)
     return path
-
-
-def chat_config(output: Path, *inputs: Path, model: Path, **options: object) -> PrepareConfig:
-    options = {"chunk_tokens": 256, "shard_bytes": 8192, "heldout_frac": 0.1, **options}
-    tokenizer = TokenizerConfig(path=str(model))
-    return load_config(
-        PrepareConfig,
-        [
-            f"input=[{','.join(map(str, inputs))}]",
-            f"output={output}",
-            "format=chat",
-            f"tokenizer.path={tokenizer.path}",
-            "workers=1",
-            *(f"{name}={value}" for name, value in options.items()),
-        ],
-    )
 
 
 @pytest.fixture(scope="module")

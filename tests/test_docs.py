@@ -19,8 +19,8 @@ import pytest
 import yaml
 
 from pretrain.command import COMMANDS
+from support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     ROOT / "README.md",
     ROOT / "README.zh.md",

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_worker import GLOBAL, LR, MICRO, batch_of, small_config
-from launching import run_ranks
-from safetensors import safe_open
 
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.engine.optim import parameter_groups
 from pretrain.model.decoder import Decoder
+from support.checkpoints import assert_same_state, read_tensors
+from support.launching import run_ranks
+from support.workers.engine_worker import GLOBAL, LR, MICRO, batch_of, losses, small_config
 
 STEPS = 6
 OVERFLOWING_STEPS = 14
@@ -65,25 +65,6 @@ def plain_losses(n_steps: int) -> list[float]:
     return losses
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, whole, with nothing but stock safetensors."""
-    pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            offsets = json.loads(file.metadata()["DCP_SHARDING_INFO"])
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                pieces.setdefault(key, []).append((offsets[key]["saved_offsets"][0], file.get_tensor(key)))
-    return {
-        key: torch.cat([t for _, t in sorted(parts, key=lambda p: p[0])]) for key, parts in pieces.items()
-    }
-
-
-def assert_same_state(one: Path, other: Path) -> None:
-    a, b = read_tensors(one), read_tensors(other)
-    assert a.keys() == b.keys()
-    assert [key for key in a if not torch.equal(a[key], b[key])] == []
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case trained for 6 steps straight, and for 4, saved, loaded and 2 more."""
@@ -120,12 +101,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "out": str(root / f"ramp-{stage}-{offload}.json"),
             }
             jobs.append(job | RAMP | {"overrides": overrides})
-        run_ranks(ranks, "tests/engine_worker.py", json.dumps(jobs), log_dir=root / f"logs-{ranks}")
+        run_ranks(
+            ranks, "tests/support/workers/engine_worker.py", json.dumps(jobs), log_dir=root / f"logs-{ranks}"
+        )
     return root
-
-
-def losses(root: Path, name: str) -> list[float]:
-    return json.loads((root / f"{name}.json").read_text())["losses"]
 
 
 pytestmark = pytest.mark.integration
@@ -208,7 +187,7 @@ def test_a_step_with_nothing_to_predict_leaves_training_whole(tmp_path: Path, ra
         }
         for stage, precision, name in [(0, "fp32", "0"), (2, "bf16", "2"), (3, "bf16", "3")]
     ]
-    run_ranks(ranks, "tests/engine_worker.py", json.dumps(jobs), log_dir=tmp_path / "logs")
+    run_ranks(ranks, "tests/support/workers/engine_worker.py", json.dumps(jobs), log_dir=tmp_path / "logs")
     for job in jobs:
         found = json.loads(Path(job["out"]).read_text())
         assert found["losses"][2] == found["norms"][2] == 0
@@ -225,7 +204,12 @@ def test_state_travels_over_ranks_and_stages(finished: Path, tmp_path: Path) -> 
         overrides = ["global_batch_sequences=6"] if ranks == 3 else []
         job = {"stage": stage, "precision": "bf16", "steps": 0, "load": str(here), "overrides": overrides}
         job |= {"save": str(there), "out": str(tmp_path / "out.json")}
-        run_ranks(ranks, "tests/engine_worker.py", json.dumps([job]), log_dir=tmp_path / f"logs-{hop}")
+        run_ranks(
+            ranks,
+            "tests/support/workers/engine_worker.py",
+            json.dumps([job]),
+            log_dir=tmp_path / f"logs-{hop}",
+        )
         here = checkpoint.checkpoint_path(there, 4)
         assert_same_state(origin, here)
 

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import run_ranks
-from test_engine import assert_same_state, losses
 
 from pretrain.checkpoint import tensors as checkpoint
+from support.checkpoints import assert_same_state
+from support.launching import run_ranks
+from support.workers.engine_worker import losses
 
 STEPS = 3
 # A rank's part of a sub-group must be 1 MiB at least to be moved to a file; and no parameter stays gathered, so that
@@ -64,7 +65,7 @@ def train(names: tuple[str, ...], root: Path) -> None:
             where = {"save": str(root / f"{kind}-{name}"), "out": str(root / f"{kind}-{name}.json")}
             jobs.append({"stage": 3, "precision": "bf16", "overrides": overrides, **more, **where})
     log_dir = root / f"logs-{names[0]}"
-    run_ranks(2, "tests/engine_worker.py", json.dumps(jobs), log_dir=log_dir, timeout_s=1800)
+    run_ranks(2, "tests/support/workers/engine_worker.py", json.dumps(jobs), log_dir=log_dir, timeout_s=1800)
 
 
 @pytest.mark.parametrize("name", [*IN_MEMORY, *NVME_CASES])

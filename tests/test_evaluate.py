@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -15,8 +16,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from launching import ROOT, Ranks
-from trained_run import SMALL, make_run, run_script, script, train_tokenizer
 
 from pretrain.batch import Batch
 from pretrain.corpus.shards import Corpus
@@ -34,6 +33,9 @@ from pretrain.evaluate.heldout import (
 )
 from pretrain.model.decoder import Decoder, LossSums
 from pretrain.trained import load_trained
+from support import ROOT
+from support.launching import Ranks
+from support.trained_run import SMALL, make_run, run_script, script, train_tokenizer
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 MODEL = replace(SMALL, vocab_size=64)
@@ -243,7 +245,7 @@ def test_every_rank_calls_forward_equally_often(tmp_path: Path) -> None:
 def test_ranks_agree_on_the_result(tmp_path: Path) -> None:
     manifest = write_corpus(tmp_path / "corpus")
     expected = evaluate(decoder(), Corpus(manifest)).overall
-    env = {"PYTHONPATH": str(ROOT)}
+    env = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     with Ranks(2, __file__, str(manifest), str(tmp_path), log_dir=tmp_path / "logs", env=env) as ranks:
         assert ranks.wait(60) == [0, 0], ranks.output()
     for rank in range(2):

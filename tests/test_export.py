@@ -14,7 +14,6 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
-from trained_run import SMALL, TEXTS, make_run, run_script, script, train_tokenizer
 
 from pretrain.config import ModelConfig
 from pretrain.convert import hugging_face as export_module
@@ -22,6 +21,7 @@ from pretrain.convert.hugging_face import CHECK_TEXT, check_tokenizer, compare_l
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.errors import ConfigError, RunError
 from pretrain.trained import TrainedModel, load_trained
+from support.trained_run import SMALL, TEXTS, make_run, run_script, script, train_tokenizer
 
 transformers = pytest.importorskip("transformers")
 

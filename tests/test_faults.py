@@ -1,6 +1,6 @@
 """Faults from below: the kernel refuses, kills, runs out of memory, or tells another time. One test or more per row.
 
-Saves of checkpoints are made by tests/save_worker.py under strace, which kills or fails them at the k-th system call;
+Saves of checkpoints are made by save_worker.py under strace, which kills or fails them at the k-th system call;
 training is real. Row 10 (damaged checkpoints): also test_checkpoint and test_training. Row 19 (two jobs, one run_dir)
 and row 21 (another configuration, other data): test_training.
 """
@@ -23,18 +23,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from gate import Gate
-from launching import ROOT, Ranks, free_port, loader_workers
 from safetensors.torch import load_file
-from save_worker import SHAPES
-from test_training import assert_equals_undisturbed, samples_by_step, steps_done, wait_for
-from tiny import GLOBAL_BATCH, TinyCorpus, events, run_arguments, train_tokenizer
 
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.tensors import find_latest
 from pretrain.config import TrainConfig, load_config
 from pretrain.reliability.journal import read_ledger, read_lines, read_metrics
 from pretrain.train.run_folder import write_run_files
+from support import ROOT
+from support.gate import Gate
+from support.launching import Ranks, free_port, loader_workers
+from support.tiny import GLOBAL_BATCH, TinyCorpus, events, run_arguments, train_tokenizer
+from support.training import assert_equals_undisturbed, samples_by_step, steps_done, wait_for
+from support.workers.save_worker import SHAPES
 
 TRAIN = "launch/train.py"
 
@@ -49,11 +50,11 @@ CHANGES = (
 
 
 class SaveWorker:
-    """tests/save_worker.py, and strace at its forks."""
+    """tests/support/workers/save_worker.py, and strace at its forks."""
 
     def __init__(self, **env: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "tests/save_worker.py"],
+            [sys.executable, "tests/support/workers/save_worker.py"],
             cwd=ROOT,
             env={**os.environ, **env},
             stdin=subprocess.PIPE,

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from trained_run import SMALL, make_run, run_script, script
 
 from pretrain.errors import ConfigError
 from pretrain.evaluate.generation import (
@@ -25,6 +24,7 @@ from pretrain.evaluate.generation import (
     token_probabilities,
 )
 from pretrain.model.decoder import Decoder
+from support.trained_run import SMALL, make_run, run_script, script
 
 logit_rows = st.lists(st.floats(-8, 8), min_size=1, max_size=40).map(torch.tensor)
 GREEDY = Sampling(temperature=0)

@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from launching import ROOT
 
 from data_tools.building.lineage import curation_lineage
 from data_tools.config import CardConfig, PrepareConfig, TokenizerConfig
@@ -43,6 +42,7 @@ from pretrain.corpus.shards import Corpus, documents_of
 from pretrain.corpus.writer import CorpusWriter
 from pretrain.data.inputs import resolve_inputs
 from pretrain.errors import ConfigError
+from support import ROOT
 
 BAD_VALUES: list[Any] = [None, -1, 1.5, 1e300, "", "3", [], {}, True, "x" * 2_000_000, "a\0b", [[]], 1 << 70]
 Piece = tuple[int, int, str, int, int]

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import TinyCorpus, python_documents, run_arguments
 from tokenizers import Tokenizer as Theirs
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,9 +23,10 @@ from data_tools.config import TokenizerConfig
 from pretrain.corpus.manifest import load_manifest
 from pretrain.corpus.tokenizer import CHECK_TEXT, Tokenizer, frame
 from pretrain.errors import ConfigError
+from support import ROOT
+from support.tiny import TinyCorpus, python_documents, run_arguments
 
 END = "<|endoftext|>"
-ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = [
     CHECK_TEXT,
     *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))[:4]),

@@ -6,13 +6,13 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from faulty_server import FaultyServer, always
-from tiny import TinyCorpus, make_corpus, run_arguments
 
 from pretrain.config import TrainConfig, load_config
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.data.inputs import resolve_inputs, tokenizer_path
 from pretrain.errors import ConfigError
+from support.faulty_server import FaultyServer, always
+from support.tiny import TinyCorpus, make_corpus, run_arguments
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launching import ROOT, free_port
-from tiny import TinyCorpus, events, make_corpus, python_documents, run_arguments
 
 from pretrain.command import COMMANDS
+from support import ROOT
+from support.launching import free_port
+from support.tiny import TinyCorpus, events, make_corpus, python_documents, run_arguments
 
 FOLDERS = ("pretrain", "data_tools", "launch", "conf")
 

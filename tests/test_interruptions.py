@@ -13,13 +13,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import ROOT, Ranks, free_port, run_ranks
-from test_training import losses, samples_by_step, steps_done, wait_for
-from tiny import GLOBAL_BATCH, TinyCorpus, events, make_corpus, run_arguments
 
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.reliability.heartbeat import LAUNCHER_LOST
 from pretrain.reliability.journal import read_metrics
+from support import ROOT
+from support.launching import Ranks, free_port, run_ranks
+from support.tiny import GLOBAL_BATCH, TinyCorpus, events, make_corpus, run_arguments
+from support.training import losses, samples_by_step, steps_done, wait_for
 
 pytestmark = pytest.mark.integration
 TRAIN = "launch/train.py"

@@ -18,10 +18,8 @@ from hypothesis import strategies as st
 
 from pretrain.reliability import journal
 from pretrain.reliability.journal import JsonLines, read_ledger, read_lines, read_metrics
-from tests.recording import a_monitor, a_record
-
-ROOT = Path(__file__).resolve().parent.parent
-
+from support import ROOT
+from support.recording import a_monitor, a_record
 
 # ---- JSON lines ----
 
@@ -75,7 +73,8 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
 def test_every_line_is_on_disk_when_the_writer_is_killed(tmp_path: Path) -> None:
     """The steps that the killed process had reported are all there."""
     script = (
-        "import sys; from pathlib import Path; from tests.recording import a_monitor, a_record\n"
+        "import sys; from pathlib import Path\n"
+        "sys.path.insert(0, 'tests'); from support.recording import a_monitor, a_record\n"
         "monitor = a_monitor(Path(sys.argv[1]))\n"
         "for step in range(1, 10**9):\n    monitor.step(a_record(step)); print(step, flush=True)"
     )

@@ -22,89 +22,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from launching import loader_workers
 
 from pretrain.batch import IGNORED_LABEL, Batch
-from pretrain.config import BadChunk, DataConfig, Packing, SourceConfig, StageConfig
+from pretrain.config import BadChunk, DataConfig, Packing, StageConfig
 from pretrain.corpus.shards import Corpus
-from pretrain.corpus.writer import CorpusWriter
-from pretrain.data.loader import TrainLoader, build_batch
+from pretrain.data.loader import build_batch
 from pretrain.data.order import Location
 from pretrain.data.sequences import SequenceReader
 from pretrain.data.state import OrderState, Substitution
 from pretrain.data.workers import MicroBatches, read_ahead
 from pretrain.errors import ConfigError
-
-CHUNK = 64
-BOS, EOS = 1, 2
-
-
-class Text:
-    """A corpus on disk, and what was put into it."""
-
-    def __init__(
-        self,
-        folder: Path,
-        n_tokens: int,
-        seed: int,
-        vocab_size: int = 300,
-        sha: str = "f" * 64,
-        loss_mask: bool = False,
-    ) -> None:
-        self.manifest = str(folder / "manifest.json")
-        self.stream: list[int] = []
-        self.starts: list[int] = []  # of documents, in the stream
-        self.ignored: set[int] = set()  # tokens that the loss mask leaves out, in the stream
-        writer = CorpusWriter(
-            folder,
-            tokenizer_sha256=sha,
-            vocab_size=vocab_size,
-            bos_id=BOS,
-            eos_id=EOS,
-            chunk_tokens=CHUNK,
-            sources=["text"],
-            shard_bytes=16_384,
-            loss_mask=loss_mask,
-        )
-        random = np.random.default_rng(seed)
-        while len(self.stream) < n_tokens:
-            room = n_tokens - len(self.stream)
-            length = min(int(random.choice([2, 3, 9, 30, 200])), room)
-            document = [BOS, *random.integers(3, vocab_size, length).tolist(), EOS][:room]
-            begin, targets = len(self.stream), None
-            if loss_mask:
-                borders = random.choice(len(document) + 1, size=min(4, len(document) // 2 * 2), replace=False)
-                targets = sorted(borders.tolist())
-                learned = {at for a, b in zip(targets[::2], targets[1::2], strict=True) for at in range(a, b)}
-                self.ignored |= {begin + at for at in range(len(document)) if at not in learned}
-            self.starts.append(begin)
-            self.stream += document
-            writer.add_document(document, source="text", document_id=f"d{len(self.starts)}", targets=targets)
-        writer.finish()
-
-    def sequences(self, sequence_length: int) -> list[tuple[int, int]]:
-        """(chunk, sequence) of the whole corpus."""
-        return [
-            (at // CHUNK, at % CHUNK // sequence_length) for at in range(0, len(self.stream), sequence_length)
-        ]
-
-    def reference(self, chunk: int, sequence: int, length: int, masking: bool) -> list[list[int]]:
-        """Tokens, labels, positions and document ids of one sequence, token by token."""
-        begin = chunk * CHUNK + sequence * length
-        end = min((chunk + 1) * CHUNK, len(self.stream))
-        tokens, labels, positions, ids = [], [], [], []
-        position = document = 0
-        for at in range(begin, begin + length):
-            if masking and at > begin and (at in self.starts or at == end):
-                document, position = document + 1, 0
-            tokens.append(self.stream[at] if at < end else EOS)
-            crosses = masking and at + 1 in self.starts
-            counts = at + 1 < end and not crosses and at + 1 not in self.ignored
-            labels.append(self.stream[at + 1] if counts else IGNORED_LABEL)
-            positions.append(position)
-            ids.append(document)
-            position += 1
-        return [tokens, labels, positions, ids]
+from support.launching import loader_workers
+from support.texts import BOS, CHUNK, EOS, Text, data_config, make_loader
 
 
 @pytest.fixture(scope="module")
@@ -113,27 +42,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Text]:
     folder = tmp_path_factory.mktemp("corpora")
     ordinary = Text(folder / "a", 33 * CHUNK + 3, seed=1)
     return [ordinary, Text(folder / "b", 20 * CHUNK + 37, seed=2, loss_mask=True)]
-
-
-def data_config(texts: list[Text], **values: object) -> DataConfig:
-    sources = [
-        SourceConfig(name=f"s{k}", manifest=text.manifest, weight=1 + k) for k, text in enumerate(texts)
-    ]
-    defaults = {"sequence_length": 16, "window_chunks": 4, "loader_workers": 0}
-    return DataConfig(sources=sources, **{**defaults, **values})
-
-
-def make_loader(data: DataConfig, **values: object) -> TrainLoader:
-    defaults = {
-        "seed": 5,
-        "global_batch_sequences": 12,
-        "micro_batch_sequences": 2,
-        "rank": 0,
-        "world_size": 1,
-        "total_steps": 10,
-        "state": None,
-    }
-    return TrainLoader(data, **{**defaults, **values})
 
 
 @pytest.fixture(autouse=True)
@@ -689,7 +597,7 @@ def test_workers_die_with_a_killed_trainer(texts: list[Text]) -> None:
     code = f"""
 import os, signal, sys
 sys.path.insert(0, "tests")
-from launching import loader_workers
+from support.launching import loader_workers
 from pretrain.config import DataConfig
 from pretrain.data.loader import TrainLoader
 data = DataConfig(manifest={texts[0].manifest!r}, sequence_length=16, loader_workers=2)

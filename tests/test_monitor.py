@@ -25,9 +25,8 @@ from pretrain.gpus import known_peak
 from pretrain.monitor import monitor
 from pretrain.monitor.monitor import wandb_mode
 from pretrain.reliability.journal import read_lines, read_metrics, say
-from tests.recording import TOKENS_PER_STEP, a_config, a_monitor, a_record
-
-ROOT = Path(__file__).resolve().parent.parent
+from support import ROOT
+from support.recording import TOKENS_PER_STEP, a_config, a_monitor, a_record
 
 # ---- what a step records ----
 
@@ -107,7 +106,8 @@ def test_events_say_what_happened(tmp_path: Path, capfd: pytest.CaptureFixture[s
 def test_a_full_disk_costs_one_warning(tmp_path: Path) -> None:
     """A limit on file sizes cuts a write short and then refuses it, as a full disk does."""
     script = (
-        "import resource, sys; from pathlib import Path; from tests.recording import a_monitor, a_record\n"
+        "import resource, sys; from pathlib import Path\n"
+        "sys.path.insert(0, 'tests'); from support.recording import a_monitor, a_record\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
         "monitor = a_monitor(Path(sys.argv[1]))\n"
         "for step in range(1, 101):\n    monitor.step(a_record(step))\n"
@@ -140,7 +140,8 @@ def test_a_run_folder_that_cannot_be_written(tmp_path: Path, capfd: pytest.Captu
 
 def test_a_closed_terminal_is_no_reason_to_stop(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from tests.recording import a_monitor, a_record\n"
+        "import sys; from pathlib import Path\n"
+        "sys.path.insert(0, 'tests'); from support.recording import a_monitor, a_record\n"
         "sys.stdin.readline()\n"
         "monitor = a_monitor(Path(sys.argv[1]))\n"
         "for step in range(1, 31):\n    monitor.step(a_record(step))\n"

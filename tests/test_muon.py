@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_worker import GLOBAL, LR, batch_of, small_config
-from launching import run_ranks
-from test_engine import assert_same_state, losses, read_tensors
 from torch.optim._muon import _zeropower_via_newtonschulz as torch_newton_schulz
 
 from pretrain.checkpoint import tensors as checkpoint
@@ -24,6 +21,9 @@ from pretrain.engine.optim import (
     parameter_groups,
 )
 from pretrain.model.decoder import Decoder
+from support.checkpoints import assert_same_state, read_tensors
+from support.launching import run_ranks
+from support.workers.engine_worker import GLOBAL, LR, batch_of, losses, small_config
 
 STEPS = 4
 # A decay that shows beside the rounding of Newton-Schulz in bf16.
@@ -138,7 +138,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             }.items():
                 where = {"save": str(root / f"{kind}-{name}"), "out": str(root / f"{kind}-{name}.json")}
                 jobs.append({"stage": stage, "precision": precision, "overrides": overrides, **more, **where})
-        run_ranks(n_ranks, "tests/engine_worker.py", json.dumps(jobs), log_dir=root / f"logs-{n_ranks}")
+        run_ranks(
+            n_ranks,
+            "tests/support/workers/engine_worker.py",
+            json.dumps(jobs),
+            log_dir=root / f"logs-{n_ranks}",
+        )
     return root
 
 
@@ -187,6 +192,11 @@ def test_momenta_travel_over_ranks_and_stages(trained: Path, tmp_path: Path) -> 
         overrides = MUON + (["global_batch_sequences=6"] if ranks == 3 else [])
         job = {"stage": stage, "precision": "bf16", "steps": 0, "load": str(here), "overrides": overrides}
         job |= {"save": str(there), "out": str(tmp_path / "out.json")}
-        run_ranks(ranks, "tests/engine_worker.py", json.dumps([job]), log_dir=tmp_path / f"logs-{hop}")
+        run_ranks(
+            ranks,
+            "tests/support/workers/engine_worker.py",
+            json.dumps([job]),
+            log_dir=tmp_path / f"logs-{hop}",
+        )
         here = checkpoint.checkpoint_path(there, 1)
         assert_same_state(origin, here)

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faulty_server import FaultyServer, always, at_rate
-from served_corpus import CHUNK_TOKENS, N_CHUNKS, assert_same, options, write_corpus
 
 from pretrain.corpus import node_cache
 from pretrain.corpus.manifest import CorruptShardError
 from pretrain.corpus.node_cache import NodeCache, default_folder
 from pretrain.corpus.shards import Corpus
 from pretrain.errors import ConfigError
+from support.faulty_server import FaultyServer, always, at_rate
+from support.served_corpus import CHUNK_TOKENS, N_CHUNKS, assert_same, options, write_corpus
 
 ROOT_HASH = "a" * 64
 BLOCK = 4096

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 
-import bombs
 import pytest
 
 from data_tools.reading.pages import PageReader, main_text
 from data_tools.reading.warc import pages
+from support import bombs
 
 PROSE = "The committee met on Friday and agreed on the report, which is to be published next month."
 CHINESE = "中国专利法规定，发明是指对产品、方法或者其改进所提出的新的技术方案。"

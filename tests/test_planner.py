@@ -18,10 +18,8 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
-from engine_worker import small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import run_ranks
 
 from pretrain.checkpoint import saver as saving
 from pretrain.config import (
@@ -71,8 +69,10 @@ from pretrain.plan.time import (
     flops_per_token,
     step_time,
 )
+from support import ROOT
+from support.launching import run_ranks
+from support.workers.engine_worker import small_config
 
-ROOT = Path(__file__).resolve().parent.parent
 PLAN = ROOT / "launch" / "plan.py"
 
 
@@ -123,7 +123,9 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict]:
             for stage, precision in STAGES
             for variant, overrides in VARIANTS.items()
         ]
-        run_ranks(ranks, "tests/plan_worker.py", json.dumps(jobs), log_dir=root / f"logs-{ranks}")
+        run_ranks(
+            ranks, "tests/support/workers/plan_worker.py", json.dumps(jobs), log_dir=root / f"logs-{ranks}"
+        )
     return lambda name: json.loads((root / f"{name}.0.json").read_text())
 
 

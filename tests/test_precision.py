@@ -13,9 +13,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from launching import ROOT, Ranks, run_ranks
-from tiny import TinyCorpus, events, run_arguments
-from trained_run import TEXTS, make_run, run_script
 
 from pretrain.checkpoint.tensors import list_checkpoints, read_state
 from pretrain.config import Precision, TrainConfig, load_config
@@ -27,6 +24,10 @@ from pretrain.errors import ConfigError
 from pretrain.model.kernels import Capability, least_capable, resolve
 from pretrain.model.precision import cpu_has_bf16, host_cpu_has_bf16, precision_of, resolve_precision
 from pretrain.reliability.journal import read_ledger, read_metrics
+from support import ROOT
+from support.launching import Ranks, run_ranks
+from support.tiny import TinyCorpus, events, run_arguments
+from support.trained_run import TEXTS, make_run, run_script
 
 GENOA = "processor : 0\nflags\t\t: fpu avx2 avx512f avx512_bf16 avx512vl\nprocessor : 1\nflags\t: fpu\n"
 LAPTOP = "processor : 0\nflags\t\t: fpu sse4_2 avx2 fma avx512_bf16x\n"

@@ -21,9 +21,9 @@ import pytest
 
 from pretrain.config import PreflightConfig, SubmitConfig, load_config
 from pretrain.errors import ConfigError
-from tests.launching import free_port
+from support import ROOT
+from support.launching import free_port
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "launch" / "preflight.py"
 MODEST = ["min_memory_gib=0.1", "min_run_dir_gib=0.1", "min_tmpdir_gib=0.1", "min_write_mib_per_second=1"]
 MODEST += ["min_network_mib_per_second=1", "check_timeout_s=60"]

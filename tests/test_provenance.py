@@ -11,10 +11,6 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import ROOT, run_ranks
-from test_loader import CHUNK, Text, data_config, make_loader
-from test_schedule import staged
-from tiny import TinyCorpus, python_documents
 
 from pretrain.config import BadChunk, Packing, StageConfig
 from pretrain.corpus.tokenizer import Tokenizer
@@ -22,6 +18,11 @@ from pretrain.data.history import ReadHistory
 from pretrain.data.state import OrderState, Substitution
 from pretrain.errors import ConfigError
 from pretrain.reliability.journal import read_ledger
+from support import ROOT
+from support.launching import run_ranks
+from support.texts import CHUNK, Text, data_config, make_loader
+from support.tiny import TinyCorpus, python_documents
+from support.training import staged
 
 
 @pytest.fixture(scope="module")

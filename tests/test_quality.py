@@ -31,8 +31,7 @@ from data_tools.stages.quality import (
     reasons,
 )
 from pretrain.errors import ConfigError
-
-ROOT = Path(__file__).resolve().parent.parent
+from support import ROOT
 
 # Lincoln at Gettysburg, 1863.
 ENGLISH = """Four score and seven years ago our fathers brought forth on this continent, a new nation, conceived in \

@@ -41,8 +41,8 @@ from pretrain.quickstart.length import (
 )
 from pretrain.quickstart.runner import CommandRunner, Failed, Stopped
 from pretrain.reliability.journal import read_lines, read_metrics
+from support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "launch" / "quickstart.sh"
 
 

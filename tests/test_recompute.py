@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from launching import run_ranks
 from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +20,7 @@ from pretrain.config import AttentionKernel, ModelConfig, Recompute
 from pretrain.model.decoder import Block, Decoder, _rotary_tables
 from pretrain.model.kernels import PLAIN
 from pretrain.plan.memory import saved_bytes_per_token, selected_bytes_per_token
+from support.launching import run_ranks
 
 torch.set_num_threads(1)
 
@@ -144,7 +144,7 @@ def test_it_changes_no_bit_under_zero_3(tmp_path: Path) -> None:
         }
         for mode in Recompute
     ]
-    run_ranks(2, "tests/engine_worker.py", json.dumps(jobs), log_dir=tmp_path / "logs")
+    run_ranks(2, "tests/support/workers/engine_worker.py", json.dumps(jobs), log_dir=tmp_path / "logs")
     plain, selective, full = (json.loads(Path(job["out"]).read_text()) for job in jobs)
     assert plain == selective == full
     assert plain["losses"][2] < plain["losses"][0]

@@ -18,8 +18,6 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from faulty_server import FAULTS, FaultyServer, always, at_rate
-from served_corpus import CHUNK_TOKENS, assert_same, everything, options, write_corpus
 
 from data_tools.reading.units import ReadConfig, Unit, read_unit, units_of
 from data_tools.stages.decontaminate import read_items
@@ -31,6 +29,8 @@ from pretrain.corpus.shards import Corpus
 from pretrain.data.loader import TrainLoader
 from pretrain.errors import ConfigError
 from pretrain.remote import ReadError, is_remote, persist, redact
+from support.faulty_server import FAULTS, FaultyServer, always, at_rate
+from support.served_corpus import CHUNK_TOKENS, assert_same, everything, options, write_corpus
 
 
 @pytest.fixture(autouse=True)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import Ranks
-from object_store import s3_server
-from test_training import losses, samples_by_step
-from tiny import TinyCorpus, events, run_arguments
 
 from pretrain.checkpoint import folder as checkpoint_folder
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.errors import ConfigError
+from support.launching import Ranks
+from support.object_store import s3_server
+from support.tiny import TinyCorpus, events, run_arguments
+from support.training import losses, samples_by_step
 
 pytestmark = pytest.mark.integration
 

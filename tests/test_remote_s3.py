@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 import s3fs
-from faulty_server import FAULTS, FaultyServer, always, at_rate
-from launching import Ranks
-from object_store import s3_server
-from served_corpus import assert_same, options, write_corpus
-from test_training import losses, samples_by_step
-from tiny import TinyCorpus, make_corpus, run_arguments
 
 from pretrain import remote
 from pretrain.corpus.manifest import CorruptShardError, load_manifest
 from pretrain.corpus.shards import Corpus
 from pretrain.errors import ConfigError
 from pretrain.remote import DeniedError, MissingError, ReadError
+from support.faulty_server import FAULTS, FaultyServer, always, at_rate
+from support.launching import Ranks
+from support.object_store import s3_server
+from support.served_corpus import assert_same, options, write_corpus
+from support.tiny import TinyCorpus, make_corpus, run_arguments
+from support.training import losses, samples_by_step
 
 pytestmark = pytest.mark.integration
 

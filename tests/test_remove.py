@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-from test_prepare import ENGLISH, all_documents, config, content, run, write_jsonl
 
 from data_tools.config import TokenizerConfig
 from data_tools.prepare import prepare
@@ -16,6 +15,7 @@ from data_tools.verify import verify
 from pretrain.corpus.manifest import load_manifest
 from pretrain.corpus.shards import Corpus, documents_of
 from pretrain.errors import ConfigError
+from support.preparing import ENGLISH, all_documents, config, content, run, write_jsonl
 
 
 @pytest.fixture

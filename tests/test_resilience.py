@@ -16,8 +16,7 @@ from pretrain.errors import ConfigError
 from pretrain.reliability.heartbeat import LAUNCHER_LOST
 from pretrain.reliability.run_lock import lock_run
 from pretrain.reliability.stop import StopRequest
-
-ROOT = Path(__file__).resolve().parent.parent
+from support import ROOT
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from run_states import run_state
 
 from pretrain.checkpoint import saver as saving
 from pretrain.checkpoint import tensors as checkpoint
@@ -18,6 +17,7 @@ from pretrain.checkpoint.saver import Saver, advised_interval_s
 from pretrain.checkpoint.tensors import ALONE
 from pretrain.config import CheckpointConfig
 from pretrain.distributed import Partition
+from support.run_states import run_state
 
 
 @pytest.fixture(autouse=True, scope="module")

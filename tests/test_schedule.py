@@ -7,27 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import Ranks, run_ranks
-from test_training import TRAIN, losses, samples_by_step
-from tiny import TinyCorpus, events, run_arguments
 
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.config import TrainConfig, load_config
 from pretrain.corpus.shards import Corpus
 from pretrain.data.loader import TrainLoader
 from pretrain.reliability.journal import read_ledger, read_metrics
+from support.launching import Ranks, run_ranks
+from support.tiny import TinyCorpus, events, run_arguments
+from support.training import TRAIN, losses, samples_by_step, staged
 
 pytestmark = pytest.mark.integration
-
-# 4 steps of 8 x 64 tokens, 4 of 4 x 128, 4 of 8 x 128: the batch in sequences goes down and up again.
-STAGES = (
-    "data.stages=[{start_tokens: 2048, sequence_length: 128, global_batch_sequences: 4}, "
-    "{start_tokens: 4096, global_batch_sequences: 8}]"
-)
-
-
-def staged(corpus: TinyCorpus, run_dir: Path, *more: str) -> list[str]:
-    return run_arguments(corpus, run_dir, STAGES, "data.packing=best_fit", "data.lanes=4", *more)
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from stand_ins import write_nvidia_smi
 
-ROOT = Path(__file__).resolve().parent.parent
+from support import ROOT
+from support.stand_ins import write_nvidia_smi
+
 SCRIPTS = [*sorted(ROOT.glob("launch/*.sh")), ROOT / "tests/run.sh", ROOT / ".ci/run"]
 
 

@@ -31,12 +31,8 @@ import psutil
 import pytest
 import torch
 import xxhash
-from launching import ROOT, Ranks, free_port
-from run_states import run_state
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from tiny import TinyCorpus, events, run_arguments
-from trained_run import make_run, train_tokenizer
 
 from pretrain import trained
 from pretrain.checkpoint import folder as checkpoint_folder
@@ -51,8 +47,14 @@ from pretrain.data.history import ReadHistory
 from pretrain.data.state import OrderState
 from pretrain.errors import ConfigError
 from pretrain.model.decoder import Decoder
+from support import ROOT
+from support.launching import Ranks, free_port
+from support.run_states import run_state
+from support.sockets import listening_sockets, sockets_of
+from support.tiny import TinyCorpus, events, run_arguments
+from support.trained_run import make_run, train_tokenizer
 
-SHIM = ROOT / "tests" / "fault_shims" / "pickles"
+SHIM = ROOT / "tests" / "support" / "fault_shims" / "pickles"
 SECRETS = ("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "SOME_TOKEN")
 
 
@@ -84,30 +86,6 @@ class Watch:
                 ancestor = parents[ancestor]
             if ancestor == os.getpid() and process != ancestor:
                 self.listening |= sockets_of(process, listeners)
-
-
-def listening_sockets() -> dict[str, str]:
-    """Inode -> local address of every listening TCP socket of this network namespace."""
-    found = {}
-    for table in ("tcp", "tcp6"):
-        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
-            words = line.split()
-            if words[3] == "0A":  # LISTEN
-                found[words[9]] = words[1]
-    return found
-
-
-def sockets_of(process: int, listeners: dict[str, str]) -> set[tuple[str, str]]:
-    seen = set()
-    try:
-        name = Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        for descriptor in Path(f"/proc/{process}/fd").iterdir():
-            target = os.readlink(descriptor)
-            if target.startswith("socket:[") and target[8:-1] in listeners:
-                seen.add((name, listeners[target[8:-1]]))
-    except OSError:  # it ended meanwhile
-        pass
-    return seen
 
 
 def is_loopback(address: str) -> bool:
@@ -284,7 +262,7 @@ def outward_address() -> str | None:
 TWO_HOSTS = """
 import sys; sys.path.insert(0, "{root}"); sys.path.insert(0, "{root}/tests")
 from pretrain.distributed import gather_objects, init_world, shutdown_world
-from test_security import listening_sockets, sockets_of
+from support.sockets import listening_sockets, sockets_of
 import os
 world = init_world(60)
 mine = sorted(address for _, address in sockets_of(os.getpid(), listening_sockets()))
@@ -360,7 +338,12 @@ def test_a_stranger_at_the_watchers_port_changes_nothing(tmp_path: Path) -> None
     """Who connects to the watcher of rank 0 without the run's password is not heard, and keeps nothing alive; more
     silent ones than that process may have descriptors do not end it."""
     with Ranks(
-        2, "tests/watchdog_worker.py", str(tmp_path), "nothing", "0", log_dir=tmp_path / "logs"
+        2,
+        "tests/support/workers/watchdog_worker.py",
+        str(tmp_path),
+        "nothing",
+        "0",
+        log_dir=tmp_path / "logs",
     ) as ranks:
         hub, port = wait_for_hub(ranks.processes[0].pid)
         resource.prlimit(hub.pid, resource.RLIMIT_NOFILE, (1024, 1024))

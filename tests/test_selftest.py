@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, run_ranks
-from tiny import TinyCorpus, run_arguments
 
 from pretrain.config import TrainConfig, load_config
 from pretrain.data.selftest import SampleRead, _entries, _problem
+from support import ROOT
+from support.launching import run_ranks
+from support.tiny import TinyCorpus, run_arguments
 
 pytestmark = pytest.mark.integration
 

@@ -7,10 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import run_ranks
-from test_engine import read_tensors
-from test_training import assert_each_sample_once
-from tiny import events, make_corpus, python_documents, run_arguments
 
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.config import TrainConfig, load_config
@@ -19,6 +15,10 @@ from pretrain.data.loader import TrainLoader
 from pretrain.distributed import World, init_world
 from pretrain.errors import ConfigError
 from pretrain.reliability.journal import read_metrics
+from support.checkpoints import read_tensors
+from support.launching import run_ranks
+from support.tiny import events, make_corpus, python_documents, run_arguments
+from support.training import assert_each_sample_once
 
 TRAIN = "launch/train.py"
 STEPS = 4
@@ -109,7 +109,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             jobs.append(half | {"shared_by": 2, "out": str(root / "half.json"), "save": saved})
             more = {"load": str(checkpoint.checkpoint_path(root / "half", STEPS // 2))}
             jobs.append(half | more | {"shared_by": 1, "out": str(root / "resumed.json")})
-        run_ranks(n_ranks, "tests/sequence_parallel_worker.py", json.dumps(jobs), log_dir=root / "logs")
+        run_ranks(
+            n_ranks,
+            "tests/support/workers/sequence_parallel_worker.py",
+            json.dumps(jobs),
+            log_dir=root / "logs",
+        )
     return root
 
 

@@ -14,9 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import Ranks, run_ranks
-from test_training import assert_equals_undisturbed, steps_done, wait_for
-from tiny import TinyCorpus, events, run_arguments
 
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.tensors import ALONE
@@ -24,6 +21,9 @@ from pretrain.engine.bit_sums import StateSums, bit_sum, check_memory
 from pretrain.errors import RunError
 from pretrain.train import stragglers
 from pretrain.train.stragglers import Pace
+from support.launching import Ranks, run_ranks
+from support.tiny import TinyCorpus, events, run_arguments
+from support.training import assert_equals_undisturbed, steps_done, wait_for
 
 TRAIN = "launch/train.py"
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
@@ -110,7 +110,7 @@ def test_row_8_a_flipped_bit_is_noticed_in_its_step_and_never_saved(
     run_dir = tmp_path / "run"
     # Step 4 is saved before the run goes on: otherwise it could end in step 8 before that is done.
     arguments = run_arguments(corpus, run_dir, "checkpoint.background=false")
-    worker = ("tests/flip_worker.py", kind, "1", "8", *arguments)  # step 8 would be saved
+    worker = ("tests/support/workers/flip_worker.py", kind, "1", "8", *arguments)  # step 8 would be saved
     with Ranks(2, *worker, log_dir=tmp_path / "logs") as ranks:
         codes = ranks.wait()
     assert codes[1] not in (0, 2, 75), ranks.output()

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import ROOT, run_ranks
-from tiny import TinyCorpus, run_arguments
 
 from pretrain.config import DataConfig
 from pretrain.config.data_stages import plan_stages
@@ -20,11 +18,14 @@ from pretrain.corpus.shards import Corpus
 from pretrain.data.order import Order, SourceSize
 from pretrain.data.sequences import SequenceReader
 from pretrain.data.workers import MicroBatches, read_ahead
+from support import ROOT
+from support.launching import run_ranks
+from support.tiny import TinyCorpus, run_arguments
 
 # `copy` looks for Jython's `org`, yaml's parser is made by Cython.
 OF_THE_INTERPRETER = {"_distutils_hack", "sitecustomize", "usercustomize", "org", "__main__", "__mp_main__"}
 OF_THE_INTERPRETER |= {"cython_runtime"}
-OURS = {"pretrain", "data_tools", "loaded_modules"}
+OURS = {"pretrain", "data_tools", "support"}
 OMEGACONF = {"omegaconf", "antlr4", "attr", "yaml", "_yaml"}
 SCHEMAS = {"annotated_types", "typing_extensions"}  # small; pydantic itself waits for a file to be parsed
 CONFIGURATION = OMEGACONF | SCHEMAS | {"hydra", "packaging"}
@@ -129,7 +130,7 @@ def test_a_loader_worker_imports_what_reads_a_corpus(
     order = Order([size], plan_stages(data, 8), lanes=2, window_chunks=4, seed=0)
     read = MicroBatches(SequenceReader([opened], data), order)
     wanted = (np.arange(4), np.empty(0, np.int64))
-    import loaded_modules  # from tests/, which the worker finds too
+    from support import loaded_modules  # tests/ is on the path of the worker too
 
     (modules,) = read_ahead(partial(loaded_modules.after, read), iter([wanted]), n_workers=1, ahead=1)
     assert "pretrain.data.sequences" in modules
@@ -143,7 +144,7 @@ def test_a_rank_has_no_compiler_and_no_reporter_at_its_first_step(
     """Each of these costs a start up to a CPU-second per rank; a run that saves or compiles imports them then."""
     arguments = run_arguments(corpus, tmp_path / "run", "total_steps=3", "data.loader_workers=1")
     monkeypatch.setenv("MODULES_OF_RANK", str(tmp_path / "modules-"))
-    run_ranks(2, "tests/startup_worker.py", *arguments, log_dir=tmp_path / "logs")
+    run_ranks(2, "tests/support/workers/startup_worker.py", *arguments, log_dir=tmp_path / "logs")
     for rank in range(2):
         modules = (tmp_path / f"modules-{rank}").read_text().split()
         assert "deepspeed.runtime.zero.stage3" in modules

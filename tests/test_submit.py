@@ -26,10 +26,10 @@ import yaml
 from pretrain.config import ClusterConfig, SubmitConfig, TrainConfig, load_config, run_command
 from pretrain.errors import ConfigError
 from pretrain.reliability.journal import JsonLines
-from tests.slurm_stand_ins import install, requests, start_batch
-from tests.tiny import TinyCorpus
+from support import ROOT
+from support.slurm_stand_ins import install, requests, start_batch
+from support.tiny import TinyCorpus
 
-ROOT = Path(__file__).resolve().parent.parent
 SUBMIT = ROOT / "launch" / "submit.py"
 ODD = 'o\'dd "run" #1 %j $HOME; é'
 

@@ -14,16 +14,17 @@ import time
 from pathlib import Path
 
 import pytest
-from gate import Gate
-from launching import ROOT, run_ranks
-from supervised import CANARY, Supervised, deepspeed, processes, processes_of
-from test_training import assert_equals_undisturbed
-from tiny import TinyCorpus, events, run_arguments
 
 from pretrain.checkpoint import folder as checkpoint_folder
 from pretrain.errors import ConfigError
 from pretrain.reliability.attempts import Attempt, Cause, account, error_sentence, judge
 from pretrain.reliability.supervisor import Tail, run_dir_of
+from support import ROOT
+from support.gate import Gate
+from support.launching import run_ranks
+from support.supervised import CANARY, Supervised, deepspeed, processes, processes_of
+from support.tiny import TinyCorpus, events, run_arguments
+from support.training import assert_equals_undisturbed
 
 PLAY = """
 import json, os, signal, subprocess, sys, time

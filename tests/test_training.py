@@ -8,16 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from gate import Gate
-from launching import ROOT, Ranks, free_port, run_ranks
-from test_dialogue import chat_config, dialogues
-from test_engine import assert_same_state
-from test_prepare import write_jsonl
-from tiny import GLOBAL_BATCH, TinyCorpus, events, make_corpus, run_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_tools.prepare import prepare
@@ -25,53 +18,25 @@ from pretrain.checkpoint import tensors as checkpoint
 from pretrain.config import TrainConfig, load_config
 from pretrain.corpus.shards import Corpus, documents_of
 from pretrain.data.loader import TrainLoader
-from pretrain.reliability.journal import read_ledger, read_metrics
+from pretrain.reliability.journal import read_metrics
+from support import ROOT
+from support.dialogues import chat_config, dialogues
+from support.gate import Gate
+from support.launching import Ranks, free_port, run_ranks
+from support.preparing import write_jsonl
+from support.tiny import GLOBAL_BATCH, TinyCorpus, events, make_corpus, run_arguments
+from support.training import (
+    N_STEPS,
+    TRAIN,
+    assert_each_sample_once,
+    assert_equals_undisturbed,
+    losses,
+    samples_by_step,
+    steps_done,
+    wait_for,
+)
 
 pytestmark = pytest.mark.integration
-TRAIN = "launch/train.py"
-N_STEPS = 12
-
-
-def losses(run_dir: Path) -> list[str]:
-    """The loss stream as hexadecimal floats: equal means bit-identical."""
-    return [record["loss"].hex() for record in read_metrics(run_dir)]
-
-
-def samples_by_step(run_dir: Path) -> dict[int, list[int]]:
-    steps: dict[int, list[int]] = {}
-    for entry in read_ledger(run_dir):
-        steps.setdefault(entry["step"], []).extend(entry["samples"])
-    return {step: sorted(samples) for step, samples in steps.items()}
-
-
-def assert_each_sample_once(run_dir: Path) -> None:
-    steps = samples_by_step(run_dir)
-    assert sorted(steps) == list(range(1, N_STEPS + 1))
-    assert [s for step in sorted(steps) for s in steps[step]] == list(range(N_STEPS * GLOBAL_BATCH))
-
-
-def assert_equals_undisturbed(run_dir: Path, straight: Path) -> None:
-    """The oracle: losses, parameters, moments bit-identical; the ledger of samples exact, tokens included."""
-    assert losses(run_dir) == losses(straight)
-    assert_same_state(
-        checkpoint.checkpoint_path(run_dir, N_STEPS), checkpoint.checkpoint_path(straight, N_STEPS)
-    )
-    assert_each_sample_once(run_dir)
-    ours, theirs = read_ledger(run_dir), read_ledger(straight)
-    assert [e["tokens_xxh3"] for e in ours] == [e["tokens_xxh3"] for e in theirs]
-
-
-def wait_for(condition, ranks: Ranks, timeout_s: float = 120, poll_s: float = 0.01) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"it did not happen\n{ranks.output()}"
-        assert all(p.poll() is None for p in ranks.processes), f"a rank ended early\n{ranks.output()}"
-        time.sleep(poll_s)
-
-
-def steps_done(run_dir: Path) -> int:
-    path = run_dir / "metrics.jsonl"
-    return path.read_text().count('"kind": "step"') if path.exists() else 0
 
 
 def test_straight_run_learns_and_leaves_what_it_should(straight: Path) -> None:

@@ -14,6 +14,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from pretrain.corpus import tokenizer_trial as trial
 from pretrain.errors import ConfigError
+from support import ROOT
 
 
 def made(**parts: object) -> bytes:
@@ -63,7 +64,7 @@ def test_one_that_panics_is_one_sentence() -> None:
 
 def test_a_piece_that_is_no_text_is_told(tmp_path: Path) -> None:
     """A model as a fuzzer has made it of an honest one."""
-    path = Path(__file__).parent / "fuzz" / "crashers" / "sentencepiece" / "piece-that-is-no-utf-8"
+    path = ROOT / "tests/support/fuzz/crashers" / "sentencepiece" / "piece-that-is-no-utf-8"
     with pytest.raises(ConfigError, match="UnicodeDecodeError"):
         trial.try_tokenizer(path.read_bytes(), path)
 

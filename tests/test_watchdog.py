@@ -10,10 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import Ranks
+
+from support.launching import Ranks
 
 pytestmark = pytest.mark.integration
-WORKER = "tests/watchdog_worker.py"
+WORKER = "tests/support/workers/watchdog_worker.py"
 
 
 def watchers_of(processes: list[psutil.Process]) -> list[psutil.Process]:
