@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,52 @@ def straight(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Pa
     run_dir = tmp_path_factory.mktemp("straight") / "run"
     run_ranks(2, "launch/train.py", *run_arguments(corpus, run_dir), log_dir=run_dir.parent / "logs")
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def staged_run(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run on 2 ranks whose sequence length and batch change on the way."""
+    from support.launching import run_ranks
+    from support.training import TRAIN, staged
+
+    run_dir = tmp_path_factory.mktemp("staged") / "run"
+    run_ranks(2, TRAIN, *staged(corpus, run_dir), log_dir=run_dir.parent / "logs")
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a corpus of random tokens, to be read from a server and not to be changed."""
+    from support.served_corpus import write_corpus
+
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def raw_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of text to curate, not to be changed."""
+    from support.curating import write_text
+
+    return write_text(tmp_path_factory.mktemp("input") / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of an empty bucket on a real server; the environment says how to reach it while the module runs."""
+    from support.object_store import s3_server
+
+    with s3_server(tmp_path_factory.mktemp("s3")) as bucket:
+        yield bucket
+
+
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    """A torch process group of this process alone."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

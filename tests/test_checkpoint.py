@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,15 +19,10 @@ from pretrain.distributed import Partition, World, share
 from pretrain.errors import ConfigError
 from support.run_states import run_state
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 SHAPES = {"a.weight": (3, 5), "b.weight": (7,)}
 KEYS = [f"weight.{name}" for name in SHAPES]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def save(run_dir: Path, step: int) -> int:

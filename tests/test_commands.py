@@ -14,7 +14,7 @@ import pytest
 from pretrain.command import COMMANDS, MISSING_PACKAGE, READER_LEFT
 from support import ROOT
 from support.launching import free_port
-from support.tiny import TinyCorpus, events, make_corpus, run_arguments
+from support.tiny import TinyCorpus, events, run_arguments
 
 SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "launch").glob("*.py"))
 MODULES = [f"data_tools.{name}" for name in ("curate", "prepare", "remove", "show", "verify")]
@@ -212,11 +212,6 @@ def test_other_pipes_and_threads_are_not_concerned(where: str) -> None:
     else:
         assert status == 1
         assert "BrokenPipeError" in said
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def test_show_a_corpus_to_a_reader_of_one_line(corpus: TinyCorpus) -> None:

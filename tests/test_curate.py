@@ -26,20 +26,15 @@ from data_tools.report.funnel import funnel_rows, funnel_table
 from pretrain.corpus.manifest import load_manifest
 from pretrain.errors import ConfigError
 from support import ROOT
-from support.curating import PROSE, config, documents, write_text
+from support.curating import PROSE, config, documents
 from support.preparing import content
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("input") / "text.jsonl")
-
-
-@pytest.fixture(scope="module")
-def curated(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def curated(raw_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """By one process, undisturbed."""
     output = tmp_path_factory.mktemp("curated") / "out"
-    assert curate(config(text, output, "executor.workers=1", "curation.dedup.priority=[news]")) == 0
+    assert curate(config(raw_text, output, "executor.workers=1", "curation.dedup.priority=[news]")) == 0
     return output
 
 
@@ -92,21 +87,21 @@ def test_what_is_done_to_text(curated: Path) -> None:
 
 @pytest.mark.parametrize("workers", [3])
 def test_any_number_of_workers_gives_the_same_bytes(
-    workers: int, text: Path, curated: Path, tmp_path: Path
+    workers: int, raw_text: Path, curated: Path, tmp_path: Path
 ) -> None:
     assert len(list((curated / "documents").iterdir())) > 3
     more = (f"executor.workers={workers}", "curation.dedup.priority=[news]")
-    assert curate(config(text, tmp_path / "out", *more)) == 0
+    assert curate(config(raw_text, tmp_path / "out", *more)) == 0
     assert content(tmp_path / "out") == content(curated)
 
 
 @pytest.mark.integration
-def test_ray_gives_the_same_bytes(text: Path, curated: Path, tmp_path: Path) -> None:
+def test_ray_gives_the_same_bytes(raw_text: Path, curated: Path, tmp_path: Path) -> None:
     if not find_spec("ray"):  # not imported here: what curation sets in the environment comes first
         pytest.skip("ray is not installed")
     try:
         more = ("executor.kind=ray", "executor.workers=3", "curation.dedup.priority=[news]")
-        assert curate(config(text, tmp_path / "out", *more)) == 0
+        assert curate(config(raw_text, tmp_path / "out", *more)) == 0
     finally:
         import ray
 
@@ -117,10 +112,10 @@ def test_ray_gives_the_same_bytes(text: Path, curated: Path, tmp_path: Path) -> 
 @pytest.mark.integration
 @pytest.mark.parametrize("phase", ["clean", "compare", "filter"])
 def test_killed_in_any_phase_it_goes_on_to_the_same_bytes(
-    phase: str, text: Path, curated: Path, tmp_path: Path
+    phase: str, raw_text: Path, curated: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "data_tools.curate", f"input=[{text}]", f"output={output}"]
+    command = [sys.executable, "-m", "data_tools.curate", f"input=[{raw_text}]", f"output={output}"]
     command += ["unit_bytes=100000", "executor.workers=2", "curation.dedup.priority=[news]"]
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
@@ -142,14 +137,14 @@ def test_killed_in_any_phase_it_goes_on_to_the_same_bytes(
     assert "already curated" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
 
 
-def test_another_recipe_is_refused_until_told(text: Path, curated: Path, tmp_path: Path) -> None:
+def test_another_recipe_is_refused_until_told(raw_text: Path, curated: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     few = ("executor.workers=1", "curation.stages=[normalize]", "curation.dedup.near=false")
-    assert curate(config(text, output, *few)) == 0
+    assert curate(config(raw_text, output, *few)) == 0
     with pytest.raises(ConfigError, match=r"was curated from another recipe \(options differ\)"):
-        curate(config(text, output, *few, "curation.dedup.exact=false"))
+        curate(config(raw_text, output, *few, "curation.dedup.exact=false"))
     other = tmp_path / "other.jsonl"
-    other.write_text(text.read_text(encoding="utf-8") + '{"text": "one more"}\n', encoding="utf-8")
+    other.write_text(raw_text.read_text(encoding="utf-8") + '{"text": "one more"}\n', encoding="utf-8")
     with pytest.raises(ConfigError, match="input differ"):
         curate(config(other, output, *few))
     assert curate(config(other, output, *few, "overwrite=true")) == 0
@@ -158,7 +153,7 @@ def test_another_recipe_is_refused_until_told(text: Path, curated: Path, tmp_pat
 
 @pytest.mark.parametrize("scheme", ["", "file://{}/"])
 def test_another_content_of_a_named_file_is_noticed(
-    scheme: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scheme: str, raw_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where it is named without a folder, or by URL."""
     monkeypatch.chdir(tmp_path)
@@ -170,19 +165,19 @@ def test_another_content_of_a_named_file_is_noticed(
         f"curation.decontaminate.files=['{scheme.format(tmp_path)}questions.jsonl']",
     ]
     few += ["curation.dedup.near=false"]
-    assert curate(config(text, tmp_path / "out", *few)) == 0
+    assert curate(config(raw_text, tmp_path / "out", *few)) == 0
     out = [stage for stage, _ in rejected(tmp_path / "out").values()]
     assert out.count("decontaminate") == 14  # the reports in English, the copy and the mail
     questions.write_text(
         json.dumps({"text": "When will the committee meet again? Nobody knows it, and nobody asks."}) + "\n"
     )
     with pytest.raises(ConfigError, match=r"\(files differ\)"):
-        curate(config(text, tmp_path / "out", *few))
+        curate(config(raw_text, tmp_path / "out", *few))
 
 
-def test_bad_records_are_counted_and_kept_aside(text: Path, tmp_path: Path) -> None:
+def test_bad_records_are_counted_and_kept_aside(raw_text: Path, tmp_path: Path) -> None:
     dirty = tmp_path / "dirty.jsonl"
-    dirty.write_bytes(text.read_bytes() + b'{"text": "no end\n{"no": "text"}\n\xff\xfe\n')
+    dirty.write_bytes(raw_text.read_bytes() + b'{"text": "no end\n{"no": "text"}\n\xff\xfe\n')
     few = ("executor.workers=1", "curation.stages=[normalize]")
     with pytest.raises(ConfigError, match=r"3 of 70 records cannot be read, more than max_bad_frac=0.001"):
         curate(config(dirty, tmp_path / "out", *few))
@@ -206,16 +201,16 @@ def test_wrong_options_are_one_sentence(more: str, words: str, tmp_path: Path) -
         config(tmp_path / "x.jsonl", tmp_path / "out", more)
 
 
-def test_a_folder_of_something_else_is_refused(text: Path, tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_refused(raw_text: Path, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(ConfigError, match="is not empty and holds no curated text"):
-        curate(config(text, tmp_path))
+        curate(config(raw_text, tmp_path))
 
 
-def test_one_command_makes_the_corpus_and_its_card(text: Path, tmp_path: Path) -> None:
+def test_one_command_makes_the_corpus_and_its_card(raw_text: Path, tmp_path: Path) -> None:
     more = ("executor.workers=1", f"corpus={tmp_path / 'corpus'}", "prepare.tokenizer.vocab_size=2000")
     for _ in range(2):  # the second time, all is there
-        assert curate(config(text, tmp_path / "out", *more, "prepare.workers=1")) == 0
+        assert curate(config(raw_text, tmp_path / "out", *more, "prepare.workers=1")) == 0
     manifest = load_manifest(tmp_path / "corpus" / "manifest.json")
     heldout = load_manifest(tmp_path / "corpus" / "heldout" / "manifest.json")
     assert manifest.n_documents + heldout.n_documents == len(kept(tmp_path / "out"))

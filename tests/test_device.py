@@ -19,7 +19,7 @@ from pretrain.errors import ConfigError
 from support import ROOT
 from support.launching import Ranks
 from support.stand_ins import write_nvidia_smi
-from support.tiny import TinyCorpus, events, make_corpus, run_arguments
+from support.tiny import TinyCorpus, events, run_arguments
 
 ON_PURPOSE = "to train on the CPU on purpose, set DS_ACCELERATOR=cpu"
 
@@ -273,11 +273,6 @@ def test_the_peers_of_the_benchmark_can_ask_too() -> None:
 
 
 # --- real processes, with a stand-in for nvidia-smi ---
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.mark.integration

@@ -16,7 +16,7 @@ import yaml
 from pretrain.command import COMMANDS
 from support import ROOT
 from support.launching import free_port
-from support.tiny import TinyCorpus, events, make_corpus, python_documents, run_arguments
+from support.tiny import TinyCorpus, events, python_documents, run_arguments
 
 FOLDERS = ("pretrain", "data_tools", "launch", "conf")
 
@@ -69,11 +69,6 @@ def installed(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Instal
     (wheel,) = folder.glob("*.whl")
     subprocess.run([*PIP, "--python", there.venv / "bin" / "python", "install", *LOCAL, wheel], check=True)
     return there
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def test_only_two_names_are_taken(installed: Installed) -> None:

@@ -24,18 +24,13 @@ from pretrain.corpus.node_cache import NodeCache, default_folder
 from pretrain.corpus.shards import Corpus
 from pretrain.errors import ConfigError
 from support.faulty_server import FaultyServer, always, at_rate
-from support.served_corpus import CHUNK_TOKENS, N_CHUNKS, assert_same, options, write_corpus
+from support.served_corpus import CHUNK_TOKENS, N_CHUNKS, assert_same, options
 
 ROOT_HASH = "a" * 64
 BLOCK = 4096
 # Processes that start at once, from a clean one without threads. What they import is loaded once.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["pretrain.corpus.shards", "fsspec.implementations.http", "test_node_cache"])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def fine(content: bytes) -> str | None:
@@ -223,11 +218,11 @@ def _read_all(url: str, cache: str, answers: multiprocessing.queues.Queue) -> No
     answers.put(np.concatenate([found[chunk] for chunk in sorted(found)]))
 
 
-def test_the_processes_of_a_node_ask_once_for_each_chunk(folder: Path, tmp_path: Path) -> None:
+def test_the_processes_of_a_node_ask_once_for_each_chunk(small_corpus: Path, tmp_path: Path) -> None:
     expected = np.concatenate(
-        [Corpus(folder / "manifest.json").read(c, 0, CHUNK_TOKENS) for c in range(N_CHUNKS)]
+        [Corpus(small_corpus / "manifest.json").read(c, 0, CHUNK_TOKENS) for c in range(N_CHUNKS)]
     )
-    with FaultyServer(folder, always("drip", r"\.tar")) as server:
+    with FaultyServer(small_corpus, always("drip", r"\.tar")) as server:
         answers = SERVER.Queue()
         arguments = (f"{server.url}/manifest.json", str(tmp_path), answers)
         processes = [SERVER.Process(target=_read_all, args=arguments) for _ in range(4)]
@@ -238,7 +233,7 @@ def test_the_processes_of_a_node_ask_once_for_each_chunk(folder: Path, tmp_path:
         for process in processes:
             process.join()
         asked = Counter((request.path, request.range) for request in server.asked(r"\.(tar|idx)"))
-        assert len(asked) == N_CHUNKS + len(list((folder / "shards").glob("*.idx")))
+        assert len(asked) == N_CHUNKS + len(list((small_corpus / "shards").glob("*.idx")))
         assert set(asked.values()) == {1}
     assert not list(tmp_path.glob("corpus-*/*.part"))
 
@@ -252,10 +247,10 @@ def _read_until_killed(url: str, cache: str, gib: float) -> None:
             assert len(corpus.read(chunk, 0, 9)) > 0
 
 
-def test_kill_9_at_any_moment_leaves_nothing_wrong(folder: Path, tmp_path: Path) -> None:
+def test_kill_9_at_any_moment_leaves_nothing_wrong(small_corpus: Path, tmp_path: Path) -> None:
     """A cache for a third of the corpus, so that files come and go all the time; two processes, one is killed."""
     limit = 25 * BLOCK
-    with FaultyServer(folder, at_rate(0.2, "drip", "wrong", "cut", "reset", at_most=10**9)) as server:
+    with FaultyServer(small_corpus, at_rate(0.2, "drip", "wrong", "cut", "reset", at_most=10**9)) as server:
         arguments = (f"{server.url}/manifest.json", str(tmp_path), limit / (1 << 30))
         steady = SERVER.Process(target=_read_until_killed, args=arguments)
         steady.start()
@@ -273,7 +268,7 @@ def test_kill_9_at_any_moment_leaves_nothing_wrong(folder: Path, tmp_path: Path)
         steady.join()
         server.script = None
         corpus = Corpus(arguments[0], options=options(tmp_path, cache_gib=arguments[2]))
-        assert_same(corpus, folder)
+        assert_same(corpus, small_corpus)
     assert cached_bytes(tmp_path) <= limit
     assert not list(tmp_path.glob("corpus-*/*.part"))
 
@@ -312,10 +307,10 @@ def test_a_process_that_stands_still_with_a_chunk_is_not_waited_for(
 # --- fetching ahead ---
 
 
-def test_a_chunk_on_its_way_is_waited_for(folder: Path, tmp_path: Path) -> None:
+def test_a_chunk_on_its_way_is_waited_for(small_corpus: Path, tmp_path: Path) -> None:
     """One at a time, so that most are still in the queue when they are read, from several threads."""
     last = N_CHUNKS - 1
-    with FaultyServer(folder, lambda path, _: "drip" if ".tar" in path else None) as server:
+    with FaultyServer(small_corpus, lambda path, _: "drip" if ".tar" in path else None) as server:
         corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path, prefetch_chunks=1))
         ahead = [*range(20), last]
         corpus.prefetch(ahead)
@@ -327,13 +322,13 @@ def test_a_chunk_on_its_way_is_waited_for(folder: Path, tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
         for chunk in ahead:
-            assert_same_chunk(corpus, folder, chunk)
+            assert_same_chunk(corpus, small_corpus, chunk)
         asked = [(request.path, request.range) for request in server.asked(r"\.tar")]
         assert len(asked) == len(set(asked)) == len(ahead)
         assert asked.index(max(asked)) < len(ahead) - 1  # the last overtook the queue
 
 
-def test_no_more_are_fetched_at_a_time_than_wanted(folder: Path, tmp_path: Path) -> None:
+def test_no_more_are_fetched_at_a_time_than_wanted(small_corpus: Path, tmp_path: Path) -> None:
     gate, waiting, most = threading.Event(), [0], [0]
 
     def script(path: str, before: int) -> str | None:
@@ -344,10 +339,10 @@ def test_no_more_are_fetched_at_a_time_than_wanted(folder: Path, tmp_path: Path)
             waiting[0] -= 1
         return None
 
-    with FaultyServer(folder, script) as server:
+    with FaultyServer(small_corpus, script) as server:
         corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path, prefetch_chunks=3))
         corpus.prefetch(range(30))
-        assert_same_chunk(corpus, folder, 29)
+        assert_same_chunk(corpus, small_corpus, 29)
         deadline = time.monotonic() + 60
         while not all(list(tmp_path.glob(f"corpus-*/{c:06d}.chunk")) for c in range(30)):
             assert time.monotonic() < deadline
@@ -355,15 +350,15 @@ def test_no_more_are_fetched_at_a_time_than_wanted(folder: Path, tmp_path: Path)
     assert 3 <= most[0] <= 4  # and the one that reads
 
 
-def assert_same_chunk(corpus: Corpus, folder: Path, chunk: int) -> None:
-    expected = Corpus(folder / "manifest.json").read(chunk, 0, CHUNK_TOKENS)
+def assert_same_chunk(corpus: Corpus, small_corpus: Path, chunk: int) -> None:
+    expected = Corpus(small_corpus / "manifest.json").read(chunk, 0, CHUNK_TOKENS)
     np.testing.assert_array_equal(corpus.read(chunk, 0, CHUNK_TOKENS), expected)
 
 
-def test_a_corpus_that_goes_takes_its_threads_along(folder: Path, tmp_path: Path) -> None:
+def test_a_corpus_that_goes_takes_its_threads_along(small_corpus: Path, tmp_path: Path) -> None:
     """Also where it has failed: no exception holds it."""
     before = set(threading.enumerate())
-    with FaultyServer(folder, always("404", r"shard-00000\.tar")) as server:
+    with FaultyServer(small_corpus, always("404", r"shard-00000\.tar")) as server:
         corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path))
         corpus.prefetch([0, 20, 21])
         corpus.read(21, 0, 1)
@@ -377,9 +372,9 @@ def test_a_corpus_that_goes_takes_its_threads_along(folder: Path, tmp_path: Path
         assert not any(thread.is_alive() for thread in threads)
 
 
-def test_a_corpus_on_a_disk_has_no_cache_and_no_threads(folder: Path, tmp_path: Path) -> None:
+def test_a_corpus_on_a_disk_has_no_cache_and_no_threads(small_corpus: Path, tmp_path: Path) -> None:
     before = threading.active_count()
-    corpus = Corpus(folder / "manifest.json", options=options(tmp_path / "cache"))
+    corpus = Corpus(small_corpus / "manifest.json", options=options(tmp_path / "cache"))
     corpus.prefetch(range(corpus.n_chunks))
     corpus.read(0, 0, 1)
     assert threading.active_count() == before

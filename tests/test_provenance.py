@@ -19,10 +19,8 @@ from pretrain.data.state import OrderState, Substitution
 from pretrain.errors import ConfigError
 from pretrain.reliability.journal import read_ledger
 from support import ROOT
-from support.launching import run_ranks
 from support.texts import CHUNK, Text, data_config, make_loader
 from support.tiny import TinyCorpus, python_documents
-from support.training import staged
 
 
 @pytest.fixture(scope="module")
@@ -138,23 +136,16 @@ def test_a_late_step_of_a_long_run_is_found_at_once(texts: list[Text]) -> None:
 # --- a finished run ---
 
 
-@pytest.fixture(scope="module")
-def run_dir(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "run"
-    run_ranks(2, "launch/train.py", *staged(corpus, folder), log_dir=folder.parent / "logs")
-    return folder
-
-
 def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "launch/provenance.py", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.integration
-def test_the_answer_is_what_the_ledger_says(run_dir: Path) -> None:
+def test_the_answer_is_what_the_ledger_says(staged_run: Path) -> None:
     """Tokens are hashed in the ledger; the looked-up pieces have the same hash, for every step and rank."""
-    history, _ = ReadHistory.of_run(run_dir)
-    entries = read_ledger(run_dir)
+    history, _ = ReadHistory.of_run(staged_run)
+    entries = read_ledger(staged_run)
     assert len(entries) == 2 * 12
     for number, entry in enumerate(entries):
         rank = number % 2 if entries[0]["step"] == entries[1]["step"] else number // 12
@@ -175,8 +166,8 @@ def test_the_answer_is_what_the_ledger_says(run_dir: Path) -> None:
 
 
 @pytest.mark.integration
-def test_the_command_prints_documents_and_their_text(run_dir: Path, corpus: TinyCorpus) -> None:
-    done = ask(f"run_dir={run_dir}", "step=7", "rank=1", "json=true")
+def test_the_command_prints_documents_and_their_text(staged_run: Path, corpus: TinyCorpus) -> None:
+    done = ask(f"run_dir={staged_run}", "step=7", "rank=1", "json=true")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
     assert len(answer["sequences"]) == 2
@@ -187,9 +178,9 @@ def test_the_command_prints_documents_and_their_text(run_dir: Path, corpus: Tiny
     text = python_documents()[piece["document"]]
     assert piece["text"].strip()
     assert piece["text"] in text
-    ids = Tokenizer.trusted(run_dir / "tokenizer.model").encode_document(text)
+    ids = Tokenizer.trusted(staged_run / "tokenizer.model").encode_document(text)
     assert piece["first_token"] + piece["n_tokens"] <= len(ids)
-    back = ask(f"run_dir={run_dir}", f"document={piece['document']}", "json=true")
+    back = ask(f"run_dir={staged_run}", f"document={piece['document']}", "json=true")
     assert back.returncode == 0, back.stderr
     assert 7 in json.loads(back.stdout.splitlines()[-1])["steps"]
     assert f"{piece['document']}: read at steps" in back.stdout

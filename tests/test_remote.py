@@ -30,7 +30,7 @@ from pretrain.data.loader import TrainLoader
 from pretrain.errors import ConfigError
 from pretrain.remote import ReadError, is_remote, persist, redact
 from support.faulty_server import FAULTS, FaultyServer, always, at_rate
-from support.served_corpus import CHUNK_TOKENS, assert_same, everything, options, write_corpus
+from support.served_corpus import CHUNK_TOKENS, assert_same, everything, options
 
 
 @pytest.fixture(autouse=True)
@@ -39,18 +39,13 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "LONGEST_PAUSE_S", 0.5)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
 # --- what is read is what there is ---
 
 
-def test_a_corpus_is_read_from_a_url(folder: Path, tmp_path: Path) -> None:
-    with FaultyServer(folder) as server:
+def test_a_corpus_is_read_from_a_url(small_corpus: Path, tmp_path: Path) -> None:
+    with FaultyServer(small_corpus) as server:
         corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path))
-        assert_same(corpus, folder)
+        assert_same(corpus, small_corpus)
         assert len(server.asked(r"\.tar")) == corpus.n_chunks  # one request for both members of a chunk
         whole = corpus.read(3, 0, CHUNK_TOKENS)
         np.testing.assert_array_equal(corpus.read(3, 100, 200), whole[100:200])
@@ -59,33 +54,33 @@ def test_a_corpus_is_read_from_a_url(folder: Path, tmp_path: Path) -> None:
             corpus.read(corpus.n_chunks, 0, 1)
 
 
-def test_a_file_url_is_a_path(folder: Path) -> None:
-    corpus = Corpus(f"file://{folder}/manifest.json")
-    assert corpus.manifest_path == folder / "manifest.json"
-    assert_same(corpus, folder)
+def test_a_file_url_is_a_path(small_corpus: Path) -> None:
+    corpus = Corpus(f"file://{small_corpus}/manifest.json")
+    assert corpus.manifest_path == small_corpus / "manifest.json"
+    assert_same(corpus, small_corpus)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_at_a_high_rate_changes_nothing(folder: Path, tmp_path: Path, fault: str) -> None:
-    with FaultyServer(folder, at_rate(0.3, fault)) as server:
+def test_each_fault_at_a_high_rate_changes_nothing(small_corpus: Path, tmp_path: Path, fault: str) -> None:
+    with FaultyServer(small_corpus, at_rate(0.3, fault)) as server:
         corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path, prefetch_chunks=16))
         corpus.prefetch(range(corpus.n_chunks))
-        assert_same(corpus, folder)
+        assert_same(corpus, small_corpus)
         assert {request.fault for request in server.requests} == {None, fault}
 
 
-def test_all_faults_together_change_nothing(folder: Path, tmp_path: Path) -> None:
-    with FaultyServer(folder, at_rate(0.5, *FAULTS)) as server:
+def test_all_faults_together_change_nothing(small_corpus: Path, tmp_path: Path) -> None:
+    with FaultyServer(small_corpus, at_rate(0.5, *FAULTS)) as server:
         corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path, prefetch_chunks=16))
         corpus.prefetch(range(corpus.n_chunks))
-        assert_same(corpus, folder)
+        assert_same(corpus, small_corpus)
         faults = [request.fault for request in server.requests if request.fault]
         assert set(faults) == set(FAULTS)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_other_processes_and_threads_can_use_it(folder: Path, tmp_path: Path, method: str) -> None:
-    with FaultyServer(folder, at_rate(0.2, "reset", "503")) as server:
+def test_other_processes_and_threads_can_use_it(small_corpus: Path, tmp_path: Path, method: str) -> None:
+    with FaultyServer(small_corpus, at_rate(0.2, "reset", "503")) as server:
         corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path))
         expected = corpus.read(0, 0, 9).tolist()
         assert len(ForkingPickler.dumps(corpus)) < 1000
@@ -96,14 +91,16 @@ def test_other_processes_and_threads_can_use_it(folder: Path, tmp_path: Path, me
             again = threads.starmap(read_chunk, [(corpus, chunk) for chunk in range(corpus.n_chunks)])
         assert parts[0][:9] == expected
         assert parts == again
-        assert_same(corpus, folder)
+        assert_same(corpus, small_corpus)
 
 
-def test_a_child_forked_while_chunks_are_on_their_way_reads_by_itself(folder: Path, tmp_path: Path) -> None:
+def test_a_child_forked_while_chunks_are_on_their_way_reads_by_itself(
+    small_corpus: Path, tmp_path: Path
+) -> None:
     def script(path: str, before: int) -> str | None:
         return "hang" if "shard-00000.tar" in path and before == 0 else None
 
-    with FaultyServer(folder, script) as server:
+    with FaultyServer(small_corpus, script) as server:
         corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path))
         corpus.read(30, 0, 1)
         corpus.prefetch([0, 1])
@@ -113,15 +110,17 @@ def test_a_child_forked_while_chunks_are_on_their_way_reads_by_itself(folder: Pa
         process.start()
         process.join(60)
         assert process.exitcode == 0
-        assert_same(corpus, folder)
+        assert_same(corpus, small_corpus)
 
 
 def read_chunk(corpus: Corpus, chunk: int) -> list[int]:
     return corpus.read(chunk, 0, CHUNK_TOKENS).tolist()
 
 
-def test_only_the_first_process_asks_for_the_manifest_of_a_known_corpus(folder: Path, tmp_path: Path) -> None:
-    with FaultyServer(folder) as server:
+def test_only_the_first_process_asks_for_the_manifest_of_a_known_corpus(
+    small_corpus: Path, tmp_path: Path
+) -> None:
+    with FaultyServer(small_corpus) as server:
         corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path))
         again = ForkingPickler.loads(ForkingPickler.dumps(corpus))
         assert again.manifest == corpus.manifest
@@ -129,19 +128,21 @@ def test_only_the_first_process_asks_for_the_manifest_of_a_known_corpus(folder: 
         assert len(server.asked("manifest")) == 1
 
 
-def test_googles_store_is_read_too(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_googles_store_is_read_too(
+    small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The real client, and of the store what it asks for."""
     monkeypatch.setenv(
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
     )  # as remote.py does, before the first import
     gcsfs = pytest.importorskip("gcsfs", reason="gcsfs, of the extra `gcs`, is not installed")
     monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
-    with FaultyServer(folder, at_rate(0.3, "reset", "wrong", "short", "cut", "drip")) as server:
+    with FaultyServer(small_corpus, at_rate(0.3, "reset", "wrong", "short", "cut", "drip")) as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
         gcsfs.GCSFileSystem.clear_instance_cache()
         corpus = Corpus("gs://bucket/manifest.json", options=options(tmp_path, prefetch_chunks=16))
         corpus.prefetch(range(corpus.n_chunks))
-        assert_same(corpus, folder)
+        assert_same(corpus, small_corpus)
         for fault, kind in (("404", CorruptShardError), ("403", remote.DeniedError)):
             server.script = always(fault, r"\.tar")
             corpus = Corpus(
@@ -154,8 +155,8 @@ def test_googles_store_is_read_too(folder: Path, tmp_path: Path, monkeypatch: py
 # --- what lasts ends in time, in a sentence ---
 
 
-def test_a_missing_shard_is_named(folder: Path, tmp_path: Path) -> None:
-    with FaultyServer(folder, always("404", r"shard-00001\.tar")) as server:
+def test_a_missing_shard_is_named(small_corpus: Path, tmp_path: Path) -> None:
+    with FaultyServer(small_corpus, always("404", r"shard-00001\.tar")) as server:
         url = f"{server.url}/manifest.json"
         corpus = Corpus(url, options=options(tmp_path, read_timeout_s=1000))
         chunk = corpus.manifest.shards[1].first_chunk
@@ -176,8 +177,10 @@ def test_a_missing_shard_is_named(folder: Path, tmp_path: Path) -> None:
         ("short", r"member 000002\.(tok|doc) has \d+ bytes"),
     ],
 )
-def test_bytes_that_stay_wrong_are_never_used(folder: Path, tmp_path: Path, fault: str, words: str) -> None:
-    with FaultyServer(folder, always(fault, r"\.tar")) as server:
+def test_bytes_that_stay_wrong_are_never_used(
+    small_corpus: Path, tmp_path: Path, fault: str, words: str
+) -> None:
+    with FaultyServer(small_corpus, always(fault, r"\.tar")) as server:
         corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path, read_timeout_s=1000))
         for read in (lambda: corpus.read(2, 0, 1), lambda: corpus.documents(2)):
             with pytest.raises(CorruptShardError, match=rf"chunk 2: .*{words}.*after 6 attempts") as caught:
@@ -186,8 +189,8 @@ def test_bytes_that_stay_wrong_are_never_used(folder: Path, tmp_path: Path, faul
         assert not list(tmp_path.glob("corpus-*/*.chunk*"))
 
 
-def test_a_wrong_index_is_no_index(folder: Path, tmp_path: Path) -> None:
-    with FaultyServer(folder, always("wrong", r"\.idx")) as server:
+def test_a_wrong_index_is_no_index(small_corpus: Path, tmp_path: Path) -> None:
+    with FaultyServer(small_corpus, always("wrong", r"\.idx")) as server:
         corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path))
         with pytest.raises(CorruptShardError, match=r"shard-00000\.idx .*another sha256") as caught:
             corpus.read(0, 0, 1)
@@ -205,10 +208,10 @@ def test_a_wrong_index_is_no_index(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_store_that_stays_away_is_waited_for_so_long(
-    folder: Path, tmp_path: Path, fault: str, timeout_s: int, words: str
+    small_corpus: Path, tmp_path: Path, fault: str, timeout_s: int, words: str
 ) -> None:
     """It is no damaged chunk: nothing else of that store could be read instead."""
-    with FaultyServer(folder) as server:
+    with FaultyServer(small_corpus) as server:
         corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path, read_timeout_s=timeout_s))
         server.script = always(fault)
         expected = rf"{server.url}/shards/shard-00000\.idx .*{words}.*after \d+ attempts in \d+ s"
@@ -222,27 +225,27 @@ def test_a_store_that_stays_away_is_waited_for_so_long(
         assert len(corpus.read(0, 0, 9)) == 9
 
 
-def test_a_server_that_is_gone_is_a_store_that_is_away(folder: Path, tmp_path: Path) -> None:
-    with FaultyServer(folder) as server:
+def test_a_server_that_is_gone_is_a_store_that_is_away(small_corpus: Path, tmp_path: Path) -> None:
+    with FaultyServer(small_corpus) as server:
         corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path, read_timeout_s=1))
     with pytest.raises(ReadError, match=r"ClientConnectorError"):
         corpus.read(0, 0, 1)
 
 
 @pytest.mark.parametrize("status", ["401", "403", "400"])
-def test_a_refusal_is_told_apart(folder: Path, tmp_path: Path, status: str) -> None:
-    with FaultyServer(folder, always(status, "shards")) as server:
+def test_a_refusal_is_told_apart(small_corpus: Path, tmp_path: Path, status: str) -> None:
+    with FaultyServer(small_corpus, always(status, "shards")) as server:
         corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path, read_timeout_s=1000))
         with pytest.raises(remote.DeniedError, match=r"refuses .*credentials.*after 5 attempts"):
             corpus.read(0, 0, 1)
 
 
-def test_a_server_without_ranges_is_not_believed(folder: Path, tmp_path: Path) -> None:
+def test_a_server_without_ranges_is_not_believed(small_corpus: Path, tmp_path: Path) -> None:
     class NoRanges(FaultyServer):
         def choose(self, path: str, range_: str) -> str | None:
             return "200" if "shard-00000.tar" in path else super().choose(path, range_)
 
-    with NoRanges(folder) as server:
+    with NoRanges(small_corpus) as server:
         corpus = Corpus(f"{server.url}/manifest.json", options=options(tmp_path))
         with pytest.raises(CorruptShardError, match="with all of it"):
             corpus.read(0, 0, 1)
@@ -311,20 +314,22 @@ def test_honest_urls_are_taken(url: str) -> None:
 # --- redirects ---
 
 
-def test_a_server_may_send_to_another_place_of_its_own(folder: Path, tmp_path: Path) -> None:
-    with FaultyServer(folder) as server:
+def test_a_server_may_send_to_another_place_of_its_own(small_corpus: Path, tmp_path: Path) -> None:
+    with FaultyServer(small_corpus) as server:
         server.redirects = {
             "/old/manifest.json": "/older/manifest.json",
             "/older/manifest.json": "/manifest.json",
         }
-        assert load_manifest(f"{server.url}/old/manifest.json") == load_manifest(folder / "manifest.json")
+        assert load_manifest(f"{server.url}/old/manifest.json") == load_manifest(
+            small_corpus / "manifest.json"
+        )
 
 
 @pytest.mark.parametrize(
     "target", ["{}/manifest.json?sig=hidden", "//{}/manifest.json", "gopher:x", "http://[", "/a"]
 )
-def test_a_server_sends_nobody_to_another_host(folder: Path, target: str) -> None:
-    with FaultyServer(folder) as server, FaultyServer(folder) as other:
+def test_a_server_sends_nobody_to_another_host(small_corpus: Path, target: str) -> None:
+    with FaultyServer(small_corpus) as server, FaultyServer(small_corpus) as other:
         at = other.url if "sig" in target else other.url.removeprefix("http://")
         server.redirects["/a"] = target.format(at)
         with pytest.raises(ConfigError, match="after 5 attempts") as caught:
@@ -411,8 +416,8 @@ def test_credentials_are_not_shown(text: str, expected: str) -> None:
     assert redact(text) == expected
 
 
-def test_errors_show_no_credentials(folder: Path, tmp_path: Path) -> None:
-    with FaultyServer(folder) as server:
+def test_errors_show_no_credentials(small_corpus: Path, tmp_path: Path) -> None:
+    with FaultyServer(small_corpus) as server:
         url = server.url.replace("http://", "http://me:secret@")
         corpus = Corpus(f"{url}/manifest.json", options=options(tmp_path, read_timeout_s=1))
         for fault in ("403", "404", "503", "wrong"):
@@ -434,9 +439,12 @@ def test_what_is_behind_a_url(path: str | Path, expected: bool) -> None:
 
 
 def test_a_short_read_of_a_local_file_is_tried_again(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    corpus, (expected, _) = copy_of(folder, tmp_path), everything(Corpus(folder / "manifest.json"))
+    corpus, (expected, _) = (
+        copy_of(small_corpus, tmp_path),
+        everything(Corpus(small_corpus / "manifest.json")),
+    )
     tar = tmp_path / "corpus/shards/shard-00000.tar"
     corpus.read(0, 0, 1)
     shutil.copy(tar, tmp_path / "whole")
@@ -465,10 +473,10 @@ def test_a_short_read_of_a_local_file_is_tried_again(
 
 @pytest.mark.parametrize("number", [5, 116])  # EIO, ESTALE
 def test_an_error_of_a_local_file_that_passes_is_tried_again(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """A mock, named as one: no disk here fails on request. It fails as often as may be, then once more."""
-    corpus, failures, pread = copy_of(folder, tmp_path), [number] * 5, os.pread
+    corpus, failures, pread = copy_of(small_corpus, tmp_path), [number] * 5, os.pread
 
     def failing(*arguments: int) -> bytes:
         if failures:
@@ -484,16 +492,16 @@ def test_an_error_of_a_local_file_that_passes_is_tried_again(
     assert not failures
 
 
-def copy_of(folder: Path, tmp_path: Path) -> Corpus:
-    return Corpus(Path(shutil.copytree(folder, tmp_path / "corpus")) / "manifest.json")
+def copy_of(small_corpus: Path, tmp_path: Path) -> Corpus:
+    return Corpus(Path(shutil.copytree(small_corpus, tmp_path / "corpus")) / "manifest.json")
 
 
 # --- ahead of need ---
 
 
-def test_a_run_asks_for_chunks_before_it_reads_them(folder: Path, tmp_path: Path) -> None:
+def test_a_run_asks_for_chunks_before_it_reads_them(small_corpus: Path, tmp_path: Path) -> None:
     """After the first step the chunks of the sixteen next ones are on their way, and no chunk is asked for twice."""
-    with FaultyServer(folder) as server:
+    with FaultyServer(small_corpus) as server:
         data = DataConfig(
             manifest=f"{server.url}/manifest.json",
             sequence_length=128,

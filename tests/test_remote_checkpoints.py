@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,10 @@ from pretrain.checkpoint import folder as checkpoint_folder
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.errors import ConfigError
 from support.launching import Ranks
-from support.object_store import s3_server
 from support.tiny import TinyCorpus, events, run_arguments
 from support.training import losses, samples_by_step
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of an empty bucket; the environment says how to reach it."""
-    with s3_server(tmp_path_factory.mktemp("s3")) as bucket:
-        yield bucket
 
 
 def train(corpus: TinyCorpus, run_dir: Path, logs: Path, *more: str, ranks: int = 2) -> list[int]:

@@ -16,18 +16,11 @@ from pretrain.errors import ConfigError
 from pretrain.remote import DeniedError, MissingError, ReadError
 from support.faulty_server import FAULTS, FaultyServer, always, at_rate
 from support.launching import Ranks
-from support.object_store import s3_server
 from support.served_corpus import assert_same, options, write_corpus
 from support.tiny import TinyCorpus, make_corpus, run_arguments
 from support.training import losses, samples_by_step
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with s3_server(tmp_path_factory.mktemp("s3")) as bucket:
-        yield bucket
 
 
 @pytest.fixture

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from pretrain.checkpoint import saver as saving
 from pretrain.checkpoint import tensors as checkpoint
@@ -19,12 +17,7 @@ from pretrain.config import CheckpointConfig
 from pretrain.distributed import Partition
 from support.run_states import run_state
 
-
-@pytest.fixture(autouse=True, scope="module")
-def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def snapshot() -> dict[str, Partition]:

@@ -20,20 +20,13 @@ from support.training import TRAIN, losses, samples_by_step, staged
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(scope="module")
-def straight(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("staged") / "run"
-    run_ranks(2, TRAIN, *staged(corpus, run_dir), log_dir=run_dir.parent / "logs")
-    return run_dir
-
-
-def test_stages_are_trained_as_configured(corpus: TinyCorpus, straight: Path) -> None:
-    records = read_metrics(straight)
+def test_stages_are_trained_as_configured(corpus: TinyCorpus, staged_run: Path) -> None:
+    records = read_metrics(staged_run)
     assert [r["step_tokens"] for r in records] == [512] * 8 + [1024] * 4
     assert [r["sequence_length"] for r in records] == [64] * 4 + [128] * 8
     assert records[-1]["tokens_seen"] == 8 * 512 + 4 * 1024
     assert records[-1]["samples_seen"] == 4 * 8 + 4 * 4 + 4 * 8
-    assert [s for step in samples_by_step(straight).values() for s in step] == list(range(80))
+    assert [s for step in samples_by_step(staged_run).values() for s in step] == list(range(80))
     assert records[-1]["loss"] < records[0]["loss"] - 0.5
     assert all(0 < r["cut_documents_frac"] <= 1 for r in records)
     assert all(r["padding_tokens"] <= 2 * 128 for r in records)
@@ -45,24 +38,24 @@ def test_stages_are_trained_as_configured(corpus: TinyCorpus, straight: Path) ->
 
 
 def test_resuming_in_a_later_stage_is_bit_identical(
-    corpus: TinyCorpus, straight: Path, tmp_path: Path
+    corpus: TinyCorpus, staged_run: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     for stop in (3, 6, 10):  # before the first change, between the two, after both
         arguments = staged(corpus, run_dir, f"stop_at_step={stop}")
         run_ranks(2, TRAIN, *arguments, log_dir=tmp_path / f"to-{stop}", expect=75)
     run_ranks(2, TRAIN, *staged(corpus, run_dir), log_dir=tmp_path / "last")
-    assert losses(run_dir) == losses(straight)
-    ours, theirs = read_ledger(run_dir), read_ledger(straight)
+    assert losses(run_dir) == losses(staged_run)
+    ours, theirs = read_ledger(run_dir), read_ledger(staged_run)
     assert [e["tokens_xxh3"] for e in ours] == [e["tokens_xxh3"] for e in theirs]
 
 
-def test_another_number_of_ranks_reads_the_same(corpus: TinyCorpus, straight: Path, tmp_path: Path) -> None:
+def test_another_number_of_ranks_reads_the_same(corpus: TinyCorpus, staged_run: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_ranks(2, TRAIN, *staged(corpus, run_dir, "stop_at_step=6"), log_dir=tmp_path / "two", expect=75)
     run_ranks(1, TRAIN, *staged(corpus, run_dir), log_dir=tmp_path / "one")
-    assert samples_by_step(run_dir) == samples_by_step(straight)
-    ours, theirs = ([r["loss"] for r in read_metrics(path)] for path in (run_dir, straight))
+    assert samples_by_step(run_dir) == samples_by_step(staged_run)
+    ours, theirs = ([r["loss"] for r in read_metrics(path)] for path in (run_dir, staged_run))
     assert ours[:6] == theirs[:6]
     assert ours == pytest.approx(theirs, abs=4e-3)  # bf16 sums in another order, as in test_engine
 

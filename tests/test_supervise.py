@@ -21,7 +21,6 @@ from pretrain.reliability.attempts import Attempt, Cause, account, error_sentenc
 from pretrain.reliability.supervisor import Tail, run_dir_of
 from support import ROOT
 from support.gate import Gate
-from support.launching import run_ranks
 from support.supervised import CANARY, Supervised, deepspeed, processes, processes_of
 from support.tiny import TinyCorpus, events, run_arguments
 from support.training import assert_equals_undisturbed
@@ -394,14 +393,6 @@ def test_the_supervisor_needs_no_torch() -> None:
 
 
 # --- real runs ---
-
-
-@pytest.fixture(scope="module")
-def straight(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing disturbed, on 2 ranks."""
-    run_dir = tmp_path_factory.mktemp("straight") / "run"
-    run_ranks(2, "launch/train.py", *run_arguments(corpus, run_dir), log_dir=run_dir.parent / "logs")
-    return run_dir
 
 
 @pytest.mark.integration
