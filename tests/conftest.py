@@ -1,4 +1,9 @@
-"""What every test shares: no network, no W&B account, private caches, quick tests before slow ones."""
+"""What every test shares: no network, no W&B account, private caches, quick tests before slow ones.
+
+The markers `integration`, `cluster` and `container` select tests. The folders are for readers: a file that holds both
+quick tests and marked ones lies where most of it belongs, in unit/ (by package), in integration/ (real processes that
+train) or in cluster/. File names are unique, since pytest imports each file by its name alone.
+"""
 
 from __future__ import annotations
 

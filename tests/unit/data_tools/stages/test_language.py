@@ -17,6 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support import ROOT
+
 pytest.importorskip("py3langid")
 
 from data_tools.record import Record
@@ -190,11 +192,10 @@ def test_results_depend_on_no_order_and_no_process(stage: LanguageStage) -> None
         "    r = Record(id='1', text=text, source='s'); stage.process(r)\n"
         "    print(json.dumps([r.language, r.signals['language.score']]))\n"
     )
-    root = Path(language.__file__).parent.parent
     done = subprocess.run(
         [sys.executable, "-c", code],
         input=json.dumps(texts),
-        cwd=root,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,

@@ -7,19 +7,18 @@ import inspect
 import io
 import json
 import this
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools.record import Record
-from data_tools.stages import boilerplate
 from data_tools.stages.boilerplate import (
     BoilerplateConfig,
     BoilerplateStage,
     without_boilerplate,
 )
+from support import ROOT
 
 PROSE = "The committee met on Friday and agreed on the report, which is to be published next month."
 CHINESE = "中国专利法规定，发明是指对产品、方法或者其改进所提出的新的技术方案。"
@@ -155,5 +154,5 @@ def test_what_stays_is_in_order(lines: list[str]) -> None:
 
 
 def test_this_repository_has_no_boilerplate_in_its_guide() -> None:
-    readme = (Path(boilerplate.__file__).parent.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     assert without_boilerplate(readme) == (readme, 0)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from data_tools.record import Record
 from data_tools.stages.harm import HarmConfig, HarmMode, HarmStage, entry_pattern, host_of, read_list
 from pretrain.errors import ConfigError
+from support import ROOT
 
-LISTS = Path(__file__).resolve().parent.parent / "data_tools" / "word_lists"
+LISTS = ROOT / "data_tools/stages/word_lists"
 # A fastText model (two dimensions, twelve words) that learned "cheap pills win cash now" as harmful and "the garden
 # lies behind the house" as fine. Not trained here: training of fasttext-numpy2-wheel 0.9.2 often ends in NaN.
 MODEL = (

@@ -1,8 +1,8 @@
 """What a step moves between ranks, counted exactly: no clock, so that noise of the machine cannot hide a regression.
 
 tests/support/counts.json has for each ZeRO stage every collective of one step of a small model on 2 ranks, by phase. It
-changes on purpose only: `python tests/test_counts.py` counts again and writes it, and the change is to be read in the
-diff. What must hold of it whatever the implementation, the bytes, is spelled out below.
+changes on purpose only: `python tests/integration/test_counts.py` counts again and writes it, and the change is to be
+read in the diff. What must hold of it whatever the implementation, the bytes, is spelled out below.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import pytest
@@ -60,7 +60,7 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> Counts:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_moves_what_the_table_says(counts: Counts, stage: str) -> None:
     assert counts[stage] == json.loads(TABLE.read_text())[stage], (
-        "is it on purpose? python tests/test_counts.py"
+        "is it on purpose? python tests/integration/test_counts.py"
     )
 
 
