@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import pytest
 
@@ -13,6 +12,7 @@ from pretrain.engine import engine as engine_module
 from pretrain.engine.engine import Engine, deepspeed_config, nvme_folder
 from pretrain.errors import ConfigError
 from pretrain.train.run_folder import check_resumable
+from support import ROOT
 from support.workers.engine_worker import small_config
 
 CHOICES = {
@@ -72,7 +72,7 @@ def test_groups_of_hpz_fit_the_ranks(group: int, ranks: int, local: int | None, 
 
 
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
-@pytest.mark.parametrize("name", sorted(path.stem for path in Path("conf/engine").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf/engine").glob("*.yaml")))
 def test_every_engine_goes_with_every_optimizer(optim: str, name: str) -> None:
     words = ["run_dir=r", "data.manifest=m", "total_steps=2", f"optim={optim}", f"engine={name}"]
     words += ["engine.nvme_path=/nvme"] if name == "zero3_nvme" else []
