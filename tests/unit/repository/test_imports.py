@@ -11,6 +11,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def source_files(*folders: str) -> list[Path]:
 
 
 CODE = source_files("pretrain", "data_tools", "launch")
+TESTS = source_files("tests")
+HELPERS = {path.stem for path in (ROOT / "tests/support").rglob("*.py")} - {"__init__", "sitecustomize"}
 
 
 def name(path: Path) -> str:
@@ -105,6 +108,25 @@ def long_functions(source: str) -> list[str]:
     ]
 
 
+def wrong_imports_of_a_test(source: str) -> list[str]:
+    """Imports of other tests, and imports of helpers in another way than `from support.launching import Ranks`."""
+    complaints = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            modules = ["." * node.level + (node.module or "")]
+        else:
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for module in modules:
+            first, *rest = module.split(".")
+            if any(part == "conftest" or part.startswith("test_") for part in (first, *rest)):
+                complaints.append(
+                    f"line {node.lineno}: import of the test {module}; share it in tests/support"
+                )
+            elif first in HELPERS | {"tests", ""} or (isinstance(node, ast.Import) and first == "support"):
+                complaints.append(f"line {node.lineno}: import of {module}; write `from support...`")
+    return complaints
+
+
 # --- the code keeps the rules ---
 
 
@@ -136,6 +158,21 @@ def test_no_unsafe_constructs(path: Path) -> None:
 def test_functions_are_short(path: Path) -> None:
     """A file may be as long as its idea: a limit on files bred files with halves of ideas."""
     assert not long_functions(path.read_text())
+
+
+def test_no_test_imports_a_test_and_helpers_are_imported_in_one_way() -> None:
+    """A helper that is imported under two names exists twice, and a test that another needs cannot be moved."""
+    assert {"tests/conftest.py", "tests/support/launching.py"} <= {name(path) for path in TESTS}
+    found = {name(path): wrong for path in TESTS if (wrong := wrong_imports_of_a_test(path.read_text()))}
+    assert not found
+
+
+def test_the_list_of_packages_is_the_folders() -> None:
+    """A package that is missing there is in every checkout and in no wheel."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    folders = {path.parent.relative_to(ROOT) for path in CODE if path.name == "__init__.py"}
+    packages = {".".join(folder.parts) for folder in folders} | {"pretrain.launch", "pretrain.conf"}
+    assert sorted(project["tool"]["setuptools"]["packages"]) == sorted(packages)
 
 
 def test_the_order_needs_numpy_only() -> None:
@@ -204,6 +241,37 @@ def test_an_unsafe_construct_is_seen(source: str) -> None:
 )
 def test_a_safe_construct_passes(source: str) -> None:
     assert not unsafe_constructs(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from test_training import losses",
+        "from tests.test_engine import losses",
+        "import unit.data.test_loader",
+        "from conftest import ROOT",
+        "from tiny import TinyCorpus",
+        "from tests.support.tiny import TinyCorpus",
+        "def f():\n    import bombs",
+        "import support.bombs",
+        "from .tiny import TinyCorpus",
+        "from . import tiny",
+    ],
+)
+def test_a_wrong_import_of_a_test_is_seen(source: str) -> None:
+    assert wrong_imports_of_a_test(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from support.tiny import TinyCorpus",
+        "from support import ROOT, bombs",
+        "from pretrain.config import test_x",
+    ],
+)
+def test_a_right_import_of_a_test_passes(source: str) -> None:
+    assert not wrong_imports_of_a_test(source)
 
 
 def test_a_long_function_is_seen() -> None:
