@@ -33,8 +33,10 @@ os.environ.pop("WANDB_API_KEY", None)
 # Where the tests run in the background of a shell, it has made them ignore Ctrl-C, and every process that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Timing on a shared machine says nothing; the same examples on every run make a failure repeatable.
+# Timing on a shared machine says nothing. The same examples on every run make a failure repeatable; "explore" tries
+# others, which --hypothesis-seed repeats. tests/run.sh runs the property tests once with it and prints the seed.
 settings.register_profile("pretrain", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile("pretrain")
 
 
