@@ -371,6 +371,13 @@ def test_every_reading_of_a_chunk_is_found(
     assert (np.diff(found.sample) >= 0).all()
 
 
+def test_a_chunk_that_each_lane_reads_in_an_epoch_of_its_own_is_found() -> None:
+    """Three lanes begin the only chunk, and none has read a whole one: these are three epochs."""
+    stages = [Stage(first_sample=0, weights=(1.0,), sequence_length=2, batch_sequences=1)]
+    found = Order([SourceSize(1, 48, 3)], stages, lanes=3, window_chunks=1, seed=0).find(0, 0, 3)
+    assert found.sample.tolist() == found.epoch.tolist() == [0, 1, 2]
+
+
 def test_sequences_grow_at_the_next_window() -> None:
     """One lane, windows of two chunks of four short sequences: after five of them the window's other three come first,
     two to a long sequence, then the next window in long ones."""
