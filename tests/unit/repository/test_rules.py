@@ -280,7 +280,7 @@ def test_a_wrong_import_of_a_test_is_seen(source: str) -> None:
     [
         "from support.tiny import TinyCorpus",
         "from support import ROOT, bombs",
-        "from pretrain.config import test_x",
+        "import pretrain.trained",
     ],
 )
 def test_a_right_import_of_a_test_passes(source: str) -> None:
