@@ -182,40 +182,40 @@ def script() -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "named"),
     [
         (
             ["bench.variants=[nonsense]"],
-            "'nonsense' is not a runner followed by KEY=VALUE overrides; runners: pret",
+            ["'nonsense'", "runners: pret"],
         ),
-        (["bench.variants=[pretrain zero1]"], "'pretrain zero1' is not a runner followed by KEY=VALUE"),
-        (["bench.variants=[pretrain, pretrain]"], "must be at least one, and all different"),
-        (['bench.variants=["pretrain engine=zero9"]'], "zero9"),
-        (['bench.variants=["pretrain optim.learning_rate=1"]'], "optim.learning_rate is not a key"),
-        (["bench.ranks=3"], "is not a multiple of micro_batch_sequences=4 x 3 ranks = 12"),
+        (["bench.variants=[pretrain zero1]"], ["'pretrain zero1'", "KEY=VALUE"]),
+        (["bench.variants=[pretrain, pretrain]"], ["bench.variants", "different"]),
+        (['bench.variants=["pretrain engine=zero9"]'], ["zero9"]),
+        (['bench.variants=["pretrain optim.learning_rate=1"]'], ["optim.learning_rate"]),
+        (["bench.ranks=3"], ["global_batch_sequences", "micro_batch_sequences=4", "3 ranks"]),
         (
             ["bench.ranks=2", "bench.variants=[litgpt]"],
-            "'litgpt' is measured in one process; write 'litgpt bench.rank",
+            ["'litgpt'", "bench.rank"],
         ),
         (
             ["bench.variants=[hf_trainer]", "model.qk_norm=true"],
-            "'hf_trainer' cannot do what model.qk_norm says",
+            ["'hf_trainer'", "model.qk_norm"],
         ),
-        (["bench.variants=[pytorch]", "data.manifest=x.json"], "'pytorch' cannot do what data.manifest says"),
-        (["micro_batch_sequences=auto"], "'pretrain' cannot do what micro_batch_sequences says"),
-        (["bench.ranks=2", "engine=zero3_ulysses"], "cannot do what engine.sequence_parallel_ranks says"),
+        (["bench.variants=[pytorch]", "data.manifest=x.json"], ["'pytorch'", "data.manifest"]),
+        (["micro_batch_sequences=auto"], ["'pretrain'", "micro_batch_sequences"]),
+        (["bench.ranks=2", "engine=zero3_ulysses"], ["engine.sequence_parallel_ranks"]),
         (
             ["bench.in_turns=true", 'bench.variants=[pretrain, "pytorch bench.steps=3"]'],
-            "in turns, bench.in_turns, bench.warmup_steps and bench.steps must be the same for all",
+            ["bench.in_turns", "bench.warmup_steps", "bench.steps"],
         ),
-        (["bench.steps=0"], "bench.steps=0 must be greater than 0"),
+        (["bench.steps=0"], ["bench.steps=0"]),
     ],
 )
-def test_what_is_wrong_is_refused(script: ModuleType, arguments: list[str], sentence: str) -> None:
+def test_what_is_wrong_is_refused(script: ModuleType, arguments: list[str], named: list[str]) -> None:
     given = ["bench.output=out", *arguments]
     with pytest.raises(ConfigError) as raised:
         script.checked_variants(load_config(script.BenchConfig, given, "bench"), given)
-    assert sentence in str(raised.value)
+    assert [word for word in named if word not in str(raised.value)] == [], raised.value
 
 
 def test_overrides_of_a_variant_take_the_place_of_what_is_given(script: ModuleType) -> None:

@@ -63,13 +63,13 @@ def test_state_of_another_version_is_refused() -> None:
         ({"packing": "best_fit"}, "data.packing=best_fit was concat"),
         (
             {"manifest_sha": ["a" * 64, "c" * 64]},
-            f"the corpus changed: source 1 has root hash {'c' * 64}, was {'b' * 64}",
+            f"source 1 .*{'c' * 64}, was {'b' * 64}",
         ),
-        ({"manifest_sha": ["a" * 64]}, "the corpus changed: 1 sources, was 2"),
-        ({"chunk_tokens": [4096, 8192]}, "the corpus changed: source 1 has chunks of 8192 tokens, was 4096"),
+        ({"manifest_sha": ["a" * 64]}, "1 sources, was 2"),
+        ({"chunk_tokens": [4096, 8192]}, "source 1 .*8192 tokens, was 4096"),
         (
             {"stages": STATE.stages[:1]},
-            "the stage that began after 409600 tokens is gone, was sequences of 512",
+            "409600 tokens .*was sequences of 512",
         ),
         (
             {"stages": [stage(0, 0, 0.25, 0.75), *STATE.stages[1:]]},

@@ -101,19 +101,20 @@ def test_ranks_share_a_step(texts: list[Text]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "sentence"),
+    ("question", "named"),
     [
-        (lambda h: h.read_in(11), "step=11 is not among the steps 1 to 10"),
-        (lambda h: h.read_in(0), "step=0 is not among"),
-        (lambda h: h.read_in(1, rank=3), "rank=3 does not exist where 12 sequences are split over 2 ranks"),
-        (lambda h: h.reads_of("nobody"), r"document=nobody is in none of the run's corpora \(s0, s1\)"),
+        (lambda h: h.read_in(11), ["step=11", "1 to 10"]),
+        (lambda h: h.read_in(0), ["step=0", "1 to 10"]),
+        (lambda h: h.read_in(1, rank=3), ["rank=3", "2 ranks"]),
+        (lambda h: h.reads_of("nobody"), ["document=nobody", "s0, s1"]),
     ],
 )
-def test_a_question_without_an_answer_is_refused(texts: list[Text], question, sentence: str) -> None:
+def test_a_question_without_an_answer_is_refused(texts: list[Text], question, named: list[str]) -> None:
     data = data_config(texts)
     history = ReadHistory(data, make_loader(data).state_at(10), step=10, world_size=2)
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(ConfigError) as refusal:
         question(history)
+    assert [word for word in named if word not in str(refusal.value)] == [], refusal.value
 
 
 def test_another_corpus_is_refused(texts: list[Text], tmp_path: Path) -> None:
@@ -187,16 +188,17 @@ def test_the_command_prints_documents_and_their_text(staged_run: Path, corpus: T
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "named"),
     [
-        (["step=1"], "run_dir"),
-        (["run_dir={empty}", "step=1"], "has no checkpoint that can be read"),
-        (["run_dir={empty}"], "give exactly one of them"),
-        (["run_dir={empty}", "step=1", "document=a, [b]"], "document=a, [b]: give exactly one of them"),
+        (["step=1"], ["run_dir"]),
+        (["run_dir={empty}", "step=1"], ["{empty}", "checkpoint"]),
+        (["run_dir={empty}"], ["step", "document"]),
+        (["run_dir={empty}", "step=1", "document=a, [b]"], ["step=1", "document=a, [b]"]),
     ],
 )
-def test_a_wrong_command_is_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+def test_a_wrong_command_is_one_sentence(tmp_path: Path, arguments: list[str], named: list[str]) -> None:
     done = ask(*(argument.format(empty=tmp_path) for argument in arguments))
     assert done.returncode == 2
-    assert sentence in done.stderr
+    words = [word.format(empty=tmp_path) for word in named]
+    assert [word for word in words if word not in done.stderr] == [], done.stderr
     assert "Traceback" not in done.stderr

@@ -653,23 +653,23 @@ def test_the_planned_option_is_one_that_training_takes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "named"),
     [
-        (["model=7b"], "the length of the run is missing; give data.tokens=N"),
-        ([*EXAMPLE, "cluster.gpu=tpu"], "cluster.gpu=tpu is not in the table"),
-        ([*EXAMPLE, "total_steps=7"], "give one of them"),
-        ([*EXAMPLE, "global_batch_sequences=100"], "is not a multiple of 128 ranks; try 128"),
-        ([*EXAMPLE, "cluster.gpu=v100", "engine.precision=bf16"], "cluster.gpu=v100 has no bf16"),
-        ([*EXAMPLE, "cluster.gpus_per_node=0", "cluster.ranks_per_node=2"], "the planner knows GPUs only"),
-        ([*EXAMPLE, "engine=zero3_ulysses"], "engine.sequence_parallel_ranks=2 is not known to the planner"),
-        ([*EXAMPLE, "data.token=5"], "data.token is not a key of the configuration; did you mean tokens?"),
-        ([*EXAMPLE, "cluster.nodes=1", "cluster.gpus_per_node=1", "model=70b"], "options fits 1 x h100"),
+        (["model=7b"], ["length of the run", "data.tokens=N"]),
+        ([*EXAMPLE, "cluster.gpu=tpu"], ["cluster.gpu=tpu"]),
+        ([*EXAMPLE, "total_steps=7"], ["total_steps=7"]),
+        ([*EXAMPLE, "global_batch_sequences=100"], ["global_batch_sequences=100", "128 ranks"]),
+        ([*EXAMPLE, "cluster.gpu=v100", "engine.precision=bf16"], ["cluster.gpu=v100", "bf16"]),
+        ([*EXAMPLE, "cluster.gpus_per_node=0", "cluster.ranks_per_node=2"], ["cluster.gpus_per_node=0"]),
+        ([*EXAMPLE, "engine=zero3_ulysses"], ["engine.sequence_parallel_ranks=2"]),
+        ([*EXAMPLE, "data.token=5"], ["data.token", "did you mean tokens?"]),
+        ([*EXAMPLE, "cluster.nodes=1", "cluster.gpus_per_node=1", "model=70b"], ["1 x h100"]),
     ],
 )
-def test_what_is_wrong_is_one_sentence_and_exit_2(arguments: list[str], sentence: str) -> None:
+def test_what_is_wrong_is_one_sentence_and_exit_2(arguments: list[str], named: list[str]) -> None:
     done = plan(*arguments)
     assert done.returncode == 2
-    assert sentence in done.stderr
+    assert [word for word in named if word not in done.stderr] == [], done.stderr
     assert done.stderr.count("\n") == 1 and done.stdout == ""
 
 
