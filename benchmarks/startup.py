@@ -27,9 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from tiny import TinyCorpus, make_corpus, run_arguments
-
 from pretrain.reliability import heartbeat
+from support.tiny import TinyCorpus, make_corpus, run_arguments
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 N_RANKS = 2

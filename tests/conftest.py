@@ -1,9 +1,15 @@
-"""What every test shares: no network, no W&B account, private caches, quick tests before slow ones."""
+"""What every test shares: no network, no W&B account, private caches, quick tests before slow ones.
+
+The markers `integration`, `cluster` and `container` select tests. The folders are for readers: a file that holds both
+quick tests and marked ones lies where most of it belongs, in unit/ (by package), in integration/ (real processes that
+train) or in cluster/. File names are unique, since pytest imports each file by its name alone.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +17,8 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from tiny import TinyCorpus
+    from support.tiny import TinyCorpus
 
-ROOT = Path(__file__).resolve().parent.parent
 
 # Set before any test imports torch or transformers, and inherited by every process that a test starts.
 os.environ.update(
@@ -28,8 +33,10 @@ os.environ.pop("WANDB_API_KEY", None)
 # Where the tests run in the background of a shell, it has made them ignore Ctrl-C, and every process that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Timing on a shared machine says nothing; the same examples on every run make a failure repeatable.
+# Timing on a shared machine says nothing. The same examples on every run make a failure repeatable; "explore" tries
+# others, which --hypothesis-seed repeats. tests/run.sh runs the property tests once with it and prints the seed.
 settings.register_profile("pretrain", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile("pretrain")
 
 
@@ -42,7 +49,7 @@ def private_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
     """A small real corpus, not to be changed."""
-    from tiny import make_corpus
+    from support.tiny import make_corpus
 
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
@@ -50,12 +57,58 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
 @pytest.fixture(scope="session")
 def straight(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing disturbed, on 2 ranks."""
-    from launching import run_ranks
-    from tiny import run_arguments
+    from support.launching import run_ranks
+    from support.tiny import run_arguments
 
     run_dir = tmp_path_factory.mktemp("straight") / "run"
     run_ranks(2, "launch/train.py", *run_arguments(corpus, run_dir), log_dir=run_dir.parent / "logs")
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def staged_run(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run on 2 ranks whose sequence length and batch change on the way."""
+    from support.launching import run_ranks
+    from support.training import TRAIN, staged
+
+    run_dir = tmp_path_factory.mktemp("staged") / "run"
+    run_ranks(2, TRAIN, *staged(corpus, run_dir), log_dir=run_dir.parent / "logs")
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a corpus of random tokens, to be read from a server and not to be changed."""
+    from support.served_corpus import write_corpus
+
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def raw_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of text to curate, not to be changed."""
+    from support.curating import write_text
+
+    return write_text(tmp_path_factory.mktemp("input") / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of an empty bucket on a real server; the environment says how to reach it while the module runs."""
+    from support.object_store import s3_server
+
+    with s3_server(tmp_path_factory.mktemp("s3")) as bucket:
+        yield bucket
+
+
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    """A torch process group of this process alone."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -38,10 +38,13 @@ else # everything on all cores, since most tests wait most of the time, but for 
         kept="and not long"
     fi
     run -n auto --dist loadfile -m "not (integration or cluster or container)"
+    if [ "${CI:-}" != true ]; then # property tests with other examples each time; the printed seed repeats them
+        run -n auto --dist loadfile -m hypothesis --hypothesis-profile=explore --hypothesis-seed=$((RANDOM << 15 | RANDOM))
+    fi
     # Slurm and sshd wait even more, so the clusters run beside the rest. Their output comes afterwards.
     clusters=$(mktemp)
     python -m pytest -m "cluster $kept" >"$clusters" 2>&1 &
-    run -n 2 --dist loadfile --durations=25 -m "(integration or container) and not (cluster or alone) $kept"
+    run -n 3 --dist loadfile --durations=25 -m "(integration or container) and not (cluster or alone) $kept"
     echo "== pytest -m 'cluster $kept'"
     wait $! || status=$?
     cat "$clusters"

@@ -31,9 +31,23 @@ def load_config(schema: type[T], overrides: list[str], config_name: str | None =
     from hydra.errors import HydraException  # takes 0.1 s to import, and most processes compose nothing
 
     try:
+        _check_group_choices(overrides)
         return validate(schema, compose_config(schema, overrides, config_name))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, schema)) from error
+
+
+def _check_group_choices(overrides: list[str]) -> None:
+    """Refuse `model=1`: Hydra ends with a traceback where a file of conf/ is chosen by a number, null or a list."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for override in OverridesParser.create().parse_overrides(overrides):
+        folder = CONF_DIR / override.key_or_group
+        if folder.is_dir() and not override.is_delete() and not isinstance(override.value(), str | dict):
+            known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+            raise ConfigError(
+                f"{override.input_line} does not name a file of conf/{folder.name}; known are {known}"
+            )
 
 
 def compose_config(schema: type, overrides: list[str], config_name: str | None) -> DictConfig:

@@ -286,9 +286,8 @@ class Order:
 
     def find(self, source: int, chunk: int, end_sample: int) -> Found:
         """All samples before `end_sample` that hold something of a chunk: the inverse of `locate`."""
-        n_epochs = math.ceil(
-            self.chunks_read(end_sample)[:, source].max() * self.lanes / self._n_chunks[source]
-        )
+        begun = math.ceil(self.chunks_read(end_sample)[:, source].max())  # by the lane that is furthest
+        n_epochs = math.ceil(begun * self.lanes / self._n_chunks[source])
         parts = []
         for epoch in range(n_epochs + 1):
             place = epoch * self._n_chunks[source] + self._ordinal(source, epoch, chunk)

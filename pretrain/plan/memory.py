@@ -1,7 +1,7 @@
 """What a rank holds: bytes by part, as a pure function of the configuration and the number of ranks. Imports no torch.
 
 P parameters, S of them small enough to stay whole under stage 3, N ranks that the state is cut over. Bytes per
-parameter as DeepSpeed 0.19 holds them, found by counting the storages of real runs (tests/test_planner.py):
+parameter as DeepSpeed 0.19 holds them, found by counting the storages of real runs (test_planner.py):
 
               parameters    masters   moments   gradients
     stage 0   4             0         8         4            fp32 only

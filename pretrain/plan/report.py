@@ -20,7 +20,7 @@ from pretrain.plan.planner import (
     uncertainties,
 )
 
-# Sums of storages of real runs of this program equal these formulas (tests/test_planner.py).
+# Sums of storages of real runs of this program equal these formulas (test_planner.py).
 COUNTED = {
     "parameters",
     "persistent parameters",

@@ -1,6 +1,6 @@
 """How long a step takes: bytes on the wire and seconds by part, as pure functions. Imports no torch.
 
-Volumes are those that DeepSpeed 0.19 moves, counted in real runs (tests/test_planner.py). Seconds come from peaks of
+Volumes are those that DeepSpeed 0.19 moves, counted in real runs (test_planner.py). Seconds come from peaks of
 data sheets and the constants in CALIBRATIONS, which benchmarks/fit_planner.py fits on published runs.
 """
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Cluster, unavailable
-from tests.cluster.runs import arguments
-from tests.launching import run_ranks
-from tests.tiny import TinyCorpus
+from support.cluster.hosts import Cluster, unavailable
+from support.cluster.runs import arguments
+from support.launching import run_ranks
+from support.tiny import TinyCorpus
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

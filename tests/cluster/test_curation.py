@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 from data_tools.curate import curate
-from tests.cluster.hosts import Cluster
-from tests.cluster.runs import ENVIRONMENT
-from tests.test_curate import config, content, write_text
-from tests.tiny import ROOT
+from support import ROOT
+from support.cluster.hosts import Cluster
+from support.cluster.runs import ENVIRONMENT
+from support.curating import config, write_text
+from support.preparing import content
 
 SLURM = [
     "executor.kind=slurm",

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Cluster, wait_until
-from tests.cluster.runs import (
+from support import ROOT
+from support.cluster.hosts import Cluster, wait_until
+from support.cluster.runs import (
     ENVIRONMENT,
     N_STEPS,
     SAVE_EVERY_STEPS,
@@ -20,7 +21,7 @@ from tests.cluster.runs import (
     report,
     steps_done,
 )
-from tests.tiny import ROOT, TinyCorpus
+from support.tiny import TinyCorpus
 
 PDSH = ["--launcher", "pdsh", "--master_port", "29511"]
 

@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from tests.cluster.hosts import Cluster, wait_until
-from tests.tiny import ROOT
+from support import ROOT
+from support.cluster.hosts import Cluster, wait_until
 
 
 def processes_with(text: str) -> list[str]:
@@ -63,9 +63,10 @@ def test_power_off_loud_and_silent(cluster: Cluster) -> None:
 def test_nothing_is_left_even_where_the_owner_is_killed(tmp_path: Path) -> None:
     folder = tmp_path / "cluster"
     program = f"""
-import time
+import sys, time
 from pathlib import Path
-from tests.cluster.hosts import Cluster
+sys.path.insert(0, "tests")
+from support.cluster.hosts import Cluster
 with Cluster(Path({str(folder)!r}), n_nodes=1):
     Path({str(tmp_path / "up")!r}).touch()
     time.sleep(600)

@@ -14,8 +14,8 @@ import pytest
 
 from pretrain.checkpoint.tensors import checkpoint_path, list_checkpoints
 from pretrain.reliability.journal import read_lines
-from tests.cluster.hosts import Cluster
-from tests.cluster.runs import (
+from support.cluster.hosts import Cluster
+from support.cluster.runs import (
     N_STEPS,
     SAVE_EVERY_STEPS,
     SlurmRun,
@@ -24,7 +24,7 @@ from tests.cluster.runs import (
     report,
     steps_done,
 )
-from tests.tiny import TinyCorpus
+from support.tiny import TinyCorpus
 
 MEGABITS_PER_SECOND = 10
 

@@ -1,0 +1,236 @@
+"""A Docker engine of the tests' own: Debian's dockerd on a private socket, and the project's CPU image built in it.
+
+Needs root and the Debian packages docker.io, debootstrap and docker-compose. No image is pulled: the base is made here
+by debootstrap and given to the Dockerfile as CPU_BASE. So what stands for `python:3.11-slim` in these tests is Debian's
+bookworm with Debian's python3.11; all above FROM is the product's own.
+
+Images and build layers stay in $XDG_CACHE_HOME/pretrain-tests, or /var/cache/pretrain-tests, for the next time. Docker
+itself finds out what changed; the base is remade when its recipe changed. Delete the folder to start cold.
+"""
+
+from __future__ import annotations
+
+import configparser
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from support import ROOT
+
+DOCKERFILE = ROOT / "docker" / "Dockerfile"
+DOCKER = "/usr/bin/docker"  # Debian's: another client may come first on the path
+IMAGE = "pretrain:cpu"
+BASE = "pretrain-base:debian"  # in place of the base that the Dockerfile names by digest, which is not pulled here
+TOOLS = {"dockerd": "docker.io", "debootstrap": "debootstrap", "docker-compose": "docker-compose"}
+SUITE = "bookworm"
+MIRROR = "http://deb.debian.org/debian"
+CERTIFICATES = "etc/ssl/certs/of-the-host.crt"
+
+
+class Unavailable(Exception):
+    """No engine can be had on this machine; the message says why."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class Engine:
+    """A running engine; `docker` talks to it."""
+
+    socket: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "DOCKER_HOST": f"unix://{self.socket}", "DOCKER_BUILDKIT": "1"}
+
+    def docker(self, *arguments: str | Path, timeout_s: float = 240) -> str:
+        """Run one docker command, which must succeed; what it printed, stderr included."""
+        done = subprocess.run(
+            [DOCKER, *map(str, arguments)],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout_s,
+        )
+        assert done.returncode == 0, f"docker {' '.join(map(str, arguments))}\n{done.stdout}"
+        return done.stdout.strip()
+
+    def inspect(self, name: str, template: str) -> str:
+        """One value of a container's or image's description, by a Go template."""
+        return self.docker("inspect", "-f", template, name)
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", "/var/cache")) / "pretrain-tests" / "docker"
+
+
+# --- the engine ---
+
+
+def require_tools() -> None:
+    if os.geteuid() != 0:
+        raise Unavailable("a Docker engine needs root")
+    for tool, package in TOOLS.items():
+        if shutil.which(tool) is None:
+            raise Unavailable(f"{tool} is not installed (Debian: apt-get install {package})")
+
+
+@contextmanager
+def running_engine() -> Iterator[Engine]:
+    """An engine with nothing running in it; it leaves no process, mount or network. Raises Unavailable."""
+    require_tools()
+    cache = cache_folder()
+    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    state = Path(tempfile.mkdtemp(prefix="pretrain-docker-"))  # a socket's path must be short
+    with (cache / "lock").open("w") as lock, (state / "dockerd.log").open("w") as log:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests of another checkout wait here
+        command = ["dockerd", "-H", f"unix://{state}/docker.sock", "--data-root", cache / "data"]
+        command += ["--exec-root", state / "exec", "-p", state / "pid"]
+        # No bridge and no rule in the host's tables: a test makes the one network it needs, and removes it.
+        command += ["--bridge=none", *(f"--{name}=false" for name in ("iptables", "ip6tables", "ip-masq"))]
+        daemon = subprocess.Popen(
+            [*map(str, command), "--ip-forward=false"], stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            engine = Engine(socket=state / "docker.sock")
+            wait_until_up(engine, daemon, state / "dockerd.log")
+            remove_containers(engine)  # of a test run that was killed
+            try:
+                yield engine
+            finally:
+                remove_containers(engine)
+        finally:
+            stop_daemon(daemon, cache, state)
+    assert_nothing_left(cache, state)
+    shutil.rmtree(state)
+
+
+def wait_until_up(engine: Engine, daemon: subprocess.Popen, log: Path, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while subprocess.run([DOCKER, "version"], env=engine.environment, capture_output=True).returncode != 0:
+        if daemon.poll() is not None or time.monotonic() > deadline:
+            last = (log.read_text().splitlines() or ["it said nothing"])[-1]
+            raise Unavailable(f"dockerd does not start: {last}")
+        time.sleep(0.1)
+
+
+def remove_containers(engine: Engine) -> None:
+    if containers := engine.docker("ps", "-aq").split():
+        engine.docker("rm", "-f", *containers)
+    engine.docker("network", "prune", "-f")
+
+
+def stop_daemon(daemon: subprocess.Popen, *folders: Path) -> None:
+    """dockerd ends containerd and unmounts; what it cannot is ended here, so that a failed test leaves nothing."""
+    daemon.terminate()
+    try:
+        daemon.wait(60)
+    except subprocess.TimeoutExpired:
+        os.killpg(daemon.pid, signal.SIGKILL)
+        daemon.wait()
+        for mount in mounts_below(*folders):
+            subprocess.run(["umount", "-l", mount], check=True)
+
+
+def mounts_below(*folders: Path) -> list[str]:
+    """Mount points in the folders, innermost first."""
+    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return sorted(
+        (point for point in points if any(Path(point).is_relative_to(f) for f in folders)), reverse=True
+    )
+
+
+def assert_nothing_left(*folders: Path) -> None:
+    assert not mounts_below(*folders)
+    left = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if any(str(folder) in words for folder in folders):
+            left.append(words.replace("\0", " "))
+    assert not left
+
+
+# --- the base image ---
+
+
+def pip_settings() -> dict[str, str]:
+    """How pip finds packages on this machine, from its configuration and the environment."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+    ).stdout
+    found = dict(re.findall(r"^\S+\.([a-z-]+)='(.*)'$", listed, flags=re.M))
+    return {
+        name: found[name] for name in ("index-url", "trusted-host", "cert", "find-links") if name in found
+    }
+
+
+def local_wheels(settings: dict[str, str]) -> list[Path]:
+    """The torch wheels that lie on this machine: the only packages that its package index need not have."""
+    folders = [
+        Path(urlsplit(word).path) for word in settings.get("find-links", "").split() if "http" not in word
+    ]
+    return sorted(wheel for folder in folders for wheel in folder.glob("torch-*.whl"))
+
+
+def make_base(engine: Engine) -> None:
+    """The image that the tests build on, unless this recipe's is there already."""
+    settings = pip_settings()
+    wheels = local_wheels(settings)
+    certificates = Path(settings.get("cert") or os.environ.get("SSL_CERT_FILE") or "/nonexistent")
+    authorities = certificates.read_bytes() if certificates.is_file() else b""
+    options = ["--variant=minbase", "--include=ca-certificates,python3,python3-venv"]
+    recipe = repr(
+        [settings, options, SUITE, MIRROR, authorities, [(w.name, w.stat().st_size) for w in wheels]]
+    )
+    label = hashlib.sha256(recipe.encode()).hexdigest()
+    known = ["images", "-q", "-f", f"reference={BASE}", "-f", f"label=pretrain.base={label}"]
+    if engine.docker(*known):
+        return
+
+    with tempfile.TemporaryDirectory(prefix="pretrain-base-") as folder:
+        root = Path(folder) / "root"
+        made = subprocess.run(
+            ["debootstrap", *options, SUITE, str(root), MIRROR], capture_output=True, text=True, timeout=400
+        )
+        if made.returncode != 0:
+            raise Unavailable(f"debootstrap failed: {(made.stdout + made.stderr).strip().splitlines()[-1]}")
+        pip = configparser.RawConfigParser()
+        pip["global"] = {**settings, "timeout": "180"}
+        if authorities:
+            (root / CERTIFICATES).write_bytes(authorities)
+            pip["global"]["cert"] = f"/{CERTIFICATES}"
+        pip["global"]["find-links"] = "/opt/wheels"
+        (root / "opt/wheels").mkdir(parents=True)
+        for wheel in wheels:
+            shutil.copy(wheel, root / "opt/wheels")
+        with (root / "etc/pip.conf").open("w") as file:
+            pip.write(file)
+        archive = Path(folder) / "base.tar"
+        subprocess.run(["tar", "-C", root, "-cf", archive, "."], check=True)
+        engine.docker("import", "--change", f"LABEL pretrain.base={label}", archive, BASE)
+
+
+def build_image(engine: Engine) -> None:
+    """`docker build` of the CPU target, as documented; only the network differs, as there is no bridge."""
+    make_base(engine)
+    proxies = [
+        f"--build-arg={name}" for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY") if name in os.environ
+    ]
+    build = ["build", "--progress=plain", "--network=host", f"--build-arg=CPU_BASE={BASE}", *proxies]
+    engine.docker(*build, "-f", DOCKERFILE, "--target", "cpu", "-t", IMAGE, ROOT, timeout_s=900)
+    engine.docker("image", "prune", "-f")
+    engine.docker("builder", "prune", "-f", "--keep-storage", "8gb")

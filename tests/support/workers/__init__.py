@@ -1,0 +1,1 @@
+"""Programs that tests start by path, mostly one process per rank."""

@@ -1,0 +1,141 @@
+"""One rank of the engine tests: train on fixed batches, write losses, optionally save and load a checkpoint.
+
+Argument: a JSON list of jobs {stage, precision, steps, out, load?, save?, overrides?, micro?, nothing_to_predict?,
+before_load?, loss_scale?}, done in turn. `micro` is the number of sequences per forward pass in each step, 2 by
+default. `nothing_to_predict` names steps all of whose labels are ignored. `before_load` is a number of steps of other
+data before the checkpoint is loaded. `loss_scale` is the one of the first step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import numpy as np
+import torch
+
+from pretrain.batch import Batch
+from pretrain.checkpoint import tensors as checkpoint
+from pretrain.config import TrainConfig, load_config
+from pretrain.distributed import World, init_world, shutdown_world, sum_over_ranks
+from pretrain.engine.engine import Engine
+from pretrain.engine.loss_scale import LossScale
+from support.run_states import run_state
+
+T, VOCAB, GLOBAL, MICRO, LR = 32, 128, 8, 2, 3e-3
+
+
+def small_config(stage: int, precision: str, overrides: list[str]) -> TrainConfig:
+    return load_config(
+        TrainConfig,
+        [
+            "run_dir=unused",
+            "data.manifest=unused",
+            "total_steps=20",
+            f"global_batch_sequences={GLOBAL}",
+            f"micro_batch_sequences={MICRO}",
+            f"data.sequence_length={T}",
+            "model.n_layers=2",
+            "model.d_model=32",
+            "model.d_ff=80",
+            f"model.vocab_size={VOCAB}",
+            f"optim.lr={LR}",
+            f"engine.zero_stage={stage}",
+            f"engine.precision={precision}",
+            "engine.persistence_threshold_elements=64",
+            *overrides,
+        ],
+        "config",
+    )
+
+
+def batch_of(samples: np.ndarray) -> Batch:
+    """Predictable sequences with unevenly many ignored labels, so that a wrong mean shows; of some samples all are
+    ignored, which leave whole micro batches with nothing to predict."""
+    rows = [torch.Generator().manual_seed(int(s)) for s in samples]
+    start = torch.stack([torch.randint(0, VOCAB, (1,), generator=g) for g in rows])
+    tokens = (start + torch.arange(T) * 3) % VOCAB
+    labels = (tokens + 3) % VOCAB
+    keep = torch.tensor([0 if int(s) % GLOBAL < MICRO else 4 + int(s) % (T - 4) for s in samples])
+    labels[torch.arange(T)[None] >= keep[:, None]] = -100
+    positions = torch.arange(T).expand(len(samples), T).contiguous()
+    return Batch(tokens, labels, positions, torch.zeros_like(tokens), samples)
+
+
+def batches_of_step(step: int, world: World, micro: int = MICRO) -> list[Batch]:
+    mine = np.arange(GLOBAL // world.size) + (step - 1) * GLOBAL + world.rank * (GLOBAL // world.size)
+    return [batch_of(mine[i : i + micro]) for i in range(0, len(mine), micro)]
+
+
+def run(job: dict, world: World) -> None:
+    config = small_config(job["stage"], job["precision"], job.get("overrides", []))
+    engine = Engine(config, world)
+    first = 1
+    for step in range(90, 90 + job.get("before_load", 0)):  # what a rollback finds
+        batches = batches_of_step(step, world)
+        engine.train_step(batches, step, lr=LR)
+        engine.evaluate(batches[0])
+    if "load" in job:
+        found = checkpoint.find_latest(Path(job["load"]).parent.parent, world).verified
+        assert found is not None
+        state, held = found.state, engine.state
+        loaded = checkpoint.load(found, held.weight_keys + held.moment_keys, held.shapes, world)
+        held.restore(loaded, state["optimizer_step"])
+        if engine.loss_scale is not None:
+            engine.loss_scale = LossScale(state["loss_scale"])
+        first = state["step"] + 1
+    if "loss_scale" in job:
+        engine.loss_scale = LossScale({"value": job["loss_scale"], "applied": 0})
+    losses, norms, scales = [], [], []
+    for step in range(first, first + job["steps"]):
+        micro = job["micro"][step - first] if "micro" in job else MICRO
+        batches = batches_of_step(step, world, micro)
+        if step in job.get("nothing_to_predict", []):
+            batches = [batch._replace(labels=torch.full_like(batch.labels, -100)) for batch in batches]
+        result = engine.train_step(batches, step, lr=LR)
+        assert not result.memory_changed, "nothing flips bits here"
+        engine.evaluate(batches[0])  # between two updates it may change nothing either
+        (nll,) = sum_over_ranks([float(result.nll_sum)], world)
+        losses.append(nll / max(1, result.n_predicted))
+        norms.append(result.grad_norm)
+        if engine.loss_scale is not None:
+            scales.append(engine.loss_scale.value)
+            engine.loss_scale.update(applied=not result.skipped, loss=losses[-1], limit=math.inf)
+    last = first + job["steps"] - 1
+    if "save" in job:
+        state = run_state(
+            last,
+            engine.state.shapes,
+            optimizer_step=engine.state.optimizer_step,
+            loss_scale=engine.loss_scale.state() if engine.loss_scale else None,
+        )
+        checkpoint.save(Path(job["save"]), last, engine.state.snapshot(), state, world)
+    if world.is_main:
+        files = [path.name for path in Path(config.engine.nvme_path or "/none").rglob("*.swp")]
+        parameters = engine._parameters.values()
+        seconds = sum(getattr(p, "ds_secondary_tensor", None) is not None for p in parameters)
+        result = {"losses": losses, "norms": norms, "step": last, "files": files, "second_copies": seconds}
+        result["loss_scales"] = scales
+        Path(job["out"]).write_text(json.dumps(result))
+    engine.close()
+
+
+def main() -> None:
+    world = init_world(60)
+    for job in json.loads(sys.argv[1]):
+        run(job, world)
+    shutdown_world()
+
+
+def losses(root: Path, name: str) -> list[float]:
+    """What the job whose `out` is `name`.json in `root` wrote: its losses by step."""
+    return json.loads((root / f"{name}.json").read_text())["losses"]
+
+
+if __name__ == "__main__":
+    main()

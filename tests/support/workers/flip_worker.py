@@ -1,0 +1,60 @@
+"""Training in which one bit flips: `flip_worker.py KIND RANK STEP ...`, then the words for launch/train.py.
+
+KIND: master, exp_avg, working (this rank's part, before the update of STEP), replica (a parameter that every rank holds
+whole, likewise) or copy (the same, as the update of STEP leaves it, so that from then on the ranks differ).
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+def flip(tensor) -> None:
+    import torch
+
+    octets = tensor.detach().reshape(-1).view(torch.uint8)
+    octets[1] ^= 1  # the second byte of an element: a small change, finite
+
+
+def tensor_of(engine, kind: str):
+    match kind:
+        case "master":
+            return next(iter(engine.state._pieces))
+        case "exp_avg":
+            return engine._optimizer.state[next(iter(engine.state._pieces))]["exp_avg"]
+        case "working":
+            return engine._deepspeed.optimizer.fp16_partitioned_groups_flat[0]
+    return engine.state._replicated_state()[0]
+
+
+def main() -> None:
+    kind, victim, at_step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    from pretrain.engine.bit_sums import StateSums
+    from pretrain.engine.engine import Engine
+
+    train_step, remember = Engine.train_step, StateSums.remember
+    now = [0]
+
+    def flipping_step(self, batches, step, *rest):
+        now[0] = step if self.world.rank == victim else -1
+        if kind != "copy" and now[0] == at_step:
+            flip(tensor_of(self, kind))
+        return train_step(self, batches, step, *rest)
+
+    def flipping_remember(self):
+        if kind == "copy" and now[0] == at_step:
+            flip(self._replicated()[0])
+        remember(self)
+
+    Engine.train_step, StateSums.remember = flipping_step, flipping_remember
+    sys.argv = ["launch/train.py", *sys.argv[4:]]
+    runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""One rank that counts: bytes of collectives per step, and bytes of state held, of a real run of the engine.
+
+Argument: a JSON list of jobs {stage, precision, overrides, out}. Each job is one engine,
+two steps, of which the second is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch
+
+from benchmarks.harness.collectives import Traffic, counted, watch
+from pretrain.distributed import World, init_world, shutdown_world
+from pretrain.engine.engine import Engine
+from support.workers.engine_worker import batches_of_step, small_config
+
+
+def storage_bytes(tensors: list[torch.Tensor]) -> int:
+    """Bytes of the different storages behind some tensors."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def held(engine: Engine, stage: int) -> dict[str, int]:
+    """Bytes that this rank holds between two updates, by part; `state`: of all together, each storage once."""
+    masters, parameters = list(engine.state._pieces), list(engine._parameters.values())
+    found = {
+        "moments": [t for s in engine._optimizer.state.values() for kind, t in s.items() if kind != "step"],
+        "masters": masters,
+        "parameters": [p.ds_tensor if stage == 3 else p.data for p in parameters],
+    }
+    if stage == 3:
+        found["persistent parameters"] = [p.data for p in parameters if p.ds_persist]
+        found["gradients"] = [engine._deepspeed.optimizer.grad_partitions_flat_buffer]
+    sizes = {name: storage_bytes(tensors) for name, tensors in found.items()}
+    state = [t for name, tensors in found.items() if name != "gradients" for t in tensors]
+    return sizes | {"state": storage_bytes(state)}
+
+
+def gradients_at_rest(engine: Engine) -> list[int]:
+    """Fills with the bytes of gradients at rest after each micro batch, before the update (stages 0 to 2)."""
+    seen: list[int] = []
+    inner = engine._deepspeed.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        averaged = getattr(engine._deepspeed.optimizer, "averaged_gradients", {})
+        tensors = [t for group in averaged.values() for t in group or [] if t is not None]
+        tensors += [p.grad for p in engine._parameters.values() if p.grad is not None]
+        seen.append(storage_bytes(tensors))
+        return inner(*args, **kwargs)
+
+    engine._deepspeed.step = step
+    return seen
+
+
+def phased(traffic: Traffic, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function; what is moved within it is of this phase."""
+
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        traffic.phase = phase
+        try:
+            return call(*args, **kwargs)
+        finally:
+            traffic.phase = ""
+
+    return inner
+
+
+def run(job: dict, world: World) -> None:
+    config = small_config(job["stage"], job["precision"], job.get("overrides", []))
+    engine = Engine(config, world)
+    micro = config.micro_batch_sequences
+    seen = gradients_at_rest(engine) if job["stage"] < 3 else []
+    traffic = Traffic()
+    engine._forward = phased(traffic, "forward", engine._forward)
+    engine._deepspeed.backward = phased(traffic, "backward", engine._deepspeed.backward)
+    engine._deepspeed.step = phased(traffic, "update", engine._deepspeed.step)
+    engine.train_step(batches_of_step(1, world, micro), 1, lr=1e-3)
+    with counted(traffic):
+        engine.train_step(batches_of_step(2, world, micro), 2, lr=1e-3)
+    result = {
+        "bytes": traffic.by_kind(traffic.bytes),
+        "calls": traffic.by_kind(traffic.calls),
+        "kinds": sorted([*kind, traffic.calls[kind], traffic.bytes[kind]] for kind in traffic.calls),
+        "held": held(engine, job["stage"]),
+        "snapshot": sum(partition.values.nbytes for partition in engine.state.snapshot().values()),
+    }
+    if seen:
+        result["held"]["gradients"] = max(seen)
+    Path(f"{job['out']}.{world.rank}.json").write_text(json.dumps(result))
+
+
+def main() -> None:
+    watch()
+    world = init_world(60)
+    for job in json.loads(sys.argv[1]):
+        run(job, world)
+    shutdown_world()
+
+
+if __name__ == "__main__":
+    main()

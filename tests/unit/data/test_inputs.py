@@ -1,0 +1,124 @@
+"""Configuration against corpora: what does not fit is said before any process starts."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import TrainConfig, load_config
+from pretrain.corpus.tokenizer import Tokenizer
+from pretrain.data.inputs import resolve_inputs, tokenizer_path
+from pretrain.errors import ConfigError
+from support.faulty_server import FaultyServer, always
+from support.tiny import TinyCorpus, make_corpus, run_arguments
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
+    return make_corpus(tmp_path_factory.mktemp("foreign"), vocab_size=500)
+
+
+def configure(corpus: TinyCorpus, *more: str) -> TrainConfig:
+    return load_config(TrainConfig, run_arguments(corpus, Path("unused"), *more), "config")
+
+
+def test_vocabulary_is_rounded_up_to_a_multiple_of_64(corpus: TinyCorpus, foreign: TinyCorpus) -> None:
+    assert resolve_inputs(configure(corpus), 1).model.vocab_size == 512
+    assert resolve_inputs(configure(foreign), 1).model.vocab_size == 512
+    assert resolve_inputs(configure(corpus, "model.vocab_size=1000"), 1).model.vocab_size == 1000
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["model.vocab_size=511"], r"model\.vocab_size=511 .*512"),
+        (["data.sequence_length=96"], r"data\.sequence_length=96 .*1024"),
+        (["evaluation.manifest=/none/manifest.json"], r"/none/manifest\.json"),
+        (["global_batch_sequences=6"], r"global_batch_sequences=6 .*2 ranks"),
+    ],
+)
+def test_misfits_are_named(corpus: TinyCorpus, overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        resolve_inputs(configure(corpus, *overrides), 2)
+
+
+def test_heldout_text_of_another_tokenizer_is_refused(corpus: TinyCorpus, foreign: TinyCorpus) -> None:
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        resolve_inputs(configure(corpus, f"evaluation.manifest={foreign.heldout}"), 1)
+
+
+def test_a_mixture_of_tokenizers_is_refused(corpus: TinyCorpus, foreign: TinyCorpus) -> None:
+    sources = (
+        f"data.sources=[{{name: a, manifest: {corpus.manifest}}}, {{name: b, manifest: {foreign.manifest}}}]"
+    )
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        resolve_inputs(configure(corpus, "data.manifest=null", sources), 1)
+
+
+def test_the_tokenizer_of_a_corpus_and_of_its_heldout_part(corpus: TinyCorpus, tmp_path: Path) -> None:
+    assert tokenizer_path(str(corpus.manifest)) == corpus.folder.resolve() / "tokenizer.model"
+    assert tokenizer_path(str(corpus.heldout)) == corpus.folder.resolve() / "tokenizer.model"
+    with pytest.raises(ConfigError, match=r"has no tokenizer\.model"):
+        tokenizer_path(str(tmp_path / "x" / "manifest.json"))
+
+
+# --- corpora behind a URL ---
+
+
+def test_a_corpus_behind_a_url_fits_like_one_on_a_disk(corpus: TinyCorpus) -> None:
+    with FaultyServer(corpus.folder) as server:
+        urls = [
+            f"data.manifest={server.url}/manifest.json",
+            f"evaluation.manifest={server.url}/heldout/manifest.json",
+        ]
+        config = resolve_inputs(configure(corpus, *urls, "data.read_timeout_s=20"), 1)
+        assert config.model.vocab_size == 512
+        for url in (config.data.manifest, config.evaluation.manifest):
+            path = tokenizer_path(url)
+            assert path == f"{server.url}/tokenizer.model"
+            sha256 = hashlib.sha256((corpus.folder / "tokenizer.model").read_bytes()).hexdigest()
+            assert Tokenizer(path, sha256).content == (corpus.folder / "tokenizer.model").read_bytes()
+        server.script = always("wrong", "tokenizer")
+        with pytest.raises(ConfigError, match=r"the tokenizer http.*another sha256"):
+            Tokenizer(path, sha256)
+
+
+@pytest.mark.parametrize(
+    ("key", "sentence"),
+    [
+        ("data.manifest", r"^data\.manifest=http://\*\*\*@host/manifest\.json\?\*\*\* "),
+        (
+            "evaluation.manifest",
+            r"^evaluation\.manifest=http://\*\*\*@host/manifest\.json\?\*\*\* ",
+        ),
+    ],
+)
+def test_a_url_with_credentials_is_refused_and_not_shown(corpus: TinyCorpus, key: str, sentence: str) -> None:
+    override = f"{key}='http://me:secret@host/manifest.json?signature=hidden'"
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        resolve_inputs(configure(corpus, override, "data.read_timeout_s=20"), 1)
+    assert "secret" not in str(caught.value)
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["data.manifest=nowhere://x/manifest.json"], r"nowhere://x/manifest\.json"),
+        (
+            ["data.manifest=http://127.0.0.1:1/manifest.json", "data.read_timeout_s=60"],
+            r"data\.read_timeout_s=60.* watchdog\.step_s=60",
+        ),
+    ],
+)
+def test_urls_that_cannot_work_are_named(corpus: TinyCorpus, overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        resolve_inputs(configure(corpus, *overrides), 1)
+
+
+@pytest.mark.parametrize("key", ["read_timeout_s", "cache_gib", "prefetch_chunks"])
+def test_sizes_and_times_are_positive(corpus: TinyCorpus, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.{key}=0"):
+        configure(corpus, f"data.{key}=0")

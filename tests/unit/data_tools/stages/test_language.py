@@ -1,0 +1,272 @@
+"""Real sentences in many languages, code of several languages, prose on code, and a model file of the user."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import inspect
+import json
+import logging
+import struct
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from support import ROOT
+
+pytest.importorskip("py3langid")
+
+from data_tools.record import Record
+from data_tools.stages import language
+from data_tools.stages.language import (
+    LanguageConfig,
+    LanguageStage,
+    is_code_name,
+    is_code_text,
+    is_traditional,
+)
+from pretrain.errors import ConfigError
+
+SIMPLIFIED = "为了保护专利权人的合法权益，鼓励发明创造，推动发明创造的应用，提高创新能力，制定本法。"
+TRADITIONAL = "為了保護專利權人的合法權益，鼓勵發明創造，推動發明創造的應用，提高創新能力，制定本法。"
+C_CODE = """\
+#include <stdio.h>
+
+int main(int argc, char **argv)
+{
+    for (int i = 0; i < argc; i++) {
+        printf("%s\\n", argv[i]);
+    }
+    return 0;
+}
+"""
+JAVASCRIPT = """\
+const items = [1, 2, 3];
+function total(values) {
+  let sum = 0;
+  for (const value of values) {
+    sum += value;
+  }
+  return sum;
+}
+console.log(total(items));
+"""
+PROSE_ON_CODE = """\
+The with statement
+==================
+
+The statement opens a context and closes it when the block ends, whatever happens within.
+A file, for example, is closed even where an exception is raised while it is read:
+
+    with open(path) as file:
+        print(file.read())
+
+Without it the programmer has to remember to call close, which is easily forgotten.
+Several contexts may stand in one statement, separated by commas; they are closed in reverse order.
+It was added in Python 2.5 and is described in its own proposal.
+"""
+VERSE = """\
+Shall I compare thee to a summer's day?
+Thou art more lovely and more temperate;
+Rough winds do shake the darling buds of May,
+And summer's lease hath all too short a date;
+Sometime too hot the eye of heaven shines,
+And often is his gold complexion dimm'd;
+"""
+
+
+@pytest.fixture(scope="module")
+def stage() -> LanguageStage:
+    return LanguageStage(LanguageConfig())
+
+
+def told(stage: LanguageStage, text: str, id: str = "1") -> str:
+    record = Record(id=id, text=text, source="s")
+    assert stage.process(record) is None
+    assert 0 <= record.signals["language.score"] <= 1
+    return record.language
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        (SIMPLIFIED, "zh"),
+        (TRADITIONAL, "zh-hant"),
+        ("台北捷運今天發生誤點，許多乘客改搭公車。", "zh-hant"),
+        ("好看", "zh"),
+        ("这本书我在 Amazon 上买的，包装很好，物流 two days 就到了。", "zh"),
+        ("今日はとても良い天気ですね。散歩に行きましょう。", "ja"),
+        ("오늘은 날씨가 좋네요. 산책하러 갑시다.", "ko"),
+        ("The jury further said that the committee deserves the praise of the city.", "en"),
+        ("Hello!", "en"),
+        ("Der Hund läuft schnell durch den Wald.", "de"),
+        ("Le chat dort sur le canapé.", "fr"),
+        ("El perro corre por el parque todas las mañanas.", "es"),
+        ("Сегодня хорошая погода.", "ru"),
+        ("Mae'r tywydd yn braf heddiw.", "cy"),
+        ("วันนี้อากาศดี", "th"),
+        ("123 + 45 !!", "und"),
+        ("http://example.org/downloads/1118/article_1117706.html", "und"),
+        (VERSE, "en"),
+        (PROSE_ON_CODE, "en"),
+    ],
+)
+def test_languages(stage: LanguageStage, text: str, code: str) -> None:
+    assert told(stage, text) == code
+
+
+def test_an_untranslated_page_among_chinese_ones_is_seen() -> None:
+    stage = LanguageStage(LanguageConfig(keep=["zh"]))
+    english = Record(id="zh:1", text="This page has not been translated yet. Please help us.", source="zh")
+    chinese = Record(id="zh:2", text=SIMPLIFIED, source="zh")
+    assert (stage.process(english), stage.process(chinese)) == ("other_language", None)
+    assert english.language == "en"
+
+
+@pytest.mark.parametrize("text", [C_CODE, JAVASCRIPT, inspect.getsource(textwrap.TextWrapper._wrap_chunks)])
+def test_code_is_told_by_its_lines(stage: LanguageStage, text: str) -> None:
+    assert told(stage, text) == "code"
+
+
+def test_code_of_the_standard_library_is_told_by_its_lines() -> None:
+    modules = [json.decoder, argparse, subprocess, logging]
+    assert [is_code_text(Path(module.__file__).read_text()) for module in modules] == [True] * 4
+
+
+def test_docstrings_are_no_code() -> None:
+    texts = [inspect.getdoc(thing) or "" for thing in (subprocess, argparse, csv, inspect)]
+    assert all(texts)
+    assert not any(map(is_code_text, texts))
+
+
+@pytest.mark.parametrize(
+    ("id", "expected"),
+    [
+        ("repo:src/a.py", True),
+        ("repo:src/a.CPP", True),
+        ("folder/a.rs:17", True),
+        ("about.rst.txt", False),
+        ("https://example.org/index.php", False),
+        ("corpus.jsonl:1", False),
+        ("c", False),
+        (".c", False),
+    ],
+)
+def test_code_is_told_by_its_name(id: str, expected: bool) -> None:
+    assert is_code_name(id) is expected
+
+
+def test_traditional_needs_a_majority() -> None:
+    assert not is_traditional("书里引用了一句：學而時習之。作者认为这说明读书应当复习，并且应该实践。")
+    assert not is_traditional("")
+
+
+def test_below_the_least_score_is_unsure() -> None:
+    record = Record(id="1", text="Hello!", source="s")
+    assert LanguageStage(LanguageConfig(min_score=0.95)).process(record) == "unsure"
+
+
+def test_results_depend_on_no_order_and_no_process(stage: LanguageStage) -> None:
+    texts = ["Hello!", "Le chat dort.", VERSE, SIMPLIFIED, "Vandaag regent het.", PROSE_ON_CODE]
+
+    def all_told(order: list[str]) -> dict[str, tuple]:
+        found = {}
+        for text in order:
+            record = Record(id="1", text=text, source="s")
+            stage.process(record)
+            found[text] = (record.language, record.signals["language.score"])
+        return found
+
+    here = all_told(texts)
+    assert all_told(texts[::-1]) == here
+    code = (
+        "import json, sys\n"
+        "from data_tools.stages.language import *\nfrom data_tools.record import Record\n"
+        "stage = LanguageStage(LanguageConfig())\n"
+        "for text in json.load(sys.stdin):\n"
+        "    r = Record(id='1', text=text, source='s'); stage.process(r)\n"
+        "    print(json.dumps([r.language, r.signals['language.score']]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps(texts),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [tuple(json.loads(line)) for line in done.stdout.splitlines()] == [here[text] for text in texts]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(max_size=300))
+def test_any_text_has_an_answer(text: str) -> None:
+    record = Record(id="1", text=text, source="s")
+    stage = LanguageStage(LanguageConfig())
+    stage._identify = _shared()
+    stage.process(record)
+    assert record.language == "zh-hant" or record.language.isalpha()
+
+
+@language.cache
+def _shared():  # loading the model for each example would take most of the test
+    return language._packaged()
+
+
+def write_fasttext_model(path: Path, words: dict[str, list[str]]) -> None:
+    """A fastText model file in which each word speaks for one label (format 12, as fastText 0.9 reads it).
+
+    Written by hand because training is not repeatable, and often fails, on so little text.
+    """
+    labels, supervised, softmax = list(words), 3, 3
+    vocabulary = [(word, label) for label in labels for word in words[label]]
+    entries = [(word, 0) for word, _ in vocabulary] + [(f"__label__{label}", 1) for label in labels]
+    size = len(labels)
+    data = struct.pack("<2i", 793712314, 12)
+    data += struct.pack("<12id", size, 5, 1, 1, 5, 1, softmax, supervised, 0, 0, 0, 100, 1e-4)
+    data += struct.pack("<3i2q", len(entries), len(vocabulary), size, len(entries), -1)
+    for word, kind in entries:
+        data += word.encode() + b"\0" + struct.pack("<qb", 1, kind)
+    one_hot = {label: [8.0 * (other == label) for other in labels] for label in labels}
+    for rows in ([one_hot[label] for _, label in vocabulary], [one_hot[label] for label in labels]):
+        data += struct.pack("<?2q", False, len(rows), size)
+        data += b"".join(struct.pack(f"<{size}f", *row) for row in rows)
+    path.write_bytes(data)
+
+
+def test_a_model_of_the_users(tmp_path: Path) -> None:
+    pytest.importorskip("fasttext")
+    words = {"eng_Latn": ["the", "cat"], "cmn_Hani": ["我", "们", "這", "國"], "nl": ["de", "kat"]}
+    write_fasttext_model(tmp_path / "model.bin", words)
+    stage = LanguageStage(LanguageConfig(model_path=str(tmp_path / "model.bin")))
+    found = [told(stage, text) for text in ("the cat\nsat", "我 们", "這 個 國", "kat zat op", "12")]
+    assert found == ["en", "zh", "zh-hant", "nl", "und"]
+
+
+def test_a_bad_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"curation\.language\.model_path=.* is no file"):
+        LanguageStage(LanguageConfig(model_path=str(tmp_path / "none.bin")))
+    pytest.importorskip("fasttext")
+    (tmp_path / "text.bin").write_text("not a model")
+    stage = LanguageStage(LanguageConfig(model_path=str(tmp_path / "text.bin")))
+    with pytest.raises(ConfigError, match="is no fastText model"):
+        stage.process(Record(id="1", text="text", source="s"))
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"keep": ["English"]}, "keep"),
+        ({"keep": ["zh-cn"]}, "keep"),
+        ({"min_score": 1.5}, "min_score"),
+        ({"min_score": -0.1}, "min_score"),
+    ],
+)
+def test_a_wrong_option_is_named(options: dict, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"curation\.language\.{key}"):
+        LanguageConfig(**options)

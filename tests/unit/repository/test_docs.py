@@ -1,0 +1,317 @@
+"""Every command in the documentation is known, and every key, flag, file and link in it exists.
+
+A command that takes a configuration is run here with `--cfg job`: the real script parses and validates it and starts
+nothing. Commands of other kinds have a check of their own below; that they work is shown by the tests named there.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain.command import COMMANDS
+from support import ROOT
+
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "README.zh.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+COMPOSE = ROOT / "docker" / "compose.yaml"
+SHELL = {"bash", "sh", "shell", "console", "zsh"}
+
+
+def code_blocks(text: str) -> list[tuple[str, str]]:
+    """(language, content) of each fenced block."""
+    return re.findall(r"^```([^\n`]*)\n(.*?)^```$", text, flags=re.M | re.S)
+
+
+def commands_of(block: str) -> list[list[str]]:
+    """The commands of a shell block as words: continued lines joined, comments left out."""
+    lines = block.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def documented_commands() -> list[list[str]]:
+    """Each different command once."""
+    found = {
+        tuple(words)
+        for page in PAGES
+        for language, block in code_blocks(page.read_text())
+        if language in SHELL
+        for words in commands_of(block)
+    }
+    return [list(words) for words in sorted(found)]
+
+
+# --- what is checked of each kind of command ---
+
+
+def run_script(target: str, arguments: list[str]) -> str:
+    """Run a script (a path) or module (a name) of the project; its output. It must exit with 0."""
+    how = [target] if target.endswith(".py") else ["-m", target]
+    done = subprocess.run(
+        [sys.executable, *how, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check_script(target: str, arguments: list[str]) -> None:
+    """Help works, overrides compose and validate; what arguments of other forms do is for the script's own tests."""
+    if "--help" in arguments or not any("=" in argument for argument in arguments):
+        assert run_script(target, ["--help"]).strip()
+    else:
+        extra: list[str] = [] if "--cfg" in arguments else ["--cfg", "job"]
+        assert ":" in run_script(target, [*arguments, *extra])
+
+
+def script_of(module: str) -> str:
+    """What runs the module of an installed command in the folder of the sources."""
+    assert module in COMMANDS.values()
+    in_launch = module.removeprefix("pretrain.launch.")
+    return module if in_launch == module else f"launch/{in_launch}.py"
+
+
+def check_deepspeed(arguments: list[str]) -> None:
+    """The launcher accepts its flags, and the script what follows it. Launching: tests of training, quickstart."""
+    from deepspeed.launcher.runner import parse_args
+
+    with redirect_stderr(io.StringIO()):
+        parsed = parse_args(arguments)
+    script = parsed.user_script
+    if parsed.no_python or parsed.module:  # as it is installed
+        script = script_of(COMMANDS[script] if parsed.no_python else script)
+    check_script(script, parsed.user_args)
+
+
+def check_python(arguments: list[str]) -> None:
+    if arguments[0] == "-m" and arguments[1] == "pytest":
+        return check_paths(arguments[2:])
+    if arguments[0] == "launch/supervise.py":
+        return check_supervised(arguments[1:])
+    target, rest = (arguments[1], arguments[2:]) if arguments[0] == "-m" else (arguments[0], arguments[1:])
+    return check_script(target, rest)
+
+
+def check_supervised(arguments: list[str]) -> None:
+    """The options exist, and what follows them is a command known here. Run by: test_supervise.py."""
+    at = arguments.index("--")
+    assert {word for word in arguments[:at] if word.startswith("--")} <= {"--attempts", "--grace-s"}
+    check(arguments[at + 1 :])
+
+
+def check_bash(arguments: list[str]) -> None:
+    """The script exists and knows the flags. Run by: .ci/run (quickstart), every test run (run.sh, setup_env.sh)."""
+    script = ROOT / arguments[0]
+    for flag in arguments[1:]:
+        if flag.startswith("--"):
+            assert re.search(rf"{re.escape(flag)}\b", script.read_text()), (
+                f"{arguments[0]} does not know {flag}"
+            )
+    if script.name == "run.sh":
+        check_paths(arguments[1:])
+
+
+def check_docker(arguments: list[str]) -> None:
+    """Build targets exist, and what follows the image is a command known here. Run by: test_container.py."""
+    if arguments[0] == "build":
+        target = arguments[arguments.index("--target") + 1]
+        assert re.search(rf"^FROM \S+ AS {target}$", (ROOT / "docker/Dockerfile").read_text(), flags=re.M)
+        check_paths([arguments[arguments.index("-f") + 1]])
+    elif arguments[0] == "compose":
+        assert arguments[1:3] == ["-f", str(COMPOSE.relative_to(ROOT))]
+        assert arguments[3:] in (["up"], ["stop"], ["down"])
+    elif arguments[0] == "run":
+        image = next(i for i, word in enumerate(arguments) if word.startswith("pretrain:"))
+        check(arguments[image + 1 :])
+    elif arguments[:3] == ["buildx", "imagetools", "inspect"]:
+        assert re.search(
+            rf"^ARG \w+={arguments[3]}@sha256:", (ROOT / "docker/Dockerfile").read_text(), flags=re.M
+        )
+    else:
+        assert arguments[0] in ("inspect", "rm", "stop") and arguments[-1] == "first"
+
+
+def check_pip(arguments: list[str]) -> None:
+    """Run by: test_install.py; what is installed from a lock file, by launch/setup_env.sh."""
+    if "--require-hashes" in arguments:
+        check_paths([arguments[arguments.index("-r") + 1]])
+    else:
+        assert arguments == ["install", "."]
+
+
+def check_export(arguments: list[str]) -> None:
+    """Variables of programs and of the compose file; the overrides in them are checked as part of their command."""
+    for name, value in (word.split("=", 1) for word in arguments):
+        if name in VARIABLES:
+            assert re.search(rf"\b{name}\b", (ROOT / VARIABLES[name]).read_text())
+            continue
+        assert f"${{{name}:" in COMPOSE.read_text(), f"{COMPOSE.name} does not use {name}"
+        if name == "TRAIN":
+            for service in yaml.safe_load(COMPOSE.read_text())["services"].values():
+                check(shlex.split(re.sub(r"\$\{TRAIN:[^}]*\}", value, service["command"])))
+
+
+def check_mkdir(arguments: list[str]) -> None:
+    assert arguments[0] == "-p"
+
+
+def check_paths(arguments: list[str]) -> None:
+    for path in arguments:
+        assert path.startswith("-") or (ROOT / path.split("::")[0]).exists(), f"{path} does not exist"
+
+
+def check_activate(arguments: list[str]) -> None:
+    """Made by launch/setup_env.sh, which every test run has called."""
+    assert arguments == [".venv/bin/activate"]
+
+
+def check_stop_file(arguments: list[str]) -> None:
+    """A request to stop: tests of resilience and training."""
+    from pretrain.reliability.stop import STOP_FILE
+
+    assert [Path(argument).name for argument in arguments] == [STOP_FILE]
+
+
+def check_pre_commit(arguments: list[str]) -> None:
+    assert arguments in (["install"], ["run", "--all-files"])
+
+
+VARIABLES = {"DS_ACCELERATOR": "pretrain/device.py", "PRETRAIN_TORCH": "launch/setup_env.sh"}
+"""Where a variable of the environment is read."""
+
+CHECKS: dict[str, Callable[[list[str]], None]] = {
+    "bash": check_bash,
+    "deepspeed": check_deepspeed,
+    "docker": check_docker,
+    "export": check_export,
+    "mkdir": check_mkdir,
+    "pip": check_pip,
+    "pre-commit": check_pre_commit,
+    "python": check_python,
+    "source": check_activate,
+    "touch": check_stop_file,
+}
+
+
+def check(words: list[str]) -> None:
+    """Fail where a command is unknown or wrong."""
+    if "=" in words[0]:
+        check_export(words[:1])
+        check(words[1:])
+    elif words[0] in COMMANDS:
+        check_script(script_of(COMMANDS[words[0]]), words[1:])
+    else:
+        assert words[0] in CHECKS, f"{words[0]} is no command that this test knows: {shlex.join(words)}"
+        CHECKS[words[0]](words[1:])
+
+
+# --- the documentation keeps to it ---
+
+
+@pytest.mark.parametrize("words", documented_commands(), ids=shlex.join)
+def test_command(words: list[str]) -> None:
+    check(words)
+
+
+def test_both_readmes_have_the_same_commands() -> None:
+    english, chinese = (code_blocks((ROOT / name).read_text()) for name in ("README.md", "README.zh.md"))
+    assert english
+    assert english == chinese
+
+
+def test_first_screen_has_the_two_commands() -> None:
+    for name in ("README.md", "README.zh.md"):
+        first_screen = "\n".join((ROOT / name).read_text().splitlines()[:25])
+        assert "\nbash launch/quickstart.sh\nbash tests/run.sh\n" in first_screen
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_files_exist(page: Path) -> None:
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    for path in re.findall(r"`((?:pretrain|launch|conf|data_tools|docker|docs|tests)/[\w./-]*)`", prose):
+        assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_compile(page: Path) -> None:
+    for language, block in code_blocks(page.read_text()):
+        if language == "python":
+            compile(block, page.name, "exec")
+
+
+@pytest.mark.parametrize(
+    "group", ["model", "engine", "schedule", "optim", "data", "logging", "cluster", "experiment"]
+)
+def test_configuration_page_lists_every_file(group: str) -> None:
+    row = re.search(rf"^\| `{group}` \|(.*)\|$", (ROOT / "docs/configuration.md").read_text(), flags=re.M)
+    assert row is not None
+    listed = set(re.findall(r"`(\w+)`", row.group(1)))
+    assert listed == {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")} - {"none"}
+
+
+def test_every_fault_has_a_named_test() -> None:
+    """The table of docs/reliability.md: rows 1 to 21, each with tests that exist, or the issue that will bring them."""
+    text = (ROOT / "docs/reliability.md").read_text().partition("## Faults, and how long they take")[2]
+    rows = re.findall(r"^\| (\d+) \|.*\| ([^|]*) \|$", text, flags=re.M)
+    assert [int(number) for number, _ in rows] == list(range(1, 22))
+    sources = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+    names = {name for source in sources for name in re.findall(r"^def (test_\w+)", source, flags=re.M)}
+    for number, tests in rows:
+        cited = re.findall(r"`(test_\w+)`", tests)
+        assert cited, f"row {number}"
+        for test in cited:
+            assert any(name.startswith(test) for name in names), f"row {number}: {test}"
+
+
+# --- and the checks see what is wrong ---
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "curl example.org",
+        "bash launch/quickstart.sh --nonsense",
+        "bash tests/run.sh tests/test_nothing.py",
+        "python launch/train.py run_dir=x data.manifest=y total_steps=5 optim.learning_rate=1",
+        "python launch/train.py run_dir=x data.manifest=y total_steps=5 model=2b",
+        "python launch/nothing.py a=b",
+        "deepspeed --num_gpu_s 2 launch/train.py run_dir=x data.manifest=y total_steps=5",
+        "deepspeed --num_gpus 2 launch/train.py run_dir=x data.manifest=y",
+        "docker build -f docker/Dockerfile --target tpu -t pretrain:tpu .",
+        "docker run pretrain:cpu nonsense",
+        "python launch/supervise.py --tries 3 -- deepspeed launch/train.py --help",
+        "python launch/supervise.py -- deepspeed launch/train.py run_dir=x data.manifest=y",
+        "docker compose -f docker/compose.yaml dance",
+        "export TRAINING='model=tiny'",
+        "export TRAIN='model=tiny total_step=5'",
+        "touch runs/first/halt",
+        "pip install torch",
+        "pretrain-train run_dir=x data.manifest=y total_steps=5 model=2b",
+        "pretrain-nothing --help",
+        "deepspeed --num_gpus 2 --module pretrain.launch.nothing --help",
+        "PRETRAIN_TORCHES=existing bash launch/setup_env.sh",
+    ],
+)
+def test_a_wrong_command_is_seen(line: str) -> None:
+    [words] = commands_of(line)
+    with pytest.raises((AssertionError, SystemExit)):
+        check(words)
+
+
+def test_continued_lines_and_comments() -> None:
+    assert commands_of("a b \\\n  c='d e' # f\n\n# g\nh\n") == [["a", "b", "c=d e"], ["h"]]
