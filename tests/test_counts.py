@@ -22,7 +22,7 @@ from engine_worker import small_config
 from launching import run_ranks
 
 from benchmarks.harness.collectives import Kind, Traffic, counted, watch
-from pretrain.model.decoder import count_parameters
+from pretrain.arithmetic import count_parameters
 
 TABLE = ROOT / "tests" / "counts.json"
 STAGES = {"zero0": (0, "fp32"), "zero1": (1, "bf16"), "zero2": (2, "bf16"), "zero3": (3, "bf16")}

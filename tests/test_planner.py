@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import run_ranks
 
+from pretrain.arithmetic import block_parameters, count_parameters, flops_per_token, parameter_sizes
 from pretrain.checkpoint import saver as saving
 from pretrain.config import (
     AttentionKernel,
@@ -36,16 +37,12 @@ from pretrain.config import (
 from pretrain.errors import ConfigError
 from pretrain.model.attention import Documents, visibility
 from pretrain.model.decoder import Block, Decoder, _rotary_tables
-from pretrain.model.decoder import count_parameters as model_parameters
-from pretrain.model.decoder import flops_per_token as model_flops
 from pretrain.plan.hardware import GPUS, known_gpu
 from pretrain.plan.memory import (
     Pass,
     Sharding,
     activation_bytes,
-    count_parameters,
     memory_bytes,
-    parameter_sizes,
     persistent_elements,
     saved_bytes_per_token,
     state_bytes,
@@ -68,7 +65,6 @@ from pretrain.plan.time import (
     Collective,
     collective_s,
     collectives,
-    flops_per_token,
     step_time,
 )
 
@@ -255,10 +251,14 @@ PASSES = st.builds(
 @given(MODELS)
 def test_counts_equal_the_models_own(model: ModelConfig) -> None:
     with torch.device("meta"):
-        real = sorted(p.numel() for p in Decoder(model, seed=0).parameters())
+        decoder = Decoder(model, seed=0)
+    real = sorted(p.numel() for p in decoder.parameters())
     assert sorted(size for size, count in parameter_sizes(model) for _ in range(count)) == real
-    assert count_parameters(model) == model_parameters(model) == sum(real)
-    assert sum(flops_per_token(model, 48)) == model_flops(model, 48)
+    assert count_parameters(model) == sum(real)
+    assert block_parameters(model) == sum(p.numel() for p in decoder.blocks[0].parameters())
+    products = sum(p.numel() for p in [*decoder.blocks.parameters(), decoder.head.weight] if p.dim() > 1)
+    attention = 12 * model.n_layers * model.n_heads * model.head_width * 48
+    assert flops_per_token(model, 48) == 6 * products + attention
 
 
 def test_gpus_have_their_peaks() -> None:

@@ -1,4 +1,4 @@
-"""The decoder: a Llama-style transformer, its initial weights, and its parameter and FLOP counts.
+"""The decoder: a Llama-style transformer and its initial weights (`pretrain.arithmetic` counts its parameters).
 
 Three rules hold throughout, because under ZeRO stage 3 a parameter is whole only while the module that
 owns it runs, and `deepspeed.zero.Init` partitions a module's parameters right after its `__init__`:
@@ -371,37 +371,6 @@ def build_decoder(
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
     return model.eval().requires_grad_(False)
-
-
-def count_parameters(config: ModelConfig) -> int:
-    """Number of trainable values; a tied matrix counts once."""
-    assert config.vocab_size is not None
-    matrices = 1 if config.tie_embeddings else 2
-    return non_embedding_parameters(config) + matrices * config.vocab_size * config.d_model
-
-
-def non_embedding_parameters(config: ModelConfig) -> int:
-    """Parameters without the token embedding and the output head, as scaling laws count (Kaplan, 2020)."""
-    norms = 2 * config.d_model + (2 * config.head_width if config.qk_norm else 0)
-    return _block_matmul_parameters(config) + config.n_layers * norms + config.d_model
-
-
-def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Floating-point operations per token of a forward and backward pass, without recomputation.
-
-    6 x (parameters in matrix products, the head but not the embedding look-up) + 12 L H K T: PaLM
-    (Chowdhery et al., 2022), appendix B. As there, attention counts as if every token saw all T tokens:
-    the causal and the document mask are not deducted. Norms, rotary positions and softmax are left out.
-    """
-    assert config.vocab_size is not None
-    matmul_parameters = _block_matmul_parameters(config) + config.vocab_size * config.d_model
-    attention = 12 * config.n_layers * config.n_heads * config.head_width * sequence_length
-    return float(6 * matmul_parameters + attention)
-
-
-def _block_matmul_parameters(config: ModelConfig) -> int:
-    attention = 2 * config.d_model * config.head_width * (config.n_heads + config.kv_heads)
-    return config.n_layers * (attention + 3 * config.d_model * config.d_ff)
 
 
 def _residual_std(config: ModelConfig) -> float:

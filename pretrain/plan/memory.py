@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pretrain.arithmetic import block_parameters, count_parameters, parameter_sizes
 from pretrain.config import ModelConfig, Precision, Recompute
 from pretrain.config.engine import NVME_SUB_GROUP_ELEMENTS, EngineConfig
 from pretrain.plan.hardware import GIB
@@ -36,32 +37,6 @@ class Sharding:
     """Ranks of the job."""
     n_shards: int
     """Ranks that hold one copy of the state together; the job has n_ranks / n_shards copies."""
-
-
-def parameter_sizes(model: ModelConfig) -> list[tuple[int, int]]:
-    """(elements, how many) of the parameters of `pretrain.model.decoder.Decoder`. `model.vocab_size` is set."""
-    assert model.vocab_size is not None
-    width, depth = model.d_model, model.n_layers
-    q, kv = model.n_heads * model.head_width, model.kv_heads * model.head_width
-    found = [
-        (model.vocab_size * width, 1 if model.tie_embeddings else 2),
-        (width * q, 2 * depth),
-        (width * kv, 2 * depth),
-        (width * model.d_ff, 3 * depth),
-        (width, 2 * depth + 1),
-    ]
-    return [*found, (model.head_width, 2 * depth)] if model.qk_norm else found
-
-
-def count_parameters(model: ModelConfig) -> int:
-    """P, a tied matrix counted once, as `pretrain.model.decoder.count_parameters`."""
-    return sum(size * count for size, count in parameter_sizes(model))
-
-
-def block_elements(model: ModelConfig) -> int:
-    """Parameters of one transformer block."""
-    (matrix, matrices), *_ = parameter_sizes(model)
-    return (count_parameters(model) - matrix * matrices - model.d_model) // model.n_layers
 
 
 def persistent_elements(model: ModelConfig, engine: EngineConfig) -> int:
@@ -91,7 +66,7 @@ def kept_elements(model: ModelConfig, engine: EngineConfig) -> int:
         return 0
     (matrix, matrices), *_ = parameter_sizes(model)
     limit, tail = engine.max_live_elements, matrix + model.d_model
-    blocks = min(model.n_layers, max(0, -(-(limit - tail) // block_elements(model))))
+    blocks = min(model.n_layers, max(0, -(-(limit - tail) // block_parameters(model))))
     partitioned = count_parameters(model) - persistent_elements(model, engine)
     if matrix <= engine.persistence_threshold_elements:
         return partitioned * blocks // model.n_layers
@@ -208,7 +183,7 @@ def buffer_bytes(model: ModelConfig, engine: EngineConfig, sharding: Sharding) -
     found = {"buckets": 2 * width * bucket}
     if stage == 3:
         partitioned = total - persistent_elements(model, engine)
-        ahead = engine.prefetch_bucket_elements + max(block_elements(model), largest)
+        ahead = engine.prefetch_bucket_elements + max(block_parameters(model), largest)
         live = min(partitioned, kept_elements(model, engine) + ahead)
         found["gathered parameters"] = width * live
     elif engine.precision is not Precision.fp32:

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from pretrain.arithmetic import count_parameters
 from pretrain.config import AUTO, AttentionKernel, ModelConfig, Precision, Recompute, TrainConfig
 from pretrain.config.engine import EngineConfig
 from pretrain.errors import ConfigError
 from pretrain.plan.hardware import GIB
-from pretrain.plan.memory import Pass, Sharding, count_parameters, memory_bytes
+from pretrain.plan.memory import Pass, Sharding, memory_bytes
 from pretrain.plan.time import (
     CALIBRATIONS,
     HOST_S_PER_BLOCK,

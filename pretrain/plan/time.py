@@ -8,6 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pretrain.arithmetic import (
+    attention_flops_per_token,
+    count_parameters,
+    flops_per_token,
+    matmul_flops_per_token,
+)
 from pretrain.config import ModelConfig, Precision, Recompute
 from pretrain.config.engine import EngineConfig
 from pretrain.errors import ConfigError
@@ -15,7 +21,6 @@ from pretrain.plan.hardware import Gpu
 from pretrain.plan.memory import (
     Pass,
     Sharding,
-    count_parameters,
     element_bytes,
     kept_elements,
     persistent_elements,
@@ -181,16 +186,6 @@ def collective_s(collective: Collective, cluster: Cluster, constants: Calibratio
     return seconds + collective.calls * collective.rounds * collective.nodes * HOP_S
 
 
-def flops_per_token(model: ModelConfig, sequence_length: int) -> tuple[float, float]:
-    """Of matrix products and of attention, forward and backward; `Decoder.flops_per_token` is their sum."""
-    assert model.vocab_size is not None
-    q, kv = model.n_heads * model.head_width, model.kv_heads * model.head_width
-    block = model.d_model * (2 * q + 2 * kv + 3 * model.d_ff)
-    matrices = model.n_layers * block + model.vocab_size * model.d_model  # the embedding is only looked up
-    attention = 12 * model.n_layers * model.n_heads * model.head_width * sequence_length
-    return 6.0 * matrices, float(attention)
-
-
 def peak_flops(gpu: Gpu, precision: Precision) -> float:
     """Of one device; ConfigError where it cannot compute so."""
     if precision is Precision.fp32:
@@ -209,7 +204,7 @@ def compute_s(
 ) -> tuple[float, float]:
     """Of the forward and of the backward pass of one micro batch, recomputation included."""
     peak = peak_flops(gpu, engine.precision)
-    dense, attention = flops_per_token(model, each.sequence_length)
+    dense, attention = matmul_flops_per_token(model), attention_flops_per_token(model, each.sequence_length)
     if each.masked:
         attention *= MASK_FACTOR
     kept = saved_bytes_per_token(model, element_bytes(engine), each.sequence_length, each.masked)
@@ -307,7 +302,7 @@ def step_time(
         optimizer_s=optimizer_s(model, engine, sharding, cluster.gpu),
         communication_s=accum_steps * (seconds["forward"] + seconds["backward"]) + seconds["update"],
         tokens=tokens,
-        model_flops=tokens * sum(flops_per_token(model, each.sequence_length)),
+        model_flops=tokens * flops_per_token(model, each.sequence_length),
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import __version__
+from pretrain.arithmetic import flops_per_token
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.folder import root_of, root_of_run
 from pretrain.checkpoint.saver import Saver
@@ -23,7 +24,6 @@ from pretrain.engine.engine import Engine
 from pretrain.engine.loss_scale import LossScale
 from pretrain.engine.peak import emulation_warning, rank_peak_flops
 from pretrain.errors import ConfigError
-from pretrain.model.decoder import flops_per_token
 from pretrain.model.precision import precision_of
 from pretrain.monitor.monitor import Monitor
 from pretrain.reliability.heartbeat import mark
