@@ -75,11 +75,11 @@ def test_ranks_are_compared_near_the_start_and_when_steps_are_slow() -> None:
     probes = []
     for step in range(1, 301):
         pace.note(1.0 if step < 50 else 2.0, 0.0)
-        if pace.wants_probe():
+        if pace.wants_comparison():
             probes.append((step, pace.slow))
     # The median of ten is 1.5 after the fifth slow step, 2.0 after the sixth.
     assert probes == [(10, False), (55, True), (155, True), (255, True)]
-    assert not Pace(watch=False).wants_probe()
+    assert not Pace(watch=False).wants_comparison()
 
 
 def test_who_waits_for_data_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.config import DataConfig, SourceConfig, StageConfig
+from pretrain.config import DataConfig, SourceConfig, StageConfig, TrainConfig, load_config, to_dict
+from pretrain.config import run as run_config
 from pretrain.config.data_stages import Stage, Steps, micro_batch_of, n_steps_of, plan_stages, tokens_before
 from pretrain.errors import ConfigError
 
@@ -34,6 +35,24 @@ def test_a_stage_keeps_what_it_does_not_name() -> None:
         (51, 201, (1.0, 1.0), 8, 8),  # and 3 of 32
         (83, 400, (0.0, 1.0), 8, 8),  # and 4 of 64
     ]
+
+
+def test_a_configuration_plans_its_stages_once_and_has_no_key_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planned: list[DataConfig] = []
+    monkeypatch.setattr(
+        run_config, "plan_stages", lambda *given: planned.append(given[0]) or plan_stages(*given)
+    )
+    base = ["run_dir=x", "data.manifest=x", "total_tokens=100000"]
+    one = load_config(TrainConfig, base, "config")
+    assert one.stages is one.stages
+    assert (one.n_steps, one.grad_accum_steps(1)) == (4, 8)
+    assert len(planned) == 1
+    assert "stages" not in to_dict(one)
+    assert replace(one, global_batch_sequences=64).stages[0].batch_sequences == 64
+    with pytest.raises(ConfigError, match="stages"):
+        load_config(TrainConfig, [*base, "+stages=[]"], "config")
 
 
 def test_stages_within_one_step_begin_together() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from pretrain.config import TrainConfig
 from pretrain.config.launched import launched_local_size
-from pretrain.corpus.manifest import load_manifest
+from pretrain.corpus.manifest import Manifest, load_manifest
 from pretrain.corpus.tokenizer import TOKENIZER_NAMES
 from pretrain.errors import ConfigError
 from pretrain.remote import as_path, check_url, exists, folder_of, is_remote
@@ -17,8 +18,17 @@ VOCABULARY_MULTIPLE = (
 )
 
 
-def resolve_inputs(config: TrainConfig, world_size: int) -> TrainConfig:
-    """The config with `model.vocab_size` filled in. Raises ConfigError where inputs and config do not fit.
+class Inputs(NamedTuple):
+    """What a run starts from."""
+
+    config: TrainConfig
+    """The configuration, with `model.vocab_size` filled in."""
+    manifests: dict[str, Manifest]
+    """The manifest of each corpus that the configuration names, by its path or URL there; read once per start."""
+
+
+def resolve_inputs(config: TrainConfig, world_size: int) -> Inputs:
+    """Read the manifests and fill in `model.vocab_size`. Raises ConfigError where inputs and config do not fit.
 
     Reads manifests only; imports no torch, so that a mistake is answered at once.
     """
@@ -48,7 +58,7 @@ def resolve_inputs(config: TrainConfig, world_size: int) -> TrainConfig:
             f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary of {first_path} "
             f"({first.vocab_size}); leave it out or give at least {needed}"
         )
-    return config
+    return Inputs(config, manifests)
 
 
 def check_lengths(lengths: Sequence[int], chunk_tokens: int, manifest_path: str) -> None:

@@ -6,7 +6,7 @@ workers have read ahead never counts. All else in `OrderState` says which order 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from pretrain.batch import Batch
 from pretrain.config import DataConfig, SourceConfig
 from pretrain.config.data_stages import Step, Steps, micro_batch_of, n_steps_of, plan_stages
+from pretrain.corpus.manifest import Manifest
 from pretrain.corpus.shards import Corpus
 from pretrain.data.inputs import check_lengths
 from pretrain.data.lanes import choose_lanes, end_sources, rank_samples
@@ -55,8 +56,9 @@ def _to_batch(read: Sequences, samples: Ints) -> Batch:
 class TrainLoader:
     """The training batches of one rank.
 
-    `state` is what a checkpoint held, or None for a new run. Raises ConfigError where the configuration, the
-    corpora and that state do not fit together.
+    `state` is what a checkpoint held, or None for a new run. `manifests` are those that the caller has read, by their
+    path or URL in `data`; the others are read here. Raises ConfigError where the configuration, the corpora and that
+    state do not fit together.
     """
 
     def __init__(
@@ -71,10 +73,14 @@ class TrainLoader:
         total_steps: int | None = None,
         total_tokens: int | None = None,
         state: OrderState | None,
+        manifests: Mapping[str, Manifest] | None = None,
     ) -> None:
         sources = data.corpora()
-        options = ReadOptions.of(data)
-        corpora = [Corpus(source.manifest, data.verify_chunks, options=options) for source in sources]
+        options, read = ReadOptions.of(data), manifests or {}
+        corpora = [
+            Corpus(s.manifest, data.verify_chunks, options=options, manifest=read.get(s.manifest))
+            for s in sources
+        ]
         _check_corpora(sources, corpora, data)
         self._sizes = [SourceSize(c.n_chunks, c.chunk_tokens, c.last_chunk_tokens) for c in corpora]
         lanes = data.lanes or (state.lanes if state else choose_lanes(self._sizes, global_batch_sequences))

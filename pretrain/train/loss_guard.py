@@ -12,8 +12,8 @@ from typing import Any
 from pretrain.config import LossGuardConfig, SpikeAction
 
 
-class Verdict(Enum):
-    """What a step was."""
+class GuardDecision(Enum):
+    """What the loss guard makes of a step."""
 
     GOOD = "good"
     SKIPPED = "skipped"
@@ -47,17 +47,17 @@ class LossGuard:
             median + sigmas * 1.4826 * deviation
         )  # 1.4826: equals the standard deviation of a normal sample
 
-    def judge(self, loss: float, limit: float, *, applied: bool) -> Verdict:
+    def decide(self, loss: float, limit: float, *, applied: bool) -> GuardDecision:
         """What to do after a step of this loss, whose `limit()` was `limit` and whose update was `applied` or not."""
         if applied:
             self._losses.append(loss)
             self._skips = 0
-            return Verdict.GOOD
+            return GuardDecision.GOOD
         self._skips += 1
         spike = loss > limit and self._config.on_spike is SpikeAction.rollback
         if spike or self._skips >= self._config.max_skips_in_a_row:
-            return Verdict.ROLL_BACK
-        return Verdict.SKIPPED
+            return GuardDecision.ROLL_BACK
+        return GuardDecision.SKIPPED
 
     @property
     def skips_in_a_row(self) -> int:

@@ -16,6 +16,8 @@ from pretrain.checkpoint.folder import root_of, root_of_run
 from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.tensors import CheckpointError, Found, Verified
 from pretrain.config import AUTO, Precision, TrainConfig, to_dict
+from pretrain.corpus.manifest import Manifest
+from pretrain.data.inputs import Inputs
 from pretrain.data.loader import TrainLoader
 from pretrain.data.state import OrderState
 from pretrain.distributed import Vote, World, on_main
@@ -41,6 +43,8 @@ class Run:
     """A run at one moment: everything the loop needs, on one rank."""
 
     config: TrainConfig
+    manifests: dict[str, Manifest]
+    """The manifest of each corpus that the configuration names, by its path or URL there."""
     world: World
     run_dir: Path
     root: Path
@@ -70,7 +74,9 @@ class Run:
     """When the last save began (monotonic clock, s)."""
 
 
-def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdog) -> Run:
+def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) -> Run:
+    """Find the newest checkpoint, build the parts of the run, and put the state in place. All ranks together."""
+    config, manifests = inputs
     root = root_of(run_dir, config.checkpoint.target)
     found = checkpoint.find_latest(root, world)
     if found.path is None and found.passed_over:
@@ -93,8 +99,9 @@ def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdo
         total_steps=config.total_steps,
         total_tokens=config.total_tokens,
         state=OrderState.from_dict(state["order"]) if state else None,
+        manifests=manifests,
     )
-    identity = on_main(lambda: write_run_files(config, run_dir, state), world)
+    identity = on_main(lambda: write_run_files(config, run_dir, state, loader.tokenizer_sha256), world)
     watchdog.attempt(identity["attempt"])
     stop = StopRequest(run_dir, watch_file=world.is_main, stop_after_s=config.stop_after_s)
     mark("engine")
@@ -110,6 +117,7 @@ def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdo
     heldout_losses = heldout_losses_of(run_dir) if world.is_main and state else {}
     run = Run(
         config=config,
+        manifests=manifests,
         world=world,
         run_dir=run_dir,
         root=root,

@@ -9,7 +9,6 @@ from typing import Any
 
 from pretrain.checkpoint.state import Identity, RunState
 from pretrain.config import AUTO, TrainConfig, to_dict
-from pretrain.corpus.manifest import load_manifest
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.data.inputs import tokenizer_path
 from pretrain.errors import ConfigError
@@ -51,11 +50,11 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def write_run_files(config: TrainConfig, run_dir: Path, state: RunState | None) -> dict[str, Any]:
+def write_run_files(
+    config: TrainConfig, run_dir: Path, state: RunState | None, tokenizer_sha256: str
+) -> dict[str, Any]:
     """Rank 0: config.json, run.json and the tokenizer, so that the folder explains itself. Returns run.json."""
-    source = config.data.corpora()[0].manifest
-    manifest = load_manifest(source)
-    tokenizer = Tokenizer(tokenizer_path(source), manifest.tokenizer_sha256)
+    tokenizer = Tokenizer(tokenizer_path(config.data.corpora()[0].manifest), tokenizer_sha256)
     path = run_dir / "run.json"
     identity: dict[str, Any] = {"run_id": new_run_id(), "attempt": 0}
     with suppress(FileNotFoundError, ConfigError):  # damaged: the checkpoint tells the same

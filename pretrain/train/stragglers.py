@@ -21,7 +21,8 @@ SLOW_FACTOR = 1.5
 """Steps are slow when the median of a window is so many times the fastest window's."""
 PAUSE_WINDOWS = 10
 """Between two comparisons while steps stay slow."""
-PROBE_S = 0.2
+COMPARISON_S = 0.2
+"""Time for which each rank computes by itself in a comparison."""
 STRAGGLER_FRAC = 2 / 3
 """A rank that computes below this share of the upper median of all is named."""
 
@@ -58,7 +59,7 @@ class Pace:
         self._waits_s.append(data_wait_s)
         self._steps += 1
 
-    def wants_probe(self) -> bool:
+    def wants_comparison(self) -> bool:
         """Rank 0: whether the ranks should be compared now: after the first window, and when steps are slow."""
         if not self._watch or len(self._times_s) < WINDOW_STEPS:
             return False
@@ -74,7 +75,7 @@ class Pace:
         return True
 
     def find_stragglers(self, world: World) -> list[Straggler]:
-        """All ranks together: who computes slowly, or waits long for data. Takes PROBE_S."""
+        """All ranks together: who computes slowly, or waits long for data. Takes COMPARISON_S."""
         speed = _speed(world.device)
         share = sum(self._waits_s) / max(sum(self._times_s), 1e-9)
         rows = gather_objects((speed, share, os.uname().nodename), world)
@@ -93,7 +94,7 @@ def _speed(device: torch.device) -> float:
     width = 4096 if device.type == "cuda" else 256
     matrix = torch.ones(width, width, device=device, dtype=torch.bfloat16 if device.type == "cuda" else None)
     n_done, started = 0, time.monotonic()
-    while (passed_s := time.monotonic() - started) < PROBE_S:
+    while (passed_s := time.monotonic() - started) < COMPARISON_S:
         torch.mm(matrix, matrix)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
