@@ -5,6 +5,7 @@ Counted: two real ranks (and one) of the engine, whose storages are summed and w
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
 import json
 import math
@@ -23,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import run_ranks
 
+from pretrain import arithmetic
 from pretrain.arithmetic import block_parameters, count_parameters, flops_per_token, parameter_sizes
 from pretrain.checkpoint import saver as saving
 from pretrain.config import (
@@ -259,6 +261,11 @@ def test_counts_equal_the_models_own(model: ModelConfig) -> None:
     products = sum(p.numel() for p in [*decoder.blocks.parameters(), decoder.head.weight] if p.dim() > 1)
     attention = 12 * model.n_layers * model.n_heads * model.head_width * 48
     assert flops_per_token(model, 48) == 6 * products + attention
+
+
+def test_the_worked_example_is_true() -> None:
+    failed, tried = doctest.testmod(arithmetic)
+    assert tried and not failed
 
 
 def test_gpus_have_their_peaks() -> None:

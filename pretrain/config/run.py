@@ -9,7 +9,7 @@ from omegaconf import MISSING
 from pretrain.config.checks import check_at_most, check_positive, missing
 from pretrain.config.cluster import ClusterConfig
 from pretrain.config.data import MAX_BATCH_SEQUENCES, DataConfig
-from pretrain.config.data_stages import Stage, micro_batch_of, n_steps_of, plan_stages
+from pretrain.config.data_stages import DataStage, micro_batch_of, n_steps_of, plan_stages
 from pretrain.config.engine import EngineConfig
 from pretrain.config.model import KernelsConfig, ModelConfig, Precision
 from pretrain.config.optimizer import OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
@@ -25,7 +25,7 @@ class _Planned:
     """What a configuration works out once. It is no field of TrainConfig, since each field is a configuration key."""
 
     __slots__ = ("stages",)
-    stages: list[Stage]
+    stages: list[DataStage]
     """The stages of a run that begins with this configuration."""
 
 

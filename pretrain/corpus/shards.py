@@ -109,7 +109,7 @@ class Corpus:
         return RemoteChunks(f"{folder_of(self.manifest_path)}/{SHARDS_FOLDER}", self.manifest, self.options)
 
     @property
-    def is_remote(self) -> bool:
+    def is_behind_url(self) -> bool:
         """Whether it lies behind a URL."""
         return self._remote is not None
 

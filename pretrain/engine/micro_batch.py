@@ -58,7 +58,7 @@ class Probe:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class FoundMicroBatch:
     """The largest micro batch that fits all ranks."""
 
     micro_batch_sequences: int
@@ -73,7 +73,7 @@ class Found:
         return asdict(self)
 
 
-def kept(state: RunState, changed: list[str], world: World) -> int | None:
+def earlier_result(state: RunState, changed: list[str], world: World) -> int | None:
     """The number that the run of this state found, where it is still good: bit-identical resume needs the same one.
 
     `changed`: keys that are not as they were.
@@ -85,7 +85,7 @@ def kept(state: RunState, changed: list[str], world: World) -> int | None:
 
 def find_micro_batch(
     engine: Engine, config: TrainConfig, world: World, budget_bytes: Callable[[], int] | None = None
-) -> Found:
+) -> FoundMicroBatch:
     """Search with the run's own engine, before its first step or before a checkpoint is loaded. All ranks together.
 
     `budget_bytes`: what this rank may use; by default what its device or its host has left for it. ConfigError, alike
@@ -119,7 +119,7 @@ def find_micro_batch(
             f"micro_batch_sequences=auto: one sequence of {worst.sequence_length} tokens takes "
             f"{worst.peak_bytes / GIB:.2f} GiB, and a rank may use {usable / GIB:.2f} GiB; {_ADVICE}"
         )
-    return Found(
+    return FoundMicroBatch(
         micro_batch_sequences=best,
         usable_bytes=usable,
         probes=probes,

@@ -90,7 +90,7 @@ def build_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Opti
 
 
 @dataclass(frozen=True)
-class Piece:
+class Placement:
     """Where the values of one parameter are in the flat partitions of all ranks."""
 
     name: str
@@ -117,7 +117,7 @@ class Muon(torch.optim.AdamW):
     def __init__(self, groups: list[dict], config: OptimConfig) -> None:
         super().__init__(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
         self.momentum = config.momentum
-        self.pieces: dict[torch.Tensor, list[Piece]] = {}
+        self.placements: dict[torch.Tensor, list[Placement]] = {}
         """What lies in each parameter of this optimizer that may be Muon's; the engine sets it."""
         self.rank, self.device = 0, torch.device("cpu")
         """Of this process; the engine sets them."""
@@ -140,21 +140,23 @@ class Muon(torch.optim.AdamW):
         direction = gradient.lerp(momentum, self.momentum).flatten()
         parameter.mul_(1 - lr * weight_decay)
         values = parameter.view(-1)
-        pieces = sorted(self.pieces[parameter], key=lambda piece: piece.shape)  # alike ones side by side
-        n_ranks = len(pieces[0].spans)
-        for first in range(0, len(pieces), n_ranks):
-            wave = pieces[first : first + n_ranks]
-            for piece, update in zip(wave, self._orthogonalized(direction, wave), strict=True):
-                scale = 0.2 * math.sqrt(max(piece.shape))
-                part = values[piece.offset : piece.offset + update.numel()]
+        placements = sorted(
+            self.placements[parameter], key=lambda placement: placement.shape
+        )  # alike ones side by side
+        n_ranks = len(placements[0].spans)
+        for first in range(0, len(placements), n_ranks):
+            wave = placements[first : first + n_ranks]
+            for placement, update in zip(wave, self._orthogonalized(direction, wave), strict=True):
+                scale = 0.2 * math.sqrt(max(placement.shape))
+                part = values[placement.offset : placement.offset + update.numel()]
                 part.add_(update.to(part), alpha=-lr * scale)
 
-    def _orthogonalized(self, direction: torch.Tensor, wave: list[Piece]) -> list[torch.Tensor]:
+    def _orthogonalized(self, direction: torch.Tensor, wave: list[Placement]) -> list[torch.Tensor]:
         """This rank's parts of the orthogonalized matrices of a wave, of which rank i computes the i-th."""
         parts = []
-        for piece in wave:
-            start, stop = piece.spans[self.rank if len(piece.spans) > 1 else 0]
-            part = direction[piece.offset : piece.offset + stop - start]
+        for placement in wave:
+            start, stop = placement.spans[self.rank if len(placement.spans) > 1 else 0]
+            part = direction[placement.offset : placement.offset + stop - start]
             parts.append(part.to(self.device, torch.bfloat16))
         n_ranks = len(wave[0].spans)
         if n_ranks == 1:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from pretrain.config import OptimConfig
 from pretrain.distributed import Partition, World, share
 from pretrain.engine.bit_sums import StateSums
-from pretrain.engine.optim import Muon, Piece, moments_of
+from pretrain.engine.optim import Muon, Placement, moments_of
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -32,7 +32,7 @@ class EngineState:
         optimizer: torch.optim.Optimizer,
         parameters: dict[str, torch.nn.Parameter],
         config: OptimConfig,
-        stage: int,
+        zero_stage: int,
         world: World,
     ) -> None:
         """`zero`: DeepSpeed's wrapper of the optimizer (stage 0: the optimizer). Makes the moments, all zero."""
@@ -42,11 +42,15 @@ class EngineState:
         self.moment_keys = [f"{kind}.{name}" for name in parameters for kind in moments_of(name, config)]
         """`exp_avg.<name>` and `exp_avg_sq.<name>`, or where Muon trains a matrix `momentum_buffer.<name>`."""
         self._zero, self._optimizer, self._parameters = zero, optimizer, parameters
-        self._config, self._stage, self._world = config, stage, world
+        self._config, self._zero_stage, self._world = config, zero_stage, world
         self._host: dict[str, torch.Tensor] = {}
-        self._pieces = self._find_pieces()
+        self._placements = self._find_placements()
         if isinstance(optimizer, Muon):
-            optimizer.pieces, optimizer.rank, optimizer.device = self._pieces, world.rank, world.device
+            optimizer.placements, optimizer.rank, optimizer.device = (
+                self._placements,
+                world.rank,
+                world.device,
+            )
         self._allocate_moments()
         self.sums = StateSums(self._partitioned_state, self._replicated_state)
         """Over all bits of the state, to see that nothing but an update changes it."""
@@ -64,13 +68,13 @@ class EngineState:
         page-locked where there is a GPU.
         """
         partitions: dict[str, Partition] = {}
-        for index, (flat, pieces) in enumerate(self._pieces.items()):
+        for index, (flat, placements) in enumerate(self._placements.items()):
             with self._in_memory(index):
-                for piece in pieces:
-                    for kind in ("weight", *moments_of(piece.name, self._config)):
-                        key = f"{kind}.{piece.name}"
+                for placement in placements:
+                    for kind in ("weight", *moments_of(placement.name, self._config)):
+                        key = f"{kind}.{placement.name}"
                         partitions[key] = self._copied(
-                            key, self._share_of(self._part(flat, piece, kind), piece)
+                            key, self._share_of(self._part(flat, placement, kind), placement)
                         )
         if self._world.device.type == "cuda":
             torch.cuda.synchronize()
@@ -83,18 +87,18 @@ class EngineState:
         `partitions`: key -> this rank's share of the flattened tensor, as `share` cuts it. All ranks together.
         """
         self.sums.forget()
-        if self._stage == 3:
+        if self._zero_stage == 3:
             self._zero.checkpoint_event_prologue()  # nothing stays gathered
-        for index, (flat, pieces) in enumerate(self._pieces.items()):
+        for index, (flat, placements) in enumerate(self._placements.items()):
             with self._in_memory(index, changed=True):
-                for piece in pieces:
-                    for kind in ("weight", *moments_of(piece.name, self._config)):
-                        self._put_back(flat, piece, kind, partitions[f"{kind}.{piece.name}"])
+                for placement in placements:
+                    for kind in ("weight", *moments_of(placement.name, self._config)):
+                        self._put_back(flat, placement, kind, partitions[f"{kind}.{placement.name}"])
                 if "step" in self._optimizer.state[flat]:
                     self._optimizer.state[flat]["step"].fill_(optimizer_step)
-                if self._stage == 3:  # the partitions that compute follow the masters
+                if self._zero_stage == 3:  # the partitions that compute follow the masters
                     self._zero._reassign_or_swap_out_partitioned_parameters(index)
-        if self._stage == 3:
+        if self._zero_stage == 3:
             self._zero.checkpoint_event_epilogue()  # and so do the parameters that are kept whole, or kept twice (hpZ)
 
     @torch.no_grad()
@@ -107,30 +111,31 @@ class EngineState:
 
     # ---- where the values are --------------------------------------------------------------------------------------
 
-    def _find_pieces(self) -> dict[torch.Tensor, list[Piece]]:
+    def _find_placements(self) -> dict[torch.Tensor, list[Placement]]:
         """What the optimizer updates on this rank (fp32, flat from stage 1 on), and which parameters are in it."""
         names = {id(parameter): name for name, parameter in self._parameters.items()}
 
-        def piece(parameter: Any, offset: int, spans: Spans) -> Piece:
+        def placement(parameter: Any, offset: int, spans: Spans) -> Placement:
             name = names[id(parameter)]
-            return Piece(name=name, shape=self.shapes[name], offset=offset, spans=spans)
+            return Placement(name=name, shape=self.shapes[name], offset=offset, spans=spans)
 
         zero, found = self._zero, {}
-        match self._stage:
+        match self._zero_stage:
             case 0:
                 for parameter in (p for group in self._optimizer.param_groups for p in group["params"]):
-                    found[parameter] = [piece(parameter, 0, ((0, parameter.numel()),))]
+                    found[parameter] = [placement(parameter, 0, ((0, parameter.numel()),))]
             case 3:
                 for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
                     offsets = accumulate((p.partition_numel() for p in group), initial=0)
                     found[flat] = [
-                        piece(p, at, self._even(p.ds_numel)) for p, at in zip(group, offsets, strict=False)
+                        placement(p, at, self._even(p.ds_numel))
+                        for p, at in zip(group, offsets, strict=False)
                     ]
             case _:
                 for index, flat in enumerate(zero.single_partition_of_fp32_groups):
                     group, size = zero.round_robin_bit16_groups[index], zero.partition_size[index]
                     found[flat] = [
-                        piece(p, max(0, at - self._world.rank * size), self._cut(at, p.numel(), size))
+                        placement(p, max(0, at - self._world.rank * size), self._cut(at, p.numel(), size))
                         for p, at in zip(group, zero.round_robin_bit16_offsets[index], strict=True)
                     ]
         return found
@@ -147,7 +152,7 @@ class EngineState:
     @contextmanager
     def _in_memory(self, index: int, *, changed: bool = False) -> Iterator[None]:
         """Master and moments of a partition, which under NVMe offload are in files between two updates."""
-        swapped = self._stage == 3 and self._zero._swappable_optimizer_subgroup(index)
+        swapped = self._zero_stage == 3 and self._zero._swappable_optimizer_subgroup(index)
         if swapped:
             self._zero._optimizer_states_and_gradient_swap_in(index)
         yield
@@ -156,25 +161,25 @@ class EngineState:
         elif swapped:
             self._zero._release_swap_buffers(index)
 
-    def _part(self, flat: torch.Tensor, piece: Piece, kind: str) -> torch.Tensor:
+    def _part(self, flat: torch.Tensor, placement: Placement, kind: str) -> torch.Tensor:
         """What this rank holds of a parameter's master or moment: a view."""
         tensor = flat if kind == "weight" else self._optimizer.state[flat][kind]
-        start, stop = self._span(piece)
-        return tensor.detach().view(-1)[piece.offset : piece.offset + stop - start]
+        start, stop = self._span(placement)
+        return tensor.detach().view(-1)[placement.offset : placement.offset + stop - start]
 
-    def _span(self, piece: Piece) -> tuple[int, int]:
-        return piece.spans[self._world.rank if len(piece.spans) > 1 else 0]
+    def _span(self, placement: Placement) -> tuple[int, int]:
+        return placement.spans[self._world.rank if len(placement.spans) > 1 else 0]
 
-    def _share_of(self, part: torch.Tensor, piece: Piece) -> torch.Tensor:
+    def _share_of(self, part: torch.Tensor, placement: Placement) -> torch.Tensor:
         """This rank's share of a tensor of which all ranks hold parts."""
-        numel = torch.Size(piece.shape).numel()
-        if piece.spans == self._even(numel):
+        numel = torch.Size(placement.shape).numel()
+        if placement.spans == self._even(numel):
             return part
         start, stop = share(numel, self._world)
-        if len(piece.spans) == 1:
+        if len(placement.spans) == 1:
             return part[start:stop]
         whole = torch.zeros(numel, device=self._world.device)
-        own_start, own_stop = self._span(piece)
+        own_start, own_stop = self._span(placement)
         whole[own_start:own_stop] = part
         dist.all_reduce(whole)
         return whole[start:stop]
@@ -188,16 +193,16 @@ class EngineState:
         numel = torch.Size(self.shapes[key.split(".", 1)[1]]).numel()
         return Partition(host.copy_(values, non_blocking=True), numel)
 
-    def _put_back(self, flat: torch.Tensor, piece: Piece, kind: str, values: torch.Tensor) -> None:
-        part = self._part(flat, piece, kind)
-        if self._stage == 3:
+    def _put_back(self, flat: torch.Tensor, placement: Placement, kind: str, values: torch.Tensor) -> None:
+        part = self._part(flat, placement, kind)
+        if self._zero_stage == 3:
             part.copy_(values)
             return
-        whole = self._gather(values, piece.shape)
-        start, stop = self._span(piece)
+        whole = self._gather(values, placement.shape)
+        start, stop = self._span(placement)
         part.copy_(whole.flatten()[start:stop])
         if kind == "weight":
-            self._parameters[piece.name].copy_(whole)  # the weight that computes
+            self._parameters[placement.name].copy_(whole)  # the weight that computes
 
     def _gather(self, values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """The whole tensor from every rank's share."""
@@ -215,18 +220,18 @@ class EngineState:
 
     def _partitioned_state(self) -> list[torch.Tensor]:
         """What this rank alone holds; what is in files between two updates counts as nothing."""
-        masters = list(self._pieces)
+        masters = list(self._placements)
         found = [t for state in self._optimizer.state.values() for kind, t in state.items() if kind != "step"]
-        if self._stage > 0:
+        if self._zero_stage > 0:
             found += masters
-        if self._stage == 3:
+        if self._zero_stage == 3:
             working = self._zero.fp16_partitioned_groups_flat
             found += [w for w, m in zip(working, masters, strict=True) if w.data_ptr() != m.data_ptr()]
         return found
 
     def _replicated_state(self) -> list[torch.Tensor]:
         """Whole parameters on every rank: all of them, or under stage 3 those too small to be cut."""
-        if self._stage < 3:
+        if self._zero_stage < 3:
             return list(self._parameters.values())
         return [p for p in self._parameters.values() if p.ds_persist]  # type: ignore[attr-defined]
 
@@ -235,10 +240,10 @@ class EngineState:
 
         Each flat partition gets a `step` of its own: one shared by several would count each update several times.
         """
-        for index, (flat, pieces) in enumerate(self._pieces.items()):
+        for index, (flat, placements) in enumerate(self._placements.items()):
             with self._in_memory(index, changed=True):
                 state = self._optimizer.state[flat]
-                for kind in moments_of(pieces[0].name, self._config):
+                for kind in moments_of(placements[0].name, self._config):
                     state[kind] = torch.zeros_like(flat, memory_format=torch.preserve_format)
                 if "exp_avg" in state:
                     state["step"] = torch.zeros((), device=flat.device)

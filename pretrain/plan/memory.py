@@ -76,12 +76,12 @@ def kept_elements(model: ModelConfig, engine: EngineConfig) -> int:
 
 def state_bytes(model: ModelConfig, engine: EngineConfig, sharding: Sharding) -> dict[str, int]:
     """Bytes of weights, masters, moments and gradients at rest that one rank holds, wherever they are kept."""
-    n, stage = sharding.n_shards, engine.zero_stage
+    n, zero_stage = sharding.n_shards, engine.zero_stage
     total, width = count_parameters(model), element_bytes(engine)
     cut = sum(count * -(-size // n) for size, count in parameter_sizes(model))
-    share = cut if stage == 3 else -(-total // n)
+    share = cut if zero_stage == 3 else -(-total // n)
     small = persistent_elements(model, engine)
-    match stage:
+    match zero_stage:
         case 0:
             return {"parameters": 4 * total, "masters": 0, "moments": 8 * total, "gradients": 4 * total}
         case 1 | 2:
@@ -89,7 +89,7 @@ def state_bytes(model: ModelConfig, engine: EngineConfig, sharding: Sharding) ->
                 "parameters": width * total,
                 "masters": 4 * share,
                 "moments": 8 * share,
-                "gradients": width * (total if stage == 1 else share),
+                "gradients": width * (total if zero_stage == 1 else share),
             }
         case _:
             held = {
@@ -174,14 +174,14 @@ def activation_bytes(model: ModelConfig, engine: EngineConfig, each: Pass) -> di
 
 def buffer_bytes(model: ModelConfig, engine: EngineConfig, sharding: Sharding) -> dict[str, int]:
     """Gathered parameters and the buckets of communication, at their largest."""
-    width, stage, total = element_bytes(engine), engine.zero_stage, count_parameters(model)
+    width, zero_stage, total = element_bytes(engine), engine.zero_stage, count_parameters(model)
     largest = max(size for size, _ in parameter_sizes(model))
-    if stage == 0:
+    if zero_stage == 0:
         return {"buckets": 0}
     # A gradient that is larger than a bucket travels alone; one bucket fills while the other is on its way.
     bucket = max(min(engine.reduce_bucket_elements, total), largest)
     found = {"buckets": 2 * width * bucket}
-    if stage == 3:
+    if zero_stage == 3:
         partitioned = total - persistent_elements(model, engine)
         ahead = engine.prefetch_bucket_elements + max(block_parameters(model), largest)
         live = min(partitioned, kept_elements(model, engine) + ahead)

@@ -103,7 +103,7 @@ class Option:
         ]
 
 
-class Judged(NamedTuple):
+class AssessedOption(NamedTuple):
     """An option with what it takes."""
 
     option: Option
@@ -133,29 +133,29 @@ def options(config: TrainConfig, cluster: Cluster, search: bool = True) -> Itera
         )
     engine, model = config.engine, config.model
     masked = config.data.document_masking and config.kernels.attention is AttentionKernel.sdpa
-    stages = [s for s in (0, 1, 2, 3) if s or engine.precision is Precision.fp32]
+    zero_stages = [s for s in (0, 1, 2, 3) if s or engine.precision is Precision.fp32]
     offloads = [(False, False), (True, False), (True, True)]
     micros: tuple[int, ...] = MICRO_BATCHES
     recomputes = list(Recompute)
     if not search:
-        stages = [engine.zero_stage]
+        zero_stages = [engine.zero_stage]
         if config.micro_batch_sequences != AUTO:
             micros = (config.micro_batch,)
         offloads, recomputes = (
             [(engine.offload_optimizer, engine.offload_params)],
             [model.activation_checkpointing],
         )
-    for stage in stages:
+    for zero_stage in zero_stages:
         for micro in micros:
             if share % micro:
                 continue
             for recompute in recomputes:
                 for optimizer, params in offloads:
-                    if (optimizer and stage == 0) or (params and stage != 3):
+                    if (optimizer and zero_stage == 0) or (params and zero_stage != 3):
                         continue
                     yield Option(
                         model=replace(model, activation_checkpointing=recompute),
-                        engine=_with(engine, stage, optimizer, params),
+                        engine=_with(engine, zero_stage, optimizer, params),
                         sharding=Sharding(n_ranks=n, n_shards=n),
                         each=Pass(
                             sequences=micro,
@@ -166,27 +166,27 @@ def options(config: TrainConfig, cluster: Cluster, search: bool = True) -> Itera
                     )
 
 
-def _with(engine: EngineConfig, stage: int, optimizer: bool, params: bool) -> EngineConfig:
+def _with(engine: EngineConfig, zero_stage: int, optimizer: bool, params: bool) -> EngineConfig:
     """The configured engine with another stage and offload; what then cannot be is off."""
     return replace(
         engine,
-        zero_stage=stage,
+        zero_stage=zero_stage,
         offload_optimizer=optimizer,
         offload_params=params,
-        nvme_path=engine.nvme_path if stage == 3 and optimizer else None,
-        hpz_partition_ranks=engine.hpz_partition_ranks if stage == 3 and not params else 1,
-        quantized_weights=engine.quantized_weights and stage == 3,
-        quantized_gradients=engine.quantized_gradients and stage == 3,
+        nvme_path=engine.nvme_path if zero_stage == 3 and optimizer else None,
+        hpz_partition_ranks=engine.hpz_partition_ranks if zero_stage == 3 and not params else 1,
+        quantized_weights=engine.quantized_weights and zero_stage == 3,
+        quantized_gradients=engine.quantized_gradients and zero_stage == 3,
     )
 
 
-def judge(
+def assess(
     option: Option,
     cluster: Cluster,
     site: Site,
     constants: Calibration | None = None,
     host_s_per_block: float | None = None,
-) -> Judged:
+) -> AssessedOption:
     """Memory, time and whether it fits."""
     device, host = memory_bytes(option.model, option.engine, option.sharding, option.each)
     step = step_time(
@@ -206,18 +206,20 @@ def judge(
         problem = f"{needs / GIB:.1f} GiB do not fit the {has / GIB:.1f} GiB of the device"
     elif on_node > site.host_bytes_per_node:
         problem = f"{on_node / GIB:.0f} GiB of host memory do not fit the node's {site.host_bytes_per_node / GIB:.0f}"
-    return Judged(option, device, host, step, problem)
+    return AssessedOption(option, device, host, step, problem)
 
 
-def rank_options(config: TrainConfig, cluster: Cluster, site: Site, search: bool = True) -> list[Judged]:
+def rank_options(
+    config: TrainConfig, cluster: Cluster, site: Site, search: bool = True
+) -> list[AssessedOption]:
     """Those that fit, the fastest first (of equals the one that takes less memory), then those that do not."""
-    judged = [judge(option, cluster, site) for option in options(config, cluster, search)]
-    if not judged:
+    assessed = [assess(option, cluster, site) for option in options(config, cluster, search)]
+    if not assessed:
         raise ConfigError(
             f"micro_batch_sequences={config.micro_batch_sequences} does not divide the "
             f"{config.global_batch_sequences // cluster.n_ranks} sequences of each rank"
         )
-    return sorted(judged, key=lambda j: (j.problem is not None, j.step.total_s, j.device_total))
+    return sorted(assessed, key=lambda j: (j.problem is not None, j.step.total_s, j.device_total))
 
 
 def advised_interval_s(save_cost_s: float, mtbf_s: float) -> float:
@@ -270,11 +272,11 @@ class Plan:
     config: TrainConfig
     cluster: Cluster
     site: Site
-    ranked: list[Judged]
+    ranked: list[AssessedOption]
     goodput: Goodput
 
     @property
-    def best(self) -> Judged:
+    def best(self) -> AssessedOption:
         """The fastest option that fits."""
         return self.ranked[0]
 
@@ -315,7 +317,7 @@ def uncertainties(plan: Plan) -> list[tuple[str, float]]:
     option, total = plan.best.option, plan.best.step.total_s
 
     def slower(worse: Calibration, cluster: Cluster = plan.cluster, host: float | None = None) -> float:
-        return judge(option, cluster, plan.site, worse, host).step.total_s / total - 1
+        return assess(option, cluster, plan.site, worse, host).step.total_s / total - 1
 
     halved = replace(plan.cluster, nic_bits_per_s=plan.cluster.nic_bits_per_s / 2)
     hidden = replace(constants, exposed_frac=1.0)
@@ -352,9 +354,9 @@ def checkpoints_kept(config: TrainConfig) -> int:
     return policy.keep_last + policy.keep_best + permanent + 1
 
 
-def sent_bytes(judged: Judged, cluster: Cluster) -> list[tuple[str, float, float]]:
+def sent_bytes(assessed: AssessedOption, cluster: Cluster) -> list[tuple[str, float, float]]:
     """(kind and time, bytes that a rank sends per step, bytes that enter a node per step)."""
-    option = judged.option
+    option = assessed.option
     micro, once = collectives(option.model, option.engine, option.sharding, cluster)
     return [
         (f"{c.kind}, {c.when}", times * c.sent_bytes, times * c.between_nodes_bytes)
@@ -363,6 +365,6 @@ def sent_bytes(judged: Judged, cluster: Cluster) -> list[tuple[str, float, float
     ]
 
 
-def mfu(judged: Judged, cluster: Cluster) -> float:
+def mfu(assessed: AssessedOption, cluster: Cluster) -> float:
     """0 to 1."""
-    return mfu_frac(judged.step, cluster, judged.option.engine.precision)
+    return mfu_frac(assessed.step, cluster, assessed.option.engine.precision)

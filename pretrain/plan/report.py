@@ -10,7 +10,7 @@ from pretrain.plan.planner import (
     FITTED,
     MEASURED,
     PROJECTED,
-    Judged,
+    AssessedOption,
     Plan,
     checkpoints_kept,
     data_bytes_per_s,
@@ -38,13 +38,13 @@ class Figure(dict[str, Any]):
         super().__init__(value=value, unit=unit, known=known)
 
 
-def memory_figures(judged: Judged) -> dict[str, Figure]:
+def memory_figures(assessed: AssessedOption) -> dict[str, Figure]:
     """Bytes per rank by part; `host:` before what is in host memory. Only the counted parts are known to be right."""
     found = {
         name: Figure(size, "bytes", MEASURED if name in COUNTED else PROJECTED)
-        for name, size in judged.device.items()
+        for name, size in assessed.device.items()
     }
-    for name, size in judged.host.items():
+    for name, size in assessed.host.items():
         found[f"host: {name}"] = Figure(size, "bytes", PROJECTED)  # no run with offload was counted
     return found
 
@@ -173,16 +173,16 @@ def _shown(figure: Figure) -> str:
     return f"{value:>12.4g} {unit}"
 
 
-def ranked_lines(ranked: list[Judged]) -> list[str]:
+def ranked_lines(ranked: list[AssessedOption]) -> list[str]:
     """The best options, and for the others how many are left out for what."""
     fits, rest = [j for j in ranked if j.problem is None], [j for j in ranked if j.problem]
     lines = [f"options, the fastest first ({len(fits)} fit, {len(rest)} are left out)"]
-    for judged in fits[:RANKED_LINES]:
+    for one in fits[:RANKED_LINES]:
         lines.append(
-            f"  {judged.option.name:<64}{judged.step.total_s:>9.3f} s{judged.device_total / GIB:>9.1f} GiB  {PROJECTED}"
+            f"  {one.option.name:<64}{one.step.total_s:>9.3f} s{one.device_total / GIB:>9.1f} GiB  {PROJECTED}"
         )
-    for judged in sorted(rest, key=lambda j: j.device_total)[:RANKED_LINES]:
-        lines.append(f"  left out: {judged.option.name}: {judged.problem}")
+    for one in sorted(rest, key=lambda j: j.device_total)[:RANKED_LINES]:
+        lines.append(f"  left out: {one.option.name}: {one.problem}")
     if len(rest) > RANKED_LINES:
         lines.append(f"  ... and {len(rest) - RANKED_LINES} more; json=true lists all")
     return lines

@@ -135,7 +135,7 @@ def collectives(
     all ranks, not to their owners). Stage 3 gathers parameters for the forward pass and, but for what it kept, again
     for the backward pass, and scatters the sum of the gradients. Stages 1 and 2 gather parameters after the update.
     """
-    width, stage = element_bytes(engine), engine.zero_stage
+    width, zero_stage = element_bytes(engine), engine.zero_stage
     total, n = count_parameters(model), sharding.n_shards
     everywhere = (cluster.n_ranks, min(cluster.gpus_per_node, cluster.n_ranks))
     buckets = max(1, -(-total // engine.reduce_bucket_elements))
@@ -150,10 +150,10 @@ def collectives(
             ranks_per_node=group[1],
         )
 
-    if stage < 3:
-        reduced = make("all-reduce", "backward" if stage == 2 else "update", total, buckets, everywhere)
-        gathered = [make("all-gather", "update", total, 1, everywhere)] if stage else []
-        return ([reduced], gathered) if stage == 2 else ([], [reduced, *gathered])
+    if zero_stage < 3:
+        reduced = make("all-reduce", "backward" if zero_stage == 2 else "update", total, buckets, everywhere)
+        gathered = [make("all-gather", "update", total, 1, everywhere)] if zero_stage else []
+        return ([reduced], gathered) if zero_stage == 2 else ([], [reduced, *gathered])
     shards = (n, min(cluster.gpus_per_node, n))
     small, kept = persistent_elements(model, engine), kept_elements(model, engine)
     forward, backward = total - small, total - small - kept

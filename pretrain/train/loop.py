@@ -31,7 +31,7 @@ from pretrain.monitor.monitor import StepRecord
 from pretrain.reliability.heartbeat import LAUNCHER_LOST, mark
 from pretrain.reliability.run_lock import lock_run
 from pretrain.reliability.watchdog import Watchdog
-from pretrain.remote import ReadOptions, as_path, is_remote
+from pretrain.remote import ReadOptions, as_path, is_url
 from pretrain.train.loss_guard import GuardDecision, LossGuard
 from pretrain.train.run import Run, assemble, restore, state_of
 
@@ -42,7 +42,7 @@ def train(inputs: Inputs, world: World, watchdog: Watchdog) -> ExitCode:
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     target = config.checkpoint.target
-    folder = None if target is None or is_remote(target) else Path(as_path(target))
+    folder = None if target is None or is_url(target) else Path(as_path(target))
     on_main(lambda: lock_run(run_dir, folder), world)
     run = assemble(inputs, world, run_dir, watchdog)
     code = ExitCode.FINISHED if run.step >= run.loader.n_steps else _loop(run)
