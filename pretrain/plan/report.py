@@ -1,4 +1,4 @@
-"""A plan as text and as JSON-ready values. Each figure bears how it is known: measured, fitted or projected."""
+"""A plan as text and as JSON-ready values. Each figure says how it is known: measured, fitted or projected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pretrain.plan.planner import (
     uncertainties,
 )
 
-# Sums of storages of real runs of this program equal these formulas (tests/test_planner.py).
+# For these parts the formulas give the sums of storages that were counted in real runs (tests/test_planner.py).
 COUNTED = {
     "parameters",
     "persistent parameters",
@@ -39,18 +39,18 @@ class Figure(dict[str, Any]):
 
 
 def memory_figures(assessed: AssessedOption) -> dict[str, Figure]:
-    """Bytes per rank by part; `host:` before what is in host memory. Only the counted parts are known to be right."""
+    """Bytes per rank by part. Parts in host memory are named `host: ...`. Only the COUNTED parts are measured."""
     found = {
         name: Figure(size, "bytes", MEASURED if name in COUNTED else PROJECTED)
         for name, size in assessed.device.items()
     }
     for name, size in assessed.host.items():
-        found[f"host: {name}"] = Figure(size, "bytes", PROJECTED)  # no run with offload was counted
+        found[f"host: {name}"] = Figure(size, "bytes", PROJECTED)  # runs with offload have not been counted
     return found
 
 
 def time_figures(plan: Plan) -> dict[str, Figure]:
-    """The step by part, and what follows from it."""
+    """The time of a step by part, and what follows from it: duration, cost, saves, storage."""
     best, step, good = plan.best, plan.best.step, plan.goodput
     calibrated = plan.cluster.gpu.name in CALIBRATED and plan.cluster.n_ranks <= 64
     known = FITTED if calibrated else PROJECTED
@@ -86,7 +86,7 @@ def time_figures(plan: Plan) -> dict[str, Figure]:
 
 
 def plan_values(plan: Plan) -> dict[str, Any]:
-    """The whole plan, JSON-ready."""
+    """The whole plan as JSON-ready values."""
     fits = [j for j in plan.ranked if j.problem is None]
     return {
         "ranks": plan.cluster.n_ranks,
@@ -174,7 +174,7 @@ def _shown(figure: Figure) -> str:
 
 
 def ranked_lines(ranked: list[AssessedOption]) -> list[str]:
-    """The best options, and for the others how many are left out for what."""
+    """The best options, and the options that are left out, with the reasons."""
     fits, rest = [j for j in ranked if j.problem is None], [j for j in ranked if j.problem]
     lines = [f"options, the fastest first ({len(fits)} fit, {len(rest)} are left out)"]
     for one in fits[:RANKED_LINES]:

@@ -11,11 +11,11 @@ from pretrain.plan.time import Cluster, StepTime, mfu_frac, step_time
 
 SEQUENCE_LENGTH = 4096
 GLOBAL_BATCH_SEQUENCES = 4096
-"""16.8 million tokens per step, whatever the number of GPUs: each then has at least one sequence."""
+"""The batch is the same for all numbers of GPUs, 16.8 million tokens, so that each GPU has at least one sequence."""
 GPU_COUNTS = (8, 32, 128, 512, 1024, 4096)
 GPUS_PER_NODE = 8
 MICRO_BATCHES = (1, 2, 4, 8)
-# The shapes of conf/model/, with Llama 2's vocabulary; a test compares them.
+# The shapes of conf/model/, with Llama 2's vocabulary. A test compares the two.
 SHAPES = {
     "1b": ModelConfig(n_layers=22, d_model=2048, n_heads=32, n_kv_heads=4, d_ff=5632, vocab_size=32_000),
     "7b": ModelConfig(n_layers=32, d_model=4096, n_heads=32, d_ff=11008, vocab_size=32_000),
@@ -27,11 +27,14 @@ ZEROPP = replace(ENGINE, hpz_partition_ranks=GPUS_PER_NODE, quantized_weights=Tr
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scheme:
-    """One way to cut the state of stage 3."""
+    """One way to cut the state under ZeRO stage 3."""
 
     name: str
+    """Name of the column in the table."""
     engine: EngineConfig
+    """The engine."""
     hybrid: bool = False
+    """Whether groups of ranks hold copies of the state."""
 
 
 SCHEMES = (
@@ -42,9 +45,9 @@ SCHEMES = (
 
 
 def best_step(model: ModelConfig, scheme: Scheme, cluster: Cluster) -> tuple[StepTime, int] | None:
-    """The fastest step that fits, and the ranks that share one copy; None where nothing fits.
+    """The fastest step that fits, and the number of ranks that share one copy; None if nothing fits.
 
-    Hybrid sharding takes the fewest nodes that hold a copy.
+    Hybrid sharding uses the fewest nodes that can hold a copy.
     """
     n = cluster.n_ranks
     groups = [n]
@@ -69,7 +72,7 @@ def best_step(model: ModelConfig, scheme: Scheme, cluster: Cluster) -> tuple[Ste
 
 
 def scaling_table() -> str:
-    """Markdown: a row per model and number of GPUs; step time, MFU and efficiency of each scheme."""
+    """A Markdown table of step time, MFU and efficiency of each scheme, with a row per model and number of GPUs."""
     names = " | ".join(f"{s.name}, projected: step, MFU, efficiency" for s in SCHEMES)
     lines = [f"| model | H100 | {names} |", f"|---|---|{'---|' * len(SCHEMES)}"]
     for label, model in SHAPES.items():
