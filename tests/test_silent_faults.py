@@ -20,7 +20,7 @@ from tiny import TinyCorpus, events, run_arguments
 
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.tensors import ALONE
-from pretrain.engine.bit_sums import StateSums, bit_sum, check_memory
+from pretrain.engine.bit_sums import StateSums, bit_sum, check_bit_sums
 from pretrain.errors import RunError
 from pretrain.train import stragglers
 from pretrain.train.stragglers import Pace
@@ -65,9 +65,9 @@ def test_state_may_change_only_between_the_two_sums() -> None:
 
 def test_memory_that_changed_ends_the_run() -> None:
     facts = {"replica": 7.0, "step": 4, "world": ALONE}
-    check_memory(changed=False, n_changed=0.0, replica_total=7.0, **facts)
+    check_bit_sums(changed=False, n_changed=0.0, replica_total=7.0, **facts)
     with pytest.raises(RunError, match=r"of rank 0 on .* changed between two updates, seen in step 4"):
-        check_memory(changed=True, n_changed=1.0, replica_total=7.0, **facts)
+        check_bit_sums(changed=True, n_changed=1.0, replica_total=7.0, **facts)
 
 
 def test_ranks_are_compared_near_the_start_and_when_steps_are_slow() -> None:

@@ -55,8 +55,11 @@ class _Reading(NamedTuple):
     """What one rank has read, and how fast."""
 
     samples: list[SampleRead]
+    """The sequences, in the order in which they were read."""
     first_batch_s: float
+    """Time until the first batch."""
     tokens_per_second: float
+    """Rate without the first batch."""
 
 
 def run_selftest(

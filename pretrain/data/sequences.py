@@ -44,10 +44,15 @@ class _Segment(NamedTuple):
     """Tokens [start, stop) of a chunk that are copied to a row."""
 
     row: int
+    """Row of the batch."""
     source: int
+    """Number of the source in the mixture."""
     chunk: int
+    """Number of the chunk in its corpus."""
     start: int
+    """First token."""
     stop: int
+    """Token after the last one."""
 
 
 class SequenceReader:

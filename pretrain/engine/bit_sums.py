@@ -67,7 +67,7 @@ class StateSums:
         return (now.to(self._after.device) != self._after).to(torch.int64)
 
 
-def check_memory(
+def check_bit_sums(
     *, changed: bool, replica: float, n_changed: float, replica_total: float, step: int, world: World
 ) -> None:
     """Raise RunError on all ranks if the memory of one has changed between two updates.

@@ -22,7 +22,7 @@ from pretrain.corpus.shards import Corpus
 from pretrain.data.inputs import Inputs
 from pretrain.data.state import Substitution
 from pretrain.distributed import World, gather_objects, on_main, sum_over_ranks
-from pretrain.engine.bit_sums import REPLICA_MODULUS, check_memory
+from pretrain.engine.bit_sums import REPLICA_MODULUS, check_bit_sums
 from pretrain.engine.engine import StepResult
 from pretrain.engine.optim import learning_rate
 from pretrain.errors import ConfigError, ExitCode
@@ -246,7 +246,7 @@ def _agree(run: Run, update: Update, batches: list[Batch]) -> Sums:
         "substitutions": sum(len(batch.substitutions) for batch in batches),
     }
     sums = Sums(*sum_over_ranks([mine[name] for name in Sums._fields], run.world))
-    check_memory(
+    check_bit_sums(
         changed=bool(mine["changed"]),
         replica=float(mine["replica"]),
         n_changed=sums.changed,

@@ -43,25 +43,37 @@ class Run:
     """A run at one moment: everything the loop needs, on one rank."""
 
     config: TrainConfig
+    """The configuration, with the micro batch found if it was `auto`."""
     manifests: dict[str, Manifest]
     """The manifest of each corpus that the configuration names, by its path or URL there."""
     world: World
+    """The ranks of the run, and which of them this process is."""
     run_dir: Path
+    """The run folder."""
     root: Path
     """The folder or URL that holds `checkpoints/`."""
     identity: dict[str, Any]
     """What run.json says: run_id, wandb_run_id, attempt."""
     loader: TrainLoader
+    """The batches of this rank, and the order state."""
     engine: Engine
+    """The model and its optimizer."""
     monitor: Monitor
+    """The records of the run."""
     pace: Pace
+    """Notices slow steps and finds the ranks that cause them."""
     stop: StopRequest
+    """Whether this rank was asked to stop."""
     stop_vote: Vote
+    """Whether any rank was asked to stop, on which all ranks agree."""
     guard: LossGuard
+    """Decides whether the loss of a step is acceptable."""
     saver: Saver
+    """Writes checkpoints in the background."""
     heldout_losses: dict[int, float]
     """Held-out loss of each evaluation, by step."""
     watchdog: Watchdog
+    """This rank's watcher process."""
     step: int
     """Number of completed optimizer updates."""
     searched: bool
