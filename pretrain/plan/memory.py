@@ -31,13 +31,13 @@ FRAGMENTATION_FRAC = 0.06
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sharding:
+class Partitioning:
     """The number of ranks over which the state of a model is cut. In plain ZeRO it is all of them."""
 
     n_ranks: int
     """Number of ranks of the job."""
-    n_shards: int
-    """Number of ranks that hold one copy of the state together; the job has n_ranks / n_shards copies."""
+    ranks_per_copy: int
+    """Number of ranks that hold one copy of the state together; the job has n_ranks / ranks_per_copy copies."""
 
 
 def persistent_elements(model: ModelConfig, engine: EngineConfig) -> int:
@@ -75,9 +75,9 @@ def kept_elements(model: ModelConfig, engine: EngineConfig) -> int:
     return (partitioned - matrix * matrices) * blocks // model.n_layers + matrix * kept_matrices
 
 
-def state_bytes(model: ModelConfig, engine: EngineConfig, sharding: Sharding) -> dict[str, int]:
+def state_bytes(model: ModelConfig, engine: EngineConfig, partitioning: Partitioning) -> dict[str, int]:
     """Bytes of the weights, masters, moments and gradients that one rank holds between steps, on any medium."""
-    n, zero_stage = sharding.n_shards, engine.zero_stage
+    n, zero_stage = partitioning.ranks_per_copy, engine.zero_stage
     total, width = count_parameters(model), element_bytes(engine)
     cut = sum(count * -(-size // n) for size, count in parameter_sizes(model))
     share = cut if zero_stage == 3 else -(-total // n)
@@ -176,7 +176,7 @@ def activation_bytes(model: ModelConfig, engine: EngineConfig, each: Pass) -> di
     }
 
 
-def buffer_bytes(model: ModelConfig, engine: EngineConfig, sharding: Sharding) -> dict[str, int]:
+def buffer_bytes(model: ModelConfig, engine: EngineConfig, partitioning: Partitioning) -> dict[str, int]:
     """Peak bytes of gathered parameters and of the buckets for communication."""
     width, zero_stage, total = element_bytes(engine), engine.zero_stage, count_parameters(model)
     largest = max(size for size, _ in parameter_sizes(model))
@@ -191,15 +191,15 @@ def buffer_bytes(model: ModelConfig, engine: EngineConfig, sharding: Sharding) -
         live = min(partitioned, kept_elements(model, engine) + ahead)
         found["gathered parameters"] = width * live
     elif engine.precision is not Precision.fp32:
-        found["gradients in fp32"] = 4 * -(-total // sharding.n_shards)
+        found["gradients in fp32"] = 4 * -(-total // partitioning.ranks_per_copy)
     return found
 
 
 def memory_bytes(
-    model: ModelConfig, engine: EngineConfig, sharding: Sharding, each: Pass
+    model: ModelConfig, engine: EngineConfig, partitioning: Partitioning, each: Pass
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Peak bytes of one rank by part: on the device, and in host memory."""
-    device: dict[str, int] = state_bytes(model, engine, sharding)
+    device: dict[str, int] = state_bytes(model, engine, partitioning)
     host: dict[str, int] = {}
     if engine.offload_optimizer:
         for part in ("masters", "moments", "gradients"):
@@ -207,16 +207,16 @@ def memory_bytes(
                 host[part] = device.pop(part)
     if engine.nvme_path is not None:  # gradients stay in memory, with four buffers of a sub-group
         del host["masters"], host["moments"]
-        share = -(-count_parameters(model) // sharding.n_shards)
+        share = -(-count_parameters(model) // partitioning.ranks_per_copy)
         host["buffers for NVMe"] = 4 * 4 * min(NVME_SUB_GROUP_ELEMENTS, share)
     if engine.offload_params:
         host["parameters"] = device.pop("parameters")
-    device |= buffer_bytes(model, engine, sharding)
+    device |= buffer_bytes(model, engine, partitioning)
     if engine.offload_optimizer and "gradients in fp32" in device:
         host["gradients in fp32"] = device.pop("gradients in fp32")
     device |= activation_bytes(model, engine, each)
     # A save copies weights and moments to page-locked memory, which is kept for the next save.
-    host["copy for saving"] = 12 * -(-count_parameters(model) // sharding.n_ranks)
+    host["copy for saving"] = 12 * -(-count_parameters(model) // partitioning.n_ranks)
     device["context"] = int(CONTEXT_BYTES)
     device["fragmentation"] = int(FRAGMENTATION_FRAC * (sum(device.values()) - device["context"]))
     return device, host

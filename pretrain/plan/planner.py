@@ -17,7 +17,7 @@ from pretrain.config import AUTO, AttentionKernel, ModelConfig, Precision, Recom
 from pretrain.config.engine import EngineConfig
 from pretrain.errors import ConfigError
 from pretrain.plan.hardware import GIB
-from pretrain.plan.memory import Pass, Sharding, memory_bytes
+from pretrain.plan.memory import Partitioning, Pass, memory_bytes
 from pretrain.plan.time import (
     CALIBRATIONS,
     HOST_S_PER_BLOCK,
@@ -71,7 +71,7 @@ class Option:
     """The model, with this option's activation checkpointing."""
     engine: EngineConfig
     """The engine, with this option's ZeRO stage and offloads."""
-    sharding: Sharding
+    partitioning: Partitioning
     """How the state is cut over the ranks."""
     each: Pass
     """The input of each forward and backward pass."""
@@ -168,7 +168,7 @@ def options(config: TrainConfig, cluster: Cluster, search: bool = True) -> Itera
                     yield Option(
                         model=replace(model, activation_checkpointing=recompute),
                         engine=_with(engine, zero_stage, optimizer, params),
-                        sharding=Sharding(n_ranks=n, n_shards=n),
+                        partitioning=Partitioning(n_ranks=n, ranks_per_copy=n),
                         each=Pass(
                             sequences=micro,
                             sequence_length=config.data.sequence_length,
@@ -200,11 +200,11 @@ def assess(
     host_s_per_block: float | None = None,
 ) -> AssessedOption:
     """The memory and time that an option takes, and whether it fits the cluster."""
-    device, host = memory_bytes(option.model, option.engine, option.sharding, option.each)
+    device, host = memory_bytes(option.model, option.engine, option.partitioning, option.each)
     step = step_time(
         option.model,
         option.engine,
-        option.sharding,
+        option.partitioning,
         cluster,
         option.each,
         option.accum_steps,
@@ -375,7 +375,7 @@ def checkpoints_kept(config: TrainConfig) -> int:
 def sent_bytes(assessed: AssessedOption, cluster: Cluster) -> list[tuple[str, float, float]]:
     """For each collective its kind and time, the bytes that a rank sends per step, and those that enter a node."""
     option = assessed.option
-    micro, once = collectives(option.model, option.engine, option.sharding, cluster)
+    micro, once = collectives(option.model, option.engine, option.partitioning, cluster)
     return [
         (f"{c.kind}, {c.when}", times * c.sent_bytes, times * c.between_nodes_bytes)
         for group, times in ((micro, option.accum_steps), (once, 1))

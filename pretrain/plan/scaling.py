@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from pretrain.config import EngineConfig, ModelConfig, Precision, Recompute
 from pretrain.plan.hardware import known_gpu
-from pretrain.plan.memory import Pass, Sharding, memory_bytes
+from pretrain.plan.memory import Partitioning, Pass, memory_bytes
 from pretrain.plan.time import Cluster, StepTime, mfu_frac, step_time
 
 SEQUENCE_LENGTH = 4096
@@ -53,7 +53,7 @@ def best_step(model: ModelConfig, scheme: Scheme, cluster: Cluster) -> tuple[Ste
     groups = [n]
     if scheme.hybrid:
         groups = [GPUS_PER_NODE * 2**k for k in range(20) if GPUS_PER_NODE * 2**k <= n]
-    for n_shards in groups:
+    for ranks_per_copy in groups:
         found: list[StepTime] = []
         for micro in MICRO_BATCHES:
             share = GLOBAL_BATCH_SEQUENCES // n
@@ -61,13 +61,13 @@ def best_step(model: ModelConfig, scheme: Scheme, cluster: Cluster) -> tuple[Ste
                 continue
             for recompute in Recompute:
                 shape = replace(model, activation_checkpointing=recompute)
-                sharding = Sharding(n_ranks=n, n_shards=n_shards)
+                partitioning = Partitioning(n_ranks=n, ranks_per_copy=ranks_per_copy)
                 each = Pass(sequences=micro, sequence_length=SEQUENCE_LENGTH, masked=False)
-                device, _ = memory_bytes(shape, scheme.engine, sharding, each)
+                device, _ = memory_bytes(shape, scheme.engine, partitioning, each)
                 if sum(device.values()) <= cluster.gpu.memory_bytes:
-                    found.append(step_time(shape, scheme.engine, sharding, cluster, each, share // micro))
+                    found.append(step_time(shape, scheme.engine, partitioning, cluster, each, share // micro))
         if found:
-            return min(found, key=lambda step: step.total_s), n_shards
+            return min(found, key=lambda step: step.total_s), ranks_per_copy
     return None
 
 
@@ -91,10 +91,10 @@ def scaling_table() -> str:
                 if best is None:
                     cells.append("does not fit")
                     continue
-                step, n_shards = best
+                step, ranks_per_copy = best
                 per_rank = step.tokens_per_second / count
                 reference = reference or per_rank
-                shards = f", {n_shards} share a copy" if scheme.hybrid else ""
+                shards = f", {ranks_per_copy} share a copy" if scheme.hybrid else ""
                 mfu = mfu_frac(step, cluster, ENGINE.precision)
                 cells.append(f"{step.total_s:.2f} s, {mfu:.1%}, {per_rank / reference:.0%}{shards}")
             lines.append(f"| {label} | {count:,} | {' | '.join(cells)} |")

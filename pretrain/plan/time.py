@@ -20,8 +20,8 @@ from pretrain.config.engine import EngineConfig
 from pretrain.errors import ConfigError
 from pretrain.plan.hardware import Gpu
 from pretrain.plan.memory import (
+    Partitioning,
     Pass,
-    Sharding,
     element_bytes,
     kept_elements,
     persistent_elements,
@@ -134,7 +134,7 @@ class Collective:
 
 
 def collectives(
-    model: ModelConfig, engine: EngineConfig, sharding: Sharding, cluster: Cluster
+    model: ModelConfig, engine: EngineConfig, partitioning: Partitioning, cluster: Cluster
 ) -> tuple[list[Collective], list[Collective]]:
     """The collectives of each micro batch, and those that run once per step.
 
@@ -144,7 +144,7 @@ def collectives(
     after the update.
     """
     width, zero_stage = element_bytes(engine), engine.zero_stage
-    total, n = count_parameters(model), sharding.n_shards
+    total, n = count_parameters(model), partitioning.ranks_per_copy
     everywhere = (cluster.n_ranks, min(cluster.gpus_per_node, cluster.n_ranks))
     buckets = max(1, -(-total // engine.reduce_bucket_elements))
 
@@ -229,12 +229,12 @@ def compute_s(
     return forward, 2 * forward + again[model.activation_checkpointing]
 
 
-def optimizer_s(model: ModelConfig, engine: EngineConfig, sharding: Sharding, gpu: Gpu) -> float:
+def optimizer_s(model: ModelConfig, engine: EngineConfig, partitioning: Partitioning, gpu: Gpu) -> float:
     """The time of AdamW: it reads weight, gradient and two moments, and writes three of them and the bf16 weight.
 
     These are 28 + 2 bytes per parameter.
     """
-    share = count_parameters(model) / (sharding.n_shards if engine.zero_stage else 1)
+    share = count_parameters(model) / (partitioning.ranks_per_copy if engine.zero_stage else 1)
     if not engine.offload_optimizer:
         return 30 * share / (gpu.hbm_bytes_per_s * HBM_FRAC)
     over = share * (4 + element_bytes(engine)) / gpu.pcie_bytes_per_s
@@ -275,7 +275,7 @@ class StepTime:
 def step_time(
     model: ModelConfig,
     engine: EngineConfig,
-    sharding: Sharding,
+    partitioning: Partitioning,
     cluster: Cluster,
     each: Pass,
     accum_steps: int,
@@ -291,7 +291,7 @@ def step_time(
     default.
     """
     fitted = constants or CALIBRATIONS[cluster.gpu.calibrated_as]
-    micro, once = collectives(model, engine, sharding, cluster)
+    micro, once = collectives(model, engine, partitioning, cluster)
     forward, backward = compute_s(model, engine, each, cluster.gpu, fitted)
     host = HOST_S_PER_BLOCK[engine.zero_stage] if host_s_per_block is None else host_s_per_block
     third = host * model.n_layers / 3
@@ -301,7 +301,7 @@ def step_time(
     for collective in (*micro, *once):
         seconds[collective.when] += collective_s(collective, cluster, fitted)
     if engine.offload_params:  # partitions are copied from the host before they are gathered
-        from_host = element_bytes(engine) * count_parameters(model) / sharding.n_shards
+        from_host = element_bytes(engine) * count_parameters(model) / partitioning.ranks_per_copy
         seconds["forward"] += from_host / cluster.gpu.pcie_bytes_per_s
         seconds["backward"] += from_host / cluster.gpu.pcie_bytes_per_s
     exposed = accum_steps * sum(
@@ -315,7 +315,7 @@ def step_time(
     return StepTime(
         compute_s=accum_steps * (forward + backward),
         exposed_communication_s=exposed,
-        optimizer_s=optimizer_s(model, engine, sharding, cluster.gpu),
+        optimizer_s=optimizer_s(model, engine, partitioning, cluster.gpu),
         communication_s=accum_steps * (seconds["forward"] + seconds["backward"]) + seconds["update"],
         tokens=tokens,
         model_flops=tokens * flops_per_token(model, each.sequence_length),
