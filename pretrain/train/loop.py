@@ -76,7 +76,7 @@ def _stretch(run: Run) -> ExitCode | None:
     timer = StepTimer()
     for batches in run.loader.steps(run.step + 1):
         timer.data_arrived()
-        update = _update(run, batches)
+        update = _update_weights(run, batches)
         if update is None:  # a stop was requested during this step: drop it and keep the previous one
             return _stop(run)
         sums = _agree(run, update, batches)
@@ -84,9 +84,9 @@ def _stretch(run: Run) -> ExitCode | None:
         done = _complete(run, update, sums)
         _write_ledger(run, batches)
         timer.step_done()
-        run.monitor.step(_record(run, done, timer))
+        run.monitor.step(_record_of(run, done, timer))
         run.pace.note(timer.step_time_s, timer.data_wait_s)
-        if _goes_wrong(run, done):
+        if _roll_back_if_needed(run, done):
             return None
         code = _after_step(run, sums)
         if code is not None:
@@ -106,15 +106,15 @@ class StepTimer:
         """Time from the beginning of the step until it was done, the wait for data included."""
 
     def data_arrived(self) -> None:
-        """The loader has given the batches of the step."""
+        """Note that the loader has given the batches of the step."""
         self.data_wait_s = time.monotonic() - self._began
 
     def step_done(self) -> None:
-        """The step is completed; what follows, such as a save, belongs to no step."""
+        """Note that the step is completed. What follows, such as a save, belongs to no step."""
         self.step_time_s = time.monotonic() - self._began
 
     def restart(self) -> None:
-        """The next step begins, with its wait for data."""
+        """Begin the next step, which first waits for its data."""
         self._began = time.monotonic()
         mark("data")
 
@@ -132,7 +132,7 @@ class Update(NamedTuple):
     """What the engine reports of it."""
 
 
-def _update(run: Run, batches: list[Batch]) -> Update | None:
+def _update_weights(run: Run, batches: list[Batch]) -> Update | None:
     """Forward and backward passes and the update of the weights; None if a stop was requested meanwhile."""
     step, limit = run.step + 1, run.guard.limit()
     lr = learning_rate(run.config.schedule, run.config.optim.lr, step, run.loader.n_steps)
@@ -170,7 +170,7 @@ def _complete(run: Run, update: Update, sums: Sums) -> CompletedStep:
     return CompletedStep(update, sums, loss, used, rescaled)
 
 
-def _record(run: Run, done: CompletedStep, timer: StepTimer) -> StepRecord:
+def _record_of(run: Run, done: CompletedStep, timer: StepTimer) -> StepRecord:
     """What metrics.jsonl, W&B and the progress line say of a completed step."""
     (step, lr, _, result), sums = done.update, done.sums
     plan = run.loader.plan[step]
@@ -307,7 +307,7 @@ def _compare_ranks(run: Run) -> None:
 # ---- a loss that goes wrong ------------------------------------------------------------------------------------------
 
 
-def _goes_wrong(run: Run, done: CompletedStep) -> bool:
+def _roll_back_if_needed(run: Run, done: CompletedStep) -> bool:
     """Let the loss guard decide about the step; True if the run was rolled back."""
     loss, limit, skipped = done.loss, done.update.loss_limit, done.update.result.skipped and not done.rescaled
     decision = run.guard.decide(loss, limit, applied=not skipped)
