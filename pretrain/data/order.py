@@ -22,7 +22,8 @@ that C = 2. There are V = 2 lanes, and windows of W = 2 chunks. `w3.0` is the fi
 [0.75, 0.5]
 
 Each lane draws from w three times out of four. Lane 0 reads the four sequences of its first window, w3 and w0, in
-shuffled order before it begins the window of w1 and w4. Lane 1 reads other chunks: no chunk is on two lanes.
+shuffled order before it begins the window of w1 and w4. Lane 1 reads other chunks: within an epoch
+no chunk is on two lanes.
 
 **1. Lanes.** Sample i is on lane v = i mod V, at position p = i div V of that lane. Lanes are virtual: V is
 fixed for a run while the number of ranks is not (`rank_samples` says which samples a rank reads).
