@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from pretrain.config import EngineConfig, ModelConfig, Recompute
 from pretrain.plan.hardware import known_gpu
-from pretrain.plan.memory import Pass, Sharding
+from pretrain.plan.memory import Partitioning, Pass
 from pretrain.plan.time import CALIBRATIONS, Calibration, Cluster, step_time
 
 RUNS = ROOT / "benchmarks" / "published_runs.csv"
@@ -44,7 +44,7 @@ class Run(NamedTuple):
     fitted: bool
     model: ModelConfig
     engine: EngineConfig
-    sharding: Sharding
+    partitioning: Partitioning
     cluster: Cluster
     each: Pass
     accum_steps: int
@@ -80,7 +80,7 @@ def _run(row: dict[str, str]) -> Run:
         fitted=row["use"] == "fit",
         model=model,
         engine=engine,
-        sharding=Sharding(n_ranks=n, n_shards=int(row["shard_ranks"])),
+        partitioning=Partitioning(n_ranks=n, ranks_per_copy=int(row["shard_ranks"])),
         cluster=Cluster(
             gpu=gpu, nodes=nodes, gpus_per_node=n // nodes, nic_bits_per_s=float(row["nic_gbit"]) * 1e9
         ),
@@ -96,7 +96,7 @@ def residual(run: Run, constants: dict[str, Calibration]) -> float:
     step = step_time(
         run.model,
         run.engine,
-        run.sharding,
+        run.partitioning,
         run.cluster,
         run.each,
         run.accum_steps,

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pretrain.config import DataConfig, Packing
-from pretrain.config.data_stages import Stage
+from pretrain.config.data_stages import DataStage
 from pretrain.corpus.shards import Corpus
 from pretrain.data.loader import TrainLoader
 from pretrain.data.order import Order, SourceSize
@@ -55,7 +55,7 @@ def spread(values: list[float]) -> str:
 
 def order_of(corpus: Corpus, lanes: int = 8) -> Order:
     size = SourceSize(corpus.n_chunks, corpus.chunk_tokens, corpus.last_chunk_tokens)
-    stage = Stage(weights=(1.0,), sequence_length=LENGTH, batch_sequences=BATCH)
+    stage = DataStage(weights=(1.0,), sequence_length=LENGTH, batch_sequences=BATCH)
     return Order([size], [stage], lanes=lanes, window_chunks=32, seed=0)
 
 
@@ -171,7 +171,7 @@ PACKAGES = {"webdataset": "webdataset", "litdata": "litdata", "streaming": "mosa
 def measure_seeks(repeats: int) -> None:
     """One sample of 10^9, in a corpus of 8 million chunks on 1,024 lanes."""
     size = SourceSize(8_000_000, 1 << 18, 1 << 18)
-    stage = Stage(weights=(1.0,), sequence_length=LENGTH, batch_sequences=1024)
+    stage = DataStage(weights=(1.0,), sequence_length=LENGTH, batch_sequences=1024)
     tracemalloc.start()
     order = Order([size], [stage], lanes=1024, window_chunks=32, seed=0)
     memory = tracemalloc.get_traced_memory()[1]

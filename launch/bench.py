@@ -252,7 +252,7 @@ def main(config: BenchConfig) -> int:
 
     from benchmarks.harness.session import PEAK, Session, Variant
     from benchmarks.harness.worker import Job
-    from pretrain.model.decoder import count_parameters, flops_per_token
+    from pretrain.arithmetic import count_parameters, flops_per_token
 
     def variant(text: str, one: BenchConfig) -> Variant:
         name = text.split()[0]

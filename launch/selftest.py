@@ -50,17 +50,17 @@ class SelfTestConfig(TrainConfig):
 
 
 def main(config: SelfTestConfig) -> int:
-    """Test, print the verdict."""
+    """Test, print the result."""
     from pretrain.data.inputs import resolve_inputs
 
     resolve_inputs(config, launched_world_size())
-    from pretrain.data.selftest import run_selftest, verdict_lines
+    from pretrain.data.selftest import result_lines, run_selftest
     from pretrain.distributed import init_world, shutdown_world
 
     world = init_world(config.engine.timeout_s)
     checks = run_selftest(config, world, steps=config.steps, from_step=config.from_step, kills=config.kills)
     if world.is_main:
-        print("\n".join(verdict_lines(checks, config, world.size)), flush=True)
+        print("\n".join(result_lines(checks, config, world.size)), flush=True)
         if config.json:
             print(json.dumps([vars(check) for check in checks]), flush=True)
     shutdown_world()

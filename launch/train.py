@@ -9,6 +9,7 @@ import gc
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # What imports make lives as long as the process: to look for garbage in it again and again costs 0.3 CPU-seconds.
 gc.disable()
@@ -32,6 +33,9 @@ from pretrain.errors import ConfigError
 from pretrain.reliability.heartbeat import mark
 from pretrain.reliability.watchdog import Watchdog
 
+if TYPE_CHECKING:
+    from pretrain.data.inputs import Inputs
+
 
 def main(config: TrainConfig) -> int:
     """Check everything that needs no process group, then train."""
@@ -39,8 +43,7 @@ def main(config: TrainConfig) -> int:
 
     watchdog = Watchdog(config.run_dir, config.watchdog)
     try:
-        config = resolve_inputs(config, launched_world_size())
-        code = _train(config, watchdog)
+        code = _train(resolve_inputs(config, launched_world_size()), watchdog)
     except ConfigError:  # alike on all ranks
         watchdog.close()
         raise
@@ -51,7 +54,7 @@ def main(config: TrainConfig) -> int:
     return code
 
 
-def _train(config: TrainConfig, watchdog: Watchdog) -> int:
+def _train(inputs: "Inputs", watchdog: Watchdog) -> int:
     mark("import")
     from pretrain.distributed import gather_objects, init_world, shutdown_world
     from pretrain.train.loop import train
@@ -59,9 +62,10 @@ def _train(config: TrainConfig, watchdog: Watchdog) -> int:
     gc.freeze()
     gc.enable()
     mark("rendezvous")
-    world = init_world(config.engine.timeout_s, config.engine.sequence_parallel_ranks)
+    engine = inputs.config.engine
+    world = init_world(engine.timeout_s, engine.sequence_parallel_ranks)
     watchdog.join(gather_objects(watchdog.address, world)[0])
-    code = train(config, world, watchdog)
+    code = train(inputs, world, watchdog)
     mark("leave")
     shutdown_world()
     return code

@@ -101,14 +101,14 @@ class ReadOptions:
 # ---- names -----------------------------------------------------------------------------------------------------------
 
 
-def is_remote(path: str | Path) -> bool:
+def is_url(path: str | Path) -> bool:
     """Whether a path is a URL of something else than a local file."""
     return isinstance(path, str) and "://" in path and not path.startswith(("file://", "local://"))
 
 
 def as_path(path: str | Path) -> str | Path:
     """A URL as it is, all else as a local path: a path, or a file:// URL."""
-    if is_remote(path):
+    if is_url(path):
         return path
     if isinstance(path, str) and path.startswith(("file://", "local://")):
         return Path(unquote(path.split("://", 1)[1]))
@@ -161,7 +161,7 @@ def open_file(key: str, path: str, mode: str = "rb", **options: Any) -> Any:
     """A file, here or behind a URL, opened for reading by fsspec. Raises ConfigError, and OSError."""
     import fsspec
 
-    if is_remote(path):
+    if is_url(path):
         check_url(key, path)
         found, name = file_system(path)
     else:

@@ -19,8 +19,7 @@ from pretrain.checkpoint.state import FORMAT_VERSION as FORMAT_VERSION
 from pretrain.checkpoint.state import Complete, FileEntry, RunState
 from pretrain.errors import ConfigError, RunError
 from pretrain.files import open_regular, read_at_most
-from pretrain.remote import as_path, check_url, guards, redact
-from pretrain.remote import is_remote as is_url
+from pretrain.remote import as_path, check_url, guards, is_url, redact
 from pretrain.stored import parse, parse_plain
 
 COMPLETE = "COMPLETE"

@@ -75,7 +75,7 @@ class Verified:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """The newest checkpoint that verified, and why newer ones were passed over."""
 
     verified: Verified | None
@@ -249,7 +249,7 @@ def _together(world: World, action: Callable[[], T]) -> list[T]:
 
 def find_latest(
     root: Path, world: World = ALONE, step: int | None = None, before: int | None = None
-) -> Found:
+) -> FoundCheckpoint:
     """The newest checkpoint whose every hash matches: of all, of `step`, or of those before step `before`.
 
     All ranks together share the reading.
@@ -260,9 +260,9 @@ def find_latest(
             continue
         found = _examine(path, world)
         if isinstance(found, Verified):
-            return Found(found, passed_over)
+            return FoundCheckpoint(found, passed_over)
         passed_over.append(f"{path.name}: {found}")
-    return Found(None, passed_over)
+    return FoundCheckpoint(None, passed_over)
 
 
 def verify(path: Path, world: World = ALONE) -> str | None:

@@ -21,7 +21,7 @@ MAX_SAMPLES = 1 << 48
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stage:
+class DataStage:
     """A stretch of the order, up to the next stage."""
 
     first_sample: Annotated[int, Ge(0), Le(MAX_SAMPLES)] = 0
@@ -47,8 +47,8 @@ class Stage:
 
 
 def plan_stages(
-    data: DataConfig, batch_sequences: int, begun: Sequence[Stage] = (), fixed_samples: int = 0
-) -> list[Stage]:
+    data: DataConfig, batch_sequences: int, begun: Sequence[DataStage] = (), fixed_samples: int = 0
+) -> list[DataStage]:
     """The stages that a configuration asks for, after those that have `begun` in a run's first `fixed_samples`.
 
     Raises ConfigError where it asks for a stage in what is fixed already.
@@ -77,17 +77,19 @@ def plan_stages(
     return stages
 
 
-def _wanted(data: DataConfig, batch_sequences: int) -> list[Stage]:
+def _wanted(data: DataConfig, batch_sequences: int) -> list[DataStage]:
     """The configured stages, each with what it leaves as it was; where they begin is not yet known."""
     names = [source.name for source in data.corpora()]
     weights = tuple(float(source.weight) for source in data.corpora())
-    stages = [Stage(weights=weights, sequence_length=data.sequence_length, batch_sequences=batch_sequences)]
+    stages = [
+        DataStage(weights=weights, sequence_length=data.sequence_length, batch_sequences=batch_sequences)
+    ]
     for stage in data.stages:
         last = stages[-1]
         if stage.weights is not None:
             weights = tuple(float(stage.weights.get(name, 0.0)) for name in names)
         stages.append(
-            Stage(
+            DataStage(
                 start_tokens=stage.start_tokens,
                 weights=weights,
                 sequence_length=stage.sequence_length or last.sequence_length,
@@ -101,12 +103,12 @@ def _padded(weights: tuple[float, ...], width: int) -> tuple[float, ...]:
     return (*weights, *(0.0,) * (width - len(weights)))
 
 
-def stage_at(stages: Sequence[Stage], sample: int) -> int:
+def stage_at(stages: Sequence[DataStage], sample: int) -> int:
     """Number of the stage that a sample belongs to."""
     return bisect.bisect_right([stage.first_sample for stage in stages], sample) - 1
 
 
-def tokens_before(stages: Sequence[Stage], sample: int) -> int:
+def tokens_before(stages: Sequence[DataStage], sample: int) -> int:
     """Tokens of the order before a sample, padding and what was passed over included."""
     total = 0
     for stage, end in zip(stages, [*(s.first_sample for s in stages[1:]), sample], strict=True):
@@ -143,7 +145,7 @@ class _Span(NamedTuple):
 class Steps:
     """Which samples each step of a run takes. `passed_over`: [first, end) of what rollbacks left out."""
 
-    def __init__(self, stages: Sequence[Stage], passed_over: Sequence[Sequence[int]] = ()) -> None:
+    def __init__(self, stages: Sequence[DataStage], passed_over: Sequence[Sequence[int]] = ()) -> None:
         holes = [(first, end) for first, end in passed_over]
         edges = {stage.first_sample for stage in stages} | {edge for hole in holes for edge in hole}
         borders = sorted(edges)
@@ -190,7 +192,7 @@ class Steps:
         per_step = span.batch_sequences * span.sequence_length
         return span.steps_before + -(-(total_tokens - span.tokens_before) // per_step)
 
-    def end_after(self, number: int, n_steps: int, stages: Sequence[Stage]) -> int:
+    def end_after(self, number: int, n_steps: int, stages: Sequence[DataStage]) -> int:
         """The sample at which `n_steps` steps from `number` on would end if nothing in them were passed over."""
         sample = self[number].first_sample
         for _ in range(n_steps):
@@ -198,7 +200,7 @@ class Steps:
         return sample
 
 
-def n_steps_of(stages: Sequence[Stage], total_steps: int | None, total_tokens: int | None) -> int:
+def n_steps_of(stages: Sequence[DataStage], total_steps: int | None, total_tokens: int | None) -> int:
     """Length of the run in steps; what is passed over does not change it."""
     return total_steps if total_steps is not None else Steps(stages).steps_for(total_tokens or 0)
 

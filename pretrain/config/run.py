@@ -9,7 +9,7 @@ from omegaconf import MISSING
 from pretrain.config.checks import check_at_most, check_positive, missing
 from pretrain.config.cluster import ClusterConfig
 from pretrain.config.data import MAX_BATCH_SEQUENCES, DataConfig
-from pretrain.config.data_stages import Stage, micro_batch_of, n_steps_of, plan_stages
+from pretrain.config.data_stages import DataStage, micro_batch_of, n_steps_of, plan_stages
 from pretrain.config.engine import EngineConfig
 from pretrain.config.model import KernelsConfig, ModelConfig, Precision
 from pretrain.config.optimizer import OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
@@ -21,8 +21,16 @@ AUTO = "auto"
 """Of micro_batch_sequences: to be found before the first step."""
 
 
+class _Planned:
+    """What a configuration works out once. It is no field of TrainConfig, since each field is a configuration key."""
+
+    __slots__ = ("stages",)
+    stages: list[DataStage]
+    """The stages of a run that begins with this configuration."""
+
+
 @dataclass(kw_only=True, slots=True)
-class TrainConfig:
+class TrainConfig(_Planned):
     """A training run. The same config gives the same run on any number of ranks."""
 
     run_dir: str = MISSING
@@ -87,6 +95,8 @@ class TrainConfig:
         _check_sequence_parallel(self)
         if self.data.manifest is None and not self.data.sources:
             raise ConfigError("data.manifest is missing; give the manifest.json of a prepared corpus")
+        # mypy does not see the slots that a dataclass inherits.
+        self.stages = plan_stages(self.data, self.global_batch_sequences)  # type: ignore[misc]
         self.kernels.check(
             self.model, self.engine.precision, {stage.sequence_length for stage in self.stages}
         )
@@ -95,11 +105,6 @@ class TrainConfig:
             raise ConfigError(
                 f"schedule.warmup_steps={warmup} leaves nothing of the run's {total} steps; give less"
             )
-
-    @property
-    def stages(self) -> list[Stage]:
-        """The stages of a run that begins with this configuration."""
-        return plan_stages(self.data, self.global_batch_sequences)
 
     @property
     def n_steps(self) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 from pretrain import __version__
 from pretrain.errors import ConfigError, RunError
 from pretrain.files import open_regular, read_capped
-from pretrain.remote import DamagedError, as_path, is_remote, read_whole, retry_local
+from pretrain.remote import DamagedError, as_path, is_url, read_whole, retry_local
 from pretrain.stored import (
     Annotated,
     Count,
@@ -226,7 +226,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 def load_manifest(path: str | Path, time_limit_s: float = MANIFEST_TIMEOUT_S) -> Manifest:
     """Read and check a manifest.json, a path or a URL. Raises ConfigError, and RunError where a store is away."""
-    if isinstance(path, str) and is_remote(path):
+    if isinstance(path, str) and is_url(path):
         return _load_remote_manifest(path, time_limit_s)
     path = as_path(path)
     try:

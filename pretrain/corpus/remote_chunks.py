@@ -190,14 +190,19 @@ def open_cache(root_sha256: str, options: ReadOptions) -> NodeCache:
     return NodeCache(folder, root_sha256, int(options.cache_gib * (1 << 30)))
 
 
-def load_remote_manifest(url: str, options: ReadOptions, root_sha256: str | None) -> Manifest:
-    """The manifest behind a URL; where its root hash is known, as the node's cache has it. Raises ConfigError."""
+def load_remote_manifest(
+    url: str, options: ReadOptions, root_sha256: str | None, manifest: Manifest | None = None
+) -> Manifest:
+    """The manifest behind a URL; where its root hash is known, as the node's cache has it. Raises ConfigError.
+
+    A `manifest` that the caller has read is put in the cache, for the other processes of the node.
+    """
     if root_sha256 is not None:
         cache = open_cache(root_sha256, options)
         content = cache.load(MANIFEST_NAME, partial(_manifest_problem, root_sha256))
         if content is not None:
             return Manifest.from_json(content)
-    manifest = load_manifest(url, options.read_timeout_s)
+    manifest = manifest or load_manifest(url, options.read_timeout_s)
     content = manifest.to_json().encode()
     cache = open_cache(manifest.root_sha256, options)
     cache.get(MANIFEST_NAME, partial(_manifest_problem, manifest.root_sha256), lambda: content)

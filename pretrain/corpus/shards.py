@@ -64,8 +64,9 @@ class Corpus:
     """Random access to the tokens of a corpus, on a disk or behind any fsspec URL.
 
     Shards and indexes are opened at first use. Can be sent to a process, and used after a fork. With `verify_chunks`
-    the hash of a chunk is checked at its first use in this process (always, where it comes from a URL). Raises
-    CorruptShardError where the manifest's root hash is not `root_sha256`, if given.
+    the hash of a chunk is checked at its first use in this process (always, where it comes from a URL). `manifest` is
+    what the file holds, where the caller has read it. Raises CorruptShardError where the manifest's root hash is not
+    `root_sha256`, if given.
     """
 
     def __init__(
@@ -74,14 +75,15 @@ class Corpus:
         verify_chunks: bool = True,
         root_sha256: str | None = None,
         options: ReadOptions | None = None,
+        manifest: Manifest | None = None,
     ) -> None:
         self.manifest_path = as_path(manifest_path)
         self.verify_chunks = verify_chunks
         self.options = options or ReadOptions()
         if isinstance(self.manifest_path, str):
-            self.manifest = load_remote_manifest(self.manifest_path, self.options, root_sha256)
+            self.manifest = load_remote_manifest(self.manifest_path, self.options, root_sha256, manifest)
         else:
-            self.manifest = load_manifest(self.manifest_path)
+            self.manifest = manifest or load_manifest(self.manifest_path)
         if root_sha256 not in (None, self.manifest.root_sha256):
             raise CorruptShardError(
                 f"{redact(str(manifest_path))} is another corpus than the one begun with; put that back"
@@ -107,7 +109,7 @@ class Corpus:
         return RemoteChunks(f"{folder_of(self.manifest_path)}/{SHARDS_FOLDER}", self.manifest, self.options)
 
     @property
-    def is_remote(self) -> bool:
+    def is_behind_url(self) -> bool:
         """Whether it lies behind a URL."""
         return self._remote is not None
 

@@ -1,7 +1,7 @@
 """What a run has read: which documents each of its steps held, and at which steps a document was read.
 
-Answers come from the state that a checkpoint holds and from the corpora: the order of samples is a function of these,
-so that nothing has to be logged, and any step of a run of any length is found at once. Imports no torch.
+Answers are computed from the order state in a checkpoint and from the corpora, because the order of samples is a
+function of these. So nothing has to be logged, and any step of a run of any length is found at once. No torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pretrain.data.order import Order, SourceSize
 from pretrain.data.packing import best_fit, concat
 from pretrain.data.state import OrderState, Substitution
 from pretrain.errors import ConfigError
-from pretrain.remote import ReadOptions, is_remote, redact
+from pretrain.remote import ReadOptions, is_url, redact
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,13 +35,15 @@ class Piece:
     source: str
     """Where the document comes from, as its corpus names it."""
     document: str
-    """Its id."""
+    """The id of the document."""
     first_token: int
-    """Counted within the document, its bos being 0."""
+    """The first token of the piece, counted within the document from its bos, which is 0."""
     n_tokens: int
+    """Number of tokens in the piece."""
     chunk: int
+    """Number of the chunk in its corpus."""
     start: int
-    """Token of the chunk at which the piece begins."""
+    """The token of the chunk at which the piece begins."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,34 +51,38 @@ class SequenceRead:
     """One sequence of a step."""
 
     sample: int
-    """Its index in the order."""
+    """Index of the sample in the order."""
     epoch: int
-    """Of its source, counted from 0."""
+    """Epoch of its source, counted from 0."""
     pieces: list[Piece]
+    """The pieces of documents that it consists of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentRead:
-    """A part of a document that a step has read."""
+    """One reading of a piece of a document."""
 
     step: int | None
-    """None: a rollback passed over it."""
+    """Number of the step that read it; None if a rollback passed over it."""
     sample: int
+    """Index of the sample in the order."""
     epoch: int
+    """Epoch of the source, counted from 0."""
     piece: Piece
+    """What was read."""
 
 
 class ReadHistory:
-    """The reading of a run, as the state after `step` steps has it."""
+    """What a run had read after `step` steps, from the order state of that moment."""
 
     def __init__(
         self, data: DataConfig, state: OrderState, step: int, world_size: int, sequence_ranks: int = 1
     ) -> None:
-        """`sequence_ranks`: how many neighboring ranks share each sequence."""
+        """`sequence_ranks` is the number of neighboring ranks that share each sequence."""
         self.step, self.world_size, self._sequence_ranks = step, world_size, sequence_ranks
         self._state, self._data = state, data
         self.names = [source.name for source in data.corpora()]
-        # A cache folder that a run names is not written to: it may be another's run.
+        # The cache folder that the run names is not used: the run may be another person's.
         self.corpora = [
             Corpus(source.manifest, data.verify_chunks, options=ReadOptions()) for source in data.corpora()
         ]
@@ -96,11 +102,11 @@ class ReadHistory:
     def of_run(
         cls, run_dir: Path, manifests: Sequence[str] = (), target: str | None = None
     ) -> tuple[ReadHistory, str]:
-        """From the newest checkpoint of a run, with the sha256 of its tokenizer.
+        """The history up to the newest checkpoint of a run, and the sha256 of the run's tokenizer.
 
-        `manifests`: where the corpora are, in the order of the run's sources, and `target`: where the checkpoints are.
-        They are needed where they are behind URLs: those that a file names are not opened. Raises ConfigError for
-        that, and where there is no checkpoint.
+        `manifests` says where the corpora are, in the order of the run's sources, and `target` where the checkpoints
+        are. Both must be given if they are behind URLs, because URLs that a file names are not opened. Raises
+        ConfigError if they are missing, and if there is no checkpoint.
         """
         state = newest_state(run_dir, target)
         config = stored_config(state["config"], f"the newest checkpoint of {run_dir}")
@@ -112,7 +118,7 @@ class ReadHistory:
     def read_in(
         self, step: int, rank: int | None = None, world_size: int | None = None
     ) -> list[SequenceRead]:
-        """The sequences of a step, or those of one rank of so many, in the order in which it reads them.
+        """The sequences of a step, or those of one of `world_size` ranks, in the order in which it reads them.
 
         Raises ConfigError for a step that the run has not done, and CorruptShardError.
         """
@@ -138,7 +144,7 @@ class ReadHistory:
         where = self._order.locate(samples)
         found = []
         for row, sample in enumerate(samples.tolist()):
-            mine = np.flatnonzero(where.row == row)
+            mine = np.flatnonzero(where.request == row)
             pieces = []
             for source, epoch, chunk, sequence, length, _ in zip(
                 *(values[mine].tolist() for values in where), strict=True
@@ -151,7 +157,7 @@ class ReadHistory:
     def reads_of(self, document: str) -> list[DocumentRead]:
         """Every reading of a document, or of all documents with this id, in the order of the samples.
 
-        Raises ConfigError where no corpus has it.
+        Raises ConfigError if no corpus has such a document.
         """
         end = self._steps[self.step].end_sample
         found: list[DocumentRead] = []
@@ -179,7 +185,7 @@ class ReadHistory:
         return tokenizer.decode(corpus.read(piece.chunk, piece.start, piece.start + piece.n_tokens).tolist())
 
     def _readings(self, source: int, chunk: int, end: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
-        """(sample, epoch, segments of the chunk) of all sequences that were read from it, also in another's place."""
+        """(sample, epoch, segments) of all sequences that were read from a chunk, as itself or as a substitute."""
         stood_in = [s for s in self._state.substitutions if (s.source, s.substitute) == (source, chunk)]
         readings = []
         for which in [None, *stood_in]:
@@ -193,7 +199,7 @@ class ReadHistory:
         return readings
 
     def _read_chunk(self, source: int, epoch: int, chunk: int, sample: int) -> int:
-        """The chunk that was read where the order says `chunk`."""
+        """The chunk that was really read where the order names `chunk`."""
 
         def applies(entry: Substitution) -> bool:
             return (entry.source, entry.epoch, entry.chunk) == (source, epoch, chunk) and (
@@ -234,7 +240,7 @@ class ReadHistory:
 
 
 def _with_manifests(data: DataConfig, manifests: Sequence[str]) -> DataConfig:
-    """What a run read, from where the command line says, if it says anything. ConfigError."""
+    """The run's data, with the manifests that the command line names, if any. Raises ConfigError if they do not fit."""
     sources = data.corpora()
     if manifests:
         if len(manifests) != len(sources):
@@ -246,7 +252,7 @@ def _with_manifests(data: DataConfig, manifests: Sequence[str]) -> DataConfig:
         named = [replace(source, manifest=given) for source, given in zip(sources, manifests, strict=True)]
         return replace(data, manifest=None, sources=named, stages=[])
     for source in sources:
-        if is_remote(source.manifest):
+        if is_url(source.manifest):
             raise ConfigError(
                 f"the run has read the corpus {source.name!r} from {redact(source.manifest)!r}, and a URL that a run "
                 "folder names is not opened by itself; name it on the command line: manifests=[URL,...]"

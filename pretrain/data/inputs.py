@@ -4,23 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from pretrain.config import TrainConfig
 from pretrain.config.launched import launched_local_size
-from pretrain.corpus.manifest import load_manifest
+from pretrain.corpus.manifest import Manifest, load_manifest
 from pretrain.corpus.tokenizer import TOKENIZER_NAMES
 from pretrain.errors import ConfigError
-from pretrain.remote import as_path, check_url, exists, folder_of, is_remote
+from pretrain.remote import as_path, check_url, exists, folder_of, is_url
 
 VOCABULARY_MULTIPLE = (
-    64  # matrix kernels like the output head's width in multiples of 64 (nanoGPT: 25% faster)
+    64  # matrix kernels are faster where the output head's width is a multiple of 64 (nanoGPT: by 25%)
 )
 
 
-def resolve_inputs(config: TrainConfig, world_size: int) -> TrainConfig:
-    """The config with `model.vocab_size` filled in. Raises ConfigError where inputs and config do not fit.
+class Inputs(NamedTuple):
+    """What a run starts from."""
 
-    Reads manifests only; imports no torch, so that a mistake is answered at once.
+    config: TrainConfig
+    """The configuration, with `model.vocab_size` filled in."""
+    manifests: dict[str, Manifest]
+    """The manifest of each corpus that the configuration names, by its path or URL there; read once per start."""
+
+
+def resolve_inputs(config: TrainConfig, world_size: int) -> Inputs:
+    """Read the manifests and fill in `model.vocab_size`. Raises ConfigError where inputs and config do not fit.
+
+    Of the corpora only the manifests are read, and torch is not imported, so that a mistake is reported at once.
     """
     config.grad_accum_steps(world_size)
     config.engine.check_ranks(world_size, launched_local_size())
@@ -48,7 +58,7 @@ def resolve_inputs(config: TrainConfig, world_size: int) -> TrainConfig:
             f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary of {first_path} "
             f"({first.vocab_size}); leave it out or give at least {needed}"
         )
-    return config
+    return Inputs(config, manifests)
 
 
 def check_lengths(lengths: Sequence[int], chunk_tokens: int, manifest_path: str) -> None:
@@ -63,12 +73,13 @@ def check_lengths(lengths: Sequence[int], chunk_tokens: int, manifest_path: str)
 
 
 def _check_urls(config: TrainConfig) -> None:
+    """Raise ConfigError for a URL that cannot be used, and for a read timeout that the watchdog would not wait for."""
     key = "data.manifest" if config.data.manifest is not None else "data.sources: manifest"
     named = [(key, source.manifest) for source in config.data.corpora()]
     named += [("evaluation.manifest", config.evaluation.manifest or "")]
-    remote = [(key, url) for key, url in named if is_remote(url)]
+    remote = [(key, url) for key, url in named if is_url(url)]
     target = config.checkpoint.target or ""
-    for key, url in [*remote, *[("checkpoint.target", target)] * is_remote(target)]:
+    for key, url in [*remote, *[("checkpoint.target", target)] * is_url(target)]:
         check_url(key, url)
     if remote and config.data.read_timeout_s >= config.watchdog.step_s:
         raise ConfigError(
@@ -78,9 +89,9 @@ def _check_urls(config: TrainConfig) -> None:
 
 
 def tokenizer_path(manifest_path: str) -> str | Path:
-    """The tokenizer file of a corpus's folder, a path or a URL; a held-out corpus has its parent's.
+    """The path or URL of the tokenizer of a corpus: in its folder, or for a held-out corpus in the parent folder.
 
-    Raises ConfigError.
+    Raises ConfigError if neither folder has one.
     """
     path = as_path(manifest_path)
     folder = folder_of(path if isinstance(path, str) else path.resolve())

@@ -1,4 +1,4 @@
-"""What a run makes of an order: its lanes, what each rank reads, and where sources end."""
+"""How a run uses the order: how many lanes it has, which samples each rank reads, and where sources end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from pretrain.config.data_stages import Stage, stage_at, tokens_before
+from pretrain.config.data_stages import DataStage, stage_at, tokens_before
 from pretrain.data.order import Order, SourceSize
 from pretrain.data.permutation import Ints
 from pretrain.errors import ConfigError
@@ -19,19 +19,19 @@ MIN_ROWS = 16
 def choose_lanes(sizes: list[SourceSize], global_batch_sequences: int) -> int:
     """V for a new run: the largest divisor of the global batch that leaves each lane enough chunks; at least 1.
 
-    Many lanes are good: a batch then touches many chunks, and with V a multiple of the number of ranks each
-    rank reads chunks that no other rank reads. But a lane shuffles its own chunks only, so that it should have
-    at least MIN_ROWS of them per epoch of every source. A divisor of the batch gives all lanes the same pace.
+    Many lanes are good: a batch then touches many chunks, and if V is a multiple of the number of ranks, each rank
+    reads chunks that no other rank reads. But a lane shuffles only its own chunks, so that it should have at least
+    MIN_ROWS of them per epoch of every source. V divides the batch so that all lanes advance at the same pace.
     """
     most = min(global_batch_sequences, min(size.n_chunks for size in sizes) // MIN_ROWS)
     return max((v for v in range(1, most + 1) if global_batch_sequences % v == 0), default=1)
 
 
 def rank_samples(first: int, count: int, *, lanes: int, rank: int, world_size: int) -> Ints:
-    """Global indices of the samples [first, first + count) of one batch that belong to `rank`: [count / ranks].
+    """Global indices of those of the samples [first, first + count) of a batch that `rank` reads: [count / ranks].
 
-    The batch sorted by (lane, index) is split in equal contiguous parts. If count is a multiple of `lanes` and
-    `lanes` of `world_size`, rank r so owns the lanes [r V/R, (r+1) V/R) for the whole run.
+    The batch is sorted by (lane, index) and split into equal contiguous parts. So rank r owns the lanes
+    [r V/R, (r+1) V/R) for the whole run if `count` is a multiple of `lanes`, and `lanes` of `world_size`.
     """
     if count % world_size:
         raise ValueError(f"a batch of {count} samples does not split evenly over {world_size} ranks")
@@ -43,16 +43,16 @@ def rank_samples(first: int, count: int, *, lanes: int, rank: int, world_size: i
 
 def end_sources(
     order: Order, max_epochs: Sequence[int | None], fixed_samples: int, end_sample: int
-) -> list[Stage]:
-    """The order's stages, with one more wherever a source has been read `max_epochs` times: it is drawn no more.
+) -> list[DataStage]:
+    """The order's stages, and one more wherever a source has been read `max_epochs` times, from which it is not drawn.
 
-    What lies before `fixed_samples` stays as it is. Raises ConfigError where all sources end before `end_sample`.
+    What lies before `fixed_samples` stays as it is. Raises ConfigError if all sources end before `end_sample`.
     """
     stages = order.stages
     ends = []
     for source, most in enumerate(max_epochs):
         if most is not None and source not in stages[-1].ended and order.is_read(source, most, end_sample):
-            low, high = 0, end_sample  # is_read: not before low, before high
+            low, high = 0, end_sample  # invariant: is_read is false at `low` and true at `high`
             while high - low > 1:
                 middle = (low + high) // 2
                 low, high = (low, middle) if order.is_read(source, most, middle) else (middle, high)

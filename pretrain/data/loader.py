@@ -1,12 +1,13 @@
-"""The batches of one rank: what `order.py` says is next, read from `shards.py`.
+"""The batches of one rank: `order.py` says which samples are next, and `corpus/shards.py` reads them.
 
-The only state is one integer, the samples consumed, which the trainer advances when a step is complete; what
-workers have read ahead never counts. All else in `OrderState` says which order and which corpus it counts in.
+The only state that changes with each step is one integer, the number of samples consumed. It follows from the number
+of completed steps, so that what workers have read ahead never counts. Everything else in `OrderState` says which order
+and which corpora that integer counts in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from pretrain.batch import Batch
 from pretrain.config import DataConfig, SourceConfig
 from pretrain.config.data_stages import Step, Steps, micro_batch_of, n_steps_of, plan_stages
+from pretrain.corpus.manifest import Manifest
 from pretrain.corpus.shards import Corpus
 from pretrain.data.inputs import check_lengths
 from pretrain.data.lanes import choose_lanes, end_sources, rank_samples
@@ -28,7 +30,8 @@ from pretrain.errors import ConfigError
 from pretrain.remote import ReadOptions
 
 _STEPS_AHEAD = 16
-"""Chunks from a URL are asked for so many steps before they are read: a window of chunks begins all at once."""
+"""Chunks behind a URL are requested this number of steps before they are read, because all chunks of a window are
+needed from its first step on."""
 
 
 def build_batch(
@@ -46,7 +49,7 @@ def build_batch(
 
 
 def _to_batch(read: Sequences, samples: Ints) -> Batch:
-    """In page-locked memory where there is a GPU, so that it is copied there in the background."""
+    """The tensors of a batch. Where there is a GPU they are page-locked, so that they are copied in the background."""
     tensor = torch.empty(read.packed.shape, dtype=torch.int64, pin_memory=device_type() == "cuda")
     tokens, labels, positions, document_ids = tensor.copy_(torch.from_numpy(read.packed)).unbind(0)
     return Batch(tokens, labels, positions, document_ids, samples, read.counts, read.substitutions)
@@ -55,8 +58,9 @@ def _to_batch(read: Sequences, samples: Ints) -> Batch:
 class TrainLoader:
     """The training batches of one rank.
 
-    `state` is what a checkpoint held, or None for a new run. Raises ConfigError where the configuration, the
-    corpora and that state do not fit together.
+    `state` is what a checkpoint held, or None for a new run. `manifests` are those that the caller has read, by their
+    path or URL in `data`; the others are read here. Raises ConfigError where the configuration, the corpora and that
+    state do not fit together.
     """
 
     def __init__(
@@ -71,10 +75,14 @@ class TrainLoader:
         total_steps: int | None = None,
         total_tokens: int | None = None,
         state: OrderState | None,
+        manifests: Mapping[str, Manifest] | None = None,
     ) -> None:
         sources = data.corpora()
-        options = ReadOptions.of(data)
-        corpora = [Corpus(source.manifest, data.verify_chunks, options=options) for source in sources]
+        options, read = ReadOptions.of(data), manifests or {}
+        corpora = [
+            Corpus(s.manifest, data.verify_chunks, options=options, manifest=read.get(s.manifest))
+            for s in sources
+        ]
         _check_corpora(sources, corpora, data)
         self._sizes = [SourceSize(c.n_chunks, c.chunk_tokens, c.last_chunk_tokens) for c in corpora]
         lanes = data.lanes or (state.lanes if state else choose_lanes(self._sizes, global_batch_sequences))
@@ -107,7 +115,7 @@ class TrainLoader:
         self.bos_id, self.eos_id = first.bos_id, first.eos_id
 
     def set_micro_batch(self, sequences: int) -> None:
-        """Another size of the forward passes, from the next call of `steps` on; the order stays as it is."""
+        """Change the size of the forward passes from the next call of `steps` on. The order stays as it is."""
         self._micro_batch_tokens = sequences * self._data.sequence_length
 
     def _plan(self) -> None:
@@ -126,22 +134,25 @@ class TrainLoader:
         self.order, self.plan = order, Steps(state.stages, state.passed_over)
 
     def state_at(self, step: int) -> OrderState:
-        """The state to save after a step."""
+        """The order state that a checkpoint after this step holds."""
         return replace(self.state, consumed_samples=self.plan[step].end_sample)
 
     def epochs(self, step: int) -> dict[str, float]:
-        """How often each source has been read, in the order, by the end of a step."""
+        """How often each source has been read by the end of a step, by its name."""
         return dict(zip(self.names, self.order.epochs(self.plan[step].end_sample), strict=True))
 
     def pass_over(self, step: int, n_steps: int) -> list[int]:
-        """Leave out the samples of so many steps, from `step` on, which has not been taken; their range."""
-        window = [self.plan[step].first_sample, self.plan.end_after(step, n_steps, self.state.stages)]
-        self.state.passed_over = [*self.state.passed_over, window]
+        """Leave out the samples of `n_steps` steps, beginning with `step`, which is not done; [first, end) of them."""
+        left_out = [self.plan[step].first_sample, self.plan.end_after(step, n_steps, self.state.stages)]
+        self.state.passed_over = [*self.state.passed_over, left_out]
         self._plan()
-        return window
+        return left_out
 
     def substituted(self, found: Sequence[Substitution]) -> list[Substitution]:
-        """Note chunks that ranks found bad in a step; those that were not known. The same call on all ranks."""
+        """Add the substitutions that ranks made in a step to the state, and return those that are new.
+
+        All ranks make the same call, with the substitutions of all ranks.
+        """
         known = {(s.source, s.epoch, s.chunk) for s in self.state.substitutions}
         new: dict[tuple[int, int, int], Substitution] = {}
         for entry in sorted(found, key=lambda s: (s.source, s.epoch, s.chunk, s.first_sample)):
@@ -151,10 +162,10 @@ class TrainLoader:
         return list(new.values())
 
     def steps(self, first_step: int) -> Iterator[list[Batch]]:
-        """The micro batches of each optimizer step, from that of number `first_step` to the last one of the run.
+        """The micro batches of each optimizer step, from step `first_step` to the last one of the run.
 
-        The iterator owns its worker processes, which end with it; call again to start elsewhere. Raises
-        CorruptShardError, and RunError where a worker process died.
+        The iterator owns its worker processes, which end with it; to start at another step, call this again. Raises
+        CorruptShardError, and RunError if a worker process dies.
         """
         reader = SequenceReader(self._corpora, self._data, self.state.seed, self.state.substitutions)
         read, wanted = MicroBatches(reader, self.order), self._micro_batches(first_step)
@@ -168,14 +179,14 @@ class TrainLoader:
             yield [_to_batch(*next(found)) for _ in self._micro_batches_of(self.plan[number])]
 
     def _micro_batches(self, first_step: int) -> Iterator[tuple[Ints, Ints]]:
-        """The samples of each forward pass, and those whose chunks should be fetched by now."""
-        is_remote = any(corpus.is_remote for corpus in self._corpora)
+        """For each forward pass its samples, and the samples whose chunks should be requested now."""
+        is_behind_url = any(corpus.is_behind_url for corpus in self._corpora)
         nothing = np.empty(0, np.int64)
         for number in range(first_step, self.n_steps + 1):
             ahead = (
                 [number + _STEPS_AHEAD] if number > first_step else range(number, number + _STEPS_AHEAD + 1)
             )
-            wanted = [n for n in ahead if is_remote and n <= self.n_steps]
+            wanted = [n for n in ahead if is_behind_url and n <= self.n_steps]
             upcoming = [samples for n in wanted for samples in self._micro_batches_of(self.plan[n])]
             for samples in self._micro_batches_of(self.plan[number]):
                 yield samples, np.concatenate(upcoming) if upcoming else nothing
@@ -192,6 +203,7 @@ class TrainLoader:
 
 
 def _check_corpora(sources: list[SourceConfig], corpora: list[Corpus], data: DataConfig) -> None:
+    """Raise ConfigError unless all corpora have one tokenizer and chunks that the sequence lengths divide."""
     first = corpora[0].manifest
     lengths = [data.sequence_length, *(s.sequence_length for s in data.stages if s.sequence_length)]
     for source, corpus in zip(sources, corpora, strict=True):

@@ -26,7 +26,7 @@ def quotas(weights: Sequence[float]) -> list[int]:
     left = PERIOD - sum(counts)
     for k in sorted(range(len(counts)), key=lambda k: counts[k] - exact[k])[: max(left, 0)]:
         counts[k] += 1
-    for _ in range(-left):  # the sources raised to 1 took more than there was
+    for _ in range(-left):  # the sources that were raised to 1 took more places than the period has
         counts[counts.index(max(counts))] -= 1
     return counts
 

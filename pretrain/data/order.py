@@ -1,9 +1,29 @@
 """The order of training samples: global sample index -> (source, epoch, chunk, sequence).
 
-A pure function of the sources' sizes, the seed and the mixture schedule. It reads no file, knows nothing
+It is a pure function of the sizes of the sources, the seed and the data stages. It reads no file, knows nothing
 of ranks, and answers for any index at once, so that a run resumes anywhere, on any number of ranks, and
 "what was read at step n" has an answer without a log. Names: V lanes, T tokens per sequence; for one
 source N chunks per epoch, C sequences in a full chunk, C_last in the corpus's last chunk.
+
+**Example.** Two sources, w with 8 chunks and c with 4, are mixed 3 to 1. Chunks have 16 tokens and sequences 8, so
+that C = 2. There are V = 2 lanes, and windows of W = 2 chunks. `w3.0` is the first sequence of chunk 3 of source w.
+
+>>> sizes = [SourceSize(8, 16, 16), SourceSize(4, 16, 16)]
+>>> stage = DataStage(weights=(3.0, 1.0), sequence_length=8, batch_sequences=4)
+>>> order = Order(sizes, [stage], lanes=2, window_chunks=2, seed=1)
+>>> def names(samples):
+...     at = order.locate(samples)
+...     return " ".join(f"{'wc'[s]}{c}.{q}" for s, c, q in zip(at.source, at.chunk, at.sequence, strict=True))
+>>> names(np.arange(0, 16, 2))  # lane 0: the even samples
+'w3.0 w0.1 c1.0 w3.1 w0.0 w1.1 c0.1 w4.1'
+>>> names(np.arange(1, 16, 2))  # lane 1: the odd samples
+'w5.0 w5.1 w2.0 c3.0 w2.1 w6.1 w6.0 c2.1'
+>>> order.epochs(16)  # 12 of the 16 sequences of w have been read, and 4 of the 8 of c
+[0.75, 0.5]
+
+Each lane draws from w three times out of four. Lane 0 reads the four sequences of its first window, w3 and w0, in
+shuffled order before it begins the window of w1 and w4. Lane 1 reads other chunks: within an epoch
+no chunk is on two lanes.
 
 **1. Lanes.** Sample i is on lane v = i mod V, at position p = i div V of that lane. Lanes are virtual: V is
 fixed for a run while the number of ranks is not (`rank_samples` says which samples a rank reads).
@@ -11,24 +31,24 @@ fixed for a run while the number of ranks is not (`rank_samples` says which samp
 **2. Mixture.** The weights become integer quotas q_k over a period of P = 2^16 positions. The j-th of source
 k's q_k places is wanted at (j + 1/2) / q_k of the period; sorting all places by that interleaves the sources
 evenly. Every lane repeats this pattern, rotated by an amount of its own, so that the lanes, and with them
-every batch, hold different sources at any time. How many samples of source k precede a position of a lane,
+every batch, hold different sources at any time. The number of samples of source k that precede a position of a lane,
     n = begin[v, k] + (whole periods) q_k + (places of k before this one in the period) - (those before the rotation),
-is a table look-up. Over a period the shares are exact, and since the pattern repeats nothing drifts: on a
-lane a count is never further than the number of sources from its quota. A stage, with other weights, begins
-at any sample, starts the pattern anew, and has the counts of all earlier stages in its `begin`, so that no
-source loses or repeats a sample.
+is a table look-up. Over a period the shares are exact, and nothing drifts, because the pattern repeats: on a lane
+the count of a source is never further from its quota than the number of sources. A data stage with other weights
+may begin at any sample. It starts the pattern anew, and its `begin` holds the counts of all earlier stages, so that
+no source loses or repeats a sample.
 
-A stage may have longer sequences, T' = m T. Then what each lane has left of the window (see 4) that it is reading
-from a source comes first, m of the short sequences, as they are permuted, to each long one (the last may be
-padded); from the next window on it reads sequences of T'. So here too no token is lost or read twice.
+A data stage may have longer sequences, T' = m T. Each lane then first reads what is left of the window (see 4) that
+it has begun in a source: m of the short sequences, in their permuted order, make one long sequence, and the last
+one may be padded. From the next window on it reads sequences of T'. So here, too, no token is lost or read twice.
 
-**3. Chunks to lanes.** A source's epochs are concatenated to one stream of chunks, g = e N + ordinal, and
-dealt round robin: lane g mod V, row g div V. Each chunk thus belongs to one lane per epoch, and lanes that
-have drawn the same number n of samples are in the same row or in adjacent ones: no lane runs into later
-epochs than the others.
+**3. Chunks to lanes.** The epochs of a source are concatenated to one stream of chunks, g = e N + ordinal, which
+is dealt round robin: lane g mod V, row g div V. Each chunk thus belongs to one lane per epoch. Lanes that have
+drawn the same number n of samples are in the same row or in adjacent ones, so that no lane gets epochs ahead of
+the others.
 
-The last chunk may be short by d = C - C_last sequences. If it fell on the same lane in each epoch (as it
-would where V divides N), that lane would run ahead. So in epoch e it gets the ordinal
+The last chunk may be short by d = C - C_last sequences. If it fell on the same lane in every epoch, as it
+would where V divides N, that lane would run ahead. So in epoch e it gets the ordinal
     s(e) = (e div (V/G)) mod G,    G = gcd(V, N) <= N,
 and over V epochs (N rows) each lane has it exactly once: as e runs over V/G consecutive epochs, e N mod V
 runs over all multiples of G, and s(e) in 0..G-1 over the blocks of V/G epochs fills what lies between. On lane
@@ -40,8 +60,8 @@ and therefore in row k0 = (e N + b - v) / V, and in every N-th row from there. I
 
 **4. Shuffling.** The ordinals of an epoch are a permutation of its chunks, and the sequences of W successive
 rows of a lane (a window, which never crosses an epoch) are permuted. Both are Feistel networks with cycle
-walking: a bijection of any size, evaluated at one point, without a table. So a lane has W chunks in use
-at a time, known ahead.
+walking: a bijection of any size, evaluated at one point, without a table. So a lane has W chunks in use at a
+time, and they are known in advance, which is what prefetching needs.
 """
 
 from __future__ import annotations
@@ -54,7 +74,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.config.data_stages import Stage, stage_at
+from pretrain.config.data_stages import DataStage, stage_at
 from pretrain.data.mixture import PERIOD, interleave, quotas
 from pretrain.data.permutation import Ints, key_of, permute, unpermute
 
@@ -67,9 +87,11 @@ class SourceSize:
     """What the order needs to know of a corpus."""
 
     n_chunks: int
+    """Number of chunks."""
     chunk_tokens: int
     """Tokens of every chunk but the last."""
     last_chunk_tokens: int
+    """Tokens of the last chunk."""
 
     def sequences_per_chunk(self, sequence_length: int) -> tuple[int, int]:
         """C and C_last: sequences of a full chunk, and of the last one (its last sequence may be part padding)."""
@@ -77,39 +99,45 @@ class SourceSize:
 
 
 class Location(NamedTuple):
-    """Where samples lie, as pieces, one per sample but where the sequence length has just grown; int64 arrays."""
+    """Where samples lie: one part per sample, or several where the sequence length has just grown; int64 arrays."""
 
     source: Ints
+    """Number of the source in the mixture."""
     epoch: Ints
+    """Epoch of the source, counted from 0."""
     chunk: Ints
     """Number of the chunk within its corpus."""
     sequence: Ints
     """Number of the sequence within its chunk: its first token is sequence x length."""
     length: Ints
-    """Tokens of the piece, where its chunk has so many."""
-    row: Ints
-    """Which of the asked samples the piece belongs to; ascending."""
+    """Tokens of the part, unless its chunk ends before."""
+    request: Ints
+    """Index, in the samples asked for, of the sample that the part belongs to; ascending."""
 
 
-class Found(NamedTuple):
-    """Samples that hold something of one chunk; int64 arrays."""
+class SamplesOfChunk(NamedTuple):
+    """The samples that hold something of one chunk; int64 arrays."""
 
     sample: Ints
+    """Index of the sample in the order."""
     sequence: Ints
+    """Number of the sequence within the chunk."""
     epoch: Ints
+    """Epoch of the source, counted from 0."""
     length: Ints
+    """Tokens of the sequence."""
 
 
 class Order:
     """The order of all samples of a run.
 
-    The first stage begins at 0. Tables take about (0.4 MB + 40 B x lanes x sources) per stage.
+    The first stage begins at sample 0. The tables take about (0.4 MB + 40 B x lanes x sources) per stage.
     """
 
     def __init__(
         self,
         sizes: Sequence[SourceSize],
-        stages: Sequence[Stage],
+        stages: Sequence[DataStage],
         *,
         lanes: int,
         window_chunks: int,
@@ -134,11 +162,11 @@ class Order:
         self._build_stages()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Sent to another process as its arguments: see `Corpus.__reduce__`."""
+        """Pickled as its arguments, so that little is sent to another process: see `Corpus.__reduce__`."""
         return _order_of, self._arguments
 
-    def with_stages(self, stages: Sequence[Stage]) -> Order:
-        """The same with other stages."""
+    def with_stages(self, stages: Sequence[DataStage]) -> Order:
+        """The same order with other stages."""
         sizes, _, *rest = self._arguments
         return _order_of(sizes, stages, *rest)
 
@@ -186,13 +214,13 @@ class Order:
         """Where each lane goes on in each source when the next stage begins."""
         begin = self._begin[stage]
         drawn = self._drawn(stage, int(self._first_sample[stage + 1]))
-        per = self._pieces_per_sample(stage, begin.rest_length)
+        per = self._parts_per_sample(stage, begin.rest_length)
         rest = np.maximum(0, begin.rest - drawn * per)
         first = begin.rest_first + begin.rest - rest
         n = begin.n + np.maximum(0, drawn + -begin.rest // per)
         if self._length[stage + 1] == self._length[stage]:
             return _Begin(n, first, rest, begin.rest_length)
-        # Longer sequences from here on. The window that is half read is read to its end in its short pieces.
+        # Sequences are longer from here on. A window that has been begun is read to its end in short sequences.
         source, lane = np.broadcast_arrays(np.arange(n.shape[1]), np.arange(self.lanes)[:, None])
         rows = self._lane_rows(self._length[stage], source, lane)
         _, low, high = self._window(rows, lane, rows.row_of(n))
@@ -200,7 +228,9 @@ class Order:
         row = np.where(fresh, low, high)
         own = np.where(fresh, 0, rows.samples_before(high) - n)
         after = self._lane_rows(self._length[stage + 1], source, lane).samples_before(row)
-        in_rest = rest > 0  # of a still shorter length: then nothing of the window after it has been read
+        in_rest = (
+            rest > 0
+        )  # the rest has a still shorter length: nothing of the window after it has been read
         return _Begin(
             after,
             np.where(in_rest, first, n),
@@ -208,33 +238,33 @@ class Order:
             np.where(in_rest, begin.rest_length, self._length[stage]),
         )
 
-    def _pieces_per_sample(self, stage: int | Ints, rest_length: Ints) -> Ints:
+    def _parts_per_sample(self, stage: int | Ints, rest_length: Ints) -> Ints:
         lengths = np.array(self._lengths, np.int64)
         return lengths[self._length[stage]] // lengths[rest_length]
 
     def locate(self, samples: Ints) -> Location:
-        """Where the samples of the given global indices (any order, 1-D) lie. Exact up to 1e12 and beyond."""
+        """Where the samples with these global indices (1-D, in any order) lie. Exact beyond an index of 10^12."""
         samples = np.asarray(samples, np.int64)
-        row = np.arange(len(samples))
+        request = np.arange(len(samples))
         lane, position = samples % self.lanes, samples // self.lanes
         stage = np.searchsorted(self._first_sample, samples, side="right") - 1
         source, drawn = self._draw(stage, lane, position)
         begin = _Begin(*(table[stage, lane, source] for table in self._starts))
         length = self._length[stage]
         if not begin.rest.any():
-            return self._place(row, length, source, lane, begin.n + drawn)
-        per = self._pieces_per_sample(stage, begin.rest_length)
+            return self._place(request, length, source, lane, begin.n + drawn)
+        per = self._parts_per_sample(stage, begin.rest_length)
         taken = drawn * per
         in_rest = taken < begin.rest
-        n_pieces = np.where(in_rest, np.minimum(per, begin.rest - taken), 1)
+        n_parts = np.where(in_rest, np.minimum(per, begin.rest - taken), 1)
         n = np.where(in_rest, begin.rest_first + taken, begin.n + drawn + -begin.rest // per)
-        row = np.repeat(row, n_pieces)
-        within = np.arange(len(row)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)
-        length = np.where(in_rest, begin.rest_length, length)[row]
-        return self._place(row, length, source[row], lane[row], n[row] + within)
+        request = np.repeat(request, n_parts)
+        within = np.arange(len(request)) - np.repeat(np.cumsum(n_parts) - n_parts, n_parts)
+        length = np.where(in_rest, begin.rest_length, length)[request]
+        return self._place(request, length, source[request], lane[request], n[request] + within)
 
-    def _place(self, row: Ints, length: Ints, source: Ints, lane: Ints, n: Ints) -> Location:
-        """The n-th sequence of so many tokens (an index of `_lengths`) of a source on a lane."""
+    def _place(self, request: Ints, length: Ints, source: Ints, lane: Ints, n: Ints) -> Location:
+        """Where the n-th sequence of a source on a lane lies. `length` is an index of `_lengths`."""
         rows = self._lane_rows(length, source, lane)
         epoch, low, high = self._window(rows, lane, rows.row_of(n))
         begin = rows.samples_before(low)
@@ -245,7 +275,7 @@ class Order:
         ordinal = place * self.lanes + lane - epoch * rows.n_chunks
         chunk = self._chunk(source, epoch, ordinal)
         tokens = np.array(self._lengths, np.int64)[length]
-        return Location(source, epoch, chunk, n - rows.samples_before(place), tokens, row)
+        return Location(source, epoch, chunk, n - rows.samples_before(place), tokens, request)
 
     def _first_row(self, rows: _LaneRows, lane: Ints, epoch: Ints) -> Ints:
         return -((lane - epoch * rows.n_chunks) // self.lanes)  # ceil((e N - v) / V)
@@ -284,7 +314,7 @@ class Order:
         shuffled = permute(np.minimum(rest, size - 1), size, key_of(self.seed, _CHUNKS, source, epoch))
         return np.where(is_short & (ordinal == place), last, shuffled)
 
-    def find(self, source: int, chunk: int, end_sample: int) -> Found:
+    def find(self, source: int, chunk: int, end_sample: int) -> SamplesOfChunk:
         """All samples before `end_sample` that hold something of a chunk: the inverse of `locate`."""
         begun = math.ceil(self.chunks_read(end_sample)[:, source].max())  # by the lane that is furthest
         n_epochs = math.ceil(begun * self.lanes / self._n_chunks[source])
@@ -310,7 +340,7 @@ class Order:
         )
         kept = found[0] < end_sample
         ascending = np.argsort(found[0][kept], kind="stable")
-        return Found(*(column[kept][ascending] for column in found))
+        return SamplesOfChunk(*(column[kept][ascending] for column in found))
 
     def _ordinal(self, source: int, epoch: int, chunk: int) -> int:
         """The inverse of `_chunk`."""
@@ -324,7 +354,7 @@ class Order:
         return rest + (is_short and rest >= place)
 
     def _drawn_as(self, length: int, source: int, lane: int, row: int, epoch: int) -> tuple[Ints, Ints]:
-        """When a lane draws the sequences of a row, as the n-th of the source; and which sequence each is."""
+        """As which n-th of the source a lane draws the sequences of a row, and which sequence each of them is."""
         at = np.array([source]), np.array([lane])
         rows = self._lane_rows(np.array([length]), *at)
         _, low, high = self._window(rows, at[1], np.array([row]))
@@ -337,10 +367,10 @@ class Order:
         return begin + unpermute(placed - begin, np.broadcast_to(size, placed.shape), key), placed - first
 
     def _samples_of(self, length: int, source: int, lane: int, n: Ints) -> Iterator[tuple[Ints, Ints]]:
-        """The samples that are the n-th sequences of a length from a source on a lane; and which of `n` they are."""
+        """The samples that a lane draws as the n-th sequences of a source and length, and which of `n` each one is."""
         for s, quota in enumerate(self._quotas[:, source].tolist()):
             begin = _Begin(*(table[s, lane, source] for table in self._starts))
-            per = self._pieces_per_sample(s, begin.rest_length)
+            per = self._parts_per_sample(s, begin.rest_length)
             is_own = (n >= begin.n) & (length == self._length[s])
             in_rest = (n >= begin.rest_first) & (n < begin.rest_first + begin.rest)
             for drawn, mask in (
@@ -361,10 +391,10 @@ class Order:
         return position * self.lanes + lane
 
     def chunks_read(self, sample: int) -> NDArray[np.float64]:
-        """Chunks of each source that each lane has read before `sample`, in parts of one: [V, K]."""
+        """How many chunks of each source each lane has read before `sample`, with fractions: [V, K]."""
         stage = stage_at(self._parts, sample)
         begin, drawn = self._begin[stage], self._drawn(stage, sample)
-        per = self._pieces_per_sample(stage, begin.rest_length)
+        per = self._parts_per_sample(stage, begin.rest_length)
         n = begin.n + np.maximum(0, drawn + -begin.rest // per)
         source, lane = np.broadcast_arrays(np.arange(n.shape[1]), np.arange(self.lanes)[:, None])
         rows = self._lane_rows(self._length[stage], source, lane)
@@ -374,18 +404,18 @@ class Order:
         return row + within - rest
 
     def epochs(self, sample: int) -> list[float]:
-        """How often each source has been read before `sample`, in chunks: a short last one counts as one."""
+        """How often each source has been read before `sample`, counted in chunks; a short last chunk counts as one."""
         return (self.chunks_read(sample).sum(axis=0) / self._n_chunks).tolist()
 
     def is_read(self, source: int, n_epochs: int, sample: int) -> bool:
-        """Whether any lane draws from the source beyond so many epochs before `sample`."""
+        """Whether any lane draws from the source more than `n_epochs` epochs before `sample`."""
         lane = np.arange(self.lanes)
         end = -((lane - n_epochs * self._n_chunks[source]) // self.lanes)
         return bool((self.chunks_read(sample)[:, source] > end).any())
 
 
-def _distinct(stages: Sequence[Stage]) -> list[Stage]:
-    """Without stages that change the batch alone, which has no part in the order."""
+def _distinct(stages: Sequence[DataStage]) -> list[DataStage]:
+    """The stages without those that change only the batch, which has no part in the order."""
     kept = [stages[0]]
     for stage in stages[1:]:
         before = quotas(kept[-1].drawn_weights), kept[-1].sequence_length
@@ -398,24 +428,26 @@ class _Begin(NamedTuple):
     """Where lanes go on in sources when a stage begins."""
 
     n: Ints
-    """Sequences of the stage's length before the first one, once the rest is read."""
+    """Number of sequences, of the stage's length, that precede the first one after the rest."""
     rest_first: Ints
-    """Of a window that was begun with shorter sequences: the first of those that are left,"""
+    """The rest is what is left of a window that was begun with shorter sequences: number of its first sequence."""
     rest: Ints
-    """their number,"""
+    """Number of sequences in the rest."""
     rest_length: Ints
-    """and their length, as an index of the order's lengths."""
+    """Length of the sequences in the rest, as an index of the order's lengths."""
 
 
 class _LaneRows(NamedTuple):
     """The rows (chunks) of one source on one lane, for arrays of (source, lane) pairs."""
 
     n_chunks: Ints
+    """N: chunks per epoch."""
     per_chunk: Ints
+    """C: sequences in a full chunk."""
     missing: Ints
-    """d: sequences that the corpus's last chunk lacks."""
+    """d: number of sequences that the corpus's last chunk lacks."""
     short_row: Ints
-    """k0: first row that holds the last chunk; then every n_chunks-th row."""
+    """k0: the first row that holds the last chunk; after it every n_chunks-th row does."""
 
     def samples_before(self, row: Ints) -> Ints:
         shorts = (row - self.short_row + self.n_chunks - 1) // self.n_chunks
@@ -429,6 +461,6 @@ class _LaneRows(NamedTuple):
 
 
 def _order_of(
-    sizes: Sequence[SourceSize], stages: Sequence[Stage], lanes: int, window_chunks: int, seed: int
+    sizes: Sequence[SourceSize], stages: Sequence[DataStage], lanes: int, window_chunks: int, seed: int
 ) -> Order:
     return Order(sizes, stages, lanes=lanes, window_chunks=window_chunks, seed=seed)

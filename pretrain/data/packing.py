@@ -1,9 +1,9 @@
 """Which parts of a chunk's documents each of its sequences holds. Pure functions of where documents begin.
 
 Concatenation cuts the chunk every T tokens, wherever that falls. Best fit (Ding et al. 2024, "Fewer Truncations
-Improve Language Modeling") places documents so that few are cut. Here the number of sequences is fixed by the
-chunk's size, so that any sequence can be found without reading the ones before: what cannot be placed whole is
-cut to fill what is free. So nothing is padded, but for what a corpus's last chunk lacks, and nothing left out.
+Improve Language Modeling") places documents so that few are cut. Here the chunk's size fixes the number of sequences,
+so that any sequence can be found without reading the ones before it; what cannot be placed whole is cut to fill the
+remaining gaps. So no token is left out, and only a corpus's last chunk, if it is short, is padded.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Segments = list[list[tuple[int, int]]]
 def best_fit(starts: Ints, n_tokens: int, length: int) -> Segments:
     """The sequences of `length` tokens that a chunk of `n_tokens` with documents at `starts` is made into.
 
-    Of a document longer than a sequence, what fills whole sequences is cut off from its beginning. The rest of
-    it, like every shorter document, goes where the least room is left, longest first (best fit decreasing), whole
-    documents before such rests, so that what has to be cut to fill the gaps is most often cut already.
+    A document that is longer than a sequence first fills whole sequences from its beginning. Its rest, like every
+    shorter document, goes where it leaves the least room, longest first (best fit decreasing). Whole documents are
+    placed before such rests, so that what has to be cut to fill the gaps has most often been cut already.
     """
     sequences: Segments = []
     rests: list[tuple[bool, int, int]] = []  # (was cut, -tokens, start)
@@ -46,7 +46,7 @@ def best_fit(starts: Ints, n_tokens: int, length: int) -> Segments:
         room, number = free.pop(at)
         bins[number].append((start, start + tokens))
         bisect.insort(free, (room - tokens, number))
-    for start, stop in postponed:  # into the largest gaps, so that there are few cuts
+    for start, stop in postponed:  # fill the largest gaps first, so that there are few cuts
         while start < stop:
             room, number = free.pop()
             taken = min(room, stop - start)
@@ -57,5 +57,5 @@ def best_fit(starts: Ints, n_tokens: int, length: int) -> Segments:
 
 
 def concat(n_tokens: int, length: int, sequence: int) -> list[tuple[int, int]]:
-    """The one range that a sequence holds where documents are cut every `length` tokens."""
+    """The one token range that a sequence holds if the chunk is cut every `length` tokens."""
     return [(sequence * length, min((sequence + 1) * length, n_tokens))]

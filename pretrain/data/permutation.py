@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-_ROUNDS = 6  # 4 are enough for large sizes; windows of five to eight sequences want more
+_ROUNDS = (
+    6  # 4 are enough for large sizes, but windows of five to eight sequences need more to be well shuffled
+)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ROUND_KEYS = np.arange(_ROUNDS, dtype=np.uint64) * _GOLDEN  # wraps around
 
@@ -47,7 +49,7 @@ def _walk(x: Ints, size: Ints, key: Keys, backward: bool) -> Ints:
 
 
 def key_of(seed: int, *parts: int | Ints) -> Keys:
-    """A 64-bit hash of the seed and the parts (1-D arrays, or an integer for all)."""
+    """A 64-bit hash of the seed and the parts: 1-D arrays, or an integer that is the same for all elements."""
     key = _mix(np.array([seed % (1 << 64)], np.uint64) + _GOLDEN)
     for part in parts:
         key = _mix((key ^ np.atleast_1d(np.asarray(part, np.int64)).astype(np.uint64)) + _GOLDEN)

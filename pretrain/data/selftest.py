@@ -1,4 +1,4 @@
-"""Whether a cluster reads a corpus as the order says: by any number of ranks and workers, and after being killed."""
+"""Tests whether a cluster reads a corpus as the order says, with other numbers of ranks and workers and after kills."""
 
 from __future__ import annotations
 
@@ -27,36 +27,46 @@ _POLL_S = 0.01
 
 
 class SampleRead(NamedTuple):
-    """One sequence as a rank had it."""
+    """One sequence as a rank got it from its loader."""
 
     step: int
+    """Number of the step that the sequence was read in."""
     sample: int
+    """Index of the sample in the order."""
     digest: int
     """xxh3-64 of its tokens, labels, positions and document ids."""
 
 
 @dataclass
-class Check:
-    """One way of reading, compared with the order and with the first way."""
+class ReadingCheck:
+    """The result of one way of reading: compared with the order, and with what the first way read."""
 
     name: str
+    """What is special about this way of reading."""
     problem: str | None
-    """In one sentence; None: all is well."""
+    """What is wrong, in one sentence; None if nothing is."""
     first_batch_s: float
-    """Of the slowest rank."""
+    """Time until the slowest rank had its first batch."""
     tokens_per_second: float
-    """Of all ranks, first batch aside."""
+    """Rate of all ranks together, without the first batch."""
 
 
 class _Reading(NamedTuple):
+    """What one rank has read, and how fast."""
+
     samples: list[SampleRead]
+    """The sequences, in the order in which they were read."""
     first_batch_s: float
+    """Time until the first batch."""
     tokens_per_second: float
+    """Rate without the first batch."""
 
 
-def run_selftest(config: TrainConfig, world: World, *, steps: int, from_step: int, kills: int) -> list[Check]:
-    """All checks; all ranks call this together, and rank 0 gets what is wrong. Raises RunError."""
-    # Python would warn, at the end, of the semaphores of the readers that were killed.
+def run_selftest(
+    config: TrainConfig, world: World, *, steps: int, from_step: int, kills: int
+) -> list[ReadingCheck]:
+    """Make all checks. All ranks call this together, and get the same results. Raises RunError."""
+    # At its end Python would warn of the semaphores of the readers that were killed.
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
     last = min(from_step + steps - 1, _loader(config, 0, 1).n_steps)
     n = config.reader_ranks(world.size)
@@ -81,7 +91,7 @@ def run_selftest(config: TrainConfig, world: World, *, steps: int, from_step: in
         problem = _problem(config, samples, reference, (from_step, last)) if world.is_main else None
         reference = reference or {sample.sample: sample for sample in samples}
         checks.append(
-            Check(
+            ReadingCheck(
                 name,
                 problem,
                 max(reading.first_batch_s for reading in found),
@@ -112,7 +122,7 @@ def _loader(config: TrainConfig, rank: int, n_ranks: int) -> TrainLoader:
 def _read(
     config: TrainConfig, rank: int, n_ranks: int, workers: int, steps: tuple[int, int], kills: int
 ) -> _Reading:
-    """The steps as one rank reads them, in a process of its own that is killed so often at random moments."""
+    """The steps as one rank reads them, in a process that is killed `kills` times at random moments, and restarted."""
     config = replace(config, data=replace(config.data, loader_workers=workers))
     chance = random.Random(f"{_KILL_SEED} {rank}")
     with tempfile.TemporaryDirectory(prefix="selftest-") as folder:
@@ -143,13 +153,13 @@ def _run_reader(
 
 
 def _train_keys(config: TrainConfig) -> dict[str, Any]:
-    """The configuration without what a subclass adds."""
+    """The configuration without the keys that a subclass of TrainConfig adds."""
     values = to_dict(config)
     return {key.name: values[key.name] for key in fields(TrainConfig)}
 
 
 def _reader(config_json: str, rank: int, n_ranks: int, steps: tuple[int, int], log: str) -> None:
-    """Runs in the process that is killed: one line per step, after the step has been read."""
+    """The program of the process that is killed: it writes one line per step, after the step has been read."""
     config = validate(TrainConfig, json.loads(config_json))
     started = time.monotonic()
     with open(log, "a", encoding="utf-8") as file:
@@ -173,12 +183,12 @@ def _reader(config_json: str, rank: int, n_ranks: int, steps: tuple[int, int], l
 
 
 def _entries(log: Path) -> Iterator[dict]:
-    """Whole lines; the one that a killed reader was writing is left out."""
+    """The entries of whole lines; a line that a killed reader was still writing is left out."""
     text = log.read_text(encoding="utf-8") if log.exists() else ""
     for line in text.split("\n")[:-1]:
         try:
             yield json.loads(line)
-        except ValueError:  # half a line, or none
+        except ValueError:  # half a line, or an empty one
             continue
 
 
@@ -199,7 +209,7 @@ def _parse(log: Path, first: int) -> _Reading:
 def _problem(
     config: TrainConfig, found: list[SampleRead], reference: dict[int, SampleRead], steps: tuple[int, int]
 ) -> str | None:
-    """What is wrong with the samples that all ranks together read."""
+    """What is wrong with the samples that all ranks have read together, in one sentence; None if nothing is."""
     plan = _loader(config, 0, 1).plan
     expected = {
         sample: step
@@ -223,8 +233,8 @@ def _problem(
     return None
 
 
-def verdict_lines(checks: list[Check], config: TrainConfig, n_ranks: int) -> list[str]:
-    """The table and the verdict, for people."""
+def result_lines(checks: list[ReadingCheck], config: TrainConfig, n_ranks: int) -> list[str]:
+    """A table of the checks and the conclusion, for people."""
     lines = [f"{'reading':<36}{'first batch s':>14}{'tokens/s':>14}  result"]
     lines += [
         f"{check.name:<36}{check.first_batch_s:>14.2f}{check.tokens_per_second:>14,.0f}  {check.problem or 'the same'}"

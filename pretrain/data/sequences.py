@@ -20,9 +20,9 @@ from pretrain.data.permutation import Ints, key_of
 from pretrain.data.state import Substitution
 from pretrain.errors import RunError
 
-_PACKED_CHUNKS = 512  # whose packing is kept, 60 KB each: W chunks per lane and source are read at a time
+_PACKED_CHUNKS = 512  # packings that are kept, 60 KB each: W chunks per lane and source are in use at a time
 _SUBSTITUTES_TRIED = 8
-_ATTEMPTS = 3  # a chunk that comes and goes must not hold up a run for ever
+_READ_TRIES = 3  # a chunk that is readable only now and then must not hold up a run for ever
 _NOTHING = np.empty(0, np.uint16)
 
 Packed = NDArray[np.int32]
@@ -35,22 +35,28 @@ class Sequences:
     packed: Packed
     """int32 [4, B, T]: tokens, labels, positions, document ids."""
     counts: Counts
+    """How documents fell into the sequences."""
     substitutions: list[Substitution] = field(default_factory=list)
     """Chunks that could not be read, found while reading these."""
 
 
 class _Segment(NamedTuple):
-    """Tokens [start, stop) of a chunk, of which a row holds a copy."""
+    """Tokens [start, stop) of a chunk that are copied to a row."""
 
     row: int
+    """Row of the batch."""
     source: int
+    """Number of the source in the mixture."""
     chunk: int
+    """Number of the chunk in its corpus."""
     start: int
+    """First token."""
     stop: int
+    """Token after the last one."""
 
 
 class SequenceReader:
-    """Reads sequences from corpora. `substitutions` are those that the run has made so far."""
+    """Reads sequences from corpora, whose chunks it replaces as the run's `substitutions` so far say."""
 
     def __init__(
         self,
@@ -67,9 +73,12 @@ class SequenceReader:
         self._packings: OrderedDict[tuple[int, int, int], Segments] = OrderedDict()
 
     def read(self, where: Location, samples: Ints, sequence_length: int) -> Sequences:
-        """The sequences at `where`, one row per sample. Raises CorruptShardError, and RunError without a substitute."""
+        """The sequences at `where`, one row per sample.
+
+        Raises CorruptShardError, and RunError if a chunk cannot be read and no other can stand in for it.
+        """
         found: list[Substitution] = []
-        for _ in range(_ATTEMPTS):
+        for _ in range(_READ_TRIES):
             try:
                 segments = self._segments(where, samples)
                 return self._fill(segments, len(samples), sequence_length, found)
@@ -81,13 +90,13 @@ class SequenceReader:
         raise problem
 
     def prefetch(self, where: Location) -> None:
-        """Begin to fetch the chunks of these places, the first ones first."""
+        """Begin to fetch the chunks at these places, in their order."""
         for source, corpus in enumerate(self._corpora):
             chunks = dict.fromkeys(where.chunk[where.source == source].tolist())
             corpus.prefetch(list(chunks))
 
     def _segments(self, where: Location, samples: Ints) -> list[_Segment]:
-        """What the rows hold, one after another."""
+        """The segments that each row holds, in the order of the rows."""
         segments = []
         for source, epoch, chunk, sequence, length, row in zip(*(a.tolist() for a in where), strict=True):
             chunk = self._chunk(source, epoch, chunk, int(samples[row]))
@@ -137,7 +146,7 @@ class SequenceReader:
         return Sequences(packed, Counts(pieces, cut, n * sequence_length - sum(filled)), found)
 
     def _read_tokens(self, segments: list[_Segment]) -> list[NDArray[np.integer]]:
-        """The tokens of each segment, and one beyond where its chunk has it: the last label."""
+        """The tokens of each segment, and the token after it, if its chunk has one, for the last label."""
         read: list[NDArray[np.integer]] = [_NOTHING] * len(segments)
         for source, corpus in enumerate(self._corpora):
             mine = [i for i, segment in enumerate(segments) if segment.source == source]
@@ -149,7 +158,10 @@ class SequenceReader:
     def _mark(
         self, segment: _Segment, begins: NDArray[np.bool_], labels: NDArray[np.int32], last: np.integer
     ) -> tuple[int, int]:
-        """Mark where documents begin, and that no label crosses to the next; pieces, and those that are cut."""
+        """Mark where documents begin, and mask the labels that belong to the next document.
+
+        Returns the number of pieces of documents, and of those that are not a whole document.
+        """
         corpus = self._corpora[segment.source]
         documents = corpus.documents(segment.chunk)
         low, high = documents.starts.searchsorted((segment.start, segment.stop))
@@ -171,7 +183,7 @@ class SequenceReader:
         return known.substitute if known is not None and sample >= known.first_sample else chunk
 
     def _substitute_bad_chunks(self, where: Location, samples: Ints) -> list[Substitution]:
-        """Try every chunk of these places by itself, and choose others for those that cannot be read."""
+        """Try every chunk at these places on its own, and choose substitutes for those that cannot be read."""
         found = []
         for source, epoch, chunk, _, _, row in zip(*(a.tolist() for a in where), strict=True):
             sample = int(samples[row])
@@ -192,7 +204,7 @@ class SequenceReader:
         return found
 
     def _problem(self, source: int, chunk: int) -> str | None:
-        """What is wrong with a chunk, or None."""
+        """Why a chunk cannot be read; None if it can."""
         corpus = self._corpora[source]
         try:
             corpus.read(chunk, 0, corpus.chunk_tokens)
@@ -202,8 +214,8 @@ class SequenceReader:
         return None
 
     def _substitutes(self, source: int, epoch: int, chunk: int) -> list[int]:
-        """Chunks to be tried in place of a bad one: the same on every rank, and at every restart."""
-        n_full = self._corpora[source].n_chunks - 1  # the last one may have fewer sequences
+        """Chunks to try in place of a bad one: the same ones on every rank and at every start."""
+        n_full = self._corpora[source].n_chunks - 1  # the last chunk may have fewer sequences
         tries = np.arange(4 * _SUBSTITUTES_TRIED)
         keys = key_of(self._seed, source, epoch, chunk, tries)
         drawn = [int(key % np.uint64(max(n_full, 1))) for key in keys]

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of the data: where the run is in the order, and which order it is."""
+"""What a checkpoint knows of the data: which order of samples the run follows, and how far it has come in it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pretrain.config.data import MAX_LANES
-from pretrain.config.data_stages import MAX_SAMPLES, Stage
+from pretrain.config.data_stages import MAX_SAMPLES, DataStage
 from pretrain.data.mixture import quotas
 from pretrain.errors import ConfigError
 from pretrain.stored import Annotated, Ge, Le, MaxLen, MinLen, Sha256, Text, parse
 
 STATE_SCHEMA = 2
 MAX_TABLE_ROWS = 1 << 24
-"""Stages x lanes x sources; the order keeps 40 bytes for each."""
+"""Limit of stages x lanes x sources; the order keeps 40 bytes for each of these."""
 MAX_SOURCES = 1 << 16
+"""Limit of the number of sources in a mixture."""
 
 Sample = Annotated[int, Ge(0), Le(MAX_SAMPLES)]
 Chunk = Annotated[int, Ge(0), Le(1 << 32)]
@@ -29,42 +30,52 @@ class Substitution:
     source: SourceNumber
     """Number of the source in the mixture."""
     epoch: Annotated[int, Ge(0), Le(MAX_SAMPLES)]
+    """Epoch of the source, counted from 0; in other epochs the chunk is read as it is."""
     chunk: Chunk
+    """The chunk that could not be read."""
     first_sample: Sample
-    """From this sample of the order on; the chunk's samples before it were read as they are."""
+    """First sample of the order that the substitution holds for; earlier ones were read from the chunk itself."""
     substitute: Chunk
-    """The chunk read instead."""
+    """The chunk that is read instead."""
     reason: Text
-    """What was wrong, in one sentence."""
+    """What was wrong with the chunk, in one sentence."""
 
 
 @dataclass(kw_only=True, slots=True)
 class OrderState:
-    """The same on every rank. `consumed_samples` ends the last completed optimizer step."""
+    """Which order a run follows, and how far it has come. It is the same on every rank."""
 
     schema: int = STATE_SCHEMA
+    """Version of these fields."""
     manifest_sha: Annotated[list[Sha256], MinLen(1), MaxLen(MAX_SOURCES)]
     """Root hash of each source's manifest, in the order of the sources."""
     seed: Annotated[int, Ge(-(1 << 63)), Le((1 << 64) - 1)]
-    stages: Annotated[list[Stage], MinLen(1), MaxLen(1 << 10)]
+    """The run's seed, which all permutations are keyed with."""
+    stages: Annotated[list[DataStage], MinLen(1), MaxLen(1 << 10)]
+    """The data stages, in the order of their first samples."""
     consumed_samples: Sample
+    """The sample after the last one of the last completed optimizer step."""
     lanes: Annotated[int, Ge(1), Le(MAX_LANES)]
+    """V, fixed for the whole run."""
     chunk_tokens: list[Annotated[int, Ge(1), Le(1 << 40)]]
-    """Per source."""
+    """Tokens of a full chunk of each source."""
     window_chunks: Annotated[int, Ge(1), Le(1 << 32)]
+    """W: chunks of a lane that are shuffled together."""
     packing: Annotated[str, MaxLen(64)]
+    """How documents are cut into sequences: `concat` or `best_fit`."""
     passed_over: list[Annotated[list[Sample], MinLen(2), MaxLen(2)]] = field(default_factory=list)
     """Sample indices [first, end) that rollbacks left out of the run, in the order of the rollbacks."""
     substitutions: list[Substitution] = field(default_factory=list)
+    """Chunks that could not be read, each with the chunk that is read in its place."""
 
     @property
     def fixed_samples(self) -> int:
-        """What comes before this sample of the order is decided: it was read, or will be passed over."""
+        """The first sample that is still open: each one before it was read, or is passed over."""
         return max([self.consumed_samples, *(end for _, end in self.passed_over)])
 
     @property
-    def begun(self) -> list[Stage]:
-        """The stages that can no longer change."""
+    def begun(self) -> list[DataStage]:
+        """The stages that have begun, and so can no longer change."""
         return [stage for stage in self.stages if stage.first_sample < self.fixed_samples]
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,7 +84,7 @@ class OrderState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> OrderState:
-        """The inverse of `to_dict`. ConfigError where another version of this program wrote the values."""
+        """The inverse of `to_dict`. Raises ConfigError if another version of this program wrote the values."""
         if values.get("schema") != STATE_SCHEMA:
             raise ConfigError(
                 f"the checkpoint's order of samples has schema {values.get('schema')!r}, this version reads schema "
@@ -85,7 +96,7 @@ class OrderState:
         return state
 
     def _check(self, where: str) -> None:
-        """Raise ConfigError where the values contradict each other."""
+        """Raise ConfigError if the values contradict each other."""
         n_sources = len(self.manifest_sha)
         widths = {len(stage.weights) for stage in self.stages} | {len(self.chunk_tokens)}
         firsts = [stage.first_sample for stage in self.stages]
@@ -102,10 +113,11 @@ class OrderState:
             raise ConfigError(f"{where} names a source that it does not have")
 
     def check_compatible(self, other: OrderState) -> None:
-        """Raise ConfigError unless the configured order, `other`, goes on as this saved one began.
+        """Raise ConfigError unless the configured order, `other`, continues this saved one.
 
-        `other.stages` are those of a run that begins with the configuration. What is still unread may change:
-        stages that have not begun, the batch, and sources appended to the list (they have no weight in what was read).
+        `other.stages` are those of a run that begins with the configuration. What has not been read yet may change:
+        stages that have not begun, the batch, and sources at the end of the list, which have no weight in what was
+        read.
         """
         differences = [
             f"{key}={new} was {old}"
@@ -149,8 +161,8 @@ class OrderState:
         ]
 
 
-def _content(stage: Stage) -> tuple[int, list[int]]:
-    """Sequence length and quotas, trailing sources of quota 0 left out: what fixes the samples of a stage."""
+def _content(stage: DataStage) -> tuple[int, list[int]]:
+    """What determines the samples of a stage: its sequence length and its quotas, without trailing zeros."""
     counts = quotas(stage.weights)
     while counts[-1] == 0:
         counts.pop()

@@ -1,8 +1,8 @@
 """The processes that read micro batches ahead of the trainer. They import no torch, so each starts in half a second.
 
-Items go round in turns, to worker 0, 1, ..., 0, ..., and so do the answers: the order is that of one process. Each
-worker has a socket of its own to the trainer; what comes over it are arrays, for tensors would need shared memory, of
-which a container has 64 MB by default.
+Items are handed to worker 0, 1, ..., 0, ... in turn, and answers are taken in the same turn, so that the order is that
+of one process. Each worker has its own socket to the trainer. It sends arrays, because tensors would need shared
+memory, of which a container has only 64 MB by default.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from pretrain.reliability.processes import end_with_parent
 _ROOT = Path(__file__).resolve().parents[2]
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 _END_S = 1.0
-"""A worker that is still reading this many seconds after the end is killed."""
+"""A worker that is still reading this long (s) after its connection was closed is killed."""
 
 
 class MicroBatches:
-    """From (the global indices of a micro batch, those to come) to (its sequences, samples [B])."""
+    """Turns (the samples of a micro batch, the samples to prefetch) into (its sequences, its samples [B])."""
 
     def __init__(self, reader: SequenceReader, order: Order) -> None:
         self._reader, self._order = reader, order
@@ -52,10 +52,10 @@ class MicroBatches:
 
 
 def read_ahead(read: Callable[[Any], Any], items: Iterator[Any], n_workers: int, ahead: int) -> Iterator[Any]:
-    """What `read` makes of each item, in order, in processes of which each has up to `ahead` items to read.
+    """`read(item)` of each item, in order, computed in `n_workers` processes that each have up to `ahead` items to do.
 
-    The iterator owns its workers, which end with it. Raises what `read` raises (RunError, OSError), and RunError where
-    a worker died.
+    The iterator owns its workers, which end with it. Raises what `read` raises (RunError, OSError), and RunError if a
+    worker dies.
     """
     workers: list[_Worker] = []
     try:
@@ -79,7 +79,7 @@ def read_ahead(read: Callable[[Any], Any], items: Iterator[Any], n_workers: int,
 
 
 class _Worker:
-    """One process, seen from the trainer."""
+    """One worker process, as the trainer sees it."""
 
     def __init__(self) -> None:
         self.connection, theirs = Pipe()
@@ -118,7 +118,7 @@ class _Worker:
         return answer
 
     def end(self) -> None:
-        """After its connection was closed."""
+        """Wait for the worker to end, and kill it if it does not. Its connection must have been closed."""
         try:
             self._process.wait(_END_S)
         except subprocess.TimeoutExpired:
@@ -143,11 +143,11 @@ class _Worker:
 
 def serve(descriptor: int, trainer_pid: int) -> None:
     """The program of a worker: answer items until the trainer closes the connection or dies."""
-    # If the trainer is killed while its worker is reading from a slow store, that must go at once.
+    # If the trainer is killed while its worker is reading from a slow store, the worker must end at once.
     end_with_parent(trainer_pid, signal.SIGKILL)
     connection = Connection(descriptor)
     answers: SimpleQueue[Any] = SimpleQueue()
-    # A thread sends, so that reading goes on while the trainer is busy and the socket is full.
+    # A thread sends the answers, so that reading goes on while the trainer is busy and the socket is full.
     threading.Thread(target=_send, args=(connection, answers), daemon=True).start()
     read = _receive(connection)
     while True:
@@ -155,7 +155,7 @@ def serve(descriptor: int, trainer_pid: int) -> None:
         try:
             answer = read(item)
         except (RunError, OSError) as error:
-            answer = error  # for the trainer to raise: here it would be a traceback on the terminal
+            answer = error  # the trainer raises it: here it would only print a traceback on the terminal
         answers.put(ForkingPickler.dumps(answer))
 
 

@@ -4,5 +4,5 @@ The loop uses it so:
 
     engine = Engine(config, world)
     result = engine.train_step(batches, step, lr=3e-4)
-    engine.state.snapshot()                          # what a checkpoint holds
+    engine.state.snapshot()                          # weights and moments, as a checkpoint holds them
 """

@@ -1,4 +1,4 @@
-"""Sums over the bits of a run's state, which show memory that changes by itself.
+"""Sums over the bits of a run's state, which show when faulty memory changes it.
 
 The state must not change between two updates. Sums taken after each update and again before the next one show a
 flipped bit, and copies of a parameter that every rank holds must have the same sum on all ranks. A flip in a gradient
@@ -21,7 +21,7 @@ REPLICA_MODULUS = 2**40
 
 
 def bit_sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Sum of the bits of contiguous tensors, read as integers of 64 (the ends: 8) bits and wrapped around; on a device.
+    """Sum of contiguous tensors read as 64-bit integers (8-bit ones at the ends), wrapped around; on their device.
 
     One flipped bit always changes it.
     """
@@ -50,29 +50,30 @@ class StateSums:
         """Sum of the replicated tensors after the last update; the same on all ranks."""
 
     def remember(self) -> None:
-        """An update is done: from now on nothing may change."""
+        """Take the sums after an update; from now on nothing may change."""
         self.replica = bit_sum(self._replicated())
         own = bit_sum(self._partitioned())
         self._after = own + self.replica.to(own.device)
 
     def forget(self) -> None:
-        """The state is about to be replaced."""
+        """Drop the sums, because the state is about to be replaced."""
         self._after = None
 
     def changed(self) -> torch.Tensor:
-        """Whether anything has changed since `remember`: 0 or 1, on a device."""
+        """1 if anything has changed since `remember`, else 0; a scalar on a device."""
         if self._after is None:
             return torch.zeros((), dtype=torch.int64)
         now = bit_sum([*self._partitioned(), *self._replicated()])
         return (now.to(self._after.device) != self._after).to(torch.int64)
 
 
-def check_memory(
+def check_bit_sums(
     *, changed: bool, replica: float, n_changed: float, replica_total: float, step: int, world: World
 ) -> None:
-    """Raise RunError on all ranks where the memory of one is not what it was. The totals are sums over the ranks.
+    """Raise RunError on all ranks if the memory of one has changed between two updates.
 
-    `replica`: this rank's sum modulo REPLICA_MODULUS.
+    `changed` and `replica` are this rank's: whether its memory has changed, and its sum modulo REPLICA_MODULUS.
+    `n_changed` and `replica_total` are the sums of these over the ranks.
     """
     if n_changed == 0 and replica_total == replica * world.size:
         return

@@ -1,7 +1,7 @@
 """The model under DeepSpeed: one optimizer step, one evaluation pass, and all state as whole, named tensors.
 
-The only file that imports deepspeed. DeepSpeed's own checkpoints are not used: `Engine.state`
-exchanges weights and moments with `checkpoint.py`.
+This is the only file that imports deepspeed. DeepSpeed's own checkpoints are not used: `Engine.state` gives weights and
+moments to `pretrain.checkpoint.tensors`, and takes them from there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from pretrain.device import device_type
 
-# DeepSpeed chooses at its import: it shall use what the run uses, and not warn of what is not there.
+# DeepSpeed chooses its accelerator at import. It must use the run's device, and not warn of devices that are missing.
 os.environ.setdefault("DS_ACCELERATOR", device_type())
 
 import deepspeed
@@ -46,7 +46,7 @@ from pretrain.model.kernels import capability_of, least_capable, resolve
 from pretrain.model.sequence_parallel import SequenceGroup
 from pretrain.reliability.heartbeat import mark
 
-# DeepSpeed calls collectives by names that torch has begun to rename; nothing a user can do.
+# DeepSpeed calls collectives by names that torch is renaming. A user can do nothing about these warnings.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
@@ -55,23 +55,23 @@ class StepResult:
     """What this rank knows after one optimizer step; the sums are over its own sequences."""
 
     nll_sum: torch.Tensor
-    """Sum of the negative log-likelihoods, nats; on the device, not yet synchronized."""
+    """Sum of the negative log-likelihoods, nats; a scalar on the device, not yet synchronized."""
     z_sum: torch.Tensor
-    """Sum of squared log-partitions; on the device."""
+    """Sum of the squared log-partitions; a scalar on the device."""
     n_predicted: int
-    """Predicted tokens of the global batch."""
+    """Number of predicted tokens in the global batch."""
     grad_norm: float
-    """Global L2 norm before clipping; not finite when the step was skipped."""
+    """Global L2 norm of the gradient before clipping; not finite if the step was skipped."""
     skipped: bool
-    """The gradient was not finite: weights and moments are as before."""
+    """Whether the gradient was not finite, so that weights and moments are as before."""
     memory_changed: torch.Tensor
-    """1 where this rank's weights or moments were not as the update before had left them, else 0; on a device."""
+    """1 if this rank's weights or moments were not as the previous update had left them, else 0; on a device."""
 
 
 def deepspeed_config(config: TrainConfig, world_size: int, files: Path | None = None) -> dict[str, Any]:
-    """The DeepSpeed dictionary of a run whose precision is resolved.
+    """The configuration of DeepSpeed for a run whose precision has been chosen.
 
-    `files`: folder of this rank's optimizer, where it is on NVMe.
+    `files` is the folder for this rank's optimizer state if that is kept on NVMe.
     """
     engine, accum_steps = config.engine, config.grad_accum_steps(world_size)
     zero: dict[str, Any] = {
@@ -104,7 +104,7 @@ def deepspeed_config(config: TrainConfig, world_size: int, files: Path | None = 
         "gradient_accumulation_steps": accum_steps,
         "gradient_clipping": config.optim.max_grad_norm,
         "bf16": {"enabled": engine.precision is Precision.bf16},
-        # A scale that DeepSpeed does not change: the engine sets the one of each step.
+        # A fixed scale, so that DeepSpeed does not change it: the engine sets the scale of each step.
         "fp16": {"enabled": engine.precision is Precision.fp16, "loss_scale": INITIAL},
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW serves offload too; nothing is compiled
@@ -115,13 +115,13 @@ def deepspeed_config(config: TrainConfig, world_size: int, files: Path | None = 
         # Micro batches are summed in fp32. Stages 1 and 2 sum them in 16 bits: fp32 there selects another wrapper.
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     if engine.quantized_gradients:
-        # The kernels of qgZ read any tensor's bits as fp16 (csrc/quantization/pt_binding.cpp, ds_swizzle_quant).
+        # The kernels of qgZ read the bits of any tensor as fp16 (csrc/quantization/pt_binding.cpp, ds_swizzle_quant).
         result["communication_data_type"] = "fp16"
     return _merged(result, engine.deepspeed_overrides)
 
 
 def _host_problem(config: TrainConfig, folder: Path | None) -> str | None:
-    """What this host lacks for the configuration. Empties `folder`, where an optimizer on NVMe keeps its files."""
+    """What this host lacks for the configuration; None if nothing. Empties `folder`, the optimizer's folder on NVMe."""
     engine = config.engine
     if (engine.quantized_weights or engine.quantized_gradients) and device_type() == "cpu":
         return (
@@ -133,7 +133,7 @@ def _host_problem(config: TrainConfig, folder: Path | None) -> str | None:
     if not deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible(verbose=False):
         return f"engine.nvme_path={engine.nvme_path} needs the library libaio (Debian and Ubuntu: libaio-dev)"
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
+        shutil.rmtree(folder, ignore_errors=True)  # left by a start that was killed
         folder.mkdir()
     except OSError as error:
         return f"engine.nvme_path={engine.nvme_path} cannot be written to ({error.strerror}); give an existing folder"
@@ -141,7 +141,7 @@ def _host_problem(config: TrainConfig, folder: Path | None) -> str | None:
 
 
 def nvme_folder(config: TrainConfig, rank: int) -> Path | None:
-    """Where a rank keeps its optimizer: its own, so that ranks and runs of one host do not meet."""
+    """The folder for a rank's optimizer state. Each rank of each run has its own, as they may share a host."""
     if config.engine.nvme_path is None:
         return None
     run = hashlib.sha256(str(Path(config.run_dir).resolve()).encode()).hexdigest()[:12]
@@ -149,6 +149,7 @@ def nvme_folder(config: TrainConfig, rank: int) -> Path | None:
 
 
 def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Nested values, those of `overrides` before those of `base`."""
     merged = dict(base)
     for key, value in overrides.items():
         inner = merged.get(key)
@@ -160,43 +161,44 @@ class Engine:
     """A decoder, its optimizer and DeepSpeed around them, on every rank of the world."""
 
     def __init__(self, config: TrainConfig, world: World) -> None:
-        """`config.model.vocab_size` is set. All ranks call this together."""
+        """`config.model.vocab_size` must be set. All ranks call this together."""
         falls_back = config.kernels.compile is Switch.auto
         self.capability = least_capable(gather_objects(capability_of(world.device), world))
-        """What the devices of all ranks can do."""
+        """What the devices of all ranks can do, which is what the least capable one can do."""
         self.config = config = resolve(config, self.capability)
-        """With precision and kernels chosen, alike on all ranks."""
+        """The configuration with precision and kernels chosen, alike on all ranks."""
         self.world = world
         compiles = config.kernels.compile is Switch.always
         if not compiles:
             leave_compiler_unloaded()
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # Of all operators DeepSpeed asks this one only, and would try a compiler on each to know; this one it would
-        # compile at each start for 30 to 90 s, although only inference uses it, and it leaks shared memory.
+        # DeepSpeed would run a compiler for each of its operators to find out which are compatible, although it asks
+        # only for this one. It would compile that for 30 to 90 s at each start, although only inference uses it, and
+        # it leaks shared memory.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         if config.engine.precision is Precision.fp16 and world.device.type == "cpu":
-            # DeepSpeed refuses fp16 on a CPU without units for it; torch emulates it there, and our tests rely on that.
+            # DeepSpeed refuses fp16 on a CPU that has no units for it. torch emulates it there, as our tests need.
             get_accelerator().is_fp16_supported = lambda: True
         if local_size := 1 if world.size == 1 else launched_local_size():
-            # Without it DeepSpeed starts a program in every step on a CPU, numactl, to count devices; a fork of a
-            # process with threads and gigabytes is slow at best. Its own launcher sets it, others do not.
+            # Without LOCAL_SIZE DeepSpeed starts numactl in every step on a CPU, to count devices, and to fork a
+            # process with threads and gigabytes is slow at best. Only DeepSpeed's own launcher sets LOCAL_SIZE.
             os.environ.setdefault("LOCAL_SIZE", str(local_size))
         deepspeed.init_distributed(dist_init_required=False)
-        stage, self._files = config.engine.zero_stage, nvme_folder(config, world.rank)
+        zero_stage, self._files = config.engine.zero_stage, nvme_folder(config, world.rank)
         self._check_hosts()
         settings = deepspeed_config(config, world.size, self._files)
         self._sequences = SequenceGroup(world) if world.sequence_ranks > 1 else None
         with deepspeed.zero.Init(
             config_dict_or_path=settings,
-            enabled=stage == 3,
+            enabled=zero_stage == 3,
             mem_efficient_linear=False,
-            # hpZ's, where an engine before this one has made it.
+            # The process group of hpZ, if an earlier engine of this process has made it.
             zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
         ):
             model = Decoder(config.model, config.seed, config.kernels)
         if self._sequences is not None:
             model.share_sequences(self._sequences)
-        if stage == 3:
+        if zero_stage == 3:
             # A block's parameters come and go together: one gather and one set of hooks, and none inside the block
             # that would break a compiled graph, or differ when the block is computed again (torch compares the two
             # under selective activation checkpointing).
@@ -206,7 +208,7 @@ class Engine:
                 self._sequences.keep_out_of_graphs()
             model.compile_parts(fall_back=falls_back)
         named = list(model.named_parameters())
-        self._stage = stage
+        self._zero_stage = zero_stage
         self._parameters = dict(named)
         self._optimizer = build_optimizer(parameter_groups(named, config.optim), config.optim)
         with nullcontext() if compiles else compiling_nothing():
@@ -214,26 +216,26 @@ class Engine:
                 model=model, optimizer=self._optimizer, config=settings
             )
         self.state = EngineState(
-            self._deepspeed.optimizer, self._optimizer, self._parameters, config.optim, stage, world
+            self._deepspeed.optimizer, self._optimizer, self._parameters, config.optim, zero_stage, world
         )
         """Weights and moments, to be copied for a checkpoint and put back."""
         self.loss_scale = LossScale() if config.engine.precision is Precision.fp16 else None
-        """Of the next step; None where the precision needs none."""
+        """The loss scale of the next step; None if the precision needs none."""
 
     def _check_hosts(self) -> None:
-        """Raise ConfigError on all ranks where one host lacks something: only the host itself can tell."""
+        """Raise ConfigError on all ranks if the host of one lacks something, which only that host can find out."""
         found = gather_objects((_host_problem(self.config, self._files), os.uname().nodename), self.world)
         for problem, host in found:
             if problem:
                 raise ConfigError(f"{problem} (seen on {host})")
 
     def close(self) -> None:
-        """Delete the files of an optimizer on NVMe. Nothing of the engine can be used afterwards."""
+        """Delete the files of an optimizer on NVMe. The engine cannot be used afterwards."""
         if self._files is not None:
             shutil.rmtree(self._files, ignore_errors=True)
 
     def set_micro_batch(self, config: TrainConfig) -> None:
-        """Another micro batch from the next step on: as if the engine had been made with this configuration."""
+        """Use this configuration's micro batch from the next step on, as if the engine had been made with it."""
         self.config = replace(self.config, micro_batch_sequences=config.micro_batch_sequences)
         self._deepspeed.set_train_micro_batch_size(config.micro_batch)
         accum_steps = config.grad_accum_steps(self.world.size)
@@ -249,9 +251,9 @@ class Engine:
     ) -> StepResult | None:
         """One optimizer update from this rank's micro batches. `step` counts from 1.
 
-        The update is left out, alike on all ranks, where the gradient is not finite or the loss (mean nats over the
-        global batch) is above `loss_limit`. `give_up` is asked before each micro batch, and must answer alike on all
-        ranks; once it says yes, the result is None, and weights and moments are as before.
+        The update is left out, alike on all ranks, if the gradient is not finite or if the loss (mean nats over the
+        global batch) is above `loss_limit`. `give_up` is called before each micro batch and must answer alike on all
+        ranks. If it returns True, the result is None, and weights and moments are as before.
         """
         if self._sequences is not None:
             batches = [self._sequences.own_part(batch) for batch in batches]
@@ -263,17 +265,19 @@ class Engine:
         predicted = sum(int((batch.labels >= 0).sum()) for batch in batches)
         n_predicted = torch.tensor(predicted, device=self.world.device)
         if self.world.size > 1:
-            dist.all_reduce(n_predicted)  # not read here: a device goes on to the forward pass
+            dist.all_reduce(
+                n_predicted
+            )  # its value is not read here, so that the device need not be waited for
         nll_sum = torch.zeros((), device=self.world.device)
         z_sum = torch.zeros((), device=self.world.device)
-        # DeepSpeed averages over its accumulation steps and ranks; the scale turns that into the mean over tokens.
+        # DeepSpeed averages over accumulation steps and ranks; this factor turns that into the mean over tokens.
         scale = float(self._deepspeed.gradient_accumulation_steps() * self.world.size)
         self._deepspeed.train()
         for batch in batches:
             mark("micro batch", step)
             if give_up():
                 return None
-            # Told, not counted: stages of a run differ in their number of micro batches.
+            # DeepSpeed would count micro batches, but their number differs between the data stages of a run.
             self._deepspeed.set_gradient_accumulation_boundary(batch is batches[-1])
             sums = self._forward(batch)
             nll_sum += sums.nll_sum.detach()
@@ -283,11 +287,12 @@ class Engine:
                 loss = loss * self._factor(nll_sum, n_predicted, loss_limit)
             self._deepspeed.backward(loss)
             if batch is not batches[-1]:
-                self._deepspeed.step()  # counts micro batches
+                self._deepspeed.step()  # makes no update here: it only counts the micro batch
         changed = self.state.sums.changed()
-        grad_norm, skipped = self._plain_update() if self._stage == 0 else self._update()
+        grad_norm, skipped = self._plain_update() if self._zero_stage == 0 else self._update()
         if skipped:
-            # DeepSpeed then lets go of the small parameters that it keeps whole, until the next forward pass.
+            # After a skipped update DeepSpeed frees the small parameters that it keeps whole, until the next forward
+            # pass: there is nothing to compare with.
             self.state.sums.forget()
         else:
             self.state.sums.remember()
@@ -295,13 +300,13 @@ class Engine:
 
     @property
     def replica_sum(self) -> torch.Tensor:
-        """Sum over the bits of all that every rank holds whole, after the last update; on a device."""
+        """Bit sum of everything that every rank holds whole, after the last update; a scalar on a device."""
         return self.state.sums.replica
 
     def _factor(self, nll_sum: torch.Tensor, n_predicted: torch.Tensor, loss_limit: float) -> torch.Tensor:
-        """1, or NaN where the loss is above the limit: DeepSpeed leaves out an update that is not finite.
+        """A factor for the loss: NaN if the loss is above the limit, because DeepSpeed then skips the update, else 1.
 
-        Found on the device, without waiting for it.
+        It is computed on the device, without waiting for it.
         """
         total = nll_sum.to(torch.float64, copy=True)
         if self.world.size > 1:
@@ -310,27 +315,29 @@ class Engine:
         return torch.where(total > loss_limit * n_predicted.clamp(min=1), one * math.nan, one)
 
     def _update(self) -> tuple[float, bool]:
-        """Apply the summed gradient; its norm, and whether the update was left out."""
+        """Apply the summed gradient. Returns its norm, and whether the update was left out."""
         self._deepspeed.step()
         skipped = not self._deepspeed.was_step_applied()
         norm = self._deepspeed.get_global_grad_norm()
         return (float("nan") if norm is None or skipped else float(norm)), skipped
 
     def _plain_update(self) -> tuple[float, bool]:
-        """Stage 0: DeepSpeed neither reports a norm nor skips a step that is not finite, so both are done here."""
+        """`_update` for ZeRO stage 0, where DeepSpeed reports no norm and skips no gradient that is not finite."""
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         skipped = not math.isfinite(norm)
         if skipped:
             for parameter in self._parameters.values():
                 parameter.grad = None
-            self._deepspeed.set_gradient_accumulation_boundary(False)  # else it would clip what is not there
+            self._deepspeed.set_gradient_accumulation_boundary(
+                False
+            )  # or it would clip gradients that are gone
         self._deepspeed.step()
         return norm, skipped
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> LossSums:
-        """Loss sums of this rank's batch, dropout off. Under stage 3 all ranks call this together."""
+        """The loss sums of this rank's batch, without dropout. Under ZeRO stage 3 all ranks call this together."""
         mark("evaluation")
         if self._sequences is not None:
             batch = self._sequences.own_part(batch)
@@ -341,6 +348,8 @@ class Engine:
         tokens, labels, positions, document_ids = (
             t.to(self.world.device, non_blocking=True) for t in batch[:4]
         )
-        if not self.config.data.document_masking:  # one document: the causal attention kernel needs no mask
+        if (
+            not self.config.data.document_masking
+        ):  # a sequence counts as one document, and causal attention needs no mask
             return self._deepspeed(tokens, labels, positions)
         return self._deepspeed(tokens, labels, positions, document_ids)

@@ -2,8 +2,8 @@
 
 The loss is multiplied by the scale, and the gradient divided by it before the update. A scale that is too large makes
 a gradient infinite: that update is left out, and the scale is halved (Micikevicius et al., Mixed Precision Training,
-2018). DeepSpeed's own scaler is not used, because where it doubles the scale it divides the gradient of that step,
-which was made with the old scale, by the new one (stages 1 to 3, 0.19.8).
+2018). DeepSpeed's own scaler is not used, because when it doubles the scale it divides the gradient of that step,
+which was computed with the old scale, by the new one (ZeRO stages 1 to 3, release 0.19.8).
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ class LossScale:
     """The scale of the next step. Fed the same facts on every rank, it is the same on every rank."""
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
-        """`state` is what `state()` gave when the checkpoint was written."""
+        """`state` is what `state()` returned when the checkpoint was written."""
         self.value: float = state["value"] if state else INITIAL
         self._applied: int = state["applied"] if state else 0
-        """Updates in a row that were applied since the scale last changed."""
+        """Number of updates in a row that were applied since the scale last changed."""
 
     def state(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {"value": self.value, "applied": self._applied}
 
     def update(self, *, applied: bool, loss: float, limit: float) -> bool:
-        """Note a step; whether its update was left out for no other reason than that the scale was too large.
+        """Note a step. Returns whether its update was left out only because the scale was too large.
 
-        `loss` is the step's, and `limit` the loss above which an update is left out anyway. A loss that is not
-        finite, or above the limit, is not the scale's fault, and nor is a gradient that overflows without any scale.
+        `loss` is the loss of the step, and `limit` the loss above which an update is left out anyway. The scale is not
+        to blame if the loss is not finite or is above the limit, nor if the gradient overflows at the smallest scale.
         """
         if applied:
             self._applied += 1

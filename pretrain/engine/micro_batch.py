@@ -1,7 +1,7 @@
 """`micro_batch_sequences=auto`: the largest micro batch whose forward and backward pass fit this rank's memory.
 
-Each probe is a real optimizer step on made-up tokens whose loss is above its limit, so that the update is left out as
-after a spike: weights, moments and everything that is random are afterwards as if it had not been.
+Each probe is a real optimizer step on made-up tokens. Its loss limit is below any loss, so that the update is left out
+as after a spike: weights, moments and random state are afterwards as if there had been no probe.
 """
 
 from __future__ import annotations
@@ -31,52 +31,58 @@ from pretrain.errors import ConfigError, RunError
 from pretrain.reliability.heartbeat import mark
 
 USABLE_FRAC = 0.9
-"""Of what a rank may use: the rest is for fragments, communication buffers and reader processes, which probes do not
-have."""
+"""Share of the memory that a rank may use which a micro batch may take. The rest is for fragmentation, communication
+buffers and reader processes, which probes do not have."""
 LARGEST_STRIDE = 4
-"""A probe is of at most so many times the sequences of the largest one before, however well a line foretells it."""
+"""A probe has at most this number of times the sequences of the largest one before it, whatever the line predicts."""
 SHAPES_MEMORY = ("model.", "engine.", "kernels.", "optim.", "data.", "global_batch_sequences")
-"""Beginnings of the keys on which the number found depends."""
+"""Prefixes of the configuration keys on which the result depends."""
 GIB = 2**30
 
 
 class Shape(NamedTuple):
-    """One forward pass of a rank."""
+    """The size of one forward pass of a rank."""
 
     sequences: int
+    """B."""
     sequence_length: int
+    """T, tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Probe:
-    """What one shape took."""
+    """The memory that a forward and backward pass of one shape took."""
 
     sequences: int
+    """B."""
     sequence_length: int
+    """T, tokens."""
     peak_bytes: int
-    """On the rank that took the most."""
+    """Peak memory of the rank that took the most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class FoundMicroBatch:
     """The largest micro batch that fits all ranks."""
 
     micro_batch_sequences: int
+    """Sequences per rank and forward pass."""
     usable_bytes: int
-    """What a rank may use, `USABLE_FRAC` of it, on the rank that has the least."""
+    """USABLE_FRAC of what a rank may use, on the rank that may use the least."""
     probes: list[Probe]
-    """In the order in which they were made."""
+    """All probes, in the order in which they were made."""
     time_s: float
+    """Duration of the search."""
 
     def facts(self) -> dict[str, Any]:
-        """For the event."""
+        """The fields of the event `micro_batch_found`."""
         return asdict(self)
 
 
-def kept(state: RunState, changed: list[str], world: World) -> int | None:
-    """The number that the run of this state found, where it is still good: bit-identical resume needs the same one.
+def earlier_result(state: RunState, changed: list[str], world: World) -> int | None:
+    """The micro batch that the run found at an earlier start, if it still fits; None if a new search is needed.
 
-    `changed`: keys that are not as they were.
+    A bit-identical resume needs the same micro batch. `changed` names the keys that are not as they were.
     """
     same = state["world_size"] == world.size and not any(key.startswith(SHAPES_MEMORY) for key in changed)
     found = state["config"].get("micro_batch_sequences")
@@ -85,11 +91,11 @@ def kept(state: RunState, changed: list[str], world: World) -> int | None:
 
 def find_micro_batch(
     engine: Engine, config: TrainConfig, world: World, budget_bytes: Callable[[], int] | None = None
-) -> Found:
-    """Search with the run's own engine, before its first step or before a checkpoint is loaded. All ranks together.
+) -> FoundMicroBatch:
+    """Search with the run's own engine, before the first step and before a checkpoint is loaded. All ranks together.
 
-    `budget_bytes`: what this rank may use; by default what its device or its host has left for it. ConfigError, alike
-    on all ranks, where not even one sequence fits.
+    `budget_bytes` returns what this rank may use, by default what its device or its host has left for it. Raises
+    ConfigError on all ranks if not even one sequence fits.
     """
     started = time.monotonic()
     budget = budget_bytes or (lambda: _budget_bytes(engine, world))
@@ -106,7 +112,9 @@ def find_micro_batch(
     usable = 0
     at_rest = 0
     for length in sorted({shape.sequence_length for needed in shapes.values() for shape in needed}):
-        _run_probe(engine, config, world, Shape(1, length))  # the first one pays for what is made once
+        _run_probe(
+            engine, config, world, Shape(1, length)
+        )  # the first pass also allocates what is allocated only once
         at_rest = max(gather_objects(_memory_bytes(), world))
         usable = int(USABLE_FRAC * min(gather_objects(budget(), world)))
         measure(Shape(1, length))
@@ -119,7 +127,7 @@ def find_micro_batch(
             f"micro_batch_sequences=auto: one sequence of {worst.sequence_length} tokens takes "
             f"{worst.peak_bytes / GIB:.2f} GiB, and a rank may use {usable / GIB:.2f} GiB; {_ADVICE}"
         )
-    return Found(
+    return FoundMicroBatch(
         micro_batch_sequences=best,
         usable_bytes=usable,
         probes=probes,
@@ -137,7 +145,7 @@ _ADVICE = (
 
 
 def _shapes_of_candidates(config: TrainConfig, world: World) -> dict[int, set[Shape]]:
-    """Each micro batch that divides a rank's sequences, with the forward passes that it means in the run's stages."""
+    """Each micro batch that divides a rank's sequences, with the shapes that it leads to in the run's data stages."""
     share = config.global_batch_sequences // world.n_readers
     return {
         candidate: {
@@ -158,7 +166,7 @@ def _shapes_of_candidates(config: TrainConfig, world: World) -> dict[int, set[Sh
 
 
 def _largest_fitting(shapes: dict[int, set[Shape]], measured: dict[Shape, int], usable: int) -> int | None:
-    """The largest candidate all of whose shapes were measured to fit."""
+    """The largest candidate of which all shapes have been measured and fit."""
     return max(
         (c for c, needed in shapes.items() if all(measured.get(s, usable + 1) <= usable for s in needed)),
         default=None,
@@ -168,14 +176,14 @@ def _largest_fitting(shapes: dict[int, set[Shape]], measured: dict[Shape, int], 
 def next_probe(
     shapes: dict[int, set[Shape]], measured: dict[Shape, int], at_rest: int, usable: int
 ) -> Shape | None:
-    """What to measure next; None: nothing larger can be hoped to fit.
+    """The shape to measure next; None if nothing larger is expected to fit.
 
-    `shapes`: the forward passes of each candidate. `measured`: bytes of those known, one sequence of each length at
-    least. `at_rest`: bytes between probes.
+    `shapes` are the forward passes of each candidate. `measured` gives the bytes of those measured so far, at least
+    of one sequence of each length. `at_rest` is the number of bytes between probes.
 
-    Memory is taken to be affine in the number of sequences of one length. A shape is only measured where the line
-    through the two largest known ones of its length says that it fits, for a rank that runs out of memory alone
-    leaves the others in a collective.
+    Memory is assumed to be affine in the number of sequences of one length. A shape is measured only if the line
+    through the two largest known ones of its length predicts that it fits, because a rank that alone runs out of
+    memory leaves the others waiting in a collective.
     """
     best = _largest_fitting(shapes, measured, usable)
     if any(count == 1 and bytes_ > usable for (count, _), bytes_ in measured.items()):
@@ -197,7 +205,7 @@ def next_probe(
 
 
 def _foretold(shape: Shape, measured: dict[Shape, int], at_rest: int) -> int:
-    """Bytes by the line through the two largest measured ones of the same length; of one alone, an upper bound."""
+    """Predicted bytes: on the line through the two largest measured shapes of this length; from one, an upper bound."""
     of_length = sorted((n, size) for (n, length), size in measured.items() if length == shape.sequence_length)
     n, size = of_length[-1]
     if len(of_length) == 1:
@@ -207,7 +215,7 @@ def _foretold(shape: Shape, measured: dict[Shape, int], at_rest: int) -> int:
 
 
 def _within_stride(shape: Shape, measured: dict[Shape, int]) -> Shape:
-    """The shape itself, or a smaller one on the way to it."""
+    """The shape, or a smaller one if it is more than LARGEST_STRIDE times the largest measured one."""
     largest = max(n for n, length in measured if length == shape.sequence_length)
     return shape._replace(sequences=min(shape.sequences, LARGEST_STRIDE * largest))
 
@@ -216,10 +224,10 @@ def _within_stride(shape: Shape, measured: dict[Shape, int]) -> Shape:
 
 
 def _run_probe(engine: Engine, config: TrainConfig, world: World, shape: Shape) -> None:
-    """One step of two micro batches, so that the second finds the first one's gradients; no update.
+    """One step of two micro batches without an update; during the second, gradients of the first are in memory.
 
-    With torch.compile each probe's shape is compiled, since shapes are static there; what the run does not use is
-    compiled in vain.
+    With torch.compile the shape of each probe is compiled, because compiled shapes are static; those that the run does
+    not use are compiled in vain.
     """
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size or 0, shape)
     of_batch = torch.from_numpy(tokens)
@@ -241,7 +249,7 @@ def _peak_bytes(engine: Engine, config: TrainConfig, world: World, shape: Shape,
     try:
         _run_probe(engine, config, world, shape)
     except torch.OutOfMemoryError as error:
-        # The others may wait for this rank within a collective, and DeepSpeed's hooks are half done: no way back.
+        # There is no way back: other ranks may wait for this one in a collective, and DeepSpeed's hooks are half done.
         raise RunError(
             f"micro_batch_sequences=auto: a probe of {shape.sequences} x {shape.sequence_length} tokens ran out of "
             f"memory ({str(error).splitlines()[0]}); "
@@ -253,18 +261,19 @@ def _peak_bytes(engine: Engine, config: TrainConfig, world: World, shape: Shape,
 
 
 def _memory_bytes() -> int:
-    """What this process holds now, what it has freed given back."""
+    """The memory that this process holds, after it has returned what it has freed."""
     gc.collect()
     if device_type() == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.memory_allocated()
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # glibc keeps it: pretrain.distributed
+    if hasattr(libc, "malloc_trim"):  # glibc keeps freed memory: see pretrain.distributed
         libc.malloc_trim(0)
     return _status_bytes("VmRSS")
 
 
 def _status_bytes(key: str) -> int:
+    """A figure of /proc/self/status, in bytes."""
     found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text("ascii"), re.M)
     assert found
     return int(found[1]) * 1024
@@ -274,7 +283,7 @@ def _status_bytes(key: str) -> int:
 
 
 def _budget_bytes(engine: Engine, world: World) -> int:
-    """What this rank may hold: its device's memory, or its part of the host's without the copy for checkpoints."""
+    """The memory that this rank may hold: its device's, or its share of the host's less the copy for checkpoints."""
     if world.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved()
@@ -287,14 +296,17 @@ def _budget_bytes(engine: Engine, world: World) -> int:
 
 
 def _available_bytes() -> int:
+    """The memory of the host that programs can still get."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text("ascii"), re.M)
     assert found
     return int(found[1]) * 1024
 
 
 def _cgroup_left_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """What this process's control groups, of version 1 or 2, and those around them leave; files kept in memory do not
-    count as taken, for the kernel lets go of them."""
+    """The memory that the control groups around this process, of version 1 or 2, still allow.
+
+    Files that are cached in memory do not count as used, because the kernel drops them when memory is needed.
+    """
     left = 2**63
     for line in own.read_text().splitlines():
         _, controllers, name = line.split(":", 2)
@@ -305,8 +317,8 @@ def _cgroup_left_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/p
         usage = "memory.usage_in_bytes" if controllers else "memory.current"
         folder = top / name.lstrip("/")
         for group in (folder, *folder.parents):
-            # A container may see its own group as the top; where a file is missing there is no limit.
-            with suppress(OSError, ValueError):  # "max" is no number
+            # A container may see its own group as the top one. If a file is missing, there is no limit.
+            with suppress(OSError, ValueError):  # ValueError: the limit is "max"
                 most, used = int((group / limit).read_text()), int((group / usage).read_text())
                 cached = re.findall(r"inactive_file (\d+)", (group / "memory.stat").read_text())
                 left = min(left, most - used + int(cached[-1]))  # version 1 ends with the totals

@@ -1,4 +1,4 @@
-"""What is minimized: the sums that the model returns become one scalar."""
+"""The training objective: it turns the sums that the model returns into one scalar to minimize."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def training_loss(
 
     scale x (nll_sum + z_loss_weight x z_sum) / n_predicted_global, where `n_predicted_global` counts the
     predicted tokens of the whole optimizer step, over micro batches and ranks. So every token of the step has
-    the same weight, however unevenly the micro batches are filled. `scale` undoes whatever averaging over
-    ranks and accumulation steps the engine applies to gradients.
+    the same weight, however unevenly the micro batches are filled. `scale` undoes the averaging over ranks and
+    accumulation steps that the engine applies to gradients.
     """
     return scale * (sums.nll_sum + z_loss_weight * sums.z_sum) / n_predicted_global

@@ -38,12 +38,12 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, n_steps: int
 
 
 def is_matrix_of_block(name: str) -> bool:
-    """Whether a parameter of the decoder is a matrix inside a block: what Muon is for."""
+    """Whether a parameter of the decoder is a matrix inside a block; these are what Muon is for."""
     return name.startswith("blocks.") and not name.endswith("norm.weight")
 
 
 def moments_of(name: str, config: OptimConfig) -> tuple[str, ...]:
-    """Keys of the state that the optimizer keeps of a parameter, each in fp32 and of the parameter's size."""
+    """The names of the moments that the optimizer keeps of a parameter, each in fp32 and of the parameter's size."""
     if config.name is OptimizerName.muon and is_matrix_of_block(name):
         return ("momentum_buffer",)
     return ("exp_avg", "exp_avg_sq")
@@ -52,10 +52,10 @@ def moments_of(name: str, config: OptimConfig) -> tuple[str, ...]:
 def parameter_groups(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimConfig
 ) -> list[dict]:
-    """Groups of trained parameters: with weight decay, without, and Muon's (`muon`: True); empty ones are left out.
+    """Groups of trained parameters: with weight decay, without, and Muon's (`muon`: True). Empty groups are left out.
 
-    Norm gains (`*norm.weight`) and the token embedding are decayed only as configured. Names decide, not shapes:
-    under ZeRO-3 every local parameter is flat.
+    Norm gains (`*norm.weight`) and the token embedding are decayed only if so configured. Names decide, not shapes,
+    because under ZeRO-3 every local parameter is flat.
     """
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
@@ -80,26 +80,27 @@ def parameter_groups(
 
 
 def build_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
-    """The configured optimizer over the groups. Its learning rate is set at each step by the engine."""
+    """The configured optimizer for these groups. The engine sets its learning rate at each step."""
     if config.name is OptimizerName.muon:
         return Muon(groups, config)
-    # fused: one kernel for all tensors; four times faster than the default on the CPU.
+    # fused: one kernel for all tensors, four times faster than the default on the CPU.
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Where the values of one parameter are in the flat partitions of all ranks."""
+class Placement:
+    """Where the values of one parameter lie in the flat partitions of all ranks."""
 
     name: str
+    """Name of the parameter in the model."""
     shape: tuple[int, ...]
-    """Of the whole parameter."""
+    """Shape of the whole parameter."""
     offset: int
-    """At which element of this rank's flat partition its part begins."""
+    """The element of this rank's flat partition at which its part of the parameter begins."""
     spans: tuple[tuple[int, int], ...]
-    """By rank: the elements [start, stop) of the flattened parameter that it holds. One: every rank holds all."""
+    """For each rank the elements [start, stop) of the flattened parameter that it holds; one entry if all hold all."""
 
 
 class Muon(torch.optim.AdamW):
@@ -109,22 +110,22 @@ class Muon(torch.optim.AdamW):
     columns, and scaled by 0.2 sqrt(longer side), which gives it the size of AdamW's update, so that AdamW's learning
     rate and weight decay serve both (Liu et al., Muon is Scalable for LLM Training, 2025).
 
-    Under ZeRO a rank holds flat parts of matrices. So each matrix is put together on one rank, which computes for it
-    and sends the parts back: a rank sends and receives its share of the values twice, 2 bytes each, and computes for
+    Under ZeRO a rank holds flat parts of matrices. So each matrix is assembled on one rank, which orthogonalizes it and
+    sends the parts back. A rank sends and receives its share of the values twice, at 2 bytes each, and computes for
     its share of the matrices.
     """
 
     def __init__(self, groups: list[dict], config: OptimConfig) -> None:
         super().__init__(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
         self.momentum = config.momentum
-        self.pieces: dict[torch.Tensor, list[Piece]] = {}
-        """What lies in each parameter of this optimizer that may be Muon's; the engine sets it."""
+        self.placements: dict[torch.Tensor, list[Placement]] = {}
+        """The model's parameters that lie in each flat parameter of this optimizer; the engine sets this."""
         self.rank, self.device = 0, torch.device("cpu")
-        """Of this process; the engine sets them."""
+        """Rank and device of this process; the engine sets them."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update; all ranks together, in the same order of parameters."""
+        """One update. All ranks call this together, with their parameters in the same order."""
         groups = self.param_groups
         for group in groups:
             for parameter in group["params"] if group["muon"] else []:
@@ -140,21 +141,23 @@ class Muon(torch.optim.AdamW):
         direction = gradient.lerp(momentum, self.momentum).flatten()
         parameter.mul_(1 - lr * weight_decay)
         values = parameter.view(-1)
-        pieces = sorted(self.pieces[parameter], key=lambda piece: piece.shape)  # alike ones side by side
-        n_ranks = len(pieces[0].spans)
-        for first in range(0, len(pieces), n_ranks):
-            wave = pieces[first : first + n_ranks]
-            for piece, update in zip(wave, self._orthogonalized(direction, wave), strict=True):
-                scale = 0.2 * math.sqrt(max(piece.shape))
-                part = values[piece.offset : piece.offset + update.numel()]
+        placements = sorted(
+            self.placements[parameter], key=lambda placement: placement.shape
+        )  # equal shapes side by side, for an even load
+        n_ranks = len(placements[0].spans)
+        for first in range(0, len(placements), n_ranks):
+            wave = placements[first : first + n_ranks]
+            for placement, update in zip(wave, self._orthogonalized(direction, wave), strict=True):
+                scale = 0.2 * math.sqrt(max(placement.shape))
+                part = values[placement.offset : placement.offset + update.numel()]
                 part.add_(update.to(part), alpha=-lr * scale)
 
-    def _orthogonalized(self, direction: torch.Tensor, wave: list[Piece]) -> list[torch.Tensor]:
-        """This rank's parts of the orthogonalized matrices of a wave, of which rank i computes the i-th."""
+    def _orthogonalized(self, direction: torch.Tensor, wave: list[Placement]) -> list[torch.Tensor]:
+        """This rank's parts of the orthogonalized matrices of a wave, in which rank i computes the i-th matrix."""
         parts = []
-        for piece in wave:
-            start, stop = piece.spans[self.rank if len(piece.spans) > 1 else 0]
-            part = direction[piece.offset : piece.offset + stop - start]
+        for placement in wave:
+            start, stop = placement.spans[self.rank if len(placement.spans) > 1 else 0]
+            part = direction[placement.offset : placement.offset + stop - start]
             parts.append(part.to(self.device, torch.bfloat16))
         n_ranks = len(wave[0].spans)
         if n_ranks == 1:
@@ -173,9 +176,9 @@ class Muon(torch.optim.AdamW):
 
 
 def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
-    """Singular values to about 1 (0.7 to 1.2), singular vectors kept: five quintic steps, in the matrix's own dtype.
+    """Bring singular values to about 1 (0.7 to 1.2) and keep singular vectors, in five quintic steps in x's own dtype.
 
-    Coefficients of Jordan et al., 2024.
+    The coefficients are those of Jordan et al., 2024.
     """
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / x.norm().clamp(min=1e-7)

@@ -1,4 +1,4 @@
-"""The peak rate of this rank's device: configured, from the table of GPUs, or measured."""
+"""The peak rate of this rank's device, in FLOP/s: from the configuration, the table of GPUs, or a measurement."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def measure_matmul_flops(
     `width` is the size of the smallest side of the larger products, times 8 on a GPU. A single product of the default
     size takes seconds where its precision is emulated.
 
-    Ranks that share a host must measure at the same time: what one of them gets alone is not what it gets in training.
+    Ranks that share a host must measure at the same time, because alone each of them would be faster than in training.
     """
     w = width * (8 if device.type == "cuda" else 1)
     shapes = [(w, w, w), (2 * w, w, w), (w // 2, 4 * w, w), (w, w, 4 * w)]
     best = 0.0
     for m, k, n in shapes:
         x = torch.randn(m, k, device=device).to(dtype)
-        weight = torch.randn(n, k, device=device).to(dtype)  # as a linear layer holds it
+        weight = torch.randn(n, k, device=device).to(dtype)  # transposed, as in a linear layer
         torch.nn.functional.linear(x, weight)
         end = time.perf_counter() + seconds / len(shapes)
         while (started := _synchronized(device)) < end:
@@ -44,9 +44,9 @@ def _synchronized(device: torch.device) -> float:
 
 
 def rank_peak_flops(config: TrainConfig, device: torch.device) -> PeakFlops:
-    """The peak of this rank's device: configured, from the table, else measured. All ranks call it together.
+    """The configured peak of this rank's device, or the one in the table, or a measured one.
 
-    `config` has its precision chosen.
+    All ranks call this together. The precision in `config` must have been chosen.
     """
     if config.logging.peak_flops_per_second is not None:
         return PeakFlops(config.logging.peak_flops_per_second, "configured peak")
@@ -62,9 +62,10 @@ def rank_peak_flops(config: TrainConfig, device: torch.device) -> PeakFlops:
 
 
 def emulation_warning(precision: Precision, capability: Capability, device: torch.device) -> str | None:
-    """A sentence where matrix products in this precision are slower than in fp32; ranks of a host call it together.
+    """A warning if matrix products in this precision are slower than in fp32, else None.
 
-    Only precisions that the device may have to emulate are measured, which takes about half a second.
+    Ranks of a host call this together. Only precisions that the device may have to emulate are measured, which takes
+    about half a second.
     """
     in_hardware = {
         Precision.fp32: True,

@@ -1,7 +1,7 @@
-"""What DeepSpeed holds in partitions, as whole, named tensors: the state of a run, for checkpoints and checks.
+"""The weights and moments that DeepSpeed holds in partitions, as whole, named tensors, for checkpoints and checks.
 
-Knows how the stages lay out their partitions, and imports no deepspeed. A snapshot holds fp32 master weights and the
-optimizer's moments in a form that no number of ranks or ZeRO stage appears in.
+This file knows how the ZeRO stages lay out their partitions, and imports no deepspeed. A snapshot holds fp32 master
+weights and the optimizer's moments in a form that depends on neither the number of ranks nor the ZeRO stage.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from pretrain.config import OptimConfig
 from pretrain.distributed import Partition, World, share
 from pretrain.engine.bit_sums import StateSums
-from pretrain.engine.optim import Muon, Piece, moments_of
+from pretrain.engine.optim import Muon, Placement, moments_of
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -32,45 +32,49 @@ class EngineState:
         optimizer: torch.optim.Optimizer,
         parameters: dict[str, torch.nn.Parameter],
         config: OptimConfig,
-        stage: int,
+        zero_stage: int,
         world: World,
     ) -> None:
-        """`zero`: DeepSpeed's wrapper of the optimizer (stage 0: the optimizer). Makes the moments, all zero."""
+        """Allocate the moments, all zero. `zero` is DeepSpeed's wrapper of the optimizer, in stage 0 the optimizer."""
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
-        """Full shape of every parameter."""
+        """The full shape of every parameter, by name."""
         self.weight_keys = [f"weight.{name}" for name in parameters]
         self.moment_keys = [f"{kind}.{name}" for name in parameters for kind in moments_of(name, config)]
-        """`exp_avg.<name>` and `exp_avg_sq.<name>`, or where Muon trains a matrix `momentum_buffer.<name>`."""
+        """`exp_avg.<name>` and `exp_avg_sq.<name>`, or for a matrix that Muon trains `momentum_buffer.<name>`."""
         self._zero, self._optimizer, self._parameters = zero, optimizer, parameters
-        self._config, self._stage, self._world = config, stage, world
+        self._config, self._zero_stage, self._world = config, zero_stage, world
         self._host: dict[str, torch.Tensor] = {}
-        self._pieces = self._find_pieces()
+        self._placements = self._find_placements()
         if isinstance(optimizer, Muon):
-            optimizer.pieces, optimizer.rank, optimizer.device = self._pieces, world.rank, world.device
+            optimizer.placements, optimizer.rank, optimizer.device = (
+                self._placements,
+                world.rank,
+                world.device,
+            )
         self._allocate_moments()
         self.sums = StateSums(self._partitioned_state, self._replicated_state)
-        """Over all bits of the state, to see that nothing but an update changes it."""
+        """Sums over all bits of the state, which show whether anything but an update changes it."""
 
     @property
     def optimizer_step(self) -> int:
-        """Updates that Adam has applied; skipped steps do not count."""
+        """Number of updates that Adam has applied; skipped steps do not count."""
         return next(int(state["step"]) for state in self._optimizer.state.values() if "step" in state)
 
     @torch.no_grad()
     def snapshot(self) -> dict[str, Partition]:
-        """`weight_keys` and `moment_keys` -> this rank's share, copied to the host.
+        """This rank's share of all weights and moments, by their keys, copied to host memory.
 
-        All ranks call this together. The next snapshot overwrites this one's memory, which is kept for it, and is
-        page-locked where there is a GPU.
+        All ranks call this together. The next snapshot reuses the memory of this one, which is page-locked if there is
+        a GPU.
         """
         partitions: dict[str, Partition] = {}
-        for index, (flat, pieces) in enumerate(self._pieces.items()):
+        for index, (flat, placements) in enumerate(self._placements.items()):
             with self._in_memory(index):
-                for piece in pieces:
-                    for kind in ("weight", *moments_of(piece.name, self._config)):
-                        key = f"{kind}.{piece.name}"
+                for placement in placements:
+                    for kind in ("weight", *moments_of(placement.name, self._config)):
+                        key = f"{kind}.{placement.name}"
                         partitions[key] = self._copied(
-                            key, self._share_of(self._part(flat, piece, kind), piece)
+                            key, self._share_of(self._part(flat, placement, kind), placement)
                         )
         if self._world.device.type == "cuda":
             torch.cuda.synchronize()
@@ -78,28 +82,28 @@ class EngineState:
 
     @torch.no_grad()
     def restore(self, partitions: dict[str, torch.Tensor], optimizer_step: int) -> None:
-        """Put back what `snapshot` gave, by any number of ranks and any stage.
+        """Load what `snapshot` gave, on any number of ranks and with any ZeRO stage. All ranks call this together.
 
-        `partitions`: key -> this rank's share of the flattened tensor, as `share` cuts it. All ranks together.
+        `partitions` holds, by key, this rank's share of each flattened tensor, as `share` cuts it.
         """
         self.sums.forget()
-        if self._stage == 3:
-            self._zero.checkpoint_event_prologue()  # nothing stays gathered
-        for index, (flat, pieces) in enumerate(self._pieces.items()):
+        if self._zero_stage == 3:
+            self._zero.checkpoint_event_prologue()  # releases gathered parameters
+        for index, (flat, placements) in enumerate(self._placements.items()):
             with self._in_memory(index, changed=True):
-                for piece in pieces:
-                    for kind in ("weight", *moments_of(piece.name, self._config)):
-                        self._put_back(flat, piece, kind, partitions[f"{kind}.{piece.name}"])
+                for placement in placements:
+                    for kind in ("weight", *moments_of(placement.name, self._config)):
+                        self._put_back(flat, placement, kind, partitions[f"{kind}.{placement.name}"])
                 if "step" in self._optimizer.state[flat]:
                     self._optimizer.state[flat]["step"].fill_(optimizer_step)
-                if self._stage == 3:  # the partitions that compute follow the masters
+                if self._zero_stage == 3:  # copies the masters to the working partitions
                     self._zero._reassign_or_swap_out_partitioned_parameters(index)
-        if self._stage == 3:
-            self._zero.checkpoint_event_epilogue()  # and so do the parameters that are kept whole, or kept twice (hpZ)
+        if self._zero_stage == 3:
+            self._zero.checkpoint_event_epilogue()  # and to the parameters kept whole or twice (hpZ)
 
     @torch.no_grad()
     def restore_weights(self, partitions: dict[str, torch.Tensor]) -> None:
-        """Put back `weight.<name>` only; moments stay at zero (a new run from old weights)."""
+        """Load only the weights, by `weight.<name>`, and set the moments to zero: a new run from old weights."""
         zeros = {
             key: torch.zeros_like(partitions[f"weight.{key.split('.', 1)[1]}"]) for key in self.moment_keys
         }
@@ -107,47 +111,48 @@ class EngineState:
 
     # ---- where the values are --------------------------------------------------------------------------------------
 
-    def _find_pieces(self) -> dict[torch.Tensor, list[Piece]]:
-        """What the optimizer updates on this rank (fp32, flat from stage 1 on), and which parameters are in it."""
+    def _find_placements(self) -> dict[torch.Tensor, list[Placement]]:
+        """The tensors that the optimizer updates on this rank (fp32, flat from stage 1 on), with what lies in each."""
         names = {id(parameter): name for name, parameter in self._parameters.items()}
 
-        def piece(parameter: Any, offset: int, spans: Spans) -> Piece:
+        def placement(parameter: Any, offset: int, spans: Spans) -> Placement:
             name = names[id(parameter)]
-            return Piece(name=name, shape=self.shapes[name], offset=offset, spans=spans)
+            return Placement(name=name, shape=self.shapes[name], offset=offset, spans=spans)
 
         zero, found = self._zero, {}
-        match self._stage:
+        match self._zero_stage:
             case 0:
                 for parameter in (p for group in self._optimizer.param_groups for p in group["params"]):
-                    found[parameter] = [piece(parameter, 0, ((0, parameter.numel()),))]
+                    found[parameter] = [placement(parameter, 0, ((0, parameter.numel()),))]
             case 3:
                 for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
                     offsets = accumulate((p.partition_numel() for p in group), initial=0)
                     found[flat] = [
-                        piece(p, at, self._even(p.ds_numel)) for p, at in zip(group, offsets, strict=False)
+                        placement(p, at, self._even(p.ds_numel))
+                        for p, at in zip(group, offsets, strict=False)
                     ]
             case _:
                 for index, flat in enumerate(zero.single_partition_of_fp32_groups):
                     group, size = zero.round_robin_bit16_groups[index], zero.partition_size[index]
                     found[flat] = [
-                        piece(p, max(0, at - self._world.rank * size), self._cut(at, p.numel(), size))
+                        placement(p, max(0, at - self._world.rank * size), self._cut(at, p.numel(), size))
                         for p, at in zip(group, zero.round_robin_bit16_offsets[index], strict=True)
                     ]
         return found
 
     def _even(self, numel: int) -> Spans:
-        """How stage 3, and a checkpoint, cut a tensor."""
+        """How ZeRO stage 3 and checkpoints cut a tensor: evenly over the ranks."""
         return tuple(share(numel, replace(self._world, rank=rank)) for rank in range(self._world.size))
 
     def _cut(self, first: int, numel: int, size: int) -> Spans:
-        """How stages 1 and 2 cut a tensor that begins at element `first` of partitions of `size` elements."""
+        """How ZeRO stages 1 and 2 cut a tensor that begins at element `first` of partitions of `size` elements."""
         borders = [min(max(rank * size - first, 0), numel) for rank in range(self._world.size + 1)]
         return tuple(pairwise(borders))
 
     @contextmanager
     def _in_memory(self, index: int, *, changed: bool = False) -> Iterator[None]:
-        """Master and moments of a partition, which under NVMe offload are in files between two updates."""
-        swapped = self._stage == 3 and self._zero._swappable_optimizer_subgroup(index)
+        """Within, master and moments of a partition are in memory; under NVMe offload they are in files otherwise."""
+        swapped = self._zero_stage == 3 and self._zero._swappable_optimizer_subgroup(index)
         if swapped:
             self._zero._optimizer_states_and_gradient_swap_in(index)
         yield
@@ -156,25 +161,25 @@ class EngineState:
         elif swapped:
             self._zero._release_swap_buffers(index)
 
-    def _part(self, flat: torch.Tensor, piece: Piece, kind: str) -> torch.Tensor:
-        """What this rank holds of a parameter's master or moment: a view."""
+    def _part(self, flat: torch.Tensor, placement: Placement, kind: str) -> torch.Tensor:
+        """A view of the part of a parameter's master or moment that this rank holds."""
         tensor = flat if kind == "weight" else self._optimizer.state[flat][kind]
-        start, stop = self._span(piece)
-        return tensor.detach().view(-1)[piece.offset : piece.offset + stop - start]
+        start, stop = self._span(placement)
+        return tensor.detach().view(-1)[placement.offset : placement.offset + stop - start]
 
-    def _span(self, piece: Piece) -> tuple[int, int]:
-        return piece.spans[self._world.rank if len(piece.spans) > 1 else 0]
+    def _span(self, placement: Placement) -> tuple[int, int]:
+        return placement.spans[self._world.rank if len(placement.spans) > 1 else 0]
 
-    def _share_of(self, part: torch.Tensor, piece: Piece) -> torch.Tensor:
-        """This rank's share of a tensor of which all ranks hold parts."""
-        numel = torch.Size(piece.shape).numel()
-        if piece.spans == self._even(numel):
+    def _share_of(self, part: torch.Tensor, placement: Placement) -> torch.Tensor:
+        """This rank's even share of a tensor, made from the parts that the ranks hold."""
+        numel = torch.Size(placement.shape).numel()
+        if placement.spans == self._even(numel):
             return part
         start, stop = share(numel, self._world)
-        if len(piece.spans) == 1:
+        if len(placement.spans) == 1:
             return part[start:stop]
         whole = torch.zeros(numel, device=self._world.device)
-        own_start, own_stop = self._span(piece)
+        own_start, own_stop = self._span(placement)
         whole[own_start:own_stop] = part
         dist.all_reduce(whole)
         return whole[start:stop]
@@ -188,16 +193,16 @@ class EngineState:
         numel = torch.Size(self.shapes[key.split(".", 1)[1]]).numel()
         return Partition(host.copy_(values, non_blocking=True), numel)
 
-    def _put_back(self, flat: torch.Tensor, piece: Piece, kind: str, values: torch.Tensor) -> None:
-        part = self._part(flat, piece, kind)
-        if self._stage == 3:
+    def _put_back(self, flat: torch.Tensor, placement: Placement, kind: str, values: torch.Tensor) -> None:
+        part = self._part(flat, placement, kind)
+        if self._zero_stage == 3:
             part.copy_(values)
             return
-        whole = self._gather(values, piece.shape)
-        start, stop = self._span(piece)
+        whole = self._gather(values, placement.shape)
+        start, stop = self._span(placement)
         part.copy_(whole.flatten()[start:stop])
         if kind == "weight":
-            self._parameters[piece.name].copy_(whole)  # the weight that computes
+            self._parameters[placement.name].copy_(whole)  # the working weight
 
     def _gather(self, values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """The whole tensor from every rank's share."""
@@ -214,31 +219,31 @@ class EngineState:
     # ---- all of it -------------------------------------------------------------------------------------------------
 
     def _partitioned_state(self) -> list[torch.Tensor]:
-        """What this rank alone holds; what is in files between two updates counts as nothing."""
-        masters = list(self._pieces)
+        """The tensors that only this rank holds. What is in files between two updates is left out."""
+        masters = list(self._placements)
         found = [t for state in self._optimizer.state.values() for kind, t in state.items() if kind != "step"]
-        if self._stage > 0:
+        if self._zero_stage > 0:
             found += masters
-        if self._stage == 3:
+        if self._zero_stage == 3:
             working = self._zero.fp16_partitioned_groups_flat
             found += [w for w, m in zip(working, masters, strict=True) if w.data_ptr() != m.data_ptr()]
         return found
 
     def _replicated_state(self) -> list[torch.Tensor]:
-        """Whole parameters on every rank: all of them, or under stage 3 those too small to be cut."""
-        if self._stage < 3:
+        """The parameters that every rank holds whole: all, or under ZeRO stage 3 those that are too small to be cut."""
+        if self._zero_stage < 3:
             return list(self._parameters.values())
         return [p for p in self._parameters.values() if p.ds_persist]  # type: ignore[attr-defined]
 
     def _allocate_moments(self) -> None:
-        """Create the state, which torch makes at the first step only: a checkpoint is loaded in place before it.
+        """Create the moments, which torch would create only at the first step, after a checkpoint has to be loaded.
 
-        Each flat partition gets a `step` of its own: one shared by several would count each update several times.
+        Each flat partition gets its own `step`: if several shared one, it would count each update several times.
         """
-        for index, (flat, pieces) in enumerate(self._pieces.items()):
+        for index, (flat, placements) in enumerate(self._placements.items()):
             with self._in_memory(index, changed=True):
                 state = self._optimizer.state[flat]
-                for kind in moments_of(pieces[0].name, self._config):
+                for kind in moments_of(placements[0].name, self._config):
                     state[kind] = torch.zeros_like(flat, memory_format=torch.preserve_format)
                 if "exp_avg" in state:
                     state["step"] = torch.zeros((), device=flat.device)

@@ -1,8 +1,8 @@
 """Keeps torch's compiler unloaded in a process that compiles nothing: importing it costs each rank a CPU-second.
 
-torch and DeepSpeed mark functions, those of every optimizer among them, as not to be compiled, and torch loads the
-whole compiler (dynamo, with inductor and sympy) at the first call of such a function. Where nothing is compiled these
-marks mean nothing, so a stand-in takes them; any other use of torch._dynamo loads the real one.
+torch and DeepSpeed mark functions, such as those of every optimizer, as not to be compiled, and torch loads the whole
+compiler (dynamo, with inductor and sympy) at the first call of such a function. In a process that compiles nothing
+these marks mean nothing, so a stand-in accepts them. Any other use of torch._dynamo loads the real module.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ _NAME = "torch._dynamo"
 
 
 class _Unloaded(ModuleType):
-    """Stands for torch._dynamo until something is asked of it that only a compiler can answer."""
+    """Stands in for torch._dynamo until something is needed that only the compiler has."""
 
     def disable(self, function: Callable | None = None, *args: Any, **options: Any) -> Any:
-        """The function as it is, as long as there is no compiler that could take it up."""
+        """Return the function as it is, as long as there is no compiler that could compile it."""
         if sys.modules.get(_NAME) is not self:
             return importlib.import_module(_NAME).disable(function, *args, **options)
         return _as_it_is(function)
 
     def graph_break(self, *args: Any, **options: Any) -> None:
-        """Nothing, as the real one does where no graph is being made."""
+        """Do nothing, as the real function does if no graph is being made."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name != "__path__":  # `inspect` looks for the files of all modules
@@ -45,7 +45,7 @@ def _as_it_is(function: Callable | None = None, *args: Any, **options: Any) -> A
 
 
 def leave_compiler_unloaded() -> None:
-    """For a process that compiles nothing; without effect where the compiler is loaded already."""
+    """Install the stand-in, in a process that compiles nothing. It has no effect if the compiler is already loaded."""
     if _NAME not in sys.modules:
         stand_in = _Unloaded(_NAME)
         sys.modules[_NAME] = stand_in
@@ -54,7 +54,7 @@ def leave_compiler_unloaded() -> None:
 
 @contextmanager
 def compiling_nothing() -> Iterator[None]:
-    """Within, `@torch.compile` leaves functions as they are: DeepSpeed's stage 3 imports its Muon, which has three."""
+    """Within, `@torch.compile` changes nothing. DeepSpeed's stage 3 imports its Muon, which has three such."""
     compiler = torch.compile
     torch.compile = _as_it_is  # type: ignore[assignment]
     try:

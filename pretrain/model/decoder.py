@@ -1,4 +1,4 @@
-"""The decoder: a Llama-style transformer, its initial weights, and its parameter and FLOP counts.
+"""The decoder: a Llama-style transformer and its initial weights (`pretrain.arithmetic` counts its parameters).
 
 Three rules hold throughout, because under ZeRO stage 3 a parameter is whole only while the module that
 owns it runs, and `deepspeed.zero.Init` partitions a module's parameters right after its `__init__`:
@@ -36,18 +36,18 @@ class LossSums(NamedTuple):
     """Sums over the predicted positions of a batch, so that any split of a batch adds up."""
 
     nll_sum: Tensor
-    """Negative log-likelihood of the labels in nats: fp32 scalar."""
+    """Sum of the negative log-likelihoods of the labels in nats: fp32 scalar."""
     z_sum: Tensor
-    """Squared log-partition (logsumexp of the logits): fp32 scalar; has a gradient if config.z_loss > 0."""
+    """Sum of the squared log-partitions (logsumexp of the logits): fp32 scalar; has a gradient if config.z_loss > 0."""
     n_predicted: Tensor
-    """Positions whose label is not -100: int64 scalar."""
+    """Number of positions whose label is not -100: int64 scalar."""
 
 
 class KVCache:
     """Keys and values of past tokens, one slot per position: token p of a row is in slot p of that row.
 
-    Rows may have different lengths. A prefill pads short prompts on the right: what padding leaves in
-    later slots is masked until the row's own tokens overwrite it.
+    Rows may have different lengths. A prefill pads short prompts on the right. What the padding leaves in later slots
+    is masked until the row's own tokens overwrite it.
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class KVCache:
         self._n_slots = 0
 
     def advance(self, positions: Tensor) -> Tensor:
-        """Announce the positions [B, T] of the tokens to come; returns who sees whom, bool [B, 1, T, S]."""
+        """Announce the positions [B, T] of the next tokens. Returns which slots each one sees, bool [B, 1, T, S]."""
         self._positions = positions
         self._n_slots = int(positions.max()) + 1
         slots = torch.arange(self._n_slots, device=positions.device)
         return slots <= positions[:, None, :, None]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v [B, G, T, K] of the announced tokens; returns all slots in use, [B, G, S, K]."""
+        """Store k and v [B, G, T, K] of the announced tokens. Returns all slots in use, [B, G, S, K]."""
         self.k[layer][self._rows, :, self._positions] = k.transpose(1, 2)
         self.v[layer][self._rows, :, self._positions] = v.transpose(1, 2)
         return self.k[layer, :, :, : self._n_slots], self.v[layer, :, :, : self._n_slots]
@@ -93,7 +93,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of a matrix by token id."""
+    """Looks up rows of a matrix by token id."""
 
     def __init__(self, n_rows: int, width: int, std: float, generator: torch.Generator) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Embedding(nn.Module):
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    # Fused on CUDA; where it is not, PyTorch decomposes it with the statistics in fp32.
+    # On CUDA this is one fused kernel. Elsewhere PyTorch decomposes it, with the statistics in fp32.
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -132,7 +132,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.d_head = config.head_width
         self.sequences: SequenceGroup | None = None
-        """Ranks that share sequences with this one."""
+        """The ranks that share sequences with this one; None if there are none."""
         self.q = Linear(width, q_width, std, generator)
         self.k = Linear(width, kv_width, std, generator)
         self.v = Linear(width, kv_width, std, generator)
@@ -193,7 +193,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, visible: Visibility, cache: KVCache | None
     ) -> Tensor:
-        # Inside the block, so that torch.compile of a block, and ZeRO's gathering for it, include recomputing.
+        # Recomputation is inside the block, so that torch.compile of a block and ZeRO's gathering for it include it.
         return recomputed(self.recompute, self._forward, x, cos, sin, visible, cache)
 
     def _forward(
@@ -225,7 +225,7 @@ class Head(nn.Module):
         )
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Of hidden [B, T, D]: (logits [B, T, V],) without labels, (nll_sum, z_sum) with labels [B, T]."""
+        """For hidden [B, T, D]: (logits [B, T, V],) without labels, (nll_sum, z_sum) with labels [B, T]."""
         if labels is None:
             return (linear(hidden, self.weight),)
         hidden, labels = hidden.flatten(0, 1), labels.flatten()
@@ -241,10 +241,10 @@ class Head(nn.Module):
         return torch.stack([nll for nll, _ in sums]).sum(), torch.stack([z for _, z in sums]).sum()
 
     def sums(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(nll_sum, z_sum) of one chunk: hidden [N, D], labels [N]."""
+        """(nll_sum, z_sum) of one chunk of positions: hidden [N, D], labels [N]."""
         logits = linear(hidden, self.weight).float()  # [N, V]
         nll = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED_LABEL)  # [N]
-        # log Z = logit of the label + its nll. Its gradient costs another [N, V]: only where it is used.
+        # log Z = logit of the label + its nll. Its gradient costs another [N, V], so it is computed only if it is used.
         with torch.set_grad_enabled(self.with_z_gradient and torch.is_grad_enabled()):
             label_logits = logits.gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1)
             log_z = (label_logits + nll).masked_fill(labels == IGNORED_LABEL, 0.0)
@@ -254,9 +254,9 @@ class Head(nn.Module):
 class Decoder(nn.Module):
     """A decoder-only transformer.
 
-    The weights are a pure function of (config, seed): drawn in fp32 on the CPU in the order of construction,
-    the same on any device and any number of ranks. `config.vocab_size` must be set. `kernels` is what
-    `pretrain.model.kernels.resolve` returned.
+    The initial weights are a pure function of (config, seed): they are drawn in fp32 on the CPU in the order of
+    construction, and are the same on any device and any number of ranks. `config.vocab_size` must be set. `kernels`
+    is what `pretrain.model.kernels.resolve` returned.
     """
 
     def __init__(self, config: ModelConfig, seed: int, kernels: KernelsConfig = PLAIN) -> None:
@@ -273,6 +273,7 @@ class Decoder(nn.Module):
         self._replace_parts(kernels)
 
     def _replace_parts(self, kernels: KernelsConfig) -> None:
+        """Use the chosen kernels in all modules."""
         for part in self.modules():
             if isinstance(part, Linear) and kernels.fp8:
                 part.product = float8.product
@@ -283,17 +284,17 @@ class Decoder(nn.Module):
         self.head.fused = kernels.liger
 
     def share_sequences(self, ranks: SequenceGroup) -> None:
-        """From now on a forward pass gets this rank's part of sequences that it shares with these ranks."""
+        """Share sequences with these ranks: from now on a forward pass gets only this rank's part of each sequence."""
         for block in self.blocks:
             block.attention.sequences = ranks  # type: ignore[union-attr]
 
     def compile_parts(self, fall_back: bool = False) -> None:
-        """Compile each block's computation and the loss, at their first use and anew for each shape.
+        """Compile the computation of each block and the loss, at first use and again for each new shape.
 
-        `fall_back`: what cannot be compiled here is computed as it stands, and torch warns; else it raises.
+        With `fall_back`, what cannot be compiled here runs uncompiled, and torch warns; without it, torch raises.
 
-        The functions are compiled, not the modules: hooks, by which ZeRO gathers parameters, stay outside, so that a
-        block is one graph; and blocks of one shape share it.
+        The functions are compiled, not the modules. So the hooks by which ZeRO gathers parameters stay outside, a block
+        is one graph, and blocks of one shape share it.
         """
         self._compiled = True
         torch._dynamo.config.suppress_errors = fall_back
@@ -308,10 +309,10 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
     ) -> LossSums:
-        """Loss sums of a batch. All arguments are int64 [B, T].
+        """The loss sums of a batch. All arguments are int64 [B, T].
 
-        A token attends to earlier ones of its own document, or to all earlier ones without `document_ids`. Where ranks
-        share sequences, T is this rank's part, but for `document_ids`, which are of all tokens.
+        A token attends to earlier tokens of its own document, or without `document_ids` to all earlier ones. If ranks
+        share sequences, T is this rank's part, except in `document_ids`, which cover all tokens.
         `positions` are the rotary positions (0, 1, ... by default); labels of -100 are not predicted.
         """
         hidden = self.hidden(tokens, positions, document_ids)
@@ -325,9 +326,9 @@ class Decoder(nn.Module):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Logits [B, T, V] in the model's dtype, of the token after each of `tokens` [B, T].
+        """Logits [B, T, V], in the model's dtype, for the token after each of `tokens` [B, T].
 
-        With a cache, `positions` say where each row's tokens go, and earlier tokens come from the cache.
+        With a cache, `positions` say where the tokens of each row go, and earlier tokens come from the cache.
         """
         return self.head(self.hidden(tokens, positions, document_ids, cache))[0]
 
@@ -347,7 +348,7 @@ class Decoder(nn.Module):
         else:
             visible = visibility(document_ids, self.kernels.attention)
         if self._compiled and isinstance(visible, Documents):
-            # Else a block would be compiled anew for each number of documents.
+            # Otherwise a block would be compiled again for each number of documents.
             torch._dynamo.mark_dynamic(visible.starts, 0)
         x = self.embed(tokens)
         for block in self.blocks:
@@ -358,9 +359,9 @@ class Decoder(nn.Module):
 def build_decoder(
     config: ModelConfig, weights: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype
 ) -> Decoder:
-    """A decoder in evaluation mode with the given weights (names of `Decoder.named_parameters()`).
+    """A decoder in evaluation mode with the given weights, by their names in `Decoder.named_parameters()`.
 
-    Raises RuntimeError where names or shapes do not fit the config.
+    Raises RuntimeError if names or shapes do not fit the config.
     """
     with torch.device("meta"):  # no initial weights are drawn
         model = Decoder(config, seed=0)
@@ -373,39 +374,8 @@ def build_decoder(
     return model.eval().requires_grad_(False)
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Number of trainable values; a tied matrix counts once."""
-    assert config.vocab_size is not None
-    matrices = 1 if config.tie_embeddings else 2
-    return non_embedding_parameters(config) + matrices * config.vocab_size * config.d_model
-
-
-def non_embedding_parameters(config: ModelConfig) -> int:
-    """Parameters without the token embedding and the output head, as scaling laws count (Kaplan, 2020)."""
-    norms = 2 * config.d_model + (2 * config.head_width if config.qk_norm else 0)
-    return _block_matmul_parameters(config) + config.n_layers * norms + config.d_model
-
-
-def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Floating-point operations per token of a forward and backward pass, without recomputation.
-
-    6 x (parameters in matrix products, the head but not the embedding look-up) + 12 L H K T: PaLM
-    (Chowdhery et al., 2022), appendix B. As there, attention counts as if every token saw all T tokens:
-    the causal and the document mask are not deducted. Norms, rotary positions and softmax are left out.
-    """
-    assert config.vocab_size is not None
-    matmul_parameters = _block_matmul_parameters(config) + config.vocab_size * config.d_model
-    attention = 12 * config.n_layers * config.n_heads * config.head_width * sequence_length
-    return float(6 * matmul_parameters + attention)
-
-
-def _block_matmul_parameters(config: ModelConfig) -> int:
-    attention = 2 * config.d_model * config.head_width * (config.n_heads + config.kv_heads)
-    return config.n_layers * (attention + 3 * config.d_model * config.d_ff)
-
-
 def _residual_std(config: ModelConfig) -> float:
-    # 2 n_layers branches add up on the residual stream: this keeps its variance independent of depth (GPT-2).
+    # 2 n_layers branches are added to the residual stream; this keeps its variance independent of depth (GPT-2).
     return config.init_std / math.sqrt(2 * config.n_layers)
 
 

@@ -1,7 +1,7 @@
 """Accelerators as their makers describe them: the constants of `pretrain.plan.planner`. Imports no torch.
 
-Only what a data sheet says, or what is marked as assumed. Prices are list prices of one day and one vendor; give your
-own with `cluster.usd_per_gpu_hour`.
+A figure comes from a data sheet, or is marked as assumed. Prices are the list prices of one vendor on one day; set
+your own with `cluster.usd_per_gpu_hour`.
 """
 
 from __future__ import annotations
@@ -17,41 +17,43 @@ GIB = 2.0**30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """One accelerator and what usually stands around it."""
+    """One kind of accelerator, and what usually surrounds it."""
 
     name: str
+    """Its name in `cluster.gpu`."""
     label: str
     """Its name in `pretrain.gpus`, which has its peak in 16-bit precisions."""
     fp32_flops: float
     """Peak in FLOP/s of fp32 products without tensor cores, which is what torch uses by default."""
     memory_bytes: float
-    """Device memory, decimal bytes as sold."""
+    """Device memory in decimal bytes, as sold."""
     hbm_bytes_per_s: float
+    """Bandwidth of the device memory."""
     link_bytes_per_s: float
-    """To the other devices of the node, one direction: half of the NVLink figure of the data sheet, or PCIe."""
+    """Rate to the other devices of the node in one direction: half of the data sheet's NVLink figure, or PCIe."""
     pcie_bytes_per_s: float
-    """To the host, one direction."""
+    """Rate to the host in one direction."""
     nic_bits_per_s: float
-    """Network per device in the maker's own system, one direction."""
+    """Network rate per device in the maker's own system, in one direction."""
     host_bytes: float
     """Host memory per device in the maker's own system."""
     usd_per_hour: float | None
-    """List price on demand in a node of 8; None: no price was found."""
+    """List price on demand in a node of 8; None if no price was found."""
     calibrated_as: str
-    """Whose fitted constants are used: `a100` or `h100`, the only two with published runs."""
+    """The device whose fitted constants are used: `a100` or `h100`, the only two with published runs."""
 
     @property
     def fp16_flops(self) -> float:
-        """Dense peak in FLOP/s with fp16 inputs and fp32 accumulation."""
+        """The dense peak in FLOP/s with fp16 inputs and fp32 accumulation."""
         return PEAK_OF[self.label].flops
 
     @property
     def bf16_flops(self) -> float | None:
-        """The same with bf16 inputs; None where the device has no bf16."""
+        """The same with bf16 inputs; None if the device has no bf16."""
         return self.fp16_flops if PEAK_OF[self.label].has_bf16 else None
 
 
-# Which sheets were compared with a second place: H200 and B200 (memory, NVLink, PCIe, network; system descriptions in
+# These sheets were compared with a second source: H200 and B200 (memory, NVLink, PCIe, network; system descriptions in
 #   https://github.com/mlcommons/inference_results_v4.1 and _v6.0), L40S (a reseller's copy), H100 (bandwidth, NVLink).
 #   V100, A100, RTX 4090, PCIe rates and DGX networks rest on the sheet that is named; check before you buy by them.
 # Host memory: DGX-1 512 GB (2017), DGX A100 1 TB and 2 TB (2020, 2021), DGX H100, H200 and B200 2 TB, each for 8 GPUs;
@@ -186,7 +188,7 @@ GPUS: dict[str, Gpu] = {
 
 
 def known_gpu(name: str) -> Gpu:
-    """The device of this name; ConfigError where the table has none."""
+    """The device with this name. Raises ConfigError if the table has none."""
     if name not in GPUS:
         raise ConfigError(f"cluster.gpu={name} is not in the table; allowed: {', '.join(GPUS)}")
     return GPUS[name]

@@ -1,7 +1,7 @@
 """Memory, time and cost of a run before it is launched: pure functions of a configuration and a cluster.
 
-Imports no torch, so that it answers at once. Nothing here has been measured on a GPU of this project: figures are
-`measured` (counted in real runs of this program), `fitted` (on published runs of others) or `projected`.
+Imports no torch, so that it answers at once. Nothing here has been measured on a GPU of this project. A figure is
+`measured` (counted in real runs of this program), `fitted` (to published runs of others) or `projected` (neither).
 docs/planning.md says how to read a plan.
 """
 
@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from pretrain.arithmetic import count_parameters
 from pretrain.config import AUTO, AttentionKernel, ModelConfig, Precision, Recompute, TrainConfig
 from pretrain.config.engine import EngineConfig
 from pretrain.errors import ConfigError
 from pretrain.plan.hardware import GIB
-from pretrain.plan.memory import Pass, Sharding, count_parameters, memory_bytes
+from pretrain.plan.memory import Partitioning, Pass, memory_bytes
 from pretrain.plan.time import (
     CALIBRATIONS,
     HOST_S_PER_BLOCK,
@@ -30,27 +31,29 @@ from pretrain.plan.time import (
 
 MEASURED, FITTED, PROJECTED = "measured", "fitted", "projected"
 BYTES_PER_PARAMETER_SAVED = 12
-"""fp32 weight and two moments."""
+"""Bytes per parameter in a checkpoint: a weight and two moments in fp32."""
 HOURS_BETWEEN_FAILURES_PER_RANK = 50_000.0
-"""As `pretrain.checkpoint.saver`: Llama 3 (2024), 419 unexpected interruptions in 54 days on 16,384 GPUs."""
+"""The same as in `pretrain.checkpoint.saver`; Llama 3 (2024): 419 interruptions in 54 days on 16,384 GPUs."""
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+"""Micro batches that a search tries."""
 CALIBRATED = ("a100", "a100_40", "h100")
-"""Devices of the published runs, which had 8 to 64 of them."""
+"""Devices of the published runs that the constants were fitted to; these runs had 8 to 64 devices."""
 OTHER_STACKS = 0.15
-"""The same of programs and models that were not fitted: torchtitan, 8 to 128 GPUs."""
+"""Largest error of the logarithm of the step time on runs that were not fitted: torchtitan on 8 to 128 GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Site:
-    """What of a cluster is no device: storage, failures, prices, host memory."""
+    """Everything about a cluster but its devices: price, storage, failures, host memory."""
 
     usd_per_gpu_hour: float | None
+    """Price of a device; None if it is not known."""
     storage_bytes_per_s: float
-    """That all ranks together write a checkpoint with."""
+    """Rate at which all ranks together write a checkpoint."""
     restart_s: float
-    """From a failure until training goes on: detection, start, loading."""
+    """Time from a failure until training goes on: detection, start, loading."""
     host_bytes_per_node: float
-    """Memory of a node."""
+    """Host memory of a node."""
 
 
 _CHECKPOINTING = {
@@ -65,14 +68,19 @@ class Option:
     """One way to run the model: a point of the search."""
 
     model: ModelConfig
+    """The model, with this option's activation checkpointing."""
     engine: EngineConfig
-    sharding: Sharding
+    """The engine, with this option's ZeRO stage and offloads."""
+    partitioning: Partitioning
+    """How the state is cut over the ranks."""
     each: Pass
+    """The input of each forward and backward pass."""
     accum_steps: int
+    """Number of micro batches per step."""
 
     @property
     def name(self) -> str:
-        """Stage, micro batch, and what is switched on."""
+        """The ZeRO stage, the micro batch, and what is switched on."""
         extra = [
             _CHECKPOINTING[self.model.activation_checkpointing],
             "offload optimizer" if self.engine.offload_optimizer else "",
@@ -87,7 +95,7 @@ class Option:
 
     @property
     def overrides(self) -> list[str]:
-        """The keys that select it, for launch/train.py."""
+        """The configuration keys that select this option in launch/train.py."""
         engine = self.engine
         return [
             f"engine.zero_stage={engine.zero_stage}",
@@ -102,26 +110,31 @@ class Option:
         ]
 
 
-class Judged(NamedTuple):
-    """An option with what it takes."""
+class AssessedOption(NamedTuple):
+    """An option with the memory and time that it takes."""
 
     option: Option
+    """The option."""
     device: dict[str, int]
+    """Bytes of device memory per rank, by part."""
     host: dict[str, int]
+    """Bytes of host memory per rank, by part."""
     step: StepTime
+    """The time of a step."""
     problem: str | None
-    """Why it cannot run; None: it fits."""
+    """Why the option cannot run; None if it fits."""
 
     @property
     def device_total(self) -> int:
-        """Bytes."""
+        """Bytes of device memory per rank, all parts together."""
         return sum(self.device.values())
 
 
 def options(config: TrainConfig, cluster: Cluster, search: bool = True) -> Iterator[Option]:
-    """All ways to run the configuration on the cluster, or only the one that it asks for.
+    """All ways to run the configuration on the cluster, or without `search` only the one that it asks for.
 
-    Stage 0 only in fp32, in which this program runs it. Offloaded parameters only beside an offloaded optimizer.
+    ZeRO stage 0 is tried only in fp32, the only precision in which this program runs it, and offloaded parameters only
+    with an offloaded optimizer.
     """
     n = cluster.n_ranks
     share, rest = divmod(config.global_batch_sequences, n)
@@ -132,30 +145,30 @@ def options(config: TrainConfig, cluster: Cluster, search: bool = True) -> Itera
         )
     engine, model = config.engine, config.model
     masked = config.data.document_masking and config.kernels.attention is AttentionKernel.sdpa
-    stages = [s for s in (0, 1, 2, 3) if s or engine.precision is Precision.fp32]
+    zero_stages = [s for s in (0, 1, 2, 3) if s or engine.precision is Precision.fp32]
     offloads = [(False, False), (True, False), (True, True)]
     micros: tuple[int, ...] = MICRO_BATCHES
     recomputes = list(Recompute)
     if not search:
-        stages = [engine.zero_stage]
+        zero_stages = [engine.zero_stage]
         if config.micro_batch_sequences != AUTO:
             micros = (config.micro_batch,)
         offloads, recomputes = (
             [(engine.offload_optimizer, engine.offload_params)],
             [model.activation_checkpointing],
         )
-    for stage in stages:
+    for zero_stage in zero_stages:
         for micro in micros:
             if share % micro:
                 continue
             for recompute in recomputes:
                 for optimizer, params in offloads:
-                    if (optimizer and stage == 0) or (params and stage != 3):
+                    if (optimizer and zero_stage == 0) or (params and zero_stage != 3):
                         continue
                     yield Option(
                         model=replace(model, activation_checkpointing=recompute),
-                        engine=_with(engine, stage, optimizer, params),
-                        sharding=Sharding(n_ranks=n, n_shards=n),
+                        engine=_with(engine, zero_stage, optimizer, params),
+                        partitioning=Partitioning(n_ranks=n, ranks_per_copy=n),
                         each=Pass(
                             sequences=micro,
                             sequence_length=config.data.sequence_length,
@@ -165,33 +178,33 @@ def options(config: TrainConfig, cluster: Cluster, search: bool = True) -> Itera
                     )
 
 
-def _with(engine: EngineConfig, stage: int, optimizer: bool, params: bool) -> EngineConfig:
-    """The configured engine with another stage and offload; what then cannot be is off."""
+def _with(engine: EngineConfig, zero_stage: int, optimizer: bool, params: bool) -> EngineConfig:
+    """The configured engine with another ZeRO stage and offload. What these do not allow is switched off."""
     return replace(
         engine,
-        zero_stage=stage,
+        zero_stage=zero_stage,
         offload_optimizer=optimizer,
         offload_params=params,
-        nvme_path=engine.nvme_path if stage == 3 and optimizer else None,
-        hpz_partition_ranks=engine.hpz_partition_ranks if stage == 3 and not params else 1,
-        quantized_weights=engine.quantized_weights and stage == 3,
-        quantized_gradients=engine.quantized_gradients and stage == 3,
+        nvme_path=engine.nvme_path if zero_stage == 3 and optimizer else None,
+        hpz_partition_ranks=engine.hpz_partition_ranks if zero_stage == 3 and not params else 1,
+        quantized_weights=engine.quantized_weights and zero_stage == 3,
+        quantized_gradients=engine.quantized_gradients and zero_stage == 3,
     )
 
 
-def judge(
+def assess(
     option: Option,
     cluster: Cluster,
     site: Site,
     constants: Calibration | None = None,
     host_s_per_block: float | None = None,
-) -> Judged:
-    """Memory, time and whether it fits."""
-    device, host = memory_bytes(option.model, option.engine, option.sharding, option.each)
+) -> AssessedOption:
+    """The memory and time that an option takes, and whether it fits the cluster."""
+    device, host = memory_bytes(option.model, option.engine, option.partitioning, option.each)
     step = step_time(
         option.model,
         option.engine,
-        option.sharding,
+        option.partitioning,
         cluster,
         option.each,
         option.accum_steps,
@@ -205,46 +218,49 @@ def judge(
         problem = f"{needs / GIB:.1f} GiB do not fit the {has / GIB:.1f} GiB of the device"
     elif on_node > site.host_bytes_per_node:
         problem = f"{on_node / GIB:.0f} GiB of host memory do not fit the node's {site.host_bytes_per_node / GIB:.0f}"
-    return Judged(option, device, host, step, problem)
+    return AssessedOption(option, device, host, step, problem)
 
 
-def rank_options(config: TrainConfig, cluster: Cluster, site: Site, search: bool = True) -> list[Judged]:
-    """Those that fit, the fastest first (of equals the one that takes less memory), then those that do not."""
-    judged = [judge(option, cluster, site) for option in options(config, cluster, search)]
-    if not judged:
+def rank_options(
+    config: TrainConfig, cluster: Cluster, site: Site, search: bool = True
+) -> list[AssessedOption]:
+    """All options: those that fit, the fastest first and with less memory among equals, then those that do not fit."""
+    assessed = [assess(option, cluster, site) for option in options(config, cluster, search)]
+    if not assessed:
         raise ConfigError(
             f"micro_batch_sequences={config.micro_batch_sequences} does not divide the "
             f"{config.global_batch_sequences // cluster.n_ranks} sequences of each rank"
         )
-    return sorted(judged, key=lambda j: (j.problem is not None, j.step.total_s, j.device_total))
+    return sorted(assessed, key=lambda j: (j.problem is not None, j.step.total_s, j.device_total))
 
 
 def advised_interval_s(save_cost_s: float, mtbf_s: float) -> float:
-    """Young, 1974, as `pretrain.checkpoint.saver.advised_interval_s`."""
+    """The interval between saves that loses the least (Young, 1974), as in `pretrain.checkpoint.saver`."""
     return math.sqrt(2 * save_cost_s * mtbf_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Goodput:
-    """What saving and failures take from a run."""
+    """The time that saves and failures take from a run."""
 
     checkpoint_bytes: int
+    """Size of a checkpoint."""
     stall_s: float
-    """Training stands still so long for a save: the copy to host memory."""
+    """Time for which training stands still for a save, which is the copy to host memory."""
     write_s: float
-    """Beside training."""
+    """Time to write a checkpoint, while training goes on."""
     mtbf_s: float
-    """Of the whole job."""
+    """Mean time between failures of the whole job."""
     interval_s: float
-    """Between saves; advised, but no shorter than a write takes."""
+    """The advised interval between saves, but no shorter than a write takes."""
     frac: float
-    """Of wall time that trains: less stalls, half an interval and a restart per failure."""
+    """Share of wall time that trains: all but the stalls, and half an interval and a restart for each failure."""
 
 
 def goodput(
     model: ModelConfig, cluster: Cluster, site: Site, mtbf_hours: float | None, failures: float = 1.0
 ) -> Goodput:
-    """Expected over a long run; `failures` scales their rate."""
+    """The expected goodput of a long run. `failures` multiplies the rate of failures."""
     saved = BYTES_PER_PARAMETER_SAVED * count_parameters(model)
     stall = saved / cluster.n_ranks / cluster.gpu.pcie_bytes_per_s
     hours = mtbf_hours if mtbf_hours is not None else HOURS_BETWEEN_FAILURES_PER_RANK / cluster.n_ranks
@@ -267,31 +283,36 @@ class Plan:
     """A run on a cluster, with the option that was chosen."""
 
     config: TrainConfig
+    """The configuration of the run."""
     cluster: Cluster
+    """The devices and their network."""
     site: Site
-    ranked: list[Judged]
+    """Everything else about the cluster."""
+    ranked: list[AssessedOption]
+    """All options, the best first."""
     goodput: Goodput
+    """The time that saves and failures take."""
 
     @property
-    def best(self) -> Judged:
+    def best(self) -> AssessedOption:
         """The fastest option that fits."""
         return self.ranked[0]
 
     @property
     def days(self) -> float:
-        """Wall time of all steps, failures included."""
+        """Wall time of all steps in days, failures included."""
         return self.config.n_steps * self.best.step.total_s / self.goodput.frac / 86400
 
     @property
     def usd(self) -> float | None:
-        """None where no price is known."""
+        """Price of the run; None if no price is known."""
         if self.site.usd_per_gpu_hour is None:
             return None
         return self.days * 24 * self.cluster.n_ranks * self.site.usd_per_gpu_hour
 
 
 def make_plan(config: TrainConfig, cluster: Cluster, site: Site, search: bool = True) -> Plan:
-    """Judge all options. ConfigError, with what is short, where none fits or too much fails to get anywhere."""
+    """Assess all options and choose the best. Raises ConfigError if none fits, or if the job would fail too often."""
     ranked = rank_options(config, cluster, site, search)
     if ranked[0].problem is not None:
         least = min(ranked, key=lambda j: j.device_total)
@@ -309,12 +330,12 @@ def make_plan(config: TrainConfig, cluster: Cluster, site: Site, search: bool = 
 
 
 def uncertainties(plan: Plan) -> list[tuple[str, float]]:
-    """(what is not known, how much longer or dearer the run is at its bad end), the widest first."""
+    """What is not known, each with the fraction by which the run is longer or dearer at worst; the largest first."""
     constants = CALIBRATIONS[plan.cluster.gpu.calibrated_as]
     option, total = plan.best.option, plan.best.step.total_s
 
     def slower(worse: Calibration, cluster: Cluster = plan.cluster, host: float | None = None) -> float:
-        return judge(option, cluster, plan.site, worse, host).step.total_s / total - 1
+        return assess(option, cluster, plan.site, worse, host).step.total_s / total - 1
 
     halved = replace(plan.cluster, nic_bits_per_s=plan.cluster.nic_bits_per_s / 2)
     hidden = replace(constants, exposed_frac=1.0)
@@ -334,27 +355,27 @@ def uncertainties(plan: Plan) -> list[tuple[str, float]]:
 
 
 def data_bytes_per_s(plan: Plan) -> float:
-    """That the job reads from its corpus: 2 bytes per token up to a vocabulary of 65,536, else 4."""
+    """The rate at which the whole job reads its corpus."""
     return token_bytes(plan.config.model) * plan.best.step.tokens_per_second
 
 
 def token_bytes(model: ModelConfig) -> int:
-    """On disk."""
+    """Bytes of a token on disk: 2 up to a vocabulary of 65,536, else 4."""
     assert model.vocab_size is not None
     return 2 if model.vocab_size <= 65_536 else 4
 
 
 def checkpoints_kept(config: TrainConfig) -> int:
-    """Checkpoints on disk at the end of the run, at most, and one being written."""
+    """The largest number of checkpoints on disk at the end of the run, with one that is being written."""
     policy = config.checkpoint
     permanent = config.n_steps // policy.keep_every_steps if policy.keep_every_steps else 0
     return policy.keep_last + policy.keep_best + permanent + 1
 
 
-def sent_bytes(judged: Judged, cluster: Cluster) -> list[tuple[str, float, float]]:
-    """(kind and time, bytes that a rank sends per step, bytes that enter a node per step)."""
-    option = judged.option
-    micro, once = collectives(option.model, option.engine, option.sharding, cluster)
+def sent_bytes(assessed: AssessedOption, cluster: Cluster) -> list[tuple[str, float, float]]:
+    """For each collective its kind and time, the bytes that a rank sends per step, and those that enter a node."""
+    option = assessed.option
+    micro, once = collectives(option.model, option.engine, option.partitioning, cluster)
     return [
         (f"{c.kind}, {c.when}", times * c.sent_bytes, times * c.between_nodes_bytes)
         for group, times in ((micro, option.accum_steps), (once, 1))
@@ -362,6 +383,6 @@ def sent_bytes(judged: Judged, cluster: Cluster) -> list[tuple[str, float, float
     ]
 
 
-def mfu(judged: Judged, cluster: Cluster) -> float:
-    """0 to 1."""
-    return mfu_frac(judged.step, cluster, judged.option.engine.precision)
+def mfu(assessed: AssessedOption, cluster: Cluster) -> float:
+    """Model FLOP utilization of an option, 0 to 1."""
+    return mfu_frac(assessed.step, cluster, assessed.option.engine.precision)

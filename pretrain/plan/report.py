@@ -1,4 +1,4 @@
-"""A plan as text and as JSON-ready values. Each figure bears how it is known: measured, fitted or projected."""
+"""A plan as text and as JSON-ready values. Each figure says how it is known: measured, fitted or projected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pretrain.plan.planner import (
     FITTED,
     MEASURED,
     PROJECTED,
-    Judged,
+    AssessedOption,
     Plan,
     checkpoints_kept,
     data_bytes_per_s,
@@ -20,7 +20,7 @@ from pretrain.plan.planner import (
     uncertainties,
 )
 
-# Sums of storages of real runs of this program equal these formulas (test_planner.py).
+# For these parts the formulas give the sums of storages that were counted in real runs (test_planner.py).
 COUNTED = {
     "parameters",
     "persistent parameters",
@@ -38,19 +38,19 @@ class Figure(dict[str, Any]):
         super().__init__(value=value, unit=unit, known=known)
 
 
-def memory_figures(judged: Judged) -> dict[str, Figure]:
-    """Bytes per rank by part; `host:` before what is in host memory. Only the counted parts are known to be right."""
+def memory_figures(assessed: AssessedOption) -> dict[str, Figure]:
+    """Bytes per rank by part. Parts in host memory are named `host: ...`. Only the COUNTED parts are measured."""
     found = {
         name: Figure(size, "bytes", MEASURED if name in COUNTED else PROJECTED)
-        for name, size in judged.device.items()
+        for name, size in assessed.device.items()
     }
-    for name, size in judged.host.items():
-        found[f"host: {name}"] = Figure(size, "bytes", PROJECTED)  # no run with offload was counted
+    for name, size in assessed.host.items():
+        found[f"host: {name}"] = Figure(size, "bytes", PROJECTED)  # runs with offload have not been counted
     return found
 
 
 def time_figures(plan: Plan) -> dict[str, Figure]:
-    """The step by part, and what follows from it."""
+    """The time of a step by part, and what follows from it: duration, cost, saves, storage."""
     best, step, good = plan.best, plan.best.step, plan.goodput
     calibrated = plan.cluster.gpu.name in CALIBRATED and plan.cluster.n_ranks <= 64
     known = FITTED if calibrated else PROJECTED
@@ -86,7 +86,7 @@ def time_figures(plan: Plan) -> dict[str, Figure]:
 
 
 def plan_values(plan: Plan) -> dict[str, Any]:
-    """The whole plan, JSON-ready."""
+    """The whole plan as JSON-ready values."""
     fits = [j for j in plan.ranked if j.problem is None]
     return {
         "ranks": plan.cluster.n_ranks,
@@ -173,16 +173,16 @@ def _shown(figure: Figure) -> str:
     return f"{value:>12.4g} {unit}"
 
 
-def ranked_lines(ranked: list[Judged]) -> list[str]:
-    """The best options, and for the others how many are left out for what."""
+def ranked_lines(ranked: list[AssessedOption]) -> list[str]:
+    """The best options, and the options that are left out, with the reasons."""
     fits, rest = [j for j in ranked if j.problem is None], [j for j in ranked if j.problem]
     lines = [f"options, the fastest first ({len(fits)} fit, {len(rest)} are left out)"]
-    for judged in fits[:RANKED_LINES]:
+    for one in fits[:RANKED_LINES]:
         lines.append(
-            f"  {judged.option.name:<64}{judged.step.total_s:>9.3f} s{judged.device_total / GIB:>9.1f} GiB  {PROJECTED}"
+            f"  {one.option.name:<64}{one.step.total_s:>9.3f} s{one.device_total / GIB:>9.1f} GiB  {PROJECTED}"
         )
-    for judged in sorted(rest, key=lambda j: j.device_total)[:RANKED_LINES]:
-        lines.append(f"  left out: {judged.option.name}: {judged.problem}")
+    for one in sorted(rest, key=lambda j: j.device_total)[:RANKED_LINES]:
+        lines.append(f"  left out: {one.option.name}: {one.problem}")
     if len(rest) > RANKED_LINES:
         lines.append(f"  ... and {len(rest) - RANKED_LINES} more; json=true lists all")
     return lines

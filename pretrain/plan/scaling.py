@@ -6,16 +6,16 @@ from dataclasses import dataclass, replace
 
 from pretrain.config import EngineConfig, ModelConfig, Precision, Recompute
 from pretrain.plan.hardware import known_gpu
-from pretrain.plan.memory import Pass, Sharding, memory_bytes
+from pretrain.plan.memory import Partitioning, Pass, memory_bytes
 from pretrain.plan.time import Cluster, StepTime, mfu_frac, step_time
 
 SEQUENCE_LENGTH = 4096
 GLOBAL_BATCH_SEQUENCES = 4096
-"""16.8 million tokens per step, whatever the number of GPUs: each then has at least one sequence."""
+"""The batch is the same for all numbers of GPUs, 16.8 million tokens, so that each GPU has at least one sequence."""
 GPU_COUNTS = (8, 32, 128, 512, 1024, 4096)
 GPUS_PER_NODE = 8
 MICRO_BATCHES = (1, 2, 4, 8)
-# The shapes of conf/model/, with Llama 2's vocabulary; a test compares them.
+# The shapes of conf/model/, with Llama 2's vocabulary. A test compares the two.
 SHAPES = {
     "1b": ModelConfig(n_layers=22, d_model=2048, n_heads=32, n_kv_heads=4, d_ff=5632, vocab_size=32_000),
     "7b": ModelConfig(n_layers=32, d_model=4096, n_heads=32, d_ff=11008, vocab_size=32_000),
@@ -27,11 +27,14 @@ ZEROPP = replace(ENGINE, hpz_partition_ranks=GPUS_PER_NODE, quantized_weights=Tr
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scheme:
-    """One way to cut the state of stage 3."""
+    """One way to cut the state under ZeRO stage 3."""
 
     name: str
+    """Name of the column in the table."""
     engine: EngineConfig
+    """The engine."""
     hybrid: bool = False
+    """Whether groups of ranks hold copies of the state."""
 
 
 SCHEMES = (
@@ -42,15 +45,15 @@ SCHEMES = (
 
 
 def best_step(model: ModelConfig, scheme: Scheme, cluster: Cluster) -> tuple[StepTime, int] | None:
-    """The fastest step that fits, and the ranks that share one copy; None where nothing fits.
+    """The fastest step that fits, and the number of ranks that share one copy; None if nothing fits.
 
-    Hybrid sharding takes the fewest nodes that hold a copy.
+    Hybrid sharding uses the fewest nodes that can hold a copy.
     """
     n = cluster.n_ranks
     groups = [n]
     if scheme.hybrid:
         groups = [GPUS_PER_NODE * 2**k for k in range(20) if GPUS_PER_NODE * 2**k <= n]
-    for n_shards in groups:
+    for ranks_per_copy in groups:
         found: list[StepTime] = []
         for micro in MICRO_BATCHES:
             share = GLOBAL_BATCH_SEQUENCES // n
@@ -58,18 +61,18 @@ def best_step(model: ModelConfig, scheme: Scheme, cluster: Cluster) -> tuple[Ste
                 continue
             for recompute in Recompute:
                 shape = replace(model, activation_checkpointing=recompute)
-                sharding = Sharding(n_ranks=n, n_shards=n_shards)
+                partitioning = Partitioning(n_ranks=n, ranks_per_copy=ranks_per_copy)
                 each = Pass(sequences=micro, sequence_length=SEQUENCE_LENGTH, masked=False)
-                device, _ = memory_bytes(shape, scheme.engine, sharding, each)
+                device, _ = memory_bytes(shape, scheme.engine, partitioning, each)
                 if sum(device.values()) <= cluster.gpu.memory_bytes:
-                    found.append(step_time(shape, scheme.engine, sharding, cluster, each, share // micro))
+                    found.append(step_time(shape, scheme.engine, partitioning, cluster, each, share // micro))
         if found:
-            return min(found, key=lambda step: step.total_s), n_shards
+            return min(found, key=lambda step: step.total_s), ranks_per_copy
     return None
 
 
 def scaling_table() -> str:
-    """Markdown: a row per model and number of GPUs; step time, MFU and efficiency of each scheme."""
+    """A Markdown table of step time, MFU and efficiency of each scheme, with a row per model and number of GPUs."""
     names = " | ".join(f"{s.name}, projected: step, MFU, efficiency" for s in SCHEMES)
     lines = [f"| model | H100 | {names} |", f"|---|---|{'---|' * len(SCHEMES)}"]
     for label, model in SHAPES.items():
@@ -88,10 +91,10 @@ def scaling_table() -> str:
                 if best is None:
                     cells.append("does not fit")
                     continue
-                step, n_shards = best
+                step, ranks_per_copy = best
                 per_rank = step.tokens_per_second / count
                 reference = reference or per_rank
-                shards = f", {n_shards} share a copy" if scheme.hybrid else ""
+                shards = f", {ranks_per_copy} share a copy" if scheme.hybrid else ""
                 mfu = mfu_frac(step, cluster, ENGINE.precision)
                 cells.append(f"{step.total_s:.2f} s, {mfu:.1%}, {per_rank / reference:.0%}{shards}")
             lines.append(f"| {label} | {count:,} | {' | '.join(cells)} |")

@@ -1,21 +1,27 @@
 """How long a step takes: bytes on the wire and seconds by part, as pure functions. Imports no torch.
 
-Volumes are those that DeepSpeed 0.19 moves, counted in real runs (test_planner.py). Seconds come from peaks of
-data sheets and the constants in CALIBRATIONS, which benchmarks/fit_planner.py fits on published runs.
+The volumes are those that DeepSpeed 0.19 moves; they were counted in real runs (test_planner.py). The times are
+computed from the peaks in data sheets and the constants in CALIBRATIONS, which benchmarks/fit_planner.py fits to
+published runs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pretrain.arithmetic import (
+    attention_flops_per_token,
+    count_parameters,
+    flops_per_token,
+    matmul_flops_per_token,
+)
 from pretrain.config import ModelConfig, Precision, Recompute
 from pretrain.config.engine import EngineConfig
 from pretrain.errors import ConfigError
 from pretrain.plan.hardware import Gpu
 from pretrain.plan.memory import (
+    Partitioning,
     Pass,
-    Sharding,
-    count_parameters,
     element_bytes,
     kept_elements,
     persistent_elements,
@@ -25,20 +31,20 @@ from pretrain.plan.memory import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """What no data sheet says. Fitted by benchmarks/fit_planner.py."""
+    """The constants that no data sheet says. benchmarks/fit_planner.py fits them."""
 
     matmul_frac: float
-    """Of the peak that matrix products reach."""
+    """Share of the peak that matrix products reach."""
     attention_frac: float
-    """Of the peak that attention reaches, its operations counted as if all tokens saw each other."""
+    """Share of the peak that attention reaches if its operations are counted as if all tokens saw each other."""
     passes: float
-    """How often what a block keeps for its backward pass goes through device memory, forward and backward."""
+    """Number of times that what a block keeps for its backward pass goes through device memory in both passes."""
     exposed_frac: float
-    """Of communication that could hide behind computing, how much does not."""
+    """Share of the communication that could hide behind computation, but does not."""
     link_frac: float
-    """Of the link's rate that collectives within a node reach."""
+    """Share of the link's rate that collectives within a node reach."""
     network_frac: float
-    """Of the network's rate that collectives between nodes reach."""
+    """Share of the network's rate that collectives between nodes reach."""
 
 
 CALIBRATIONS: dict[str, Calibration] = {
@@ -53,34 +59,39 @@ CALIBRATIONS: dict[str, Calibration] = {
     for gpu, matmul_frac, attention_frac in (("a100", 0.933, 0.553), ("h100", 0.847, 0.317))
 }
 HOP_S = 1e-5
-"""Assumed: latency of a collective per node of its ring. Runs of up to 8 nodes are too few to fit it."""
+"""Latency of a collective per node of its ring; assumed, because runs of up to 8 nodes are too few to fit it."""
 HBM_FRAC = 0.8
-"""Assumed: of the memory bandwidth that an optimizer's kernel reaches."""
+"""Share of the memory bandwidth that the kernel of an optimizer reaches; assumed."""
 HOST_BYTES_PER_S = 30e9
-"""Of one rank that updates on the host: AdamW moved 28 bytes for each of 57.7 million values in 54 ms here."""
+"""Memory rate of one rank that updates on the host; AdamW moved 28 bytes for each of 57.7 million values in 54 ms."""
 NVME_BYTES_PER_S = 1e9
-"""Assumed: of one rank, reading or writing, where the ranks of a host share a disk."""
+"""Rate at which one rank reads or writes if the ranks of a host share a disk; assumed."""
 HOST_S_PER_BLOCK = {0: 4.8e-3, 1: 4.8e-3, 2: 4.8e-3, 3: 14.8e-3}
-"""By stage: what the host's main thread takes for one block and micro batch, forward and backward: launching operations
-and, under stage 3, DeepSpeed's hooks. Its CPU time in 2-rank runs here, 12 blocks less 4, where computing is next to
-nothing. A device that is done sooner waits. Assumed to be the same beside a GPU."""
+"""By ZeRO stage, the time of the host's main thread for one block and micro batch, forward and backward. It launches
+operations and, under stage 3, runs DeepSpeed's hooks; a device that is done sooner waits for it. This is the CPU time
+of 12 blocks minus that of 4 in 2-rank runs in which the computation itself takes almost no time. It is assumed to be
+the same beside a GPU."""
 MASK_FACTOR = 2.0
-"""Assumed: with a mask, attention does not skip what comes later, and so computes twice as much."""
+"""Factor of the time of attention with a mask: the kernel does not skip later tokens, and so computes twice as much;
+assumed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """Ranks and what joins them."""
+    """The devices of a job, one per rank, and the network between them."""
 
     gpu: Gpu
+    """Kind of the devices."""
     nodes: int
+    """Number of nodes."""
     gpus_per_node: int
+    """Number of devices in each node."""
     nic_bits_per_s: float
-    """Per device, one direction."""
+    """Network rate per device in one direction."""
 
     @property
     def n_ranks(self) -> int:
-        """One per device."""
+        """Number of ranks."""
         return self.nodes * self.gpus_per_node
 
 
@@ -93,45 +104,47 @@ class Collective:
     when: str
     """forward, backward or update."""
     payload_bytes: float
-    """Of the whole tensors, before the (N-1)/N of a ring."""
+    """Size of the whole tensors, before the factor (N-1)/N of a ring."""
     calls: int
+    """Number of calls that the payload is split into."""
     n_ranks: int
-    """Of the group."""
+    """Number of ranks in the group."""
     ranks_per_node: int
-    """Of the group on one node."""
+    """Number of ranks of the group on one node."""
 
     @property
     def nodes(self) -> int:
-        """That the group spans."""
+        """Number of nodes that the group spans."""
         return -(-self.n_ranks // self.ranks_per_node)
 
     @property
     def rounds(self) -> int:
-        """Times that the payload goes around: an all-reduce is a reduce-scatter and an all-gather."""
+        """Number of times that the payload goes around; an all-reduce is a reduce-scatter and an all-gather."""
         return 2 if self.kind == "all-reduce" else 1
 
     @property
     def sent_bytes(self) -> float:
-        """By each rank."""
+        """Bytes that each rank sends."""
         return self.rounds * self.payload_bytes * (self.n_ranks - 1) / self.n_ranks
 
     @property
     def between_nodes_bytes(self) -> float:
-        """Into each node: once per round, all but its own part."""
+        """Bytes that enter each node: all but its own part, once per round."""
         return self.rounds * self.payload_bytes * (self.nodes - 1) / self.nodes
 
 
 def collectives(
-    model: ModelConfig, engine: EngineConfig, sharding: Sharding, cluster: Cluster
+    model: ModelConfig, engine: EngineConfig, partitioning: Partitioning, cluster: Cluster
 ) -> tuple[list[Collective], list[Collective]]:
-    """Those of each micro batch, and those once per step.
+    """The collectives of each micro batch, and those that run once per step.
 
-    Stages 0 and 1 all-reduce gradients once per step, stage 2 in every micro batch (DeepSpeed reduces its buckets to
-    all ranks, not to their owners). Stage 3 gathers parameters for the forward pass and, but for what it kept, again
-    for the backward pass, and scatters the sum of the gradients. Stages 1 and 2 gather parameters after the update.
+    ZeRO stages 0 and 1 all-reduce gradients once per step, stage 2 in every micro batch, because DeepSpeed reduces its
+    buckets to all ranks and not only to their owners. Stage 3 gathers parameters for the forward pass, again for the
+    backward pass unless it has kept them, and scatters the sum of the gradients. Stages 1 and 2 gather parameters
+    after the update.
     """
-    width, stage = element_bytes(engine), engine.zero_stage
-    total, n = count_parameters(model), sharding.n_shards
+    width, zero_stage = element_bytes(engine), engine.zero_stage
+    total, n = count_parameters(model), partitioning.ranks_per_copy
     everywhere = (cluster.n_ranks, min(cluster.gpus_per_node, cluster.n_ranks))
     buckets = max(1, -(-total // engine.reduce_bucket_elements))
 
@@ -145,10 +158,10 @@ def collectives(
             ranks_per_node=group[1],
         )
 
-    if stage < 3:
-        reduced = make("all-reduce", "backward" if stage == 2 else "update", total, buckets, everywhere)
-        gathered = [make("all-gather", "update", total, 1, everywhere)] if stage else []
-        return ([reduced], gathered) if stage == 2 else ([], [reduced, *gathered])
+    if zero_stage < 3:
+        reduced = make("all-reduce", "backward" if zero_stage == 2 else "update", total, buckets, everywhere)
+        gathered = [make("all-gather", "update", total, 1, everywhere)] if zero_stage else []
+        return ([reduced], gathered) if zero_stage == 2 else ([], [reduced, *gathered])
     shards = (n, min(cluster.gpus_per_node, n))
     small, kept = persistent_elements(model, engine), kept_elements(model, engine)
     forward, backward = total - small, total - small - kept
@@ -162,7 +175,7 @@ def collectives(
     ]
     once = [make("all-gather", "update", small, 1, shards)] if small else []
     copies = cluster.n_ranks // n
-    if copies > 1:  # hybrid sharding: the copies' gradient shards are summed, rank by rank
+    if copies > 1:  # hybrid sharding: each rank sums its gradients with those of its peers in other copies
         per_node = max(1, cluster.gpus_per_node // n)
         calls = max(1, -(-total // n // engine.reduce_bucket_elements))
         once.append(make("all-reduce", "update", total / n, calls, (copies, per_node)))
@@ -170,7 +183,7 @@ def collectives(
 
 
 def collective_s(collective: Collective, cluster: Cluster, constants: Calibration) -> float:
-    """Ring with as many rails as devices: the slower of link and network, and latency per node."""
+    """The time of a collective on a ring with one rail per device: the slower of link and network, plus latency."""
     if collective.n_ranks == 1:
         return 0.0
     link = cluster.gpu.link_bytes_per_s * constants.link_frac
@@ -181,18 +194,8 @@ def collective_s(collective: Collective, cluster: Cluster, constants: Calibratio
     return seconds + collective.calls * collective.rounds * collective.nodes * HOP_S
 
 
-def flops_per_token(model: ModelConfig, sequence_length: int) -> tuple[float, float]:
-    """Of matrix products and of attention, forward and backward; `Decoder.flops_per_token` is their sum."""
-    assert model.vocab_size is not None
-    q, kv = model.n_heads * model.head_width, model.kv_heads * model.head_width
-    block = model.d_model * (2 * q + 2 * kv + 3 * model.d_ff)
-    matrices = model.n_layers * block + model.vocab_size * model.d_model  # the embedding is only looked up
-    attention = 12 * model.n_layers * model.n_heads * model.head_width * sequence_length
-    return 6.0 * matrices, float(attention)
-
-
 def peak_flops(gpu: Gpu, precision: Precision) -> float:
-    """Of one device; ConfigError where it cannot compute so."""
+    """The peak of one device in FLOP/s. Raises ConfigError if the device does not have this precision."""
     if precision is Precision.fp32:
         return gpu.fp32_flops
     if precision is Precision.fp16:
@@ -207,9 +210,9 @@ def peak_flops(gpu: Gpu, precision: Precision) -> float:
 def compute_s(
     model: ModelConfig, engine: EngineConfig, each: Pass, gpu: Gpu, constants: Calibration
 ) -> tuple[float, float]:
-    """Of the forward and of the backward pass of one micro batch, recomputation included."""
+    """The times of the forward and the backward pass of one micro batch, recomputation included."""
     peak = peak_flops(gpu, engine.precision)
-    dense, attention = flops_per_token(model, each.sequence_length)
+    dense, attention = matmul_flops_per_token(model), attention_flops_per_token(model, each.sequence_length)
     if each.masked:
         attention *= MASK_FACTOR
     kept = saved_bytes_per_token(model, element_bytes(engine), each.sequence_length, each.masked)
@@ -220,52 +223,59 @@ def compute_s(
     forward = each.tokens * per_token / 3
     again = {
         Recompute.none: 0.0,
-        Recompute.selective: each.tokens * memory / 3,  # all but products and attention
+        Recompute.selective: each.tokens * memory / 3,  # everything but products and attention is recomputed
         Recompute.full: forward,
     }
     return forward, 2 * forward + again[model.activation_checkpointing]
 
 
-def optimizer_s(model: ModelConfig, engine: EngineConfig, sharding: Sharding, gpu: Gpu) -> float:
-    """AdamW reads weight, gradient and two moments, writes three of them and the bf16 weight: 28 + 2 bytes."""
-    share = count_parameters(model) / (sharding.n_shards if engine.zero_stage else 1)
+def optimizer_s(model: ModelConfig, engine: EngineConfig, partitioning: Partitioning, gpu: Gpu) -> float:
+    """The time of AdamW: it reads weight, gradient and two moments, and writes three of them and the bf16 weight.
+
+    These are 28 + 2 bytes per parameter.
+    """
+    share = count_parameters(model) / (partitioning.ranks_per_copy if engine.zero_stage else 1)
     if not engine.offload_optimizer:
         return 30 * share / (gpu.hbm_bytes_per_s * HBM_FRAC)
     over = share * (4 + element_bytes(engine)) / gpu.pcie_bytes_per_s
-    disk = 24 * share / NVME_BYTES_PER_S if engine.nvme_path is not None else 0.0  # 12 bytes read, 12 written
+    disk = (
+        24 * share / NVME_BYTES_PER_S if engine.nvme_path is not None else 0.0
+    )  # 12 bytes are read and 12 are written
     return over + 30 * share / HOST_BYTES_PER_S + disk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
-    """Seconds of one optimizer update by part; they add up to `total_s`."""
+    """The time of one step by part: computing, exposed communication and the optimizer add up to `total_s`."""
 
     compute_s: float
-    """Of the device, or of the host where it is the slower."""
+    """Time of the forward and backward passes on the device, or on the host where that is slower."""
     exposed_communication_s: float
+    """Time of the communication that does not hide behind computation."""
     optimizer_s: float
+    """Time of the optimizer's update."""
     communication_s: float
-    """All of it, hidden or not."""
+    """Time of all communication, hidden or not."""
     tokens: int
-    """Of the global batch."""
+    """Number of tokens in the global batch."""
     model_flops: float
-    """Of the global batch, without recomputation."""
+    """Floating-point operations for the global batch, without recomputation."""
 
     @property
     def total_s(self) -> float:
-        """Of the step."""
+        """Time of the step."""
         return self.compute_s + self.exposed_communication_s + self.optimizer_s
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all ranks."""
+        """Tokens per second of all ranks together."""
         return self.tokens / self.total_s
 
 
 def step_time(
     model: ModelConfig,
     engine: EngineConfig,
-    sharding: Sharding,
+    partitioning: Partitioning,
     cluster: Cluster,
     each: Pass,
     accum_steps: int,
@@ -273,14 +283,15 @@ def step_time(
     constants: Calibration | None = None,
     host_s_per_block: float | None = None,
 ) -> StepTime:
-    """One update of `accum_steps` micro batches.
+    """The time of one step of `accum_steps` micro batches.
 
-    In each pass, communication hides behind computing: max(compute, communication) + exposed_frac of the smaller. What
-    happens at the update hides behind nothing, but stage 1's reduction of the gradients, which overlaps the last
-    backward pass. `host_s_per_block` None: HOST_S_PER_BLOCK.
+    In each pass communication hides behind computation, so that the pass takes max(compute, communication) plus
+    exposed_frac of the smaller of the two. Communication at the update hides behind nothing, except for the reduction
+    of the gradients in ZeRO stage 1, which overlaps the last backward pass. `host_s_per_block` is HOST_S_PER_BLOCK by
+    default.
     """
     fitted = constants or CALIBRATIONS[cluster.gpu.calibrated_as]
-    micro, once = collectives(model, engine, sharding, cluster)
+    micro, once = collectives(model, engine, partitioning, cluster)
     forward, backward = compute_s(model, engine, each, cluster.gpu, fitted)
     host = HOST_S_PER_BLOCK[engine.zero_stage] if host_s_per_block is None else host_s_per_block
     third = host * model.n_layers / 3
@@ -289,8 +300,8 @@ def step_time(
     seconds = dict.fromkeys(("forward", "backward", "update"), 0.0)
     for collective in (*micro, *once):
         seconds[collective.when] += collective_s(collective, cluster, fitted)
-    if engine.offload_params:  # partitions come from the host before they are gathered
-        from_host = element_bytes(engine) * count_parameters(model) / sharding.n_shards
+    if engine.offload_params:  # partitions are copied from the host before they are gathered
+        from_host = element_bytes(engine) * count_parameters(model) / partitioning.ranks_per_copy
         seconds["forward"] += from_host / cluster.gpu.pcie_bytes_per_s
         seconds["backward"] += from_host / cluster.gpu.pcie_bytes_per_s
     exposed = accum_steps * sum(
@@ -304,10 +315,10 @@ def step_time(
     return StepTime(
         compute_s=accum_steps * (forward + backward),
         exposed_communication_s=exposed,
-        optimizer_s=optimizer_s(model, engine, sharding, cluster.gpu),
+        optimizer_s=optimizer_s(model, engine, partitioning, cluster.gpu),
         communication_s=accum_steps * (seconds["forward"] + seconds["backward"]) + seconds["update"],
         tokens=tokens,
-        model_flops=tokens * sum(flops_per_token(model, each.sequence_length)),
+        model_flops=tokens * flops_per_token(model, each.sequence_length),
     )
 
 

@@ -1,4 +1,8 @@
-"""The loop: one optimizer step after another, with what happens between them."""
+"""The training loop: one optimizer step after another, and what happens between them.
+
+`_stretch` is the outline: get batches, update the weights, agree with the other ranks, record, save. All decisions
+that change training (stop, skip, roll back) are taken from the sums over the ranks, so that all ranks decide alike.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,11 @@ from pretrain.batch import Batch, Counts
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.saver import Saved, advised_interval_s
 from pretrain.checkpoint.tensors import CheckpointError
-from pretrain.config import TrainConfig
 from pretrain.corpus.shards import Corpus
+from pretrain.data.inputs import Inputs
 from pretrain.data.state import Substitution
 from pretrain.distributed import World, gather_objects, on_main, sum_over_ranks
-from pretrain.engine.bit_sums import REPLICA_MODULUS, check_memory
+from pretrain.engine.bit_sums import REPLICA_MODULUS, check_bit_sums
 from pretrain.engine.engine import StepResult
 from pretrain.engine.optim import learning_rate
 from pretrain.errors import ConfigError, ExitCode
@@ -28,19 +32,20 @@ from pretrain.reliability.events import Event
 from pretrain.reliability.heartbeat import LAUNCHER_LOST, mark
 from pretrain.reliability.run_lock import lock_run
 from pretrain.reliability.watchdog import Watchdog
-from pretrain.remote import ReadOptions, as_path, is_remote
-from pretrain.train.loss_guard import LossGuard, Verdict
+from pretrain.remote import ReadOptions, as_path, is_url
+from pretrain.train.loss_guard import GuardDecision, LossGuard
 from pretrain.train.run import Run, assemble, restore, state_of
 
 
-def train(config: TrainConfig, world: World, watchdog: Watchdog) -> ExitCode:
-    """Train until the last step or a request to stop. `config` is resolved; all ranks call this together."""
+def train(inputs: Inputs, world: World, watchdog: Watchdog) -> ExitCode:
+    """Train until the last step or a request to stop. All ranks call this together."""
+    config = inputs.config
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     target = config.checkpoint.target
-    folder = None if target is None or is_remote(target) else Path(as_path(target))
+    folder = None if target is None or is_url(target) else Path(as_path(target))
     on_main(lambda: lock_run(run_dir, folder), world)
-    run = assemble(config, world, run_dir, watchdog)
+    run = assemble(inputs, world, run_dir, watchdog)
     code = ExitCode.FINISHED if run.step >= run.loader.n_steps else _loop(run)
     if code is ExitCode.STOPPED:
         run.monitor.event(Event.STOPPED, step=run.step, reason=_reason(run))
@@ -52,14 +57,14 @@ def train(config: TrainConfig, world: World, watchdog: Watchdog) -> ExitCode:
 
 
 def _reason(run: Run) -> str:
-    """Why the run stops, as any rank knows; that it has lost its launcher only where nobody asked for a stop."""
+    """Why the run stops. Any rank may know; the loss of the launcher is named only where nobody asked for a stop."""
     known = [reason for reason in gather_objects(run.stop.reason, run.world) if reason is not None]
     return min(known, key=lambda reason: reason == LAUNCHER_LOST, default=f"stop_at_step={run.step}")
 
 
 def _loop(run: Run) -> ExitCode:
-    """Stretches of training, each from a checkpoint (or the start) to the end, a stop or a rollback."""
-    if run.stop_vote.now():  # asked while it was starting: nothing is lost
+    """Train from the checkpoint, or from the start, and after each rollback from an older checkpoint again."""
+    if run.stop_vote.now():  # a stop was requested during startup: there is nothing to save
         return ExitCode.STOPPED
     while True:
         code = _stretch(run)
@@ -68,91 +73,164 @@ def _loop(run: Run) -> ExitCode:
 
 
 def _stretch(run: Run) -> ExitCode | None:
-    """Train on; None after a rollback."""
-    config = run.config
-    before = time.monotonic()
+    """Train until the run ends or stops, which gives its exit code, or until it rolls back, which gives None."""
+    timer = StepTimer()
     for batches in run.loader.steps(run.step + 1):
-        data_wait_s = time.monotonic() - before
-        step, limit = run.step + 1, run.guard.limit()
-        lr = learning_rate(config.schedule, config.optim.lr, step, run.loader.n_steps)
-        result = run.engine.train_step(batches, step, lr, limit, run.stop_vote.last)
-        if result is None:  # asked within the step: back to its beginning, which is the step before
+        timer.data_arrived()
+        update = _update_weights(run, batches)
+        if update is None:  # a stop was requested during this step: drop it and keep the previous one
             return _stop(run)
-        mark("update done", step)
-        sums = _agree(run, result, batches, step)
-        plan = run.loader.plan[step]
-        if sums.substitutions:
-            _note_substitutions(run, batches, step)
-        loss = sums.nll / max(1, result.n_predicted)
-        rescaled, loss_scale = _adjust_loss_scale(run, result, loss, limit)
-        run.step = step
-        run.watchdog.started()
-        if config.logging.sample_ledger and run.world.is_first_reader:
-            run.monitor.ledger(step, *_ledger_entry(batches))
-        now = time.monotonic()
-        run.monitor.step(
-            StepRecord(
-                step=step,
-                tokens_seen=plan.tokens_seen,
-                samples_seen=plan.samples_seen,
-                step_tokens=(plan.end_sample - plan.first_sample) * plan.sequence_length,
-                sequence_length=plan.sequence_length,
-                cut_documents_frac=sums.cut / max(1, sums.pieces),
-                padding_tokens=int(sums.padding),
-                substituted_chunks=len(run.loader.state.substitutions),
-                loss=loss,
-                z_loss=sums.z / max(1, result.n_predicted) if config.model.z_loss else None,
-                grad_norm=result.grad_norm,
-                loss_scale=loss_scale,
-                lr=lr,
-                step_time_s=now - before,
-                data_wait_s=data_wait_s,
-                skipped=result.skipped,
-                epochs=run.loader.epochs(step) if step % config.logging.every_steps == 0 else {},
-            )
-        )
-        run.pace.note(now - before, data_wait_s)
-        if _goes_wrong(run, loss, limit, result.skipped and not rescaled):
+        sums = _agree(run, update, batches)
+        _note_substitutions(run, batches, sums)
+        done = _complete(run, update, sums)
+        _write_ledger(run, batches)
+        timer.step_done()
+        run.monitor.step(_record_of(run, done, timer))
+        run.pace.note(timer.step_time_s, timer.data_wait_s)
+        if _roll_back_if_needed(run, done):
             return None
         code = _after_step(run, sums)
         if code is not None:
             return code
-        before = time.monotonic()
-        mark("data")
+        timer.restart()
     return ExitCode.FINISHED
 
 
+class StepTimer:
+    """The wall time of the current step: from `restart` over `data_arrived` to `step_done`. Monotonic, seconds."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self.data_wait_s = 0.0
+        """Time from the beginning of the step until its batches arrived."""
+        self.step_time_s = 0.0
+        """Time from the beginning of the step until it was done, the wait for data included."""
+
+    def data_arrived(self) -> None:
+        """Note that the loader has given the batches of the step."""
+        self.data_wait_s = time.monotonic() - self._began
+
+    def step_done(self) -> None:
+        """Note that the step is completed. What follows, such as a save, belongs to no step."""
+        self.step_time_s = time.monotonic() - self._began
+
+    def restart(self) -> None:
+        """Begin the next step, which first waits for its data."""
+        self._began = time.monotonic()
+        mark("data")
+
+
+class Update(NamedTuple):
+    """One optimizer update as this rank has made it, before the ranks exchange their sums."""
+
+    step: int
+    """Number of the step, which is completed by this update."""
+    lr: float
+    """Learning rate."""
+    loss_limit: float
+    """Loss (nats) above which the engine leaves the update out."""
+    result: StepResult
+    """What the engine reports of it."""
+
+
+def _update_weights(run: Run, batches: list[Batch]) -> Update | None:
+    """Forward and backward passes and the update of the weights; None if a stop was requested meanwhile."""
+    step, limit = run.step + 1, run.guard.limit()
+    lr = learning_rate(run.config.schedule, run.config.optim.lr, step, run.loader.n_steps)
+    result = run.engine.train_step(batches, step, lr, limit, run.stop_vote.last)
+    if result is None:
+        return None
+    mark("update done", step)
+    return Update(step, lr, limit, result)
+
+
+class CompletedStep(NamedTuple):
+    """A step on which all ranks agree."""
+
+    update: Update
+    """This rank's part of it."""
+    sums: Sums
+    """The sums over all ranks."""
+    loss: float
+    """Mean nats per predicted token over the global batch."""
+    loss_scale: float | None
+    """What the loss was multiplied by; None where the precision is not fp16."""
+    rescaled: bool
+    """Whether the update was left out only because the loss scale was too large, which is no fault of the loss."""
+
+
+def _complete(run: Run, update: Update, sums: Sums) -> CompletedStep:
+    """Count the step as completed, and adjust the loss scale of the next one."""
+    loss = sums.nll / max(1, update.result.n_predicted)
+    scale, used, rescaled = run.engine.loss_scale, None, False
+    if scale is not None:
+        used = scale.value
+        rescaled = scale.update(applied=not update.result.skipped, loss=loss, limit=update.loss_limit)
+    run.step = update.step
+    run.watchdog.started()
+    return CompletedStep(update, sums, loss, used, rescaled)
+
+
+def _record_of(run: Run, done: CompletedStep, timer: StepTimer) -> StepRecord:
+    """What metrics.jsonl, W&B and the progress line say of a completed step."""
+    (step, lr, _, result), sums = done.update, done.sums
+    plan = run.loader.plan[step]
+    return StepRecord(
+        step=step,
+        tokens_seen=plan.tokens_seen,
+        samples_seen=plan.samples_seen,
+        step_tokens=(plan.end_sample - plan.first_sample) * plan.sequence_length,
+        sequence_length=plan.sequence_length,
+        cut_documents_frac=sums.cut / max(1, sums.pieces),
+        padding_tokens=int(sums.padding),
+        substituted_chunks=len(run.loader.state.substitutions),
+        loss=done.loss,
+        z_loss=sums.z / max(1, result.n_predicted) if run.config.model.z_loss else None,
+        grad_norm=result.grad_norm,
+        loss_scale=done.loss_scale,
+        lr=lr,
+        step_time_s=timer.step_time_s,
+        data_wait_s=timer.data_wait_s,
+        skipped=result.skipped,
+        epochs=run.loader.epochs(step) if step % run.config.logging.every_steps == 0 else {},
+    )
+
+
 class Sums(NamedTuple):
-    """The sums over all ranks of what each says after a step."""
+    """What each rank knows after a step, summed over all ranks."""
 
     nll: float
-    """Negative log-likelihoods, nats."""
+    """Sum of the negative log-likelihoods of the predicted tokens, nats."""
     z: float
-    """Squared log-partitions."""
+    """Sum of the squared log-partitions."""
     asked: float
-    """To stop."""
+    """Number of ranks that were asked to stop."""
     busy: float
-    """With the save before."""
+    """Number of ranks that are still writing the previous checkpoint."""
     due: float
-    """A save, by the clock."""
-    probe: float
-    """The ranks' speeds should be compared."""
+    """1 if a save is due because `checkpoint.every_minutes` have passed, which rank 0 decides."""
+    compare: float
+    """1 if the speeds of the ranks should be compared, which rank 0 decides."""
     changed: float
-    """Memory, between two updates."""
+    """Number of ranks whose memory has changed between two updates."""
     replica: float
-    """Sum over the bits of what every rank holds."""
+    """Sum over the ranks of the bit sum, modulo REPLICA_MODULUS, of what every rank holds."""
     pieces: float
-    """Documents and parts of them in the sequences,"""
+    """Number of documents, and parts of documents, in the sequences of the step."""
     cut: float
-    """those of them that are not whole,"""
+    """Number of those pieces that are not a whole document."""
     padding: float
-    """and tokens of padding."""
+    """Number of padding tokens."""
     substitutions: float
-    """Chunks found bad while these sequences were read."""
+    """Number of chunks that were found bad while the step's sequences were read."""
 
 
-def _agree(run: Run, result: StepResult, batches: list[Batch], step: int) -> Sums:
-    """One exchange after each step. Raises RunError, alike on all ranks, where a rank's memory has changed."""
+def _agree(run: Run, update: Update, batches: list[Batch]) -> Sums:
+    """Exchange everything that the ranks must decide alike, in one collective call per step.
+
+    Raises RunError on all ranks if the memory of one has changed between two updates.
+    """
+    result = update.result
     counts = Counts(*map(sum, zip(*(batch.counts for batch in batches), strict=True)))
     if not run.world.is_first_reader:
         counts = Counts()
@@ -162,29 +240,29 @@ def _agree(run: Run, result: StepResult, batches: list[Batch], step: int) -> Sum
         "asked": run.stop.asked(),
         "busy": run.saver.busy,
         "due": run.world.is_main and _minutes_are_over(run),
-        "probe": run.pace.wants_probe(),
+        "compare": run.pace.wants_comparison(),
         "changed": result.memory_changed,
         "replica": run.engine.replica_sum % REPLICA_MODULUS,
         **counts._asdict(),
         "substitutions": sum(len(batch.substitutions) for batch in batches),
     }
     sums = Sums(*sum_over_ranks([mine[name] for name in Sums._fields], run.world))
-    check_memory(
+    check_bit_sums(
         changed=bool(mine["changed"]),
         replica=float(mine["replica"]),
         n_changed=sums.changed,
         replica_total=sums.replica,
-        step=step,
+        step=update.step,
         world=run.world,
     )
     return sums
 
 
 def _after_step(run: Run, sums: Sums) -> ExitCode | None:
-    """Save, evaluate, stop; the same on all ranks. The exit code where the run ends here."""
+    """Stop, save or evaluate, alike on all ranks; the exit code if the run ends with this step."""
     config, step = run.config, run.step
     _collect(run)
-    if sums.probe:
+    if sums.compare:
         _compare_ranks(run)
     last = step == run.loader.n_steps
     if not last and (sums.asked or step == config.stop_at_step):
@@ -202,23 +280,25 @@ def _after_step(run: Run, sums: Sums) -> ExitCode | None:
             _begin_save(run)
             if not config.checkpoint.background:
                 _collect(run, wait=True)
-    # After saving, so that damaged held-out text costs no step.
+    # Evaluate after saving: if held-out text turns out to be damaged, no step is lost.
     if last or step % config.evaluation.every_steps == 0:
         _evaluate(run)
     return ExitCode.FINISHED if last else None
 
 
-def _note_substitutions(run: Run, batches: list[Batch], step: int) -> None:
-    """Into the state of all ranks, and so into the next checkpoint: what another chunk was read for."""
+def _note_substitutions(run: Run, batches: list[Batch], sums: Sums) -> None:
+    """Give all ranks the substitutions that any of them made in this step, so that the next checkpoint has them."""
+    if not sums.substitutions:
+        return
     mine = [asdict(entry) for batch in batches for entry in batch.substitutions]
     found = [Substitution(**values) for values in sum(gather_objects(mine, run.world), [])]
     for entry in run.loader.substituted(found):
         facts = asdict(entry) | {"source": run.loader.names[entry.source]}
-        run.monitor.event(Event.CHUNK_SUBSTITUTED, step=step, **facts)
+        run.monitor.event(Event.CHUNK_SUBSTITUTED, step=run.step + 1, **facts)
 
 
 def _compare_ranks(run: Run) -> None:
-    """Name the ranks that hold up the others; that none does is worth a word where steps are slow."""
+    """Report the ranks that hold up the others; if steps are slow and no rank is to blame, report that."""
     mark("comparison")
     stragglers = run.pace.find_stragglers(run.world)
     for straggler in stragglers:
@@ -230,21 +310,13 @@ def _compare_ranks(run: Run) -> None:
 # ---- a loss that goes wrong ------------------------------------------------------------------------------------------
 
 
-def _adjust_loss_scale(run: Run, result: StepResult, loss: float, limit: float) -> tuple[bool, float | None]:
-    """Whether the update was left out to find a smaller loss scale, which is no fault; and the step's scale, if any."""
-    scale = run.engine.loss_scale
-    if scale is None:
-        return False, None
-    used = scale.value
-    return scale.update(applied=not result.skipped, loss=loss, limit=limit), used
-
-
-def _goes_wrong(run: Run, loss: float, limit: float, skipped: bool) -> bool:
-    """Ask the guard; True after a rollback."""
-    verdict = run.guard.judge(loss, limit, applied=not skipped)
+def _roll_back_if_needed(run: Run, done: CompletedStep) -> bool:
+    """Let the loss guard decide about the step; True if the run was rolled back."""
+    loss, limit, skipped = done.loss, done.update.loss_limit, done.update.result.skipped and not done.rescaled
+    decision = run.guard.decide(loss, limit, applied=not skipped)
     if loss > limit:
         run.monitor.event(Event.LOSS_SPIKE, step=run.step, loss=loss, limit=limit)
-    if verdict is not Verdict.ROLL_BACK:
+    if decision is not GuardDecision.ROLL_BACK:
         return False
     reason = (
         f"loss {loss:.4g} above {limit:.4g}"
@@ -257,7 +329,7 @@ def _goes_wrong(run: Run, loss: float, limit: float, skipped: bool) -> bool:
 
 
 def _roll_back(run: Run, first_bad_step: int, reason: str) -> None:
-    """Load the last checkpoint before `first_bad_step`; from that step on, leave out the samples of some steps."""
+    """Load the newest checkpoint before `first_bad_step`, and pass over the samples of that step and some after it."""
     guard = run.config.loss_guard
     advice = "lower optim.lr or lengthen schedule.warmup_steps, and look at the data"
     if len(run.loader.state.passed_over) == guard.max_rollbacks:
@@ -276,37 +348,45 @@ def _roll_back(run: Run, first_bad_step: int, reason: str) -> None:
         run.monitor.event(Event.CHECKPOINT_DELETED, step=run.step, path=newer)
     from_step = run.step
     restore(run, good)
-    window = run.loader.pass_over(first_bad_step, guard.pass_over_steps)
+    passed_over = run.loader.pass_over(first_bad_step, guard.pass_over_steps)
     run.guard = LossGuard(guard, good.state.get("loss_guard"))
-    run.monitor.rolled_back(run.step, from_step=from_step, passed_over_samples=window, reason=reason)
+    run.monitor.rolled_back(run.step, from_step=from_step, passed_over_samples=passed_over, reason=reason)
 
 
 def _delete_after(root: Path, path: Path) -> list[str]:
-    """Rank 0: delete the checkpoints after `path`, which belong to what is undone."""
+    """Delete the checkpoints after `path`, which hold steps that the rollback undoes. Rank 0 calls this."""
     newer = [p for p in checkpoint.list_checkpoints(root) if checkpoint.step_of(p) > checkpoint.step_of(path)]
     for one in newer:
         checkpoint.remove(one)
     return [str(one) for one in newer]
 
 
-def _ledger_entry(batches: list[Batch]) -> tuple[list[int], str]:
-    """This rank's sample indices of one step, and the xxh3-64 of their tokens in the same order."""
+def _write_ledger(run: Run, batches: list[Batch]) -> None:
+    """Record this rank's sample indices of the step and the xxh3-64 of their tokens, in the same order, if asked to."""
+    if not (run.config.logging.sample_ledger and run.world.is_first_reader):
+        return
     digest = xxhash.xxh3_64()
     samples: list[int] = []
     for batch in batches:
         samples += [int(sample) for sample in batch.samples]
         digest.update(batch.tokens.numpy().tobytes())
-    return samples, digest.hexdigest()
+    run.monitor.ledger(run.step, samples, digest.hexdigest())
 
 
 def _evaluate(run: Run) -> None:
+    """Compute the loss of the held-out text and record it, if there is any."""
     config = run.config
     if config.evaluation.manifest is None:
         return
     started = time.monotonic()
     result = evaluate_loss(
         run.engine.evaluate,
-        Corpus(config.evaluation.manifest, config.data.verify_chunks, options=ReadOptions.of(config.data)),
+        Corpus(
+            config.evaluation.manifest,
+            config.data.verify_chunks,
+            options=ReadOptions.of(config.data),
+            manifest=run.manifests[config.evaluation.manifest],
+        ),
         sequence_length=config.data.sequence_length,
         micro_batch_sequences=config.micro_batch,
         max_sequences=config.evaluation.max_sequences,
@@ -321,18 +401,20 @@ def _evaluate(run: Run) -> None:
 
 
 def _minutes_are_over(run: Run) -> bool:
+    """Whether `checkpoint.every_minutes` have passed since the last save began."""
     minutes = run.config.checkpoint.every_minutes
     return minutes is not None and time.monotonic() - run.saved_at >= 60 * minutes
 
 
 def _begin_save(run: Run) -> None:
+    """Copy the state to host memory, and let the saver write it while training goes on."""
     mark("save")
     run.saved_at = time.monotonic()
     run.saver.start(run.step, run.engine.state.snapshot, state_of(run))
 
 
 def _collect(run: Run, *, wait: bool = False) -> Saved | None:
-    """Report the save in flight once it is done; one that failed is reported and training goes on."""
+    """Report the save in flight once it is done. A failed save is reported too, and training goes on."""
     saved = run.saver.finished(wait=wait)
     if saved is not None:
         run.monitor.checkpoint(saved)
@@ -343,12 +425,12 @@ def _collect(run: Run, *, wait: bool = False) -> Saved | None:
 
 
 def _advise(run: Run, saved: Saved) -> None:
-    """Once: the time between saves that would lose least."""
+    """After the first save, report the time between saves that would lose the least training time."""
     if run.advised:
         return
     run.advised = True
     policy = run.config.checkpoint
-    # Training stands still for the whole save where it waits for it.
+    # A save costs the time for which training stands still: the copy, and without a background save the write too.
     cost_s = saved.stall_s + (0.0 if policy.background else saved.write_s)
     run.monitor.event(
         Event.CHECKPOINT_INTERVAL_ADVISED,
@@ -359,7 +441,7 @@ def _advise(run: Run, saved: Saved) -> None:
 
 
 def _save_now(run: Run) -> None:
-    """Publish a checkpoint of this step; it is the last chance, so a failure ends the run."""
+    """Publish a checkpoint of this step before going on. It is the last one of this start: a failure ends the run."""
     _collect(run, wait=True)
     _begin_save(run)
     saved = _collect(run, wait=True)
@@ -368,7 +450,7 @@ def _save_now(run: Run) -> None:
 
 
 def _stop(run: Run) -> ExitCode:
-    """Stopped on request, with the state saved."""
+    """End the run on request, with the state of the last completed step saved."""
     _collect(run, wait=True)
     if run.step != run.saved_step:
         _save_now(run)

@@ -1,4 +1,4 @@
-"""Judges each step by its loss: an update is applied, skipped, or the run is rolled back to a checkpoint."""
+"""Guards a run against a loss that goes wrong: bad updates are skipped, and too many of them cause a rollback."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from pretrain.config import LossGuardConfig, SpikeAction
 
 
-class Verdict(Enum):
-    """What a step was."""
+class GuardDecision(Enum):
+    """What the loss guard makes of a step."""
 
     GOOD = "good"
     SKIPPED = "skipped"
@@ -21,23 +21,27 @@ class Verdict(Enum):
 
 
 class LossGuard:
-    """Judges each step by its loss; fed the same numbers on every rank, it decides alike on every rank.
+    """Decides by its loss what becomes of a step. Given the same numbers, it decides alike on all ranks.
 
-    `state` is what `state()` gave when the checkpoint was written, so that a resumed run decides as it would have.
+    `state` is what `state()` returned when the checkpoint was written, so that a resumed run decides as the run
+    without an interruption would have.
     """
 
     def __init__(self, config: LossGuardConfig, state: Mapping[str, Any] | None = None) -> None:
         self._config = config
         self._losses: deque[float] = deque(state["losses"] if state else [], config.window_steps)
         self._skips: int = state["skips"] if state else 0
-        """Updates left out in a row."""
+        """Number of updates left out in a row."""
 
     def state(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {"losses": list(self._losses), "skips": self._skips}
 
     def limit(self) -> float:
-        """The next step's loss is a spike above this: median + spike_sigmas x 1.4826 x median absolute deviation."""
+        """The loss above which the next step is a spike: median + spike_sigmas x 1.4826 x median absolute deviation.
+
+        It is infinite until `window_steps` losses are known.
+        """
         sigmas = self._config.spike_sigmas
         if sigmas is None or len(self._losses) < self._config.window_steps:
             return math.inf
@@ -45,21 +49,24 @@ class LossGuard:
         deviation = statistics.median(abs(loss - median) for loss in self._losses)
         return (
             median + sigmas * 1.4826 * deviation
-        )  # 1.4826: equals the standard deviation of a normal sample
+        )  # with the factor 1.4826 it estimates the standard deviation of a normal sample
 
-    def judge(self, loss: float, limit: float, *, applied: bool) -> Verdict:
-        """What to do after a step of this loss, whose `limit()` was `limit` and whose update was `applied` or not."""
+    def decide(self, loss: float, limit: float, *, applied: bool) -> GuardDecision:
+        """What to do after a step with this loss. `limit` is what `limit()` returned before it.
+
+        `applied` says whether the update was applied or left out.
+        """
         if applied:
             self._losses.append(loss)
             self._skips = 0
-            return Verdict.GOOD
+            return GuardDecision.GOOD
         self._skips += 1
         spike = loss > limit and self._config.on_spike is SpikeAction.rollback
         if spike or self._skips >= self._config.max_skips_in_a_row:
-            return Verdict.ROLL_BACK
-        return Verdict.SKIPPED
+            return GuardDecision.ROLL_BACK
+        return GuardDecision.SKIPPED
 
     @property
     def skips_in_a_row(self) -> int:
-        """Updates left out in a row, up to the last step."""
+        """Number of updates left out in a row, the last step included."""
         return self._skips

@@ -1,4 +1,4 @@
-"""Everything that a run consists of, put together; and its state, as a checkpoint holds it and as it is put back."""
+"""Assembles everything that a run consists of, and converts its state to what a checkpoint holds, and back."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import __version__
+from pretrain.arithmetic import flops_per_token
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.folder import root_of, root_of_run
 from pretrain.checkpoint.saver import Saver
-from pretrain.checkpoint.tensors import CheckpointError, Found, Verified
+from pretrain.checkpoint.tensors import CheckpointError, FoundCheckpoint, Verified
 from pretrain.config import AUTO, Precision, TrainConfig, to_dict
+from pretrain.corpus.manifest import Manifest
+from pretrain.data.inputs import Inputs
 from pretrain.data.loader import TrainLoader
 from pretrain.data.state import OrderState
 from pretrain.distributed import Vote, World, on_main
@@ -23,7 +26,6 @@ from pretrain.engine.engine import Engine
 from pretrain.engine.loss_scale import LossScale
 from pretrain.engine.peak import emulation_warning, rank_peak_flops
 from pretrain.errors import ConfigError
-from pretrain.model.decoder import flops_per_token
 from pretrain.model.precision import precision_of
 from pretrain.monitor.monitor import Monitor
 from pretrain.printing import say
@@ -31,7 +33,7 @@ from pretrain.reliability.events import Event
 from pretrain.reliability.heartbeat import mark
 from pretrain.reliability.stop import StopRequest
 from pretrain.reliability.watchdog import Watchdog
-from pretrain.remote import is_remote
+from pretrain.remote import is_url
 from pretrain.train.loss_guard import LossGuard
 from pretrain.train.run_folder import check_resumable, heldout_losses_of, write_run_files
 from pretrain.train.stragglers import Pace
@@ -42,36 +44,52 @@ class Run:
     """A run at one moment: everything the loop needs, on one rank."""
 
     config: TrainConfig
+    """The configuration, with the micro batch found if it was `auto`."""
+    manifests: dict[str, Manifest]
+    """The manifest of each corpus that the configuration names, by its path or URL there."""
     world: World
+    """The ranks of the run, and which of them this process is."""
     run_dir: Path
+    """The run folder."""
     root: Path
-    """Where its checkpoints are."""
+    """The folder or URL that holds `checkpoints/`."""
     identity: dict[str, Any]
-    """run.json: run_id, wandb_run_id, attempt."""
+    """What run.json says: run_id, wandb_run_id, attempt."""
     loader: TrainLoader
+    """The batches of this rank, and the order state."""
     engine: Engine
+    """The model and its optimizer."""
     monitor: Monitor
+    """The records of the run."""
     pace: Pace
+    """Notices slow steps and finds the ranks that cause them."""
     stop: StopRequest
+    """Whether this rank was asked to stop."""
     stop_vote: Vote
+    """Whether any rank was asked to stop, on which all ranks agree."""
     guard: LossGuard
+    """Decides whether the loss of a step is acceptable."""
     saver: Saver
+    """Writes checkpoints in the background."""
     heldout_losses: dict[int, float]
-    """By step."""
+    """Held-out loss of each evaluation, by step."""
     watchdog: Watchdog
+    """This rank's watcher process."""
     step: int
-    """Completed optimizer updates."""
+    """Number of completed optimizer updates."""
     searched: bool
-    """Whether the micro batch was asked for as `auto`."""
+    """Whether the configuration asks for micro_batch_sequences=auto."""
     saved_step: int = 0
-    """The newest step whose checkpoint this process has seen published or has loaded; 0: none."""
+    """The newest step whose checkpoint this process has published or loaded; 0 if there is none."""
     advised: bool = False
-    """Whether the advice on the interval of saves was given."""
+    """Whether the advice on the interval between saves has been given."""
     saved_at: float = field(default_factory=time.monotonic)
-    """When the last save began (monotonic clock, s)."""
+    """When the last save began, s on the monotonic clock."""
 
 
-def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdog) -> Run:
+def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) -> Run:
+    """Find the newest checkpoint, build the parts of the run, and put the state in place. All ranks together."""
+    config, manifests = inputs
     root = root_of(run_dir, config.checkpoint.target)
     found = checkpoint.find_latest(root, world)
     if found.path is None and found.passed_over:
@@ -82,7 +100,7 @@ def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdo
     state = found.verified.state if found.verified else None
     changed = check_resumable(config, state) if state else []
     searched = config.micro_batch_sequences == AUTO
-    if searched and state and (known := batch_search.kept(state, changed, world)) is not None:
+    if searched and state and (known := batch_search.earlier_result(state, changed, world)) is not None:
         config = replace(config, micro_batch_sequences=known)
     loader = TrainLoader(
         config.data,
@@ -94,8 +112,9 @@ def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdo
         total_steps=config.total_steps,
         total_tokens=config.total_tokens,
         state=OrderState.from_dict(state["order"]) if state else None,
+        manifests=manifests,
     )
-    identity = on_main(lambda: write_run_files(config, run_dir, state), world)
+    identity = on_main(lambda: write_run_files(config, run_dir, state, loader.tokenizer_sha256), world)
     watchdog.attempt(identity["attempt"])
     stop = StopRequest(run_dir, watch_file=world.is_main, stop_after_s=config.stop_after_s)
     mark("engine")
@@ -111,6 +130,7 @@ def assemble(config: TrainConfig, world: World, run_dir: Path, watchdog: Watchdo
     heldout_losses = heldout_losses_of(run_dir) if world.is_main and state else {}
     run = Run(
         config=config,
+        manifests=manifests,
         world=world,
         run_dir=run_dir,
         root=root,
@@ -158,7 +178,7 @@ def _monitor(
 def _search_micro_batch(
     config: TrainConfig, world: World, engine: Engine, loader: TrainLoader, monitor: Monitor
 ) -> TrainConfig:
-    """The configuration with the largest micro batch that fits, which engine and loader use from now on."""
+    """Find the largest micro batch that fits; engine and loader use it from now on. Returns the new configuration."""
     found = batch_search.find_micro_batch(engine, config, world)
     config = replace(config, micro_batch_sequences=found.micro_batch_sequences)
     engine.set_micro_batch(config)
@@ -167,8 +187,8 @@ def _search_micro_batch(
     return config
 
 
-def _begin(run: Run, found: Found, changed: list[str]) -> None:
-    """Put the state in place: of a checkpoint, of another run's weights, or fresh."""
+def _begin(run: Run, found: FoundCheckpoint, changed: list[str]) -> None:
+    """Load the state of a checkpoint or the weights of another run, or keep the initial weights; record which."""
     config, world = run.config, run.world
     chosen = run.engine.config
     facts: dict[str, Any] = {"world_size": world.size, "precision": chosen.engine.precision.value}
@@ -190,8 +210,8 @@ def _begin(run: Run, found: Found, changed: list[str]) -> None:
 
 
 def _init_from(run_dir: str, engine: Engine, world: World, tokenizer_sha256: str) -> None:
-    """Initial weights from the newest good checkpoint of another run: its folder, or the URL of its checkpoints."""
-    is_root = is_remote(run_dir)
+    """Load initial weights from the newest good checkpoint of another run, given by its folder or its URL."""
+    is_root = is_url(run_dir)
     root = root_of(run_dir, run_dir) if is_root else root_of_run(Path(run_dir), key="init_from")
     found = checkpoint.find_latest(root, world)
     if found.verified is None:
@@ -208,7 +228,10 @@ def _init_from(run_dir: str, engine: Engine, world: World, tokenizer_sha256: str
 
 
 def restore(run: Run, verified: Verified) -> None:
-    """Put weights, moments, step and place in the data as a checkpoint has them."""
+    """Set weights, moments, loss scale and step to those of a checkpoint; the place in the data follows from the step.
+
+    Held-out losses of later steps are forgotten: these steps are undone.
+    """
     mark("load")
     state, held = verified.state, run.engine.state
     partitions = checkpoint.load(verified, held.weight_keys + held.moment_keys, held.shapes, run.world)
@@ -222,7 +245,10 @@ def restore(run: Run, verified: Verified) -> None:
 
 
 def state_of(run: Run) -> dict[str, Any]:
-    """state.json: all that a resumed run needs beside the tensors. Random state is a function of (seed, step, rank)."""
+    """The content of state.json: everything but the tensors that a resumed run needs.
+
+    There is no random state in it, because that is a function of (seed, step, rank).
+    """
     config, plan = run.config, run.loader.plan[run.step]
     return {
         "step": run.step,

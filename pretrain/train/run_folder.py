@@ -1,4 +1,4 @@
-"""What a run folder says of itself: who the run is, and whether a configuration may go on with it."""
+"""The files by which a run folder explains itself, and whether a configuration may continue the run in it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 from pretrain.checkpoint.state import Identity, RunState
 from pretrain.config import AUTO, TrainConfig, to_dict
-from pretrain.corpus.manifest import load_manifest
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.data.inputs import tokenizer_path
 from pretrain.errors import ConfigError
@@ -20,11 +19,11 @@ from pretrain.stored import parse
 
 _MAX_RUN_JSON_BYTES = 1 << 16
 NOT_OF_THE_RUN = ("run_dir", "stop_at_step", "stop_after_s")
-"""Keys that say nothing of the training."""
+"""Keys that do not affect the training, and so may differ between starts without being reported."""
 
 
 def check_resumable(config: TrainConfig, state: RunState) -> list[str]:
-    """Changed keys that a resumed run may have. Raises ConfigError for those that make it another run."""
+    """The changed keys that a resumed run may have. Raises ConfigError for those that would make it another run."""
     old, new = _flat(state["config"]), _flat(to_dict(config))
     if state.get("micro_batch_found"):
         old["micro_batch_sequences"] = AUTO
@@ -40,25 +39,27 @@ def check_resumable(config: TrainConfig, state: RunState) -> list[str]:
 
 
 def _shapes_the_run(key: str) -> bool:
+    """Whether a key of the model or of masking must stay as it was."""
     free = ("model.activation_checkpointing", "model.loss_chunk_tokens", "model.dropout", "model.z_loss")
     return (key.startswith("model.") and key not in free) or key == "data.document_masking"
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
-def write_run_files(config: TrainConfig, run_dir: Path, state: RunState | None) -> dict[str, Any]:
-    """Rank 0: config.json, run.json and the tokenizer, so that the folder explains itself. Returns run.json."""
-    source = config.data.corpora()[0].manifest
-    manifest = load_manifest(source)
-    tokenizer = Tokenizer(tokenizer_path(source), manifest.tokenizer_sha256)
+def write_run_files(
+    config: TrainConfig, run_dir: Path, state: RunState | None, tokenizer_sha256: str
+) -> dict[str, Any]:
+    """Write config.json, run.json and the tokenizer; rank 0 calls this. Returns the content of run.json."""
+    tokenizer = Tokenizer(tokenizer_path(config.data.corpora()[0].manifest), tokenizer_sha256)
     path = run_dir / "run.json"
     identity: dict[str, Any] = {"run_id": new_run_id(), "attempt": 0}
-    with suppress(FileNotFoundError, ConfigError):  # damaged: the checkpoint tells the same
+    with suppress(FileNotFoundError, ConfigError):  # if run.json is damaged, the checkpoint says the same
         identity |= parse(
             Identity, read_capped(path, _MAX_RUN_JSON_BYTES), str(path), "the identity of a run"
         )
@@ -73,6 +74,6 @@ def write_run_files(config: TrainConfig, run_dir: Path, state: RunState | None) 
 
 
 def heldout_losses_of(run_dir: Path) -> dict[int, float]:
-    """Step -> held-out loss, of all evaluations so far."""
+    """The held-out loss of each evaluation so far, by step."""
     key = f"{HELDOUT_PREFIX}loss"
     return {record["step"]: record[key] for record in read_metrics(run_dir) if key in record}

@@ -1,7 +1,8 @@
 """Finds ranks that slow down all the others.
 
-Ranks wait for each other, so a slow one slows them all alike. When steps have become slow, and once near the start,
-every rank computes by itself for a moment, and a rank that does less than the others is named.
+Ranks wait for each other, so that one slow rank slows them all alike, and step times do not tell which it is. So when
+steps have become slow, and once near the start, every rank computes on its own for COMPARISON_S. A rank that computes
+much less than the others in this time is named.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from pretrain.distributed import World, gather_objects
 
 WINDOW_STEPS = 10
 SLOW_FACTOR = 1.5
-"""Steps are slow when the median of a window is so many times the fastest window's."""
+"""Steps are slow when the median of the last WINDOW_STEPS steps is more than this factor times the smallest one."""
 PAUSE_WINDOWS = 10
-"""Between two comparisons while steps stay slow."""
-PROBE_S = 0.2
+"""Number of windows between two comparisons while steps stay slow."""
+COMPARISON_S = 0.2
+"""Time for which each rank computes by itself in a comparison."""
 STRAGGLER_FRAC = 2 / 3
 """A rank that computes below this share of the upper median of all is named."""
 
@@ -31,11 +33,13 @@ class Straggler:
     """A rank that holds up the others."""
 
     rank: int
+    """Number of the rank."""
     host: str
+    """Name of its host."""
     cause: str
-    """compute, or data: the wait for the loader."""
+    """`compute`, or `data` if the rank waits for its loader."""
     share: float
-    """Of compute: its speed over the upper median's. Of data: its wait over the time of the steps."""
+    """For `compute` its speed relative to the upper median; for `data` the share of step time that it waits."""
 
 
 class Pace:
@@ -50,16 +54,16 @@ class Pace:
         self._compared = False
         self._pause_until = 0
         self.slow = False
-        """Whether the steps were slow when this was last looked at."""
+        """Whether the steps were slow at the last call of `wants_comparison`."""
 
     def note(self, step_time_s: float, data_wait_s: float) -> None:
-        """One more step of this rank."""
+        """Note the times of one more step of this rank."""
         self._times_s.append(step_time_s)
         self._waits_s.append(data_wait_s)
         self._steps += 1
 
-    def wants_probe(self) -> bool:
-        """Rank 0: whether the ranks should be compared now: after the first window, and when steps are slow."""
+    def wants_comparison(self) -> bool:
+        """Whether the ranks should be compared now: after the first window, and when steps are slow. Rank 0 asks."""
         if not self._watch or len(self._times_s) < WINDOW_STEPS:
             return False
         median_s = statistics.median(self._times_s)
@@ -74,7 +78,7 @@ class Pace:
         return True
 
     def find_stragglers(self, world: World) -> list[Straggler]:
-        """All ranks together: who computes slowly, or waits long for data. Takes PROBE_S."""
+        """The ranks that compute slowly or wait long for data. All ranks call this together; it takes COMPARISON_S."""
         speed = _speed(world.device)
         share = sum(self._waits_s) / max(sum(self._times_s), 1e-9)
         rows = gather_objects((speed, share, os.uname().nodename), world)
@@ -93,7 +97,7 @@ def _speed(device: torch.device) -> float:
     width = 4096 if device.type == "cuda" else 256
     matrix = torch.ones(width, width, device=device, dtype=torch.bfloat16 if device.type == "cuda" else None)
     n_done, started = 0, time.monotonic()
-    while (passed_s := time.monotonic() - started) < PROBE_S:
+    while (passed_s := time.monotonic() - started) < COMPARISON_S:
         torch.mm(matrix, matrix)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

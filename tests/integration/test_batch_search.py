@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.distributed import World
-from pretrain.engine.micro_batch import LARGEST_STRIDE, Shape, _cgroup_left_bytes, kept, next_probe
+from pretrain.engine.micro_batch import LARGEST_STRIDE, Shape, _cgroup_left_bytes, earlier_result, next_probe
 from pretrain.reliability.journal import read_metrics
 from support.launching import run_ranks
 from support.tiny import TinyCorpus, events, run_arguments
@@ -96,11 +96,11 @@ def test_what_is_found_was_measured_to_fit_however_memory_behaves(run, noise: li
 def test_a_number_once_found_is_kept_only_where_it_means_the_same() -> None:
     state = {"world_size": 2, "config": {"micro_batch_sequences": 8}, "micro_batch_found": True}
     two, four = (World(rank=0, size=n, local_rank=0, device=None) for n in (2, 4))  # type: ignore[arg-type]
-    assert kept(state, ["optim.lr: 1 -> 2"], two) is None
-    assert kept(state, ["logging.every_steps: 1 -> 2"], two) == 8
-    assert kept(state, [], four) is None
-    assert kept(state, ["engine.zero_stage: 1 -> 3"], two) is None
-    assert kept(state | {"micro_batch_found": False}, [], two) is None, "it was given by hand"
+    assert earlier_result(state, ["optim.lr: 1 -> 2"], two) is None
+    assert earlier_result(state, ["logging.every_steps: 1 -> 2"], two) == 8
+    assert earlier_result(state, [], four) is None
+    assert earlier_result(state, ["engine.zero_stage: 1 -> 3"], two) is None
+    assert earlier_result(state | {"micro_batch_found": False}, [], two) is None, "it was given by hand"
 
 
 def test_the_tightest_control_group_counts(tmp_path: Path) -> None:

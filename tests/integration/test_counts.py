@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.harness.collectives import Kind, Traffic, counted, watch
-from pretrain.model.decoder import count_parameters
+from pretrain.arithmetic import count_parameters
 from support.launching import run_ranks
 from support.workers.engine_worker import small_config
 

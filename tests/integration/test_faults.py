@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.tensors import find_latest
 from pretrain.config import TrainConfig, load_config
+from pretrain.corpus.manifest import load_manifest
 from pretrain.reliability.journal import read_ledger, read_lines, read_metrics
 from pretrain.train.run_folder import write_run_files
 from support import ROOT
@@ -276,10 +277,11 @@ def test_row_10_a_damaged_pointer_is_made_again_from_the_checkpoint(
 ) -> None:
     """run.json says which run and attempt this is; the state in the newest good checkpoint knows both, too."""
     config = load_config(TrainConfig, run_arguments(corpus, tmp_path), "config")
-    before = write_run_files(config, tmp_path, None)
+    tokenizer_sha256 = load_manifest(corpus.manifest).tokenizer_sha256
+    before = write_run_files(config, tmp_path, None, tokenizer_sha256)
     (tmp_path / "run.json").write_text(content)
     expected = before | {"attempt": before["attempt"] + 1}
-    assert write_run_files(config, tmp_path, before) == expected
+    assert write_run_files(config, tmp_path, before, tokenizer_sha256) == expected
     assert json.loads((tmp_path / "run.json").read_text()) == expected
 
 

@@ -13,7 +13,7 @@ from pretrain.checkpoint import tensors as checkpoint
 from pretrain.config import OptimConfig
 from pretrain.engine.optim import (
     Muon,
-    Piece,
+    Placement,
     build_optimizer,
     is_matrix_of_block,
     moments_of,
@@ -93,7 +93,7 @@ def test_a_step_of_muon_is_that_of_torch() -> None:
     config.name = type(config.name).muon
     optimizer = build_optimizer(parameter_groups([("blocks.0.up.weight", ours)], config), config)
     assert isinstance(optimizer, Muon)
-    optimizer.pieces = {ours: [Piece("blocks.0.up.weight", (4, 6), 0, ((0, 24),))]}
+    optimizer.placements = {ours: [Placement("blocks.0.up.weight", (4, 6), 0, ((0, 24),))]}
     optimizer.state[ours]["momentum_buffer"] = torch.zeros_like(ours)
     oracle = torch.optim.Muon(
         [theirs], lr=0.01, weight_decay=0.5, momentum=0.9, adjust_lr_fn="match_rms_adamw"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.tensors import ALONE
-from pretrain.engine.bit_sums import StateSums, bit_sum, check_memory
+from pretrain.engine.bit_sums import StateSums, bit_sum, check_bit_sums
 from pretrain.errors import RunError
 from pretrain.train import stragglers
 from pretrain.train.stragglers import Pace
@@ -65,9 +65,9 @@ def test_state_may_change_only_between_the_two_sums() -> None:
 
 def test_memory_that_changed_ends_the_run() -> None:
     facts = {"replica": 7.0, "step": 4, "world": ALONE}
-    check_memory(changed=False, n_changed=0.0, replica_total=7.0, **facts)
+    check_bit_sums(changed=False, n_changed=0.0, replica_total=7.0, **facts)
     with pytest.raises(RunError, match=r"of rank 0 on .* changed between two updates, seen in step 4"):
-        check_memory(changed=True, n_changed=1.0, replica_total=7.0, **facts)
+        check_bit_sums(changed=True, n_changed=1.0, replica_total=7.0, **facts)
 
 
 def test_ranks_are_compared_near_the_start_and_when_steps_are_slow() -> None:
@@ -75,11 +75,11 @@ def test_ranks_are_compared_near_the_start_and_when_steps_are_slow() -> None:
     probes = []
     for step in range(1, 301):
         pace.note(1.0 if step < 50 else 2.0, 0.0)
-        if pace.wants_probe():
+        if pace.wants_comparison():
             probes.append((step, pace.slow))
     # The median of ten is 1.5 after the fifth slow step, 2.0 after the sixth.
     assert probes == [(10, False), (55, True), (155, True), (255, True)]
-    assert not Pace(watch=False).wants_probe()
+    assert not Pace(watch=False).wants_comparison()
 
 
 def test_who_waits_for_data_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pretrain.config.data_stages import Stage
+from pretrain.config.data_stages import DataStage
 from pretrain.data.state import OrderState
 
 
@@ -14,7 +14,7 @@ def run_state(step: int, shapes: Mapping[str, Sequence[int]], **given: Any) -> d
     order = OrderState(
         manifest_sha=["0" * 64],
         seed=1,
-        stages=[Stage(weights=(1.0,), sequence_length=64, batch_sequences=8)],
+        stages=[DataStage(weights=(1.0,), sequence_length=64, batch_sequences=8)],
         consumed_samples=8 * step,
         lanes=1,
         chunk_tokens=[1024],

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.arithmetic import count_parameters
 from pretrain.config import Precision, TrainConfig, load_config, to_dict, validate
 from pretrain.config.load import CONF_DIR
 from pretrain.errors import ConfigError
-from pretrain.model.decoder import count_parameters
 
 BASE = ["run_dir=/tmp/run", "data.manifest=/tmp/corpus/manifest.json", "total_steps=100"]
 ROOT = CONF_DIR.parent

@@ -8,8 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.config import DataConfig, SourceConfig, StageConfig
-from pretrain.config.data_stages import Stage, Steps, micro_batch_of, n_steps_of, plan_stages, tokens_before
+from pretrain.config import DataConfig, SourceConfig, StageConfig, TrainConfig, load_config, to_dict
+from pretrain.config import run as run_config
+from pretrain.config.data_stages import (
+    DataStage,
+    Steps,
+    micro_batch_of,
+    n_steps_of,
+    plan_stages,
+    tokens_before,
+)
 from pretrain.errors import ConfigError
 
 
@@ -18,7 +26,7 @@ def config(*stages: StageConfig) -> DataConfig:
     return DataConfig(sources=sources, sequence_length=4, stages=list(stages))
 
 
-def summary(stages: list[Stage]) -> list[tuple]:
+def summary(stages: list[DataStage]) -> list[tuple]:
     return [(s.first_sample, s.start_tokens, s.weights, s.sequence_length, s.batch_sequences) for s in stages]
 
 
@@ -34,6 +42,24 @@ def test_a_stage_keeps_what_it_does_not_name() -> None:
         (51, 201, (1.0, 1.0), 8, 8),  # and 3 of 32
         (83, 400, (0.0, 1.0), 8, 8),  # and 4 of 64
     ]
+
+
+def test_a_configuration_plans_its_stages_once_and_has_no_key_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planned: list[DataConfig] = []
+    monkeypatch.setattr(
+        run_config, "plan_stages", lambda *given: planned.append(given[0]) or plan_stages(*given)
+    )
+    base = ["run_dir=x", "data.manifest=x", "total_tokens=100000"]
+    one = load_config(TrainConfig, base, "config")
+    assert one.stages is one.stages
+    assert (one.n_steps, one.grad_accum_steps(1)) == (4, 8)
+    assert len(planned) == 1
+    assert "stages" not in to_dict(one)
+    assert replace(one, global_batch_sequences=64).stages[0].batch_sequences == 64
+    with pytest.raises(ConfigError, match="stages"):
+        load_config(TrainConfig, [*base, "+stages=[]"], "config")
 
 
 def test_stages_within_one_step_begin_together() -> None:
@@ -77,13 +103,13 @@ def test_a_source_that_joins_has_no_weight_in_what_has_begun() -> None:
 
 
 @st.composite
-def runs(draw: st.DrawFn) -> tuple[list[Stage], list[list[int]]]:
+def runs(draw: st.DrawFn) -> tuple[list[DataStage], list[list[int]]]:
     """Stages with any batches, and stretches passed over, each of whole steps."""
     stages, first = [], 0
     for length in sorted(draw(st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=4))):
         batch = draw(st.integers(1, 7))
         stages.append(
-            Stage(first_sample=first, weights=(1.0,), sequence_length=length, batch_sequences=batch)
+            DataStage(first_sample=first, weights=(1.0,), sequence_length=length, batch_sequences=batch)
         )
         first += batch * draw(st.integers(0, 6))
     passed_over: list[list[int]] = []
@@ -95,7 +121,7 @@ def runs(draw: st.DrawFn) -> tuple[list[Stage], list[list[int]]]:
 
 
 @given(run=runs())
-def test_every_sample_is_in_one_step_or_passed_over(run: tuple[list[Stage], list[list[int]]]) -> None:
+def test_every_sample_is_in_one_step_or_passed_over(run: tuple[list[DataStage], list[list[int]]]) -> None:
     stages, passed_over = run
     steps = Steps(stages, passed_over)
     taken: list[int] = []
@@ -142,7 +168,7 @@ def test_the_length_of_a_run() -> None:
 
 
 @given(run=runs(), sample=st.integers(0, 200))
-def test_tokens_before_a_sample(run: tuple[list[Stage], list[list[int]]], sample: int) -> None:
+def test_tokens_before_a_sample(run: tuple[list[DataStage], list[list[int]]], sample: int) -> None:
     stages = run[0]
     at = [[s for s in stages if s.first_sample <= i][-1].sequence_length for i in range(sample)]
     assert tokens_before(stages, sample) == sum(at)

@@ -28,7 +28,7 @@ from pretrain.corpus.manifest import CorruptShardError, load_manifest
 from pretrain.corpus.shards import Corpus
 from pretrain.data.loader import TrainLoader
 from pretrain.errors import ConfigError
-from pretrain.remote import ReadError, is_remote, persist, redact
+from pretrain.remote import ReadError, is_url, persist, redact
 from support.faulty_server import FAULTS, FaultyServer, always, at_rate
 from support.served_corpus import CHUNK_TOKENS, assert_same, everything, options
 
@@ -432,7 +432,7 @@ def test_errors_show_no_credentials(small_corpus: Path, tmp_path: Path) -> None:
     [("s3://b/m", True), ("https://h/m", True), ("file:///m", False), ("/m", False), (Path("s3://x"), False)],
 )
 def test_what_is_behind_a_url(path: str | Path, expected: bool) -> None:
-    assert is_remote(path) is expected
+    assert is_url(path) is expected
 
 
 # --- local files on a network's disk ---

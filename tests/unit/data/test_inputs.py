@@ -10,6 +10,7 @@ import pytest
 from pretrain.config import TrainConfig, load_config
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.data.inputs import resolve_inputs, tokenizer_path
+from pretrain.data.loader import TrainLoader
 from pretrain.errors import ConfigError
 from support.faulty_server import FaultyServer, always
 from support.tiny import TinyCorpus, make_corpus, run_arguments
@@ -25,9 +26,9 @@ def configure(corpus: TinyCorpus, *more: str) -> TrainConfig:
 
 
 def test_vocabulary_is_rounded_up_to_a_multiple_of_64(corpus: TinyCorpus, foreign: TinyCorpus) -> None:
-    assert resolve_inputs(configure(corpus), 1).model.vocab_size == 512
-    assert resolve_inputs(configure(foreign), 1).model.vocab_size == 512
-    assert resolve_inputs(configure(corpus, "model.vocab_size=1000"), 1).model.vocab_size == 1000
+    assert resolve_inputs(configure(corpus), 1).config.model.vocab_size == 512
+    assert resolve_inputs(configure(foreign), 1).config.model.vocab_size == 512
+    assert resolve_inputs(configure(corpus, "model.vocab_size=1000"), 1).config.model.vocab_size == 1000
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_a_corpus_behind_a_url_fits_like_one_on_a_disk(corpus: TinyCorpus) -> No
             f"data.manifest={server.url}/manifest.json",
             f"evaluation.manifest={server.url}/heldout/manifest.json",
         ]
-        config = resolve_inputs(configure(corpus, *urls, "data.read_timeout_s=20"), 1)
+        config = resolve_inputs(configure(corpus, *urls, "data.read_timeout_s=20"), 1).config
         assert config.model.vocab_size == 512
         for url in (config.data.manifest, config.evaluation.manifest):
             path = tokenizer_path(url)
@@ -83,6 +84,17 @@ def test_a_corpus_behind_a_url_fits_like_one_on_a_disk(corpus: TinyCorpus) -> No
         server.script = always("wrong", "tokenizer")
         with pytest.raises(ConfigError, match=r"the tokenizer http.*another sha256"):
             Tokenizer(path, sha256)
+
+
+def test_a_start_reads_a_manifest_once(corpus: TinyCorpus, tmp_path: Path) -> None:
+    with FaultyServer(corpus.folder) as server:
+        url = [f"data.manifest={server.url}/manifest.json", f"data.cache_dir={tmp_path}"]
+        config, manifests = resolve_inputs(configure(corpus, *url, "data.read_timeout_s=20"), 1)
+        batch = {"global_batch_sequences": 8, "micro_batch_sequences": 2}
+        TrainLoader(
+            config.data, 1, **batch, rank=0, world_size=1, total_steps=2, state=None, manifests=manifests
+        )
+        assert len(server.asked("manifest")) == 1
 
 
 @pytest.mark.parametrize(

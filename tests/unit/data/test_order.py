@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import hashlib
 from collections import defaultdict
 from dataclasses import replace
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.config.data_stages import Stage
+from pretrain.config.data_stages import DataStage
+from pretrain.data import order as order_module
 from pretrain.data.lanes import choose_lanes, end_sources, rank_samples
 from pretrain.data.mixture import PERIOD, quotas
 from pretrain.data.order import Location, Order, SourceSize
@@ -20,6 +22,11 @@ from pretrain.errors import ConfigError
 
 LANES = st.integers(1, 12)
 SEEDS = st.integers(-(2**63), 2**63 - 1)
+
+
+def test_the_worked_example_is_true() -> None:
+    failed, tried = doctest.testmod(order_module)
+    assert tried and not failed
 
 
 @st.composite
@@ -46,9 +53,11 @@ def make(
     )
 
 
-def as_stages(stages: list[tuple[int, list[float]]], sequence_length: int = 4) -> list[Stage]:
+def as_stages(stages: list[tuple[int, list[float]]], sequence_length: int = 4) -> list[DataStage]:
     return [
-        Stage(first_sample=first, weights=tuple(weights), sequence_length=sequence_length, batch_sequences=1)
+        DataStage(
+            first_sample=first, weights=tuple(weights), sequence_length=sequence_length, batch_sequences=1
+        )
         for first, weights in stages
     ]
 
@@ -163,7 +172,7 @@ def test_locate_is_a_pure_function_of_each_index(data: st.DataObject, lanes: int
     samples = np.array(data.draw(st.lists(st.integers(0, 10**12), min_size=1, max_size=20)), np.int64)
     together = make(both, stages, lanes=lanes, seed=seed).locate(samples)
     again = make(both, stages, lanes=lanes, seed=seed)
-    assert together.row.tolist() == list(range(len(samples)))
+    assert together.request.tolist() == list(range(len(samples)))
     for field, values in zip(Location._fields[:5], together[:5], strict=True):
         alone = [int(getattr(again.locate(samples[i : i + 1]), field)[0]) for i in range(len(samples))]
         assert values.tolist() == alone
@@ -289,7 +298,7 @@ def test_stages_begin_one_after_another_from_0(starts: list[int]) -> None:
 
 
 @st.composite
-def growing(draw: st.DrawFn) -> tuple[list[SourceSize], list[Stage], int]:
+def growing(draw: st.DrawFn) -> tuple[list[SourceSize], list[DataStage], int]:
     """Sources, stages whose sequences grow from 2 tokens to 16, lanes."""
     lanes, k = draw(st.integers(1, 5)), draw(st.integers(1, 2))
     all_sizes = [SourceSize(draw(st.integers(1, 12)), 48, draw(st.integers(1, 48))) for _ in range(k)]
@@ -298,7 +307,9 @@ def growing(draw: st.DrawFn) -> tuple[list[SourceSize], list[Stage], int]:
     stages, first = [], 0
     for length in lengths:
         weights = tuple(draw(weight))
-        stages.append(Stage(first_sample=first, weights=weights, sequence_length=length, batch_sequences=1))
+        stages.append(
+            DataStage(first_sample=first, weights=weights, sequence_length=length, batch_sequences=1)
+        )
         first += draw(st.integers(0, 60))
     last = replace(stages[-1], first_sample=first, weights=(1.0,) * k)
     return all_sizes, [*stages, last], lanes
@@ -319,7 +330,7 @@ def tokens_read(size: SourceSize, found: Location, mask: np.ndarray) -> list[tup
 @settings(max_examples=150)
 @given(case=growing(), window=st.integers(1, 4), seed=SEEDS)
 def test_longer_sequences_neither_lose_nor_repeat_a_token(
-    case: tuple[list[SourceSize], list[Stage], int], window: int, seed: int
+    case: tuple[list[SourceSize], list[DataStage], int], window: int, seed: int
 ) -> None:
     all_sizes, stages, lanes = case
     order = Order(all_sizes, stages, lanes=lanes, window_chunks=window, seed=seed)
@@ -328,7 +339,7 @@ def test_longer_sequences_neither_lose_nor_repeat_a_token(
     found = order.locate(np.arange(end))
     lengths = np.array([stage.sequence_length for stage in stages])
     at = np.searchsorted([stage.first_sample for stage in stages], np.arange(end), side="right") - 1
-    taken = np.bincount(found.row, weights=found.length, minlength=end)
+    taken = np.bincount(found.request, weights=found.length, minlength=end)
     assert (taken <= lengths[at]).all(), "no more pieces than a sequence holds"
     for source, size in enumerate(all_sizes):
         read = tokens_read(size, found, found.source == source)
@@ -341,7 +352,7 @@ def test_longer_sequences_neither_lose_nor_repeat_a_token(
 @settings(max_examples=50)
 @given(case=growing(), window=st.integers(1, 4), seed=SEEDS, data=st.data())
 def test_a_stage_to_come_changes_nothing_before_it(
-    case: tuple[list[SourceSize], list[Stage], int], window: int, seed: int, data: st.DataObject
+    case: tuple[list[SourceSize], list[DataStage], int], window: int, seed: int, data: st.DataObject
 ) -> None:
     all_sizes, stages, lanes = case
     kept = data.draw(st.integers(1, len(stages) - 1))
@@ -354,7 +365,7 @@ def test_a_stage_to_come_changes_nothing_before_it(
 @settings(max_examples=60)
 @given(case=growing(), window=st.integers(1, 4), seed=SEEDS, data=st.data())
 def test_every_reading_of_a_chunk_is_found(
-    case: tuple[list[SourceSize], list[Stage], int], window: int, seed: int, data: st.DataObject
+    case: tuple[list[SourceSize], list[DataStage], int], window: int, seed: int, data: st.DataObject
 ) -> None:
     all_sizes, stages, lanes = case
     order = Order(all_sizes, stages, lanes=lanes, window_chunks=window, seed=seed)
@@ -364,7 +375,10 @@ def test_every_reading_of_a_chunk_is_found(
     where = order.locate(np.arange(end))
     mine = (where.source == source) & (where.chunk == chunk)
     expected = sorted(
-        zip(*(v[mine].tolist() for v in (where.row, where.sequence, where.epoch, where.length)), strict=True)
+        zip(
+            *(v[mine].tolist() for v in (where.request, where.sequence, where.epoch, where.length)),
+            strict=True,
+        )
     )
     found = order.find(source, chunk, end)
     assert sorted(zip(*(values.tolist() for values in found), strict=True)) == expected
@@ -373,7 +387,7 @@ def test_every_reading_of_a_chunk_is_found(
 
 def test_a_chunk_that_each_lane_reads_in_an_epoch_of_its_own_is_found() -> None:
     """Three lanes begin the only chunk, and none has read a whole one: these are three epochs."""
-    stages = [Stage(first_sample=0, weights=(1.0,), sequence_length=2, batch_sequences=1)]
+    stages = [DataStage(first_sample=0, weights=(1.0,), sequence_length=2, batch_sequences=1)]
     found = Order([SourceSize(1, 48, 3)], stages, lanes=3, window_chunks=1, seed=0).find(0, 0, 3)
     assert found.sample.tolist() == found.epoch.tolist() == [0, 1, 2]
 
@@ -383,11 +397,11 @@ def test_sequences_grow_at_the_next_window() -> None:
     two to a long sequence, then the next window in long ones."""
     size = SourceSize(6, 16, 16)
     stages = [
-        Stage(first_sample=0, weights=(1.0,), sequence_length=4, batch_sequences=1),
-        Stage(first_sample=5, weights=(1.0,), sequence_length=8, batch_sequences=1),
+        DataStage(first_sample=0, weights=(1.0,), sequence_length=4, batch_sequences=1),
+        DataStage(first_sample=5, weights=(1.0,), sequence_length=8, batch_sequences=1),
     ]
     found = Order([size], stages, lanes=1, window_chunks=2, seed=3).locate(np.arange(5, 11))
-    assert found.row.tolist() == [0, 0, 1, 2, 3, 4, 5]
+    assert found.request.tolist() == [0, 0, 1, 2, 3, 4, 5]
     assert found.length.tolist() == [4, 4, 4, 8, 8, 8, 8]
     short = make(size, lanes=1, window_chunks=2, seed=3).locate(np.arange(8))
     assert found.chunk[:3].tolist() == short.chunk[5:].tolist()
@@ -483,14 +497,14 @@ def first_epochs_over(order: Order, source: int, epochs: int, end: int) -> int |
     """The first sample that is drawn from a source beyond so many epochs."""
     found = order.locate(np.arange(end))
     beyond = np.flatnonzero((found.source == source) & (found.epoch >= epochs))
-    return int(found.row[beyond[0]]) if len(beyond) else None
+    return int(found.request[beyond[0]]) if len(beyond) else None
 
 
 @settings(max_examples=60)
 @given(data=st.data(), lanes=LANES, most=st.integers(1, 3), batch=st.integers(1, 9))
 def test_a_source_ends_after_max_epochs(data: st.DataObject, lanes: int, most: int, batch: int) -> None:
     both = [data.draw(sizes()), SourceSize(50, 16, 16)]
-    stages = [Stage(weights=(0.5, 0.5), sequence_length=4, batch_sequences=batch)]
+    stages = [DataStage(weights=(0.5, 0.5), sequence_length=4, batch_sequences=batch)]
     order = Order(both, stages, lanes=lanes, window_chunks=3, seed=1)
     end = 9000
     ended = end_sources(order, [most, None], 0, end)
@@ -517,7 +531,7 @@ def test_a_run_longer_than_all_its_sources_is_refused() -> None:
 def test_epochs_are_counted_in_tokens() -> None:
     both = [SourceSize(40, 16, 16), SourceSize(10, 16, 16)]
     stages = as_stages([(0, [0.5, 0.5])])
-    stages.append(Stage(first_sample=320, weights=(0.5, 0.5), sequence_length=8, batch_sequences=1))
+    stages.append(DataStage(first_sample=320, weights=(0.5, 0.5), sequence_length=8, batch_sequences=1))
     order = Order(both, stages, lanes=4, window_chunks=2, seed=0)
     assert order.epochs(320) == pytest.approx([1.0, 4.0], abs=0.05)
     # Half of 160 samples, of 8 tokens each, are one epoch of 640 tokens, or four of 160.

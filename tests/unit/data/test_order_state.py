@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from pretrain.config.data_stages import Stage
+from pretrain.config.data_stages import DataStage
 from pretrain.data.state import OrderState, Substitution
 from pretrain.errors import ConfigError
 
 
-def stage(first: int, start: int | None, *weights: float, length: int = 512, **values: object) -> Stage:
-    return Stage(
+def stage(first: int, start: int | None, *weights: float, length: int = 512, **values: object) -> DataStage:
+    return DataStage(
         first_sample=first,
         start_tokens=start,
         weights=weights,

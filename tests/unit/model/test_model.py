@@ -15,15 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from pretrain.arithmetic import count_parameters, flops_per_token, non_embedding_parameters
 from pretrain.config import ModelConfig
 from pretrain.model.decoder import (
     IGNORED_LABEL,
     Decoder,
     KVCache,
     build_decoder,
-    count_parameters,
-    flops_per_token,
-    non_embedding_parameters,
 )
 
 torch.set_num_threads(1)  # for tensors this small more threads gain nothing, and lose much on a busy machine

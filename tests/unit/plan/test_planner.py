@@ -5,6 +5,7 @@ Counted: two real ranks (and one) of the engine, whose storages are summed and w
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
 import json
 import math
@@ -21,6 +22,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain import arithmetic
+from pretrain.arithmetic import block_parameters, count_parameters, flops_per_token, parameter_sizes
 from pretrain.checkpoint import saver as saving
 from pretrain.config import (
     AttentionKernel,
@@ -34,16 +37,12 @@ from pretrain.config import (
 from pretrain.errors import ConfigError
 from pretrain.model.attention import Documents, visibility
 from pretrain.model.decoder import Block, Decoder, _rotary_tables
-from pretrain.model.decoder import count_parameters as model_parameters
-from pretrain.model.decoder import flops_per_token as model_flops
 from pretrain.plan.hardware import GPUS, known_gpu
 from pretrain.plan.memory import (
+    Partitioning,
     Pass,
-    Sharding,
     activation_bytes,
-    count_parameters,
     memory_bytes,
-    parameter_sizes,
     persistent_elements,
     saved_bytes_per_token,
     state_bytes,
@@ -66,7 +65,6 @@ from pretrain.plan.time import (
     Collective,
     collective_s,
     collectives,
-    flops_per_token,
     step_time,
 )
 from support import ROOT
@@ -131,9 +129,9 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict]:
 
 def planned(
     stage: int, precision: str, ranks: int, variant: str = ""
-) -> tuple[TrainConfig, Sharding, Cluster]:
+) -> tuple[TrainConfig, Partitioning, Cluster]:
     config = small_config(stage, precision, VARIANTS[variant])
-    return config, Sharding(n_ranks=ranks, n_shards=ranks), cluster_of(1, ranks)
+    return config, Partitioning(n_ranks=ranks, ranks_per_copy=ranks), cluster_of(1, ranks)
 
 
 @pytest.mark.integration
@@ -143,8 +141,8 @@ def test_state_held_equals_the_formula(
     counted: Callable[[str], dict], stage: int, precision: str, ranks: int
 ) -> None:
     """Exactly, by part; but a gradient that lies across two ranks' shares is kept whole in stage 2."""
-    config, sharding, _ = planned(stage, precision, ranks)
-    expected = state_bytes(config.model, config.engine, sharding)
+    config, partitioning, _ = planned(stage, precision, ranks)
+    expected = state_bytes(config.model, config.engine, partitioning)
     seen = counted(f"{stage}-{precision}-{ranks}")["held"]
     gradients, rest = expected.pop("gradients"), dict(expected)
     if stage == 0:
@@ -165,8 +163,8 @@ def test_bytes_of_collectives_equal_the_formula(
     counted: Callable[[str], dict], stage: int, precision: str, variant: str
 ) -> None:
     """Exactly; what decides and sums a loss or a norm is a few bytes beside it, under 100 per collective."""
-    config, sharding, cluster = planned(stage, precision, 2, variant)
-    micro, once = collectives(config.model, config.engine, sharding, cluster)
+    config, partitioning, cluster = planned(stage, precision, 2, variant)
+    micro, once = collectives(config.model, config.engine, partitioning, cluster)
     accum = config.grad_accum_steps(2)
     expected: dict[str, float] = {}
     for group, times in ((micro, accum), (once, 1)):
@@ -257,10 +255,19 @@ PASSES = st.builds(
 @given(MODELS)
 def test_counts_equal_the_models_own(model: ModelConfig) -> None:
     with torch.device("meta"):
-        real = sorted(p.numel() for p in Decoder(model, seed=0).parameters())
+        decoder = Decoder(model, seed=0)
+    real = sorted(p.numel() for p in decoder.parameters())
     assert sorted(size for size, count in parameter_sizes(model) for _ in range(count)) == real
-    assert count_parameters(model) == model_parameters(model) == sum(real)
-    assert sum(flops_per_token(model, 48)) == model_flops(model, 48)
+    assert count_parameters(model) == sum(real)
+    assert block_parameters(model) == sum(p.numel() for p in decoder.blocks[0].parameters())
+    products = sum(p.numel() for p in [*decoder.blocks.parameters(), decoder.head.weight] if p.dim() > 1)
+    attention = 12 * model.n_layers * model.n_heads * model.head_width * 48
+    assert flops_per_token(model, 48) == 6 * products + attention
+
+
+def test_the_worked_example_is_true() -> None:
+    failed, tried = doctest.testmod(arithmetic)
+    assert tried and not failed
 
 
 def test_gpus_have_their_peaks() -> None:
@@ -284,12 +291,12 @@ def test_advised_interval_equals_the_one_of_saving(cost: float, ranks: int) -> N
 @given(MODELS, ENGINES, PASSES, st.integers(1, 64))
 def test_memory_falls_with_ranks(model: ModelConfig, engine: EngineConfig, each: Pass, ranks: int) -> None:
     """With more ranks no part grows, but for what one rank alone has no need to keep twice."""
-    few = state_bytes(model, engine, Sharding(n_ranks=ranks, n_shards=ranks))
-    many = state_bytes(model, engine, Sharding(n_ranks=2 * ranks, n_shards=2 * ranks))
+    few = state_bytes(model, engine, Partitioning(n_ranks=ranks, ranks_per_copy=ranks))
+    many = state_bytes(model, engine, Partitioning(n_ranks=2 * ranks, ranks_per_copy=2 * ranks))
     for part in few:
         if part != "persistent parameters":
             assert many[part] <= few[part], part
-    device, host = memory_bytes(model, engine, Sharding(n_ranks=ranks, n_shards=ranks), each)
+    device, host = memory_bytes(model, engine, Partitioning(n_ranks=ranks, ranks_per_copy=ranks), each)
     assert all(size >= 0 for size in (*device.values(), *host.values()))
 
 
@@ -299,7 +306,8 @@ def test_stage_3_halves_with_twice_the_ranks(model: ModelConfig, precision: Prec
     """Up to one element of padding per parameter and rank; at rest, persistent parameters aside."""
     engine = EngineConfig(zero_stage=3, precision=precision, persistence_threshold_elements=0)
     few, many = (
-        state_bytes(model, engine, Sharding(n_ranks=n, n_shards=n)) for n in (2**power, 2 ** (power + 1))
+        state_bytes(model, engine, Partitioning(n_ranks=n, ranks_per_copy=n))
+        for n in (2**power, 2 ** (power + 1))
     )
     n_parameters = sum(count for _, count in parameter_sizes(model))
     for part, size in few.items():
@@ -309,12 +317,13 @@ def test_stage_3_halves_with_twice_the_ranks(model: ModelConfig, precision: Prec
 @settings(deadline=None)
 @given(MODELS, ENGINES, PASSES)
 def test_offload_moves_state_and_loses_none(model: ModelConfig, engine: EngineConfig, each: Pass) -> None:
-    sharding = Sharding(n_ranks=4, n_shards=4)
+    partitioning = Partitioning(n_ranks=4, ranks_per_copy=4)
     here, off = (
-        memory_bytes(model, replace(engine, offload_optimizer=flag), sharding, each) for flag in (False, True)
+        memory_bytes(model, replace(engine, offload_optimizer=flag), partitioning, each)
+        for flag in (False, True)
     )
     device, host = off
-    state = state_bytes(model, engine, sharding)
+    state = state_bytes(model, engine, partitioning)
     assert all(device.get(part, 0) + host.get(part, 0) == size for part, size in state.items())
     assert sum(device.values()) < sum(here[0].values())
     assert host["masters"] == state["masters"]
@@ -328,8 +337,8 @@ def test_checkpointing_saves_memory_and_costs_time(
     ways = [replace(model, activation_checkpointing=mode) for mode in Recompute]  # none, selective, full
     kept = [activation_bytes(m, engine, each)["activations kept"] for m in ways]
     assert kept[2] < kept[1] < kept[0]
-    sharding, cluster = Sharding(n_ranks=8, n_shards=8), cluster_of(1)
-    times = [step_time(m, engine, sharding, cluster, each, 2) for m in ways]
+    partitioning, cluster = Partitioning(n_ranks=8, ranks_per_copy=8), cluster_of(1)
+    times = [step_time(m, engine, partitioning, cluster, each, 2) for m in ways]
     assert times[0].compute_s <= times[1].compute_s <= times[2].compute_s
     assert times[2].compute_s == pytest.approx(times[0].compute_s * 4 / 3)
     assert len({step.model_flops for step in times}) == 1
@@ -344,7 +353,9 @@ def test_times_add_up_and_grow_with_nodes(
     steps = []
     for nodes in (2**power, 2 ** (power + 1)):
         n = 8 * nodes
-        step = step_time(model, engine, Sharding(n_ranks=n, n_shards=n), cluster_of(nodes), each, accum)
+        step = step_time(
+            model, engine, Partitioning(n_ranks=n, ranks_per_copy=n), cluster_of(nodes), each, accum
+        )
         assert 0 <= step.exposed_communication_s <= step.communication_s * (1 + 1e-9)
         assert step.total_s == step.compute_s + step.exposed_communication_s + step.optimizer_s
         assert step.tokens == n * each.tokens * accum
@@ -362,12 +373,13 @@ def test_stage_3_holds_18_bytes_per_parameter() -> None:
     # 2 x 64 x 64 embedding and head, 4 + 3 matrices of 64 x 64, 3 norms
     assert count_parameters(model) == 9 * 4096 + 3 * 64 == 37_056
     engine = EngineConfig(zero_stage=3, persistence_threshold_elements=0)
-    held = state_bytes(model, engine, Sharding(n_ranks=8, n_shards=8))
+    held = state_bytes(model, engine, Partitioning(n_ranks=8, ranks_per_copy=8))
     assert sum(held.values()) == 18 * 37_056 // 8
     kept = replace(engine, persistence_threshold_elements=64)
     assert persistent_elements(model, kept) == 3 * 64
     assert (
-        sum(state_bytes(model, kept, Sharding(n_ranks=8, n_shards=8)).values()) == 18 * 37_056 // 8 + 2 * 192
+        sum(state_bytes(model, kept, Partitioning(n_ranks=8, ranks_per_copy=8)).values())
+        == 18 * 37_056 // 8 + 2 * 192
     )
 
 
@@ -393,16 +405,16 @@ def test_volumes_of_zero_plus_plus() -> None:
     plain = EngineConfig(zero_stage=3, persistence_threshold_elements=0, max_live_elements=0)
     plus = replace(plain, hpz_partition_ranks=8, quantized_weights=True, quantized_gradients=True)
     cluster, unit = cluster_of(64), 2 * count_parameters(model)
-    sharding = Sharding(n_ranks=512, n_shards=512)
+    partitioning = Partitioning(n_ranks=512, ranks_per_copy=512)
     for engine, expected in ((plain, 3.0), (plus, 0.75)):
-        micro, _ = collectives(model, engine, sharding, cluster)
+        micro, _ = collectives(model, engine, partitioning, cluster)
         assert sum(c.between_nodes_bytes for c in micro) == pytest.approx(expected * unit * 63 / 64)
 
 
 def test_hybrid_sharding_crosses_nodes_once_per_step() -> None:
     model = SHAPES["7b"]
     engine = EngineConfig(zero_stage=3, persistence_threshold_elements=0)
-    micro, once = collectives(model, engine, Sharding(n_ranks=64, n_shards=8), cluster_of(8))
+    micro, once = collectives(model, engine, Partitioning(n_ranks=64, ranks_per_copy=8), cluster_of(8))
     assert all(c.between_nodes_bytes == 0 for c in micro)
     [summed] = once
     assert (summed.kind, summed.n_ranks, summed.ranks_per_node) == ("all-reduce", 8, 1)
@@ -472,7 +484,7 @@ def test_what_was_run_is_not_judged_far_too_large() -> None:
     """Published micro batches did fit; the estimate may be up to a quarter above the device, for models whose
     feed-forward layer has no gate and so keeps less."""
     for run in (run for run in RUNS if run.source == "llm-foundry"):
-        device, _ = memory_bytes(run.model, run.engine, run.sharding, run.each)
+        device, _ = memory_bytes(run.model, run.engine, run.partitioning, run.each)
         assert sum(device.values()) < 1.25 * run.cluster.gpu.memory_bytes
 
 
@@ -481,7 +493,9 @@ def test_published_memory_falls_as_the_formula_says() -> None:
     16 bytes per parameter and shard where ZeRO-3 holds 18; buffers and activations do not change."""
     model = ModelConfig(n_layers=32, d_model=4096, n_heads=32, n_kv_heads=8, d_ff=14336, vocab_size=128_256)
     engine = EngineConfig(zero_stage=3, persistence_threshold_elements=0)
-    few, many = (sum(state_bytes(model, engine, Sharding(n_ranks=n, n_shards=n)).values()) for n in (8, 128))
+    few, many = (
+        sum(state_bytes(model, engine, Partitioning(n_ranks=n, ranks_per_copy=n)).values()) for n in (8, 128)
+    )
     fallen = (few - many) * 16 / 18 / 2**30
     assert fallen == pytest.approx(14.0, abs=0.1)
     assert 0.9 < fallen / 15.4 < fallen / 15.0 < 1
@@ -493,11 +507,11 @@ def test_published_memory_falls_as_the_formula_says() -> None:
 def test_a_host_that_is_slower_than_the_device_sets_the_pace() -> None:
     """125M parameters on 1,024 tokens are nothing for an H100: 12 blocks of 14.8 ms each micro batch."""
     model = ModelConfig(n_layers=12, d_model=768, n_heads=12, d_ff=2048, vocab_size=32_000)
-    engine, sharding = EngineConfig(zero_stage=3), Sharding(n_ranks=8, n_shards=8)
+    engine, partitioning = EngineConfig(zero_stage=3), Partitioning(n_ranks=8, ranks_per_copy=8)
     small, large = (Pass(sequences=b, sequence_length=1024, masked=False) for b in (1, 256))
-    steps = [step_time(model, engine, sharding, cluster_of(1), each, 2) for each in (small, large)]
+    steps = [step_time(model, engine, partitioning, cluster_of(1), each, 2) for each in (small, large)]
     alone = [
-        step_time(model, engine, sharding, cluster_of(1), each, 2, host_s_per_block=0).compute_s
+        step_time(model, engine, partitioning, cluster_of(1), each, 2, host_s_per_block=0).compute_s
         for each in (small, large)
     ]
     assert alone[0] < steps[0].compute_s == pytest.approx(2 * 12 * HOST_S_PER_BLOCK[3])

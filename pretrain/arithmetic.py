@@ -1,0 +1,73 @@
+"""The parameters of a decoder and the floating-point operations of its training, from its configuration. No torch.
+
+One place for the trainer, which reports MFU, and for the planner, which must answer without importing torch. Tests
+compare the counts with the parameters of `pretrain.model.decoder.Decoder`, and the operations with those that torch
+counts in it.
+
+>>> small = ModelConfig(n_layers=2, d_model=64, n_heads=2, n_kv_heads=1, d_ff=160, vocab_size=512)
+>>> block_parameters(small)  # attention 12,288, feed-forward 30,720, two norms 128
+43136
+>>> count_parameters(small)  # two blocks, embedding and head of 32,768 each, the last norm of 64
+151872
+"""
+
+from __future__ import annotations
+
+from pretrain.config import ModelConfig
+
+
+def parameter_sizes(model: ModelConfig) -> list[tuple[int, int]]:
+    """(elements, count) for each kind of parameter of the decoder; a tied matrix counts once.
+
+    `model.vocab_size` must be set. The first entry is the embedding, with the output head where that is not tied.
+    """
+    assert model.vocab_size is not None
+    width, depth = model.d_model, model.n_layers
+    q, kv = model.n_heads * model.head_width, model.kv_heads * model.head_width
+    sizes = [
+        (model.vocab_size * width, 1 if model.tie_embeddings else 2),  # embedding, output head
+        (width * q, 2 * depth),  # queries, output of attention
+        (width * kv, 2 * depth),  # keys, values
+        (width * model.d_ff, 3 * depth),  # gate, up, down
+        (width, 2 * depth + 1),  # norms: two in each block, one before the head
+    ]
+    return [*sizes, (model.head_width, 2 * depth)] if model.qk_norm else sizes
+
+
+def count_parameters(model: ModelConfig) -> int:
+    """The number of trainable values; a tied matrix counts once."""
+    return sum(size * count for size, count in parameter_sizes(model))
+
+
+def non_embedding_parameters(model: ModelConfig) -> int:
+    """The parameters without the token embedding and the output head, as scaling laws count (Kaplan et al., 2020)."""
+    _, *others = parameter_sizes(model)
+    return sum(size * count for size, count in others)
+
+
+def block_parameters(model: ModelConfig) -> int:
+    """The parameters of one transformer block: all but the embedding, the head and the norm before the head."""
+    return (non_embedding_parameters(model) - model.d_model) // model.n_layers
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """Floating-point operations per token of a forward and a backward pass, without recomputation.
+
+    6 x (parameters in matrix products, the head but not the embedding look-up) + 12 L H K T: PaLM
+    (Chowdhery et al., 2022), appendix B. As there, attention counts as if every token saw all T tokens:
+    the causal and the document mask are not deducted. Norms, rotary positions and softmax are left out.
+    """
+    return matmul_flops_per_token(model) + attention_flops_per_token(model, sequence_length)
+
+
+def matmul_flops_per_token(model: ModelConfig) -> float:
+    """The part of `flops_per_token` that is spent in products with weights."""
+    assert model.vocab_size is not None
+    q, kv = model.n_heads * model.head_width, model.kv_heads * model.head_width
+    block = model.d_model * (2 * q + 2 * kv + 3 * model.d_ff)
+    return 6.0 * (model.n_layers * block + model.vocab_size * model.d_model)
+
+
+def attention_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """The part of `flops_per_token` that is spent in attention, which grows with the sequence length."""
+    return 12.0 * model.n_layers * model.n_heads * model.head_width * sequence_length
