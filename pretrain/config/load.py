@@ -72,7 +72,7 @@ def stored_config(values: dict[str, Any], where: str) -> TrainConfig:
     for key, value in _texts(values):
         if "${" in value:
             raise ConfigError(
-                f"{where}: the stored configuration has the interpolation {value[:80]!r} in {key or 'a key'}; "
+                f"{where}: the stored configuration has {value[:80]!r} in {key or 'a key'}; "
                 "interpolations in stored files are not resolved, since they can read this host's environment"
             )
     try:
