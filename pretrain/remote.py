@@ -311,7 +311,7 @@ def read_whole(url: str, max_bytes: int, time_limit_s: float, check: Callable[[b
 
 
 def exists(path: str | Path, time_limit_s: float = 300) -> bool:
-    """Whether a file exists; an empty one at a URL may count as missing. Raises ReadError where the store fails."""
+    """Whether a non-empty file exists. Raises ReadError where the store cannot say."""
     if not isinstance(path, str):
         return path.is_file()
     try:

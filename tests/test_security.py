@@ -446,7 +446,7 @@ def test_a_wrong_index_is_not_parsed(folder: Path, calls: Callable[..., list[str
     (path,) = (folder / "shards").glob("*.idx")
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     parsed = calls(manifest, "parse_index")
-    with pytest.raises(CorruptShardError, match="has another sha256"):
+    with pytest.raises(CorruptShardError, match="different sha256"):
         Corpus(folder / "manifest.json").read(0, 0, 8)
     assert parsed == []
 
@@ -539,8 +539,8 @@ def set_at(*where: int, value: int) -> Callable[[np.ndarray], None]:
         (set_at(1, 0, 0, value=0), "members that do not follow one another"),
         (set_at(2, 0, 0, value=1 << 63), "members that do not follow one another"),
         (set_at(2, 1, 1, value=1 << 20), "does not fill the"),
-        (lambda index: index[:2], "is no index of 3 chunks"),
-        (lambda index: index.astype(np.float64), "is no index of 3 chunks"),
+        (lambda index: index[:2], "index of 3 chunks"),
+        (lambda index: index.astype(np.float64), "index of 3 chunks"),
         (lambda index: np.zeros((300, 2, 3), "<u8"), r"has 14,528 bytes, where at most 272 are expected"),
     ],
 )
@@ -584,7 +584,7 @@ def test_a_member_that_other_tar_readers_would_see_otherwise_is_refused(
     ["[" * 100_000, "[]", "{}", '{"ids": 3}', "\xff", '{"ids": ["a"], "starts": [1e999]}', "null"],
 )
 def test_documents_that_are_none_are_refused(folder: Path, content: str) -> None:
-    with pytest.raises(CorruptShardError, match=r"x: 000000\.doc is no list of documents"):
+    with pytest.raises(CorruptShardError, match=r"x: 000000\.doc is .*list of documents"):
         shards.parse_documents(
             content.encode("latin-1"), "x: 000000.doc", n_tokens=16, n_sources=1, masked=False
         )
