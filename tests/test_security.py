@@ -669,8 +669,8 @@ def changed(*where: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (changed("tensors", "x", value=[1 << 40]), "speaks of weights of 4,398,0"),
-        (changed("tensors", "x", value=[1 << 20, 1 << 20, 1 << 20]), "speaks of weights of"),
+        (changed("tensors", "x", value=[1 << 40]), "weights of 4,398,0"),
+        (changed("tensors", "x", value=[1 << 20, 1 << 20, 1 << 20]), "weights of .* bytes"),
         (changed("tensors", "x", value=[-5]), r"tensors\.x\.0 is -5"),
         (changed("tensors", "x", value=[0.5]), r"tensors\.x\.0 is 0\.5"),
         (changed("tensors", "x", value="abc"), r"tensors\.x is 'abc'"),
