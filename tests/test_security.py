@@ -417,7 +417,7 @@ def test_a_wrong_tokenizer_never_reaches_sentencepiece(
     path = tmp_path / "tokenizer.model"
     model = train_tokenizer(path)
     parsed = calls(tokenizer, "SentencePieceProcessor")
-    with pytest.raises(ConfigError, match=f"has sha256 {model.sha256}, where 000"):
+    with pytest.raises(ConfigError, match=f"has sha256 {model.sha256}, .*000"):
         Tokenizer(path, "0" * 64)
     assert parsed == []
     Tokenizer(path, model.sha256)
@@ -529,7 +529,10 @@ def set_at(*where: int, value: int) -> Callable[[np.ndarray], None]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (set_at(0, 0, 1, value=1 << 40), r"says that 000000\.tok has 1099511627776 bytes, its manifest 128"),
+        (
+            set_at(0, 0, 1, value=1 << 40),
+            r"says that 000000\.tok has 1099511627776 bytes, its manifest says 128",
+        ),
         (set_at(0, 0, 1, value=2), r"says that 000000\.tok has 2 bytes"),
         (
             set_at(1, 1, 1, value=1 << 40),
