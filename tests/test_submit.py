@@ -236,8 +236,8 @@ def test_no_secret_in_what_is_printed_or_written(
         ("cluster.gpus_per_node=0", "set cluster.ranks_per_node"),
         ("cluster.ranks_per_node=2", "each GPU has one rank"),
         ("cluster.nodes=0", "cluster.nodes=0 must be greater than 0"),
-        ("cluster.partition='a\nb'", "holds a control character"),
-        ("run_dir='a\\\\b'", "holds a backslash"),
+        ("cluster.partition='a\nb'", "control character"),
+        ("run_dir='a\\\\b'", "has a backslash"),
     ],
 )
 def test_a_mistake_is_named_before_anything_is_written(
@@ -465,7 +465,7 @@ def test_unfit_nodes_are_named_to_slurm(
 def test_a_chain_of_jobs(submit: Submit, corpus: TinyCorpus, tmp_path: Path, slurm: dict[str, str]) -> None:
     done = submit(*a_run(corpus, "cluster.chain_jobs=3"), env=slurm)
     assert "submitted job 4242" in done.stdout
-    assert "jobs 4243 4244 go on after it" in done.stdout
+    assert "jobs 4243 4244 continue" in done.stdout
     script = f"{tmp_path}/run/submit/001/train.sbatch"
     assert (Path(slurm["SLURM_LOG"]) / "sbatch").read_text().splitlines() == [
         f"--parsable {script}",
