@@ -2,9 +2,10 @@
 # Audit the locked dependencies before a release: bash launch/audit.sh [FOLDER]
 #
 # Asks an advisory service about every package of both lock files, and writes their packages with all hashes as
-# CycloneDX bills of materials, to be published with the wheel: FOLDER/pretrain.cpu.cdx.json and FOLDER/pretrain.cuda.cdx.json
-# (default folder: dist). Exits with 1 where there is a known advisory or a package could not be looked up. Needs the
-# package registry and the service, which is https://api.osv.dev unless PRETRAIN_OSV_URL names another.
+# CycloneDX bills of materials, to be published with the wheel: FOLDER/pretrain.cpu.cdx.json and
+# FOLDER/pretrain.cuda.cdx.json (default folder: dist). Exits with 1 where there is a known advisory or a package could
+# not be looked up. Needs the package registry and the service, which is https://api.osv.dev unless PRETRAIN_OSV_URL
+# names another.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -2,11 +2,12 @@
 # Create or update the virtual environment of this project: bash launch/setup_env.sh
 #
 # The environment is .venv beside this folder, or $PRETRAIN_VENV. It gets exactly the packages that
-# requirements.cpu.lock or requirements.cuda.lock lists; a file whose sha256 is not listed is not installed. torch is the
-# CPU build where there is no NVIDIA GPU, and otherwise the build that fits the driver; PRETRAIN_TORCH=cpu|cuda overrides
-# this choice. PRETRAIN_TORCH=existing uses the torch of the active Python (or of PRETRAIN_PYTHON): the environment is layered over
-# that Python, which stays unchanged, and holds only the packages that are missing there. An environment that is up to
-# date is left alone. `bash launch/setup_env.sh --lock` runs launch/lock.sh, which regenerates the lock files.
+# requirements.cpu.lock or requirements.cuda.lock lists; a file whose sha256 is not listed is not installed. torch is
+# the CPU build where there is no NVIDIA GPU, and otherwise the build that fits the driver; PRETRAIN_TORCH=cpu|cuda
+# overrides this choice. PRETRAIN_TORCH=existing uses the torch of the active Python (or of PRETRAIN_PYTHON): the
+# environment is layered over that Python, which stays unchanged, and holds only the packages that are missing there. An
+# environment that is up to date is left alone. `bash launch/setup_env.sh --lock` runs launch/lock.sh, which regenerates
+# the lock files.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -67,8 +68,8 @@ torch_flavor() {
 }
 
 # Print the build of torch that this machine's GPUs and driver can run. `cuda` is the build for CUDA 13.0 from the
-# package registry (driver 580 or newer, compute capability 7.5 or newer). `cuda126` is the build for CUDA 12.6 (driver 525 or
-# newer, compute capability 5.0 to 9.0). Without a driver, as when a container image is built, it is `cuda`.
+# package registry (driver 580 or newer, compute capability 7.5 or newer). `cuda126` is the build for CUDA 12.6 (driver
+# 525 or newer, compute capability 5.0 to 9.0). Without a driver, as when a container image is built, it is `cuda`.
 cuda_build() {
     local query=driver_version,compute_cap version capability driver=999 oldest=999 newest=0
     while IFS=', ' read -r version capability; do
