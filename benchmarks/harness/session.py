@@ -63,7 +63,7 @@ class Session:
         ]
         kept = sum(len(group) for _, group in wanted) - sum(len(group) for _, group in todo)
         if kept:
-            say(f"{kept} runs in {self._path} are reused")
+            say(f"{kept} runs of {self._path} are kept")
         for number, (repeat, group) in enumerate(todo):
             group = self._well(group)
             if not group:
