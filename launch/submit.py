@@ -47,27 +47,27 @@ CODE_FOLDERS = {
 """Folders that a job runs from. In an installed package, the last two are inside the package."""
 DIRECTIVES = """\
 #SBATCH --job-name={name}
-# Relative paths of the configuration mean what they meant where it was submitted.
+# Relative paths in the configuration are relative to the folder where it was submitted.
 #SBATCH --chdir={cwd}
-# One log for all starts of the job.
+# All starts of the job write to one log.
 #SBATCH --output={log}
 #SBATCH --open-mode=append
 #SBATCH --time={time}
-# One task per node, the launcher, which starts the node's ranks and has the cores of all of them.
+# There is one task per node, the launcher. It starts the node's ranks and gets the cores of all of them.
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task={cpus}
 #SBATCH --mem={memory}
-# USR1 to this script alone (B:), so long before the time limit that the run can save.
+# Slurm sends USR1 to this script only (B:), early enough before the time limit that the run can save.
 #SBATCH --signal=B:USR1@{stop_before_end_s}
-# Started again after a preemption or the failure of a node; it then goes on from its last checkpoint.
+# After a preemption or a node failure the job starts again and resumes from its newest good checkpoint.
 #SBATCH --requeue
-# The environment of the submission comes along, WANDB_API_KEY in it: no secret stands in this file.
+# The job gets the environment of the submission, including WANDB_API_KEY, so this file needs no secret.
 #SBATCH --export=ALL
 """
 
 RECHECK = """\
-    # A node that died looks like a command that cannot be started, long before Slurm gives the node up.
+    # Long before Slurm gives up on a node that died, a command cannot be started there.
     if [ -n "$asked" ] || preflight "$start-after"; then end_chain; fi"""
 
 
@@ -112,7 +112,7 @@ def batch_script(config: SubmitConfig, overrides: list[str], folder: Path) -> st
     python = cluster.python or sys.executable
     world = {f"node{i}": list(range(ranks)) for i in range(cluster.nodes)}
     setup = [
-        "    # Given as cluster.setup.",
+        "    # These lines are from cluster.setup.",
         *(f"    {line}" for text in cluster.setup for line in text.splitlines()),
     ]
     checks = cluster.preflight
@@ -152,17 +152,17 @@ def _words(words: list[str]) -> str:
 def _environment(cluster: ClusterConfig) -> list[str]:
     """Script lines that set environment variables of all ranks."""
     lines = [
-        "# Each rank has its share of the cores; else it would start as many threads as the node has.",
+        "# Each rank uses its share of the cores. Without this it would start one thread per core of the node.",
         f"export OMP_NUM_THREADS={cluster.cpus_per_rank}",
     ]
     if cluster.gpus_per_node == 0:
         lines += [
-            "# Nodes without GPUs: DeepSpeed is not to look for any.",
+            "# The nodes have no GPUs, so DeepSpeed must not look for any.",
             "export DS_ACCELERATOR=cpu",
         ]
     if cluster.network_interface is not None:
         lines += [
-            "# The network that joins the ranks (NCCL takes a name with = as this very one, not as a prefix).",
+            "# The network interface that connects the ranks. With = NCCL takes the exact name and not a prefix.",
             f"export GLOO_SOCKET_IFNAME={shlex.quote(cluster.network_interface)}",
             'export NCCL_SOCKET_IFNAME="=$GLOO_SOCKET_IFNAME"',
         ]
@@ -205,7 +205,7 @@ def _directives(config: SubmitConfig, folder: Path) -> str:
         "exclude": ",".join(dict.fromkeys([*cluster.exclude, *_failed_nodes(folder.parent)])) or None,
     }
     if cluster.exclusive:
-        text += "# The launcher numbers a node's GPUs from 0, so no other job may have some of them.\n"
+        text += "# The launcher numbers a node's GPUs from 0, so no other job may use any of them.\n"
         text += "#SBATCH --exclusive\n"
     for option, value in options.items():
         if value is not None:

@@ -286,8 +286,8 @@ def _examine(path: Path, world: World) -> Verified | str:
     problem, verified = None, None
     try:
         files = listing(path)
-        if strangers := unlisted(path, files):
-            raise ConfigError(f"{COMPLETE} does not list {', '.join(map(repr, strangers[:3]))}")
+        if extra := unlisted(path, files):
+            raise ConfigError(f"{COMPLETE} does not list {', '.join(map(repr, extra[:3]))}")
         stamps = {} if is_remote(path) else {name: stamp(path / name) for name in files}
         mine = [name for number, name in enumerate(sorted(files)) if number % world.size == world.rank]
         problem = next(filter(None, (file_problem(path, name, files[name]) for name in mine)), None)

@@ -56,13 +56,13 @@ class ClusterConfig:
     stop_before_end_s: int = 300
     """Seconds before the time limit at which the run is asked to save and stop. Slurm may ask up to 60 s early."""
     partition: str | None = None
-    """Slurm partition; null means the cluster's default. The same holds for account, qos and constraint."""
+    """Slurm partition; null means the cluster's default."""
     account: str | None = None
-    """Slurm account that is charged."""
+    """Slurm account that is charged; null means the user's default."""
     qos: str | None = None
-    """Slurm quality of service."""
+    """Slurm quality of service; null means the default."""
     constraint: str | None = None
-    """Features that the nodes must have, as for `sbatch --constraint`."""
+    """Features that the nodes must have, as for `sbatch --constraint`; null means none."""
     exclude: list[str] = field(default_factory=list)
     """Names of nodes that must not be used."""
     job_name: str | None = None

@@ -11,7 +11,7 @@ from pretrain.config.checks import check_positive
 class WandbMode(Enum):
     """Where the run is recorded in Weights & Biases."""
 
-    auto = "auto"  # online when an API key is known, else offline
+    auto = "auto"  # online where an API key is known, otherwise offline
     online = "online"
     offline = "offline"
     disabled = "disabled"

@@ -21,7 +21,7 @@ from pretrain.config import Recompute
 def recomputed(mode: Recompute, function: Callable[..., Tensor], *args: Any) -> Tensor:
     """function(*args), keeping only the intermediate results that `mode` says for the backward pass.
 
-    Losses and gradients are bit-identical to those without recomputation: random numbers are drawn again alike.
+    Losses and gradients are bit-identical to those without recomputation, since it draws the same random numbers.
     """
     if mode is Recompute.none or not torch.is_grad_enabled():
         return function(*args)
