@@ -218,9 +218,8 @@ def interpreter(given: str | None) -> str:
         raise ConfigError(
             f"bench.peers_python={given} cannot be run; give the python of the peers' environment"
         )
-    return os.path.abspath(
-        found
-    )  # without resolving links: the path of a venv's link is what selects the venv
+    # Links are not resolved, because Python finds its venv by the path of the link.
+    return os.path.abspath(found)
 
 
 def installed(configs: dict[str, BenchConfig], peers_python: str) -> dict[str, BenchConfig]:

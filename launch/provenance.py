@@ -75,9 +75,8 @@ def main(config: ProvenanceConfig) -> None:
     tokenizer = Tokenizer(tokenizer_in(run_dir), tokenizer_sha256)
     found = _document(config, history, tokenizer) if config.document else _step(config, history, tokenizer)
     if config.json:
-        print(
-            visible(json.dumps(found, ensure_ascii=False))
-        )  # the escapes are valid JSON for the same values
+        # The escapes of `visible` are valid JSON for the same values.
+        print(visible(json.dumps(found, ensure_ascii=False)))
 
 
 def _step(config: ProvenanceConfig, history: ReadHistory, tokenizer: Tokenizer) -> dict[str, Any]:

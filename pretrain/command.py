@@ -36,9 +36,8 @@ def main() -> None:
 
     package, _, name = COMMANDS[Path(sys.argv[0]).name].rpartition(".")
     script = Path(__file__).resolve().parent.parent / "launch" / f"{name}.py"
-    if (
-        package == "pretrain.launch" and script.exists()
-    ):  # installed with `pip install -e`, which uses the source checkout
+    # The script exists after `pip install -e`, which uses the source checkout.
+    if package == "pretrain.launch" and script.exists():
         runpy.run_path(str(script), run_name="__main__")
     else:
         runpy.run_module(f"{package}.{name}", run_name="__main__", alter_sys=True)
@@ -83,9 +82,8 @@ def print_failure(error: BaseException) -> int:
 
 
 def _on_failure(_kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
-    raise SystemExit(
-        print_failure(error)
-    )  # the interpreter takes the exit code from an exception in the hook
+    # The interpreter takes the exit code from an exception in the hook.
+    raise SystemExit(print_failure(error))
 
 
 def _remedy() -> str:
@@ -164,7 +162,6 @@ def _flush() -> None:
             pass
         except (OSError, ValueError):  # the stream is closed or the disk is full; the interpreter reports it
             pass
-    if (
-        _readers_left
-    ):  # the write that noticed it may have been in a thread or an exit handler, which cannot end us
+    # A thread or an exit handler that noticed it could not end the process itself.
+    if _readers_left:
         os._exit(READER_LEFT)

@@ -107,9 +107,8 @@ def _check_places(mine: Place, rank: int, size: int, store: dist.Store) -> None:
     deadline = time.monotonic() + 10
     store.add("told", 1)
     while rank == 0 and store.add("told", 0) < size and time.monotonic() < deadline:
-        time.sleep(
-            0.05
-        )  # the store ends with this process, and other ranks may not have read the verdict yet
+        # The store ends with this process, and other ranks may not have read the verdict yet.
+        time.sleep(0.05)
     raise ConfigError(verdict)
 
 

@@ -177,9 +177,8 @@ def _check_kind(url: str, key: str = "") -> SplitResult:
     """The parts of a URL. Raises ConfigError unless it is of a kind that may be opened."""
     try:
         parts = urlsplit(url)
-        is_named = (
-            parts.netloc.startswith("arn:") or parts.port != 0
-        )  # .port raises ValueError where the network location is not a host and port
+        # `port` raises ValueError where the network location is not a host and port.
+        is_named = parts.netloc.startswith("arn:") or parts.port != 0
     except ValueError:
         is_named = False
     usable = is_named and bool(parts.netloc) and url.startswith(tuple(f"{kind}://" for kind in SCHEMES))
@@ -341,9 +340,8 @@ def persist(what: str, attempt: Callable[[float], T], time_limit_s: float) -> T:
             )
         failures[kind] += 1
         waited = time.monotonic() - started
-        left = (
-            time_limit_s - timeout_s - waited
-        )  # seconds until the last moment at which a full attempt can start
+        # Seconds until the last moment at which a full attempt can start.
+        left = time_limit_s - timeout_s - waited
         if failures[kind] >= kind.max_attempts or left <= 0:
             times = f"{number} attempts" if number > 1 else "one attempt"
             raise kind(f"{what} cannot be read: {reason}; given up after {times} in {waited:.0f} s")

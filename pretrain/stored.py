@@ -20,9 +20,8 @@ T = TypeVar("T")
 MAX_VALUES = 1 << 16
 """Largest number of values in a file, unless its reader allows more. A checkpoint of 16,384 ranks has about 50,000."""
 _SHOWN_CHARS = 60  # number of characters of a wrong value that an error quotes
-_SHOWN_BYTES = (
-    1 << 20
-)  # errors quote wrong values only of files up to this size: a quotation may copy the whole file
+# Errors quote wrong values only of files up to this size, because a quotation may copy the whole file.
+_SHOWN_BYTES = 1 << 20
 _TOLD_ERRORS = 1000
 _WHOLE_BYTES = 4 << 20  # a larger content is validated in slices
 _WHOLE_VALUES = 1 << 16
@@ -71,9 +70,8 @@ __all__ = [
 
 @lru_cache
 def _adapter(schema: Any) -> Any:
-    from pydantic import (
-        TypeAdapter,
-    )  # takes 0.1 s to import, which only processes that parse a file should pay
+    # This import takes 0.1 s, which only processes that parse a file should pay.
+    from pydantic import TypeAdapter
 
     return TypeAdapter(schema)
 

@@ -60,9 +60,8 @@ def load_trained(run_dir: str | Path, step: int | None = None, target: str | Non
 def _check_model(config: ModelConfig, shapes: dict[str, torch.Size], run_dir: Path) -> None:
     """Raise ConfigError unless the model of a stored configuration has exactly the checkpoint's parameters."""
     expected = None
-    if (
-        config.n_layers <= len(shapes) and config.vocab_size is not None
-    ):  # limits the size of what is built here
+    # The condition limits the size of the model that is built here.
+    if config.n_layers <= len(shapes) and config.vocab_size is not None:
         with torch.device("meta"):
             expected = {name: weight.shape for name, weight in Decoder(config, seed=0).named_parameters()}
     if expected != shapes:

@@ -125,9 +125,8 @@ def parts_table(runs: Sequence[dict[str, Any]], variants: Sequence[str]) -> Tabl
                 variant,
                 spread([1000 * seconds for seconds in steps], "{:,.1f}".format),
                 *parts,
-                *(
-                    counts if calls else ["-"] * 3
-                ),  # no calls: a single process, or collectives started by C++ code
+                # There are no calls with a single process, or where C++ code starts the collectives.
+                *(counts if calls else ["-"] * 3),
             ]
         )
     return header, rows

@@ -215,9 +215,8 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:
-        Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # on Linux this resets the high-water mark of resident memory
+        # On Linux this resets the high-water mark of resident memory.
+        Path("/proc/self/clear_refs").write_text("5")
     except OSError:  # a container may forbid this; the peak is then that of the whole process
         return
 

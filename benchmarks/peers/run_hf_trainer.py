@@ -124,9 +124,8 @@ def training_arguments(job: Job) -> TrainingArguments:
 
 def main() -> None:
     job, shape = JOB, JOB.model
-    arguments = training_arguments(
-        job
-    )  # must come before the model, which is then created in ZeRO-3 partitions
+    # This must come before the model, which is then created in ZeRO-3 partitions.
+    arguments = training_arguments(job)
     set_seed(job.seed)
     model = LlamaForCausalLM(
         LlamaConfig(

@@ -117,9 +117,8 @@ def _workplace(final: Path, world: World) -> Iterator[Path]:
     if is_remote(final):
         folder = Path(tempfile.mkdtemp(prefix="pretrain-checkpoint-"))
         mine = True
-        _together(
-            world, lambda: remove(final) if world.is_main else None
-        )  # a checkpoint of this step that was refused or is incomplete
+        # A checkpoint of this step may be there that was refused or is incomplete.
+        _together(world, lambda: remove(final) if world.is_main else None)
     else:
         folder = final.with_name(f".{final.name}.tmp")
         mine = world.is_main

@@ -169,9 +169,8 @@ class Manifest:
     def from_json(cls, text: str | bytes, where: str = MANIFEST_NAME) -> Manifest:
         """Parse and check a manifest. Raises ConfigError, whose text begins with `where`, the manifest's path."""
         head = text[:200].decode(errors="replace") if isinstance(text, bytes) else text[:200]
-        version = _VERSION.match(
-            head
-        )  # it is the first field; manifests of other versions may have other fields
+        # The version is the first field. Manifests of other versions may have other fields.
+        version = _VERSION.match(head)
         if version and int(version[1]) != FORMAT_VERSION:
             raise ConfigError(
                 f"{where} has format version {version[1]}, this program reads {FORMAT_VERSION}; "

@@ -116,9 +116,8 @@ class RemoteChunks:
             with self._lock:
                 if self._under_way.get(chunk) is future:
                     del self._under_way[chunk]
-            del (
-                future
-            )  # otherwise its exception and this frame would keep each other alive, and the threads with them
+            # Otherwise its exception and this frame would keep each other alive, and the threads with them.
+            del future
 
     def _fetch(self, chunk: int) -> bytes:
         row, number = self._row(chunk), self._shard_of(chunk)

@@ -357,9 +357,7 @@ class StoredDocument:
     id: str
     tokens: np.ndarray
     text_bytes: int
-    is_target: (
-        np.ndarray | None
-    )  # bool [tokens]: which tokens count in the loss; None without a loss mask: all do
+    is_target: np.ndarray | None  # bool [tokens]: which tokens count in the loss; None: all of them
     target_bytes: int
 
 

@@ -244,9 +244,8 @@ class _SentencePiece:
         for text in texts:
             rows.append(_BOS)
             units = self._units
-            if units is _UNITS and text.count(" ") * _LONG_UNIT_CHARS < len(
-                text
-            ):  # few spaces, as in Chinese
+            # Texts with few spaces, as in Chinese, would give long units that do not repeat.
+            if units is _UNITS and text.count(" ") * _LONG_UNIT_CHARS < len(text):
                 units = _BETWEEN_SPACE_SYMBOLS
             rows += map(number, units.findall(text))
             rows.append(_EOS)

@@ -27,9 +27,8 @@ def try_tokenizer(content: bytes, path: str | Path) -> None:
 
     A file that the parser rejects with an error passes, because opening it in this process gives a better message.
     """
-    from importlib.metadata import (
-        version,
-    )  # takes 40 ms, which only processes that open a tokenizer should pay
+    # This import takes 40 ms, which only processes that open a tokenizer should pay.
+    from importlib.metadata import version
 
     versions = "-".join(version(name) for name in ("sentencepiece", "tokenizers"))
     tried = _cache() / f"{hashlib.sha256(content).hexdigest()}-{versions}"

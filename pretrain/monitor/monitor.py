@@ -44,10 +44,8 @@ from pretrain.reliability.journal import read_metrics as read_metrics
 WANDB_INIT_TIMEOUT_S = 30.0
 WANDB_FINISH_TIMEOUT_S = 30.0  # less than srun's --wait, so that a slow upload never looks like a hung rank
 WANDB_QUEUE_RECORDS = 10_000
-WANDB_HOSTS = (
-    "api.wandb.ai",
-    "api.forge.coreweave.com",
-)  # hosts for which `wandb login` writes netrc, old and new
+# The hosts for which `wandb login` writes netrc, old and new.
+WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -164,9 +162,8 @@ class _WandbWriter:
             if item == ExitCode.STOPPED:
                 run.mark_preempting()  # W&B then shows it as preempted, not as failed; the next attempt resumes it
             run.finish(exit_code=item)
-            wandb.teardown(
-                item
-            )  # ends W&B's own process, which first writes the last records to the run's file
+            # This ends W&B's own process, which first writes the last records to the run's file.
+            wandb.teardown(item)
         except Exception as error:
             self._fail(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
