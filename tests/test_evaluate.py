@@ -515,7 +515,7 @@ def test_the_script_refuses_what_does_not_fit(tmp_path: Path) -> None:
         (run_dir, "nowhere.jsonl", "nowhere.jsonl does not exist"),
         (run_dir, str(tmp_path / "empty.jsonl"), "holds no text"),
         (run_dir, str(tmp_path / "broken.jsonl"), "no field 'text'"),
-        (run_dir, other, "another tokenizer"),
+        (run_dir, other, "different tokenizer"),
         (str(tmp_path), text, "no usable checkpoint"),
         (str(tmp_path / "nowhere"), text, "does not exist"),
     ):

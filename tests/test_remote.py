@@ -160,7 +160,7 @@ def test_a_missing_shard_is_named(folder: Path, tmp_path: Path) -> None:
         corpus = Corpus(url, options=options(tmp_path, read_timeout_s=1000))
         chunk = corpus.manifest.shards[1].first_chunk
         with pytest.raises(
-            CorruptShardError, match=r"shard-00001\.tar .* not there; .* after 5 attempts"
+            CorruptShardError, match=r"shard-00001\.tar .* does not exist; .* after 5 attempts"
         ) as caught:
             corpus.read(chunk, 0, 1)
         assert (caught.value.source_path, caught.value.chunk) == (url, chunk)
@@ -253,7 +253,7 @@ def test_a_server_without_ranges_is_not_believed(folder: Path, tmp_path: Path) -
     [
         ("none.json", b"", "does not exist"),
         ("other.json", b"<html>", "is not a corpus manifest"),
-        ("large.json", b"x" * 3000, "more than the 2,000 bytes"),
+        ("large.json", b"x" * 3000, "more than 2,000 bytes"),
     ],
 )
 def test_what_is_no_manifest_is_a_configuration_error(

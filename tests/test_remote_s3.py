@@ -72,7 +72,7 @@ def test_all_faults_together_change_nothing(
         (
             "404",
             CorruptShardError,
-            r"chunk 0: s3://bucket/small/shards/shard-00000\.tar .*not there.* 5 attempts",
+            r"chunk 0: s3://bucket/small/shards/shard-00000\.tar .*does not exist.* 5 attempts",
         ),
         ("wrong", CorruptShardError, r"chunk 0: .*member 000000\.tok has xxh3-64 .* 6 attempts"),
         ("short", CorruptShardError, r"chunk 0: .*member 000000\.(tok|doc) has \d+ bytes, .* 6 attempts"),
