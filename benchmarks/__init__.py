@@ -1,1 +1,1 @@
-"""Measurements of this program, and of others beside it. The product imports nothing from here."""
+"""Benchmarks of this program and of others for comparison. The product imports nothing from here."""

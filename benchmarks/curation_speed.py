@@ -1,9 +1,9 @@
-"""What the curation of English text costs, beside datatrove: `python benchmarks/curation_speed.py FILE.jsonl`.
+"""Compare the cost of curating English text with datatrove: `python benchmarks/curation_speed.py FILE.jsonl`
 
-Both read the same documents from memory, in turn, on one core each, --repeats times. Of datatrove the filters are
-called as they come, without its pipeline around them: what a filter drops, the next one does not see. Ours measures
-all of its rules on every document. With spaCy installed datatrove splits words as it does by default; without it,
-its filters are given a regular expression, which is several times faster than its default.
+Both read the same documents from memory, in turns, on one core each, --repeats times. datatrove's filters are called
+with their default settings, without its pipeline: a filter does not see what an earlier one dropped. Our stage measures
+all of its rules on every document. With spaCy installed, datatrove splits words as by default; without it, its filters
+get a regular expression, which is several times faster than that default.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from data_tools.stages.quality import QualityConfig, QualityStage, ThresholdsCon
 from data_tools.stages.words import words_of
 
 Process = Callable[[str], bool]
-"""Process one text: whether it is kept."""
+"""Processes one text and returns whether it is kept."""
 
 
 class Job(NamedTuple):
-    """One piece of work, as datatrove does it by default and as we do it."""
+    """One piece of work, as datatrove does it by default and as this program does it."""
 
     name: str
     theirs: Process
@@ -42,7 +42,7 @@ class Job(NamedTuple):
 
 
 def their_tokenizer() -> tuple[Any, str]:
-    """What datatrove's filters take as their language, and what it is."""
+    """The `language` argument for datatrove's filters, and a description of it."""
     if find_spec("spacy"):
         import spacy
 
@@ -79,7 +79,7 @@ def _our_stage(thresholds: ThresholdsConfig) -> Process:
 
 
 def gopher_job(language: Any) -> Job:
-    """Gopher's quality and repetition rules; ours measures those of C4 and FineWeb too, without judging by them."""
+    """Gopher's quality and repetition rules. Ours also measures those of C4 and FineWeb, without filtering by them."""
     from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
 
     filters = [GopherRepetitionFilter(language=language), GopherQualityFilter(language=language)]
@@ -97,7 +97,7 @@ def gopher_job(language: Any) -> Job:
 
 
 def all_rules_job(language: Any) -> Job:
-    """The order of FineWeb's own pipeline."""
+    """All rules, in the order of FineWeb's own pipeline."""
     from datatrove.pipeline import filters as f
 
     filters = [
@@ -110,14 +110,14 @@ def all_rules_job(language: Any) -> Job:
 
 
 def minhash_job(language: Any) -> Job:
-    """Signatures of 14 bands of 8 hashes over shingles of 5 words."""
+    """MinHash signatures of 14 bands of 8 hashes over shingles of 5 words."""
     import tempfile
 
     from datatrove.pipeline.dedup import MinhashDedupSignature
 
     config = DedupConfig()
     step = MinhashDedupSignature(tempfile.mkdtemp(), language=language)
-    # As its own function, which hands over a string, what xxhash 4 refuses.
+    # The same as datatrove's own function, which passes a string to xxhash; xxhash 4 accepts only bytes.
     step._hash_func = lambda shingle: xxhash.xxh64_intdigest(shingle.encode())
 
     def theirs(text: str) -> bool:
@@ -128,7 +128,7 @@ def minhash_job(language: Any) -> Job:
 
 
 def together_job(language: Any) -> Job:
-    """The target: Gopher's rules and the signatures."""
+    """The work for which there is a speed target: Gopher's rules and the signatures."""
     rules, signatures = gopher_job(language), minhash_job(language)
 
     def both(first: Process, second: Process) -> Process:
@@ -145,7 +145,7 @@ JOBS = [gopher_job, all_rules_job, minhash_job, together_job]
 
 
 def documents_per_second(process: Process, texts: list[str]) -> float:
-    """By this process' CPU time: of one core, whatever else the machine does."""
+    """Documents per second of this process's CPU time, which does not depend on what else the machine does."""
     start_s = time.process_time()
     for text in texts:
         process(text)
@@ -153,13 +153,13 @@ def documents_per_second(process: Process, texts: list[str]) -> float:
 
 
 def spread(values: list[float]) -> str:
-    """Median and range."""
+    """Values as their median and range."""
     low, middle, high = min(values), statistics.median(values), max(values)
     return f"{middle:.4g} ({low:.4g} to {high:.4g})"
 
 
 def read(path: Path, n_documents: int) -> list[str]:
-    """Texts of a JSON-lines file, evenly spread over it."""
+    """`n_documents` texts of a JSON-lines file, evenly spaced over it."""
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines() if line]
     return texts[:: max(1, len(texts) // n_documents)][:n_documents]
 
@@ -183,7 +183,8 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for make in JOBS:
         job = make(language)
-        same = sum(job.theirs(text) == job.ours(text) for text in texts[:200])  # loads what is loaded once
+        # This also loads what is loaded only once, outside of the measurement.
+        same = sum(job.theirs(text) == job.ours(text) for text in texts[:200])
         theirs, ours = [], []
         for _ in range(args.repeats):
             theirs.append(documents_per_second(job.theirs, texts))

@@ -1,7 +1,7 @@
 """Fit the planner's constants on published runs of at most 64 GPUs: `python benchmarks/fit_planner.py`
 
-Prints the constants that pretrain/plan/time.py is to hold, and the residuals by source: of what was fitted, and of
-larger and other runs that were not. published_runs.csv has one row per run; docs/planning.md says where each is from.
+Prints the constants for pretrain/plan/time.py, and the residuals by source: of the fitted runs, and of larger and other
+runs that were not fitted. published_runs.csv has one row per run; docs/planning.md gives their sources.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pretrain.plan.memory import Partitioning, Pass
 from pretrain.plan.time import CALIBRATIONS, Calibration, Cluster, step_time
 
 RUNS = ROOT / "benchmarks" / "published_runs.csv"
-# Shared by both devices: of these, too few runs of each would tell.
+# Constants that both devices share, because there are too few runs of each device to fit them separately.
 SHARED = ("passes", "exposed_frac", "link_frac", "network_frac")
 PER_GPU = ("matmul_frac", "attention_frac")
 BOUNDS = {
@@ -50,11 +50,11 @@ class Run(NamedTuple):
     accum_steps: int
     tokens_per_s_gpu: float
     parameters: int | None
-    """As published."""
+    """Number of parameters as published."""
 
 
 def read_runs() -> list[Run]:
-    """All published runs. A feed-forward layer without a gate is taken as a gated one of as many parameters."""
+    """All published runs. A feed-forward layer without a gate counts as a gated one with as many parameters."""
     with RUNS.open(newline="") as file:
         return [_run(row) for row in csv.DictReader(file)]
 
@@ -72,7 +72,7 @@ def _run(row: dict[str, str]) -> Run:
         tie_embeddings=row["tied"] == "1",
         activation_checkpointing=Recompute.full if row["checkpointing"] == "full" else Recompute.none,
     )
-    # FSDP keeps nothing whole and gathers all again for the backward pass.
+    # FSDP keeps no parameter whole, and gathers all of them again for the backward pass.
     engine = EngineConfig(zero_stage=int(row["stage"]), persistence_threshold_elements=0, max_live_elements=0)
     nodes = max(1, n // 8)
     return Run(
@@ -92,7 +92,7 @@ def _run(row: dict[str, str]) -> Run:
 
 
 def residual(run: Run, constants: dict[str, Calibration]) -> float:
-    """log(predicted / published) tokens per second; +0.1 is 10.5% too fast."""
+    """log(predicted / published) of the tokens per second. +0.1 means that the prediction is 10.5% too fast."""
     step = step_time(
         run.model,
         run.engine,
@@ -101,19 +101,22 @@ def residual(run: Run, constants: dict[str, Calibration]) -> float:
         run.each,
         run.accum_steps,
         constants=constants[run.cluster.gpu.calibrated_as],
-        host_s_per_block=0.0,  # FSDP's hooks are not DeepSpeed's
+        host_s_per_block=0.0,  # this is the cost of DeepSpeed's hooks, which FSDP does not have
     )
     return math.log(step.tokens_per_second / run.cluster.n_ranks / run.tokens_per_s_gpu)
 
 
 def spread(residuals: list[float]) -> tuple[float, float, float]:
-    """Mean, root mean square, largest absolute value."""
+    """Mean, root mean square and largest absolute value of the residuals."""
     square = statistics.fmean(r * r for r in residuals)
     return statistics.fmean(residuals), math.sqrt(square), max(abs(r) for r in residuals)
 
 
 def fit(runs: list[Run], start: dict[str, Calibration]) -> dict[str, Calibration]:
-    """Least squares of the residuals, one constant at a time with halving steps, until nothing changes by 0.1%."""
+    """Constants with the least squared residuals.
+
+    They are fitted one at a time with halving steps, until none changes by more than 0.1%.
+    """
     names = [(None, name) for name in SHARED] + [(gpu, name) for gpu in start for name in PER_GPU]
 
     def value(constants: dict[str, Calibration], which: tuple[str | None, str]) -> float:
@@ -147,7 +150,7 @@ def _with(
 
 
 def report(runs: list[Run], constants: dict[str, Calibration], say: Callable[[str], None] = print) -> None:
-    """One line per group of runs."""
+    """Print one line per group of runs."""
     groups: dict[str, list[float]] = {}
     for run in runs:
         kind = "fitted" if run.fitted else "not fitted"
@@ -161,7 +164,7 @@ def report(runs: list[Run], constants: dict[str, Calibration], say: Callable[[st
 
 
 def main() -> None:
-    """Fit, and print."""
+    """Fit the constants, and print them and the residuals."""
     runs = read_runs()
     constants = fit([run for run in runs if run.fitted], CALIBRATIONS)
     for gpu, found in constants.items():

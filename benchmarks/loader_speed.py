@@ -1,8 +1,9 @@
-"""What reading costs: `python benchmarks/loader_speed.py DIR/manifest.json [--peers] [--repeats 3]`
+"""Measure the speed of reading: `python benchmarks/loader_speed.py DIR/manifest.json [--peers] [--repeats 3]`
 
-Local random access to sequences of 2,048 tokens; whole batches; a seek to any of 10^9 samples; 1,000 ranks over 100,000
-shards; the first batch at 0%, 50% and 99% of a run. With --peers the same tokens are read by webdataset, litdata and
-mosaicml-streaming too, where they are installed, in turn with ours. Rates are per second of processor time of one core.
+Measures local random access to sequences of 2,048 tokens, whole batches, a seek to any of 10^9 samples, 1,000 ranks
+over 100,000 shards, and the first batch at 0%, 50% and 99% of a run. With --peers, webdataset, litdata and
+mosaicml-streaming read the same tokens where they are installed, in turns with ours. Rates are per second of CPU time
+on one core.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ BATCH = 32
 BATCHES = 200
 
 Read = Callable[[int], int]
-"""Read batch number n; the sequences that it had."""
+"""Reads batch number n and returns the number of its sequences."""
 
 
 def rate(read: Read, batches: int = BATCHES) -> float:
-    """Sequences per second of processor time."""
+    """Sequences per second of CPU time."""
     started, n = time.process_time(), 0
     for number in range(batches):
         n += read(number)
@@ -60,7 +61,7 @@ def order_of(corpus: Corpus, lanes: int = 8) -> Order:
 
 
 def random_access(corpus: Corpus) -> Read:
-    """Tokens of any sequence, at random over the whole corpus."""
+    """Read the tokens of random sequences from the whole corpus."""
     random = np.random.default_rng(0)
     per_chunk = corpus.chunk_tokens // LENGTH
 
@@ -76,7 +77,7 @@ def random_access(corpus: Corpus) -> Read:
 
 
 def whole_batches(corpus: Corpus, **options: object) -> Read:
-    """Located, read, labelled: all that a loader worker does for a batch."""
+    """Locate, read and label whole batches, which is all that a loader worker does."""
     order, reader = order_of(corpus), SequenceReader([corpus], DataConfig(**options))
 
     def read(number: int) -> int:
@@ -91,7 +92,7 @@ def whole_batches(corpus: Corpus, **options: object) -> Read:
 
 
 def webdataset_peer(corpus: Corpus, folder: Path) -> Read:
-    """Its own reader over our shards, in order: it has no random access."""
+    """webdataset's own reader over our shards, in order, because it has no random access."""
     import webdataset
 
     shards = [str(corpus.manifest_path.parent / "shards" / s.name) for s in corpus.manifest.shards]
@@ -120,7 +121,7 @@ def _rows(corpus: Corpus, n: int) -> np.ndarray:
 
 
 def litdata_peer(corpus: Corpus, folder: Path) -> Read:
-    """StreamingDataset with its TokensLoader, random items of a prepared folder."""
+    """litdata's StreamingDataset with its TokensLoader: random items of a prepared folder."""
     from litdata import StreamingDataset, TokensLoader
     from litdata.streaming.writer import BinaryWriter
 
@@ -144,7 +145,7 @@ def litdata_peer(corpus: Corpus, folder: Path) -> Read:
 
 
 def mosaicml_peer(corpus: Corpus, folder: Path) -> Read:
-    """MDS shards, random items."""
+    """mosaicml-streaming: random items of MDS shards."""
     from streaming import MDSWriter, StreamingDataset
 
     target = str(folder / "mds")
@@ -169,7 +170,7 @@ PACKAGES = {"webdataset": "webdataset", "litdata": "litdata", "streaming": "mosa
 
 
 def measure_seeks(repeats: int) -> None:
-    """One sample of 10^9, in a corpus of 8 million chunks on 1,024 lanes."""
+    """Measure a seek to one of 10^9 samples, in a corpus of 8 million chunks with 1,024 lanes."""
     size = SourceSize(8_000_000, 1 << 18, 1 << 18)
     stage = DataStage(weights=(1.0,), sequence_length=LENGTH, batch_sequences=1024)
     tracemalloc.start()
@@ -203,7 +204,7 @@ def _one_of_1000(manifest: Path) -> TrainLoader:
 
 
 def measure_scale() -> None:
-    """What one of 1,000 ranks over 100,000 shards holds: the manifest and the order, nothing of the shards."""
+    """Measure the start and memory of one of 1,000 ranks over 100,000 shards: the manifest and the order, no shards."""
     from pretrain.corpus.manifest import CorpusSource, Manifest, ShardInfo
 
     shards = [
@@ -258,7 +259,7 @@ def measure_scale() -> None:
 
 
 def measure_first_batch(manifest: str, repeats: int) -> None:
-    """A whole start: corpus, order, worker process, batch."""
+    """Measure a whole start: corpus, order, worker process, and first batch."""
     for share in (0.0, 0.5, 0.99):
         times = []
         for _ in range(repeats):
@@ -287,9 +288,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("manifest", help="manifest.json of a local corpus of chunks of 2,048 tokens and more")
     parser.add_argument(
-        "--peers", action="store_true", help="read the same with other libraries, where installed"
+        "manifest", help="manifest.json of a local corpus with chunks of at least 2,048 tokens"
+    )
+    parser.add_argument(
+        "--peers", action="store_true", help="also read with the other libraries that are installed"
     )
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
@@ -306,12 +309,12 @@ def main() -> None:
             try:
                 job = make(corpus, folder)
             except ImportError as error:
-                print(f"{PACKAGES[name]} is left out: {error}")
+                print(f"{PACKAGES[name]} is skipped: {error}")
             else:
                 jobs[f"{PACKAGES[name]} {importlib.metadata.version(PACKAGES[name])}"] = job
         found: dict[str, list[float]] = {name: [] for name in jobs}
         for job in jobs.values():
-            job(0)  # chunks are checked, files opened
+            job(0)  # not timed: this opens files and checks the hashes of chunks
         for _ in range(arguments.repeats):
             for name, job in jobs.items():
                 found[name].append(rate(job))

@@ -1,11 +1,11 @@
-"""What a save costs training, written beside it and waited for: `python benchmarks/save_stall.py MANIFEST --out DIR`.
+"""Measure what a save costs training, in the background or not: `python benchmarks/save_stall.py MANIFEST --out DIR`
 
-Trains the quickstart's model on 2 processes of this machine, in turn with checkpoint.background=true and =false, saving
-every --every-steps, and prints the median and the range of all saves but each run's first:
+Trains the quickstart's model on 2 processes of this machine, in turns with checkpoint.background=true and =false,
+saving every --every-steps, and prints the median and the range of all saves except the first of each run:
 
-- stall: training stood still (the copy to host memory; without the background the whole write);
-- slowed: what the steps beside the write took longer than the median step;
-- share: stall + slowed, as a share of the steps between two saves at an interval of --interval steps.
+- stall: time that training paused (for the copy to host memory, or without the background for the whole write);
+- slowed: time by which the steps during the write were longer than the median step;
+- share: stall + slowed, relative to the time of the steps between two saves at an interval of --interval steps.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Save(NamedTuple):
     slowed_s: float
     write_s: float
     step_s: float
-    """Median step of its run."""
+    """Median time of a step in the same run."""
 
 
 def train(manifest: Path, run_dir: Path, n_steps: int, every_steps: int, background: bool) -> list[Save]:
-    """One run from the beginning; its saves, without the first, which allocates memory, and the last."""
+    """Do one run from the start. Returns its saves without the last and without the first, which allocates memory."""
     command = [
         *(sys.executable, "-m", "deepspeed.launcher.runner"),
         *("--num_gpus", "2", "--master_port", "29611", "launch/train.py"),
@@ -66,13 +66,13 @@ def train(manifest: Path, run_dir: Path, n_steps: int, every_steps: int, backgro
 
 
 def spread(values: list[float], scale: float = 1.0) -> str:
-    """Median and range."""
+    """Values as their median and range."""
     low, middle, high = min(values), statistics.median(values), max(values)
     return f"{scale * middle:.4g} ({scale * low:.4g} to {scale * high:.4g})"
 
 
 def main() -> None:
-    """Run, and print the table."""
+    """Do the runs and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

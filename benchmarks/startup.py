@@ -1,10 +1,10 @@
-"""CPU-seconds (user and system) up to the first step: `python benchmarks/startup.py [CHECKOUT ...] [--repeats N]`
+"""Measure the CPU time (user, system) to the first step: `python benchmarks/startup.py [CHECKOUT ...] [--repeats N]`
 
-Starts the smallest run on 2 ranks with one loader worker each, as a user does, and reads from /proc what each of its
-processes has used when both ranks have done their first step; a rank's share is told apart by the phase that it has
-marked for its watcher. Then it runs commands that only print or refuse, and asks the interpreter which package the
-imports of a rank belong to. Medians of N starts. CPU-seconds depend less on what else the machine does than seconds,
-but on a busy one they rise too: several checkouts are measured in turns, to be compared with each other.
+Starts the smallest run on 2 ranks with one loader worker each, as a user would, and reads from /proc the CPU time of
+each process when both ranks have done their first step. A rank's time is divided by the phases that it marks for its
+watcher. Then it times commands that only print help or an error, and lists the time of a rank's imports by package. The
+figures are medians of N starts. CPU time depends less on other load than wall time, but on a busy machine it rises too.
+So several checkouts are measured in turns, and should be compared only with each other.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 N_RANKS = 2
 POLL_S = 0.004
 SLOWEST_START_S = 300
-KINDS = {  # of a process, by a part of its command line; the first that fits
+KINDS = {  # kind of a process, by a part of its command line; the first match counts
     "launcher, deepspeed": "bin/deepspeed",
     "launcher, launch.py": "deepspeed.launcher.launch",
     "watcher": "pretrain.reliability.watcher",
@@ -45,7 +45,7 @@ KINDS = {  # of a process, by a part of its command line; the first that fits
 }
 PER_RANK = ("watcher", "loader worker", "loader worker of torch", "resource tracker")
 TOTALS = ("rank, all phases (each)", "all but the launcher", "all")
-# As where nobody forbids it: the first start of a checkout writes its byte code.
+# Byte code may be written, as on a user's machine, so that only the first start of a checkout compiles it.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 TRAINER_IMPORTS = "import pretrain.train.loop"
 
@@ -56,7 +56,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "checkouts", type=Path, nargs="*", default=[ROOT], help="versions to compare; this one by default"
+        "checkouts", type=Path, nargs="*", default=[ROOT], help="checkouts to compare (default: this one)"
     )
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
@@ -79,9 +79,9 @@ def main() -> None:
 def in_turns(
     checkouts: list[Path], repeats: int, measure: Callable[[Path], dict[str, float]]
 ) -> list[list[dict[str, float]]]:
-    """For each checkout what was measured, one after the other, so that a machine that drifts does so for all."""
+    """The measurements of each checkout. Checkouts take turns, so that a machine whose speed drifts favors none."""
     for checkout in checkouts:
-        measure(checkout)  # reads files from the disk and compiles what is new
+        measure(checkout)  # not counted: this reads files from the disk and compiles byte code
     rounds = [[measure(checkout) for checkout in checkouts] for _ in range(repeats)]
     return [list(rows) for rows in zip(*rounds, strict=True)]
 
@@ -90,7 +90,7 @@ def in_turns(
 
 
 def measure_start(checkout: Path, corpus: TinyCorpus, run_dir: Path) -> dict[str, float]:
-    """CPU-seconds of one start, by process and phase of the ranks; the run is then killed."""
+    """CPU time in seconds of one start, by process and by phase of the ranks. The run is killed afterwards."""
     command = [
         *(str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(N_RANKS)),
         *("--master_port", "29613", "launch/train.py"),
@@ -106,7 +106,9 @@ def measure_start(checkout: Path, corpus: TinyCorpus, run_dir: Path) -> dict[str
             stderr=output,
             env=ENVIRONMENT,
         )
-    phases: dict[int, tuple[str, float]] = {}  # of each rank: the phase, and the CPU-seconds at the last look
+    phases: dict[
+        int, tuple[str, float]
+    ] = {}  # per rank, its phase and its CPU time when it was last looked at
     used: dict[str, float] = defaultdict(float)
     processes: dict[int, tuple[str, float]] = {}
     until = time.monotonic() + SLOWEST_START_S
@@ -140,7 +142,7 @@ def measure_start(checkout: Path, corpus: TinyCorpus, run_dir: Path) -> dict[str
 
 
 def follow(pid: int, cpu_s: float, phases: dict[int, tuple[str, float]], used: dict[str, float]) -> None:
-    """Count what a rank has used since the last look as that of the phase in which it is."""
+    """Add the CPU time that a rank has used since the last call to the phase in which it is."""
     phase, before_s = phases.get(pid, ("config", 0.0))
     if phase == "done":
         return
@@ -154,7 +156,7 @@ def follow(pid: int, cpu_s: float, phases: dict[int, tuple[str, float]], used: d
 
 
 def last_mark(pid: int) -> heartbeat.Heartbeat | None:
-    """What a rank has last told its watcher, through the memory that both share."""
+    """The last mark that a rank has set for its watcher, read from the memory that both share."""
     try:
         for link in Path(f"/proc/{pid}/fd").iterdir():
             if os.readlink(link).startswith("/memfd:progress"):
@@ -163,13 +165,13 @@ def last_mark(pid: int) -> heartbeat.Heartbeat | None:
                     return heartbeat.read(descriptor)
                 finally:
                     os.close(descriptor)
-    except OSError:  # it has gone, or is just beginning
+    except OSError:  # the process has ended or has just started
         pass
     return None
 
 
 def tree(root: int) -> dict[int, tuple[str, float]]:
-    """A process and all its descendants: kind and CPU-seconds, those of children that ended included."""
+    """Kind and CPU time of a process and all its descendants, including the time of children that have ended."""
     stats: dict[int, tuple[int, float]] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -188,7 +190,7 @@ def tree(root: int) -> dict[int, tuple[str, float]]:
 
 
 def kind_of(pid: int) -> str:
-    """What a process is, by its command line."""
+    """The kind of a process, by its command line."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:
@@ -200,7 +202,7 @@ def kind_of(pid: int) -> str:
 
 
 def measure_commands(checkout: Path) -> dict[str, float]:
-    """CPU-seconds of every command's --help, and of a configuration that is refused."""
+    """CPU time in seconds of every command's --help, and of a run with a wrong configuration."""
     scripts = sorted((checkout / "launch").glob("*.py"))
     modules = sorted(
         f"data_tools.{path.stem}"
@@ -249,7 +251,7 @@ def measure_imports(checkout: Path) -> dict[str, float]:
 
 
 def print_table(title: str, measured: list[list[dict[str, float]]]) -> None:
-    """The median and the range of each entry, a column for each checkout."""
+    """Print the median and the range of each entry, with two columns per checkout."""
     names = dict.fromkeys(name for rows in measured for row in rows for name in row)
     print(f"\n| {title} |{' median | range |' * len(measured)}\n|---|{'---|---|' * len(measured)}")
     for name in sorted(names, key=lambda name: (name in TOTALS, name)):

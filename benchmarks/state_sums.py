@@ -1,7 +1,7 @@
-"""What the check for flipped bits costs: `python benchmarks/state_sums.py`.
+"""Measure what the check for flipped bits costs: `python benchmarks/state_sums.py`
 
-One process, the quickstart's model under ZeRO-3 and one micro batch per step of random tokens: the time of the two
-passes over weights and moments against the time of the whole step, in turn, median and range.
+Trains the quickstart's model under ZeRO-3 in a single process, with one micro-batch of random tokens per step. Prints
+the time of the two passes over weights and moments relative to the time of the whole step, as median and range.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pretrain.engine.engine import Engine
 
 
 def main() -> None:
-    """Run, and print one line."""
+    """Do the steps and print one line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,10 +1,10 @@
-"""Tokens and shards per core, beside a plain loop: `python benchmarks/tokenize_speed.py FILE.jsonl...`
+"""Compare tokenizing and writing shards with a plain loop: `python benchmarks/tokenize_speed.py FILE.jsonl...`
 
-Both get the documents that data_tools.prepare has gathered from the files, with one and the same model. The plain loop
-reads JSON lines, encodes each text by itself, and writes all tokens as one file. Ours is what prepare does then, with
-one worker and chunks as a large corpus has them: documents with bos and eos, each with its place, source and id,
-held-out text apart, shards with indexes and hashes, synced to disk. They are run in turn, --repeats times, on each file
-alone and on all of them.
+Both get the documents that data_tools.prepare has gathered from the files, and the same model. The plain loop reads
+JSON lines, encodes each text separately, and writes all tokens to one file. Ours does what prepare does next, with one
+worker and the chunk size of a large corpus: it writes documents with bos and eos, the place, source and id of each,
+held-out text separately, and shards with indexes and hashes, synced to disk. They run in turns, --repeats times, on
+each file alone and on all files.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pretrain.corpus.tokenizer import SENTENCEPIECE_NAME
 
 
 class Text(NamedTuple):
-    """What both work on."""
+    """The documents that both programs process."""
 
     config: PrepareConfig
     gathered: Gathered
@@ -48,14 +48,14 @@ class Text(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Seconds of one run."""
+    """The seconds that one run takes."""
 
     cpu_s: float
     wall_s: float
 
 
 def gather_text(files: list[Path], work: Path) -> Text:
-    """Read, clean and leave out duplicates: not part of what is measured."""
+    """Read and clean the documents and drop duplicates. This is not part of the measurement."""
     work.mkdir()
     config = PrepareConfig(
         input=[str(file) for file in files], output=str(work), workers=1, chunk_tokens=1 << 18
@@ -70,7 +70,7 @@ def gather_text(files: list[Path], work: Path) -> Text:
 
 
 def plain(text: Text, model: Path) -> None:
-    """The loop that one would write first."""
+    """The straightforward loop with which ours is compared."""
     processor = SentencePieceProcessor(model_file=str(model))
     tokens = array.array("H")
     with text.lines.open(encoding="utf-8") as lines:
@@ -81,7 +81,7 @@ def plain(text: Text, model: Path) -> None:
 
 
 def ours(text: Text, model: Path) -> None:
-    """What `prepare` does after gathering."""
+    """The part of `data_tools.prepare` that follows gathering."""
     for old in text.work.glob("tokens-*.npz"):
         old.unlink()
     corpus = text.work / "corpus"
@@ -93,7 +93,7 @@ def ours(text: Text, model: Path) -> None:
 
 
 def cost(work: Callable[[Text, Path], None], text: Text, model: Path) -> Cost:
-    """Of one run, without its progress lines."""
+    """The cost of one run, without its progress lines."""
     with redirect_stderr(StringIO()):
         cpu_s, wall_s = time.process_time(), time.perf_counter()
         work(text, model)
@@ -101,13 +101,13 @@ def cost(work: Callable[[Text, Path], None], text: Text, model: Path) -> Cost:
 
 
 def spread(values: list[float]) -> str:
-    """Median and range."""
+    """Values as their median and range."""
     low, middle, high = min(values), statistics.median(values), max(values)
     return f"{middle:.3g} ({low:.3g} to {high:.3g})"
 
 
 def measure(name: str, text: Text, model: Path, repeats: int) -> str:
-    """One row of the table."""
+    """Measure one text and return its row of the table."""
     theirs, mine = [], []
     for _ in range(repeats):
         theirs.append(cost(plain, text, model))
@@ -128,7 +128,7 @@ def main() -> None:
     )
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help='JSON lines with "text"')
     parser.add_argument(
-        "--tokenizer", type=Path, help="a sentencepiece model; else one is trained on all files"
+        "--tokenizer", type=Path, help="a sentencepiece model (default: one that is trained on all files)"
     )
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -146,8 +146,7 @@ def main() -> None:
             texts["all"] = everything
         n_entries = SentencePieceProcessor(model_file=str(model)).get_piece_size()
         print(
-            f"a vocabulary of {n_entries:,}, one worker, {args.repeats} repeats in turn; median (range); MB are those "
-            "of the text\n"
+            f"a vocabulary of {n_entries:,}, one worker, {args.repeats} repeats in turns; median (range); MB of text\n"
         )
         print("| text | MB | documents | plain loop, MB/s of CPU time | ours | ratio | ratio of wall time |")
         print("|---|---|---|---|---|---|---|")

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Before a release: bash launch/audit.sh [FOLDER]
+# Audit the locked dependencies before a release: bash launch/audit.sh [FOLDER]
 #
-# Asks an advisory service about every package of both lock files, and writes what is in them, with all hashes, as a
-# CycloneDX bill of materials: FOLDER/pretrain.cpu.cdx.json and FOLDER/pretrain.cuda.cdx.json (FOLDER is dist where it
-# is not given), to be published beside the wheel. Ends with 1 where an advisory is known or a package could not be
-# asked for. Needs the package registry and the service: PRETRAIN_OSV_URL names another than https://api.osv.dev.
+# Asks an advisory service about every package of both lock files, and writes their packages with all hashes as
+# CycloneDX bills of materials, to be published with the wheel: FOLDER/pretrain.cpu.cdx.json and
+# FOLDER/pretrain.cuda.cdx.json (default folder: dist). Exits with 1 where there is a known advisory or a package could
+# not be looked up. Needs the package registry and the service, which is https://api.osv.dev unless PRETRAIN_OSV_URL
+# names another.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -19,7 +20,7 @@ mkdir -p "$OUTPUT"
 status=0
 for build in cpu cuda; do
     lock=$ROOT/requirements.$build.lock
-    # It warns that a lock file has no graph of who needs whom.
+    # PYTHONWARNINGS hides its warning that a lock file has no dependency graph.
     PYTHONWARNINGS=ignore "$scratch/bin/cyclonedx-py" requirements --pyproject "$ROOT/pyproject.toml" --output-reproducible --validate \
         --output-file "$OUTPUT/pretrain.$build.cdx.json" "$lock"
     echo "audit.sh: wrote $OUTPUT/pretrain.$build.cdx.json"

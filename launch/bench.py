@@ -1,15 +1,16 @@
-"""How fast is it, beside what else there is? `python launch/bench.py bench.output=DIR model=125m bench.ranks=2 ...`
+"""Compare the speed of training with other programs: `python launch/bench.py bench.output=DIR model=125m bench.ranks=2`
 
-Runs several variants side by side, each as fresh processes on this machine, in alternating order (A B C, C B A, ...),
-and prints tokens per second, MFU, memory, parts of a step and what its collectives move. A variant is a runner's name
-and overrides for it alone:
+Runs several variants on this machine, each in new processes and in alternating order (A B C, C B A, ...), and prints
+tokens per second, MFU, memory, the parts of a step, and the bytes that its collectives move. A variant is the name of a
+runner, followed by overrides for this variant only:
 
     'bench.variants=[pretrain, "pretrain engine=zero1 kernels=compiled", pytorch, olmo_core_fsdp]'
 
-Runners: pretrain (this program), pytorch (the same model in a bare loop), and peers, which need an environment of
-their own (bench.peers_python): olmo_core_fsdp, olmo_core_ddp, litgpt, litgpt_bf16_true, hf_trainer. Takes every key of
-launch/train.py; run_dir is not used, and without data.manifest tokens are drawn. The same command goes on where it
-was stopped; results.json and table.md are in bench.output. docs/benchmarks.md says how to read them.
+Runners: pretrain (this program), pytorch (the same model in a plain training loop), and peers, which need an
+environment of their own (bench.peers_python): olmo_core_fsdp, olmo_core_ddp, litgpt, litgpt_bf16_true, hf_trainer.
+All keys of launch/train.py are accepted. run_dir is not used, and without data.manifest the tokens are random. The same
+command continues where it was stopped. The results are in results.json and table.md in the folder bench.output;
+docs/benchmarks.md explains them.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ class Runner(NamedTuple):
     """A program that is measured."""
 
     script: str
+    """Path of the script that runs it, in the folder benchmarks."""
     module: str | None = None
-    """What a peer imports, in its own environment."""
+    """Module that a peer imports from its own environment; None for our own runners."""
     package: str | None = None
-    """Its name for pip."""
+    """Name of the peer's package for pip."""
 
 
 RUNNERS = {
@@ -68,23 +70,25 @@ class BenchSettings:
     """What is measured, and how often."""
 
     variants: list[str] = field(default_factory=lambda: ["pretrain", "pytorch"])
-    """Each a runner and overrides for it alone, separated by blanks. Ratios are to the first."""
+    """The variants: each is a runner and overrides for it alone, separated by spaces. Ratios are relative to the
+    first."""
     ranks: int = 1
-    """Processes of each variant; the machine's cores are shared among them."""
+    """Number of processes per variant. The machine's cores are divided among them."""
     steps: int = 20
-    """Optimizer updates that are timed in each run."""
+    """Number of optimizer updates that are timed in each run."""
     warmup_steps: int = 3
-    """Before them: compiling, allocating; not timed."""
+    """Number of updates before the timed ones, in which code is compiled and memory allocated."""
     repeats: int = 3
-    """Runs of each variant."""
+    """Number of runs of each variant."""
     in_turns: bool = False
-    """All variants of a repeat at once, a step of each in turn: for small differences, where the memory is enough."""
+    """Start all variants of a repeat at once and let them take turns, one step each. This shows smaller differences,
+    but all variants must fit in memory together."""
     output: str = MISSING
-    """Folder for results.json, table.md and logs. Runs there with the same settings are kept."""
+    """Folder for results.json, table.md and logs. Runs in it with the same settings are reused."""
     peers_python: str | None = None
-    """Interpreter of the environment with the peers; null: this one."""
+    """Python interpreter of the environment with the peers; null means this interpreter."""
     run_timeout_s: float = 3600
-    """A run that takes longer has failed."""
+    """Seconds after which a run counts as failed."""
 
     def __post_init__(self) -> None:
         check_positive(self, "bench", "ranks", "steps", "warmup_steps", "repeats", "run_timeout_s")
@@ -96,7 +100,9 @@ class BenchSettings:
                     f"runners: {', '.join(RUNNERS)}"
                 )
         if len(set(self.variants)) != len(self.variants) or not self.variants:
-            raise ConfigError(f"bench.variants={self.variants} must be at least one, and all different")
+            raise ConfigError(
+                f"bench.variants={self.variants} must have at least one variant and no duplicates"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -104,7 +110,7 @@ class BenchConfig(TrainConfig):
     """A training run that is measured."""
 
     run_dir: str = "unused"
-    """Nothing is written there."""
+    """Not used; nothing is written there."""
     bench: BenchSettings = field(default_factory=BenchSettings)
 
     def __post_init__(self) -> None:
@@ -120,14 +126,14 @@ class BenchConfig(TrainConfig):
 
 
 def variant_config(text: str, given: list[str]) -> BenchConfig:
-    """The configuration of one variant: what was given on the command line, and its own overrides in place of it."""
+    """The configuration of one variant: the overrides of the command line, replaced by its own where it has them."""
     own = text.split()[1:]
     keys = {override.partition("=")[0] for override in own}
     return load_config(BenchConfig, [o for o in given if o.partition("=")[0] not in keys] + own, "bench")
 
 
 def check_variant(text: str, config: BenchConfig) -> None:
-    """Raise ConfigError where a runner cannot do what is asked of it."""
+    """Raise ConfigError where a runner does not support the configuration of its variant."""
     runner, model = text.split()[0], config.model
     config.grad_accum_steps(config.bench.ranks)
     wrong = {
@@ -154,11 +160,11 @@ def check_variant(text: str, config: BenchConfig) -> None:
     keys = [key for key, is_wrong in wrong.items() if is_wrong]
     if keys:
         raise ConfigError(
-            f"bench.variants: {text!r} cannot do what {', '.join(keys)} says; set it for others alone"
+            f"bench.variants: {text!r} does not support the value of {', '.join(keys)}; set it only for other variants"
         )
     if runner in ONE_PROCESS and config.bench.ranks != 1:
         raise ConfigError(
-            f"bench.variants: {text!r} is measured in one process; write '{text} bench.ranks=1'"
+            f"bench.variants: {text!r} is measured in a single process; write '{text} bench.ranks=1'"
         )
     if config.data.manifest != SYNTHETIC:
         from pretrain.data.inputs import resolve_inputs
@@ -167,7 +173,7 @@ def check_variant(text: str, config: BenchConfig) -> None:
 
 
 def job_values(runner: str, config: BenchConfig) -> dict[str, Any]:
-    """The values of a Job."""
+    """The field values of a `benchmarks.harness.worker.Job`."""
     model, bench, values = config.model, config.bench, to_dict(config)
     del values["bench"]
     shape = values["model"] | {"n_kv_heads": model.kv_heads, "d_head": model.head_width}
@@ -192,30 +198,32 @@ def job_values(runner: str, config: BenchConfig) -> dict[str, Any]:
 
 
 def checked_variants(config: BenchConfig, given: list[str]) -> dict[str, BenchConfig]:
-    """The configuration of each variant by its text. Raises ConfigError, before anything is started."""
+    """The configuration of each variant by its text. All are checked before any run starts. Raises ConfigError."""
     configs = {text: variant_config(text, given) for text in config.bench.variants}
     for text, one in configs.items():
         check_variant(text, one)
     turns = {(one.bench.in_turns, one.bench.warmup_steps, one.bench.steps) for one in configs.values()}
     if len(turns) > 1 and any(in_turns for in_turns, *_ in turns):
         raise ConfigError(
-            "bench.variants: in turns, bench.in_turns, bench.warmup_steps and bench.steps must be the same for all"
+            "bench.variants: with bench.in_turns=true, bench.in_turns, bench.warmup_steps and bench.steps must be the "
+            "same for all variants"
         )
     return configs
 
 
 def interpreter(given: str | None) -> str:
-    """The interpreter of the peers, as a full path. Raises ConfigError."""
+    """The absolute path of the peers' interpreter. Raises ConfigError where it cannot be run."""
     found = shutil.which(given or sys.executable)
     if found is None:
         raise ConfigError(
             f"bench.peers_python={given} cannot be run; give the python of the peers' environment"
         )
-    return os.path.abspath(found)  # links are kept: that of an environment says which environment it is
+    # Links are not resolved, because Python finds its venv by the path of the link.
+    return os.path.abspath(found)
 
 
 def installed(configs: dict[str, BenchConfig], peers_python: str) -> dict[str, BenchConfig]:
-    """Without the peers that are not there, which is said. Raises ConfigError where none is left."""
+    """The variants without the peers that are not installed, each of which is reported. ConfigError if none is left."""
     from benchmarks.harness.session import missing_module
 
     left = {}
@@ -223,26 +231,26 @@ def installed(configs: dict[str, BenchConfig], peers_python: str) -> dict[str, B
         runner = RUNNERS[text.split()[0]]
         if runner.module is not None and missing_module(peers_python, runner.module):
             print(
-                f"{text}: left out, since {peers_python} has no {runner.package}; benchmarks/peers/requirements.txt "
+                f"{text}: skipped, since {peers_python} has no {runner.package}; benchmarks/peers/requirements.txt "
                 "says how to install it, and bench.peers_python names the interpreter",
                 flush=True,
             )
         else:
             left[text] = one
     if not left:
-        raise ConfigError(f"bench.variants={list(configs)} has none that is installed")
+        raise ConfigError(f"bench.variants={list(configs)}: none of these runners is installed")
     return left
 
 
 def main(config: BenchConfig) -> int:
-    """Run what is missing, print the tables."""
-    # Ended by a signal, it ends its ranks first.
+    """Run the variants whose results are missing, and print the tables."""
+    # SystemExit lets the session end its ranks when this process is ended by a signal.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     bench = config.bench
     if not (ROOT / "benchmarks").is_dir():
         raise ConfigError(
-            f"{ROOT} has no folder benchmarks, since this program is installed as a package; run launch/bench.py in "
-            "the folder of its sources"
+            f"{ROOT} has no folder benchmarks, since this program is installed as a package; run launch/bench.py from "
+            "a source checkout"
         )
     configs = checked_variants(config, sys.argv[1:])
     peers_python = interpreter(bench.peers_python)

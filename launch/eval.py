@@ -1,6 +1,6 @@
 """Score held-out text: `python launch/eval.py run_dir=DIR input=[PATH,...]`
 
-Prints loss, perplexity and bits per byte of each source and of all text; with json=true the last line on stdout is
+Prints the loss, perplexity and bits per byte of each source and of all text. With json=true the last line on stdout is
 the same as JSON. An input is a file or folder of text as for data_tools.prepare (.jsonl, .jsonl.gz, .parquet, .txt,
 .md), or a prepared corpus (its folder or manifest.json). Exit codes: 0 done, 2 the input or configuration is wrong.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pretrain.trained import TrainedModel
 
 MANIFEST = "manifest.json"
-MAX_CHARS = 1 << 40  # a document of any length is scored
+MAX_CHARS = 1 << 40  # documents of any length are scored
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,28 +45,30 @@ class EvalConfig:
     input: list[str] = MISSING
     """Files or folders of text, or prepared corpora."""
     step: int | None = None
-    """Checkpoint to take; null: the newest good one."""
+    """Step of the checkpoint to use; null means the newest good checkpoint."""
     checkpoint_target: str | None = None
-    """Where the run's checkpoints are, if that is a URL; a URL that a run folder names is not opened by itself."""
+    """URL of the run's checkpoints, if they are at a URL. A URL that the run folder names is opened only if it is also
+    given here."""
     max_documents: int | None = None
-    """Documents read of each input, from its start; null: all of them."""
+    """Number of documents to score from the start of each input; null scores all of them."""
     max_tokens: int | None = None
-    """Tokens read of each input, from its start; the document that reaches the bound is cut there, and its bytes count
-    in proportion. null: all of them. The documents of a prepared corpus are shuffled, so its start is a fair sample."""
+    """Number of tokens to score from the start of each input; null scores all of them. The document that reaches the
+    limit is cut there, and its bytes count in proportion. The documents of a prepared corpus are shuffled, so its start
+    is a fair sample."""
     sequence_length: int | None = None
-    """Context of the model in tokens; null: as in training."""
+    """Context of the model in tokens; null means the one used in training."""
     micro_batch_sequences: int = 8
-    """Windows of text per forward pass."""
+    """Number of windows of text per forward pass."""
     precision: Precision = Precision.auto
-    """What the model computes in. `auto` is bf16 where the device computes it in hardware, else fp32."""
+    """Precision of the computation. `auto` means bf16 where the device computes it in hardware, and fp32 otherwise."""
     text_field: str = "text"
     """Field of a JSON line, or column of a Parquet file, that holds the text."""
     json: bool = False
-    """End with one line of JSON."""
+    """Print the result as JSON on the last line of stdout."""
 
     def __post_init__(self) -> None:
         if self.input != MISSING and not self.input:
-            raise ConfigError("input=[] names nothing; give input=[PATH,...]")
+            raise ConfigError("input=[] is empty; give input=[PATH,...]")
         for name in ("max_documents", "max_tokens", "sequence_length", "micro_batch_sequences"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -75,7 +77,7 @@ class EvalConfig:
 
 @dataclass
 class Work:
-    """The documents of all inputs, and how many bytes of text they have, for the progress display."""
+    """The documents of all inputs, and the size of their text in bytes, for the progress display."""
 
     documents: list[Iterator[TokenDocument]]
     text_bytes: int
@@ -112,7 +114,7 @@ def main(config: EvalConfig) -> None:
 
 
 def find_documents(config: EvalConfig, trained: TrainedModel) -> Work:
-    """What to score, tokenized as it is read. Raises ConfigError for an input that is empty or does not fit."""
+    """The documents to score, tokenized while they are read. Raises ConfigError for an empty or unsuitable input."""
     from pretrain.evaluate.heldout import first_tokens
 
     work = Work([], 0)
@@ -139,14 +141,14 @@ def read_corpus(manifest: Path, trained: TrainedModel) -> tuple[Iterator[TokenDo
     made_with = (corpus.manifest.tokenizer_sha256, corpus.manifest.vocab_size)
     if made_with != (trained.tokenizer.sha256, trained.tokenizer.vocab_size):
         raise ConfigError(
-            f"input={manifest} was made with another tokenizer than run_dir was trained with; "
+            f"input={manifest} was prepared with a different tokenizer than run_dir was trained with; "
             "give the text itself, or prepare it with tokenizer.path=run_dir"
         )
     return corpus_documents(corpus), sum(source.text_bytes for source in corpus.manifest.sources)
 
 
 def read_text(entry: str, config: EvalConfig, trained: TrainedModel) -> tuple[Iterator[TokenDocument], int]:
-    """The documents of files of text and the size of their text."""
+    """The documents of text files and the size of their text."""
     import numpy as np
 
     from data_tools.config import PrepareConfig
@@ -200,7 +202,7 @@ def print_table(
 def as_json(
     result: HeldOutResult, trained: TrainedModel, config: EvalConfig, precision: Precision
 ) -> dict[str, object]:
-    """What the last line of output says."""
+    """The content of the last line of output with json=true."""
     return {
         "run_dir": config.run_dir,
         "step": trained.step,

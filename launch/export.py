@@ -1,8 +1,8 @@
-"""Write a model for Hugging Face: `python launch/export.py run_dir=DIR output=DIR`
+"""Export a model to the Hugging Face format: `python launch/export.py run_dir=DIR output=DIR`
 
 The folder has config.json, safetensors and a tokenizer, for LlamaForCausalLM or, with QK-norm, Qwen3ForCausalLM. It
-appears only after `transformers` loaded it and gave the same logits and tokens. Exit codes: 0 done, 1 the check or
-the writing failed and nothing was published, 2 the input or configuration is wrong.
+appears only after `transformers` has loaded it and produced the same logits and tokens. Exit codes: 0 done, 1 the check
+or the writing failed and nothing was published, 2 the input or configuration is wrong.
 """
 
 from __future__ import annotations
@@ -25,24 +25,26 @@ from pretrain.config import Precision, run_command
 
 @dataclass(kw_only=True, slots=True)
 class ExportConfig:
-    """What to export, and where to."""
+    """What to export, and to which folder."""
 
     run_dir: str = MISSING
     """Folder of the run."""
     output: str = MISSING
     """Folder to write."""
     step: int | None = None
-    """Checkpoint to take; null: the newest good one."""
+    """Step of the checkpoint to use; null means the newest good checkpoint."""
     checkpoint_target: str | None = None
-    """Where the run's checkpoints are, if that is a URL; a URL that a run folder names is not opened by itself."""
+    """URL of the run's checkpoints, if they are at a URL. A URL that the run folder names is opened only if it is also
+    given here."""
     dtype: Precision = Precision.auto
-    """Of the weights. `auto` is what the run last computed in; fp32: its master weights."""
+    """Type of the exported weights. `auto` means the precision in which the run last computed; fp32 exports the master
+    weights."""
     overwrite: bool = False
-    """Replace what is in `output`."""
+    """Replace the content of `output`, if it has any."""
 
 
 def main(config: ExportConfig) -> None:
-    """Check, load, export, and say how well the result agrees."""
+    """Load the model, export and check it, and print how well the exported model agrees."""
     from pretrain.convert.hugging_face import check_output, export, require_transformers
 
     require_transformers()

@@ -1,8 +1,8 @@
-"""Let a model write: `python launch/generate.py run_dir=DIR prompt="Once upon a time"`
+"""Generate text with a model: `python launch/generate.py run_dir=DIR prompt="Once upon a time"`
 
-`prompt=` may be given several times and is taken as it stands, whatever signs are in it. `prompt_file=PATH` reads one
-prompt per line or, from a .jsonl file, the field `prompt` of each line. A continuation depends on its prompt, the
-seed and its number, not on what else is generated. With json=true the last line on stdout is JSON.
+`prompt=` may be given several times; its text is used literally, whatever characters it has. `prompt_file=PATH` reads
+one prompt per line or, from a .jsonl file, the field `prompt` of each line. A continuation depends on its prompt, the
+seed and its number, and not on what else is generated. With json=true the last line on stdout is JSON.
 Exit codes: 0 done, 2 the input or configuration is wrong.
 """
 
@@ -33,35 +33,38 @@ REPORT_EVERY_S = 5.0
 
 @dataclass(kw_only=True, slots=True)
 class GenerateConfig:
-    """What to write, and how."""
+    """What to generate, and how."""
 
     run_dir: str = MISSING
     """Folder of the run."""
     prompt: list[str] = field(default_factory=list)
-    """Texts to continue; none at all: one empty text, the start of a document."""
+    """Texts to continue. Without any prompt, the model starts a new document."""
     prompt_file: str | None = None
-    """File of more of them."""
+    """File with more prompts."""
     step: int | None = None
-    """Checkpoint to take; null: the newest good one."""
+    """Step of the checkpoint to use; null means the newest good checkpoint."""
     checkpoint_target: str | None = None
-    """Where the run's checkpoints are, if that is a URL; a URL that a run folder names is not opened by itself."""
+    """URL of the run's checkpoints, if they are at a URL. A URL that the run folder names is opened only if it is also
+    given here."""
     n_samples: int = 1
-    """Continuations of each prompt."""
+    """Number of continuations per prompt."""
     max_new_tokens: int = 128
-    """Limit of each continuation, which may end earlier."""
+    """Largest number of tokens in a continuation, which may end earlier."""
     temperature: float = 0.8
-    """Divides the logits; 0: always the most probable token."""
+    """Number by which the logits are divided; 0 always chooses the most probable token."""
     top_k: int | None = None
-    """Draw from the k most probable tokens only; null: from all."""
+    """Sample only from this many of the most probable tokens; null samples from all."""
     top_p: float = 0.95
-    """Draw from the smallest set of most probable tokens with this probability together; 1: from all."""
+    """Sample only from the smallest set of most probable tokens whose total probability is at least this; 1 samples
+    from all."""
     seed: int = 0
+    """Seed of the sampling."""
     batch_sequences: int = 16
-    """Continuations written at a time."""
+    """Number of continuations that are generated at a time."""
     precision: Precision = Precision.auto
-    """What the model computes in. `auto` is bf16 where the device computes it in hardware, else fp32."""
+    """Precision of the computation. `auto` means bf16 where the device computes it in hardware, and fp32 otherwise."""
     json: bool = False
-    """End with one line of JSON."""
+    """Print the result as JSON on the last line of stdout."""
 
     def __post_init__(self) -> None:
         for name in ("n_samples", "max_new_tokens", "batch_sequences"):
@@ -70,7 +73,7 @@ class GenerateConfig:
 
 
 def main(config: GenerateConfig) -> None:
-    """Read the prompts, load the model, write, print."""
+    """Read the prompts, load the model, and generate and print the continuations."""
     from pretrain.evaluate.generation import Sampling, prompt_seed
 
     sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
@@ -94,7 +97,7 @@ def main(config: GenerateConfig) -> None:
     longest = max(len(prompt.tokens) for prompt in prompts) + config.max_new_tokens
     if longest > trained_length:
         print(
-            f"note: up to {longest} tokens, where the model was trained on {trained_length}: the end may be poor",
+            f"note: up to {longest} tokens, but the model was trained on {trained_length}: the end may be poor",
             file=sys.stderr,
         )
     progress = Progress(len(prompts) * config.max_new_tokens)
@@ -127,7 +130,7 @@ def main(config: GenerateConfig) -> None:
 
 
 def read_prompts(path: str | None) -> list[str]:
-    """The prompts of a file. Raises ConfigError."""
+    """The prompts in a file; none where `path` is None. Raises ConfigError."""
     if path is None:
         return []
     try:
@@ -151,13 +154,13 @@ def json_prompt(path: str, number: int, line: str) -> str:
         prompt = None
     if not isinstance(prompt, str):
         raise ConfigError(
-            f"prompt_file={path}: line {number} is no JSON object with a text in the field 'prompt'"
+            f"prompt_file={path}: line {number} is not a JSON object with a string in the field 'prompt'"
         )
     return prompt
 
 
 def show(record: dict[str, Any], many: bool) -> None:
-    """One continuation, after its prompt."""
+    """Print one continuation after its prompt."""
     if many:
         print(f"--- {record['prompt']!r}, sample {record['sample']}")
     text = record["prompt"] + record["text"] + ("" if record["finished"] else " …")
@@ -165,14 +168,14 @@ def show(record: dict[str, Any], many: bool) -> None:
 
 
 class Progress:
-    """A line on stderr every few seconds: tokens written, rate, time left at most."""
+    """Prints a line on stderr every few seconds: tokens generated, rate, and the longest time that is left."""
 
     def __init__(self, total_tokens: int) -> None:
         self.total, self.written, self.done = total_tokens, 0, 0
         self.start = self.last = time.monotonic()
 
     def advance(self, n_rows: int) -> None:
-        """So many rows got one token more."""
+        """Count one more token for each of `n_rows` continuations."""
         self.written += n_rows
         now = time.monotonic()
         if now - self.last >= REPORT_EVERY_S:
@@ -186,12 +189,12 @@ class Progress:
             )
 
     def finish(self, n_tokens: int) -> None:
-        """A group is complete, which could have had so many tokens."""
+        """Count a group as complete that could have had up to `n_tokens` tokens."""
         self.done += n_tokens
 
 
 if __name__ == "__main__":
-    # Hydra would read commas, quotes and braces in a prompt as its own syntax.
+    # Hydra would interpret commas, quotes and braces in a prompt as its own syntax.
     given = [argument.removeprefix("prompt=") for argument in sys.argv[1:] if argument.startswith("prompt=")]
     sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("prompt=")]
     sys.argv[1:] = ["json=true" if argument == "--json" else argument for argument in sys.argv[1:]]

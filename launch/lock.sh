@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Writes the lock files anew from pyproject.toml: bash launch/lock.sh [arguments of `uv pip compile`, such as --upgrade]
+# Regenerate the lock files from pyproject.toml: bash launch/lock.sh [arguments of `uv pip compile`, such as --upgrade]
 #
-# requirements.cuda.lock is what uv resolves, for Linux and every Python that is tested, with the sha256 of every file
-# that the package registry has of a release. requirements.cpu.lock is the same without the CUDA libraries, and with
-# torch's builds for CPUs. Versions change only where pyproject.toml asks for it, or with --upgrade or
-# --upgrade-package NAME. uv is fetched into an environment that is removed afterwards.
+# requirements.cuda.lock is what uv resolves for Linux and every tested Python, with the sha256 of every file that the
+# package registry has for a release. requirements.cpu.lock is the same without the CUDA libraries and with torch's CPU
+# builds. Versions change only where pyproject.toml requires it, or with --upgrade or --upgrade-package NAME. uv is
+# installed into a temporary environment.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -18,7 +18,7 @@ fail() {
     exit 1
 }
 
-# block NAME FILE: the lines that a lock file has of a package.
+# block NAME FILE: print the lines of a package in a lock file.
 block() { awk -v name="$1" '/^[^ ]/ { keep = ($0 ~ "^" name "==") } keep' "$2"; }
 
 heading() {
@@ -26,8 +26,8 @@ heading() {
     echo "# Written by: bash launch/lock.sh"
 }
 
-# The pin of torch's CPU builds of a version, with their hashes: as the index of PyTorch has them, or, where it cannot
-# be reached and the version is the same, as the lock file has them.
+# torch_for_cpus VERSION: print the pin of torch's CPU builds with their hashes, from PyTorch's index. Where the index
+# cannot be reached and the version has not changed, the hashes come from the existing lock file.
 torch_for_cpus() {
     local wheel="torch-$1%2Bcpu-cp(311|312|313)-cp(311|312|313)-manylinux[0-9a-z_]*.whl#sha256=[0-9a-f]{64}" hashes
     hashes=$(curl -fsS --max-time 60 "$TORCH_CPU_INDEX/torch/" 2>/dev/null | grep -oE "$wheel" | sed 's/.*#sha256=/    --hash=sha256:/' | sort -u) || true
@@ -47,12 +47,12 @@ main() {
     trap 'rm -rf "'"$scratch"'"' EXIT
     python3 -m venv "$scratch/venv"
     "$scratch/venv/bin/python" -m pip install -qq --disable-pip-version-check "$UV" || fail "$UV could not be installed"
-    cp "$CUDA" "$scratch/lock" 2>/dev/null || true # whose versions are kept
-    # No index but the registry: what a machine has beside it is not what others are given.
+    cp "$CUDA" "$scratch/lock" 2>/dev/null || true # uv keeps the versions of this file
+    # Only the package registry is used, because other indexes of this machine are not available to others.
     (cd "$ROOT" && "$scratch/venv/bin/uv" --quiet pip compile pyproject.toml --extra data --extra cloud --extra eval --extra dev \
         --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --output-file "$scratch/lock" "$@" >/dev/null) ||
         fail "pyproject.toml could not be resolved"
-    # What holds for every environment that is resolved for (tool.uv in pyproject.toml) need not be said in each line.
+    # Remove the markers that hold for every environment that uv resolves for (tool.uv in pyproject.toml).
     sed -E -i -e "s/ ; python_full_version < '3.14' and / ; /" -e "s/ and sys_platform == 'linux'//g" -e "s/ ; sys_platform == 'linux'//" "$scratch/lock"
     version=$(sed -nE 's/^torch==([^ ]+).*/\1/p' "$scratch/lock")
     torch_for_cpus "$version" >"$scratch/torch"

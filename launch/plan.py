@@ -1,10 +1,11 @@
-"""What a run would take: `python launch/plan.py model=7b cluster.nodes=16 cluster.gpu=h100 data.tokens=10_000_000_000`
+"""Plan a run: `python launch/plan.py model=7b cluster.nodes=16 cluster.gpu=h100 data.tokens=10_000_000_000`
 
-Takes every key of launch/train.py (run_dir and data.manifest may be left out) and of the cluster, and prints memory per
-rank by part, step time, MFU, days, cost, checkpoints, goodput, and the engine options that fit, the fastest first. What
-is not given is chosen: the global batch (about 4 million tokens), the vocabulary (32,000), and with search=true ZeRO
-stage, micro batch, activation checkpointing and offload. search=false plans just what is configured. json=true ends
-with one line of JSON; table=scaling prints the table of docs/scaling.md. docs/planning.md says how to read it.
+Prints the memory per rank by part, step time, MFU, days, cost, checkpoints, goodput, and the engine options that fit,
+the fastest first. All keys of launch/train.py (run_dir and data.manifest are optional) and of the cluster are accepted.
+Values that are not given are chosen: the global batch (about 4 million tokens), the vocabulary (32,000), and with
+search=true the ZeRO stage, micro-batch, activation checkpointing and offload. search=false plans only the given
+configuration. json=true adds one line of JSON at the end; table=scaling prints the table of docs/scaling.md instead.
+docs/planning.md explains the output.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from pretrain.plan.report import plan_lines, plan_values
 from pretrain.plan.scaling import scaling_table
 from pretrain.plan.time import Cluster
 
-CHOSEN_BATCH_TOKENS = 4_000_000  # Llama 2 (Touvron et al., 2023)
-ASSUMED_VOCABULARY = 32_000  # of the same
+CHOSEN_BATCH_TOKENS = 4_000_000  # the global batch of Llama 2 (Touvron et al., 2023)
+ASSUMED_VOCABULARY = 32_000  # the vocabulary of Llama 2
 TRAINED_MICRO_BATCH = next(f.default for f in fields(TrainConfig) if f.name == "micro_batch_sequences")
 
 
@@ -47,10 +48,10 @@ class Table(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class PlanDataConfig(DataConfig):
-    """What would be read."""
+    """The data that would be read."""
 
     tokens: int | None = None
-    """Length of the run in tokens: another name for total_tokens."""
+    """Length of the run in tokens; an alias of total_tokens."""
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
@@ -60,18 +61,18 @@ class PlanDataConfig(DataConfig):
 
 @dataclass(kw_only=True, slots=True)
 class PlanClusterConfig(ClusterConfig):
-    """A cluster that may not exist."""
+    """The cluster to plan for, which need not exist."""
 
     gpu: str = "h100"
-    """Device by its name in pretrain/plan/hardware.py."""
+    """Name of the GPU in pretrain/plan/hardware.py."""
     nic_gbit_per_second: float | None = None
-    """Network of each GPU, one direction; null: as the maker's own system has it."""
+    """Network bandwidth per GPU in one direction, in Gbit/s; null means that of the GPU maker's own systems."""
     usd_per_gpu_hour: float | None = None
-    """null: a list price, where the table has one."""
+    """Price of a GPU in US dollars per hour; null means a list price, where the table of GPUs has one."""
     storage_gib_per_second: float = 10.0
-    """That all ranks together write a checkpoint with."""
+    """Rate at which all ranks together write a checkpoint, in GiB/s."""
     restart_s: float = 600.0
-    """From a failure until training goes on."""
+    """Seconds from a failure until training continues."""
 
     def __post_init__(self) -> None:
         ClusterConfig.__post_init__(self)
@@ -89,19 +90,22 @@ class PlanConfig(TrainConfig):
     """A training run that is planned."""
 
     run_dir: str = "unused"
-    """Nothing is written there."""
+    """Not used; nothing is written there."""
     global_batch_sequences: int | None = None  # type: ignore[assignment]
-    """Sequences per optimizer update; null: about 4 million tokens, and at least one sequence per rank."""
+    """Sequences per optimizer update; null means about 4 million tokens, and at least one sequence per rank."""
     micro_batch_sequences: int | str | None = None  # type: ignore[assignment]
-    """With search=false: sequences per rank and forward pass; null: as launch/train.py has it; auto: all are tried."""
+    """Sequences per rank and forward pass, with search=false; null means the default of launch/train.py, and auto tries
+    all sizes."""
     data: PlanDataConfig = MISSING
     cluster: PlanClusterConfig = MISSING
     search: bool = True
-    """Try all ZeRO stages, micro batches, activation checkpointing and offload; false: what is configured."""
+    """Try all combinations of ZeRO stage, micro-batch, activation checkpointing and offload; false plans only the
+    configured one."""
     json: bool = False
-    """End with one line of JSON."""
+    """Print the plan as JSON on the last line of stdout."""
     table: Table = Table.plan
-    """scaling: the table of docs/scaling.md instead, which depends on no other key."""
+    """What to print: the plan of this run, or with `scaling` the table of docs/scaling.md, which depends on no other
+    key."""
 
     def __post_init__(self) -> None:
         if MISSING in (self.data, self.cluster, self.model, self.engine):
@@ -132,7 +136,7 @@ class PlanConfig(TrainConfig):
         if self.global_batch_sequences is None:
             doublings = math.log2(max(1.0, CHOSEN_BATCH_TOKENS / data.sequence_length / ranks))
             self.global_batch_sequences = ranks * 2 ** int(doublings)
-        if self.search:  # all sizes are tried
+        if self.search:  # the search tries all sizes, so this one only has to be valid
             self.micro_batch_sequences = 1
         elif self.micro_batch_sequences is None:
             self.micro_batch_sequences = TRAINED_MICRO_BATCH
@@ -141,7 +145,7 @@ class PlanConfig(TrainConfig):
 
 
 def main(config: PlanConfig) -> None:
-    """Plan, and print."""
+    """Plan the run and print the plan."""
     if config.table is Table.scaling:
         print(scaling_table())
         return

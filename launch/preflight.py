@@ -1,12 +1,14 @@
-"""Is every node of a job fit to train? Run by the batch script of launch/submit.py before each start.
+"""Check that every node of a job is fit to train. The batch script of launch/submit.py runs this before each start.
 
-One process per node checks it and its links and writes folder/start/NODE.json; every check ends, whatever hangs:
+One process per node checks the node and its links, and writes folder/start/NODE.json. Every check has a time limit, so
+nothing can hang:
 
     srun --ntasks-per-node=1 python launch/preflight.py folder=DIR start=1 run_dir=DIR nodes="'node1 node2'" ...
 
-`judge=true`, once, reads the reports of this start and of the starts before it (the other folders), says on
-stderr what is wrong, and prints the names of the nodes to do without. Exit codes: 0 every node is fit; 10 some are not,
-and are named; 1 unfit, but no single node is to blame. Checks and limits: PreflightConfig in pretrain/config.py.
+A single process with `judge=true` then reads the reports of this start and of earlier starts (the other folders),
+reports on stderr what is wrong, and prints the names of the nodes to exclude. Exit codes: 0 every node is fit; 10 some
+nodes are unfit and are named; 1 something is wrong, but no single node is to blame. PreflightConfig in
+pretrain/config/cluster.py has the checks and their limits.
 """
 
 import fcntl
@@ -43,7 +45,7 @@ from pretrain.files import write_atomically
 MIB, GIB = 2**20, 2**30
 PROBE_BYTES = 64 * MIB
 PROBE_S = 3.0
-"""A disk or a link is measured with so much data, or for so long, whatever ends first."""
+"""Limits of measuring a disk or a link: it ends after PROBE_BYTES of data or PROBE_S seconds, whichever comes first."""
 NAMED = 10
 SIOCGIFADDR = 0x8915
 
@@ -53,16 +55,19 @@ class Preflight(PreflightConfig):
     """One start of a job, as one of its nodes sees it."""
 
     folder: str = MISSING
-    """Of the submission's reports, one folder per start of a job."""
+    """Folder for the reports of the submission. It has one folder per start of a job."""
     start: str = MISSING
-    """This start: the name of its folder."""
+    """Name of this start's folder."""
     run_dir: str = MISSING
+    """Folder of the run."""
     nodes: str = MISSING
-    """All nodes of the job, apart by blanks, in the order of their ranks."""
+    """Names of all nodes of the job in the order of their ranks, separated by spaces."""
     gpus_per_node: int = 0
+    """Number of GPUs that each node must have."""
     network_interface: str | None = None
+    """Network interface over which the nodes communicate; null means the one that leads to the first node."""
     judge: bool = False
-    """Read the reports instead of writing one."""
+    """Read the reports of all nodes instead of writing one."""
 
     @property
     def reports(self) -> Path:
@@ -71,32 +76,32 @@ class Preflight(PreflightConfig):
 
 
 class Unfit(Exception):
-    """What is wrong with a node, in one sentence."""
+    """A node failed a check; the text says why in one sentence."""
 
 
 class Report:
-    """What is known of this node so far; on disk after every check, so that a node that dies says where."""
+    """The results of this node's checks so far. It is written after every check, so it shows where a node died."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.checks: dict[str, dict[str, Any]] = {}
         self.links: dict[str, str] = {}
-        """Other node -> what is wrong with the link to it."""
+        """Maps another node to what is wrong with the link to it."""
 
     def write(self, running: str | None) -> None:
-        """Replace the report; `running` is the check that comes next."""
+        """Replace the report on disk. `running` is the check that starts next."""
         content = {"checks": self.checks, "links": self.links, "running": running}
         write_atomically(self._path, (json.dumps(content, indent=1) + "\n").encode())
 
     def run(self, name: str, check: Callable[[], dict[str, Any]], timeout_s: float) -> None:
-        """Run one check in a thread that is left behind when it hangs, and note how it went."""
+        """Run one check in a thread, which is abandoned when it takes too long, and record the result."""
         self.write(running=name)
         result: dict[str, Any] = {}
 
         def body() -> None:
             try:
                 result.update(ok=True, **check())
-            except Exception as error:  # whatever it is, the node is not fit
+            except Exception as error:  # any error means that the node is not fit
                 kind = "" if isinstance(error, Unfit | OSError) else f"{type(error).__name__}: "
                 result.update(ok=False, reason=" ".join(f"{kind}{error}".split()))
 
@@ -116,26 +121,26 @@ class Report:
 
 
 def at_least(value: float, limit: float, what: str, unit: str) -> dict[str, Any]:
-    """The figure of a check. Raises Unfit where it is below the limit."""
+    """The result of a check that measured `value`. Raises Unfit where it is below `limit`."""
     if value < limit:
         raise Unfit(f"{what} is {value:.1f} {unit}, less than {limit:g} {unit}")
     return {"value": round(value, 1), "unit": unit}
 
 
 def check_memory(job: Preflight) -> dict[str, Any]:
-    """Memory that a new process could get."""
+    """Check the host memory that is available to a new process."""
     available = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text("ascii"), re.M)
     assert available is not None
     return at_least(int(available[1]) * 1024 / GIB, job.min_memory_gib, "available memory", "GiB")
 
 
 def check_space(folder: Path, limit_gib: float) -> dict[str, Any]:
-    """Free space of a folder's file system."""
+    """Check the free space of a folder's file system."""
     return at_least(shutil.disk_usage(folder).free / GIB, limit_gib, f"free space in {folder}", "GiB")
 
 
 def check_write(folder: Path, limit: float) -> dict[str, Any]:
-    """How fast a file gets onto the disk of the run folder, fsync included."""
+    """Check how fast a file is written to the run folder, including fsync."""
     path = folder / f".preflight-{os.uname().nodename}-{os.getpid()}"
     block, written, started = os.urandom(MIB), 0, time.monotonic()
     try:
@@ -150,7 +155,7 @@ def check_write(folder: Path, limit: float) -> dict[str, Any]:
 
 
 def check_gpus(job: Preflight) -> dict[str, Any]:
-    """The expected number, no uncorrected memory errors, and each multiplies matrices without a wrong digit."""
+    """Check the number of GPUs, their uncorrected memory errors, and that each multiplies matrices exactly."""
     query = "--query-gpu=index,name,ecc.errors.uncorrected.volatile.total"
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
@@ -168,7 +173,7 @@ def check_gpus(job: Preflight) -> dict[str, Any]:
     found = torch.cuda.device_count()
     if found != job.gpus_per_node:
         raise Unfit(f"{found} GPUs are usable, {job.gpus_per_node} are expected")
-    # Whole numbers so small that every product and sum is exact in any of the GPU's formats.
+    # The numbers are small integers, so every product and sum is exact in all of the GPU's formats.
     a = torch.randint(-2, 3, (2048, 2048), generator=torch.Generator().manual_seed(0)).float()
     right = a @ a.T
     for index in range(found):
@@ -179,7 +184,7 @@ def check_gpus(job: Preflight) -> dict[str, Any]:
 
 
 def check_alone(job: Preflight, report: Report) -> None:
-    """Everything that needs no other node."""
+    """Run all checks that need no other node."""
     run_dir, temporary = Path(job.run_dir), Path(tempfile.gettempdir())
     limit_s = job.check_timeout_s
     report.run("memory", lambda: check_memory(job), limit_s)
@@ -194,10 +199,11 @@ def check_alone(job: Preflight, report: Report) -> None:
 
 
 def own_address(interface: str | None) -> str:
-    """The address at which other nodes reach this one: of the interface, or of whatever leads to the first node."""
+    """The address at which other nodes reach this one: that of `interface`, or of the one that leads to the first
+    node."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         if interface is None:
-            probe.connect((os.environ["MASTER_ADDR"], 9))  # sends nothing
+            probe.connect((os.environ["MASTER_ADDR"], 9))  # connecting a UDP socket sends nothing
             address = probe.getsockname()[0]
             return os.environ["MASTER_ADDR"] if address.startswith("127.") else address
         packed = struct.pack("256s", interface.encode()[:15])
@@ -208,7 +214,7 @@ def own_address(interface: str | None) -> str:
 
 
 def answer(listener: socket.socket) -> None:
-    """The other end of `measure_link`, for one caller: tell the time when asked, then take data until it ends."""
+    """Serve one call of `measure_link`: send the time whenever asked, then receive data until it ends."""
     connection, _ = listener.accept()
     with connection:
         while connection.recv(1) == b"t":
@@ -219,7 +225,7 @@ def answer(listener: socket.socket) -> None:
 
 
 def measure_link(address: str, timeout_s: float) -> tuple[float, float]:
-    """(seconds by which the other node's clock is ahead, MiB/s to it)."""
+    """Seconds by which another node's clock is ahead of this one's, and the speed of sending to it in MiB/s."""
     host, _, port = address.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=timeout_s) as connection:
         samples = []
@@ -240,7 +246,7 @@ def measure_link(address: str, timeout_s: float) -> tuple[float, float]:
 
 
 class Meeting:
-    """All nodes of the job, met at the first one's store."""
+    """All nodes of the job, which exchange data through a store on the first node."""
 
     def __init__(self, job: Preflight, rank: int, names: list[str], timeout_s: float) -> None:
         from torch.distributed import TCPStore
@@ -251,7 +257,7 @@ class Meeting:
         self.store = TCPStore(*where, is_master=rank == 0, timeout=limit, wait_for_workers=False)
 
     def gather(self, key: str, value: str) -> dict[str, str]:
-        """What every node said under `key`, by node; without those that did not come in time."""
+        """Publish `value` under `key`, and return the values of all nodes by name, without those that are too late."""
         self.store.set(f"{key}/{self.rank}", value)
         deadline = time.monotonic() + self.timeout_s
         said = {}
@@ -260,12 +266,12 @@ class Meeting:
             try:
                 self.store.wait([f"{key}/{rank}"], timedelta(seconds=left))
                 said[name] = self.store.get(f"{key}/{rank}").decode()
-            except RuntimeError:  # DistStoreError: not in time
+            except RuntimeError:  # a DistStoreError: the value did not arrive in time
                 continue
         return said
 
     def leave(self) -> None:
-        """The store is the first node's, which waits until all are through."""
+        """End the meeting. The first node holds the store, so it waits until all others are done."""
         if self.rank == 0:
             self.gather("end", "")
         else:
@@ -273,7 +279,7 @@ class Meeting:
 
 
 def check_links(job: Preflight, report: Report, meeting: Meeting, listener: socket.socket) -> dict[str, Any]:
-    """Clock and bandwidth between this node and the next one in the ring."""
+    """Check the clock offset and the bandwidth between this node and the next one in the ring of nodes."""
     port = listener.getsockname()[1]
     threading.Thread(target=answer, args=(listener,), daemon=True).start()
     addresses = meeting.gather("address", f"{own_address(job.network_interface)}:{port}")
@@ -297,12 +303,12 @@ def check_links(job: Preflight, report: Report, meeting: Meeting, listener: sock
         problem = f"no connection to {addresses[following]} ({error})"
     if problem is not None:
         report.links[following] = problem
-    meeting.gather("links", "done")  # until all have measured
+    meeting.gather("links", "done")  # wait until all nodes have measured
     return figures
 
 
 def check_collective(job: Preflight, meeting: Meeting) -> dict[str, Any]:
-    """Sums over all nodes with gloo, and NCCL where there are GPUs; every element must be right."""
+    """Check sums over all nodes with gloo, and with NCCL where there are GPUs. Every element must be right."""
     import torch
     import torch.distributed as dist
 
@@ -325,7 +331,7 @@ def check_collective(job: Preflight, meeting: Meeting) -> dict[str, Any]:
 
 
 def check_together(job: Preflight, report: Report, rank: int, names: list[str]) -> None:
-    """Everything between nodes; left out as soon as a node is known to be unfit, since nobody will train then."""
+    """Run all checks between nodes. The collective is skipped when a node is unfit, since then nobody will train."""
     limit_s = job.check_timeout_s
     met: list[Meeting] = []
 
@@ -353,15 +359,16 @@ def check_together(job: Preflight, report: Report, rank: int, names: list[str]) 
 
 
 def unfit_nodes(names: list[str], starts: list[dict[str, Any]], refused: list[str]) -> dict[str, str]:
-    """Node -> why the job is to do without it, from the reports of all starts by node, the last being this one's.
+    """The nodes that the job must do without, each with the reason.
 
-    `refused`: nodes on which Slurm could not start a task; it then ended those of the other nodes, too.
+    `starts` are the reports of all starts by node, the last being those of this start. `refused` are the nodes on which
+    Slurm could not start a task; it then also ended the tasks of the other nodes.
 
-    A failed link has two ends: the one with more failed links is to blame, earlier starts counted; between equals,
-    the later in `names`, so that a guess that was wrong shows at the next start.
+    A failed link has two ends. The end with more failed links, including those of earlier starts, is blamed. Of equal
+    ends the later one in `names` is blamed, so that a wrong guess shows at the next start.
     """
     if refused:
-        return dict.fromkeys(refused, "Slurm could start no task there")
+        return dict.fromkeys(refused, "Slurm could not start a task there")
     now = starts[-1]
     unfit: dict[str, str] = {}
     for name in names:
@@ -390,9 +397,9 @@ def unfit_nodes(names: list[str], starts: list[dict[str, Any]], refused: list[st
 
 
 def judge(job: Preflight) -> int:
-    """Say what is wrong; the exit code as the module's docstring has it."""
+    """Report what is wrong with the nodes, and return the exit code that the module's docstring describes."""
     names, here = job.nodes.split(), job.reports
-    here.mkdir(parents=True, exist_ok=True)  # where no node came so far
+    here.mkdir(parents=True, exist_ok=True)  # it does not exist where no node has written a report
     folders = sorted((p for p in here.parent.iterdir() if p != here), key=lambda p: p.stat().st_mtime)
     starts = [
         {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
@@ -412,7 +419,7 @@ def judge(job: Preflight) -> int:
         print(f"preflight: the collective failed on {name}: {reason}", file=sys.stderr)
     if unfit:
         print(
-            "preflight: no node is fit, so the limits or the network are wrong, not the nodes",
+            "preflight: no node is fit, so the cause must be the limits or the network, not the nodes",
             file=sys.stderr,
         )
     if not unfit and not failed:
@@ -421,7 +428,7 @@ def judge(job: Preflight) -> int:
 
 
 def _figures(reports: dict[str, Any]) -> str:
-    """What was measured, for the log."""
+    """A summary of the measurements, for the log."""
     text = f"writing at least {min(report['checks']['write']['value'] for report in reports.values())} MiB/s"
     links = [report["checks"]["links"] for report in reports.values() if "links" in report["checks"]]
     if links:
@@ -431,7 +438,7 @@ def _figures(reports: dict[str, Any]) -> str:
 
 
 def preflight(job: Preflight) -> int:
-    """Check this node, or judge all."""
+    """Check this node or, with `judge`, read the reports of all nodes."""
     if job.judge:
         return judge(job)
     names, name = job.nodes.split(), os.environ["SLURMD_NODENAME"]
@@ -443,7 +450,7 @@ def preflight(job: Preflight) -> int:
     if len(names) > 1:
         check_together(job, report, names.index(name), names)
     report.write(running=None)
-    os._exit(0)  # whatever thread still hangs
+    os._exit(0)  # end even if the thread of a check still hangs
 
 
 if __name__ == "__main__":

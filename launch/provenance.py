@@ -1,8 +1,8 @@
-"""What did the model read? `python launch/provenance.py run_dir=DIR step=N [rank=R]`, or `run_dir=DIR document=ID`
+"""Trace the training data: `python launch/provenance.py run_dir=DIR step=N [rank=R]`, or `run_dir=DIR document=ID`
 
-step=N: the documents that each sequence of a step held, and their text. document=ID: the steps that read a document.
-From the newest checkpoint and the corpora alone, for a run of any length. With json=true the last line is JSON.
-Exit codes: 0 done, 1 a corpus is damaged, 2 the question or the run is wrong.
+step=N prints the documents in each sequence of a step, with their text. document=ID prints the steps that read a
+document. Both need only the newest checkpoint and the corpora, for a run of any length. With json=true the last line
+on stdout is JSON. Exit codes: 0 done, 1 a corpus is damaged, 2 an argument or the run is wrong.
 """
 
 from __future__ import annotations
@@ -38,24 +38,26 @@ class ProvenanceConfig:
     run_dir: str = MISSING
     """Folder of the run."""
     step: int | None = None
-    """Optimizer update, from 1. Give this or `document`."""
+    """Number of the optimizer update, counted from 1. Give this or `document`."""
     rank: int | None = None
-    """Only what this rank read; null: the whole batch."""
+    """Show only what this rank read; null shows the whole batch."""
     world_size: int | None = None
-    """Ranks at that time; null: as many as wrote the newest checkpoint."""
+    """Number of ranks at that step; null means the number of ranks that wrote the newest checkpoint."""
     document: str | None = None
-    """Id of a document."""
+    """Id of the document to look up."""
     max_chars: int = 300
-    """Text of each piece that is printed."""
+    """Number of characters that are printed of each piece of text."""
     manifests: list[str] = field(default_factory=list)
-    """manifest.json of each corpus, in the order of the run's sources; needed where the run has read it from a URL."""
+    """Paths or URLs of the corpora's manifest.json files, in the order of the run's sources. Required where the run
+    read a corpus from a URL."""
     checkpoint_target: str | None = None
-    """Where the run's checkpoints are, if that is a URL; a URL that a run folder names is not opened by itself."""
+    """URL of the run's checkpoints, if they are at a URL. A URL that the run folder names is opened only if it is also
+    given here."""
     json: bool = False
-    """End with one line of JSON."""
+    """Print the result as JSON on the last line of stdout."""
 
     def check(self) -> None:
-        """Raise ConfigError unless it is one question."""
+        """Raise ConfigError unless exactly one of `step` and `document` is given, and for a negative limit."""
         if (self.step is None) == (self.document is None):
             raise ConfigError(f"step={self.step} and document={self.document}: give exactly one of them")
         if self.max_chars < 0:
@@ -63,7 +65,7 @@ class ProvenanceConfig:
 
 
 def main(config: ProvenanceConfig) -> None:
-    """Look it up and print it."""
+    """Look up the step or the document, and print what was found."""
     config.check()
     from pretrain.corpus.tokenizer import Tokenizer, tokenizer_in
     from pretrain.data.history import ReadHistory
@@ -73,7 +75,8 @@ def main(config: ProvenanceConfig) -> None:
     tokenizer = Tokenizer(tokenizer_in(run_dir), tokenizer_sha256)
     found = _document(config, history, tokenizer) if config.document else _step(config, history, tokenizer)
     if config.json:
-        print(visible(json.dumps(found, ensure_ascii=False)))  # the same JSON
+        # The escapes of `visible` are valid JSON for the same values.
+        print(visible(json.dumps(found, ensure_ascii=False)))
 
 
 def _step(config: ProvenanceConfig, history: ReadHistory, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -99,7 +102,7 @@ def _document(config: ProvenanceConfig, history: ReadHistory, tokenizer: Tokeniz
     shown = ", ".join(map(str, steps)) or "none"
     print(f"{visible(config.document)}: read at steps {shown} of the {history.step} in the newest checkpoint")
     for read in reads:
-        where = f"step {read.step}" if read.step is not None else "passed over by a rollback"
+        where = f"step {read.step}" if read.step is not None else "skipped by a rollback"
         print(f"{where}, sample {read.sample}, epoch {read.epoch}: {_name(read.piece)}")
         _print_text(history.text(read.piece, tokenizer), config.max_chars)
     return {"document": config.document, "steps": steps, "reads": [asdict(read) for read in reads]}
@@ -119,7 +122,7 @@ def _print_text(text: str, max_chars: int) -> None:
 
 
 if __name__ == "__main__":
-    # Hydra would read commas, brackets and the like in an id as its own syntax.
+    # Hydra would interpret commas, brackets and other characters in an id as its own syntax.
     ids = [
         argument.removeprefix("document=") for argument in sys.argv[1:] if argument.startswith("document=")
     ]

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The main job on a fresh machine, from nothing: text -> tokenizer -> shards -> training that stops halfway and
-# resumes -> evaluation -> export -> a generated sample. It takes ten minutes at most on two ordinary cores.
+# The quickstart, for a fresh machine: text -> tokenizer -> shards -> training that stops halfway and resumes ->
+# evaluation -> export -> a generated sample. It takes at most ten minutes on two ordinary cores.
 #
 #   bash launch/quickstart.sh [--corpus PATH...] [--out DIR] [--minutes M | --steps N]
 #
-# `--help` describes the options. This file only finds a Python; launch/quickstart_job.py does the work.
+# `--help` describes the options. This script only finds a Python; launch/quickstart_job.py does the work.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -1,8 +1,9 @@
-"""The quickstart: the main job from nothing, started by launch/quickstart.sh.
+"""The quickstart: from text to a trained model on a fresh machine. Started by launch/quickstart.sh.
 
-Text becomes a tokenizer and shards, a model is trained on them in two starts, and the result is scored, exported and
-asked for a sample. The same command again goes on with what is in the folder. Exit codes: 0 finished, 1 a stage
-failed, 2 an argument is wrong, 75 stopped on request (Ctrl-C, SIGTERM, SIGHUP, or the file `stop` in the run folder).
+It prepares the text as a tokenizer and shards, trains a model on them in two starts, scores it on held-out text,
+exports it, and generates a sample. The same command continues with what is already in the folder. Exit codes:
+0 finished, 1 a stage failed, 2 an argument is wrong, 75 stopped on request (Ctrl-C, SIGTERM, SIGHUP, or the file `stop`
+in the run folder).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import IO
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# None of these needs a package: there may be none yet.
+# None of these imports needs an installed package, because there may be no environment yet.
 from pretrain.command import begin
 
 begin(__name__, goes_on=True)
@@ -46,31 +47,34 @@ from pretrain.reliability.json_lines import read_lines
 
 EXIT_FAILED, EXIT_STOPPED = 1, 75
 PLANNED_STOPS = ("stop_at_step=", "stop_after_s=")
-"""What the reason of a stop begins with that this file asked for."""
+"""Beginnings of the stop reasons that this script causes itself."""
 DEFAULT_MAX_BYTES, DEFAULT_MAX_CHARS = 24_000_000, 20_000
-"""Of the default corpus, and of each of its files: long ones are mostly tables, and a few of them would be all of the
-held-out text. Less than half of the bytes are in files that are short enough, more than the longest run reads."""
+"""Size limits of the default corpus in bytes, and of each of its files in characters.
+
+Long files are mostly tables, and a few of them would fill the held-out text. Less than half of the bytes are in files
+that are short enough, which is still more than the longest run reads.
+"""
 EVALUATED_TOKENS = 30_000
-"""Tokens of held-out text that are scored: as much work as ten training steps, but slower, in one process."""
+"""Number of held-out tokens that are scored. It is as much work as ten training steps, but runs in a single process."""
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
 def whole_steps(text: str) -> int:
     if not text.isdigit() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 2 on")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 2")
     return int(text)
 
 
 def whole_job_minutes(text: str) -> float:
     if not re.fullmatch(r"\d+(\.\d+)?", text) or float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of minutes from 1 on")
+        raise argparse.ArgumentTypeError(f"{text} is not a number of minutes of at least 1")
     return float(text)
 
 
 def existing_path(text: str) -> Path:
     if not Path(text).exists():
-        raise argparse.ArgumentTypeError(f"{text} does not exist; give folders or files that do")
+        raise argparse.ArgumentTypeError(f"{text} does not exist; give existing folders or files")
     return Path(text).resolve()
 
 
@@ -89,14 +93,14 @@ def parse(words: list[str]) -> argparse.Namespace:
         default=[],
         metavar="PATH",
         help="your text: folders or files (.jsonl, .txt, .md, .parquet, also compressed). "
-        "Default: the Python code and documentation that is installed on this machine",
+        "Default: the Python code and documentation installed on this machine",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("quickstart-out"),
         metavar="DIR",
-        help="where everything goes (./quickstart-out). A second run goes on with what is there",
+        help="folder for all output (default: ./quickstart-out). A second run continues with what is in it",
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
@@ -104,11 +108,14 @@ def parse(words: list[str]) -> argparse.Namespace:
         type=whole_job_minutes,
         default=10.0,
         metavar="M",
-        help="time for this whole command, installation included (10): the number of training steps is chosen to fit, "
-        f"from {FEWEST_STEPS} to {LONGEST_STEPS}",
+        help="time for the whole command, including installation (default: 10). The number of training steps is chosen "
+        f"to fit, from {FEWEST_STEPS} to {LONGEST_STEPS}",
     )
     length.add_argument(
-        "--steps", type=whole_steps, metavar="N", help="number of training steps, whatever time they take"
+        "--steps",
+        type=whole_steps,
+        metavar="N",
+        help="number of training steps, regardless of the time they take",
     )
     return parser.parse_args(words)
 
@@ -117,12 +124,12 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def hydra_quoted(path: Path) -> str:
-    """A path as a value that Hydra reads, whatever signs it holds."""
+    """A path as a quoted value for Hydra, whatever characters it has."""
     return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 class Job:
-    """One quickstart in the folder `out`, whose stages are methods."""
+    """One quickstart in the folder `out`. Each of its stages is a method."""
 
     def __init__(self, options: argparse.Namespace, out: Path, started: float) -> None:
         self.corpus_paths: list[Path] = options.corpus
@@ -156,7 +163,7 @@ class Job:
     def make_environment(self) -> None:
         self.stages.run("environment", ["bash", "launch/setup_env.sh"])
         venv = Path(os.environ.get("PRETRAIN_VENV", ROOT / ".venv"))
-        # A folder of its own for compiled extensions: a stale lock file in a shared one hangs every later load.
+        # Compiled extensions get their own folder: a stale lock file in a shared folder would hang every later load.
         extensions = self.out / "torch_extensions"
         shutil.rmtree(extensions, ignore_errors=True)
         os.environ.update(
@@ -189,12 +196,12 @@ class Job:
             self.stages.run("corpus", [*command, *options])
         if not (self.heldout / "manifest.json").exists():
             raise Failed(
-                "the text is a single document, so nothing can be held out to test the model on; "
+                "the text is a single document, so no text can be held out to test the model; "
                 "give several files, or JSON lines"
             )
 
     def train(self) -> int:
-        """Both halves; the number of steps."""
+        """Train both halves of the run. Returns the number of steps."""
         path = self.out / "steps.json"
         length = Length.load(path)
         if length is None and self.steps:
@@ -217,28 +224,28 @@ class Job:
         return length.steps
 
     def _measured_first_half(self) -> Length:
-        """Train until the clock or half of the longest run stops it, and choose the length."""
+        """Train until the time limit, or for half of the longest run, and choose the length from the measured speed."""
         half = LONGEST_STEPS // 2
         if self._newest_step() >= half:  # the quickstart was killed before it could choose
             reason = f"{LONGEST_STEPS} steps, the full length."
             return Length(LONGEST_STEPS, self._newest_step(), reason, after_s=0.0)
         limit_s = first_half_limit_s(self._left_s())
         say(
-            f"the number of steps is chosen after the first half, which takes {half} steps or {limit_s:.0f} s "
-            f"at most, so that the whole job ends within {self.minutes:g} minutes"
+            f"the number of steps is chosen after the first half, which ends after {half} steps or {limit_s:.0f} s, "
+            f"so that the whole job ends within {self.minutes:g} minutes"
         )
         started = time.monotonic()
         self._start("train-first-half", LONGEST_STEPS, f"stop_at_step={half}", f"stop_after_s={limit_s:.0f}")
-        if self._newest_step() == 0:  # the start alone took that long
+        if self._newest_step() == 0:  # the start alone took the whole time
             started = time.monotonic()
             self._start("train-first-half", LONGEST_STEPS, f"stop_at_step={FEWEST_STEPS // 2}")
         measured = self._measure(time.monotonic() - started)
         return choose_length(measured, self._left_s(), self.minutes)
 
     def _second_half(self, length: Length) -> Length:
-        """Train to the end, or until the clock stops the run; the length that it came to."""
+        """Train to the end, or until the time limit stops the run. Returns the length that the run then has."""
         say(
-            f"the run has stopped after step {self._newest_step()}; the same command goes on to step {length.steps}:"
+            f"the run has stopped after step {self._newest_step()}; the same command resumes it to step {length.steps}:"
         )
         limit_s = second_half_limit_s(length, self._left_s())
         clock = [f"stop_after_s={limit_s:.0f}"] if length.has_clock else []
@@ -252,15 +259,15 @@ class Job:
         return shortened
 
     def _measure(self, wall_s: float) -> Measured:
-        """What the start of the run that took `wall_s` showed."""
+        """Measurements of the start of the run that took `wall_s` seconds."""
         lines = read_lines(self.run_dir / METRICS_FILE, kind=str)
         records = [line for line in lines if line["kind"] == "step"]
         times_s = [line["step_time_s"] for line in records if line["attempt"] == records[-1]["attempt"]]
-        usual_s = times_s[1:] or times_s  # the first step allocates
+        usual_s = times_s[1:] or times_s  # without the first step, which is slow because it allocates memory
         return Measured(self._newest_step(), sum(usual_s) / len(usual_s), max(0.0, wall_s - sum(times_s)))
 
     def _start(self, name: str, steps: int, *stop: str) -> int:
-        """Start the training run and return its exit code; the keys `stop` say when it stops as planned.
+        """Start the training run and return its exit code. The overrides `stop` say when it stops as planned.
 
         Raises Stopped for any other stop.
         """
@@ -307,7 +314,7 @@ class Job:
         return None
 
     def generate(self) -> None:
-        prompt = [] if self.corpus_paths else ["prompt='def '"]  # of your text: the start of a document
+        prompt = [] if self.corpus_paths else ["prompt='def '"]  # the user's text gets a new document instead
         command = ["python", "launch/generate.py", f"run_dir={hydra_quoted(self.run_dir)}", *prompt]
         self.stages.run("generate", [*command, "max_new_tokens=64", "seed=1"])
 
@@ -323,7 +330,7 @@ class Job:
 
 
 def n_ranks() -> int:
-    """Two processes, or one where there is a single GPU."""
+    """Number of ranks: 2, or 1 where there is a single GPU."""
     with suppress(FileNotFoundError):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
         if len(re.findall(r"^GPU", listed, re.M)) == 1:
@@ -336,25 +343,27 @@ def is_newer(path: Path, time_s: float) -> bool:
 
 
 def open_folder(options: argparse.Namespace) -> tuple[Path, IO[str]]:
-    """The folder of this quickstart, locked as long as the file stays open. Raises Failed."""
+    """The folder of this quickstart, and a file that keeps it locked while it is open. Raises Failed."""
     out: Path = options.out
     try:
         out.mkdir(parents=True, exist_ok=True)
-        refuse_links(out, out, "remove it", leave_out="run/wandb/*run-*")  # where W&B makes links itself
+        refuse_links(out, out, "remove it", leave_out="run/wandb/*run-*")  # W&B itself makes links there
         out = out.resolve()
-        busy = f"another quickstart is at work in {out}"
+        busy = f"another quickstart is running in {out}"
         lock = hold_lock(out / ".lock", busy, "wait for it, or choose another folder with --out")
     except ConfigError as error:
         raise Failed(str(error)) from error
     except OSError as error:
-        raise Failed(f"{out} cannot be made ({error.strerror}); choose another folder with --out") from error
+        raise Failed(
+            f"{out} cannot be created ({error.strerror}); choose another folder with --out"
+        ) from error
     text = " ".join(map(str, options.corpus)) or "python"
     asked = f"{text} steps={options.steps}" if options.steps else f"{text} minutes={options.minutes:g}"
     remembered = out / "asked"
     earlier = remembered.read_text(encoding="utf-8").strip() if remembered.exists() else asked
     if earlier != asked:
         raise Failed(
-            f"{out} holds a quickstart with other arguments ({earlier}); repeat those, or choose another --out"
+            f"{out} has a quickstart with other arguments ({earlier}); use those, or choose another folder with --out"
         )
     write_atomically(remembered, (asked + "\n").encode())
     return out, lock
@@ -372,7 +381,8 @@ def main(words: list[str]) -> int:
         return EXIT_FAILED
     except Stopped as stop:
         print(
-            f"\nquickstart: stopped on request ({stop}); the same command goes on from here", file=sys.stderr
+            f"\nquickstart: stopped on request ({stop}); the same command continues from here",
+            file=sys.stderr,
         )
         return EXIT_STOPPED
     minutes, seconds = divmod(round(time.monotonic() - started), 60)

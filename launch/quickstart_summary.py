@@ -1,8 +1,8 @@
-"""The closing table of launch/quickstart.sh: `python launch/quickstart_summary.py output=DIR`.
+"""Print the final summary of launch/quickstart.sh: `python launch/quickstart_summary.py output=DIR`
 
-Compares the held-out loss with the unigram entropy of the same text: what the best possible model that knows
-how often each token occurs in this very text, and nothing else, would reach. Exit codes: 0 done, 1 a run of a length
-that the quickstart chose has learned little more than that, 2 there is no finished quickstart.
+It compares the held-out loss with the unigram entropy of the same text. That is the loss of the best model that knows
+only how often each token occurs in this text. Exit codes: 0 done, 1 a run of a length that the quickstart chose has
+learned little more than that, 2 there is no finished quickstart.
 """
 
 from __future__ import annotations
@@ -28,24 +28,23 @@ from pretrain.errors import ConfigError, RunError
 from pretrain.reliability.journal import read_metrics
 
 AVERAGED_STEPS = 5
-"""Losses in the table are means over this many steps: a single one depends on its batch."""
+"""Losses in the table are means over this many steps, because a single loss depends on its batch."""
 CLEARLY_BELOW_FRAC = 0.05
-"""A held-out loss below the unigram entropy by this share of it shows that the model uses context."""
+"""A held-out loss that is lower than the unigram entropy by this fraction shows that the model uses context."""
 
 
 @dataclass(kw_only=True, slots=True)
 class SummaryConfig:
-    """Which quickstart."""
+    """Which quickstart to summarize."""
 
     output: str = MISSING
-    """The folder that launch/quickstart.sh wrote (its --out)."""
+    """Folder that launch/quickstart.sh has written (its --out)."""
 
 
 def unigram_entropy(corpus: Corpus, n_tokens: int) -> float:
-    """Entropy in nats per token of the corpus's first `n_tokens`, counted over what a model has to predict.
+    """Unigram entropy in nats per token of the corpus's first `n_tokens`, over the tokens that count in the loss.
 
-    That is every token but BOS: the loss is defined over the same ones. No model that ignores context can
-    do better on this text.
+    These are all tokens except bos. No model that ignores context can have a lower loss on this text.
     """
     counts = np.zeros(corpus.manifest.vocab_size, dtype=np.int64)
     for chunk in range(-(-n_tokens // corpus.chunk_tokens)):
@@ -57,13 +56,13 @@ def unigram_entropy(corpus: Corpus, n_tokens: int) -> float:
 
 
 def mean_loss(losses: list[float], step: int) -> float:
-    """Mean training loss of the steps up to `step`, AVERAGED_STEPS of them where there are as many."""
+    """Mean training loss of the last AVERAGED_STEPS steps up to `step`, or of all where there are fewer."""
     window = losses[max(0, step - AVERAGED_STEPS) : step]
     return sum(window) / len(window)
 
 
 def stage_lines(path: Path) -> list[tuple[str, str]]:
-    """(stage, how long it took) of each line of stages.tsv; a stage without a time was not run again."""
+    """The name and duration of each stage in stages.tsv. A stage without a time was not run again."""
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
     return [(name, f"{seconds} s" if seconds else "reused") for name, seconds in rows]
 
@@ -106,11 +105,11 @@ def training_rows(losses: list[float], stop_step: int) -> list[tuple[str, str]]:
 
 
 def summarize(config: SummaryConfig) -> None:
-    """Print the table."""
+    """Print the summary. Raises RunError where the model has learned too little."""
     out = Path(config.output)
     run_dir = out / "run"
     if not (out / "evaluation.json").exists():
-        raise ConfigError(f"{out} holds no finished quickstart; run: bash launch/quickstart.sh --out {out}")
+        raise ConfigError(f"{out} has no finished quickstart; run: bash launch/quickstart.sh --out {out}")
     result = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
     length = json.loads((out / "steps.json").read_text(encoding="utf-8"))
     training = Corpus(out / "corpus" / "manifest.json")
@@ -126,7 +125,7 @@ def summarize(config: SummaryConfig) -> None:
     )
     section("Held-out text", heldout_rows(result, scored_tokens, heldout.manifest.n_tokens, entropy))
     section(
-        "Where it lies",
+        "Results",
         [
             ("corpus, tokenizer, card", str(out / "corpus")),
             ("run: metrics, checkpoints", str(run_dir)),

@@ -1,9 +1,9 @@
-"""Does this cluster read this corpus right? `deepspeed launch/selftest.py data.manifest=DIR/manifest.json ...`
+"""Test that this cluster reads a corpus correctly: `deepspeed launch/selftest.py data.manifest=DIR/manifest.json ...`
 
-Takes every key of launch/train.py, so that it reads what the run will read, and trains nothing. The first `steps` steps
-are read by as many ranks as were launched, by half as many, by twice as many, without loader workers, and by readers
-that are killed (SIGKILL) in the middle and start again. All must give the same samples, each once, with the same
-content. Exit codes: 0 it is so, 1 it is not, 2 the configuration is wrong.
+All keys of launch/train.py are accepted, so that the test reads what the run will read. Nothing is trained. The first
+`steps` steps are read by the launched number of ranks, by half and by twice that number, without loader workers, and by
+readers that are killed (SIGKILL) partway and start again. All must give the same samples, each once, with the same
+content. Exit codes: 0 they do, 1 they do not, 2 the configuration is wrong.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from pretrain.errors import ConfigError
 
 @dataclass(kw_only=True, slots=True)
 class SelfTestConfig(TrainConfig):
-    """A training run whose reading is tested."""
+    """A training run whose reading of data is tested."""
 
     run_dir: str = "unused"
-    """Nothing is written there."""
+    """Not used; nothing is written there."""
     steps: int = 20
-    """Steps that are read each time."""
+    """Number of steps that are read each time."""
     from_step: int = 1
-    """First of them; a late one tests the far end of a long run."""
+    """First step that is read. A late step tests the end of a long run."""
     kills: int = 2
-    """How often each rank's reader is killed."""
+    """Number of times that each rank's reader is killed."""
     json: bool = False
-    """End with one line of JSON."""
+    """Print the result as JSON on the last line of stdout."""
 
     def __post_init__(self) -> None:
-        # Of the zero-argument form Python makes a reference to the class before dataclass(slots=True) replaced it.
+        # super() without arguments would fail: it refers to the class from before dataclass(slots=True) replaced it.
         TrainConfig.__post_init__(self)
         if self.steps < 2 or self.from_step < 1 or self.kills < 0:
             raise ConfigError(
@@ -50,7 +50,7 @@ class SelfTestConfig(TrainConfig):
 
 
 def main(config: SelfTestConfig) -> int:
-    """Test, print the result."""
+    """Run the test and print the result."""
     from pretrain.data.inputs import resolve_inputs
 
     resolve_inputs(config, launched_world_size())

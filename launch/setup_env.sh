@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# Makes or updates the virtual environment of this project: bash launch/setup_env.sh
+# Create or update the virtual environment of this project: bash launch/setup_env.sh
 #
-# It holds exactly what requirements.cpu.lock or requirements.cuda.lock lists, in .venv beside this folder or in
-# $PRETRAIN_VENV; a file whose sha256 is not listed there is not installed. torch is the CPU build where there is no
-# NVIDIA GPU, else the build that fits the driver; PRETRAIN_TORCH=cpu|cuda says otherwise. PRETRAIN_TORCH=existing takes
-# the torch of the Python that is active (or of PRETRAIN_PYTHON): the environment lies over that Python, which stays as
-# it is, and holds only what is missing there. An environment that is up to date is left alone.
-# `bash launch/setup_env.sh --lock` is launch/lock.sh, which writes the lock files anew from pyproject.toml.
+# The environment is .venv beside this folder, or $PRETRAIN_VENV. It gets exactly the packages that
+# requirements.cpu.lock or requirements.cuda.lock lists; a file whose sha256 is not listed is not installed. torch is
+# the CPU build where there is no NVIDIA GPU, and otherwise the build that fits the driver; PRETRAIN_TORCH=cpu|cuda
+# overrides this choice. PRETRAIN_TORCH=existing uses the torch of the active Python (or of PRETRAIN_PYTHON): the
+# environment is layered over that Python, which stays unchanged, and holds only the packages that are missing there. An
+# environment that is up to date is left alone. `bash launch/setup_env.sh --lock` runs launch/lock.sh, which regenerates
+# the lock files.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${PRETRAIN_VENV:-$ROOT/.venv}
-LOCK=$ROOT/requirements.cpu.lock # requirements.cuda.lock for that build
+LOCK=$ROOT/requirements.cpu.lock # main() changes it to requirements.cuda.lock for the CUDA build
 TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_CUDA126_INDEX=https://download.pytorch.org/whl/cu126
 LOG=$VENV.log
 
-# pip without questions, bars and advice, and without a user's configuration changing what is installed where
+# Run pip without questions, progress bars and advice, and keep a user's settings from changing what it installs where.
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off PIP_ROOT_USER_ACTION=ignore
 unset PIP_USER PIP_TARGET PIP_PREFIX PIP_CONSTRAINT PYTHONHOME PYTHONPATH
 
@@ -29,7 +30,7 @@ fail() {
 find_python() {
     local candidate
     if [ "$(command -v python3)" = "$VENV/bin/python3" ] && [ -e "$VENV/.existing" ]; then
-        cat "$VENV/.existing" # this very environment is active: the Python that it lies over
+        cat "$VENV/.existing" # this environment itself is active, so use the Python that it is layered over
         return
     fi
     for candidate in ${PRETRAIN_PYTHON:-python3 python3.13 python3.12 python3.11}; do
@@ -66,9 +67,9 @@ torch_flavor() {
     fi
 }
 
-# The build of torch that this machine's GPUs and driver can run: cuda, for CUDA 13.0, as the package registry has it
-# (drivers from 580 on, compute capability 7.5 and newer), or cuda126, for CUDA 12.6 (525 on, 5.0 to 9.0). Where there
-# is no driver, as when an image is built, cuda.
+# Print the build of torch that this machine's GPUs and driver can run. `cuda` is the build for CUDA 13.0 from the
+# package registry (driver 580 or newer, compute capability 7.5 or newer). `cuda126` is the build for CUDA 12.6 (driver
+# 525 or newer, compute capability 5.0 to 9.0). Without a driver, as when a container image is built, it is `cuda`.
 cuda_build() {
     local query=driver_version,compute_cap version capability driver=999 oldest=999 newest=0
     while IFS=', ' read -r version capability; do
@@ -89,7 +90,7 @@ cuda_build() {
 
 decimal() { echo "${1%?}.${1: -1}"; }
 
-# pip ARGUMENTS...: everything goes to the log; now and then a line says how far it is.
+# pip ARGUMENTS...: run pip with its output in the log, and print a progress line now and then.
 pip() {
     local seen=0 line started=$SECONDS
     "$VENV/bin/python" -m pip "$@" 2>&1 | tee -a "$LOG" | while IFS= read -r line; do
@@ -103,14 +104,15 @@ pip() {
     done
 }
 
-# The version that the lock file has of a package, without the build.
+# locked NAME: print the version of a package in the lock file, without its build suffix.
 locked() { sed -n "s/^$1==\([^ ;+]*\).*/\1/p" "$LOCK"; }
 
-# locked_lines NAME...: what the lock file has of these packages, with their hashes.
+# locked_lines NAME...: print the lines of these packages in the lock file, with their hashes.
 locked_lines() { awk -v names=" $* " '/^[^ ]/ { split($0, pin, "=="); keep = index(names, " " pin[1] " ") } keep' "$LOCK"; }
 
-# install_hashed REQUIREMENTS [ARGUMENT...]: a file whose hash is not listed is refused, and nothing comes along unlisted.
-# Two packages exist as source only. What builds them is listed too: the setuptools of the environment, not the newest.
+# install_hashed REQUIREMENTS [ARGUMENT...]: install packages, refusing files whose hash is not listed and dependencies
+# that are not listed. Two packages exist as source only; they are built with the environment's setuptools, which is
+# listed too, and not with the newest one.
 install_hashed() {
     pip install --no-compile --no-deps --require-hashes --no-build-isolation --use-pep517 \
         --only-binary :all: --no-binary antlr4-python3-runtime,deepspeed "${@:2}" -r "$1"
@@ -126,7 +128,7 @@ install_torch() {
     cuda)
         install_hashed "$pin" || fail "torch $version could not be installed; see $LOG"
         ;;
-    cuda126) # its files are on PyTorch's index alone, and in no lock file: taken without hashes
+    cuda126) # its files are only on PyTorch's index and in no lock file, so their hashes are not checked
         pip install --no-compile --index-url "$TORCH_CUDA126_INDEX" "torch==$version+cu126" ||
             fail "torch==$version+cu126, which this machine's driver and GPUs need, could not be installed from $TORCH_CUDA126_INDEX; see $LOG"
         ;;
@@ -156,7 +158,7 @@ install_lock() {
 
 # ---- over a Python that has torch ------------------------------------------------------------------------------------
 
-# The version of torch that a Python brings, where it is one that this project works with.
+# existing_torch PYTHON: print the version of torch that a Python has. Fails where this project does not support it.
 existing_torch() {
     "$1" - "$ROOT/pyproject.toml" <<'EOF'
 import re, sys
@@ -185,15 +187,15 @@ print(version)
 EOF
 }
 
-# make_overlay PYTHON: an environment that sees all packages of another, and keeps its own in a folder of its own.
+# make_overlay PYTHON: create an environment that sees all packages of another Python and has its own packages besides.
 make_overlay() {
     say "making $VENV over $1, which stays as it is"
     "$1" -m venv --clear --system-site-packages "$VENV"
-    pip uninstall -y setuptools # Python 3.11 brings an old one, which would hide the other's
+    pip uninstall -y setuptools # Python 3.11 adds an old one, which would hide the other Python's
     "$1" - "$VENV" <<'EOF'
 import glob, site, sys
 
-if sys.prefix != sys.base_prefix:  # itself such an environment, which --system-site-packages would pass over
+if sys.prefix != sys.base_prefix:  # the other Python is itself an environment, which --system-site-packages would skip
     (own,) = glob.glob(f"{sys.argv[1]}/lib/python*/site-packages")
     with open(f"{own}/existing.pth", "w", encoding="utf-8") as file:
         file.writelines(f"import site; site.addsitedir({folder!r})\n" for folder in site.getsitepackages())
@@ -201,18 +203,19 @@ EOF
     printf '%s\n' "$1" >"$VENV/.existing"
 }
 
-# install_missing VERSION: beside this torch. What is there stays if those who need it admit it; the rest comes as locked.
+# install_missing VERSION: install what is missing beside this torch. An existing package stays if the packages that
+# depend on it accept its version; all others are installed as locked.
 install_missing() {
     local folder missing
     folder=$(mktemp -d)
     say "what is missing beside torch $1, the log is $LOG"
     locked_lines setuptools packaging >"$folder/pins"
     install_hashed "$folder/pins" || fail "what builds packages could not be installed; see $LOG"
-    # A package that was added can need a newer one of those that are there, and that one again.
+    # An added package can need a newer version of an existing one, which can need a newer version of another.
     for _ in 1 2 3; do
         missing=$(missing_packages)
         [ -n "$missing" ] || break
-        # shellcheck disable=SC2086 # names, split on purpose
+        # shellcheck disable=SC2086 # the names are split on purpose
         locked_lines $missing >"$folder/pins"
         install_hashed "$folder/pins" ||
             fail "a package could not be installed beside torch $1: $(grep '^ERROR' "$LOG" | tail -n 1); see $LOG"
@@ -222,8 +225,8 @@ install_missing() {
         fail "torch $1 cannot be used from $VENV; see the end of $LOG"
 }
 
-# Names of the lock file, torch aside, that the environment lacks or has in a version that is not admitted: by
-# pyproject.toml with all extras but two, or by a package that was added.
+# Print the packages of the lock file, except torch, that the environment lacks or has in an unsuitable version. The
+# version must suit pyproject.toml with all extras but two, and the packages that were added.
 missing_packages() {
     "$VENV/bin/python" - "$LOCK" "$ROOT/pyproject.toml" <<'EOF'
 import sys, tomllib
@@ -237,15 +240,15 @@ lines = [line.rstrip("\\\n") for line in open(lock, encoding="utf-8") if "==" in
 pins = [pin for pin in map(Requirement, lines) if pin.name != "torch" and (pin.marker is None or pin.marker.evaluate())]
 locked = {pin.name for pin in pins}
 there, needs = {}, []
-for found in metadata.distributions():  # what the environment itself has comes first
+for found in metadata.distributions():  # the environment's own packages come first
     name = canonicalize_name(found.metadata["Name"])
     if name not in there:
         there[name] = found.version
         needs += (found.requires or []) if str(found.locate_file("")).startswith(sys.prefix) else []
 settings = tomllib.load(open(project, "rb"))["project"]
 extras = settings["optional-dependencies"]
-del extras["gcs"]  # some 20 packages for one kind of URL
-del extras["liger"]  # needs triton, which a torch for CPUs does not bring
+del extras["gcs"]  # about 20 packages for a single kind of URL
+del extras["liger"]  # it needs triton, which the CPU build of torch does not include
 missing = locked - set(there)
 for need in map(Requirement, settings["dependencies"] + sum(extras.values(), []) + needs):
     name = canonicalize_name(need.name)
@@ -258,14 +261,14 @@ EOF
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-# In parallel, which pip does not do; without it the first `import deepspeed` takes 12 s longer.
+# Compile all packages in parallel, which pip does not do. Without this, the first `import deepspeed` takes 12 s longer.
 compile_packages() {
     say "compiling to byte code"
     "$VENV/bin/python" -m compileall -q -j 0 "$VENV/lib" "$ROOT"/{pretrain,data_tools,launch} >>"$LOG" 2>&1 ||
-        true # some files are templates, and the checkout may be read-only
+        true # some files are templates that do not compile, and the checkout may be read-only
 }
 
-# make_environment PYTHON: the one that is there stays where only packages have changed.
+# make_environment PYTHON: create the environment, or keep an existing one of the same Python version.
 make_environment() {
     local version
     version=$("$1" -c 'import sys; print(sys.version_info[:2])')
@@ -293,7 +296,7 @@ main() {
     fi
 
     mkdir -p "$(dirname "$VENV")"
-    exec 9>"$VENV.lock" # two commands started at once make one environment
+    exec 9>"$VENV.lock" # of two commands that run at the same time, only one creates the environment
     flock -n 9 || { say "another command is making it; waiting" && flock 9; }
     if [ "$(cat "$VENV/.pretrain" 2>/dev/null)" = "$wanted" ]; then
         say "$VENV is up to date"

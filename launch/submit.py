@@ -1,9 +1,9 @@
 """Send a training run to a cluster: `python launch/submit.py cluster=slurm run_dir=DIR data.manifest=... model=1b ...`
 
-Takes every key of launch/train.py, and cluster.nodes, cluster.gpus_per_node, cluster.time_limit and so on. Checks the
-whole configuration here on the login node, copies the code and the configuration into run_dir/submit/, writes the
-batch script there and submits it. `dry_run=true` prints the script and writes nothing. Submitting the same command
-again goes on from the run's last checkpoint. docs/slurm.md explains the script line by line.
+All keys of launch/train.py are accepted, and cluster.nodes, cluster.gpus_per_node, cluster.time_limit and so on. This
+command checks the whole configuration on the login node, copies the code and the configuration into run_dir/submit/,
+writes the batch script there, and submits it. `dry_run=true` prints the script and writes nothing. Submitting the same
+command again resumes from the run's newest good checkpoint. docs/slurm.md explains the script line by line.
 """
 
 import base64
@@ -45,35 +45,35 @@ CODE_FOLDERS = {
     "launch": Path(__file__).resolve().parent,
     "conf": CONF_DIR,
 }
-"""What a job runs; installed, the last two are inside the package."""
+"""Folders that a job runs from. In an installed package, the last two are inside the package."""
 DIRECTIVES = """\
 #SBATCH --job-name={name}
-# Relative paths of the configuration mean what they meant where it was submitted.
+# Relative paths in the configuration are relative to the folder where it was submitted.
 #SBATCH --chdir={cwd}
-# One log for all starts of the job.
+# All starts of the job write to one log.
 #SBATCH --output={log}
 #SBATCH --open-mode=append
 #SBATCH --time={time}
-# One task per node, the launcher, which starts the node's ranks and has the cores of all of them.
+# There is one task per node, the launcher. It starts the node's ranks and gets the cores of all of them.
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task={cpus}
 #SBATCH --mem={memory}
-# USR1 to this script alone (B:), so long before the time limit that the run can save.
+# Slurm sends USR1 to this script only (B:), early enough before the time limit that the run can save.
 #SBATCH --signal=B:USR1@{stop_before_end_s}
-# Started again after a preemption or the failure of a node; it then goes on from its last checkpoint.
+# After a preemption or a node failure the job starts again and resumes from its newest good checkpoint.
 #SBATCH --requeue
-# The environment of the submission comes along, WANDB_API_KEY in it: no secret stands in this file.
+# The job gets the environment of the submission, including WANDB_API_KEY, so this file needs no secret.
 #SBATCH --export=ALL
 """
 
 RECHECK = """\
-    # A node that died looks like a command that cannot be started, long before Slurm gives the node up.
+    # Long before Slurm gives up on a node that died, a command cannot be started there.
     if [ -n "$asked" ] || preflight "$start-after"; then end_chain; fi"""
 
 
 def submit(config: SubmitConfig) -> None:
-    """Check, freeze, write and submit; with `dry_run` only check and print."""
+    """Check the configuration, copy the code, write the script and submit it; with `dry_run` only check and print."""
     overrides = _train_overrides(sys.argv[1:], config)
     _check(config)
     run_dir = Path(config.run_dir).absolute()
@@ -87,7 +87,7 @@ def submit(config: SubmitConfig) -> None:
     if shutil.which("sbatch") is None:
         raise ConfigError(
             "sbatch is not on PATH, so there is no Slurm to submit to; run this on a login node of the cluster, "
-            "or give dry_run=true to see the script"
+            "or use dry_run=true to see the script"
         )
     folder.mkdir(parents=True)
     try:
@@ -95,25 +95,25 @@ def submit(config: SubmitConfig) -> None:
         (folder / "train.sbatch").write_text(script, encoding="utf-8")
         jobs = _submit_chain(config.cluster.chain_jobs, folder)
     except BaseException:
-        shutil.rmtree(folder)  # a folder here means a job
+        shutil.rmtree(folder)  # every folder here must belong to a submitted job
         raise
     print(visible(f"submitted job {jobs[0]}; its log is {folder}/slurm-{jobs[0]}.out"))
     if len(jobs) > 1:
-        print(f"jobs {visible(' '.join(jobs[1:]))} go on after it, one after the other")
+        print(f"jobs {visible(' '.join(jobs[1:]))} continue the run after it, one after the other")
     print(f"to stop it with its state saved: touch {shlex.quote(str(folder.parent.parent / 'stop'))}")
 
 
 def batch_script(config: SubmitConfig, overrides: list[str], folder: Path) -> str:
-    """The text of the sbatch script of a checked config.
+    """The sbatch script for a checked configuration.
 
-    `overrides` are the Hydra overrides for launch/train.py, `folder` is the submission's own.
+    `overrides` are the Hydra overrides for launch/train.py, and `folder` is the folder of this submission.
     """
     cluster = config.cluster
     ranks = cluster.world_size // cluster.nodes
     python = cluster.python or sys.executable
     world = {f"node{i}": list(range(ranks)) for i in range(cluster.nodes)}
     setup = [
-        "    # Given as cluster.setup.",
+        "    # These lines are from cluster.setup.",
         *(f"    {line}" for text in cluster.setup for line in text.splitlines()),
     ]
     checks = cluster.preflight
@@ -147,24 +147,24 @@ def batch_script(config: SubmitConfig, overrides: list[str], folder: Path) -> st
 
 
 def _words(words: list[str]) -> str:
-    """Words of a command, one per line of the script."""
+    """Quoted words of a command, one per line of the script."""
     return " \\\n        ".join(shlex.quote(word) for word in words)
 
 
 def _environment(cluster: ClusterConfig) -> list[str]:
-    """Lines that set what all ranks get."""
+    """Script lines that set environment variables of all ranks."""
     lines = [
-        "# Each rank has its share of the cores; else it would start as many threads as the node has.",
+        "# Each rank uses its share of the cores. Without this it would start one thread per core of the node.",
         f"export OMP_NUM_THREADS={cluster.cpus_per_rank}",
     ]
     if cluster.gpus_per_node == 0:
         lines += [
-            "# Nodes without GPUs: DeepSpeed is not to look for any.",
+            "# The nodes have no GPUs, so DeepSpeed must not look for any.",
             "export DS_ACCELERATOR=cpu",
         ]
     if cluster.network_interface is not None:
         lines += [
-            "# The network that joins the ranks (NCCL takes a name with = as this very one, not as a prefix).",
+            "# The network interface that connects the ranks. With = NCCL takes the exact name and not a prefix.",
             f"export GLOO_SOCKET_IFNAME={shlex.quote(cluster.network_interface)}",
             'export NCCL_SOCKET_IFNAME="=$GLOO_SOCKET_IFNAME"',
         ]
@@ -172,7 +172,7 @@ def _environment(cluster: ClusterConfig) -> list[str]:
 
 
 def _checks(config: SubmitConfig, folder: Path) -> list[str]:
-    """The overrides of launch/preflight.py that are known now."""
+    """The overrides for launch/preflight.py that are known at submission."""
     cluster = config.cluster
     limits = {f.name: getattr(cluster.preflight, f.name) for f in fields(cluster.preflight)}
     known = {
@@ -207,7 +207,7 @@ def _directives(config: SubmitConfig, folder: Path) -> str:
         "exclude": ",".join(dict.fromkeys([*cluster.exclude, *_failed_nodes(folder.parent)])) or None,
     }
     if cluster.exclusive:
-        text += "# The launcher numbers a node's GPUs from 0, so no other job may have some of them.\n"
+        text += "# The launcher numbers a node's GPUs from 0, so no other job may use any of them.\n"
         text += "#SBATCH --exclusive\n"
     for option, value in options.items():
         if value is not None:
@@ -216,23 +216,25 @@ def _directives(config: SubmitConfig, folder: Path) -> str:
 
 
 def _failed_nodes(submissions: Path) -> list[str]:
-    """Nodes that earlier jobs of this run found unfit or lost."""
+    """Nodes that earlier jobs of this run have found unfit or have lost."""
     path = submissions / "excluded_nodes"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [line.split()[0] for line in lines if line.strip()]
 
 
 def _sbatch_value(text: str) -> str:
-    """A value in an #SBATCH line; sbatch reads "..." with backslash escapes, and no escape of a blank outside."""
+    """A value for an #SBATCH line. sbatch supports backslash escapes only in double quotes, and no escaped spaces."""
     if re.search(r"[\x00-\x1f\x7f]", text):
-        raise ConfigError(f"{text!r} holds a control character, which no line of a batch script can carry")
+        raise ConfigError(
+            f"{text!r} has a control character, which a line of a batch script cannot hold; rename it"
+        )
     if re.fullmatch(r"[\w@%+=:,./-]+", text):
         return text
     return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
 def _train_overrides(arguments: list[str], config: SubmitConfig) -> list[str]:
-    """The arguments that launch/train.py gets: the same, without the cluster's, with an absolute run_dir."""
+    """The arguments for launch/train.py: the given ones without those of the cluster, and with an absolute run_dir."""
     kept = []
     for argument in arguments:
         key = argument.lstrip("+~").split("=")[0].split("@")[0]
@@ -242,23 +244,23 @@ def _train_overrides(arguments: list[str], config: SubmitConfig) -> list[str]:
 
 
 def _hydra_value(text: str) -> str:
-    """A string that Hydra's override grammar reads as itself."""
+    """A string quoted so that Hydra's override grammar reads it unchanged."""
     if re.fullmatch(r"[\w./-]+", text):
         return text
     return "'" + text.replace("'", r"\'") + "'"
 
 
 def _check(config: SubmitConfig) -> None:
-    """Raise ConfigError for whatever would fail on the cluster and can be known here."""
+    """Raise ConfigError for everything that would fail on the cluster and can be checked here."""
     from pretrain.data.inputs import resolve_inputs
 
     if "\\" in config.run_dir or "${" in config.run_dir:
         raise ConfigError(
-            f"run_dir={config.run_dir} holds a backslash or ${{, which Hydra would change; rename it"
+            f"run_dir={config.run_dir} has a backslash or ${{, which Hydra would change; rename it"
         )
     if config.stop_at_step is not None:
         raise ConfigError(
-            f"stop_at_step={config.stop_at_step} is for trials by hand: the job would requeue itself for ever; "
+            f"stop_at_step={config.stop_at_step} is for trials by hand: the job would requeue itself forever; "
             "leave it out, or shorten the run with total_steps"
         )
     if config.init_from is not None and not Path(config.init_from).is_dir():
@@ -268,13 +270,13 @@ def _check(config: SubmitConfig) -> None:
 
 
 def _next_folder(parent: Path) -> Path:
-    """run_dir/submit/NNN, not there yet."""
+    """The next folder run_dir/submit/NNN that does not exist yet."""
     taken = [int(path.name) for path in parent.glob("[0-9][0-9][0-9]*") if path.name.isdigit()]
     return parent / f"{max(taken, default=0) + 1:03d}"
 
 
 def _freeze(config: SubmitConfig, folder: Path) -> None:
-    """Copy the code that will run, and say what it is: an edit or a pull does not reach a waiting job."""
+    """Copy the code that will run, with its commit and diff, so that a later edit or pull does not change the job."""
     for name, path in CODE_FOLDERS.items():
         shutil.copytree(path, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(to_dict(config)), encoding="utf-8")
@@ -288,7 +290,7 @@ def _freeze(config: SubmitConfig, folder: Path) -> None:
 
 
 def _git(*arguments: str) -> str:
-    """What git says of this project's folder; empty where it is no repository."""
+    """The output of a git command in this project's folder; empty where that is not a repository."""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, check=False)
     except OSError:
@@ -297,11 +299,11 @@ def _git(*arguments: str) -> str:
 
 
 def _submit_chain(n_jobs: int, folder: Path) -> list[str]:
-    """Submit so many jobs of one script, each to begin when the one before has ended, however; their ids."""
+    """Submit `n_jobs` jobs with the same script and return their ids. Each starts when the previous one has ended."""
     jobs: list[str] = []
     try:
         while len(jobs) < n_jobs:
-            # afterok would leave a job pending for ever behind one that failed.
+            # With afterok, a job would stay pending forever after one that failed.
             after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
             jobs.append(_sbatch([*after, str(folder / "train.sbatch")]))
             if n_jobs > 1:
@@ -314,7 +316,7 @@ def _submit_chain(n_jobs: int, folder: Path) -> list[str]:
 
 
 def _sbatch(arguments: list[str]) -> str:
-    """Submit; the job's id."""
+    """Submit a job and return its id. Raises RunError."""
     done = subprocess.run(["sbatch", "--parsable", *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = " ".join(done.stderr.replace("sbatch: error: ", "").split())

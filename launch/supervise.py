@@ -1,7 +1,7 @@
 """Keep a run going: `python launch/supervise.py [--attempts N] [--grace-s S] -- deepspeed launch/train.py run_dir=DIR`
 
-Runs the command after `--`, and again after a crash, until the run has finished. Each start has a folder of its own in
-run_dir/attempts/. Exit codes: 0 finished, 2 the configuration is wrong (never tried again), 75 stopped on request with
+Runs the command after `--`, and runs it again after a crash, until the run has finished. Each start has its own folder
+in run_dir/attempts/. Exit codes: 0 finished, 2 the configuration is wrong (never retried), 75 stopped on request with
 the state saved (SIGTERM, SIGINT or SIGUSR1 to this process, or the file `stop`), 1 gave up or could not save.
 """
 
@@ -30,13 +30,13 @@ def main(words: list[str]) -> int:
         "--attempts",
         type=int,
         default=3,
-        help="give up after so many in a row without a newer checkpoint (3)",
+        help="give up after this number of consecutive starts without a newer checkpoint (default: 3)",
     )
     parser.add_argument(
         "--grace-s",
         type=float,
         default=120,
-        help="time to save and end after a request or a lost launcher (120)",
+        help="seconds that the run gets to save and end after a stop request or a lost launcher (default: 120)",
     )
     at = words.index("--") if "--" in words else len(words)
     options, command = parser.parse_args(words[:at]), words[at + 1 :]
@@ -45,7 +45,7 @@ def main(words: list[str]) -> int:
             raise ConfigError("no command to supervise; give it after --")
         if options.attempts < 1 or options.grace_s < 0:
             raise ConfigError(
-                f"--attempts {options.attempts} --grace-s {options.grace_s:g}: give at least 1 and 0"
+                f"--attempts {options.attempts} must be at least 1, and --grace-s {options.grace_s:g} at least 0"
             )
         run_dir = run_dir_of(command)
         return Supervisor(command, run_dir, max_failures=options.attempts, grace_s=options.grace_s).run()

@@ -1,8 +1,8 @@
 """Train a model: `deepspeed launch/train.py run_dir=DIR data.manifest=DIR/manifest.json total_steps=N ...`
 
-One process per rank. A run folder that holds a checkpoint goes on from it. Keys are Hydra overrides:
-`model=1b optim.lr=3e-4 engine=zero2 experiment=1b_one_node`. Exit codes: 0 finished, 2 the configuration is
-wrong, 75 stopped on request with the state saved, anything else a crash.
+The launcher starts one process per rank; without a launcher there is a single rank. A run folder with a checkpoint
+resumes from it. Keys are Hydra overrides: `model=1b optim.lr=3e-4 engine=zero2 experiment=1b_one_node`. Exit codes:
+0 finished, 2 the configuration is wrong, 75 stopped on request with the state saved, anything else a crash.
 """
 
 import gc
@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# What imports make lives as long as the process: to look for garbage in it again and again costs 0.3 CPU-seconds.
+# Objects made by imports live as long as the process. Searching them for garbage again and again costs 0.3 s of CPU
+# time.
 gc.disable()
-# numpy's matrix products are not used here, and the threads for them cost each process 0.06 CPU-seconds.
+# numpy's matrix products are not used here, and the threads for them cost each process 0.06 s of CPU time.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 if not __package__:  # run as a script
@@ -25,7 +26,7 @@ begin(__name__, goes_on=True)
 
 from pretrain.reliability.stop import listen_for_signals
 
-listen_for_signals()  # at once: whatever comes from now on is heeded when the state can be saved
+listen_for_signals()  # as early as possible: a signal is remembered until the state can be saved
 
 from pretrain.config import TrainConfig, run_command
 from pretrain.config.launched import launched_world_size
@@ -38,13 +39,13 @@ if TYPE_CHECKING:
 
 
 def main(config: TrainConfig) -> int:
-    """Check everything that needs no process group, then train."""
+    """Check everything that can be checked without a process group, then train. Returns the exit code."""
     from pretrain.data.inputs import resolve_inputs
 
     watchdog = Watchdog(config.run_dir, config.watchdog)
     try:
         code = _train(resolve_inputs(config, launched_world_size()), watchdog)
-    except ConfigError:  # alike on all ranks
+    except ConfigError:  # the same on all ranks
         watchdog.close()
         raise
     except BaseException as error:
@@ -72,7 +73,7 @@ def _train(inputs: "Inputs", watchdog: Watchdog) -> int:
 
 
 def exit_at_once(code: int) -> None:
-    """End this process whatever its threads and loader processes are doing: a rank that lingers holds up all."""
+    """End this process, whatever its threads and loader processes are doing. A rank that lingers blocks the others."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""What the data gives to the model: a batch of sequences. Imports no torch, so that loader workers can use it."""
+"""The batch of sequences that the data loader hands to the model. Imports no torch, so loader workers start faster."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from pretrain.data.state import Substitution
 
 IGNORED_LABEL = -100
-"""Label of a position at which nothing is predicted."""
+"""Label of a position that does not count in the loss; it is torch's default `ignore_index`."""
 
 
 class Counts(NamedTuple):
-    """How documents fell into sequences."""
+    """How documents were split over sequences."""
 
     pieces: int = 0
-    """Documents, or parts of them, counted once per sequence."""
+    """Number of pieces: a document that lies in two sequences counts as two."""
     cut: int = 0
-    """Those that are not a whole document."""
+    """Number of pieces that are not a whole document."""
     padding: int = 0
-    """Tokens."""
+    """Number of padding tokens."""
 
 
 class Batch(NamedTuple):
@@ -33,15 +33,16 @@ class Batch(NamedTuple):
 
     tokens: Tensor
     labels: Tensor
-    """The next token; IGNORED_LABEL at the end of a chunk, at the end of a document when masking, in padding, and
-    where the corpus has a loss mask and the next token is no target."""
+    """The next token of each position. It is IGNORED_LABEL at the end of a chunk, in padding, at the end of a document
+    with document masking, and where the corpus has a loss mask that does not select the next token."""
     positions: Tensor
-    """Position within the visible piece of the document (when masking), else within the sequence."""
+    """Position within the document piece with document masking, otherwise within the sequence."""
     document_ids: Tensor
-    """Pieces of documents in the sequence, counted from 0, padding being one of its own; all 0 without masking."""
+    """Index of the document piece within the sequence, counted from 0. Padding is a piece of its own. Without document
+    masking all are 0."""
     samples: NDArray[np.int64]
-    """Global sample indices, [B]."""
+    """Global sample index of each sequence, [B]."""
     counts: Counts = Counts()
-    """How documents fell into these sequences."""
+    """How documents were split over these sequences."""
     substitutions: Sequence[Substitution] = ()
-    """Chunks that were found bad while these were read."""
+    """Bad chunks that were found, and replaced by others, while these sequences were read."""

@@ -1,8 +1,8 @@
-"""How every command begins and ends: what it needs is installed, and a reader that leaves is no crash.
+"""How every command starts and ends: it checks that its packages are installed, and survives a closed output pipe.
 
-It needs the standard library only and parses on older Pythons, since it runs before anything else is imported.
+It uses only the standard library and parses on older Pythons, since it runs before anything else is imported.
 
-    launch/train.py        python launch/train.py        in the folder of the sources
+    launch/train.py        python launch/train.py        in a source checkout
     pretrain.launch.train  pretrain-train                installed with `pip install .`
 """
 
@@ -23,33 +23,32 @@ LAUNCH = ("train", "eval", "export", "generate", "plan", "provenance", "selftest
 DATA_TOOLS = ("curate", "prepare", "remove", "show", "verify")
 COMMANDS = {f"pretrain-{name}": f"pretrain.launch.{name}" for name in LAUNCH}
 COMMANDS.update({f"pretrain-{name}": f"data_tools.{name}" for name in DATA_TOOLS})
-"""The module of each installed command; pyproject.toml lists the same names."""
+"""The module of each installed command. pyproject.toml lists the same names."""
 OURS = {"pretrain", "data_tools"}
 OLDEST_PYTHON = (3, 11)
 MISSING_PACKAGE, READER_LEFT = 2, 128 + signal.SIGPIPE
-"""Exit codes: as for a wrong configuration, and as a shell shows a tool that SIGPIPE ended."""
+"""Exit codes: the one of a wrong configuration, and the one that a shell reports for a tool ended by SIGPIPE."""
 
 
 def main() -> None:
     """Run the module of the installed command that was called, as `python -m MODULE` would."""
-    import runpy  # not needed by the scripts
+    import runpy  # the scripts in launch/ do not need it
 
     package, _, name = COMMANDS[Path(sys.argv[0]).name].rpartition(".")
     script = Path(__file__).resolve().parent.parent / "launch" / f"{name}.py"
-    if (
-        package == "pretrain.launch" and script.exists()
-    ):  # of `pip install -e`, which uses the sources as they lie
+    # The script exists after `pip install -e`, which uses the source checkout.
+    if package == "pretrain.launch" and script.exists():
         runpy.run_path(str(script), run_name="__main__")
     else:
         runpy.run_module(f"{package}.{name}", run_name="__main__", alter_sys=True)
 
 
 def begin(name: str, goes_on: bool = False) -> None:
-    """Call it with `__name__` first in the file of a command, before any import that may fail.
+    """Set up error handling for a command; its file calls this with `__name__` before any import that may fail.
 
-    From then on a missing package is told in one sentence, with exit code 2, and the command ends quietly when nobody
-    reads its output any more. With `goes_on` it works on instead, as a training run must. Where the file is imported,
-    nothing happens.
+    From then on a missing package gives a one-sentence error with exit code 2, and the command ends quietly when the
+    reader of its output closes the pipe (as `| head` does). With `goes_on` it keeps working without a reader, as a
+    training run must. When the file is imported instead of run, this does nothing.
     """
     if name != "__main__":
         return
@@ -70,7 +69,10 @@ def begin(name: str, goes_on: bool = False) -> None:
 
 
 def print_failure(error: BaseException) -> int:
-    """Tell on stderr what ended this process: a missing package in one sentence, else a traceback. The exit code."""
+    """Report on stderr what ended this process, and return the exit code.
+
+    A missing package gives one sentence; anything else gives a traceback.
+    """
     missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if not missing or missing in OURS:
         traceback.print_exception(type(error), error, error.__traceback__)
@@ -80,26 +82,30 @@ def print_failure(error: BaseException) -> int:
 
 
 def _on_failure(_kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
-    raise SystemExit(print_failure(error))  # the interpreter takes its exit code from here
+    # The interpreter takes the exit code from an exception in the hook.
+    raise SystemExit(print_failure(error))
 
 
 def _remedy() -> str:
-    """Which environment to use."""
+    """The part of an error message that says which environment to use, or how to create it."""
     sources = Path(__file__).resolve().parent.parent
     setup = sources / "launch" / "setup_env.sh"
     if not setup.exists():
-        return "install this project into that environment again, with what it depends on: pip install FOLDER"
+        return "install this project and its dependencies into that environment again: pip install FOLDER"
     activate = Path(os.environ.get("PRETRAIN_VENV") or sources / ".venv") / "bin" / "activate"
     if activate.exists():
         return f"use the project's environment: source {activate}"
-    return f"make the project's environment (bash {setup}) and use it (source {activate})"
+    return f"create the project's environment (bash {setup}) and use it (source {activate})"
 
 
-# ---- nobody reads any more -------------------------------------------------------------------------------------------
+# ---- the reader of the output has closed the pipe --------------------------------------------------------------------
 
 
 class _Pipe(io.FileIO):
-    """An output pipe whose reader may leave. Other pipes and sockets of the process are not concerned."""
+    """An output pipe whose reader may close it.
+
+    Handling this per stream, and not by SIGPIPE, leaves the other pipes and sockets of the process as they are.
+    """
 
     def __init__(self, number: int, goes_on: bool) -> None:
         super().__init__(number, "w", closefd=False)
@@ -110,7 +116,7 @@ class _Pipe(io.FileIO):
             return super().write(data)
         except BrokenPipeError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())  # what is still written is lost, without an error
+            os.dup2(nowhere, self.fileno())  # later writes are discarded without an error
             os.close(nowhere)
             if not self._goes_on:
                 _readers_left.append(self.fileno())
@@ -120,16 +126,16 @@ class _Pipe(io.FileIO):
 
 
 _readers_left: list[int] = []
-"""Descriptors of outputs that nobody reads any more, where that ends the command."""
+"""File descriptors of outputs whose reader has left, in commands that this ends."""
 
 
 def _watch_reader(stream: str, goes_on: bool) -> None:
-    """Put a `_Pipe` under sys.stdout or sys.stderr where it is a pipe."""
+    """Make sys.stdout or sys.stderr write through a `_Pipe`, where it is a pipe or a socket."""
     old = getattr(sys, stream)
     try:
         number = old.fileno()
         mode = os.fstat(number).st_mode
-    except (AttributeError, OSError, ValueError):  # closed, or none at all
+    except (AttributeError, OSError, ValueError):  # the stream is closed or missing
         return
     if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
         return
@@ -145,13 +151,17 @@ def _watch_reader(stream: str, goes_on: bool) -> None:
 
 
 def _flush() -> None:
-    """The last that a command does. The interpreter flushes too late for an exit code: it would exit with 120."""
+    """Flush the outputs as the last action of a command.
+
+    The interpreter's own flush comes too late to choose an exit code: where it fails, the exit code is 120.
+    """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
         except SystemExit:
             pass
-        except (OSError, ValueError):  # closed, or a full disk: the interpreter tells it
+        except (OSError, ValueError):  # the stream is closed or the disk is full; the interpreter reports it
             pass
-    if _readers_left:  # which a thread, or what else ends with the interpreter, may have found out
+    # A thread or an exit handler that noticed it could not end the process itself.
+    if _readers_left:
         os._exit(READER_LEFT)

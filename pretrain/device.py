@@ -1,10 +1,10 @@
-"""The device of this process: a GPU where there is one, else the CPU, or what DS_ACCELERATOR=cpu|cuda says.
+"""The device of this process: a GPU where there is one, otherwise the CPU. DS_ACCELERATOR=cpu|cuda overrides this.
 
-Everything that depends on the device asks here, and `torch.cuda.is_available()` is asked nowhere else: on a machine
-with GPUs a run may be meant for the CPU. A GPU that torch cannot use is an error, since training on the CPU in its
-place would take weeks without a word.
+All code that depends on the device asks this module, and nothing else calls `torch.cuda.is_available()`, because a run
+on a machine with GPUs may be meant for the CPU. A GPU that torch cannot use is an error: silently training on the CPU
+instead would take weeks.
 
-`device_type` needs torch alone: the peers of the benchmark ask it too, in an environment of their own.
+`device_type` needs only torch, because the benchmark's peers also call it, in environments of their own.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from typing import NamedTuple
 import torch
 
 ASKED = os.environ.get("DS_ACCELERATOR")
-"""What the user asked for; the engine sets the variable for DeepSpeed later."""
+"""The device that the user asked for. It is read at import, because the engine later sets this variable for
+DeepSpeed."""
 ON_THE_CPU = "to train on the CPU on purpose, set DS_ACCELERATOR=cpu"
 HIDDEN = ("", "-1", "NoDevFiles")
-"""Values of CUDA_VISIBLE_DEVICES with which a user, or Slurm, gives a process no GPU."""
+"""Values of CUDA_VISIBLE_DEVICES with which a user or Slurm hides all GPUs from a process."""
 OLDEST_DRIVER = {12: 525, 13: 580}
-"""By the major version of CUDA: NVIDIA, CUDA Compatibility, table 1."""
+"""Oldest driver that runs each major version of CUDA (NVIDIA, CUDA Compatibility, table 1)."""
 
 
 def device_type() -> str:
@@ -33,7 +34,7 @@ def device_type() -> str:
 
 
 def own_device() -> torch.device:
-    """The device of a process that works alone. Raises ConfigError where there is a GPU that torch cannot use."""
+    """The device of a process without other ranks. Raises ConfigError where there is a GPU that torch cannot use."""
     from pretrain.errors import ConfigError
 
     problem = device_problem()
@@ -50,15 +51,15 @@ class Place(NamedTuple):
 
     host: str
     device: str
-    """cpu, or cuda:N as this process counts its GPUs."""
+    """`cpu`, or `cuda:N` with N as this process numbers its GPUs."""
     gpu: str | None = None
-    """The identifier of the GPU, the same for all who see it."""
+    """UUID of the GPU, which is the same in every process that sees it."""
     problem: str | None = None
-    """Why the rank cannot compute there, and what to do."""
+    """Why the rank cannot compute there and what to do about it; None where it can."""
 
 
 def rank_place() -> Place:
-    """Where this rank computes: its host's GPU of number LOCAL_RANK, or the only one that it can see."""
+    """Where this rank computes: on its host's GPU number LOCAL_RANK, or on the only GPU that it can see."""
     from pretrain.config.launched import launched_local_size
 
     host, problem = socket.gethostname(), device_problem()
@@ -72,12 +73,12 @@ def rank_place() -> Place:
     index = 0 if count == 1 else local_rank
     if visible and "MIG-" in visible and local_size > 1:
         problem = (
-            f"{host} has {local_size} ranks on parts of GPUs ({seen}), between which NCCL cannot communicate; start "
-            "one rank (python launch/train.py ...), or use whole GPUs"
+            f"{host} has {local_size} ranks on MIG slices of GPUs ({seen}), between which NCCL cannot communicate; "
+            "start one rank (python launch/train.py ...), or use whole GPUs"
         )
     elif index >= count:
         problem = (
-            f"{host} has {max(local_size, local_rank + 1)} ranks but only {count} GPUs that they can see ({seen}); "
+            f"{host} has {max(local_size, local_rank + 1)} ranks, which see only {count} GPUs ({seen}); "
             f"start at most {count} ranks there (deepspeed --num_gpus {count}); {ON_THE_CPU}"
         )
     if problem is not None:
@@ -86,7 +87,7 @@ def rank_place() -> Place:
 
 
 def joint_problem(places: list[Place]) -> str | None:
-    """Why the ranks cannot train together where they are; `places` are in rank order."""
+    """Why the ranks cannot train together on these devices; None where they can. `places` are in rank order."""
     owners: dict[tuple[str, str], int] = {}
     for rank, place in enumerate(places):
         if place.problem is not None:
@@ -94,15 +95,15 @@ def joint_problem(places: list[Place]) -> str | None:
         if place.device[:3] != places[0].device[:3]:
             return (
                 f"rank 0 on {places[0].host} computes on {places[0].device} and rank {rank} on {place.host} on "
-                f"{place.device}; all must use GPUs, or all the CPU: {ON_THE_CPU}"
+                f"{place.device}; all ranks must use GPUs or all must use the CPU: {ON_THE_CPU}"
             )
         if place.gpu is None:
             continue
         first = owners.setdefault((place.host, place.gpu), rank)
         if first != rank:
             return (
-                f"ranks {first} and {rank} on {place.host} share one GPU ({place.gpu}), and NCCL needs one for each; "
-                f"start as many ranks per host as it has GPUs; {ON_THE_CPU}"
+                f"ranks {first} and {rank} on {place.host} share one GPU ({place.gpu}), and NCCL needs one per rank; "
+                f"start at most as many ranks per host as it has GPUs; {ON_THE_CPU}"
             )
     return None
 
@@ -111,7 +112,7 @@ def joint_problem(places: list[Place]) -> str | None:
 
 
 def device_problem() -> str | None:
-    """Why this process cannot use the device that it should, and what to do; None where it can."""
+    """Why this process cannot use the device that it should use, and what to do; None where it can."""
     if ASKED not in (None, "cpu", "cuda"):
         return f"DS_ACCELERATOR={ASKED} is not supported; allowed: cpu, cuda"
     if ASKED == "cpu" or torch.cuda.is_available():
@@ -125,7 +126,7 @@ def device_problem() -> str | None:
 
 
 def _find_gpu() -> tuple[bool, int | None]:
-    """Whether this host has an NVIDIA GPU, and the major version of its driver, without torch's help."""
+    """Whether this host has an NVIDIA GPU, and the major version of its driver, found without torch."""
     there = bool(glob("/dev/nvidia[0-9]*"))
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
@@ -135,23 +136,23 @@ def _find_gpu() -> tuple[bool, int | None]:
     version = re.match(r"\d+", listed.stdout)
     if listed.returncode == 0 and version:
         return True, int(version[0])
-    # Its device files may be there in a job that was not given any of them.
+    # The device files may exist in a job to which the scheduler has given no GPU.
     return there and "no devices" not in listed.stdout.lower(), None
 
 
 def _reason(driver: int | None) -> str:
-    """Why torch cannot use the GPU, and what would help."""
+    """Why torch cannot use the GPU, and what to do about it."""
     cuda, version = torch.version.cuda, torch.__version__
     if cuda is None:
         remedy = "PRETRAIN_TORCH=cuda bash launch/setup_env.sh"
-        return f"torch {version} is built for CPUs; install the CUDA build ({remedy})"
+        return f"torch {version} is a CPU build; install the CUDA build ({remedy})"
     oldest = OLDEST_DRIVER.get(int(cuda.split(".")[0]), 0)
     if driver is not None and driver < oldest:
         other = ""
         if oldest > OLDEST_DRIVER[12] <= driver:
             other = ", or install torch for CUDA 12.6 (PRETRAIN_TORCH=cuda bash launch/setup_env.sh)"
         return (
-            f"its driver is of version {driver}, and torch {version} for CUDA {cuda} needs {oldest} or newer; update "
+            f"its driver has version {driver}, and torch {version} for CUDA {cuda} needs {oldest} or newer; update "
             f"the driver{other}"
         )
     try:
@@ -160,4 +161,4 @@ def _reason(driver: int | None) -> str:
         said = " ".join(str(error).split("\n")[0].split()).rstrip(".")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         return f"torch says: {said}" + (f" (CUDA_VISIBLE_DEVICES={visible})" if visible else "")
-    return "torch does not say why"
+    return "torch gives no reason"

@@ -1,7 +1,7 @@
-"""The process group of a run: who this rank is, what all ranks agree on, and random state.
+"""The process group of a run: this process's rank, decisions that all ranks share, and the random state.
 
-One process per rank. The launcher (`deepspeed`, `torchrun`, `srun`) sets RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR and MASTER_PORT; without them the process is a world of its own.
+There is one process per rank. The launcher (`deepspeed`, `torchrun`, `srun`) sets RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR and MASTER_PORT; without them the process is the only rank.
 """
 
 from __future__ import annotations
@@ -31,50 +31,51 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of the run's."""
+    """This process's place among the ranks of the run."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
     group: dist.ProcessGroup | None = None
-    """Process group of `gather_objects` and of checkpoints; None: the one that all else uses."""
+    """Process group for `gather_objects` and for checkpoints; None means the default process group."""
     sequence_ranks: int = 1
-    """So many neighboring ranks share each sequence (`sequence_parallel.py`)."""
+    """Number of neighboring ranks that share each sequence (`sequence_parallel.py`)."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one rank that writes the run's files."""
+        """Whether this is rank 0, which alone writes the run's files."""
         return self.rank == 0
 
     @property
     def reader(self) -> int:
-        """Number of this rank among those that have sequences of their own; ranks that share them have the same."""
+        """Index of the reader to which this rank belongs. A reader is a group of ranks that share sequences."""
         return self.rank // self.sequence_ranks
 
     @property
     def n_readers(self) -> int:
-        """How many have sequences of their own."""
+        """Number of readers, each of which reads its own sequences."""
         return self.size // self.sequence_ranks
 
     @property
     def is_first_reader(self) -> bool:
-        """Whether what this rank reads counts: it is one of those that share it only."""
+        """Whether this is the first rank of its reader, the only one whose tokens are counted."""
         return self.rank % self.sequence_ranks == 0
 
 
 def init_world(timeout_s: int, sequence_ranks: int = 1) -> World:
-    """Join the process group of the run. Collectives fail after `timeout_s` without progress.
+    """Join the process group of the run. A collective fails when it takes longer than `timeout_s` seconds.
 
-    `sequence_ranks`: how many ranks, all of one host, share each sequence.
+    `sequence_ranks` is the number of ranks, all on one host, that share each sequence.
 
-    Raises ConfigError, and RunError, where the ranks cannot meet at MASTER_ADDR:MASTER_PORT.
+    Raises ConfigError where the ranks' devices or the settings do not fit together, and RunError where the ranks cannot
+    meet at MASTER_ADDR:MASTER_PORT.
     """
     rank, size = launched_rank(), launched_world_size()
     if (launched_local_size() or sequence_ranks) % sequence_ranks:
         raise ConfigError(
             f"engine.sequence_parallel_ranks={sequence_ranks} does not divide the {launched_local_size()} ranks of a "
-            "host, and those that share sequences must be on one; change either"
+            "host, and ranks that share sequences must be on one host; change one of the two"
         )
     timeout, place = timedelta(seconds=timeout_s), rank_place()
     store = _store(rank, size, timeout) if size > 1 else dist.HashStore()
@@ -82,20 +83,20 @@ def init_world(timeout_s: int, sequence_ranks: int = 1) -> World:
     local_rank, device = int(os.environ.get("LOCAL_RANK", "0")), torch.device(place.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed takes its GPU
-        backend = "cpu:gloo,cuda:nccl"  # gloo: checkpoints and decisions travel between hosts' memories
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed chooses its GPU by this variable
+        backend = "cpu:gloo,cuda:nccl"  # gloo carries checkpoints and decisions, which are in host memory
     else:
         backend = "gloo"
         _tune_cpu()
     if size == 1:
-        # DeepSpeed reads these even in a world of one; no other process can be meant.
+        # DeepSpeed reads these variables even with a single rank.
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(rank=rank, size=size, local_rank=local_rank, device=device, sequence_ranks=sequence_ranks)
 
 
 def _check_places(mine: Place, rank: int, size: int, store: dist.Store) -> None:
-    """Raise the same ConfigError on all ranks where their devices do not fit together."""
+    """Raise the same ConfigError on every rank where the ranks cannot train together on their devices."""
     store.set(f"place/{rank}", json.dumps(mine))
     if rank == 0:
         places = [Place(*json.loads(store.get(f"place/{other}"))) for other in range(size)]
@@ -106,15 +107,17 @@ def _check_places(mine: Place, rank: int, size: int, store: dist.Store) -> None:
     deadline = time.monotonic() + 10
     store.add("told", 1)
     while rank == 0 and store.add("told", 0) < size and time.monotonic() < deadline:
-        time.sleep(0.05)  # the store ends with this process, and others may not have read it yet
+        # The store ends with this process, and other ranks may not have read the verdict yet.
+        time.sleep(0.05)
     raise ConfigError(verdict)
 
 
 def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
-    """Where the ranks meet: MASTER_ADDR:MASTER_PORT, listening there alone; torch's own store listens everywhere.
+    """The store in which the ranks meet. Rank 0 listens on MASTER_ADDR:MASTER_PORT only; torch would listen everywhere.
 
-    Nothing of torch.distributed asks who connects, so no socket may be reachable from outside: loopback on one
-    host, else the interface of MASTER_ADDR. GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, where set, stay as they are.
+    torch.distributed does not authenticate who connects, so its sockets must not be reachable from outside: they use
+    the loopback interface on a single host, and the interface of MASTER_ADDR otherwise. GLOO_SOCKET_IFNAME and
+    NCCL_SOCKET_IFNAME are left as they are where they are set. Raises ConfigError and RunError.
     """
     one_host = launched_local_size() == size
     host = "127.0.0.1" if one_host else os.environ["MASTER_ADDR"]
@@ -122,7 +125,7 @@ def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise RunError(f"MASTER_ADDR={host} is not known to this host ({error.strerror})") from error
+        raise RunError(f"this host cannot resolve MASTER_ADDR={host} ({error.strerror})") from error
     interface = "lo" if one_host else _interface_towards(family, address)
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -135,8 +138,8 @@ def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
         and launched_local_size() not in (None, size)
     ):
         raise ConfigError(
-            f"MASTER_ADDR={host} is {address[0]} on its own host, where other hosts cannot reach it; give an "
-            "address that they can, or correct /etc/hosts"
+            f"MASTER_ADDR={host} resolves to {address[0]} on its own host, which other hosts cannot reach; give an "
+            "address that they can reach, or correct /etc/hosts"
         )
     listener = socket.socket(family, kind)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -154,8 +157,8 @@ def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
 
 
 def _interface_towards(family: int, address: tuple[Any, ...]) -> str | None:
-    """The network interface from which this host reaches an address; None where its name cannot be told."""
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # a UDP socket sends nothing when it connects
+    """Name of the network interface by which this host reaches an address; None where it cannot be found."""
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # connecting a UDP socket sends nothing
         try:
             probe.connect(address)
         except OSError:
@@ -172,9 +175,9 @@ def _interface_towards(family: int, address: tuple[Any, ...]) -> str | None:
 
 
 def _tune_cpu() -> None:
-    """Share the cores among this host's ranks, and let the allocator keep what it has.
+    """Divide the cores among this host's ranks, and let the allocator keep freed memory.
 
-    By default glibc maps and unmaps every large tensor, and page faults take part of each step.
+    By default glibc maps and unmaps memory for every large tensor, and the page faults take a part of each step.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (launched_local_size() or 1)))
@@ -185,14 +188,14 @@ def _tune_cpu() -> None:
 
 
 def shutdown_world() -> None:
-    """Leave the process group together, so that the launcher sees every rank's own exit code."""
+    """Leave the process group, all ranks together, so that the launcher sees every rank's own exit code."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def sum_over_ranks(values: Sequence[float | torch.Tensor], world: World) -> list[float]:
-    """Element-wise sums over all ranks, in fp64; the same on every rank. It waits for a device once."""
+    """Element-wise sums over all ranks in fp64, the same on every rank. Waits for the device only once."""
     given = [0.0 if isinstance(value, torch.Tensor) else value for value in values]
     tensor = torch.tensor(given, dtype=torch.float64, device=world.device)
     for place, value in enumerate(values):
@@ -204,9 +207,10 @@ def sum_over_ranks(values: Sequence[float | torch.Tensor], world: World) -> list
 
 
 class Vote:
-    """Whether any rank says yes, found out while all go on: each answer is of the time of the question before.
+    """Finds out whether any rank says yes, without making the ranks wait for each other.
 
-    All ranks ask at the same places. With a process group of its own on the host, so it waits for no device.
+    `last` starts a vote and returns the result of the previous one. All ranks must call it at the same points. The
+    votes have their own process group on the hosts, so they never wait for a device.
     """
 
     def __init__(self, mine: Callable[[], bool], world: World) -> None:
@@ -215,7 +219,7 @@ class Vote:
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def last(self) -> bool:
-        """Whether any rank would have said yes when this was asked the last time."""
+        """Start a vote, and return whether any rank said yes in the vote before it."""
         if self._world.size == 1:
             return self._mine()
         answer = self._collect()
@@ -224,7 +228,7 @@ class Vote:
         return answer
 
     def now(self) -> bool:
-        """Whether any rank says yes."""
+        """Whether any rank says yes now. Waits for all ranks."""
         self.last()
         return self._collect() if self._world.size > 1 else self._mine()
 
@@ -238,7 +242,7 @@ class Vote:
 
 
 def gather_objects(value: Any, world: World) -> list[Any]:
-    """Every rank's small JSON-like value, in rank order, on every rank."""
+    """The values of all ranks, in rank order, on every rank. Meant for small values that can be pickled."""
     if world.size == 1:
         return [value]
     gathered: list[Any] = [None] * world.size
@@ -247,12 +251,15 @@ def gather_objects(value: Any, world: World) -> list[Any]:
 
 
 def with_own_group(world: World) -> World:
-    """The same ranks with a process group of their own, for a thread that works beside training. All ranks together."""
+    """The same ranks with a new process group, for a thread that communicates while training does.
+
+    All ranks must call this together.
+    """
     return replace(world, group=dist.new_group(backend="gloo"))
 
 
 def on_main(action: Callable[[], T], world: World) -> T:
-    """Rank 0's result of `action`, on every rank; its ConfigError is raised on every rank."""
+    """Run `action` on rank 0 only, and return its result, or raise its ConfigError, on every rank."""
     value, problem = None, None
     if world.is_main:
         try:
@@ -266,7 +273,7 @@ def on_main(action: Callable[[], T], world: World) -> T:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make random state a function of (seed, step, rank), so that a checkpoint need not hold any."""
+    """Seed torch with a function of (seed, step, rank), so that a checkpoint need not store random state."""
     # Distinct odd multipliers keep neighboring steps and ranks apart (splitmix64's constants).
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63
     torch.manual_seed(mixed)
@@ -274,16 +281,16 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 @dataclass(frozen=True)
 class Partition:
-    """This rank's even share of one flattened fp32 tensor: elements [rank c, rank c + len) with c = ceil(n / ranks)."""
+    """This rank's part of one flattened fp32 tensor: elements [rank c, rank c + len) with c = ceil(numel / ranks)."""
 
     values: torch.Tensor
-    """1-D, on the host, a copy; may be empty on the last ranks."""
+    """A 1-D copy in host memory. It is shorter, or empty, on the last ranks."""
     numel: int
-    """Elements of the whole tensor."""
+    """Number of elements of the whole tensor."""
 
 
 def share(numel: int, world: World) -> tuple[int, int]:
-    """Elements [start, stop) of a flattened tensor of `numel` that belong to this rank, as ZeRO-3 cuts it."""
+    """The elements [start, stop) that ZeRO-3 assigns to this rank, of a flattened tensor with `numel` elements."""
     per_rank = -(-numel // world.size)
     start = min(world.rank * per_rank, numel)
     return start, min(start + per_rank, numel)

@@ -1,4 +1,4 @@
-"""How a command ends: its exit codes, and the two errors whose text is all that a user needs to read."""
+"""How a command ends: its exit codes, and the two errors that a user sees as one sentence, without a traceback."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What a process of this project returns; anything else is a crash and may be retried."""
+    """Exit code of a process of this project. Any other code is a crash, which may be retried."""
 
     FINISHED = 0
     CRASHED = 1
     CONFIG_ERROR = 2  # never retried
-    STOPPED = 75  # on request, with the state saved: start again to go on (EX_TEMPFAIL)
+    STOPPED = 75  # stopped on request with the state saved; the same command resumes (EX_TEMPFAIL)
 
 
 class ConfigError(ValueError):
-    """The configuration or the input is wrong; running it again changes nothing."""
+    """The configuration or the input is wrong, so running again cannot help. Exit code 2."""
 
 
 class RunError(RuntimeError):
-    """Something failed while running, and one sentence says all: data, disk, a checkpoint. Exit code 1."""
+    """Something outside the program failed: data, a disk, a checkpoint. Its text says all. Exit code 1."""

@@ -1,4 +1,4 @@
-"""The peak rates of GPUs from their makers' data sheets, for MFU and for planning. Imports no torch."""
+"""Peak FLOP/s of GPUs from NVIDIA's data sheets, for MFU and for planning. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pretrain.config import Precision
 
 
 class PeakFlops(NamedTuple):
-    """The denominator of MFU: what one rank's device can do at most."""
+    """Peak FLOP/s of one rank's device: the denominator of MFU."""
 
     per_second: float
     source: str
-    """Where the figure is from, shown beside every MFU: `configured peak`, `H100 SXM peak`, `measured peak`."""
+    """Where the figure comes from, shown beside every MFU: `configured peak`, `H100 SXM peak` or `measured peak`."""
 
 
 class GpuPeak(NamedTuple):
@@ -21,15 +21,15 @@ class GpuPeak(NamedTuple):
 
     label: str
     pattern: str
-    """Matches the whole name that CUDA reports, without its maker: variants (laptop, D, MIG slices) differ, and a wrong
-    peak is worse than none."""
+    """Regular expression for the whole name that CUDA reports, without "NVIDIA" or "Tesla". It must match the whole
+    name because variants (laptop, D, MIG slices) have other peaks, and a wrong peak is worse than none."""
     flops: float
     """Dense peak in FLOP/s with 16-bit inputs and fp32 accumulation."""
     has_bf16: bool = True
-    """Whether this peak holds for bf16 too, and not for fp16 alone."""
+    """Whether the peak holds for bf16 as well as fp16."""
 
 
-# From data sheets and white papers; where a sheet gives the figure with sparsity, half of it.
+# The figures are from data sheets and white papers. Where a sheet gives the figure with sparsity, half of it is used.
 PEAKS = [
     GpuPeak("A100", r"A100-SXM4-\d+GB|A100-PCIE-\d+GB|A100 80GB PCIe", 312e12),  # A100 data sheet
     GpuPeak("A800", r"A800-SXM4-\d+GB|A800 80GB PCIe", 312e12),  # the A100's cores, slower NVLink
@@ -59,7 +59,7 @@ PEAK_OF = {peak.label: peak for peak in PEAKS}
 
 
 def known_peak(name: str, precision: Precision) -> PeakFlops | None:
-    """The peak of a GPU by the name that CUDA reports; None where the table does not have exactly this one."""
+    """The peak of a GPU by the name that CUDA reports; None where the table does not have exactly this GPU."""
     name = re.sub(r"^(NVIDIA|Tesla) ", "", name)
     for peak in PEAKS:
         if re.fullmatch(peak.pattern, name):

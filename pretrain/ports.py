@@ -1,17 +1,17 @@
-"""A free TCP port of this host for a process that is started next."""
+"""Finds a free TCP port on this host for a process that is about to start."""
 
 from __future__ import annotations
 
 import random
 import socket
 
-# Below the ports that Linux gives to connections (32768 and up): a port from among those may be taken
-# between the moment it is chosen and the moment its owner listens.
+# This is below the ports that Linux assigns to outgoing connections (32768 and up). One of those could be taken
+# between the moment it is chosen here and the moment its owner listens.
 PORTS = range(10_000, 29_000)
 
 
 def free_port() -> int:
-    """A port on which nothing listens at this moment, chosen at random; OSError where there is none."""
+    """A randomly chosen port on which nothing listens now. Raises OSError after 100 ports that are all in use."""
     for port in random.sample(PORTS, 100):
         with socket.socket() as probe:
             try:

@@ -1,7 +1,7 @@
-"""Text that others wrote, as a terminal or a log can show it without obeying it.
+"""Escapes text from untrusted sources, so that a terminal or a log shows it instead of acting on it.
 
-Names, ids, licenses, keys and the text of models may hold what moves a cursor, hides or reorders other text, or begins
-a line that looks like one of this program. Letters of any script stay as they are.
+Names, ids, licenses, keys and model output may contain characters that move the cursor, hide or reorder other text, or
+start a line that looks like one of this program's. Letters of all scripts stay as they are.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ from __future__ import annotations
 import re
 import sys
 
-# Controls (C0, DEL, C1), line and paragraph separators, what overrides the direction of text, and halves of surrogate
-# pairs, which no output can encode.
+# Control characters (C0, DEL, C1), line and paragraph separators, characters that override the text direction, and lone
+# surrogates, which no output can encode.
 _HARMFUL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 ERROR_CHARS = 10_000
-"""Of the text of an error, which may quote what a file holds."""
+"""Number of characters of an error's text that are shown. It may quote the content of a file."""
 
 
 def visible(text: str, keep: str = "", limit: int | None = None) -> str:
-    """`text` on one line, harmful characters written as \\u001b or the like, as JSON would write them.
+    """`text` on one line, with harmful characters escaped as JSON does it, such as \\u001b.
 
-    Those in `keep` stay, such as line breaks in a text of many lines. Beyond `limit` characters the text is cut.
+    The characters in `keep` are not escaped, such as line breaks in a multi-line text. A text longer than `limit`
+    characters is cut.
     """
     if limit is not None and len(text) > limit:
         text = text[:limit] + "…"
@@ -32,7 +33,7 @@ def _escape(character: str) -> str:
 
 
 def print_error(kind: str, error: BaseException | str) -> None:
-    """A line on stderr: `kind` and what was wrong, which may quote what a file holds."""
+    """Print a line on stderr: `kind`, a colon, and the error, escaped because it may quote the content of a file."""
     print(f"{kind}: {visible(str(error), limit=ERROR_CHARS)}", file=sys.stderr, flush=True)
 
 

@@ -1,8 +1,8 @@
-"""What is shown of URLs and command lines: where, but no secret. In doubt too much is left out. Imports no torch.
+"""Removes secrets from URLs and command lines before they are shown. In doubt it removes too much. Imports no torch.
 
-In a URL a secret may stand before an `@`, or behind the first `?`, `#` or `;`, each of which may also be written with
-percent signs. In a command line it is the value of a name that says so (`--token=...`, `--api-key ...`), or of any
-variable of the environment (`NAME=...`).
+In a URL a secret may stand before an `@`, or after the first `?`, `#` or `;`; each of these may also be
+percent-encoded. In a command line a secret is the value of an option whose name says so (`--token=...`,
+`--api-key ...`), or of any environment variable (`NAME=...`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _OPTION = re.compile(r"(?<!\S)-{1,2}([\w.-]+)\s+")
 
 
 def redact(text: str) -> str:
-    """A text without what its URLs hold of user, password, query and fragment."""
+    """The text with the user, password, query and fragment removed from its URLs."""
     return _URL.sub(lambda found: redact_url(found[0]), text)
 
 
 def redact_url(url: str) -> str:
-    """One URL without user, password, query and fragment, also where it is none that a parser would take."""
+    """One URL without its user, password, query and fragment. It also handles URLs that a parser would reject."""
     separator = _SEPARATOR.search(url)
     if separator is None:
         return url
@@ -45,14 +45,14 @@ def redact_url(url: str) -> str:
 
 
 def redact_command(words: Iterable[str]) -> list[str]:
-    """The words of a command, also those of a shell within one of them, without values that may be secret.
+    """The words of a command line without values that may be secret.
 
-    Of `NAME=value`, as in `env WANDB_API_KEY=...`, only the name is left.
+    A word may itself be a shell command. Of `NAME=value`, as in `env WANDB_API_KEY=...`, only the name is left.
     """
     shown, is_value = list[str](), False
     for word in words:
         shown.append(HIDDEN if is_value else _redact_word(word))
-        # A value of its own follows: `_OPTION` wants a space.
+        # Whether the next word is this option's value. `_OPTION` requires a space, so one is added.
         is_value = not is_value and _secret_start(f"{word} ") == len(word) + 1
     return shown
 
@@ -64,7 +64,7 @@ def _redact_word(word: str) -> str:
 
 
 def _secret_start(text: str) -> int | None:
-    """Where the first value begins that may be secret; all behind it is left out as well."""
+    """Where the first value that may be secret starts; everything after it is hidden too. None: no such value."""
     starts = [found.end() for found in _VARIABLE.finditer(text)]
     for pattern in (_ASSIGNED, _OPTION):
         starts += [found.end() for found in pattern.finditer(text) if _is_secret(found[1])]
@@ -72,6 +72,6 @@ def _secret_start(text: str) -> int | None:
 
 
 def _is_secret(name: str) -> bool:
-    """Whether a name says that its value is a secret: by a whole word of it, so that `max_tokens` is none."""
+    """Whether an option's name says that its value is a secret. Whole words count, so `max_tokens` is no secret."""
     parts = re.split(r"[\W_]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower())
     return any(part.endswith(_SECRET_ENDS) or part in _SECRET_WORDS for part in parts)

@@ -1,12 +1,12 @@
-"""Files behind a URL (s3://, gs://, https://, ...): bounded reads that wait out what passes, and give up in time.
+"""Files at a URL (s3://, gs://, https://, ...): reads that retry transient failures and give up after a time limit.
 
-One read is many attempts, with exponential backoff and full jitter between them (Brooker, "Exponential Backoff And
-Jitter", AWS 2015). What a store may get over (no answer, 5xx, 429, a broken connection) is tried again until
-the time is over; what it will hardly get over (not there, not allowed, wrong bytes) a few times only.
-No error and no warning shows what a URL holds of user, password, query or fragment.
+One read makes up to many attempts, with exponential backoff and full jitter between them (Brooker, "Exponential Backoff
+And Jitter", AWS 2015). Transient failures (no answer, 5xx, 429, a broken connection) are retried until the time limit;
+failures that are probably permanent (missing file, access denied, wrong bytes) are retried only a few times. No error
+or warning shows the user, password, query or fragment of a URL.
 
-Every URL is opened by way of `file_system`, which knows a few kinds of stores and no chains of them, and follows no
-server to another host.
+Every URL is opened through `file_system`. It allows a few kinds of stores, rejects fsspec's chained URLs, and follows
+no redirect to another host.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from pretrain.redaction import redact, redact_url
 
 T = TypeVar("T")
 SCHEMES = ("s3", "s3a", "gs", "gcs", "http", "https")
-"""Kinds of stores that are read and written; docs/remote.md describes them."""
+"""URL schemes that can be read and written; docs/remote.md describes them."""
 MAX_REDIRECTS = 3
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 20.0
-_ATTEMPT_FRACTION = 0.1  # of the time for a read, which one attempt gets at most
+_ATTEMPT_FRACTION = 0.1  # the part of a read's time limit that a single attempt may take
 _SAY_AFTER_S, _SAY_EVERY_S = 5.0, 30.0
 _PASSING_ERRNOS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EAGAIN}
-_PASSING_STATUS = {408, 409, 425, 429}  # of 400 to 499
+_PASSING_STATUS = {408, 409, 425, 429}  # the HTTP statuses from 400 to 499 that are transient
 _LOCAL_ATTEMPTS = 5
 _log = logging.getLogger(__name__)
-_jitter = random.SystemRandom()  # no seeded generator is touched
+_jitter = random.SystemRandom()  # independent of the seeded generators, which training must not disturb
 _said_at = -_SAY_EVERY_S
 
 
 class ReadError(RunError):
-    """A file behind a URL could not be read within the time that was given."""
+    """A file at a URL could not be read within the time limit."""
 
     max_attempts = 1 << 30
 
@@ -59,19 +59,19 @@ class MissingError(ReadError):
 
 
 class DeniedError(ReadError):
-    """The store refuses: no credentials, wrong ones, or no right to read."""
+    """The store denies access: no credentials, wrong credentials, or no permission to read."""
 
     max_attempts = 5
 
 
 class DamagedError(ReadError):
-    """The store answers with other bytes than there should be, or with fewer."""
+    """The store returned bytes that differ from the expected ones, or too few."""
 
     max_attempts = 6
 
 
 class _HttpError(Exception):
-    """An answer of an HTTP server that is no content."""
+    """An HTTP response without the requested content."""
 
     def __init__(self, status: int, retry_after: str | None) -> None:
         super().__init__(f"HTTP status {status}")
@@ -80,7 +80,7 @@ class _HttpError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadOptions:
-    """How corpora behind a URL are read; see the keys of the same names in `DataConfig`."""
+    """How corpora at a URL are read. `DataConfig` documents the fields under the same names."""
 
     read_timeout_s: float = 300
     cache_dir: str | None = None
@@ -89,7 +89,7 @@ class ReadOptions:
 
     @classmethod
     def of(cls, data: DataConfig) -> ReadOptions:
-        """What a run's configuration says."""
+        """The options from a run's configuration."""
         return cls(
             read_timeout_s=data.read_timeout_s,
             cache_dir=data.cache_dir,
@@ -102,12 +102,12 @@ class ReadOptions:
 
 
 def is_url(path: str | Path) -> bool:
-    """Whether a path is a URL of something else than a local file."""
+    """Whether a path is a URL that does not name a local file."""
     return isinstance(path, str) and "://" in path and not path.startswith(("file://", "local://"))
 
 
 def as_path(path: str | Path) -> str | Path:
-    """A URL as it is, all else as a local path: a path, or a file:// URL."""
+    """A remote URL unchanged; a local path or a file:// URL as a Path."""
     if is_url(path):
         return path
     if isinstance(path, str) and path.startswith(("file://", "local://")):
@@ -116,18 +116,21 @@ def as_path(path: str | Path) -> str | Path:
 
 
 def folder_of(path: str | Path) -> str | Path:
-    """The folder of a file, as a URL or a path."""
+    """The folder that contains a file, as a URL or a path like `path`."""
     return path.rsplit("/", 1)[0] if isinstance(path, str) else path.parent
 
 
 def check_url(key: str, url: str) -> None:
-    """Raise ConfigError where a URL holds what may be a secret, which would go into logs, is of an unknown kind, or
-    its store cannot be reached with what is installed."""
+    """Raise ConfigError where a URL cannot be used for the configuration key `key`.
+
+    That is, where it contains what may be a secret, which would be written to logs, where its scheme is unknown, or
+    where the package for its store is not installed.
+    """
     parts = _check_kind(url, f"{key}=")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ConfigError(
-            f"{key}={redact_url(url)} holds a user, a password, a query or a fragment, which would be written to logs; "
-            "leave them out and give credentials by the environment (docs/remote.md)"
+            f"{key}={redact_url(url)} holds a user, a password, a query or a fragment, which would be written to "
+            "logs; leave it out and pass credentials in the environment (docs/remote.md)"
         )
     file_system(url, f"{key}=")
 
@@ -136,15 +139,16 @@ def check_url(key: str, url: str) -> None:
 
 
 def file_system(url: str, key: str = "", **options: Any) -> tuple[Any, str]:
-    """fsspec's file system for a URL, of this process, and the URL as that file system wants it. Raises ConfigError.
+    """This process's fsspec file system for a URL, and the path of the URL within it. Raises ConfigError.
 
-    `key`: what an error says before the URL. fsspec keeps one per process and options, and makes another in a forked
-    process.
+    `key` is put before the URL in an error. fsspec keeps one file system per process and set of options, and creates a
+    new one in a forked process.
     """
     from fsspec.core import url_to_fs
 
     _check_kind(url, key)
-    # Else gcsfs asks for each bucket's kind by gRPC, which survives no fork, and reads others than plain ones by it.
+    # Without this, gcsfs asks for each bucket's type over gRPC, which does not survive a fork, and reads hierarchical
+    # and zonal buckets over gRPC too.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         return url_to_fs(url, **guards(url), **options)
@@ -153,12 +157,12 @@ def file_system(url: str, key: str = "", **options: Any) -> tuple[Any, str]:
 
 
 def guards(url: str) -> dict[str, Any]:
-    """What fsspec is to be told for a URL, so that its server cannot send this process to another host."""
+    """Options for fsspec that keep a URL's server from redirecting this process to another host."""
     return {"get_client": _http_session} if url.startswith(("http://", "https://")) else {}
 
 
 def open_file(key: str, path: str, mode: str = "rb", **options: Any) -> Any:
-    """A file, here or behind a URL, opened for reading by fsspec. Raises ConfigError, and OSError."""
+    """A local file, or one at a URL, opened by fsspec. Raises ConfigError, which names `key`, and OSError."""
     import fsspec
 
     if is_url(path):
@@ -170,26 +174,25 @@ def open_file(key: str, path: str, mode: str = "rb", **options: Any) -> Any:
 
 
 def _check_kind(url: str, key: str = "") -> SplitResult:
-    """The parts of a URL that may be opened. Raises ConfigError."""
+    """The parts of a URL. Raises ConfigError unless it is of a kind that may be opened."""
     try:
         parts = urlsplit(url)
-        is_named = (
-            parts.netloc.startswith("arn:") or parts.port != 0
-        )  # else: what is there is no host and port
+        # `port` raises ValueError where the network location is not a host and port.
+        is_named = parts.netloc.startswith("arn:") or parts.port != 0
     except ValueError:
         is_named = False
     usable = is_named and bool(parts.netloc) and url.startswith(tuple(f"{kind}://" for kind in SCHEMES))
-    # fsspec takes `a::b` for one store within another; control characters are dropped by some parsers.
+    # fsspec reads `a::b` as one store inside another, and some parsers silently drop control characters.
     if not usable or "::" in url or re.search(r"[\x00-\x1f\x7f]", url):
         raise ConfigError(
             f"{key}{redact_url(url)} cannot be used: a URL is {', '.join(f'{kind}://' for kind in SCHEMES[:-1])} or "
-            f"{SCHEMES[-1]}://, a host or bucket, and a path without '::'"
+            f"{SCHEMES[-1]}://, then a host or bucket, then a path without '::'"
         )
     return parts
 
 
 async def _http_session(**options: Any) -> Any:
-    """aiohttp's session, in place of fsspec's: bytes come as the server has them, and from the host that was named."""
+    """An aiohttp session that replaces fsspec's: it does not decompress, and it refuses redirects to other hosts."""
     import aiohttp
 
     trace = aiohttp.TraceConfig()
@@ -199,7 +202,7 @@ async def _http_session(**options: Any) -> Any:
 
 
 async def _refuse_other_host(session: Any, context: Any, params: Any) -> None:
-    """A server may send to another place of its own, not to another host, port or scheme: who named it trusts it."""
+    """Allow a redirect within the same host, port and scheme, and refuse any other: the user trusts only that host."""
     import yarl
 
     context.n_redirects = getattr(context, "n_redirects", 0) + 1
@@ -211,13 +214,13 @@ async def _refuse_other_host(session: Any, context: Any, params: Any) -> None:
             return
         where = "one place after another" if is_same else f"{target.origin()}"
     except ValueError:
-        where = "what is no address"
+        where = "an invalid address"
     params.response.close()
-    raise PermissionError(f"the server sends on to {where}; name that in the URL if you trust it")
+    raise PermissionError(f"the server redirects to {where}; name that in the URL if you trust it")
 
 
 def _impatient_file_system(url: str) -> tuple[Any, str]:
-    """As `file_system`, but with one request per attempt: attempts are counted, timed and told of here."""
+    """Like `file_system`, but without the store's own retries, because this module counts and times the attempts."""
     if not url.startswith(("s3://", "s3a://")):
         return file_system(url)
     once = {"retries": {"mode": "standard", "total_max_attempts": 1}, "max_pool_connections": 32}
@@ -230,7 +233,7 @@ def _impatient_file_system(url: str) -> tuple[Any, str]:
 
 
 def read_once(url: str, start: int, stop: int, timeout_s: float) -> bytes:
-    """One attempt to read bytes [start, stop) of a file; fewer where it ends before."""
+    """Make one attempt to read bytes [start, stop) of a file. A file that ends earlier gives fewer bytes."""
     from fsspec.asyn import sync
 
     store, path = _impatient_file_system(url)
@@ -242,7 +245,7 @@ def read_once(url: str, start: int, stop: int, timeout_s: float) -> bytes:
 
 
 async def _get_http(store: Any, url: str, start: int, stop: int) -> bytes:
-    """As fsspec's own, but it takes no more bytes than were asked for, and knows what the server said."""
+    """Like fsspec's HTTP read, but it never takes more bytes than requested, and it keeps the server's Retry-After."""
     session = await store.set_session()
     options = dict(store.kwargs)
     options["headers"] = {
@@ -252,7 +255,7 @@ async def _get_http(store: Any, url: str, start: int, stop: int) -> bytes:
     }
     async with session.get(store.encode_url(url), **options) as response:
         if response.status == 200 and start:
-            raise DamagedError("the server answers a request for a part of the file with all of it")
+            raise DamagedError("the server answers a request for a part of the file with the whole file")
         if response.status not in (200, 206):
             raise _HttpError(response.status, response.headers.get("Retry-After"))
         content = bytearray()
@@ -270,9 +273,10 @@ async def _get_http(store: Any, url: str, start: int, stop: int) -> bytes:
 def read_range(
     url: str, start: int, stop: int, time_limit_s: float, check: Callable[[bytes], str | None]
 ) -> bytes:
-    """Bytes [start, stop) of a file, of which `check` says None; else it says what is wrong, and they are read again.
+    """Bytes [start, stop) of a file that pass `check`.
 
-    Raises ReadError, by its kinds, after at most `time_limit_s` seconds.
+    `check` returns what is wrong with the bytes, or None; wrong bytes are read again. Raises ReadError or one of its
+    subclasses after at most `time_limit_s` seconds.
     """
 
     def attempt(timeout_s: float) -> bytes:
@@ -286,9 +290,9 @@ def read_range(
 
 
 def read_whole(url: str, max_bytes: int, time_limit_s: float, check: Callable[[bytes], str | None]) -> bytes:
-    """All of a file that has at most `max_bytes`, of which `check` says None.
+    """The whole content of a file of at most `max_bytes` bytes that passes `check`, as for `read_range`.
 
-    Raises ConfigError where it is not there, may not be read, or has more, and ReadError.
+    Raises ConfigError where the file is missing, access is denied, or it is larger, and ReadError.
     """
 
     def check_all(content: bytes) -> str | None:
@@ -300,14 +304,13 @@ def read_whole(url: str, max_bytes: int, time_limit_s: float, check: Callable[[b
         raise ConfigError(str(error)) from error
     if len(content) > max_bytes:
         raise ConfigError(
-            f"{redact(url)} has more than the {max_bytes:,} bytes that are expected at most; it is not what it "
-            "should be"
+            f"{redact(url)} has more than {max_bytes:,} bytes, the most that such a file can have; check the URL"
         )
     return content
 
 
 def exists(path: str | Path, time_limit_s: float = 300) -> bool:
-    """Whether there is such a file, which is not empty. Raises ReadError where its store does not say."""
+    """Whether a non-empty file exists. Raises ReadError where the store cannot say."""
     if not isinstance(path, str):
         return path.is_file()
     try:
@@ -318,10 +321,10 @@ def exists(path: str | Path, time_limit_s: float = 300) -> bool:
 
 
 def persist(what: str, attempt: Callable[[float], T], time_limit_s: float) -> T:
-    """The value of `attempt(timeout_s)`, tried again while it fails as the errors above say.
+    """The value of `attempt(timeout_s)`, retried as often as the kind of its failure allows (`max_attempts`).
 
-    A warning is given every half minute that this takes. Raises the last failure as a kind of ReadError that names
-    `what`, how often it was tried and for how long.
+    Logs a warning every half minute. Raises the last failure as a ReadError, or one of its subclasses, whose text names
+    `what`, the number of attempts and the time that they took.
     """
     started, failures = time.monotonic(), Counter[type[ReadError]]()
     timeout_s = time_limit_s * _ATTEMPT_FRACTION
@@ -330,12 +333,15 @@ def persist(what: str, attempt: Callable[[float], T], time_limit_s: float) -> T:
             return attempt(timeout_s)
         except ConfigError:
             raise
-        except Exception as error:  # each kind of store has exceptions of its own
+        except Exception as error:  # every kind of store raises its own exceptions
             kind, reason, wish_s = _classify(error, timeout_s)
-            error.__traceback__ = None  # a frame of fsspec in it holds it, and with it all frames up to here
+            error.__traceback__ = (
+                None  # an fsspec frame refers to the exception: the cycle would keep all frames alive
+            )
         failures[kind] += 1
         waited = time.monotonic() - started
-        left = time_limit_s - timeout_s - waited  # until the last moment for a whole attempt
+        # Seconds until the last moment at which a full attempt can start.
+        left = time_limit_s - timeout_s - waited
         if failures[kind] >= kind.max_attempts or left <= 0:
             times = f"{number} attempts" if number > 1 else "one attempt"
             raise kind(f"{what} cannot be read: {reason}; given up after {times} in {waited:.0f} s")
@@ -345,36 +351,36 @@ def persist(what: str, attempt: Callable[[float], T], time_limit_s: float) -> T:
 
 
 def _pause(number: int) -> float:
-    """Seconds to wait after attempt `number`, from 1."""
+    """Seconds to wait after attempt `number`, counted from 1."""
     return _jitter.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(number - 1, 30)))
 
 
 def _classify(error: Exception, timeout_s: float) -> tuple[type[ReadError], str, float]:
-    """What kind of failure this is, in words, and for how many seconds the server wants to be left alone."""
+    """The kind of a failure, its reason in words, and the seconds after which the server wants the next request."""
     status, wish = _http_answer(error)
-    # What the server says is a stranger's text.
+    # The reason is untrusted text from the server.
     reason = visible(redact(f"{type(error).__name__}: {error}".splitlines()[0])[:300].rstrip(": "))
     if isinstance(error, ReadError):
         return type(error), str(error), 0
     if isinstance(error, TimeoutError):
-        return ReadError, f"no whole answer within {timeout_s:.3g} s", 0
+        return ReadError, f"no complete answer within {timeout_s:.3g} s", 0
     if status in (404, 410) or isinstance(error, FileNotFoundError):
-        return MissingError, "the store says that it is not there", 0
+        return MissingError, "the store says that it does not exist", 0
     if status == 416:
         return DamagedError, "it is shorter than it should be", 0
     refused = status is not None and 400 <= status < 500 and status not in _PASSING_STATUS
-    refused |= str(error).startswith("Forbidden: ")  # gcsfs
+    refused |= str(error).startswith("Forbidden: ")  # how gcsfs reports a denied access
     if refused or isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
         return (
             DeniedError,
-            f"the store refuses ({reason}); check the URL and the credentials in the environment",
+            f"the store denies access ({reason}); check the URL and the credentials in the environment",
             0,
         )
     return ReadError, f"the store failed ({reason})", wish
 
 
 def _http_answer(error: Exception) -> tuple[int | None, float]:
-    """HTTP status behind an exception, if known, and the seconds of its Retry-After, else 0."""
+    """The HTTP status that caused an exception, or None, and the seconds of its Retry-After header, or 0."""
     if isinstance(error, _HttpError):
         return error.status, _seconds(error.retry_after)
     answer = getattr(error.__cause__, "response", None)
@@ -386,7 +392,7 @@ def _http_answer(error: Exception) -> tuple[int | None, float]:
 
 
 def _seconds(retry_after: str | None) -> float:
-    """Of the header Retry-After: a number of seconds or a date (RFC 9110, 10.2.3)."""
+    """Seconds from now in a Retry-After header, which holds a number of seconds or a date (RFC 9110, 10.2.3)."""
     if retry_after is None:
         return 0
     from email.utils import parsedate_to_datetime
@@ -413,7 +419,7 @@ def _say_that_it_waits(what: str, reason: str, number: int, waited: float, limit
 
 
 def retry_local(action: Callable[[], T]) -> T:
-    """`action()`, a few times more where it raises an OSError that a network file system may get over."""
+    """`action()`, retried a few times where it raises an OSError that can be transient on a network file system."""
     for pause in _local_pauses():
         try:
             return action()

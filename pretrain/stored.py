@@ -1,7 +1,7 @@
-"""Files that others may have made are data: parsed by a schema that says every type and bound, before any use.
+"""Parses JSON files from untrusted sources with schemas that state the type and the bounds of every value.
 
-A schema is a dataclass whose fields are annotated with the types below or with plain ones. Nothing is converted ("3"
-is no number, 3.0 is no whole one), nothing unknown is let through, and nothing in a text is resolved.
+A schema is a dataclass whose fields are annotated with the types below or with plain ones. Parsing is strict: it
+converts nothing ("3" is not a number, 3.0 is not an integer), rejects unknown keys, and resolves nothing in a string.
 """
 
 from __future__ import annotations
@@ -18,40 +18,41 @@ from pretrain.printing import visible
 
 T = TypeVar("T")
 MAX_VALUES = 1 << 16
-"""Values in a file, unless its reader allows more: a checkpoint of 16,384 ranks has some 50,000."""
-_SHOWN_CHARS = 60
-_SHOWN_BYTES = 1 << 20  # of a file whose wrong values are quoted: a quotation may copy all of it
+"""Largest number of values in a file, unless its reader allows more. A checkpoint of 16,384 ranks has about 50,000."""
+_SHOWN_CHARS = 60  # number of characters of a wrong value that an error quotes
+# Errors quote wrong values only of files up to this size, because a quotation may copy the whole file.
+_SHOWN_BYTES = 1 << 20
 _TOLD_ERRORS = 1000
-_WHOLE_BYTES = 4 << 20  # validated at a time
+_WHOLE_BYTES = 4 << 20  # a larger content is validated in slices
 _WHOLE_VALUES = 1 << 16
-_SLICE = 2000  # items of a list
+_SLICE = 2000  # number of list items that are validated at a time
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.S)
 _VALUE_SIGNS = (b"[", b"{", b",")
 
 
 def is_sha256(text: str) -> bool:
-    """64 hexadecimal digits."""
+    """Whether a text is 64 lowercase hexadecimal digits."""
     return len(text) == 64 and not text.strip("0123456789abcdef")
 
 
 def is_file_name(text: str) -> bool:
-    """The name of a file, without a folder."""
+    """Whether a text is the name of a file, without a folder."""
     return 0 < len(text) < 256 and "/" not in text and "\0" not in text and text not in (".", "..")
 
 
 def is_relative_path(text: str) -> bool:
-    """A path below a folder, with none of its parts leading up."""
+    """Whether a text is a relative path that cannot leave its folder: it has no part `..`."""
     parts = text.split("/")
     return len(text) < 4096 and all(is_file_name(part) for part in parts)
 
 
 def is_printable_line(text: str) -> bool:
-    """One line, without control characters."""
+    """Whether a text is one line without control characters."""
     return not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", text)
 
 
 Count = Annotated[int, Ge(0), Lt(1 << 62)]
-"""A size or number of things."""
+"""A size or a number of things."""
 Positive = Annotated[int, Ge(1), Lt(1 << 62)]
 Seconds = Annotated[float, Ge(0), Le(1e12)]
 Sha256 = Annotated[str, Predicate(is_sha256)]
@@ -69,16 +70,17 @@ __all__ = [
 
 @lru_cache
 def _adapter(schema: Any) -> Any:
-    from pydantic import TypeAdapter  # a tenth of a second to import: for those that read such a file
+    # This import takes 0.1 s, which only processes that parse a file should pay.
+    from pydantic import TypeAdapter
 
     return TypeAdapter(schema)
 
 
 def has_more_values(content: bytes, limit: int) -> bool:
-    """Whether JSON holds more than about `limit` values, seen without parsing it.
+    """Whether JSON has more than about `limit` values, found without parsing it.
 
-    An empty object has 3 bytes in a file and 70 in memory, so bounding the bytes does not bound the memory. Brackets
-    and commas are counted, but not those within strings, which are text.
+    An empty object takes 3 bytes in a file and 70 in memory, so a limit on the bytes does not limit the memory. The
+    function counts brackets and commas outside of strings.
     """
     if _count_signs(content, 0, len(content)) <= limit:
         return False
@@ -96,10 +98,11 @@ def _count_signs(content: bytes, start: int, stop: int) -> int:
 
 
 def parse(schema: type[T], content: str | bytes, where: str, what: str, max_values: int = MAX_VALUES) -> T:
-    """JSON as an object of `schema`, a dataclass. `where`: its path, `what`: what it should be, as in "a manifest".
+    """JSON parsed into an object of the dataclass `schema`.
 
-    Raises ConfigError with one sentence that names the first value that is wrong, and where there are more than
-    `max_values`. Bound the size of `content` before.
+    `where` is the file's path, and `what` says what it should be, such as "a manifest"; errors name both. Raises
+    ConfigError for the first wrong value, or where there are more than `max_values` values. The caller must have
+    limited the size of `content`.
     """
     if isinstance(content, str):
         content = content.encode("utf-8", "surrogatepass")
@@ -113,7 +116,7 @@ def parse(schema: type[T], content: str | bytes, where: str, what: str, max_valu
 
 
 def parse_plain(content: bytes, where: str, what: str, max_values: int = MAX_VALUES) -> Any:
-    """JSON without a schema, for what looks at a few of its values. Raises ConfigError where it is none."""
+    """JSON parsed without a schema, for callers that need only a few of its values. Raises ConfigError."""
     if has_more_values(content, max_values):
         raise ConfigError(
             f"{where} is not {what}: it has more than the {max_values:,} values that are allowed"
@@ -125,11 +128,14 @@ def parse_plain(content: bytes, where: str, what: str, max_values: int = MAX_VAL
 
 
 class _Wrong(Exception):
-    """What is wrong with a content."""
+    """Carries the description of what is wrong with a file's content."""
 
 
 def _is_small(content: bytes) -> bool:
-    """Whether it may be validated as a whole: for each value that is missing, pydantic copies all that is there."""
+    """Whether a content may be validated as a whole.
+
+    For each missing value pydantic's error copies the whole object around it, so a large content could fill the memory.
+    """
     return len(content) <= _WHOLE_BYTES and not has_more_values(content, _WHOLE_VALUES)
 
 
@@ -145,7 +151,7 @@ def _validated(schema: type[T], content: bytes) -> T:
 
 
 def _in_slices(schema: type[T], content: bytes) -> T:
-    """A large content, its long lists a slice at a time."""
+    """Validate a large content, with its long lists a slice at a time."""
     try:
         raw = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -169,13 +175,13 @@ def _in_slices(schema: type[T], content: bytes) -> T:
 def _small_json(value: Any) -> bytes:
     content = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
     if not _is_small(content):
-        raise _Wrong("it has values that are too long, or too many where there is no list")
+        raise _Wrong("it has values that are too long, or too many values outside of its lists")
     return content
 
 
 def _first_problem(error: Any, with_value: bool) -> str:
-    """Where the first error is, what is there, and what is wrong with it."""
-    if error.error_count() > _TOLD_ERRORS:  # they can only be asked for all together
+    """The first error: where it is, what is there, and what is wrong with it."""
+    if error.error_count() > _TOLD_ERRORS:  # pydantic can only build the descriptions of all errors at once
         return f"{error.error_count():,} of its values are wrong or unknown"
     first = error.errors(include_url=False, include_context=False, include_input=with_value)[0]
     place = ".".join(map(_shortened, map(str, first["loc"]))) or "it"

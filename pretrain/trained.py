@@ -1,4 +1,4 @@
-"""What a run leaves to those who use its model: configuration, weights and tokenizer, checked to belong together."""
+"""Loads a trained model for use: its configuration, weights and tokenizer, after checking that they belong together."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ class TrainedModel:
 
     config: TrainConfig
     weights: dict[str, Tensor]
-    """fp32, at full shape, by the names of `Decoder.named_parameters()`."""
+    """Whole fp32 parameters under the names of `Decoder.named_parameters()`."""
     tokenizer: Tokenizer
     step: int
     tokens_seen: int
     sequence_length: int
-    """Tokens of the sequences that it was last trained on."""
+    """Number of tokens of the sequences in the last data stage that it was trained on."""
     precision: Precision
-    """What it was last trained in."""
+    """Precision in which it was last trained."""
 
     def decoder(self, device: torch.device, dtype: torch.dtype) -> Decoder:
-        """The model in evaluation mode."""
+        """The model in evaluation mode, on a device and with weights of a dtype."""
         return build_decoder(self.config.model, self.weights, device, dtype)
 
 
 def load_trained(run_dir: str | Path, step: int | None = None, target: str | None = None) -> TrainedModel:
-    """The model of a run's newest good checkpoint, or of a given step, in one process.
+    """Load the model of a run's newest good checkpoint, or of the one at `step`, in one process.
 
-    `target`: the URL of the checkpoints, where they are not in the run folder. Raises ConfigError where there is no
-    such checkpoint, its configuration is that of another model, or the run folder holds another tokenizer.
+    `target` is the URL of the checkpoints where they are not in the run folder. Raises ConfigError where there is no
+    such checkpoint, where its configuration does not match its weights, or where the run folder has another tokenizer.
     """
     config, weights, state = load_weights(run_dir, step, target)
     _check_model(config.model, {name: weight.shape for name, weight in weights.items()}, Path(run_dir))
@@ -58,17 +58,18 @@ def load_trained(run_dir: str | Path, step: int | None = None, target: str | Non
 
 
 def _check_model(config: ModelConfig, shapes: dict[str, torch.Size], run_dir: Path) -> None:
-    """Raise ConfigError unless a stored configuration's model has the parameters that the checkpoint holds."""
+    """Raise ConfigError unless the model of a stored configuration has exactly the checkpoint's parameters."""
     expected = None
-    if config.n_layers <= len(shapes) and config.vocab_size is not None:  # which bounds what is built here
+    # The condition limits the size of the model that is built here.
+    if config.n_layers <= len(shapes) and config.vocab_size is not None:
         with torch.device("meta"):
             expected = {name: weight.shape for name, weight in Decoder(config, seed=0).named_parameters()}
     if expected != shapes:
         raise ConfigError(
-            f"run_dir={run_dir}: the configuration in its checkpoint is not that of the model whose weights it holds"
+            f"run_dir={run_dir}: the configuration in its checkpoint does not match the weights in it"
         )
 
 
 def precision_on(device: torch.device, asked: Precision) -> Precision:
-    """The precision that a model computes in on a device."""
+    """The precision in which a model computes on a device: `asked`, with auto resolved for this device."""
     return resolve_precision(asked, capability_of(device).bf16)

@@ -1,1 +1,1 @@
-"""What `launch/bench.py` drives: the processes of a measured run, their turns, and the tables made of their results."""
+"""The harness behind `launch/bench.py`: it runs the measured processes in turns, and makes tables of their results."""

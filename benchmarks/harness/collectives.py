@@ -1,11 +1,11 @@
-"""What the collectives of this process move, and how long it waits for them.
+"""Counts the bytes that this process's collectives move, and the time that it waits for them.
 
-`watch` wraps every collective of torch.distributed once, before whoever keeps aliases of them is set up (DeepSpeed does
-when it takes over the process group); from then on `counted` says what happens in a block. Collectives that C++ starts
-itself are not seen: those of DistributedDataParallel and of compiled functional collectives.
+`watch` wraps every collective of torch.distributed once. It must run before other code keeps aliases of them, as
+DeepSpeed does when it takes over the process group. After that, `counted` records what happens in a block. Collectives
+that C++ code starts are not seen: those of DistributedDataParallel and of compiled functional collectives.
 
-Bytes are those of the whole tensor: what an all-reduce or a broadcast gets, an all-gather puts out, a reduce-scatter
-gets. Of a ring, each of N ranks sends (N-1)/N of them, and twice that for an all-reduce.
+The bytes are those of the whole tensor: the input of an all-reduce, broadcast or reduce-scatter, and the output of an
+all-gather. In a ring, each of N ranks sends (N-1)/N of them, and twice that for an all-reduce.
 """
 
 from __future__ import annotations
@@ -39,58 +39,58 @@ WATCHED = {
     "send": "tensor",
     "isend": "tensor",
 }
-"""Collective -> its argument that is counted, by the name that torch gives it."""
-_SECOND_ARGUMENT = ("input", "input_list")  # the others are the first one
+"""For each collective, the torch name of the argument whose bytes are counted."""
+_SECOND_ARGUMENT = ("input", "input_list")  # these are second arguments; the others are first arguments
 _FORMER_NAMES = {
     "all_gather_single": "all_gather_into_tensor",
     "reduce_scatter_single": "reduce_scatter_tensor",
 }
-"""Renamed in torch 2.13, where either name calls the other: one name counts for both."""
+"""Collectives that torch 2.13 renamed. One name calls the other there, so both count under one name."""
 
 
 class Kind(NamedTuple):
     """One kind of collective."""
 
     phase: str
-    """Of the step, as the caller names it; `` by default."""
+    """Phase of the step, as named by the caller; empty by default."""
     name: str
     dtype: str
 
 
 class Traffic:
-    """What was moved while this was active."""
+    """The calls, bytes and time of collectives while this was active."""
 
     def __init__(self, device: torch.device | None = None) -> None:
-        """`device`: on CUDA each collective is waited for, so that its time is known; nothing overlaps then."""
+        """With a CUDA `device`, each collective is waited for to know its time, so nothing overlaps with it."""
         self.calls: Counter[Kind] = Counter()
         self.bytes: Counter[Kind] = Counter()
         self.seconds = 0.0
-        """In which the calling threads were inside collectives or waited for them."""
+        """Time that the calling threads spent in collectives or waiting for them."""
         self.phase = ""
         self._synchronize = device is not None and device.type == "cuda"
         self._inside = False
 
     @property
     def is_inside(self) -> bool:
-        """Whether a collective is under way: what it calls in turn is not counted again."""
+        """Whether this thread is in a collective, whose inner calls must not be counted again."""
         return self._inside
 
     def by_kind(self, counter: Counter[Kind]) -> dict[str, int]:
-        """`name dtype` -> sum of `calls` or `bytes` over all phases."""
+        """The sum of `calls` or `bytes` over all phases, under keys `name dtype`."""
         sums: Counter[str] = Counter()
         for kind, number in counter.items():
             sums[f"{kind.name} {kind.dtype}"] += number
         return dict(sums)
 
     def note(self, name: str, moved: torch.Tensor | list[torch.Tensor]) -> None:
-        """Count one call."""
+        """Count one call and the bytes that it moves."""
         tensors = [moved] if isinstance(moved, torch.Tensor) else moved
         kind = Kind(self.phase, name, str(tensors[0].dtype).removeprefix("torch."))
         self.calls[kind] += 1
         self.bytes[kind] += sum(t.numel() * t.element_size() for t in tensors)
 
     def timed(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The result of a call whose time counts."""
+        """Make a call, add its time, and return its result."""
         self._inside = True
         started = self._now()
         try:
@@ -111,7 +111,7 @@ _watching = False
 
 @contextmanager
 def counted(traffic: Traffic) -> Iterator[Traffic]:
-    """Add to `traffic` all that is moved in the block. `watch` was called before."""
+    """Add to `traffic` everything that is moved in the block. `watch` must have been called before."""
     global _active
     assert _watching, "watch() comes first: nothing would be counted"
     before, _active = _active, traffic
@@ -122,16 +122,16 @@ def counted(traffic: Traffic) -> Iterator[Traffic]:
 
 
 def watch() -> None:
-    """Wrap the collectives, once per process; outside `counted` they do what they did."""
+    """Wrap the collectives, once per process. Outside of `counted` they behave as before."""
     global _watching
     if _watching:
         return
     _watching = True
     for name, argument in WATCHED.items():
-        if not hasattr(distributed_c10d, name):  # of another version of torch
+        if not hasattr(distributed_c10d, name):  # a collective of another version of torch
             continue
         wrapped = _wrapped(name, argument, getattr(distributed_c10d, name))
-        setattr(distributed_c10d, name, wrapped)  # where torch's own functions on objects look it up
+        setattr(distributed_c10d, name, wrapped)  # torch's own object collectives look it up here
         setattr(dist, name, wrapped)
     wait = dist.Work.wait
 

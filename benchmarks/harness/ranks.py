@@ -1,4 +1,4 @@
-"""The processes of benchmark runs: started, given turns, waited for, and none left behind."""
+"""Starts the processes of benchmark runs, lets them take turns, waits for them, and leaves none behind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pretrain.ports import free_port
 
 _TAIL_LINES = 15
 _GRACE_S = 10
-"""What other ranks get to end by themselves after one has failed."""
+"""Seconds that the other ranks get to end by themselves after one has failed."""
 _POLL_S = 0.1
 
 
@@ -29,7 +29,7 @@ class Ranks:
     """The processes of one run."""
 
     def __init__(self, command: Sequence[str], folder: Path, job: Job) -> None:
-        """Starts them. `folder`: for their logs."""
+        """Start the processes. `folder` is for their logs."""
         self.folder = folder
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._asking: list[socket.socket] = []
@@ -55,7 +55,7 @@ class Ranks:
         return [process.poll() for process in self._processes]
 
     def wait(self, deadline: float) -> None:
-        """Until they have ended, or it is `deadline` (time.monotonic). Raises RunFailed."""
+        """Wait until all processes have ended, or until `deadline` (time.monotonic). Raises RunFailed."""
         while None in self._codes and time.monotonic() < deadline:
             if any(self._codes):
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
@@ -69,7 +69,7 @@ class Ranks:
             raise RunFailed(text)
 
     def kill(self) -> None:
-        """Those that are left."""
+        """Kill the processes that are still running."""
         for process in self._processes:
             if process.poll() is None:
                 process.kill()
@@ -78,7 +78,7 @@ class Ranks:
             opened.close()
 
     def wait_for_step(self, deadline: float) -> bool:
-        """Until each of them asks for its next step. False where one does not: it has ended, or is late."""
+        """Wait until every process asks for its next step. False where one does not: it has ended or is too late."""
         waiting = [*self._asking, *([self._listener] if not self._asking else [])]
         while waiting and time.monotonic() < deadline:
             for found in select.select(waiting, [], [], _POLL_S)[0]:
@@ -95,16 +95,16 @@ class Ranks:
         return not waiting
 
     def let_step(self) -> None:
-        """Let each of them do a step. One that has died since it asked is noticed by the next wait."""
+        """Let every process do one step. The next wait notices a process that has died since it asked."""
         for connection in self._asking:
             with suppress(OSError):
                 connection.sendall(b"g")
 
 
 def take_turns(runs: Sequence[Ranks], deadline: float) -> None:
-    """Let runs do a step each, in the order A B C, C B A, ..., until they have ended or it is `deadline`.
+    """Let runs do one step each, in the order A B C, C B A, ..., until they have ended or until `deadline`.
 
-    Where one fails the others go on; its `wait` tells.
+    Where one fails, the others continue; its `wait` raises the error.
     """
     left = [run for run in runs if run.wait_for_step(deadline)]
     while left:
@@ -116,7 +116,7 @@ def take_turns(runs: Sequence[Ranks], deadline: float) -> None:
 
 
 def _asks(connection: socket.socket) -> bool:
-    """Whether a process asks for a step; else its end has closed the connection."""
+    """Whether a process asks for a step. Otherwise it has ended and so closed the connection."""
     try:
         return bool(connection.recv(1))
     except OSError:

@@ -1,4 +1,4 @@
-"""What a benchmark found, as figures and tables: pure functions of results.json."""
+"""Turns the results of a benchmark into figures and tables. All functions depend only on results.json."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from typing import Any
 from benchmarks.harness.worker import PARTS
 
 Table = tuple[list[str], list[list[str]]]
-"""Header and rows."""
+"""The header and the rows of a table."""
 GATHERS = "all_gather_into_tensor"
 
 
 def alternated(variants: Sequence[str], repeat: int) -> list[str]:
-    """The order of a repeat (from 0): A B C, then C B A, and so on, so that a machine that drifts favors none."""
+    """The order of the variants in a repeat, counted from 0: A B C, then C B A, and so on.
+
+    Alternating keeps a machine whose speed drifts from favoring a variant.
+    """
     return list(variants) if repeat % 2 == 0 else list(reversed(variants))
 
 
 def merged(ranks: Sequence[dict[str, Any]], tokens_per_step: int) -> dict[str, Any]:
-    """One result of what each rank reported. Times and what was moved are rank 0's, memory the largest of all."""
+    """The reports of all ranks merged into one result: times and bytes of rank 0, and the largest memory of any
+    rank."""
     first = ranks[0]
     losses = [sum(values) / len(ranks) for values in zip(*(rank["losses"] for rank in ranks), strict=True)]
     return first | {
@@ -30,16 +34,16 @@ def merged(ranks: Sequence[dict[str, Any]], tokens_per_step: int) -> dict[str, A
 
 
 def done(runs: Sequence[dict[str, Any]], variant: str) -> dict[int, dict[str, Any]]:
-    """Results of a variant by repeat."""
+    """The results of a variant by repeat."""
     return {run["repeat"]: run["result"] for run in runs if run["variant"] == variant and "result" in run}
 
 
 def paired_ratios(
     runs: Sequence[dict[str, Any]], variant: str, reference: str, *, in_turns: bool = False
 ) -> list[float]:
-    """Speed over the reference's, of each repeat that both have done: what ran within the same minutes is compared.
+    """Speed relative to the reference's for each repeat that both have done, because runs close in time compare best.
 
-    `in_turns`: of each step, which both have done one after the other.
+    With `in_turns` it is given for each step, since both did each step directly one after the other.
     """
     ours, theirs = done(runs, variant), done(runs, reference)
     both = [(ours[repeat], theirs[repeat]) for repeat in sorted(ours) if repeat in theirs]
@@ -57,7 +61,7 @@ def _step_speeds(result: dict[str, Any]) -> list[float]:
 
 
 def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
-    """`median (min..max)`, or the one value."""
+    """Values as `median (min..max)`, or a single value alone."""
     if not values:
         return "-"
     middle = form(median(values))
@@ -72,7 +76,7 @@ def speed_table(
     *,
     in_turns: bool = False,
 ) -> Table:
-    """Tokens per second, its ratio to the first variant, MFU, memory, and the losses, which should be alike."""
+    """Tokens per second, its ratio to the first variant, MFU, memory, and the losses, which should nearly agree."""
     header = ["variant", "tokens/s", "ratio", "MFU", "GiB per rank", "loss first, last"]
     rows = []
     for variant in variants:
@@ -98,7 +102,10 @@ def speed_table(
 
 
 def parts_table(runs: Sequence[dict[str, Any]], variants: Sequence[str]) -> Table:
-    """ms of a step by part, and what its collectives move: of instrumented steps, but for the first column."""
+    """Milliseconds of a step by part, and the bytes that its collectives move.
+
+    All columns except the first are from the instrumented steps.
+    """
     header = ["variant", "step", *PARTS, "collectives", "gathers", "MB moved"]
     rows = []
     for variant in variants:
@@ -118,14 +125,15 @@ def parts_table(runs: Sequence[dict[str, Any]], variants: Sequence[str]) -> Tabl
                 variant,
                 spread([1000 * seconds for seconds in steps], "{:,.1f}".format),
                 *parts,
-                *(counts if calls else ["-"] * 3),  # one process, or collectives that C++ starts
+                # There are no calls with a single process, or where C++ code starts the collectives.
+                *(counts if calls else ["-"] * 3),
             ]
         )
     return header, rows
 
 
 def markdown(table: Table) -> str:
-    """A table for a page of documentation."""
+    """A table in Markdown."""
     header, rows = table
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"

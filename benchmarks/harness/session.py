@@ -1,4 +1,4 @@
-"""A benchmark session: variants side by side, each run a set of fresh processes, in alternating order."""
+"""A benchmark session: runs several variants in alternating order, with new processes for each run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pretrain.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 PEAK = "peak"
-"""The runner that measures matrix products; it comes first in each repeat."""
+"""Name of the runner that measures matrix products. It comes first in each repeat."""
 _PARAMETERS_MAY_DIFFER_FRAC = 1e-3
 
 
@@ -28,7 +28,7 @@ class Variant:
     """One column of a comparison."""
 
     text: str
-    """As given: the runner's name and its overrides."""
+    """The variant as the user wrote it: a runner's name and its overrides."""
     script: Path
     python: str
     job: Job
@@ -37,7 +37,7 @@ class Variant:
 
 
 class Session:
-    """Runs what is not yet in `folder`/results.json, which is written after each run."""
+    """Runs the variants whose results are not yet in `folder`/results.json. That file is written after each run."""
 
     def __init__(self, folder: Path, variants: list[Variant], peak: Variant, repeats: int, timeout_s: float):
         self.folder, self.variants, self._peak = folder, variants, peak
@@ -49,11 +49,11 @@ class Session:
         self.runs: list[dict[str, Any]] = [
             run for run in old if run["job"] == jobs.get(run["variant"], run["job"]) and "result" in run
         ]
-        """Those of variants that are not asked for now stay in the file."""
+        """All runs in the file, which keeps those of variants that are not requested now."""
         self._taken_s: dict[str, list[float]] = {}
 
     def run(self, say: Callable[[str], None]) -> None:
-        """All runs that are missing. A variant that fails is not tried in later repeats."""
+        """Do all missing runs. A variant that fails is not tried in later repeats."""
         wanted = [(repeat, group) for repeat in range(self._repeats) for group in self._groups(repeat)]
         known = {(run["variant"], run["repeat"]) for run in self.runs}
         todo = [
@@ -85,18 +85,18 @@ class Session:
                 )
 
     def _groups(self, repeat: int) -> list[list[Variant]]:
-        """What is run at once, in the order of a repeat."""
+        """The groups of variants of a repeat, in order. The variants of a group run at the same time."""
         by_text = {variant.text: variant for variant in self.variants}
         ordered = [by_text[text] for text in alternated(list(by_text), repeat)]
         in_turns = self.variants[0].job.in_turns
         return [[self._peak], *([ordered] if in_turns else [[variant] for variant in ordered])]
 
     def _well(self, group: list[Variant]) -> list[Variant]:
-        """Without those that have failed."""
+        """The variants of a group that have not failed so far."""
         return [variant for variant in group if variant.text not in self.problems]
 
     def _left_s(self, names: list[str]) -> float:
-        """How long the coming groups will take: each as the same one before, else as the mean of all."""
+        """Estimated seconds for the coming groups: each takes as long as its last run, or as the mean of all."""
         means = {name: sum(taken) / len(taken) for name, taken in self._taken_s.items()}
         overall = sum(means.values()) / len(means)
         return sum(means.get(name, overall) for name in names)
@@ -127,7 +127,7 @@ class Session:
         return runs
 
     def _fresh_folder(self, variant: Variant, repeat: int) -> Path:
-        """For the job and the logs of one run."""
+        """An empty folder for the job file and the logs of one run."""
         name = re.sub(r"[^\w.=-]+", "_", variant.text)[:100]
         folder = self.folder / "logs" / f"repeat-{repeat + 1}-{name}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -136,21 +136,21 @@ class Session:
         write_atomically(folder / "job.json", content, durable=False)
         return folder
 
-    # ---- what was found ----
+    # ---- results ----
 
     @property
     def peak_flops_per_second(self) -> float:
-        """The best of the session, of all ranks together."""
+        """The best measured FLOP/s of the session, for all ranks together."""
         found = [r["result"]["flops_per_second"] for r in self.runs if r["variant"] == PEAK and "result" in r]
         return max(found, default=float("nan"))
 
     @property
     def problems(self) -> dict[str, str]:
-        """By variant."""
+        """Why a variant has failed, by variant."""
         return {run["variant"]: run["problem"] for run in self.runs if "problem" in run}
 
     def tables(self) -> list[tuple[str, tuple[list[str], list[list[str]]]]]:
-        """Titles and tables."""
+        """The titles and tables of the results."""
         texts = [variant.text for variant in self.variants]
         flops = {variant.text: variant.flops_per_token for variant in self.variants}
         peak = self.peak_flops_per_second
@@ -169,7 +169,7 @@ class Session:
         ]
 
     def write(self) -> None:
-        """results.json and table.md, each replaced as a whole."""
+        """Write results.json and table.md, each atomically."""
         texts = {"results.json": json.dumps({"runs": self.runs}, indent=1)}
         texts["table.md"] = "\n".join(f"{title}\n\n{markdown(table)}" for title, table in self.tables())
         for name, text in texts.items():
@@ -181,7 +181,7 @@ def _name(group: list[Variant]) -> str:
 
 
 def _result(variant: Variant, folder: Path) -> dict[str, Any]:
-    """What the ranks of a run have reported, as one. Raises RunFailed where it cannot be compared with the others."""
+    """The merged reports of a run's ranks. Raises RunFailed where the run is not comparable with the others."""
     job = variant.job
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(job.ranks)]
     if job.runner == PEAK:
@@ -200,6 +200,6 @@ def _said(result: dict[str, Any]) -> str:
 
 
 def missing_module(python: str, module: str) -> bool:
-    """Whether an interpreter cannot import a module."""
+    """Whether a Python interpreter lacks a module."""
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
     return subprocess.run([python, "-c", code], capture_output=True).returncode != 0

@@ -1,8 +1,8 @@
-"""One process of a benchmark run: what it is told, the tokens that it trains on, and what it reports.
+"""One process of a benchmark run: its job, the tokens that it trains on, and its report.
 
-Imports torch and `collectives` alone, so that another program can be measured in an environment of its own. A runner
-(benchmarks/runners/, benchmarks/peers/) builds a model, gives `Meter.measure` a function that does one optimizer step,
-and calls `Meter.report`.
+This module imports only torch and `collectives`, so that other programs can be measured in environments of their own. A
+runner (benchmarks/runners/, benchmarks/peers/) builds a model, passes `Meter.measure` a function that does one
+optimizer step, and calls `Meter.report`.
 """
 
 from __future__ import annotations
@@ -29,49 +29,50 @@ from pretrain.device import device_type
 from pretrain.files import write_atomically
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "rest")
-"""Of a step, in which a runner tells them apart; communication is found by itself, rest is what remains."""
+"""The parts of a step, in the order of the table. Runners mark them, except communication, which is measured by the
+wrapped collectives, and rest, which is the remaining time."""
 TURNS_PORT = "BENCH_TURNS_PORT"
-"""Variable with the port where a process asks before each step, if several runs take turns."""
+"""Environment variable with the port at which a process asks for each step, if several runs take turns."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run of one variant: plain JSON values."""
+    """One run of one variant. All values are plain JSON values."""
 
     runner: str
     ranks: int
     threads: int
-    """Of each rank."""
+    """Number of threads per rank."""
     warmup_steps: int
-    """Not timed: compiling, allocating."""
+    """Number of steps before the timed ones, in which code is compiled and memory allocated."""
     steps: int
-    """Timed."""
+    """Number of timed steps."""
     counted_steps: int
-    """After them: instrumented, for the parts of a step and for what is moved."""
+    """Number of instrumented steps after the timed ones, which measure the parts of a step and the bytes moved."""
     model: dict[str, Any]
-    """n_layers, d_model, n_heads, n_kv_heads, d_head, d_ff, vocab_size, rope_theta, norm_eps, init_std."""
+    """The keys n_layers, d_model, n_heads, n_kv_heads, d_head, d_ff, vocab_size, rope_theta, norm_eps and init_std."""
     optim: dict[str, Any]
-    """lr, beta1, beta2, eps, weight_decay, max_grad_norm."""
+    """The keys lr, beta1, beta2, eps, weight_decay and max_grad_norm."""
     compile: str
-    """auto (on a GPU), always, never."""
+    """Whether to compile the model: auto (only on a GPU), always or never."""
     sequence_length: int
     global_batch_sequences: int
     micro_batch_sequences: int
     grad_accum_steps: int
     seed: int
     in_turns: bool
-    """Whether runs of all variants take turns, a step of each."""
+    """Whether the runs of all variants take turns, one step each."""
     config: dict[str, Any]
-    """All of it, for runners that build a TrainConfig."""
+    """The whole configuration, for runners that build a TrainConfig."""
 
     @property
     def all_steps(self) -> int:
-        """Optimizer updates of the run."""
+        """Number of optimizer updates in the run."""
         return self.warmup_steps + self.steps + self.counted_steps
 
 
 def read_job() -> tuple[Job, Path]:
-    """The job whose file is the first argument, and the folder where this rank reports. Collectives are watched."""
+    """The job from the file in the first argument, and the folder for this rank's report. Also calls `watch`."""
     watch()
     path = Path(sys.argv[1])
     return Job(**json.loads(path.read_text())), path.parent
@@ -83,15 +84,15 @@ def launched() -> tuple[int, int]:
 
 
 def is_compiled(job: Job) -> bool:
-    """Whether this variant compiles on the device that is there."""
+    """Whether this variant compiles its model on this device."""
     return job.compile == "always" or (job.compile == "auto" and device_type() == "cuda")
 
 
 def own_tokens(job: Job, step: int, rank: int) -> torch.Tensor:
-    """This rank's sequences of update `step` (from 0) with one token more than their length: int64 [B, T + 1].
+    """This rank's sequences of update `step`, counted from 0, with one token more than their length: int64 [B, T + 1].
 
-    All variants see the same, on any number of ranks. Token k is drawn with a probability proportional to 1 / (k + 1),
-    as words are (Zipf, 1935), so that there is something to learn and the loss falls.
+    All variants see the same tokens, on any number of ranks. Token k has a probability proportional to 1 / (k + 1),
+    like words in a language (Zipf, 1935), so that there is something to learn and the loss falls.
     """
     generator = torch.Generator().manual_seed(job.seed * 1_000_003 + step)
     share = 1.0 / torch.arange(1, job.model["vocab_size"] + 1, dtype=torch.float64)
@@ -120,13 +121,13 @@ class Meter:
         self._turns = socket.create_connection(("127.0.0.1", int(port))) if port else None
 
     def measure(self, train_step: Callable[[int], torch.Tensor | float]) -> None:
-        """Do all steps. `train_step(n)`, n from 0, returns the mean loss of this rank's tokens."""
+        """Do all steps. `train_step(n)`, with n counted from 0, returns the mean loss over this rank's tokens."""
         for step in range(self.job.all_steps):
             self.begin()
             self.end(train_step(step))
 
     def begin(self) -> None:
-        """A step begins, once it is this run's turn."""
+        """Start a step, after waiting for this run's turn."""
         if self._turns is not None:
             self._turns.sendall(b"?")
             self._turns.recv(1)
@@ -141,7 +142,7 @@ class Meter:
         self._started = self._now()
 
     def end(self, loss: torch.Tensor | float) -> None:
-        """It has ended."""
+        """End a step with this mean loss."""
         self._seconds.append(self._now() - self._started)
         self._losses.append(loss.detach() if isinstance(loss, torch.Tensor) else loss)
         self._step += 1
@@ -155,9 +156,9 @@ class Meter:
         return self._step >= self.job.warmup_steps + self.job.steps
 
     def part(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, whose time without that in collectives is a part of an instrumented step.
+        """A function that calls `call` and adds its time, without that in collectives, to the part `name` of a step.
 
-        Of nested parts only the outer one counts.
+        Only instrumented steps are counted, and of nested parts only the outer one.
         """
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -174,7 +175,7 @@ class Meter:
         return timed
 
     def report(self, n_parameters: int, **versions: str) -> None:
-        """Write what was found. Times of parts, and what was moved, are means per instrumented step."""
+        """Write the report. The times of parts and the bytes moved are means per instrumented step."""
         n = self.job.counted_steps
         traffic, timed = self._traffic, slice(self.job.warmup_steps, self.job.warmup_steps + self.job.steps)
         parts = {name: seconds / n for name, seconds in self._parts.items()}
@@ -201,7 +202,7 @@ class Meter:
 
 
 def device_name(device: torch.device) -> str:
-    """Of the GPU, or of the processor."""
+    """Name of the GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -209,18 +210,19 @@ def device_name(device: torch.device) -> str:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """What was used before (compiling, initial weights) does not count."""
+    """Start to measure the peak memory anew, without what was used before (compilation, initial weights)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark is now what is resident
-    except OSError:  # a container may forbid it: then the peak is of the whole process
+        # On Linux this resets the high-water mark of resident memory.
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # a container may forbid this; the peak is then that of the whole process
         return
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most that was allocated on the GPU, or was resident in the process's memory."""
+    """Peak memory that was allocated on the GPU, or resident in this process where the device is a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -1,7 +1,7 @@
-"""Hugging Face: LlamaForCausalLM in its Trainer, with DeepSpeed ZeRO-3 in bf16.
+"""Runner for Hugging Face: LlamaForCausalLM in its Trainer, with DeepSpeed ZeRO-3 in bf16.
 
-The DeepSpeed configuration is that of Hugging Face's documentation ("auto" values filled in by the Trainer), with
-torch's fused AdamW, since DeepSpeed's own would have to be built. Neither logs nor saves within the measured steps.
+The DeepSpeed configuration is that of Hugging Face's documentation, with "auto" values that the Trainer fills in, and
+with torch's fused AdamW, because DeepSpeed's own would have to be built. It does not log or save during measured steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 
 class Sequences(Dataset):
-    """All sequences of the run in order; the Trainer deals micro batches to the ranks in turn."""
+    """All sequences of the run in order. The Trainer distributes micro-batches over the ranks in turn."""
 
     def __init__(self, job: Job) -> None:
         ranks = range(job.ranks)
@@ -41,7 +41,7 @@ class Sequences(Dataset):
 
 
 class MeteredTrainer(Trainer):
-    """The Trainer; it reads in order, and the losses of a step are kept."""
+    """A Trainer that reads in order and keeps the losses of a step."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -57,7 +57,7 @@ class MeteredTrainer(Trainer):
 
 
 class Steps(TrainerCallback):
-    """Tells the meter when a step begins and ends."""
+    """Tells the meter when a step starts and ends."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         self.meter = Meter(job, FOLDER, device)
@@ -74,7 +74,7 @@ class Steps(TrainerCallback):
 
 
 def deepspeed_settings() -> dict[str, Any]:
-    """ZeRO-3 in bf16."""
+    """The DeepSpeed configuration for ZeRO-3 in bf16."""
     return {
         "bf16": {"enabled": True},
         "zero_optimization": {
@@ -95,7 +95,7 @@ def deepspeed_settings() -> dict[str, Any]:
 
 
 def training_arguments(job: Job) -> TrainingArguments:
-    """Batch, optimizer and length of the run."""
+    """The Trainer's arguments: batch, optimizer and length of the run."""
     optim = job.optim
     return TrainingArguments(
         output_dir=str(FOLDER / "trainer"),
@@ -124,7 +124,8 @@ def training_arguments(job: Job) -> TrainingArguments:
 
 def main() -> None:
     job, shape = JOB, JOB.model
-    arguments = training_arguments(job)  # before the model, which then is made in partitions
+    # This must come before the model, which is then created in ZeRO-3 partitions.
+    arguments = training_arguments(job)
     set_seed(job.seed)
     model = LlamaForCausalLM(
         LlamaConfig(

@@ -1,8 +1,8 @@
-"""litgpt: its GPT, Fabric, loss and order of a step as in litgpt/pretrain.py, in one process.
+"""Runner for litgpt: its GPT, Fabric, loss and order of a step as in litgpt/pretrain.py, in a single process.
 
-`litgpt` has its default precision, bf16-mixed: fp32 weights and optimizer state, bf16 autocast. `litgpt_bf16_true` has
-weights and optimizer state in bf16, so it does less than the others. Its pretraining always compiles the whole model;
-here it does where kernels.compile says so.
+`litgpt` uses its default precision, bf16-mixed: fp32 weights and optimizer state with bf16 autocast. `litgpt_bf16_true`
+keeps weights and optimizer state in bf16, so it does less work than the others. litgpt's pretraining always compiles
+the whole model; here kernels.compile decides.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from litgpt.utils import chunked_cross_entropy, instantiate_torch_optimizer, num
 
 
 def model_config(job: Job) -> Config:
-    """The same shape."""
+    """litgpt's configuration for the job's model."""
     shape = job.model
     return Config(
         name="benchmark",
@@ -72,7 +72,7 @@ def main() -> None:
             "weight_decay": optim["weight_decay"],
         },
     }
-    # litgpt asks for the fused optimizer on a GPU only; it is the faster one on a CPU too.
+    # litgpt uses the fused optimizer only on a GPU, but it is faster on a CPU too.
     optimizer = fabric.setup_optimizers(instantiate_torch_optimizer(settings, model.parameters(), fused=True))
     batches = [own_tokens(job, step, rank=0) for step in range(job.all_steps)]
     meter = Meter(job, FOLDER, fabric.device)

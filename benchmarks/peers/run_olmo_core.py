@@ -1,8 +1,8 @@
-"""ai2-olmo-core: its llama-like model and TransformerTrainModule, with FSDP or DDP where there are several ranks.
+"""Runner for ai2-olmo-core: its Llama-like model and TransformerTrainModule, with FSDP or DDP for several ranks.
 
-As its own scripts have it: FSDP computes in bf16 and reduces in fp32; DDP, and one process, compute under bf16
-autocast. Weights and optimizer state are fp32. OLMo-core compiles where there is a GPU; with kernels=compiled its own
-`apply_compile` is called on a CPU too.
+The settings are those of its own scripts: FSDP computes in bf16 and reduces in fp32; DDP and a single process use bf16
+autocast. Weights and optimizer state are fp32. OLMo-core compiles on a GPU; with kernels=compiled this runner calls its
+`apply_compile` on a CPU too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from benchmarks.harness.worker import Job, Meter, is_compiled, launched, own_tokens, read_job
 from pretrain.device import device_type
 
-JOB, FOLDER = read_job()  # before the peer is imported, which might keep collectives under other names
+JOB, FOLDER = read_job()  # must come before the import of the peer, which might keep aliases of collectives
 
 from olmo_core.config import DType
 from olmo_core.distributed.parallel import DataParallelType
@@ -31,21 +31,21 @@ from olmo_core.train.train_module import TransformerDataParallelConfig, Transfor
 
 
 class Recorder:
-    """In the place of OLMo-core's trainer, of which a step needs only that metrics are taken."""
+    """Replaces OLMo-core's trainer, from which a training step needs only that it accepts metrics."""
 
     def __init__(self) -> None:
         self.loss = torch.zeros(())
 
     def record_metric(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """One metric."""
+        """Accept a metric."""
 
     def record_ce_loss(self, value: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """The mean loss of this rank."""
+        """Accept the mean loss of this rank."""
         self.loss = value
 
 
 def build_model(job: Job) -> Transformer:
-    """The same shape."""
+    """OLMo-core's model with the shape of the job's model."""
     shape = job.model
     model = TransformerConfig.llama_like(
         d_model=shape["d_model"],

@@ -1,4 +1,4 @@
-"""What the runners of this program's own model share."""
+"""Configuration and batches, shared by the runners of this program's own model."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pretrain.batch import Batch
 from pretrain.config import TrainConfig, validate
 
 SYNTHETIC = "synthetic"
-"""data.manifest of tokens that are drawn, not read."""
+"""Value of data.manifest that stands for random tokens instead of a corpus."""
 DOCUMENTS = 4
-"""With data.document_masking, each sequence holds so many documents of the same length."""
+"""Number of documents per sequence, of equal length, with data.document_masking."""
 
 
 def train_config(job: Job) -> TrainConfig:
-    """The run as launch/train.py would have it."""
+    """The job's configuration as a validated TrainConfig."""
     return validate(TrainConfig, job.config)
 
 
 def synthetic_batches(job: Job, rank: int) -> Iterator[list[Batch]]:
-    """This rank's micro batches of each step, made beforehand."""
+    """This rank's micro-batches of each step. All are made in advance, so that making them is not timed."""
     masked = job.config["data"]["document_masking"]
     length = -(-job.sequence_length // DOCUMENTS) if masked else job.sequence_length
     place = torch.arange(job.sequence_length)

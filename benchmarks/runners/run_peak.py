@@ -1,4 +1,4 @@
-"""The denominator of MFU: the best matrix product in bf16 that each rank's device does while all ranks do theirs."""
+"""Measures the denominator of MFU: the best rate of bf16 matrix products per rank while all ranks compute them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This program: the engine's own training step, as launch/train.py calls it."""
+"""Runner for this program: the engine's training step, as launch/train.py calls it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pretrain.engine.engine import Engine
 
 
 def corpus_batches(config: TrainConfig, world: World) -> Iterator[list[Batch]]:
-    """The micro batches of each step, read as in training."""
+    """This rank's micro-batches of each step, read as in training."""
     return TrainLoader(
         config.data,
         config.seed,

@@ -1,7 +1,7 @@
-"""The baseline: the same model in a bare PyTorch loop.
+"""Runner for the baseline: the same model in a plain PyTorch training loop.
 
-bf16 weights, fp32 master weights under torch's fused AdamW, the copy back, clipping, the same loss. On several ranks
-the gradients are all-reduced once per step, as one flat tensor. Nothing of the engine is used.
+It has bf16 weights, fp32 master weights with torch's fused AdamW, the copy back to bf16, clipping, and the same loss.
+With several ranks the gradients are all-reduced once per step, as one flat tensor. It does not use the engine.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def build_model(config: TrainConfig, device: torch.device) -> Decoder:
 
 
 class Loop:
-    """A model, its master weights and optimizer."""
+    """A model with its master weights and its optimizer."""
 
     def __init__(self, config: TrainConfig, world: World, model: Decoder) -> None:
         self.config, self.world, self.model = config, world, model
@@ -49,7 +49,7 @@ class Loop:
         self.optimizer = build_optimizer(parameter_groups(named, config.optim), config.optim)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The micro batch's part of the loss of the step, and its sum of negative log-likelihoods."""
+        """The micro-batch's part of the step's loss, and its sum of negative log-likelihoods."""
         arguments = [t.to(self.world.device) for t in batch[: 4 if self.config.data.document_masking else 3]]
         sums = self.model(*arguments)
         n_predicted = self.config.global_batch_sequences * self.config.data.sequence_length
@@ -66,7 +66,7 @@ class Loop:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Clip, update the masters, copy them to the weights."""
+        """Clip the gradients, update the master weights, and copy them to the weights."""
         apart = self.masters[0] is not self.weights[0]
         if apart:
             for master, weight in zip(self.masters, self.weights, strict=True):

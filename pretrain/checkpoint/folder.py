@@ -1,7 +1,7 @@
-"""The folder of a checkpoint: where it is, what it lists, its state. Imports no torch: tools start at once.
+"""The folder of a checkpoint: its place, its list of files, and its state. Imports no torch, so tools start quickly.
 
-A checkpoint may come from anyone. Its files are read only where `COMPLETE` lists them, as regular files of its own
-folder, and what was hashed is what is parsed.
+A checkpoint may come from an untrusted source. A file is read only if `COMPLETE` lists it and it is a regular file in
+the checkpoint's own folder, and the bytes that are parsed are the ones that were hashed.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ COMPLETE = "COMPLETE"
 STATE = "state.json"
 READ_BYTES = 16 << 20
 MAX_JSON_BYTES = 256 << 20
-"""COMPLETE and state.json are refused above this; those of a 70B model on 4,096 ranks have about 1 MB."""
+"""Size limit of COMPLETE and of state.json. Those of a 70B model on 4,096 ranks have about 1 MB."""
 
 
 class CheckpointError(RunError):
-    """A checkpoint could not be written, or none that is left can be trusted."""
+    """A checkpoint could not be written, or it is damaged."""
 
 
 def root_of(run_dir: str | Path, target: str | None) -> Path:
-    """Where a run keeps its checkpoints: `checkpoint.target`, a folder or any fsspec URL, else the run folder.
+    """The root of a run's checkpoints: `target` (`checkpoint.target`), a folder or a URL, or else the run folder.
 
-    Raises ConfigError where the URL's kind is unknown or the package for it is not installed.
+    Raises ConfigError where the URL's scheme is not supported or the package for it is not installed.
     """
     if target is None:
         return Path(run_dir)
@@ -59,7 +59,7 @@ def checkpoint_path(root: Path, step: int) -> Path:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Published checkpoint folders, oldest first; not verified."""
+    """The published checkpoint folders, oldest first. They are not verified."""
     folder = root / "checkpoints"
     if not folder.is_dir():
         return []
@@ -72,16 +72,16 @@ def step_of(path: Path) -> int:
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a path is on a store without rename and fsync."""
+    """Whether a path is in an object store, which has no rename and no fsync."""
     return not isinstance(path, os.PathLike)
 
 
 def root_of_run(run_dir: Path, target: str | None = None, key: str = "checkpoint_target") -> Path:
-    """The root of an existing run's checkpoints: `target`, where the command line names one, or as config.json says.
+    """The root of an existing run's checkpoints: `target` from the command line, or else what config.json names.
 
-    A URL in config.json is not opened, since the run may be another's, and its author would learn who opens it, or
-    have requests sent from this host. Raises ConfigError for that, naming the `key` of the command line that would open
-    it, and for a config.json that is none.
+    A URL in config.json is not opened: the run may come from someone else, who would learn who opens it, or could make
+    this host send requests. Raises ConfigError for such a URL, naming the command-line `key` that opens it, and for an
+    invalid config.json.
     """
     if target is not None:
         return root_of(run_dir, target)
@@ -93,17 +93,17 @@ def root_of_run(run_dir: Path, target: str | None = None, key: str = "checkpoint
         case {"checkpoint": {"target": str() | None as stored}}:
             pass
         case _:
-            raise ConfigError(f"{path} is not {what}: checkpoint.target is not a text")
+            raise ConfigError(f"{path} is not {what}: checkpoint.target is not a string")
     if stored is not None and is_url(stored):
         raise ConfigError(
-            f"run_dir={run_dir} keeps its checkpoints at {redact(stored)!r}, and a URL that a run folder names is not "
-            f"opened by itself; name it on the command line: {key}=URL"
+            f"run_dir={run_dir} keeps its checkpoints at {redact(stored)!r}; a URL from a run folder is opened only if "
+            f"the command line names it too: {key}=URL"
         )
     return root_of(run_dir, stored)
 
 
 def hash_file(path: Path) -> str:
-    """xxh3-128 of a regular file, hexadecimal."""
+    """The xxh3-128 of a regular file, in hexadecimal. Raises the errors of `open_file`."""
     with open_file(path) as file:
         return _hash(file)
 
@@ -116,7 +116,7 @@ def _hash(file: BinaryIO) -> str:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """A file of a checkpoint or run: a regular one of the folder itself, or one in a store. ConfigError and OSError."""
+    """Open a file of a checkpoint or run. Raises ConfigError for a link or other irregular file, and OSError."""
     if is_remote(path):
         return path.open("rb")
     if path.is_symlink():
@@ -125,7 +125,10 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A JSON file of a checkpoint or run. Raises ConfigError where it is too large or not a regular file; OSError."""
+    """The content of a JSON file of a checkpoint or run.
+
+    Raises ConfigError where it is too large or not a regular file, and OSError.
+    """
     with open_file(path) as file:
         content = read_at_most(file, MAX_JSON_BYTES + 1)
     if len(content) > MAX_JSON_BYTES:
@@ -134,7 +137,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def listing(path: Path) -> dict[str, FileEntry]:
-    """What COMPLETE says of each file. Raises ConfigError and OSError."""
+    """The size and hash of each file, from COMPLETE. Raises ConfigError and OSError."""
     files = parse(Complete, read_bytes(path / COMPLETE), COMPLETE, "a list of files").files
     if STATE not in files:
         raise ConfigError(f"{COMPLETE} does not list {STATE}")
@@ -143,13 +146,13 @@ def listing(path: Path) -> dict[str, FileEntry]:
 
 def unlisted(path: Path, files: dict[str, FileEntry]) -> list[str]:
     """Names in a checkpoint's folder that COMPLETE does not list."""
-    # What is deleted while it is open on another host lives on under such a name in a folder on NFS.
+    # On NFS, a file that is deleted while another host has it open is kept under a name that starts with .nfs.
     names = (entry.name for entry in path.iterdir())
     return sorted(name for name in names if name not in (COMPLETE, *files) and not name.startswith(".nfs"))
 
 
 def file_problem(folder: Path, name: str, entry: FileEntry) -> str | None:
-    """What is wrong with a listed file, or None."""
+    """What is wrong with a file that COMPLETE lists as `entry`; None where it is intact."""
     path = folder / name
     try:
         with open_file(path) as file:
@@ -166,7 +169,7 @@ def file_problem(folder: Path, name: str, entry: FileEntry) -> str | None:
 
 
 def stamp(path: Path) -> tuple[int, int, int]:
-    """Changes whenever the file at a local path does, or another takes its name: size and both times, in ns."""
+    """Size, mtime and ctime (in ns) of a local file. They change when the file changes or another one replaces it."""
     found = os.stat(path, follow_symlinks=False)
     if not stat.S_ISREG(found.st_mode):
         raise ConfigError(f"{path.name} is not a regular file")
@@ -174,9 +177,10 @@ def stamp(path: Path) -> tuple[int, int, int]:
 
 
 def read_state(path: Path, files: dict[str, FileEntry] | None = None) -> RunState:
-    """state.json of a checkpoint whose COMPLETE lists `files`: the bytes that are hashed are those that are parsed.
+    """The state.json of a checkpoint whose COMPLETE lists `files`. The bytes that are parsed are the ones hashed.
 
-    Raises CheckpointError where it is another file, no state, or claims what the files cannot hold.
+    Raises CheckpointError where the hash differs, the content is invalid, or it claims more weights than the files can
+    hold.
     """
     try:
         files = listing(path) if files is None else files
@@ -190,15 +194,15 @@ def read_state(path: Path, files: dict[str, FileEntry] | None = None) -> RunStat
     held_bytes = sum(entry.bytes for entry in files.values())
     if n_bytes > held_bytes:
         raise CheckpointError(
-            f"{path.name}: {STATE} speaks of weights of {n_bytes:,} bytes, where the files have {held_bytes:,}"
+            f"{path.name}: {STATE} lists weights of {n_bytes:,} bytes, but the files have only {held_bytes:,}"
         )
     return state
 
 
 def newest_state(run_dir: Path, target: str | None = None) -> RunState:
-    """state.json of a run's newest checkpoint whose state matches its hash; the tensors are not looked at.
+    """The state.json of a run's newest checkpoint whose state matches its hash. The tensors are not verified.
 
-    `target` is what `checkpoint.target` was, where it is a URL. Raises ConfigError where there is none.
+    `target` is the run's `checkpoint.target` where that is a URL. Raises ConfigError where there is no such checkpoint.
     """
     problems = []
     for path in reversed(list_checkpoints(root_of_run(run_dir, target))):
@@ -207,5 +211,5 @@ def newest_state(run_dir: Path, target: str | None = None) -> RunState:
         except CheckpointError as error:
             problems.append(str(error))
     raise ConfigError(
-        f"run_dir={run_dir} has no checkpoint that can be read ({'; '.join(problems) or 'none'})"
+        f"run_dir={run_dir} has no checkpoint that can be read ({'; '.join(problems) or 'none exists'})"
     )

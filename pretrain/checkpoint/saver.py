@@ -1,7 +1,7 @@
-"""Saving beside training: one thread writes a checkpoint, keeps what the policy wants and deletes the rest.
+"""Saves checkpoints in a thread while training continues, and deletes those that the policy does not keep.
 
-Training stops for the copy to host memory only (`EngineState.snapshot`). At most one save is in flight; a save that
-comes due meanwhile waits for it (the trainer sees to that, alike on all ranks).
+Training pauses only for the copy to host memory (`EngineState.snapshot`). At most one save is in flight. When the next
+one is due before it ends, the trainer first waits for it, on all ranks at the same step.
 """
 
 from __future__ import annotations
@@ -28,40 +28,41 @@ from pretrain.distributed import Partition, World, gather_objects, with_own_grou
 from pretrain.reliability.heartbeat import touch
 
 HOURS_BETWEEN_FAILURES_PER_RANK = 50_000.0
-"""Llama 3 (2024): 419 unexpected interruptions in 54 days on 16,384 GPUs."""
+"""The rate that the Llama 3 paper (2024) reports: 419 unexpected interruptions in 54 days on 16,384 GPUs."""
 IO_POLL_S = 1.0
 IO_NOISE_BYTES = 1 << 16
-"""A process reads and writes so much for other reasons."""
+"""Number of bytes that a process reads and writes in that time for other reasons than a save."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """What came of one save."""
+    """The result of one save."""
 
     step: int
     path: Path
     stall_s: float
-    """Training stood still for so long."""
+    """Seconds that training paused for the copy to host memory."""
     write_s: float = 0.0
-    """From the end of the copy until the checkpoint was durable and published."""
+    """Seconds from the end of the copy until the checkpoint was durable and published."""
     bytes: int = 0
-    """Of all files."""
+    """Total size of all files of the checkpoint."""
     deleted: list[Path] = field(default_factory=list)
+    """Older checkpoints that were deleted afterwards."""
     problem: str | None = None
-    """Why nothing was published, or None."""
+    """Why nothing was published; None after a success."""
 
 
 class Saver:
-    """Writes checkpoints of a run; every rank has one and calls its methods at the same steps.
+    """Writes the checkpoints of a run. Every rank has a Saver and calls its methods at the same steps.
 
-    `heldout_losses`: step -> held-out loss, of evaluations so far; the caller adds to it.
+    `heldout_losses` maps the steps evaluated so far to their held-out losses; the caller adds to it.
     """
 
     def __init__(
         self, root: Path, policy: CheckpointConfig, world: World, heldout_losses: dict[int, float]
     ) -> None:
         self._root, self._policy, self._heldout_losses = root, policy, heldout_losses
-        # The thread's collectives must never meet those of training.
+        # Collectives of the saving thread must not be matched with those of training.
         self._world = with_own_group(world)
         self._thread: threading.Thread | None = None
         self._result: Saved | None = None
@@ -69,7 +70,7 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Whether a save is in flight on this rank, or finished and not yet collected."""
+        """Whether this rank has a save in flight, or one whose result `finished` has not yet returned."""
         return self._thread is not None
 
     def start(
@@ -78,7 +79,7 @@ class Saver:
         snapshot: Callable[[], dict[str, Partition]],
         state: dict[str, Any],
     ) -> None:
-        """Copy the state and begin to write it. No other save may be in flight."""
+        """Copy the state and start to write it. No other save may be in flight."""
         assert self._thread is None, "one save at a time"
         started = time.monotonic()
         partitions = snapshot()
@@ -89,16 +90,17 @@ class Saver:
         self._thread.start()
 
     def finished(self, *, wait: bool = False) -> Saved | None:
-        """The result of the save in flight, once; None while there is none or it is not done.
+        """The result of the save in flight, returned only once. None where there is no save, or it is not done.
 
-        An error that is none of storage (a peer is gone) is raised here.
+        With `wait` it first waits for the save. Raises an error of the save that is not about storage, such as that of
+        a rank that has died.
         """
         if self._thread is None or (not wait and self._thread.is_alive()):
             return None
         n_bytes = io_bytes()
         while self._thread.is_alive():
             self._thread.join(IO_POLL_S)
-            if io_bytes() > n_bytes + IO_NOISE_BYTES:  # the watchdog shall see that the write gets on
+            if io_bytes() > n_bytes + IO_NOISE_BYTES:  # tell the watchdog that the write makes progress
                 n_bytes = io_bytes()
                 touch()
         self._thread = None
@@ -124,9 +126,10 @@ class Saver:
 def retain(
     root: Path, policy: CheckpointConfig, world: World, heldout_losses: dict[int, float] | None = None
 ) -> list[Path]:
-    """Delete what the policy does not keep, once the newest checkpoint has been read back and verified.
+    """Delete the checkpoints that the policy does not keep, after reading back and verifying the newest one.
 
-    All ranks together; rank 0 decides. `heldout_losses` by step say which checkpoints are the best.
+    All ranks call this together; rank 0 decides. `heldout_losses` by step determine the best checkpoints. Returns the
+    deleted folders.
     """
     paths = list_checkpoints(root) if world.is_main else []
     surplus = gather_objects(_surplus(paths, policy, heldout_losses or {}), world)[0]
@@ -140,7 +143,7 @@ def retain(
 
 
 def _surplus(paths: list[Path], policy: CheckpointConfig, heldout_losses: dict[int, float]) -> list[Path]:
-    """Checkpoints that neither are among the newest, nor permanent, nor among the best."""
+    """The checkpoints that are neither among the newest nor permanent nor among the best."""
     measured = [path for path in paths if step_of(path) in heldout_losses]
     best = sorted(measured, key=lambda path: heldout_losses[step_of(path)])[: policy.keep_best]
     return [
@@ -151,16 +154,17 @@ def _surplus(paths: list[Path], policy: CheckpointConfig, heldout_losses: dict[i
 
 
 def io_bytes() -> int:
-    """What this process has read and written so far, this question included; not what went through sockets."""
+    """Bytes that this process has read and written so far, without its sockets. This call itself reads a little."""
     read, written = Path("/proc/self/io").read_text().splitlines()[:2]
     return int(read.split()[1]) + int(written.split()[1])
 
 
 def advised_interval_s(save_cost_s: float, world_size: int, mtbf_hours: float | None) -> float:
-    """Time between saves that loses least: sqrt(2 x cost of a save x mean time between failures).
+    """Seconds between saves that lose the least time: sqrt(2 x cost of a save x mean time between failures).
 
-    Young, "A first order approximation to the optimum checkpoint interval", 1974. `save_cost_s` is the time that
-    training stands still for a save; `mtbf_hours` that of the whole job, None: estimated from the number of ranks.
+    The formula is from Young, "A first order approximation to the optimum checkpoint interval", 1974. `save_cost_s` is
+    the time that training pauses for a save. `mtbf_hours` is the mean time between failures of the whole job; None
+    estimates it from the number of ranks.
     """
     hours = mtbf_hours if mtbf_hours is not None else HOURS_BETWEEN_FAILURES_PER_RANK / world_size
     return math.sqrt(2 * save_cost_s * hours * 3600)

@@ -1,6 +1,6 @@
-"""What a run says of itself in files: state.json and COMPLETE of a checkpoint, run.json. Schemas, without torch.
+"""Schemas of the files in which a run describes itself: state.json and COMPLETE of a checkpoint, and run.json.
 
-Whoever gives you a run has written these files, so every value has a type and a bound (`pretrain.stored`).
+A run may come from an untrusted source, so every value has a type and bounds (`pretrain.stored`). Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Digits = list[Annotated[int, Ge(0), Le(1 << 40)]]
 
 
 def is_xxh3_128(text: str) -> bool:
-    """32 hexadecimal digits."""
+    """Whether a text is 32 lowercase hexadecimal digits."""
     return len(text) == 32 and set(text) <= set("0123456789abcdef")
 
 
 def is_run_id(text: str) -> bool:
-    """Letters, digits, - and _, as W&B allows them in the id of a run."""
+    """Whether a text has only letters, digits, - and _, which is what W&B allows in the id of a run."""
     return 0 < len(text) <= 128 and all(c.isascii() and (c.isalnum() or c in "-_") for c in text)
 
 
@@ -43,30 +43,30 @@ class FileEntry:
 
 @dataclass(kw_only=True, slots=True)
 class Complete:
-    """COMPLETE: every other file of the checkpoint."""
+    """The content of COMPLETE: the list of all other files of the checkpoint."""
 
     format_version: Literal[1]
     files: Annotated[dict[FileName, FileEntry], MaxLen(1 << 20)]
 
 
 class LossGuardState(TypedDict):
-    """Of `pretrain.train.loss_guard.LossGuard`."""
+    """State of `pretrain.train.loss_guard.LossGuard`."""
 
     losses: Annotated[list[float], MaxLen(1 << 16)]
     skips: Count
 
 
 class LossScaleState(TypedDict):
-    """Of `pretrain.engine.loss_scale.LossScale`."""
+    """State of `pretrain.engine.loss_scale.LossScale`."""
 
     value: Annotated[float, Ge(0.0), Le(2.0**127)]
     applied: Count
 
 
 class RunState(TypedDict):
-    """state.json: all that a resumed run needs beside the tensors.
+    """The content of state.json: everything that a resumed run needs besides the tensors.
 
-    What is not required was added later: checkpoints from before go without it.
+    Fields that are not required were added later; older checkpoints do not have them.
     """
 
     format_version: Literal[1]
@@ -76,7 +76,7 @@ class RunState(TypedDict):
     sequence_length: Annotated[int, Ge(1), Le(1 << 24)]
     optimizer_step: Step
     order: dict[str, Any]
-    """Parsed by `OrderState.from_dict`."""
+    """State of the sample order; `OrderState.from_dict` parses it."""
     loss_guard: NotRequired[LossGuardState]
     tokenizer_sha256: Sha256
     run_id: RunId
@@ -88,14 +88,14 @@ class RunState(TypedDict):
     loss_scale: NotRequired[LossScaleState | None]
     versions: NotRequired[dict[Line, Line]]
     config: dict[str, Any]
-    """Parsed by `pretrain.config.stored_config`."""
+    """The run's configuration; `pretrain.config.stored_config` parses it."""
     micro_batch_found: NotRequired[bool]
     tensors: Annotated[dict[Annotated[str, MaxLen(512)], Annotated[Digits, MaxLen(8)]], MaxLen(1 << 20)]
-    """Name of each parameter -> its shape."""
+    """Shape of each parameter by its name."""
 
 
 class Identity(TypedDict):
-    """run.json: who a run is."""
+    """The content of run.json: the identity of a run."""
 
     run_id: RunId
     attempt: Count

@@ -1,19 +1,19 @@
-"""Checkpoints that belong to no cluster: what is saved, how it is published, verified, kept, found and loaded.
+"""Saves, publishes, verifies, finds and loads checkpoints, which are portable across clusters and rank counts.
 
 `<run_dir>/checkpoints/step-00001000/` holds
 
-- `shard-*.safetensors`: the fp32 weights and Adam moments as flattened, named tensors, one file per rank that wrote,
-  by torch.distributed.checkpoint; any number of ranks reads them;
-- `state.json`: step, tokens, sample order, config, shapes, versions;
-- `COMPLETE`: size and xxh3-128 of every file, written last.
+- `shard-*.safetensors`: the fp32 weights and optimizer moments as flattened, named tensors, in at least one file per
+  rank, written by torch.distributed.checkpoint; any number of ranks can read them;
+- `state.json`: step, tokens, sample order, configuration, shapes, software versions;
+- `COMPLETE`: size and xxh3-128 of every other file, written last.
 
-The folder is written under a temporary name, synced, then renamed: it is complete or it does not exist. On an object
-store, which has no rename, the files are uploaded and `COMPLETE` after all others. Nothing in it is parsed before its
-hash matches, nothing in it is a pickle, and what `COMPLETE` does not list is neither read nor let pass.
+The folder is written under a temporary name, synced and renamed, so it is complete or does not exist. In an object
+store, which has no rename, `COMPLETE` is uploaded after all other files. No file is parsed before its hash matches,
+none is a pickle, and a folder with a file that `COMPLETE` does not list is refused.
 
-Functions take the root of a run's checkpoints: the run folder itself, or what `checkpoint.target` names (`root_of`).
-torch.distributed.checkpoint and DTensor are imported where they are used: they bring sympy along, which costs each
-rank a CPU-second, and a start that loads nothing needs them only beside training, when it saves.
+The functions take the root of a run's checkpoints: the run folder, or what `checkpoint.target` names (`root_of`).
+torch.distributed.checkpoint and DTensor are imported where they are used, because they import sympy, which costs each
+rank a second of CPU time. A run that starts without a checkpoint needs them only when it saves.
 """
 
 from __future__ import annotations
@@ -58,33 +58,34 @@ from pretrain.errors import ConfigError
 from pretrain.files import create_file, sync_folder
 
 FILE_BYTES = 1 << 30
-"""Tensors of a rank are put into files of about this size: safetensors builds each in memory."""
+"""Approximate size of the tensor files that a rank writes. safetensors builds each file in memory."""
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """A checkpoint whose every file had the size and the hash that COMPLETE says."""
+    """A checkpoint all of whose files have the size and hash that COMPLETE lists."""
 
     path: Path
     files: dict[str, FileEntry]
     state: RunState
     stamps: dict[str, tuple[int, int, int]]
-    """`stamp` of each file from before it was hashed; of a remote one, which is hashed again as it comes, none."""
+    """`stamp` of each file, taken before it was hashed. Empty for a remote checkpoint, which is hashed again when it is
+    downloaded."""
 
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
-    """The newest checkpoint that verified, and why newer ones were passed over."""
+    """The newest checkpoint that passed verification, and why newer ones did not."""
 
     verified: Verified | None
     passed_over: list[str] = field(default_factory=list)
-    """One sentence per checkpoint that was refused, newest first."""
+    """One sentence per refused checkpoint that says why, newest first."""
 
     @property
     def path(self) -> Path | None:
-        """Its folder."""
+        """The folder of the checkpoint; None where none was found."""
         return self.verified.path if self.verified else None
 
 
@@ -92,10 +93,11 @@ class FoundCheckpoint:
 
 
 def save(root: Path, step: int, partitions: dict[str, Partition], state: dict[str, Any], world: World) -> int:
-    """Write and publish one checkpoint; all ranks call this together and return when it is durable. Its bytes.
+    """Write and publish one checkpoint. All ranks call this together, and it returns when the checkpoint is durable.
 
-    `partitions` is `EngineState.snapshot()`; `state` goes to state.json and is rank 0's. Raises CheckpointError on
-    every rank when any rank failed; then nothing is published and nothing temporary is left.
+    `partitions` are those of `EngineState.snapshot()`. Rank 0's `state` is written to state.json. Returns the size of
+    the checkpoint in bytes. Raises CheckpointError on every rank when any rank failed; then nothing is published and no
+    temporary file is left.
     """
     final = checkpoint_path(root, step)
     with _workplace(final, world) as folder:
@@ -108,13 +110,15 @@ def save(root: Path, step: int, partitions: dict[str, Partition], state: dict[st
 
 @contextmanager
 def _workplace(final: Path, world: World) -> Iterator[Path]:
-    """The folder in which a checkpoint is written: shared, beside its final place; private where that is remote."""
+    """The temporary folder in which a checkpoint is written.
+
+    It lies beside the final folder, shared by all ranks; where the final folder is remote, each rank has its own.
+    """
     if is_remote(final):
         folder = Path(tempfile.mkdtemp(prefix="pretrain-checkpoint-"))
         mine = True
-        _together(
-            world, lambda: remove(final) if world.is_main else None
-        )  # one that was refused or is half there
+        # A checkpoint of this step may be there that was refused or is incomplete.
+        _together(world, lambda: remove(final) if world.is_main else None)
     else:
         folder = final.with_name(f".{final.name}.tmp")
         mine = world.is_main
@@ -127,7 +131,8 @@ def _workplace(final: Path, world: World) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint. Without COMPLETE it is none, so a deletion that is cut short leaves nothing half valid."""
+    """Delete a checkpoint, COMPLETE first, so that an interrupted deletion does not leave a valid-looking
+    checkpoint."""
     (path / COMPLETE).unlink(missing_ok=True)
     if not is_remote(path):
         shutil.rmtree(path, ignore_errors=True)
@@ -146,13 +151,13 @@ def _write_tensors(folder: Path, partitions: dict[str, Partition], world: World)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             dcp.save(tensors, storage_writer=writer, process_group=world.group)
-    except CheckpointException as error:  # raised on every rank, with every failed rank's own error inside
+    except CheckpointException as error:  # raised on every rank, with the error of each failed rank
         causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
         raise CheckpointError(f"writing {folder.parent} failed: {causes}") from error
 
 
 def _file_of_each(partitions: dict[str, Partition], world: World) -> dict[str, int]:
-    """Key -> number of the file that holds it, from 1; alike on all ranks."""
+    """For each key the number of the file that holds it, counted from 1. It is the same on all ranks."""
     numbers, number, size = {}, 1, 0
     for key, partition in partitions.items():
         per_rank = -(-partition.numel // world.size) * 4
@@ -164,7 +169,10 @@ def _file_of_each(partitions: dict[str, Partition], world: World) -> dict[str, i
 
 
 def _as_dtensors(locals_: dict[str, tuple[torch.Tensor, int]], world: World) -> dict[str, torch.Tensor]:
-    """ZeRO-3 cuts a flattened tensor exactly as DTensor's Shard(0) does, so one stands for the other."""
+    """Each (local values, number of elements) as a DTensor.
+
+    That needs no communication, because ZeRO-3 partitions a flattened tensor exactly as DTensor's Shard(0) does.
+    """
     from torch.distributed.tensor import DTensor, Shard
 
     mesh = DeviceMesh.from_group(world.group or dist.distributed_c10d._get_default_group(), "cpu")
@@ -186,7 +194,7 @@ def _empty_folder(folder: Path) -> None:
 
 
 def _finish_files(paths: list[Path], final: Path) -> dict[str, FileEntry]:
-    """Make files durable, or take them to where they belong; name -> size and hash."""
+    """Hash files, then sync them or, for a remote checkpoint, upload them. Returns size and hash by name."""
     entries = {}
     for path in paths:
         entries[path.name] = FileEntry(bytes=path.stat().st_size, xxh3_128=hash_file(path))
@@ -201,7 +209,7 @@ def _finish_files(paths: list[Path], final: Path) -> dict[str, FileEntry]:
 def _upload(path: Path, folder: Path) -> None:
     try:
         folder.fs.put_file(str(path), (folder / path.name).path)  # type: ignore[attr-defined]
-    except Exception as error:  # each kind of store has exceptions of its own
+    except Exception as error:  # every kind of store raises its own exceptions
         raise OSError(f"{folder / path.name} was not uploaded ({type(error).__name__}: {error})") from error
 
 
@@ -216,10 +224,10 @@ def _publish(folder: Path, final: Path, files: dict[str, FileEntry], state: dict
         _upload(folder / COMPLETE, final)
         return
     sync_folder(folder)
-    remove(final)  # one that was refused at the start of this attempt
+    remove(final)  # a checkpoint of this step that was refused when this attempt started
     folder.rename(final)
     sync_folder(final.parent)
-    sync_folder(final.parent.parent)  # the first save has made the folder of all
+    sync_folder(final.parent.parent)  # the first save has created the folder `checkpoints`
 
 
 def _write_synced(path: Path, text: str) -> None:
@@ -230,7 +238,7 @@ def _write_synced(path: Path, text: str) -> None:
 
 
 def _together(world: World, action: Callable[[], T]) -> list[T]:
-    """Run `action` on every rank; when it failed on one, raise CheckpointError on all."""
+    """Run `action` on every rank and return all results. When it fails on any rank, raise CheckpointError on all."""
     problem, value = None, None
     try:
         value = action()
@@ -250,9 +258,10 @@ def _together(world: World, action: Callable[[], T]) -> list[T]:
 def find_latest(
     root: Path, world: World = ALONE, step: int | None = None, before: int | None = None
 ) -> FoundCheckpoint:
-    """The newest checkpoint whose every hash matches: of all, of `step`, or of those before step `before`.
+    """The newest checkpoint all of whose hashes match.
 
-    All ranks together share the reading.
+    With `step` only the checkpoint of that step counts, and with `before` only earlier ones. All ranks call this
+    together and divide the reading.
     """
     passed_over: list[str] = []
     for path in reversed(list_checkpoints(root)):
@@ -266,18 +275,18 @@ def find_latest(
 
 
 def verify(path: Path, world: World = ALONE) -> str | None:
-    """What is wrong with a checkpoint, or None. The files are divided over the ranks; all get the same answer."""
+    """What is wrong with a checkpoint, or None. The ranks divide the files; all of them get the same answer."""
     found = _examine(path, world)
     return found if isinstance(found, str) else None
 
 
 def _examine(path: Path, world: World) -> Verified | str:
-    """A checkpoint, or what is wrong with it. The tensors' files are hashed by one rank each, the state by all."""
+    """The verified checkpoint, or what is wrong with it. Each tensor file is hashed by one rank, the state by all."""
     problem, verified = None, None
     try:
         files = listing(path)
-        if strangers := unlisted(path, files):
-            raise ConfigError(f"{COMPLETE} does not list {', '.join(map(repr, strangers[:3]))}")
+        if extra := unlisted(path, files):
+            raise ConfigError(f"{COMPLETE} does not list {', '.join(map(repr, extra[:3]))}")
         stamps = {} if is_remote(path) else {name: stamp(path / name) for name in files}
         mine = [name for number, name in enumerate(sorted(files)) if number % world.size == world.rank]
         problem = next(filter(None, (file_problem(path, name, files[name]) for name in mine)), None)
@@ -299,17 +308,17 @@ def _examine(path: Path, world: World) -> Verified | str:
 def load(
     verified: Verified, keys: list[str], shapes: dict[str, tuple[int, ...]], world: World
 ) -> dict[str, torch.Tensor]:
-    """This rank's share of each tensor of a checkpoint, for `EngineState.restore`. All ranks together.
+    """This rank's share of each tensor of a checkpoint, for `EngineState.restore`. All ranks call this together.
 
-    `keys`: those to read (`weight.<name>`, `exp_avg.<name>`, ...). Raises ConfigError where the model has others, and
-    CheckpointError.
+    `keys` are the tensors to read (`weight.<name>`, `exp_avg.<name>`, ...), and `shapes` those of the model's
+    parameters by name. Raises ConfigError where the checkpoint has other parameters or shapes, and CheckpointError.
     """
     saved = {name: tuple(shape) for name, shape in verified.state["tensors"].items()}
     for name in sorted(saved.keys() | shapes.keys()):
         if saved.get(name) != shapes.get(name):
             raise ConfigError(
-                f"{verified.path} holds another model: {name} is {saved.get(name, 'absent')} there and "
-                f"{shapes.get(name, 'absent')} in this configuration; use the model it was trained with"
+                f"{verified.path} holds a different model: {name} is {saved.get(name, 'absent')} there and "
+                f"{shapes.get(name, 'absent')} in this configuration; use the model that it was trained with"
             )
     targets = {}
     for key in keys:
@@ -321,7 +330,7 @@ def load(
 
 
 def _read(verified: Verified, tensors: dict[str, torch.Tensor], world: World, *, no_dist: bool) -> None:
-    """Fill `tensors`. Raises CheckpointError where the files have others or have changed since they were hashed."""
+    """Fill `tensors` from the files. Raises CheckpointError where they do not match or have changed since hashing."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -329,7 +338,7 @@ def _read(verified: Verified, tensors: dict[str, torch.Tensor], world: World, *,
         _local_copy(verified, world) as folder,
         tempfile.TemporaryDirectory(prefix="pretrain-load-") as listed,
     ):
-        # The reader takes every file of the folder it is given, so it is given one that has the listed files only.
+        # The reader opens every file of its folder, so it gets a folder with links to the listed files only.
         for name in verified.files:
             os.symlink(folder.absolute() / name, Path(listed, name))
         try:
@@ -338,7 +347,7 @@ def _read(verified: Verified, tensors: dict[str, torch.Tensor], world: World, *,
                 dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(listed), no_dist=no_dist)
         except (CheckpointException, SafetensorError, ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(
-                f"{verified.path.name}: its tensors are not those of a run ({_cause(error)})"
+                f"{verified.path.name}: its tensors are not those of its state ({_cause(error)})"
             ) from error
         changed = [name for name, before in verified.stamps.items() if stamp(folder / name) != before]
     if changed:
@@ -348,7 +357,7 @@ def _read(verified: Verified, tensors: dict[str, torch.Tensor], world: World, *,
 
 
 def _cause(error: BaseException) -> str:
-    """What a failed read came from, in one line."""
+    """The cause of a failed read, in one line."""
     failures = getattr(error, "failures", None)
     cause = next(iter(failures.values()))[0] if failures else error
     return " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
@@ -356,7 +365,7 @@ def _cause(error: BaseException) -> str:
 
 @contextmanager
 def _local_copy(verified: Verified, world: World) -> Iterator[Path]:
-    """The checkpoint as files on this host: itself, or a copy that the ranks of the host download together."""
+    """The folder of a checkpoint on this host. The ranks of a host download a remote checkpoint together."""
     if not is_remote(verified.path):
         yield verified.path
         return
@@ -368,7 +377,7 @@ def _local_copy(verified: Verified, world: World) -> Iterator[Path]:
     try:
         _together(world, lambda: _download(verified, folder, here.index(world.rank), len(here)))
         yield folder
-        gather_objects(None, world)  # all have read
+        gather_objects(None, world)  # a barrier: all ranks have read before the copy is deleted
     finally:
         if first:
             shutil.rmtree(folder, ignore_errors=True)
@@ -379,7 +388,7 @@ def _download(verified: Verified, folder: Path, part: int, parts: int) -> None:
     for name in sorted(verified.files)[part::parts]:
         try:
             path.fs.get_file((path / name).path, str(folder / name))  # type: ignore[attr-defined]
-        except Exception as error:  # each kind of store has exceptions of its own
+        except Exception as error:  # every kind of store raises its own exceptions
             raise OSError(f"{path / name} was not downloaded ({type(error).__name__}: {error})") from error
         problem = file_problem(folder, name, verified.files[name])
         if problem is not None:
@@ -389,10 +398,10 @@ def _download(verified: Verified, folder: Path, part: int, parts: int) -> None:
 def load_weights(
     run_dir: str | Path, step: int | None = None, target: str | None = None
 ) -> tuple[TrainConfig, dict[str, torch.Tensor], RunState]:
-    """Config, fp32 weights by parameter name at full shape, and state.json of a run's newest good checkpoint.
+    """The configuration, whole fp32 weights by parameter name, and state of a run's newest good checkpoint.
 
-    In one process, without a process group. `target`: the URL of the checkpoints, where they are not in the run folder.
-    Raises ConfigError where there is no such checkpoint.
+    With `step`, those of the checkpoint at that step. It works in one process without a process group. `target` is the
+    URL of the checkpoints where they are not in the run folder. Raises ConfigError where there is no such checkpoint.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():

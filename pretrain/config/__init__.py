@@ -1,7 +1,8 @@
-"""What a run is told: Hydra composes `conf/`, dataclasses validate, a wrong value is one sentence. Imports no torch.
+"""The configuration: Hydra composes `conf/`, dataclasses validate it, and a wrong value gives a one-sentence error.
 
-Every key has its dataclass here, one file per topic; `TrainConfig` puts them together. `load_config` reads overrides,
-`stored_config` what a run has left in a file, and `run_command` is the entry point of every script:
+It imports no torch, so a typo is reported within seconds. Every key belongs to a dataclass, one file per topic;
+`TrainConfig` puts them together. `load_config` reads command-line overrides, `stored_config` reads the configuration
+that a run has saved, and `run_command` is the entry point of every script:
 
     config = load_config(TrainConfig, ["run_dir=runs/a", "data.manifest=corpus/manifest.json"], "config")
     config.model.n_layers

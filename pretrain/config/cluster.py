@@ -1,4 +1,4 @@
-"""Where a run is sent, and what its nodes must have. Imports no torch; all is to be imported from `pretrain.config`."""
+"""The configuration groups `cluster` and `cluster.preflight`: where a run is sent, and what its nodes must have."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from pretrain.errors import ConfigError
 
 @dataclass(kw_only=True, slots=True)
 class PreflightConfig:
-    """What a node must have to train; checked by `launch/preflight.py` on every node before each start of a job."""
+    """What a node must have to train. `launch/preflight.py` checks it on every node each time a job starts."""
 
     enabled: bool = True
+    """Whether the checks run; false starts training without them."""
     check_timeout_s: int = 60
-    """Longest that one check may take, the first import of torch included; all together: ten times that."""
+    """Time limit of one check in seconds, including the first import of torch. All checks together get ten times
+    that."""
     min_memory_gib: float = 2.0
-    """Memory that is available."""
+    """Host memory that must be available on each node, in GiB."""
     min_run_dir_gib: float = 10.0
-    """Free space for the run folder."""
+    """Free disk space that the run folder's file system must have, in GiB."""
     min_tmpdir_gib: float = 1.0
-    """Free space in TMPDIR."""
+    """Free disk space that TMPDIR must have, in GiB."""
     min_write_mib_per_second: float = 20.0
-    """Writing and fsync of one file in the run folder."""
+    """Lowest accepted speed of writing and syncing one file in the run folder, in MiB/s."""
     max_clock_offset_s: float = 10.0
-    """Between neighboring nodes."""
+    """Largest accepted difference between the clocks of neighboring nodes, in seconds."""
     min_network_mib_per_second: float = 100.0
-    """Of one connection between neighboring nodes over cluster.network_interface."""
+    """Lowest accepted speed of one connection between neighboring nodes over cluster.network_interface, in MiB/s."""
 
     def __post_init__(self) -> None:
         check_positive(self, "cluster.preflight", "check_timeout_s", "max_clock_offset_s")
@@ -35,39 +37,45 @@ class PreflightConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ClusterConfig:
-    """Where `launch/submit.py` sends a run (Slurm)."""
+    """The Slurm cluster to which `launch/submit.py` sends a run."""
 
     nodes: int = 1
+    """Number of nodes."""
     gpus_per_node: int = 8
-    """GPUs, and so ranks, per node; 0: CPU ranks, `ranks_per_node` of them."""
+    """Number of GPUs per node, each with one rank; 0 trains on the CPUs with `ranks_per_node` ranks."""
     ranks_per_node: int | None = None
-    """Processes per node; null: gpus_per_node. For CPU nodes only."""
+    """Number of ranks per node, for CPU nodes only; null means gpus_per_node."""
     cpus_per_rank: int = 8
-    """Cores, and so threads, of each rank."""
+    """Number of CPU cores, and of threads, per rank."""
     memory_per_node_gib: int | None = None
-    """null: all of the node."""
+    """Host memory to reserve per node, in GiB; null means all memory of the node."""
     exclusive: bool = True
-    """Take whole nodes. false: only where the cluster hides other jobs' GPUs (ConstrainDevices=yes)."""
+    """Reserve whole nodes. Use false only where the cluster hides other jobs' GPUs (ConstrainDevices=yes)."""
     time_limit: str = "24:00:00"
-    """Slurm time, [days-]hours:minutes:seconds."""
+    """Time limit of the job as Slurm writes it, [days-]hours:minutes:seconds."""
     stop_before_end_s: int = 300
-    """The run is asked to stop and save this long before the time limit (Slurm may be 60 s early)."""
+    """Seconds before the time limit at which the run is asked to save and stop. Slurm may ask up to 60 s early."""
     partition: str | None = None
+    """Slurm partition; null means the cluster's default."""
     account: str | None = None
+    """Slurm account that is charged; null means the user's default."""
     qos: str | None = None
+    """Slurm quality of service; null means the default."""
     constraint: str | None = None
+    """Features that the nodes must have, as for `sbatch --constraint`; null means none."""
     exclude: list[str] = field(default_factory=list)
-    """Nodes not to use."""
+    """Names of nodes that must not be used."""
     job_name: str | None = None
-    """null: the run folder's name."""
+    """Name of the job; null means the run folder's name."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines run on each node before training: modules, environment."""
+    """Shell lines to run on each node before training, such as `module load`."""
     python: str | None = None
-    """Python interpreter on the nodes; null: the one that submits."""
+    """Python interpreter on the nodes; null means the one that runs `launch/submit.py`."""
     network_interface: str | None = None
-    """Interface of NCCL and gloo; null: their own choice."""
+    """Network interface for NCCL and gloo; null lets them choose."""
     chain_jobs: int = 1
-    """Jobs, each after the one before: a job then ends at its time limit and the next goes on, instead of a requeue."""
+    """Number of jobs to submit, each starting after the one before. With more than 1, a job that reaches its time limit
+    ends and the next one resumes the run, instead of the job being requeued."""
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
 
     def __post_init__(self) -> None:
@@ -94,7 +102,7 @@ class ClusterConfig:
 
     @property
     def world_size(self) -> int:
-        """Ranks of the job."""
+        """Number of ranks of the job."""
         return self.nodes * (self.ranks_per_node or self.gpus_per_node)
 
     @property

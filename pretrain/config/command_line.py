@@ -1,4 +1,4 @@
-"""How every script with a configuration begins and ends: its words, its help and its exit code."""
+"""How every script with a configuration starts and ends: its arguments, its help and its exit code."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def run_command(
     config_name: str | None = None,
     doc: str | None = None,
 ) -> None:
-    """Entry point of every script: parse `sys.argv`, run, exit with the right code.
+    """Entry point of every script: parse `sys.argv`, run `command`, and exit with the right code (`ExitCode`).
 
-    `--cfg job` prints the composed config, `--help` the script's docstring and its keys.
+    `schema` is the dataclass of the configuration, `config_name` the file in `conf/` to start from, and `doc` the text
+    of `--help`. `--cfg job` prints the composed configuration; `--help` prints `doc` and the keys with their defaults.
     """
     overrides = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     rank = launched_rank()
@@ -46,24 +47,24 @@ def run_command(
                 print(OmegaConf.to_yaml(to_dict(config)), end="")
             sys.exit(ExitCode.FINISHED)
         code = command(config)
-    except ConfigError as error:  # alike on all ranks: one says it
+    except ConfigError as error:  # the same on every rank, so only rank 0 prints it
         if rank == 0:
             print_error("error", error)
         else:
-            time.sleep(2)  # the launcher ends all ranks at the first exit
+            time.sleep(2)  # the launcher kills all ranks at the first exit; rank 0 needs time to print
         sys.exit(ExitCode.CONFIG_ERROR)
-    except (RunError, OSError) as error:  # perhaps this rank's alone
+    except (RunError, OSError) as error:  # this may concern one rank only, so every rank prints its own
         print_error(f"error: rank {rank}" if rank else "error", error)
         sys.exit(ExitCode.CRASHED)
     sys.exit(code or ExitCode.FINISHED)
 
 
 def _keys_and_defaults(schema: type, config_name: str | None) -> str:
-    """What `--help` says after the script's own words."""
+    """The part of `--help` that lists the keys, their defaults and the config groups."""
     text = f"\nKeys and defaults (??? must be given):\n\n{OmegaConf.to_yaml(compose_config(schema, [], config_name))}"
     if config_name is None:
         return text
     groups = {f.name: CONF_DIR / f.name for f in fields(schema)} | {"experiment": CONF_DIR / "experiment"}
     options = {name: sorted(path.stem for path in folder.glob("*.yaml")) for name, folder in groups.items()}
     lines = [f"  {name}={' | '.join(names)}" for name, names in options.items() if names]
-    return text + "\nWhole groups of keys at once:\n\n" + "\n".join(lines) + "\n"
+    return text + "\nPresets that set a whole group of keys:\n\n" + "\n".join(lines) + "\n"

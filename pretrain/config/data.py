@@ -1,4 +1,4 @@
-"""The configuration group `data`: what is read, in which order, and how it becomes sequences."""
+"""The configuration group `data`: what is read, in which order, and how it is cut into sequences."""
 
 from __future__ import annotations
 
@@ -27,31 +27,37 @@ class SourceConfig:
     weight: float = 1.0
     """Share of the samples, relative to the other sources' weights."""
     max_epochs: int | None = None
-    """Once it has been read so often, the source is not drawn any more, and the others take its share; null: no end."""
+    """Number of passes over this source, after which it is no longer drawn and the others take its share; null means
+    no limit."""
 
 
 @dataclass(kw_only=True, slots=True)
 class StageConfig:
-    """From a point of the run on, another mixture, sequence length or batch; what is null stays as it was."""
+    """A change of the mixture, the sequence length or the batch size during the run; a null value changes nothing."""
 
     start_tokens: int = MISSING
-    """First token of the stage, counted over the whole run; it begins with the first step at or after it."""
+    """Position in tokens, counted over the whole run, from which the stage applies. It takes effect at the first
+    optimizer step that starts at or after this position."""
     weights: dict[str, float] | None = None
-    """Weight of every source by name; a source that is not named gets 0."""
+    """Weight of each source by name. A source that is not listed gets weight 0."""
     sequence_length: int | None = None
-    """Tokens per sequence: a multiple of the stage's before, which divides the corpora's chunks."""
+    """Tokens per sequence. It must be a multiple of the previous stage's and divide the chunk size of every corpus."""
     global_batch_sequences: int | None = None
-    """Sequences per optimizer update."""
+    """Sequences per optimizer update, over all ranks."""
 
 
 class Packing(Enum):
-    concat = "concat"  # documents one after another, cut where a sequence is full
-    best_fit = "best_fit"  # the documents of a chunk placed so that few are cut; no padding, nothing left out
+    """How the documents of a chunk are arranged in sequences."""
+
+    concat = "concat"  # documents follow each other and are cut where a sequence is full
+    best_fit = "best_fit"  # documents are arranged so that few are cut; no padding, and no token is dropped
 
 
 class BadChunk(Enum):
-    stop = "stop"  # the run ends, naming the file
-    substitute = "substitute"  # another chunk of the source is read in its place, and recorded
+    """What to do about a chunk that cannot be read or fails its hash."""
+
+    stop = "stop"  # end the run with an error that names the file
+    substitute = "substitute"  # read another chunk of the same source instead, and record the substitution
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,37 +65,39 @@ class DataConfig:
     """What is read, and in which order."""
 
     manifest: str | None = None
-    """Path or URL (s3://bucket/corpus/manifest.json) of one corpus's manifest.json. Give this or `sources`."""
+    """Path or URL (such as s3://bucket/corpus/manifest.json) of one corpus's manifest.json. Give this or `sources`."""
     sources: list[SourceConfig] = field(default_factory=list)
-    """A mixture of corpora."""
+    """The corpora of a mixture, with their weights."""
     stages: list[StageConfig] = field(default_factory=list)
-    """Changes of the mixture weights during the run."""
+    """Changes of the mixture, the sequence length or the batch size during the run, in order of start_tokens."""
     sequence_length: int = 1024
-    """T: tokens per sequence; divides the corpus's chunk size."""
+    """T: tokens per sequence. It must divide the chunk size of every corpus."""
     lanes: int | None = None
-    """V: virtual lanes of the sample order, fixed for the run; null: chosen from the corpus and the batch."""
+    """V: number of virtual lanes of the sample order, fixed for the run; null derives it from the corpus and the
+    batch."""
     window_chunks: int = 32
-    """W: chunks that are shuffled together within a lane."""
+    """W: number of chunks whose sequences are shuffled together within a lane."""
     document_masking: bool = True
-    """Tokens attend within their own document only; false: across the whole sequence."""
+    """Tokens attend only within their own document; false lets them attend across the whole sequence."""
     loader_workers: int = 1
-    """Processes per rank that read and batch; 0: in the training process."""
+    """Number of processes per rank that read and batch data; 0 does it in the training process."""
     prefetch_batches: int = 4
-    """Micro batches that each worker keeps ready."""
+    """Number of micro-batches that each worker keeps ready."""
     verify_chunks: bool = True
-    """Check the hash of each chunk at its first use; those behind a URL always are."""
+    """Check the hash of each chunk the first time it is used. Chunks from a URL are always checked."""
     read_timeout_s: float = 300
-    """Behind a URL: training waits so long for a store that is away; one attempt gets a tenth of it."""
+    """Seconds that training waits for an unreachable object store; a single attempt gets a tenth of this time."""
     cache_dir: str | None = None
-    """Chunks from URLs are kept here, for all processes of a node; null: $XDG_CACHE_HOME, else the temporary folder."""
+    """Folder that caches chunks from URLs, shared by all processes of a node; null uses $XDG_CACHE_HOME, or the
+    temporary folder where that is not set."""
     cache_gib: float = 16
-    """Most that all files there take."""
+    """Upper limit of the total size of the cached files, in GiB."""
     prefetch_chunks: int = 8
-    """Chunks that each process fetches ahead at a time, from a URL."""
+    """Number of chunks that each process downloads ahead of use, where the corpus is at a URL."""
     packing: Packing = Packing.concat
-    """How documents become sequences; best_fit needs document_masking."""
+    """How documents are arranged in sequences; best_fit requires document_masking=true."""
     on_bad_chunk: BadChunk = BadChunk.stop
-    """What happens where a chunk cannot be read, or is not what its hash says, after all retries."""
+    """What to do about a chunk that still cannot be read, or does not match its hash, after all retries."""
 
     def __post_init__(self) -> None:
         positive = "sequence_length window_chunks prefetch_batches prefetch_chunks read_timeout_s cache_gib"
@@ -114,8 +122,7 @@ class DataConfig:
         self._check_stages(names or ["corpus"])
         if self.packing is Packing.best_fit and not self.document_masking:
             raise ConfigError(
-                "data.packing=best_fit needs data.document_masking=true, since a sequence then holds documents that "
-                "do not follow each other"
+                "data.packing=best_fit needs data.document_masking=true, because its sequences hold unrelated documents"
             )
 
     def _check_stages(self, names: list[str]) -> None:
@@ -129,8 +136,8 @@ class DataConfig:
                 stage.sequence_length < length or stage.sequence_length % length
             ):
                 raise ConfigError(
-                    f"data.stages: sequence_length={stage.sequence_length} must be a multiple of the {length} "
-                    "before it, so that no token is lost"
+                    f"data.stages: sequence_length={stage.sequence_length} must be a multiple of the previous stage's "
+                    f"{length}, so that no token is lost"
                 )
             length = stage.sequence_length or length
             if stage.global_batch_sequences is not None:

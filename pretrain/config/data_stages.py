@@ -1,8 +1,8 @@
-"""The stages of a run, and which samples each optimizer step takes. Pure integers; reads no file.
+"""The stages of the data schedule, and which samples each optimizer step takes. Integer arithmetic only; reads no file.
 
-A stage is a stretch of the run with one mixture, one sequence length and one batch size. Each begins where a step
-begins: with the first one at or after its `start_tokens`. Positions are sample indices of the order; a run takes
-them in turn, but for those that a rollback passes over.
+A stage is a contiguous part of the run with one mixture, one sequence length and one batch size. It always begins at a
+step boundary: at the first step at or after its `start_tokens`. Positions are sample indices in the global order. A run
+takes the samples one after another, except those that a rollback skips.
 """
 
 from __future__ import annotations
@@ -17,41 +17,44 @@ from pretrain.errors import ConfigError
 from pretrain.stored import Annotated, Ge, Le, MinLen
 
 MAX_SAMPLES = 1 << 48
-"""Of an order: 10^18 tokens in sequences of 4,096."""
+"""Upper limit of the number of samples in an order: 10^18 tokens in sequences of 4,096."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataStage:
-    """A stretch of the order, up to the next stage."""
+    """One stage of the data schedule; it ends where the next one begins."""
 
     first_sample: Annotated[int, Ge(0), Le(MAX_SAMPLES)] = 0
+    """Index of the stage's first sample in the global order."""
     start_tokens: Annotated[int, Ge(0), Le(1 << 62)] | None = 0
-    """As configured, counted over the order; None: begun by a restart with another batch, or by a source's end."""
+    """Position at which the configuration asks for the stage, in tokens of the order. None marks a stage that is not
+    configured: it began because the run resumed with another batch size, or because a source ended."""
     weights: Annotated[tuple[Annotated[float, Ge(0.0), Le(1e30)], ...], MinLen(1)]
-    """One per source, as configured."""
+    """Configured weight of each source."""
     ended: tuple[Annotated[int, Ge(0), Le(1 << 16)], ...] = ()
-    """Sources that have been read `max_epochs` times and so are not drawn any more."""
+    """Indices of the sources that have been read `max_epochs` times and are no longer drawn."""
     sequence_length: Annotated[int, Ge(1), Le(MAX_SEQUENCE_LENGTH)]
-    """T, tokens."""
+    """T: tokens per sequence."""
     batch_sequences: Annotated[int, Ge(1), Le(MAX_BATCH_SEQUENCES)]
     """Samples per optimizer step."""
 
     @property
     def drawn_weights(self) -> list[float]:
-        """One per source, 0 where it has ended."""
+        """Weight of each source as it is drawn: the configured one, or 0 where the source has ended."""
         return [0.0 if k in self.ended else weight for k, weight in enumerate(self.weights)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The stage as plain JSON values."""
         return asdict(self) | {"weights": list(self.weights), "ended": list(self.ended)}
 
 
 def plan_stages(
     data: DataConfig, batch_sequences: int, begun: Sequence[DataStage] = (), fixed_samples: int = 0
 ) -> list[DataStage]:
-    """The stages that a configuration asks for, after those that have `begun` in a run's first `fixed_samples`.
+    """All stages of a run: those that have already `begun`, followed by those that the configuration adds.
 
-    Raises ConfigError where it asks for a stage in what is fixed already.
+    `fixed_samples` is the number of samples that the run has already taken: their order can no longer change. Raises
+    ConfigError where the configuration puts a new stage among them.
     """
     wanted = _wanted(data, batch_sequences)
     width = len(wanted[0].weights)
@@ -70,15 +73,15 @@ def plan_stages(
         first = last.first_sample + n_steps * last.batch_sequences
         if first < fixed_samples:
             raise ConfigError(
-                f"data.stages: start_tokens={start} lies in the {tokens_before(stages, fixed_samples)} tokens "
-                "that the run has read already; begin the stage later"
+                f"data.stages: start_tokens={start} is within the {tokens_before(stages, fixed_samples)} tokens "
+                "that the run has already read; start the stage later"
             )
         stages.append(replace(stage, first_sample=first, ended=last.ended))
     return stages
 
 
 def _wanted(data: DataConfig, batch_sequences: int) -> list[DataStage]:
-    """The configured stages, each with what it leaves as it was; where they begin is not yet known."""
+    """The configured stages with their null values filled in. Their `first_sample` is not yet known."""
     names = [source.name for source in data.corpora()]
     weights = tuple(float(source.weight) for source in data.corpora())
     stages = [
@@ -104,12 +107,12 @@ def _padded(weights: tuple[float, ...], width: int) -> tuple[float, ...]:
 
 
 def stage_at(stages: Sequence[DataStage], sample: int) -> int:
-    """Number of the stage that a sample belongs to."""
+    """Index of the stage that a sample belongs to."""
     return bisect.bisect_right([stage.first_sample for stage in stages], sample) - 1
 
 
 def tokens_before(stages: Sequence[DataStage], sample: int) -> int:
-    """Tokens of the order before a sample, padding and what was passed over included."""
+    """Number of tokens in the order before a sample, including padding and samples that a rollback skipped."""
     total = 0
     for stage, end in zip(stages, [*(s.first_sample for s in stages[1:]), sample], strict=True):
         total += max(0, min(end, sample) - stage.first_sample) * stage.sequence_length
@@ -120,18 +123,18 @@ class Step(NamedTuple):
     """One optimizer step: samples [first_sample, end_sample) of T tokens each."""
 
     number: int
-    """Counts from 1."""
+    """Number of the step, counted from 1."""
     first_sample: int
     end_sample: int
     sequence_length: int
     samples_seen: int
-    """Of this step and all before."""
+    """Number of samples in this step and all earlier ones."""
     tokens_seen: int
-    """Of this step and all before."""
+    """Number of tokens in this step and all earlier ones."""
 
 
 class _Span(NamedTuple):
-    """Samples that steps of one size take in a row, up to the next span."""
+    """A run of consecutive samples taken by steps of one size. `*_before` are the totals before its first step."""
 
     first_sample: int
     end_sample: int | None
@@ -143,7 +146,7 @@ class _Span(NamedTuple):
 
 
 class Steps:
-    """Which samples each step of a run takes. `passed_over`: [first, end) of what rollbacks left out."""
+    """Which samples each step of a run takes. `passed_over` holds the [first, end) ranges that rollbacks skipped."""
 
     def __init__(self, stages: Sequence[DataStage], passed_over: Sequence[Sequence[int]] = ()) -> None:
         holes = [(first, end) for first, end in passed_over]
@@ -163,7 +166,7 @@ class Steps:
                 tokens += (end - first) * length
 
     def __getitem__(self, number: int) -> Step:
-        """The step of this number; the one before the first, 0, is empty."""
+        """The step with this number, counted from 1. Step 0 is the empty step before training."""
         if number == 0:
             return Step(0, 0, 0, self._spans[0].sequence_length, 0, 0)
         span = self._spans[bisect.bisect_left(self._spans, number, key=lambda s: s.steps_before) - 1]
@@ -180,20 +183,20 @@ class Steps:
         )
 
     def step_of(self, sample: int) -> int | None:
-        """Number of the step that takes a sample; None: it was passed over."""
+        """Number of the step that takes a sample; None where a rollback skipped the sample."""
         span = self._spans[bisect.bisect_right(self._spans, sample, key=lambda s: s.first_sample) - 1]
         if sample < span.first_sample or (span.end_sample is not None and sample >= span.end_sample):
             return None
         return span.steps_before + (sample - span.first_sample) // span.batch_sequences + 1
 
     def steps_for(self, total_tokens: int) -> int:
-        """The fewest steps that see so many tokens."""
+        """The smallest number of steps that see at least `total_tokens` tokens."""
         span = self._spans[bisect.bisect_left(self._spans, total_tokens, key=lambda s: s.tokens_before) - 1]
         per_step = span.batch_sequences * span.sequence_length
         return span.steps_before + -(-(total_tokens - span.tokens_before) // per_step)
 
     def end_after(self, number: int, n_steps: int, stages: Sequence[DataStage]) -> int:
-        """The sample at which `n_steps` steps from `number` on would end if nothing in them were passed over."""
+        """The sample at which `n_steps` steps, starting with step `number`, would end if none were skipped."""
         sample = self[number].first_sample
         for _ in range(n_steps):
             sample += stages[stage_at(stages, sample)].batch_sequences
@@ -201,12 +204,15 @@ class Steps:
 
 
 def n_steps_of(stages: Sequence[DataStage], total_steps: int | None, total_tokens: int | None) -> int:
-    """Length of the run in steps; what is passed over does not change it."""
+    """Length of the run in steps. Samples that a rollback skips do not change it."""
     return total_steps if total_steps is not None else Steps(stages).steps_for(total_tokens or 0)
 
 
 def micro_batch_of(step_sequences: int, sequence_length: int, world_size: int, tokens: int) -> int:
-    """Sequences per forward pass of a rank: the most that divide its share of the step within `tokens`, at least 1."""
+    """Sequences per rank and forward pass: the largest divisor of the rank's share of the step that fits in `tokens`.
+
+    It is at least 1, even where one sequence alone has more tokens than that.
+    """
     share = step_sequences // world_size
     most = max(1, tokens // sequence_length)
     return max(n for n in range(1, min(share, most) + 1) if share % n == 0)

@@ -1,4 +1,4 @@
-"""The group of keys `engine`, validated. Imports no torch."""
+"""The configuration group `engine`: how DeepSpeed partitions, moves and communicates the model's state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pretrain.config.model import Precision
 from pretrain.errors import ConfigError
 
 NVME_SUB_GROUP_ELEMENTS = 100_000_000
-"""Of a rank: what an optimizer on NVMe updates at a time. Four fp32 buffers of this size stay in host memory."""
+"""Number of elements per rank that an optimizer on NVMe updates at a time.
+
+Four fp32 buffers of this size stay in host memory (1.6 GB).
+"""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -18,45 +21,50 @@ class EngineConfig:
     """How DeepSpeed holds and moves the model."""
 
     zero_stage: int = 3
-    """What is partitioned over the ranks: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters."""
+    """ZeRO stage: what is partitioned over the ranks. 0: nothing; 1: the optimizer state; 2: also the gradients; 3:
+    also the parameters."""
     precision: Precision = Precision.auto
-    """What the model computes in. `auto` is bf16 where every device of the run computes it in hardware, else fp32."""
+    """Precision of the forward and backward pass. `auto` means bf16 where every device of the run computes it in
+    hardware, and fp32 otherwise."""
     offload_optimizer: bool = False
-    """Keep optimizer state and master weights in host memory (stages 1 to 3)."""
+    """Keep the optimizer state and the master weights in host memory (ZeRO stages 1 to 3)."""
     offload_params: bool = False
-    """Keep the parameter partitions that compute in host memory (stage 3)."""
+    """Keep the partitioned compute parameters in host memory (ZeRO stage 3)."""
     nvme_path: str | None = None
-    """Folder on a fast disk of each host, to which an offloaded optimizer goes instead of host memory (stage 3)."""
+    """Folder on a fast local disk of each host that holds the offloaded optimizer state, instead of host memory (ZeRO
+    stage 3)."""
     hpz_partition_ranks: int = 1
-    """ZeRO++ hpZ: so many neighboring ranks, at most those of a node, hold one more copy of the parameters (stage 3);
-    1: none."""
+    """ZeRO++ hpZ: number of neighboring ranks, at most those of one node, that together hold a second copy of the
+    parameters, so that the backward pass gathers them within the group (ZeRO stage 3); 1 keeps no second copy."""
     quantized_weights: bool = False
-    """ZeRO++ qwZ: parameters travel as 8-bit integers (stage 3, GPU)."""
+    """ZeRO++ qwZ: send parameters as 8-bit integers (ZeRO stage 3, GPU)."""
     quantized_gradients: bool = False
-    """ZeRO++ qgZ: gradients travel between nodes as 4-bit integers (stage 3, GPU)."""
+    """ZeRO++ qgZ: send gradients between nodes as 4-bit integers (ZeRO stage 3, GPU)."""
     reduce_bucket_elements: int = 50_000_000
-    """Gradients are reduced in buckets of this many elements."""
+    """Number of gradient elements that are reduced together."""
     prefetch_bucket_elements: int = 50_000_000
-    """Stage 3: parameters gathered ahead of use."""
+    """Number of parameter elements that are gathered ahead of use (ZeRO stage 3)."""
     persistence_threshold_elements: int = 100_000
-    """Stage 3: smaller parameters stay whole on every rank."""
+    """Parameters with fewer elements than this stay whole on every rank (ZeRO stage 3)."""
     max_live_elements: int = 1_000_000_000
-    """Stage 3: gathered parameters kept at most."""
+    """Upper limit of the number of gathered parameter elements that a rank keeps (ZeRO stage 3)."""
     sequence_parallel_ranks: int = 1
-    """So many neighboring ranks share each sequence, for long ones (Ulysses); 1: each rank has sequences of its own."""
+    """Number of neighboring ranks that share each sequence, for long sequences (DeepSpeed-Ulysses); with 1, every rank
+    reads its own sequences."""
     timeout_s: int = 1800
-    """A collective that takes longer ends the process."""
+    """Seconds after which a collective that has not finished ends the process."""
     deepspeed_overrides: dict[str, Any] = field(default_factory=dict)
-    """Raw DeepSpeed keys, merged last; for experts."""
+    """Raw DeepSpeed keys, merged into the generated DeepSpeed configuration last; for experts."""
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"engine.zero_stage={self.zero_stage} is unknown; allowed: 0, 1, 2, 3")
         if self.zero_stage == 0 and self.precision in (Precision.bf16, Precision.fp16):
             raise ConfigError(
-                f"engine.precision={self.precision.value} with engine.zero_stage=0 is refused, since DeepSpeed's "
-                "wrappers for 16 bits without ZeRO apply an optimizer step at the start or keep their state out of "
-                "reach; use engine=zero1, or engine.precision=fp32"
+                f"engine.precision={self.precision.value} with engine.zero_stage=0 is not supported: without ZeRO, "
+                "DeepSpeed's 16-bit optimizer wrappers either take an optimizer step while they start or hide the "
+                "state "
+                "that a checkpoint needs; use engine=zero1, or engine.precision=fp32"
             )
         if self.offload_params and self.zero_stage != 3:
             raise ConfigError(
@@ -84,21 +92,24 @@ class EngineConfig:
             )
         if self.hpz_partition_ranks > 1 and self.offload_params:
             raise ConfigError(
-                f"engine.hpz_partition_ranks={self.hpz_partition_ranks} keeps a second copy of what "
-                "engine.offload_params=true takes off the device; set one of them back"
+                f"engine.hpz_partition_ranks={self.hpz_partition_ranks} keeps a second copy of the parameters on the "
+                "device, and engine.offload_params=true moves them off it; use only one of the two"
             )
         quantized = self.quantized_weights or self.quantized_gradients
         if quantized and self.precision not in (Precision.auto, Precision.bf16):
             raise ConfigError(
-                f"{used[-1]} needs engine.precision=bf16, not {self.precision.value}, the only one it was checked with"
+                f"{used[-1]} needs engine.precision=bf16, not {self.precision.value}: it has been tested with bf16 only"
             )
 
     def check_ranks(self, world_size: int, local_size: int | None) -> None:
-        """ConfigError where groups of neighbors do not fit the ranks of the job and of a host (None: unknown)."""
+        """Raise ConfigError where a group of neighboring ranks does not divide the ranks of the job or of a host.
+
+        `local_size` is the number of ranks per host; None means that the launcher did not say it.
+        """
         for name in ("hpz_partition_ranks", "sequence_parallel_ranks"):
             group = getattr(self, name)
             for ranks, what in ((world_size, "ranks"), (local_size or world_size, "ranks of a node")):
                 if ranks % group:
                     raise ConfigError(
-                        f"engine.{name}={group} does not divide the {ranks} {what}; give a divisor of it"
+                        f"engine.{name}={group} does not divide the {ranks} {what}; use a divisor of {ranks}"
                     )

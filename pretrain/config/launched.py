@@ -1,4 +1,4 @@
-"""What the launcher told this process, before any process group exists."""
+"""What the launcher put in this process's environment. It can be read before any process group exists."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import os
 
 
 def launched_rank() -> int:
-    """The rank that the launcher gave this process."""
+    """This process's rank; 0 where no launcher set one."""
     return int(os.environ.get("RANK", "0"))
 
 
 def launched_world_size() -> int:
-    """The number of ranks that the launcher started."""
+    """The number of ranks that the launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launched_local_size() -> int | None:
-    """The number of ranks that the launcher started on this host, where it says so."""
+    """The number of ranks that the launcher started on this host; None where it does not say."""
     given = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
     return int(given) if given else None

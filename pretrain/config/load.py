@@ -1,4 +1,4 @@
-"""How a command line, or what a run has stored, becomes a validated configuration."""
+"""Turns a command line, or the configuration that a run has saved, into a validated configuration object."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pretrain.config.run import TrainConfig
 from pretrain.errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-# An installed program has it in its package, the folder of the sources beside it.
+# In an installed package conf/ lies inside the package; in a source checkout it lies beside it.
 CONF_DIR = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
 
 
@@ -51,7 +51,7 @@ def _check_group_choices(overrides: list[str]) -> None:
 
 
 def compose_config(schema: type, overrides: list[str], config_name: str | None) -> DictConfig:
-    """The configuration as Hydra composes it, which is not yet validated."""
+    """The configuration as Hydra composes it, not yet validated."""
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
@@ -64,7 +64,7 @@ def compose_config(schema: type, overrides: list[str], config_name: str | None) 
 
 
 def validate(schema: type[T], composed: DictConfig | dict[str, Any]) -> T:
-    """The config as an object of `schema`, checked as a whole. Raises ConfigError."""
+    """The configuration as an object of `schema`, validated as a whole. Raises ConfigError."""
     try:
         plain = (
             OmegaConf.to_container(composed, resolve=True) if isinstance(composed, DictConfig) else composed
@@ -78,16 +78,16 @@ def validate(schema: type[T], composed: DictConfig | dict[str, Any]) -> T:
 
 
 def stored_config(values: dict[str, Any], where: str) -> TrainConfig:
-    """A configuration that a run has left in a file, which `where` names. Nothing in it is resolved.
+    """The configuration that a run has saved in the file `where`, validated but without resolving interpolations.
 
-    A text with `${`, which OmegaConf would fill in from the environment or elsewhere, is refused: what a run stores has
-    been resolved before. Raises ConfigError.
+    A string with `${` is refused. A run saves its configuration resolved, so such a string was put there by someone
+    else, and OmegaConf would replace it with a value of this process's environment. Raises ConfigError.
     """
     for key, value in _texts(values):
         if "${" in value:
             raise ConfigError(
-                f"{where}: the stored configuration has {value[:80]!r} in {key or 'a key'}, which is to be filled in "
-                "from elsewhere; that is not done for what a file says"
+                f"{where}: the stored configuration has {value[:80]!r} in {key or 'a key'}; "
+                "interpolations in stored files are not resolved, since they can read this host's environment"
             )
     try:
         return validate(TrainConfig, values)
@@ -96,7 +96,7 @@ def stored_config(values: dict[str, Any], where: str) -> TrainConfig:
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in nested values, the keys included, with where it is."""
+    """Every string in nested values, including the keys, with the key under which it stands."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):
@@ -109,12 +109,12 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config object as plain JSON-ready values."""
+    """A configuration object as plain values that JSON can hold."""
     return OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)  # type: ignore
 
 
 def _explain(error: Exception, schema: type) -> str:
-    """One sentence for a Hydra or OmegaConf error: the key, the value, what is allowed."""
+    """A Hydra or OmegaConf error as one sentence with the key, the value, and what is allowed."""
     text = " ".join(str(error).split())
     cause = error.__cause__
     if cause is not None and isinstance(cause, OmegaConfBaseException):
@@ -127,7 +127,7 @@ def _explain(error: Exception, schema: type) -> str:
     if match:
         wrong = match.group(1).split(".")[-1]
         full = key if key.endswith(wrong) and key else match.group(1)
-        owner: Any = getattr(error, "object_type", None)  # the dataclass that has no such key
+        owner: Any = getattr(error, "object_type", None)  # the dataclass in which the key was looked up
         allowed = [f.name for f in fields(owner)] if is_dataclass(owner) else _keys_beside(schema, full)
         close = difflib.get_close_matches(wrong, allowed, n=1)
         hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(allowed)}"
@@ -136,7 +136,7 @@ def _explain(error: Exception, schema: type) -> str:
 
 
 def _keys_beside(schema: type, full_key: str) -> list[str]:
-    """The keys allowed where `full_key` stands."""
+    """The keys that are allowed in the group to which `full_key` belongs."""
     here: Any = OmegaConf.structured(schema)
     for part in full_key.split(".")[:-1]:
         kind: Any = OmegaConf.get_type(here)

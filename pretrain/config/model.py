@@ -1,4 +1,4 @@
-"""The configuration groups `model` and `kernels`: the shape of the decoder, and how it is computed."""
+"""The configuration groups `model` and `kernels`: the shape of the decoder, and the kernels that compute it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pretrain.errors import ConfigError
 
 
 class Precision(Enum):
-    """Of weights and activations in computing; master weights and moments are always fp32."""
+    """Precision of weights and activations in computation; master weights and moments are always fp32."""
 
-    auto = "auto"  # bf16 where every device computes it in hardware, else fp32
+    auto = "auto"  # bf16 where every device computes it in hardware, otherwise fp32
     bf16 = "bf16"
-    fp16 = "fp16"  # with dynamic loss scaling, for GPUs that have no bf16 (V100, T4, RTX 20)
+    fp16 = "fp16"  # with dynamic loss scaling, for GPUs without bf16 (V100, T4, RTX 20)
     fp32 = "fp32"
 
 
 class Recompute(Enum):
-    none = "none"  # all that the backward pass needs is kept
-    selective = (
-        "selective"  # results of matrix products and attention are kept, what is cheap is computed again
-    )
-    full = "full"  # of each block only the input is kept
+    """Activation checkpointing: what the backward pass recomputes instead of keeping it in memory."""
+
+    none = "none"  # keep everything that the backward pass needs
+    selective = "selective"  # keep the results of matrix products and attention; recompute what is cheap
+    full = "full"  # keep only the input of each block
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,33 +37,35 @@ class ModelConfig:
     d_model: int = MISSING
     """Width of the residual stream."""
     n_heads: int = MISSING
-    """Query heads."""
+    """Number of query heads."""
     n_kv_heads: int | None = None
-    """Key and value heads (grouped-query attention); null: n_heads."""
+    """Number of key and value heads (grouped-query attention); null means n_heads."""
     d_head: int | None = None
-    """Width of one head, even; null: d_model / n_heads."""
+    """Width of one attention head, an even number; null means d_model / n_heads."""
     d_ff: int = MISSING
     """Inner width of the SwiGLU feed-forward layer."""
     vocab_size: int | None = None
-    """Rows of the embedding; null: the corpus's vocabulary rounded up to a multiple of 64."""
+    """Number of rows of the embedding; null means the corpus's vocabulary rounded up to a multiple of 64."""
     rope_theta: float = 10000.0
-    """Base of the rotary position frequencies."""
+    """Base of the rotary position frequencies (RoPE)."""
     norm_eps: float = 1e-5
     """Epsilon inside RMSNorm."""
     qk_norm: bool = False
-    """RMSNorm on each query and key head before the rotary positions (as Qwen3)."""
+    """Apply RMSNorm to each query and key head before the rotary position embedding, as Qwen3 does."""
     tie_embeddings: bool = False
-    """One matrix for the token embedding and the output head."""
+    """Use one matrix for both the token embedding and the output head."""
     dropout: float = 0.0
     """Probability of dropping an element of each residual branch's output."""
     z_loss: float = 0.0
     """Weight of the mean squared log-partition added to the training loss (PaLM, 2022)."""
     init_std: float = 0.02
-    """Standard deviation of the initial weights; residual outputs get init_std / sqrt(2 n_layers)."""
+    """Standard deviation of the initial weights; projections into the residual stream get
+    init_std / sqrt(2 n_layers)."""
     loss_chunk_tokens: int = 8192
-    """The output head and the loss run on at most this many tokens at a time."""
+    """Number of tokens for which the output head and the loss are computed at a time, which bounds the memory of the
+    logits."""
     activation_checkpointing: Recompute = Recompute.none
-    """What of each block the backward pass computes again: less memory; full: about a third more compute."""
+    """What the backward pass recomputes in each block to save memory; full costs about a third more compute."""
 
     def __post_init__(self) -> None:
         check_positive(
@@ -91,7 +93,9 @@ class ModelConfig:
             )
         check_fraction(self, "model", "dropout")
         if self.dropout >= 1:
-            raise ConfigError(f"model.dropout={self.dropout} drops everything; allowed: 0 up to below 1")
+            raise ConfigError(
+                f"model.dropout={self.dropout} drops everything; allowed: at least 0 and below 1"
+            )
 
     @property
     def head_width(self) -> int:
@@ -105,39 +109,45 @@ class ModelConfig:
 
 
 class AttentionKernel(Enum):
-    auto = "auto"  # the best of the others that this device, precision and installation can do
+    """The implementation of attention."""
+
+    auto = "auto"  # the best of the others that this device, precision and installation support
     sdpa = "sdpa"  # torch's scaled_dot_product_attention, with a mask where documents need one
-    flex = "flex"  # torch's FlexAttention, which leaves out blocks that no token may see
-    flash = "flash"  # torch's FlashAttention, each document by itself: nothing is masked
+    flex = "flex"  # torch's FlexAttention, which skips blocks that are masked entirely
+    flash = "flash"  # torch's FlashAttention on each document separately, so nothing needs a mask
 
 
 class Switch(Enum):
-    auto = "auto"  # where it is known to pay
+    """Whether to use a feature."""
+
+    auto = "auto"  # only where it is known to be faster
     always = "always"
     never = "never"
 
 
 @dataclass(kw_only=True, slots=True)
 class KernelsConfig:
-    """How the same model is computed: nothing here changes what is computed but by rounding."""
+    """The kernels that compute the model. Results differ only by rounding, substantially for fp8."""
 
     attention: AttentionKernel = AttentionKernel.auto
+    """Implementation of attention."""
     compile: Switch = Switch.auto
-    """torch.compile of each block and of the loss; auto: on a GPU, where it works."""
+    """Whether to apply torch.compile to each block and to the loss; auto compiles on a GPU."""
     fp8: bool = False
-    """Products with the weights of the blocks in 8 bits (not those of the head), on GPUs from L40S and H100 on."""
+    """Compute the matrix products of the blocks, but not of the output head, in 8-bit floating point. This needs an
+    L40S, an H100 or a newer GPU."""
     liger: bool = False
-    """Norms, SwiGLU and the loss by the package liger-kernel, instead of compiling them."""
+    """Compute the norms, SwiGLU and the loss with the package liger-kernel instead of compiling them."""
 
     def check(self, model: ModelConfig, precision: Precision, sequence_lengths: set[int]) -> None:
-        """Raises ConfigError where these kernels cannot compute the model on any device."""
+        """Raise ConfigError where these kernels cannot compute the model on any device."""
         if self.liger and self.compile is not Switch.never:
             raise ConfigError(
-                f"kernels.liger=true takes the place of compiling: set kernels.compile=never, not {self.compile.value}"
+                f"kernels.liger=true replaces compilation; set kernels.compile=never, not {self.compile.value}"
             )
         if self.liger and model.z_loss > 0:
             raise ConfigError(
-                f"model.z_loss={model.z_loss} needs kernels.liger=false, since Liger's loss does not give it in fp32"
+                f"model.z_loss={model.z_loss} needs kernels.liger=false: Liger's loss has no z-loss in fp32"
             )
         if not self.fp8:
             return

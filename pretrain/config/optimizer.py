@@ -1,4 +1,4 @@
-"""The configuration groups `optim` and `schedule`: the update of the weights and its learning rate."""
+"""The configuration groups `optim` and `schedule`: the optimizer and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -10,45 +10,51 @@ from pretrain.errors import ConfigError
 
 
 class OptimizerName(Enum):
+    """The optimizer."""
+
     adamw = "adamw"
-    muon = "muon"  # for the matrices of the blocks; adamw for the rest
+    muon = "muon"  # Muon for the weight matrices of the blocks, AdamW for all other parameters
 
 
 class ScheduleName(Enum):
+    """The shape of the learning rate schedule after the warm-up."""
+
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
-    wsd = "wsd"
+    wsd = "wsd"  # warmup-stable-decay: constant, then a linear decay over the last decay_steps
 
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """Optimizer and gradient clipping."""
+    """The optimizer and gradient clipping."""
 
     name: OptimizerName = OptimizerName.adamw
+    """Which optimizer to use."""
     lr: float = 3e-4
     """Peak learning rate."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """AdamW: decay rate of the first moment."""
     beta2: float = 0.95
-    """Decay of the second moment."""
+    """AdamW: decay rate of the second moment."""
     eps: float = 1e-8
+    """AdamW: number added to the denominator of the update."""
     momentum: float = 0.95
-    """Muon: decay of the momentum of the blocks' matrices."""
+    """Muon: decay rate of the momentum of the blocks' weight matrices."""
     weight_decay: float = 0.1
-    """Decoupled weight decay, multiplied by the learning rate at each step."""
+    """Decoupled weight decay; it is multiplied by the learning rate at each step."""
     decay_norms: bool = False
-    """Apply weight decay to the norm gains too."""
+    """Also apply weight decay to the gains of the norms."""
     decay_embeddings: bool = False
-    """Apply weight decay to the token embedding too (a tied head counts as the embedding)."""
+    """Also apply weight decay to the token embedding. A tied output head counts as the embedding."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global L2 norm; 0: no clipping."""
+    """Global L2 norm to which larger gradients are scaled down; 0 disables clipping."""
 
     def __post_init__(self) -> None:
         check_positive(self, "optim", "lr", "eps")
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"optim.{name}={getattr(self, name)} is outside 0 up to below 1")
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must be at least 0 and below 1")
         for name in ("weight_decay", "max_grad_norm"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} is negative; allowed: 0 or more")
@@ -56,13 +62,14 @@ class OptimConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ScheduleConfig:
-    """Learning rate as a function of the step."""
+    """The learning rate as a function of the step."""
 
     name: ScheduleName = ScheduleName.cosine
+    """Shape of the schedule after the warm-up."""
     warmup_steps: int = 0
-    """Steps of linear increase from 0 to the peak."""
+    """Number of steps over which the learning rate rises linearly from 0 to the peak."""
     decay_steps: int | None = None
-    """Length of the decay; null: all steps after the warm-up (for wsd: the last tenth of the run)."""
+    """Number of steps of the decay; null means all steps after the warm-up, or for wsd the last tenth of the run."""
     min_lr_frac: float = 0.1
     """Learning rate at the end of the decay, as a fraction of the peak."""
 

@@ -1,4 +1,4 @@
-"""The configuration groups `evaluation` and `logging`: what is measured of a run and where it is recorded."""
+"""The configuration groups `evaluation` and `logging`: what is measured during a run, and where it is recorded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pretrain.config.checks import check_positive
 
 
 class WandbMode(Enum):
-    auto = "auto"  # online when an API key is known, else offline
+    """Where the run is recorded in Weights & Biases."""
+
+    auto = "auto"  # online where an API key is known, otherwise offline
     online = "online"
     offline = "offline"
     disabled = "disabled"
@@ -20,11 +22,12 @@ class EvaluationConfig:
     """Held-out loss during training."""
 
     manifest: str | None = None
-    """Corpus of held-out text, tokenized with the training corpus's tokenizer; null: no evaluation."""
+    """Path or URL of the manifest.json of a held-out corpus that has the training corpus's tokenizer; null disables
+    evaluation."""
     every_steps: int = 1000
-    """Interval; the last step is always evaluated."""
+    """Steps between evaluations. The last step of the run is always evaluated."""
     max_sequences: int | None = 512
-    """Sequences read per evaluation, from the start of the corpus; null: all of them."""
+    """Number of sequences per evaluation, taken from the start of the held-out corpus; null takes all of them."""
 
     def __post_init__(self) -> None:
         check_positive(self, "evaluation", "every_steps")
@@ -34,20 +37,25 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LoggingConfig:
-    """What is recorded of a run, beside metrics.jsonl and events.jsonl, which always are."""
+    """What is recorded of a run in addition to metrics.jsonl and events.jsonl, which are always written."""
 
     every_steps: int = 10
-    """Interval of W&B records and progress lines; metrics.jsonl gets every step."""
+    """Steps between W&B records and between progress lines. metrics.jsonl gets every step."""
     wandb: WandbMode = WandbMode.auto
+    """Where Weights & Biases (W&B) records the run."""
     wandb_project: str = "pretrain"
+    """W&B project."""
     wandb_entity: str | None = None
+    """W&B user or team; null means the default of the API key."""
     wandb_name: str | None = None
-    """Name shown in W&B; null: the run folder's name."""
+    """Name of the run in W&B; null means the run folder's name."""
     wandb_tags: list[str] = field(default_factory=list)
+    """Tags of the run in W&B."""
     peak_flops_per_second: float | None = None
-    """Peak of one rank's device for MFU; null: from the table of known GPUs, else measured."""
+    """Peak FLOP/s of one rank's device, for MFU; null looks it up in the table of known GPUs or, for an unknown device,
+    measures it."""
     sample_ledger: bool = False
-    """Each rank records the sample indices of every step and a hash of their tokens."""
+    """Let each rank record the sample indices of every step and a hash of their tokens."""
 
     def __post_init__(self) -> None:
         check_positive(self, "logging", "every_steps")

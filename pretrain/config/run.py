@@ -1,4 +1,4 @@
-"""The configuration of a whole run: the groups together, and what must hold between them."""
+"""The configuration of a whole run: all groups together, and the checks that span several groups."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pretrain.config.upkeep import CheckpointConfig, LossGuardConfig, WatchdogCo
 from pretrain.errors import ConfigError
 
 AUTO = "auto"
-"""Of micro_batch_sequences: to be found before the first step."""
+"""Value of micro_batch_sequences that has the largest micro-batch that fits found before the first step."""
 
 
 class _Planned:
@@ -34,24 +34,26 @@ class TrainConfig(_Planned):
     """A training run. The same config gives the same run on any number of ranks."""
 
     run_dir: str = MISSING
-    """Folder of the run: config, metrics, events, checkpoints. An existing run goes on where it stopped."""
+    """Folder of the run's configuration, metrics, events and checkpoints. An existing run resumes from its newest good
+    checkpoint."""
     seed: int = 1234
-    """Of the initial weights, the sample order and dropout."""
+    """Seed of the initial weights, the sample order and dropout."""
     total_steps: int | None = None
     """Length of the run in optimizer updates. Give this or total_tokens."""
     total_tokens: int | None = None
     """Length of the run in tokens, rounded up to whole steps."""
     stop_at_step: int | None = None
-    """Save after this step and exit 75, as if asked to stop; a later start goes on."""
+    """Save a checkpoint after this step and exit with code 75, as for a requested stop. The same command resumes."""
     stop_after_s: float | None = None
-    """The same so many seconds after the start, for a known end of allocation; leave room for one step and a save."""
+    """Save a checkpoint this many seconds after the start and exit with code 75, for an allocation with a known end.
+    Leave time for one more step and the save."""
     global_batch_sequences: int = 32
     """Sequences per optimizer update, over all ranks."""
     micro_batch_sequences: int | str = 4
-    """Sequences per rank and forward pass; accumulation steps follow from it. auto: the most that fit, found before
-    the first step."""
+    """Sequences per rank and forward pass; the number of gradient accumulation steps follows from it. auto finds the
+    largest number that fits before the first step."""
     init_from: str | None = None
-    """Run folder whose newest checkpoint gives the initial weights (weights only)."""
+    """Run folder whose newest good checkpoint gives the initial weights; nothing else is taken from it."""
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
     optim: OptimConfig = MISSING
@@ -72,7 +74,7 @@ class TrainConfig(_Planned):
         if self.micro_batch_sequences != AUTO:
             if not isinstance(self.micro_batch_sequences, int):
                 raise ConfigError(
-                    f"micro_batch_sequences={self.micro_batch_sequences} is not a whole number; give one, or auto"
+                    f"micro_batch_sequences={self.micro_batch_sequences} is not a whole number; give one or auto"
                 )
             check_positive(self, "", "micro_batch_sequences")
         if (self.total_steps is None) == (self.total_tokens is None):
@@ -90,7 +92,7 @@ class TrainConfig(_Planned):
         if self.optim.name is OptimizerName.muon and self.engine.precision is Precision.fp16:
             raise ConfigError(
                 "optim.name=muon orthogonalizes its updates in bf16, so it cannot be used with engine.precision=fp16; "
-                "use optim=adamw, or engine.precision=fp32"
+                "use optim=adamw or engine.precision=fp32"
             )
         _check_sequence_parallel(self)
         if self.data.manifest is None and not self.data.sources:
@@ -103,35 +105,41 @@ class TrainConfig(_Planned):
         warmup, total = self.schedule.warmup_steps, self.n_steps
         if warmup >= total and self.schedule.name is not ScheduleName.constant:
             raise ConfigError(
-                f"schedule.warmup_steps={warmup} leaves nothing of the run's {total} steps; give less"
+                f"schedule.warmup_steps={warmup} leaves none of the run's {total} steps for the decay; use fewer"
             )
 
     @property
     def n_steps(self) -> int:
-        """Optimizer updates of a whole run that begins with this configuration."""
+        """Number of optimizer updates of a whole run that starts with this configuration."""
         return n_steps_of(self.stages, self.total_steps, self.total_tokens)
 
     @property
     def micro_batch(self) -> int:
-        """Sequences per rank and forward pass; 1, which divides every batch, as long as `auto` is not yet found."""
+        """Sequences per rank and forward pass. Until `auto` is resolved it is 1, which divides every batch."""
         return 1 if self.micro_batch_sequences == AUTO else int(self.micro_batch_sequences)
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Most tokens of one forward pass."""
+        """Upper limit of the number of tokens in one forward pass of a rank."""
         return self.micro_batch * self.data.sequence_length
 
     def reader_ranks(self, world_size: int) -> int:
-        """Ranks, or groups of ranks that share sequences, each with sequences of its own. ConfigError."""
+        """Number of ranks, or of groups of ranks under sequence parallelism, that each read their own sequences.
+
+        Raises ConfigError where `engine.sequence_parallel_ranks` does not divide `world_size`.
+        """
         shared_by = self.engine.sequence_parallel_ranks
         if world_size % shared_by:
             raise ConfigError(
-                f"engine.sequence_parallel_ranks={shared_by} does not divide the {world_size} ranks; change either"
+                f"engine.sequence_parallel_ranks={shared_by} does not divide the {world_size} ranks; change one of them"
             )
         return world_size // shared_by
 
     def grad_accum_steps(self, world_size: int) -> int:
-        """Most forward passes per rank and update of all stages. ConfigError where a batch does not divide."""
+        """Forward passes per rank and update: the largest number over all data stages.
+
+        Raises ConfigError where a stage's batch does not divide evenly over the ranks and micro-batches.
+        """
         world_size = self.reader_ranks(world_size)
         per_forward = self.micro_batch * world_size
         if self.global_batch_sequences % per_forward:
@@ -156,7 +164,7 @@ class TrainConfig(_Planned):
 
 
 def _check_sequence_parallel(config: TrainConfig) -> None:
-    """What must divide where ranks share sequences. ConfigError."""
+    """Raise ConfigError unless the ranks that share a sequence can split its heads and its tokens evenly."""
     ranks, heads, length = (
         config.engine.sequence_parallel_ranks,
         config.model.kv_heads,  # which divide the query heads
@@ -165,13 +173,13 @@ def _check_sequence_parallel(config: TrainConfig) -> None:
     if heads % ranks:
         allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise ConfigError(
-            f"engine.sequence_parallel_ranks={ranks} does not divide model.n_kv_heads={heads}, and each rank attends "
-            f"with its part of the heads; allowed: {allowed}"
+            f"engine.sequence_parallel_ranks={ranks} does not divide model.n_kv_heads={heads}, and each rank computes "
+            f"attention for an equal share of the heads; allowed: {allowed}"
         )
     if length % ranks:
         raise ConfigError(
             f"engine.sequence_parallel_ranks={ranks} does not divide data.sequence_length={length}, and each rank "
-            "holds its part of the tokens; change either"
+            "holds an equal share of the tokens; change one of them"
         )
 
 
@@ -181,4 +189,4 @@ class SubmitConfig(TrainConfig):
 
     cluster: ClusterConfig = MISSING
     dry_run: bool = False
-    """Print the script and write nothing."""
+    """Print the job script and write nothing."""

@@ -14,21 +14,23 @@ class CheckpointConfig:
     """When checkpoints are written and which are kept."""
 
     every_steps: int = 1000
-    """Interval; the last step and a requested stop are always saved."""
+    """Steps between checkpoints. The last step and a requested stop are always saved."""
     every_minutes: float | None = None
-    """Saved too when so much time has passed since the last save began; null: by steps only."""
+    """Also save when this many minutes have passed since the last save started; null saves by steps only."""
     background: bool = True
-    """Write beside training, which stops for the copy to host memory only; false: training waits."""
+    """Write checkpoints while training continues, which then pauses only for the copy to host memory; false pauses
+    training until the checkpoint is written."""
     target: str | None = None
-    """Folder or URL (s3://bucket/run) for the checkpoints; null: the run folder."""
+    """Folder or URL (such as s3://bucket/run) for the checkpoints; null means the run folder."""
     keep_last: int = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     keep_every_steps: int | None = None
-    """Checkpoints at multiples of this step are kept for good; null: none."""
+    """Keep checkpoints at multiples of this step for good; null keeps none for this reason."""
     keep_best: int = 1
-    """Checkpoints with the lowest held-out losses that are kept too."""
+    """Number of checkpoints with the lowest held-out loss to keep as well."""
     mtbf_hours: float | None = None
-    """Mean time between failures of the whole job, for the advised interval; null: 50,000 h / ranks (Llama 3)."""
+    """Mean time between failures of the whole job in hours, from which a save interval is advised; null means
+    50,000 h / ranks, the rate that Llama 3 reported."""
 
     def __post_init__(self) -> None:
         check_positive(self, "checkpoint", "every_steps", "keep_last")
@@ -40,25 +42,30 @@ class CheckpointConfig:
 
 
 class SpikeAction(Enum):
-    skip = "skip"  # leave the update out
-    rollback = "rollback"  # go back to the last checkpoint and pass over the samples
+    """What to do about an update whose loss is a spike."""
+
+    skip = "skip"  # skip the update
+    rollback = "rollback"  # return to the last checkpoint and skip the samples around the spike
 
 
 @dataclass(kw_only=True, slots=True)
 class LossGuardConfig:
-    """What happens when the loss or the gradient goes wrong. An update that is not finite is always left out."""
+    """What to do when the loss or the gradient goes wrong. A non-finite update is always skipped."""
 
     spike_sigmas: float | None = None
-    """A loss so many robust standard deviations above the recent median is a spike; null: none is."""
+    """Number of robust standard deviations above the recent median from which a loss counts as a spike; null detects no
+    spikes."""
     window_steps: int = 128
-    """The median and deviation are of so many recent updates; no spike is seen before so many."""
+    """Number of recent updates that give the median and the deviation. No spike is detected before this many
+    updates."""
     on_spike: SpikeAction = SpikeAction.skip
+    """What to do about a spike."""
     max_skips_in_a_row: int = 10
-    """After so many updates left out in a row the run rolls back."""
+    """Number of consecutive skipped updates after which the run rolls back."""
     pass_over_steps: int = 50
-    """A rollback passes over the samples of so many steps, from the first bad one on."""
+    """Number of steps whose samples a rollback skips, starting with the first bad step."""
     max_rollbacks: int = 3
-    """One more ends the run with exit code 2."""
+    """Number of rollbacks allowed in a run. One more ends the run with exit code 2."""
 
     def __post_init__(self) -> None:
         check_positive(self, "loss_guard", "window_steps", "max_skips_in_a_row", "pass_over_steps")
@@ -72,14 +79,15 @@ class LossGuardConfig:
 
 @dataclass(kw_only=True, slots=True)
 class WatchdogConfig:
-    """How long a rank may go without progress before all end, with the stacks of all in the run folder."""
+    """How long a rank may make no progress before all ranks are ended. Their stacks are then in the run folder."""
 
     startup_s: float = 1800
-    """Until the first step is done: imports, rendezvous, loading."""
+    """Seconds until the first step is done, including imports, rendezvous and loading."""
     step_s: float = 600
-    """Later: between two marks of progress (a micro batch, an update, a save, an evaluation batch)."""
+    """Seconds between two marks of progress after the first step: a micro-batch, an update, a save or an evaluation
+    batch."""
     lost_s: float = 30
-    """Without a sign of life from a rank's host."""
+    """Seconds without a sign of life from a rank's host."""
 
     def __post_init__(self) -> None:
         check_positive(self, "watchdog", "startup_s", "step_s", "lost_s")

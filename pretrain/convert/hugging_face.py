@@ -1,8 +1,8 @@
-"""A checkpoint as a Hugging Face folder, which is published only after it gave the same logits and tokens.
+"""Exports a checkpoint as a Hugging Face folder, which is published only after it gave the same logits and tokens.
 
-The folder holds config.json, generation_config.json, model*.safetensors (LlamaForCausalLM, or Qwen3ForCausalLM
-with QK-norm), a tokenizer that `transformers.AutoTokenizer` loads and, if it came from one, the sentencepiece model.
-`transformers` is imported where it is used: it is an optional package.
+The folder holds config.json, generation_config.json, model*.safetensors (LlamaForCausalLM, or Qwen3ForCausalLM with
+QK-norm), a tokenizer that `transformers.AutoTokenizer` loads and, where the tokenizer is one, the sentencepiece model.
+`transformers` is an optional package, so it is imported where it is used.
 """
 
 from __future__ import annotations
@@ -30,31 +30,33 @@ from pretrain.trained import TrainedModel
 
 MAX_SHARD_BYTES = 5_000_000_000
 RELATIVE_TOLERANCE = 1e-4
-"""Largest difference of two fp32 logits, relative to the largest logit: summing in another order stays far below."""
+"""Largest accepted difference of two fp32 logits, relative to the largest logit. Summing in another order causes far
+smaller differences."""
 MIN_ARGMAX_AGREEMENT = 0.99
 _UNREACHABLE_SCORE = -1e4
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How the exported model, as `transformers` loads it in fp32, compares with ours on a text."""
+    """How well the exported model, as `transformers` loads it in fp32, agrees with the trained one on a text."""
 
     tokens: int
+    """Number of tokens in the text."""
     max_difference: float
-    """Of two logits."""
+    """Largest difference between two corresponding logits."""
     tolerance: float
-    """What is allowed of that."""
+    """Largest accepted value of `max_difference`."""
     argmax_agreement: float
-    """Share of positions with the same most probable token."""
+    """Fraction of positions with the same most probable token."""
 
     @property
     def holds(self) -> bool:
-        """Whether the export is good; false also where a logit is no number."""
+        """Whether the export is good. It is False, too, where a logit is NaN."""
         return self.max_difference <= self.tolerance and self.argmax_agreement >= MIN_ARGMAX_AGREEMENT
 
 
 def require_transformers() -> None:
-    """Raises ConfigError where the optional packages are not installed."""
+    """Raise ConfigError where the optional packages are not installed."""
     try:
         import tokenizers  # noqa: F401
         import transformers
@@ -66,7 +68,7 @@ def require_transformers() -> None:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Raises ConfigError where `output` holds something that may not be replaced."""
+    """Raise ConfigError where `output` is a file, or a folder with files that may not be replaced."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output={output} is a file; give a folder")
     if output.exists() and any(output.iterdir()) and not overwrite:
@@ -83,8 +85,8 @@ def export(
 ) -> Parity:
     """Write the folder `output`, which appears complete and checked or not at all.
 
-    Raises ConfigError where `output` may not be replaced or the tokenizer cannot be converted, RunError where
-    the written model or tokenizer does not do what ours does, and OSError or RunError where writing fails.
+    Raises ConfigError where `output` may not be replaced or the tokenizer cannot be converted, RunError where the
+    exported model or tokenizer differs from the trained one, and OSError or RunError where writing fails.
     """
     require_transformers()
     check_output(output, overwrite)
@@ -107,7 +109,7 @@ def export(
 
 @contextmanager
 def _published_together(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output`, which takes its place when the block ends well."""
+    """A temporary folder beside `output`, which replaces `output` when the block ends without an error."""
     output = output.absolute()
     temporary = output.with_name(f".{output.name}.tmp")
     replaced = output.with_name(f".{output.name}.old")
@@ -132,7 +134,7 @@ def _published_together(output: Path) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    """A folder with all that is in it, or a link to one without what it leads to."""
+    """Delete a folder with its content, or a link to a folder without the folder itself."""
     if path.is_symlink():
         path.unlink()
     shutil.rmtree(path, ignore_errors=True)
@@ -169,7 +171,7 @@ def hugging_face_config(config: TrainConfig, tokenizer: Tokenizer, dtype: torch.
 
 
 def hugging_face_names(model: ModelConfig) -> dict[str, str]:
-    """Our parameter names -> those of LlamaForCausalLM and Qwen3ForCausalLM. No tensor changes its shape."""
+    """Maps our parameter names to those of LlamaForCausalLM and Qwen3ForCausalLM. The shapes are the same."""
     names = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
     if not model.tie_embeddings:
         names["head.weight"] = "lm_head.weight"
@@ -207,7 +209,7 @@ def write_model(trained: TrainedModel, folder: Path, dtype: torch.dtype, max_sha
         model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
-    filling = list(range(trained.tokenizer.vocab_size, config.vocab_size))  # rows that stand for no token
+    filling = list(range(trained.tokenizer.vocab_size, config.vocab_size))  # embedding rows without a token
     model.generation_config = GenerationConfig(
         bos_token_id=trained.tokenizer.bos_id,
         eos_token_id=trained.tokenizer.eos_id,
@@ -221,7 +223,7 @@ def write_model(trained: TrainedModel, folder: Path, dtype: torch.dtype, max_sha
 def compare_logits(trained: TrainedModel, folder: Path, dtype: torch.dtype) -> Parity:
     """Load the folder with `transformers` and compare its logits with ours, both in fp32 on the CPU.
 
-    Ours are computed from weights rounded to `dtype`, as they were written.
+    Our model also uses weights rounded to `dtype`, as they were written.
     """
     from transformers import AutoModelForCausalLM
 
@@ -245,7 +247,7 @@ def compare_logits(trained: TrainedModel, folder: Path, dtype: torch.dtype) -> P
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_tokens: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json and, where it is one, the sentencepiece model itself."""
+    """Write tokenizer.json, tokenizer_config.json and, where the tokenizer is one, the sentencepiece model."""
     from transformers import PreTrainedTokenizerFast
 
     special = {
@@ -256,9 +258,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_tokens: int) -> None
     }
     settings: dict[str, Any] = {
         "model_max_length": max_tokens,
-        "padding_side": "left",  # as generation from a batch of prompts needs it
+        "padding_side": "left",  # batched generation needs prompts that end at the same position
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # "</s>" in a text is text
+        "split_special_tokens": True,  # "</s>" in a text is ordinary text
         **{f"{name}_token": tokenizer.piece(i) for name, i in special.items() if i is not None},
     }
     if tokenizer.is_sentencepiece:
@@ -268,18 +270,18 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_tokens: int) -> None
         return
     description = json.loads(tokenizer.content)
     bos = settings["bos_token"], tokenizer.bos_id
-    description["post_processor"] = frame(bos, None)  # a prompt has no end
+    description["post_processor"] = frame(bos, None)  # without eos, which would end a prompt
     settings["tokenizer_class"] = PreTrainedTokenizerFast.__name__
     for name, value in ((tokenizer.file_name, description), ("tokenizer_config.json", settings)):
         (folder / name).write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def convert_tokenizer(tokenizer: Tokenizer) -> Any:
-    """A sentencepiece model as a `tokenizers.Tokenizer`, which puts bos before a text.
+    """A sentencepiece model converted to a `tokenizers.Tokenizer`, which puts bos before a text.
 
-    In the vocabulary of a model that leaves text as it is, as `data_tools.prepare` makes them, a space is a space,
-    where sentencepiece writes U+2581: so a real U+2581 in a text is outside the vocabulary and becomes bytes, as it
-    does in our tokenizer. Models of others keep U+2581, which they read as a space.
+    sentencepiece writes a space as U+2581. In the vocabulary of a model that leaves text unchanged, such as those that
+    `data_tools.prepare` trains, the conversion writes it as a real space. A U+2581 in a text is then outside of the
+    vocabulary and is encoded as bytes, as in our tokenizer. Other models keep U+2581 and read it as a space.
     """
     import tokenizers
     from sentencepiece import sentencepiece_model_pb2 as proto
@@ -299,7 +301,7 @@ def convert_tokenizer(tokenizer: Tokenizer) -> Any:
         if piece.type != kinds.NORMAL
     }
     is_bpe = model.trainer_spec.model_type == proto.TrainerSpec.BPE
-    assert tokenizer.unk_id is not None  # sentencepiece knows no model without
+    assert tokenizer.unk_id is not None  # every sentencepiece model has one
     build = _bpe if is_bpe else _unigram
     converted = tokenizers.Tokenizer(build(learned, others, tokenizer.unk_id))
     if (splits := _splits(learned, others)) is not None:
@@ -313,7 +315,8 @@ def convert_tokenizer(tokenizer: Tokenizer) -> Any:
     )
     special = [piece.piece for piece in model.pieces if piece.type in (kinds.UNKNOWN, kinds.CONTROL)]
     converted.add_special_tokens([tokenizers.AddedToken(p, special=True, normalized=False) for p in special])
-    # These are found before all others; one with a real space never, since a text has none after normalization.
+    # The package matches these before all other pieces. A piece with a real space can be left out: it never matches,
+    # since a normalized text has no real space.
     own = [
         p.piece.replace(SPACE_SYMBOL, " ")
         for p in model.pieces
@@ -324,7 +327,7 @@ def convert_tokenizer(tokenizer: Tokenizer) -> Any:
 
 
 def _normalizer(spec: Any, space: str) -> Any:
-    """What a sentencepiece model does to a text first, or None."""
+    """The normalization that a sentencepiece model applies to a text, or None."""
     from tokenizers import Regex, normalizers
 
     steps: list[Any] = []
@@ -340,7 +343,7 @@ def _normalizer(spec: Any, space: str) -> Any:
 
 
 def _decoder(spec: Any, space: str) -> Any:
-    """From pieces to text."""
+    """The decoder that turns pieces into text as the sentencepiece model does."""
     from tokenizers import decoders
 
     steps: list[Any] = [decoders.Replace(space, " ")] if space != " " else []
@@ -351,9 +354,8 @@ def _decoder(spec: Any, space: str) -> Any:
 
 
 def _bpe(learned: dict[str, tuple[int, float]], others: dict[str, int], unk_id: int) -> Any:
-    """sentencepiece joins the two pieces whose result has the best score, `tokenizers` the pair first in a list.
-
-    So the list holds every way to make a piece from two others, better pieces first.
+    """A BPE model. sentencepiece merges the two pieces whose result has the best score; `tokenizers` merges the pair
+    that comes first in a list. So the list holds every way to make a piece from two others, better pieces first.
     """
     from tokenizers.models import BPE
 
@@ -368,9 +370,9 @@ def _bpe(learned: dict[str, tuple[int, float]], others: dict[str, int], unk_id: 
 
 
 def _unigram(learned: dict[str, tuple[int, float]], others: dict[str, int], unk_id: int) -> Any:
-    """`tokenizers` would find "<0x0A>" in a text, which sentencepiece never does.
+    """A unigram model. Byte pieces such as "<0x0A>" get a score below that of any six characters.
 
-    A score below that of any six characters keeps it from that.
+    Otherwise `tokenizers` would match the text "<0x0A>" to the byte piece, which sentencepiece never does.
     """
     from tokenizers.models import Unigram
 
@@ -381,10 +383,11 @@ def _unigram(learned: dict[str, tuple[int, float]], others: dict[str, int], unk_
 
 
 def _splits(learned: dict[str, tuple[int, float]], others: dict[str, int]) -> Any:
-    """Where a text is cut before it is encoded, or None: only where no piece can reach across.
+    """Where a text is cut before it is encoded, or None. It is cut only where no piece can reach across.
 
-    After newlines, as our tokenizer does, for speed. And at characters of "<0x0A>" and its like that are outside the
-    vocabulary, since there a unigram model could prefer that piece to several unknown characters.
+    One kind of cut is after newlines, for speed, as in our tokenizer. The other is at characters that occur in byte
+    pieces such as "<0x0A>" but are not in the vocabulary: without it, a unigram model could prefer the byte piece to
+    several unknown characters.
     """
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import Sequence, Split
@@ -399,9 +402,9 @@ def _splits(learned: dict[str, tuple[int, float]], others: dict[str, int]) -> An
 
 
 def check_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Raises RunError where the tokenizer in `folder` encodes or decodes `CHECK_TEXT` in another way than the run's.
+    """Raise RunError where the tokenizer in `folder` encodes or decodes `CHECK_TEXT` differently than the run's.
 
-    The same pieces in another order pass: a unigram model finds them equally probable, and rounding decides.
+    The same pieces in another order are accepted: they are equally probable to a unigram model, so rounding decides.
     """
     from transformers import AutoTokenizer
 

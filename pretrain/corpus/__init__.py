@@ -1,6 +1,6 @@
 """Token shards on disk: their format, and how they are read, written and checked.
 
-Three doors lead here:
+The three entry points:
 
     corpus = Corpus("corpus/manifest.json")          # shards.py: random access to chunks of tokens
     verify_corpus("corpus/manifest.json")            # check.py: every file against the manifest

@@ -1,10 +1,10 @@
-"""How a dialogue is written as tokens: the one template of fine-tuning data and of prompts to a fine-tuned model.
+"""The chat template: how a dialogue is written as tokens, in fine-tuning data and in prompts to a fine-tuned model.
 
     [bos] user⏎ What is a shard? [eos] assistant⏎ A tar file. [eos] user⏎ ...
 
-Every turn is a marker, its role as a line of ordinary text, then its content and eos. A marker is one only where it
-follows bos or eos, which no text encodes to: what a user writes cannot pass for another turn. Markers and contents are
-encoded one by one, so a prompt has the tokens that the dialogue had in training.
+Every turn is a marker (its role as a line of ordinary text), then its content, then eos. Text counts as a marker only
+directly after bos or eos, and no text encodes to those, so a user's text cannot pass for another turn. Markers and
+contents are encoded separately, so a prompt gets the same tokens as the dialogue had in training.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Message(NamedTuple):
     """One turn of a dialogue."""
 
     role: str
-    """Of ROLES."""
+    """One of ROLES."""
     content: str
 
 
@@ -31,16 +31,16 @@ class EncodedDialogue(NamedTuple):
 
     tokens: list[int]
     targets: list[int]
-    """[start, stop, start, stop, ...]: what the model is to learn, the assistant's contents and the eos after each."""
+    """[start, stop, start, stop, ...]: the tokens that count in the loss, each assistant's content and its eos."""
 
 
 def marker(role: str) -> str:
-    """The text that begins a turn."""
+    """The text that starts a turn of this role."""
     return f"{role}\n"
 
 
 def encode_dialogue(tokenizer: Tokenizer, messages: Iterable[Message]) -> EncodedDialogue:
-    """The tokens of all turns, and which of them are to be predicted."""
+    """The tokens of all turns, and which of them count in the loss."""
     tokens, targets = [tokenizer.bos_id], []
     for message in messages:
         tokens += tokenizer.encode(marker(message.role))

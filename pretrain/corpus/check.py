@@ -1,4 +1,4 @@
-"""Verifying a corpus: every file and member against the manifest."""
+"""Verifies a corpus: every file and every member of a shard against the manifest."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from pretrain.errors import ConfigError
 
 _BLOCK = tarfile.BLOCKSIZE
 
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+Progress = Callable[[int, int], None]  # (bytes checked so far, bytes in total)
 
 
 def verify_corpus(manifest_path: str | Path, progress: Progress | None = None) -> list[str]:
     """Read every file of a corpus and compare it with the manifest.
 
-    Returns every problem found, each one sentence that names the file and the member; empty: all is well.
+    Returns the problems found, each as one sentence that names the file and the member; an intact corpus has none.
     """
     try:
         manifest = load_manifest(manifest_path)
@@ -61,19 +61,19 @@ def verify_corpus(manifest_path: str | Path, progress: Progress | None = None) -
 
 
 def _foreign_files(folder: Path, manifest: Manifest) -> list[str]:
-    """What lies among the shards and is not in the manifest: other readers take every tar that is there."""
+    """Files beside the shards that the manifest does not list. They matter because other readers take every tar."""
     named = {file.name for file in manifest.files}
     named |= {f"{SHARDS_FOLDER}/{name}" for s in manifest.shards for name in (s.name, s.index_name)}
     try:
         found = sorted((folder / SHARDS_FOLDER).iterdir())
-    except OSError:  # said already of each shard
+    except OSError:  # already reported for each shard
         return []
     foreign = [path for path in found if f"{SHARDS_FOLDER}/{path.name}" not in named]
     return [f"{path} is not in the manifest; remove it" for path in foreign]
 
 
 def _file_problems(folder: Path, expected: FileInfo, members: _Members, shard: int | None) -> list[str]:
-    """Of one file, and of the members of a shard, which are read from the very file that was hashed."""
+    """The problems of one file and, for a shard, of its members, which are read from the same open file."""
     path = folder / expected.name
     try:
         with open_member(folder, expected.name) as file:
@@ -101,17 +101,19 @@ def _hash_problems(file: BinaryIO, path: Path, expected: FileInfo) -> list[str]:
 
 
 class _Members:
-    """The members of all shards, in their order, since documents go on from one chunk to the next."""
+    """Checks the members of all shards in order, because a document can continue from one chunk to the next."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.manifest = manifest
         self._folder = folder
         self._before: tuple[int, ChunkDocuments | None] = (-1, None)
-        """The last chunk whose documents are known."""
+        """Number and documents of the last chunk whose documents could be parsed."""
 
     def problems(self, number: int, content: BinaryIO, damaged: bool) -> list[str]:
-        """Whether the index is whole, each tar header is as it says, and each chunk's tokens and documents are such;
-        for a damaged shard, each member that differs."""
+        """The problems of one shard's index, tar headers, tokens and documents.
+
+        For a shard that is `damaged`, its hash being wrong, they name every member that differs.
+        """
         info = self.manifest.shards[number]
         try:
             index = read_index(self._folder, self.manifest, number)
@@ -129,7 +131,7 @@ class _Members:
                 if len(member) < length:
                     what = "is cut off"
                 elif xxhash.xxh3_64_intdigest(member) != digest:
-                    what = "has another xxh3-64 than its index says"
+                    what = "has a different xxh3-64 than its index says"
             elif (problem := self._problem(chunk, kind, member)) is not None:
                 problems.append(f"{self._folder / info.name}: {name} {problem}")
             if what is not None:
@@ -137,7 +139,7 @@ class _Members:
         return problems
 
     def _problem(self, chunk: int, kind: int, member: bytes) -> str | None:
-        """What is wrong with a member that is as its hash says."""
+        """What is wrong with the content of a member whose hash is right; None where it is valid."""
         manifest = self.manifest
         if kind != DOCUMENTS:
             return tokens_problem(member, manifest)

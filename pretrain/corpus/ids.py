@@ -1,4 +1,4 @@
-"""Finding a document by its id: a sorted index that comes with a corpus, searched where it lies."""
+"""Finds a document by its id, with a binary search in the sorted index that comes with a corpus (`shards/ids.npy`)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from pretrain.remote import folder_of, read_range
 
 IDS_NAME = f"{SHARDS_FOLDER}/ids.npy"
 _ROW_BYTES = 16
-_BLOCK_ROWS = 4096  # read at a time
+_BLOCK_ROWS = 4096  # number of rows that are read at a time
 
-Rows = np.ndarray  # uint64 [n, 2]: hash of the id, first chunk
+Rows = np.ndarray  # uint64 [n, 2]: the hash of a document's id, and the document's first chunk
 
 
 def hash_id(document_id: str) -> int:
@@ -34,21 +34,22 @@ def hash_id(document_id: str) -> int:
 
 
 def chunks_of(corpus: Corpus, document_id: str) -> list[int]:
-    """The chunks that hold a document, or several of one id; empty: there is none.
+    """The chunks that hold the document with this id, or all documents with this id; empty where there is none.
 
-    Raises ConfigError where the corpus is older than its index of ids, CorruptShardError, and as reading does.
+    Raises ConfigError where the corpus was prepared before there was an index of ids, CorruptShardError, and the errors
+    of `Corpus.documents`.
     """
     listed = [file for file in corpus.manifest.files if file.name == IDS_NAME]
     if not listed:
         raise ConfigError(
-            f"{corpus.manifest_path} has no {IDS_NAME}, which finds documents by their id; prepare the corpus again "
-            "with this program"
+            f"{corpus.manifest_path} has no {IDS_NAME}, which is needed to find documents by their id; prepare the "
+            "corpus again with this program"
         )
     wanted, n_rows = hash_id(document_id), corpus.manifest.n_documents
     if listed[0].bytes != NPY_HEADER_BYTES + n_rows * _ROW_BYTES:
         raise CorruptShardError(f"{corpus.manifest_path}: {IDS_NAME} does not list {n_rows} documents")
     read = partial(_read_rows, corpus, listed[0])
-    low, high = 0, n_rows  # the first row with the wanted hash, or what would follow it, is in [low, high]
+    low, high = 0, n_rows  # the first row whose hash is at least the wanted one is in [low, high]
     while high - low > _BLOCK_ROWS:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if int(read(middle, middle + 1)[0, 0]) < wanted else (low, middle)
@@ -59,10 +60,10 @@ def chunks_of(corpus: Corpus, document_id: str) -> list[int]:
 
 
 def ids_problem(file: BinaryIO, manifest: Manifest) -> str | None:
-    """What is wrong with the index of ids, an open file; None: nothing."""
+    """What is wrong with the index of ids in an open file; None where it is valid."""
     file.seek(0)
     if file.read(NPY_HEADER_BYTES) != npy_header((manifest.n_documents, 2)):
-        return f"is no index of {manifest.n_documents} documents; prepare the corpus again"
+        return f"is not an index of {manifest.n_documents} documents; prepare the corpus again"
     last = 0
     while block := file.read(_BLOCK_ROWS * _ROW_BYTES):
         rows = parse_ids(block)
@@ -75,7 +76,7 @@ def ids_problem(file: BinaryIO, manifest: Manifest) -> str | None:
 
 
 def parse_ids(content: bytes) -> Rows | None:
-    """Rows of the index; None where they are no whole ones."""
+    """Rows of the index; None where `content` is not a whole number of rows."""
     return np.frombuffer(content, "<u8").reshape(-1, 2) if len(content) % _ROW_BYTES == 0 else None
 
 
@@ -102,7 +103,7 @@ def _read_rows(corpus: Corpus, file: FileInfo, first: int, stop: int) -> Rows:
 
 
 def _equal_rows(read: Callable[[int, int], Rows], low: int, n_rows: int, wanted: int) -> list[int]:
-    """The chunks of all rows with the wanted hash, the first of which is within a block from `low`."""
+    """The chunks in all rows with the wanted hash. The first such row is at most one block after row `low`."""
     chunks: list[int] = []
     while low < n_rows:
         rows = read(low, min(low + _BLOCK_ROWS + 1, n_rows))
@@ -114,7 +115,10 @@ def _equal_rows(read: Callable[[int, int], Rows], low: int, n_rows: int, wanted:
 
 
 def _chunks_from(corpus: Corpus, document_id: str, begins: list[int]) -> list[int]:
-    """The chunks in which the documents begin, and those in which they go on."""
+    """The chunks in which documents with this id begin, and those in which they continue.
+
+    `begins` may hold chunks of other ids with the same hash; these are left out.
+    """
     found = set()
     for chunk in sorted(set(begins)):
         while chunk < corpus.n_chunks and document_id in corpus.documents(chunk).ids:

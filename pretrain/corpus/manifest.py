@@ -1,6 +1,6 @@
-"""What a corpus holds: its manifest.json, the index of a shard, and how its files are written, hashed and checked.
+"""The manifest of a corpus (manifest.json) and the index of a shard, with everything that checks them.
 
-The corpus itself is read by `pretrain/corpus/shards.py` and written by `pretrain/corpus/writer.py`.
+`pretrain/corpus/shards.py` reads the corpus itself and `pretrain/corpus/writer.py` writes it.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from pretrain.stored import (
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 UINT16_VOCAB_SIZE = 65_536
-MAX_SHARDS = 40_000  # of a corpus: 40 TiB in shards of the usual size, 400 bytes each in the manifest
+MAX_SHARDS = 40_000  # 40 TiB in shards of the usual size; each takes about 400 bytes in the manifest
 MAX_MANIFEST_BYTES = 20 << 20
 MAX_MANIFEST_VALUES = 450_000
-MAX_DOCUMENTS_BYTES = 64 << 20  # of one .doc member
-MANIFEST_TIMEOUT_S = 300.0  # for one behind a URL
-MAX_CHUNKS = 1 << 32  # of a corpus: 10^15 tokens in chunks of the usual size
-MAX_CHUNK_TOKENS = 1 << 26  # a chunk is held in memory as a whole
-MAX_SHARD_CHUNKS = 1 << 22  # and so is the index of a shard, 48 bytes per chunk
+MAX_DOCUMENTS_BYTES = 64 << 20  # size limit of one .doc member
+MANIFEST_TIMEOUT_S = 300.0  # time limit for reading a manifest at a URL
+MAX_CHUNKS = 1 << 32  # 10^15 tokens in chunks of the usual size
+MAX_CHUNK_TOKENS = 1 << 26  # limited because a whole chunk is held in memory
+MAX_SHARD_CHUNKS = 1 << 22  # limited because the index of a shard is held in memory, 48 bytes per chunk
 MAX_VOCAB_SIZE = 1 << 22
-TOKENS, DOCUMENTS = 0, 1  # second axis of an index
-_MAX_LISTED = 1 << 20  # sources or files
+TOKENS, DOCUMENTS = 0, 1  # positions on the second axis of an index
+_MAX_LISTED = 1 << 20  # largest number of sources, and of files, in a manifest
 _SHARD_NAME = re.compile(r"shard-[0-9]{5,12}\.tar")
 _VERSION = re.compile(r'\s*\{\s*"format_version"\s*:\s*(\d{1,9})\b')
 _READ_BYTES = 1 << 22
@@ -59,34 +59,35 @@ _BLOCK = tarfile.BLOCKSIZE
 
 
 class CorruptShardError(RunError):
-    """A shard is not what its manifest says, or not there. The text names the file, the member and what differs."""
+    """A shard is missing or differs from its manifest. The text names the file, the member, and what differs."""
 
     def __init__(self, text: str, *, source_path: str | None = None, chunk: int | None = None) -> None:
         super().__init__(text)
         self.source_path, self.chunk = source_path, chunk
-        """The manifest of the corpus, as it was given, and the chunk that cannot be used; None: not of one chunk."""
+        """Path of the corpus's manifest as it was given, and the bad chunk; None where no single chunk is bad."""
 
 
 def is_shard_name(text: str) -> bool:
-    """A name like shard-00000.tar."""
+    """Whether a text is a name like shard-00000.tar."""
     return _SHARD_NAME.fullmatch(text) is not None
 
 
 @dataclass(kw_only=True, slots=True)
 class CorpusSource:
-    """Where documents come from, and how much of the corpus is theirs.
+    """One source of documents, and its part of the corpus.
 
-    Names and licenses come from file names and records, so that any text is allowed; who prints them makes them
-    visible (`pretrain.printing`).
+    Names and licenses come from file names and records, so they can be any text; code that prints them escapes them
+    (`pretrain.printing`).
     """
 
     name: Text
     license: Text = "unknown"
     documents: Count = 0
+    """Number of documents."""
     tokens: Count = 0
-    """With one bos and one eos per document."""
+    """Number of tokens, including one bos and one eos per document."""
     text_bytes: Count = 0
-    """UTF-8 bytes of the documents' text."""
+    """Size of the documents' text in UTF-8, in bytes."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -100,18 +101,18 @@ class ShardInfo:
     first_chunk: Count
     chunks: Annotated[Count, Le(MAX_SHARD_CHUNKS)] = 0
     documents: Count = 0
-    """Documents that begin in this shard."""
+    """Number of documents that begin in this shard."""
     tokens: Count = 0
 
     @property
     def index_name(self) -> str:
-        """File name of the index beside it."""
+        """File name of the shard's index, which lies beside it."""
         return self.name.removesuffix(".tar") + ".idx"
 
 
 @dataclass(slots=True)
 class FileInfo:
-    """Another file that belongs to a corpus; `name` is its path relative to the manifest."""
+    """A file of a corpus that is not a shard. `name` is its path relative to the manifest."""
 
     name: RelativePath
     bytes: Count
@@ -120,7 +121,7 @@ class FileInfo:
 
 @dataclass(kw_only=True, slots=True)
 class Manifest:
-    """What a corpus holds. `root_sha256` covers every other field, and so the content of every file."""
+    """The content of a corpus. `root_sha256` covers every other field, and by the hashes in them every file."""
 
     format_version: Count = FORMAT_VERSION
     created_by: Line = f"pretrain {__version__}"
@@ -129,7 +130,7 @@ class Manifest:
     bos_id: Count
     eos_id: Count
     dtype: Line
-    """uint16 or uint32, little-endian."""
+    """Type of the stored tokens: uint16 or uint32, little-endian."""
     chunk_tokens: Annotated[Positive, Le(MAX_CHUNK_TOKENS)]
     n_chunks: Annotated[Positive, Le(MAX_CHUNKS)]
     n_tokens: Positive
@@ -138,17 +139,17 @@ class Manifest:
     shards: Annotated[list[ShardInfo], MinLen(1), MaxLen(MAX_SHARDS)]
     files: Annotated[list[FileInfo], MaxLen(_MAX_LISTED)] = field(default_factory=list)
     loss_mask: bool = False
-    """Only the tokens that the `.doc` members mark are to be predicted. Written where it is true only, so that other
-    corpora have the hashes that they had before there was a mask, and programs that know none refuse this corpus."""
+    """Whether only the tokens that the `.doc` members mark count in the loss. It is written only where it is true, so
+    corpora without a mask keep the hashes from before masks existed, and older programs refuse a corpus with one."""
     root_sha256: Sha256 = ""
 
     @property
     def last_chunk_tokens(self) -> int:
-        """Tokens of the corpus's last chunk, 1 to chunk_tokens."""
+        """Number of tokens in the corpus's last chunk, 1 to chunk_tokens."""
         return self.n_tokens - (self.n_chunks - 1) * self.chunk_tokens
 
     def compute_root_sha256(self) -> str:
-        """The hash over everything else in the manifest."""
+        """The hash of all other fields of the manifest."""
         content = {key: value for key, value in self._content().items() if key != "root_sha256"}
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -166,9 +167,10 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = MANIFEST_NAME) -> Manifest:
-        """Parse and check a manifest. Raises ConfigError, whose text begins with `where`."""
+        """Parse and check a manifest. Raises ConfigError, whose text begins with `where`, the manifest's path."""
         head = text[:200].decode(errors="replace") if isinstance(text, bytes) else text[:200]
-        version = _VERSION.match(head)  # it comes first; other versions may have other fields
+        # The version is the first field. Manifests of other versions may have other fields.
+        version = _VERSION.match(head)
         if version and int(version[1]) != FORMAT_VERSION:
             raise ConfigError(
                 f"{where} has format version {version[1]}, this program reads {FORMAT_VERSION}; "
@@ -186,16 +188,16 @@ class Manifest:
         return manifest
 
     def _problem(self) -> str | None:
-        """What contradicts itself; None: nothing."""
+        """The part of the manifest that contradicts another part; None where all parts agree."""
         if self.format_version != FORMAT_VERSION:
             return "its format version"
         if not max(self.bos_id, self.eos_id) < self.vocab_size:
-            return f"its ids of bos and eos, of which a vocabulary of {self.vocab_size} entries has none"
+            return f"its ids of bos and eos, which are outside of its vocabulary of {self.vocab_size} entries"
         if self.dtype != token_dtype(self.vocab_size).name:
             return "its dtype"
         paths = [file.name for file in self.files] + [shard.name for shard in self.shards]
         if len(set(paths)) != len(paths):
-            return "its files, of which one is named twice"
+            return "its files, one of which is listed twice"
         first = np.cumsum([0] + [shard.chunks for shard in self.shards])
         if (
             [shard.first_chunk for shard in self.shards] != first[:-1].tolist()
@@ -215,17 +217,17 @@ _VALUES = {kind: attrgetter(*names) for kind, names in _NAMES.items()}
 
 
 def _as_dict(item: Any) -> dict[str, Any]:
-    """The fields, several times as fast as dataclasses.asdict, which copies every value."""
+    """The fields as a dict. Several times faster than dataclasses.asdict, which copies every value."""
     return dict(zip(_NAMES[type(item)], _VALUES[type(item)](item), strict=True))
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """How tokens of this vocabulary are stored: uint16 up to 65,536 entries, else uint32."""
+    """The type in which tokens are stored: uint16 for up to 65,536 vocabulary entries, otherwise uint32."""
     return np.dtype("uint16" if vocab_size <= UINT16_VOCAB_SIZE else "uint32")
 
 
 def load_manifest(path: str | Path, time_limit_s: float = MANIFEST_TIMEOUT_S) -> Manifest:
-    """Read and check a manifest.json, a path or a URL. Raises ConfigError, and RunError where a store is away."""
+    """Read and check the manifest.json at a path or URL. Raises ConfigError, and ReadError where a store fails."""
     if isinstance(path, str) and is_url(path):
         return _load_remote_manifest(path, time_limit_s)
     path = as_path(path)
@@ -256,7 +258,7 @@ def _load_remote_manifest(url: str, time_limit_s: float) -> Manifest:
 
 
 def open_member(folder: Path, name: str) -> BinaryIO:
-    """The file `name` of a corpus's folder, opened.
+    """Open the file `name` in a corpus's folder.
 
     Raises CorruptShardError where it is not a regular file or lies outside of the folder, and OSError.
     """
@@ -272,14 +274,15 @@ def member_name(chunk: int, kind: int) -> str:
 
 
 def padded_bytes(n_bytes: int) -> int:
-    """Space that a member takes in a tar."""
+    """Number of bytes that a member of `n_bytes` bytes takes in a tar, with its header and padding."""
     return _BLOCK + n_bytes + -n_bytes % _BLOCK
 
 
 def read_index(folder: Path, manifest: Manifest, number: int) -> np.ndarray:
-    """uint64 [chunks, 2, 3]: (offset, length, xxh3-64) of the .tok and the .doc member of each chunk of a shard.
+    """Index of the shard with this number: uint64 [chunks, 2, 3], the (offset, length, xxh3-64) of each chunk's .tok
+    and .doc member.
 
-    The members must fill the shard in order, so that what a tar reader finds there is what is read here. Raises
+    The members must fill the shard in order, so that a tar reader finds exactly the members that are read here. Raises
     CorruptShardError.
     """
     info = manifest.shards[number]
@@ -291,21 +294,21 @@ def read_index(folder: Path, manifest: Manifest, number: int) -> np.ndarray:
     except OSError as error:
         raise CorruptShardError(f"{path} cannot be read: {error.strerror}") from error
     if hashlib.sha256(content).hexdigest() != info.index_sha256:
-        raise CorruptShardError(f"{path} has another sha256 than its manifest says; restore the file")
+        raise CorruptShardError(f"{path} has a different sha256 than its manifest says; restore the file")
     return parse_index(content, manifest, number, str(path))
 
 
 def index_bytes(info: ShardInfo) -> int:
-    """Size of the index of a shard."""
+    """Size of the index of a shard in bytes."""
     return NPY_HEADER_BYTES + info.chunks * _INDEX_ROW_BYTES
 
 
 def parse_index(content: bytes, manifest: Manifest, number: int, path: str) -> np.ndarray:
-    """The index of a shard, of bytes with the right hash, read from `path`. Raises CorruptShardError."""
+    """Parse the index of a shard, as for `read_index`. `path` is for errors. Raises CorruptShardError."""
     info = manifest.shards[number]
     shape = (info.chunks, 2, 3)
     if len(content) != index_bytes(info) or not content.startswith(npy_header(shape)):
-        raise CorruptShardError(f"{path} is no index of {info.chunks} chunks; prepare the corpus again")
+        raise CorruptShardError(f"{path} is not an index of {info.chunks} chunks; prepare the corpus again")
     index = np.frombuffer(content, "<u8", offset=NPY_HEADER_BYTES).reshape(shape)
     problem = _index_problem(index, manifest, info)
     if problem is not None:
@@ -314,7 +317,10 @@ def parse_index(content: bytes, manifest: Manifest, number: int, path: str) -> n
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:
-    """How a .npy file of uint64 values in this shape begins. A file's own header is compared with it, never parsed."""
+    """The header of a .npy file of uint64 values with this shape.
+
+    A file's header is compared with it and never parsed, since the file may be untrusted.
+    """
     header = io.BytesIO()
     description = {"descr": "<u8", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, description)
@@ -330,7 +336,7 @@ def _index_problem(index: np.ndarray, manifest: Manifest, info: ShardInfo) -> st
     if not np.array_equal(lengths[:, TOKENS], token_bytes):
         row = int(np.argmax(lengths[:, TOKENS] != token_bytes))
         name = member_name(info.first_chunk + row, TOKENS)
-        return f"says that {name} has {lengths[row, TOKENS]} bytes, its manifest {token_bytes[row]}"
+        return f"says that {name} has {lengths[row, TOKENS]} bytes, its manifest says {token_bytes[row]}"
     if (lengths[:, DOCUMENTS] > MAX_DOCUMENTS_BYTES).any():
         row = int(np.argmax(lengths[:, DOCUMENTS]))
         name = member_name(info.first_chunk + row, DOCUMENTS)
@@ -346,7 +352,7 @@ def _index_problem(index: np.ndarray, manifest: Manifest, info: ShardInfo) -> st
 
 
 def header_problem(block: bytes, name: str, n_bytes: int) -> str | None:
-    """What is wrong with a member's tar header, which plain tar readers believe; None: it is as the index says."""
+    """What differs between a member's tar header, which plain tar readers trust, and the index; None: nothing."""
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
     except (tarfile.HeaderError, UnicodeDecodeError) as error:
@@ -357,13 +363,13 @@ def header_problem(block: bytes, name: str, n_bytes: int) -> str | None:
 
 
 def describe_file(folder: Path, name: str) -> FileInfo:
-    """Size and hash of the file `name` in `folder`. Raises as `open_member` does."""
+    """Size and hash of the file `name` in `folder`. Raises the errors of `open_member`."""
     with open_member(folder, name) as file:
         return describe_open_file(file, name)
 
 
 def describe_open_file(file: BinaryIO, name: str) -> FileInfo:
-    """The same of a file that is open, from its beginning."""
+    """Size and hash of an open file, read from its current position."""
     digest, size = hashlib.sha256(), 0
     while block := file.read(_READ_BYTES):
         digest.update(block)

@@ -1,13 +1,13 @@
-"""Files kept on the node's disk, shared by all its processes, up to so many bytes.
+"""A size-limited cache of files on the node's disk, shared by all processes of the node.
 
-    <folder>/corpus-<root hash>/000123.chunk     a file that is there as a whole
-    <folder>/corpus-<root hash>/000123.chunk.part  one that is being fetched, locked by whoever fetches it
-    <folder>/.lock                               8 bytes: an upper bound of the bytes of all files above
+    <folder>/corpus-<root hash>/000123.chunk       a complete file
+    <folder>/corpus-<root hash>/000123.chunk.part  a file that is being fetched, locked by the process that fetches it
+    <folder>/.lock                                 8 bytes: an upper bound of the total size of the files above
 
-A lock is a flock(2), which the kernel takes back whenever its process ends, so that nothing here outlives a crash: a
-`.part` that nobody holds is overwritten or swept away. Space is reserved under `.lock` before a byte is written; when
-the bound is reached, the files are counted and the least recently used go, down to 90%. Removing a file
-does not disturb who has it open, and who misses it fetches it again.
+Locks are flock(2), which the kernel releases when the process ends, so a crash leaves no lock behind; a `.part` that
+nobody has locked is overwritten or removed. Space is reserved under `.lock` before a byte is written. When the limit is
+reached, the files are counted and the least recently used ones removed, down to 90% of the limit. A process that has a
+removed file open can still read it; one that misses it fetches it again.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from pretrain.errors import ConfigError
 from pretrain.files import try_lock, unlock
 
 Check = Callable[[bytes], str | None]
-"""What is wrong with a content, or None."""
+"""Returns what is wrong with a file's content, or None."""
 MEMORY_BYTES = 256 << 20
-"""Kept in memory by a process whose disk takes no more."""
-_BLOCK_BYTES = 4096  # space on a disk comes in blocks
-_KEEP_FRAC = 0.9  # of the limit after a sweep, so that not every new file needs one
-_WAIT_S = 30.0  # for a process that fetches the same file, or sweeps
+"""Size of the cache that a process keeps in memory when the disk cannot be used."""
+_BLOCK_BYTES = 4096  # files take disk space in blocks of this size
+_KEEP_FRAC = 0.9  # the part of the limit that a sweep leaves, so that not every new file needs another sweep
+_WAIT_S = 30.0  # time limit for waiting on a process that fetches the same file, or that sweeps
 _POLL_S = 0.02
-_OFF_S = 600.0  # after the disk failed, until it is tried again
-_TOUCH_S = 10.0  # a file's time of last use is this exact
+_OFF_S = 600.0  # time after a disk failure until the disk is tried again
+_TOUCH_S = 10.0  # resolution of a file's time of last use
 _BOUND = struct.Struct("<q")
 _FOLDER_NAME = re.compile(r"corpus-[0-9a-f]{16,64}")
 _log = logging.getLogger(__name__)
@@ -50,32 +50,33 @@ class _Entry(NamedTuple):
 
 
 def default_folder() -> Path:
-    """$XDG_CACHE_HOME/pretrain, or else a folder of this user under the system's folder for temporary files."""
+    """$XDG_CACHE_HOME/pretrain, or a folder of this user in the system's temporary folder where that is not set."""
     if home := os.environ.get("XDG_CACHE_HOME"):
         return Path(home) / "pretrain"
     return Path(tempfile.gettempdir()) / f"pretrain-cache-{os.getuid()}"
 
 
 class NodeCache:
-    """The files of one corpus in the node's cache. For one process, any of its threads; not for its forked children.
+    """The files of one corpus in the node's cache. All threads of one process may share it; forked children may not.
 
-    Raises ConfigError where the folder is another user's, or open to others: hashes are no signatures.
+    Raises ConfigError where the folder belongs to another user or others can write to it. The xxh3 hashes of chunks do
+    not protect against an attacker who forges files.
     """
 
     def __init__(self, folder: Path, root_sha256: str, max_bytes: int) -> None:
         self.folder, self.max_bytes = folder, max_bytes
         self._corpus = folder / f"corpus-{root_sha256[:32]}"
-        self._verified: dict[str, int] = {}  # name -> inode whose content was checked
+        self._verified: dict[str, int] = {}  # file name -> inode whose content has been checked
         self._memory: OrderedDict[str, bytes] = OrderedDict()
         self._lock = threading.Lock()
         self._swept = False
         self._off_until, self._warned = 0.0, False
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            status, link = folder.stat(), folder.lstat()  # another could make a link to a folder of this user
+            status, link = folder.stat(), folder.lstat()  # another user could link to a folder of this user
             if {status.st_uid, link.st_uid} != {os.getuid()} or status.st_mode & 0o022:
                 raise ConfigError(
-                    f"data.cache_dir={folder} is another user's or can be written by others; give a folder of "
+                    f"data.cache_dir={folder} belongs to another user or can be written by others; give a folder of "
                     "your own"
                 )
             self._corpus.mkdir(exist_ok=True, mode=0o700)
@@ -83,13 +84,13 @@ class NodeCache:
             self._turn_off(error)
 
     def has(self, name: str) -> bool:
-        """Whether a file is there, unchecked."""
+        """Whether the cache has a file. Its content is not checked."""
         return name in self._memory or os.path.exists(self._corpus / name)
 
     def load(self, name: str, check: Check, start: int = 0, stop: int | None = None) -> bytes | None:
-        """Bytes [start, stop) of a file, or None where it is not there.
+        """Bytes [start, stop) of a file, or None where the cache does not have it.
 
-        The whole of it is checked the first time that this process loads it; a damaged one is removed.
+        The whole file is checked the first time that this process loads it. A damaged file is removed.
         """
         with self._lock:
             if (kept := self._memory.get(name)) is not None:
@@ -129,9 +130,10 @@ class NodeCache:
         return None
 
     def get(self, name: str, check: Check, fetch: Callable[[], bytes]) -> bytes:
-        """All of a file: as it is here, or else `fetch()`, which is checked already and then kept.
+        """The whole content of a file, from the cache or else from `fetch()`, whose result is then kept.
 
-        `fetch` is called by one process of the node at a time, while that takes no longer than half a minute.
+        `fetch` must return checked content. Only one process of the node fetches a file at a time; the others wait for
+        it for up to half a minute, then fetch themselves.
         """
         part = self._claim(name)
         try:
@@ -146,7 +148,10 @@ class NodeCache:
                 self._let_go(part, name)
 
     def _claim(self, name: str) -> int | None:
-        """A descriptor of the locked `.part` of a file; None where the file is there, or the cache is of no use."""
+        """Lock the `.part` of a file and return its descriptor.
+
+        None where the file is complete by now, or where the cache cannot be used.
+        """
         path, part = self._corpus / name, self._corpus / f"{name}.part"
         deadline = time.monotonic() + _WAIT_S
         while time.monotonic() > self._off_until and not path.exists():
@@ -158,7 +163,7 @@ class NodeCache:
             if try_lock(descriptor):
                 if _is_at(descriptor, part):
                     return descriptor
-                os.close(descriptor)  # the one who had it has published or removed it
+                os.close(descriptor)  # the previous holder has published or removed this file
                 continue
             os.close(descriptor)
             if time.monotonic() > deadline:
@@ -183,13 +188,16 @@ class NodeCache:
 
     def _let_go(self, part: int, name: str) -> None:
         path = self._corpus / f"{name}.part"
-        if _is_at(part, path):  # not published
+        if _is_at(part, path):  # it was not published
             with suppress(OSError):
                 os.unlink(path)
         _unlock(part)
 
     def _reserve(self, part: int, size: int) -> bool:
-        """Give a `.part` its final size, under the limit, making room where there is none."""
+        """Give a `.part` its final size if that fits under the limit, after removing other files where necessary.
+
+        Returns whether it fits.
+        """
         space = _space(size)
         if space > self.max_bytes:
             return False
@@ -202,14 +210,14 @@ class NodeCache:
                 total = self._sweep(self.max_bytes - space)
                 self._swept = True
             if total + space <= self.max_bytes:
-                os.ftruncate(part, size)  # a sweep of another process counts it from now on
+                os.ftruncate(part, size)  # from now on the sweeps of other processes count this file
                 total += space
             os.pwrite(bound, _BOUND.pack(total), 0)
             return os.fstat(part).st_size == size
 
     @contextmanager
     def _bound(self) -> Iterator[int | None]:
-        """The locked `.lock`, or None where another process holds it for too long."""
+        """Descriptor of the locked `.lock`; None where another process holds the lock for too long."""
         descriptor = os.open(
             self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
         )
@@ -222,7 +230,10 @@ class NodeCache:
             _unlock(descriptor)
 
     def _sweep(self, max_bytes: int) -> int:
-        """Remove what dead processes left and, where that is too much, what was not used for longest. Bytes left."""
+        """Remove the files that dead processes left and, above `max_bytes`, the least recently used ones.
+
+        Returns the number of bytes that remain.
+        """
         files, total = [], 0
         for entry in self._files():
             if entry.path.endswith(".part"):
@@ -241,7 +252,7 @@ class NodeCache:
         return total
 
     def _files(self) -> Iterator[_Entry]:
-        """Every file of every corpus."""
+        """Every file of every corpus in the cache."""
         for corpus in os.scandir(self.folder):
             if _FOLDER_NAME.fullmatch(corpus.name) and corpus.is_dir(follow_symlinks=False):
                 for file in os.scandir(corpus.path):
@@ -268,18 +279,18 @@ class NodeCache:
 
 
 def _space(size: int) -> int:
-    """Bytes of disk that a file of `size` bytes takes."""
+    """Disk space in bytes that a file of `size` bytes takes."""
     return -(-size // _BLOCK_BYTES) * _BLOCK_BYTES
 
 
 def _unlock(descriptor: int) -> None:
-    """Close a file that may be locked."""
+    """Unlock and close a file. Closing alone is not enough: a child forked meanwhile would keep the lock."""
     unlock(descriptor)
     os.close(descriptor)
 
 
 def _is_at(descriptor: int, path: str | Path) -> bool:
-    """Whether an open file is still the one of that name."""
+    """Whether an open file is still the one at this path."""
     try:
         there, here = os.stat(path, follow_symlinks=False), os.fstat(descriptor)
     except FileNotFoundError:
@@ -288,7 +299,7 @@ def _is_at(descriptor: int, path: str | Path) -> bool:
 
 
 def _remove_if_dead(part: str) -> bool:
-    """Remove a `.part` that no process holds."""
+    """Remove a `.part` that no process has locked. Returns whether it is gone."""
     try:
         descriptor = os.open(part, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:

@@ -1,9 +1,9 @@
-"""The chunks of a corpus behind a URL: fetched whole and ahead, checked, and kept in the node's cache.
+"""The chunks of a corpus at a URL: each is fetched whole and ahead of use, checked, and kept in the node's cache.
 
-A chunk's two members, `.tok` and `.doc`, lie side by side in their shard, so that one range request brings both. A
-chunk that is on its way is waited for, not asked for again, in this process and, through the cache, in others
-of the node. What passes is waited out (`remote.py`); what does not is a CorruptShardError, the store being away for
-longer than `data.read_timeout_s` a ReadError.
+A chunk's two members, `.tok` and `.doc`, are adjacent in their shard, so one range request fetches both. A chunk is
+requested only once: other threads of this process and, through the cache, other processes of the node wait for it.
+Transient failures are retried (`remote.py`). Permanent ones raise CorruptShardError, and a store that fails for longer
+than `data.read_timeout_s` raises ReadError.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ from pretrain.corpus.manifest import (
 from pretrain.corpus.node_cache import NodeCache, default_folder
 from pretrain.remote import DamagedError, MissingError, ReadOptions, read_range, redact
 
-_INDEXES = 64  # parsed indexes that one process holds at most
+_INDEXES = 64  # largest number of parsed indexes that one process keeps
 
 Task = Callable[[], None]
 
 
 class RemoteChunks:
-    """The chunks of one corpus, for one process, any of its threads; a forked child makes its own (`pid`)."""
+    """The chunks of one corpus. All threads of one process may share it; a forked child, seen by `pid`, makes its
+    own."""
 
     def __init__(self, folder: str, manifest: Manifest, options: ReadOptions) -> None:
         self.pid = os.getpid()
@@ -55,9 +56,9 @@ class RemoteChunks:
         self._threads: list[threading.Thread] = []
 
     def read(self, chunk: int, kind: int, start: int, stop: int | None = None) -> bytes:
-        """Bytes [start, stop) of a member, by default to its end, from a chunk that was checked.
+        """Bytes [start, stop) of a member of a checked chunk; without `stop`, to the member's end.
 
-        Raises CorruptShardError, and ReadError.
+        Raises CorruptShardError and ReadError.
         """
         row = self._row(chunk)
         offset, length = (int(value) for value in row[kind, :2])
@@ -67,7 +68,10 @@ class RemoteChunks:
         return self._whole(chunk)[low:high] if content is None else content
 
     def prefetch(self, chunks: Sequence[int]) -> None:
-        """Begin to fetch chunks, in this order, at most `prefetch_chunks` at a time. Failures are the reader's."""
+        """Start to fetch chunks in this order, at most `prefetch_chunks` at a time, and return.
+
+        Failures are not reported here; `read` raises them.
+        """
         for chunk in chunks:
             if self._cache.has(_chunk_name(chunk)):
                 continue
@@ -77,7 +81,7 @@ class RemoteChunks:
                 future = self._under_way[chunk] = Future()
             self._queue.put(partial(self._run, chunk, future))
         while len(self._threads) < self._options.prefetch_chunks and self._under_way:
-            # Daemons: a process that is to end does not wait for a store.
+            # The threads are daemons so that a process can end without waiting for a store.
             thread = threading.Thread(target=_work, args=(self._queue,), name="prefetch", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -87,7 +91,7 @@ class RemoteChunks:
             self._queue.put(None)
 
     def _whole(self, chunk: int) -> bytes:
-        """A whole chunk, from the one who fetches it: another thread, or this one, which overtakes the queue."""
+        """A whole chunk, from the thread that is fetching it, or fetched by this thread ahead of the queue."""
         with self._lock:
             future = self._under_way.get(chunk)
             mine = future is None or future.cancel()
@@ -99,7 +103,7 @@ class RemoteChunks:
         try:
             return future.result()
         finally:
-            del future  # else its exception and this frame hold each other
+            del future  # otherwise its exception and this frame would keep each other alive
 
     def _run(self, chunk: int, future: Future[bytes]) -> None:
         if not future.set_running_or_notify_cancel():
@@ -112,7 +116,8 @@ class RemoteChunks:
             with self._lock:
                 if self._under_way.get(chunk) is future:
                     del self._under_way[chunk]
-            del future  # else its exception and this frame hold each other, and the threads with them
+            # Otherwise its exception and this frame would keep each other alive, and the threads with them.
+            del future
 
     def _fetch(self, chunk: int) -> bytes:
         row, number = self._row(chunk), self._shard_of(chunk)
@@ -149,7 +154,7 @@ class RemoteChunks:
 
         def check(content: bytes) -> str | None:
             same = hashlib.sha256(content).hexdigest() == info.index_sha256
-            return None if same else "it has another sha256 than its manifest says"
+            return None if same else "it has a different sha256 than its manifest says"
 
         fetch = partial(read_range, url, 0, size, self._options.read_timeout_s, check)
         try:
@@ -162,7 +167,7 @@ class RemoteChunks:
 def _work(queue: SimpleQueue[Task | None]) -> None:
     while (task := queue.get()) is not None:
         task()
-        del task  # or the last one would keep its owner alive
+        del task  # otherwise the last task would keep its owner alive
 
 
 def _chunk_name(chunk: int) -> str:
@@ -170,7 +175,7 @@ def _chunk_name(chunk: int) -> str:
 
 
 def _chunk_problem(row: np.ndarray, chunk: int, content: bytes) -> str | None:
-    """What is wrong with the bytes of a chunk: its members and the tar header between them."""
+    """What is wrong with the bytes of a chunk, its two members with the tar header between them; None: nothing."""
     base = int(row[TOKENS, 0])
     for kind in (TOKENS, DOCUMENTS):
         offset, length, expected = (int(value) for value in row[kind])
@@ -193,9 +198,9 @@ def open_cache(root_sha256: str, options: ReadOptions) -> NodeCache:
 def load_remote_manifest(
     url: str, options: ReadOptions, root_sha256: str | None, manifest: Manifest | None = None
 ) -> Manifest:
-    """The manifest behind a URL; where its root hash is known, as the node's cache has it. Raises ConfigError.
+    """The manifest at a URL, or from the node's cache where its root hash is known. Raises ConfigError, ReadError.
 
-    A `manifest` that the caller has read is put in the cache, for the other processes of the node.
+    A `manifest` that the caller has read already is put in the cache for the other processes of the node.
     """
     if root_sha256 is not None:
         cache = open_cache(root_sha256, options)

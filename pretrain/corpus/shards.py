@@ -1,22 +1,26 @@
-"""The on-disk contract of a corpus, and random access to its tokens (`writer.py` writes them).
+"""The on-disk format of a corpus, and random access to its tokens. `writer.py` writes the format.
 
 A corpus is a folder of webdataset tar shards and one `manifest.json`:
 
-    manifest.json                 what is there, and a hash of all of it (`Manifest`)
+    manifest.json                 the list of all files with their hashes, and a root hash of it (`Manifest`)
     shards/shard-00000.tar        members NNNNNN.tok (a chunk: little-endian tokens) and NNNNNN.doc (JSON)
-    shards/shard-00000.idx        where each member lies and its xxh3-64, as a .npy array
+    shards/shard-00000.idx        offset, length and xxh3-64 of each member, as a .npy array
     shards/ids.npy                uint64 [documents, 2]: xxh3-64 of each document's id, ascending, and its first chunk
 
-Documents, [bos] tokens [eos] each, are concatenated and cut into chunks of `chunk_tokens`; only the
-last chunk of a corpus may be shorter. NNNNNN is the number of the chunk in the corpus. A `.doc` member
-describes the pieces of documents in its chunk: `starts` (token offset in the chunk), `source` (index into
-the manifest's sources), `ids` (document ids), `offsets` (the piece's first token, counted within its
-document: 0 unless it is a continuation), `text_bytes` (UTF-8 bytes of the document's text, given with its
-first piece, else 0).
+Documents, each [bos] tokens [eos], are concatenated and cut into chunks of `chunk_tokens` tokens; only the last chunk
+of a corpus may be shorter. NNNNNN is the number of the chunk in the corpus. A `.doc` member describes the pieces of
+documents in its chunk with these lists, one entry per piece:
 
-Where the manifest says `loss_mask`, only some tokens are to be predicted, and a `.doc` member has two lists more:
-`targets` ([start, stop, start, stop, ...], token offsets in the chunk, ascending) and `target_bytes` (UTF-8 bytes of
-the text that the document's targets stand for, given with its first piece, else 0).
+    starts         offset of the piece's first token in the chunk
+    source         index into the manifest's sources
+    ids            id of the document
+    offsets        offset of the piece's first token in its document: 0 unless the piece continues the document
+    text_bytes     size of the document's text in UTF-8, given with its first piece, otherwise 0
+
+Where the manifest has `loss_mask`, only some tokens count in the loss, and a `.doc` member has two more lists:
+
+    targets        [start, stop, start, stop, ...]: the tokens that count, as ascending offsets in the chunk
+    target_bytes   size of the text of the document's targets in UTF-8, given with its first piece, otherwise 0
 """
 
 from __future__ import annotations
@@ -55,18 +59,18 @@ from pretrain.corpus.remote_chunks import RemoteChunks, load_remote_manifest
 from pretrain.remote import ReadOptions, as_path, folder_of, redact, retry_local
 
 SHARDS_FOLDER = "shards"
-_OPEN_SHARDS = 64  # file descriptors that one Corpus holds at most
-_CACHED_DOCUMENTS = 512  # parsed .doc members that one Corpus holds at most
+_OPEN_SHARDS = 64  # largest number of file descriptors that one Corpus holds
+_CACHED_DOCUMENTS = 512  # largest number of parsed .doc members that one Corpus keeps
 _BLOCK = tarfile.BLOCKSIZE
 
 
 class Corpus:
-    """Random access to the tokens of a corpus, on a disk or behind any fsspec URL.
+    """Random access to the tokens of a corpus on a disk or at a URL.
 
-    Shards and indexes are opened at first use. Can be sent to a process, and used after a fork. With `verify_chunks`
-    the hash of a chunk is checked at its first use in this process (always, where it comes from a URL). `manifest` is
-    what the file holds, where the caller has read it. Raises CorruptShardError where the manifest's root hash is not
-    `root_sha256`, if given.
+    Shards and indexes are opened at first use. A Corpus can be pickled for another process and used after a fork. With
+    `verify_chunks`, the hash of a chunk is checked at its first use in this process; chunks from a URL are always
+    checked. `manifest` is given where the caller has read the file already. Raises ConfigError, and CorruptShardError
+    where `root_sha256` is given and the manifest has another one.
     """
 
     def __init__(
@@ -86,7 +90,7 @@ class Corpus:
             self.manifest = manifest or load_manifest(self.manifest_path)
         if root_sha256 not in (None, self.manifest.root_sha256):
             raise CorruptShardError(
-                f"{redact(str(manifest_path))} is another corpus than the one begun with; put that back"
+                f"{redact(str(manifest_path))} is not the corpus that this run started with; put that corpus back"
             )
         self.n_chunks = self.manifest.n_chunks
         self.chunk_tokens = self.manifest.chunk_tokens
@@ -101,8 +105,10 @@ class Corpus:
             self._remote = self._new_remote()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Sent to another process as its name: one that is killed before it has read more than the 64 KiB that a
-        pipe holds would keep its starter waiting for ever."""
+        """Pickle only the path and the options, so that the message to a worker process is small.
+
+        A larger one than the 64 KiB that a pipe holds would block its sender forever if the worker was killed early.
+        """
         return Corpus, (self.manifest_path, self.verify_chunks, self.manifest.root_sha256, self.options)
 
     def _new_remote(self) -> RemoteChunks:
@@ -110,32 +116,32 @@ class Corpus:
 
     @property
     def is_behind_url(self) -> bool:
-        """Whether it lies behind a URL."""
+        """Whether the corpus is at a URL."""
         return self._remote is not None
 
     def prefetch(self, chunks: Sequence[int]) -> None:
-        """Begin to fetch chunks that will soon be read, in this order; at most `data.prefetch_chunks` at a time.
+        """Start to fetch chunks that will soon be read, in this order, at most `data.prefetch_chunks` at a time.
 
-        Returns at once. Where it fails, `read` tries again and raises. Nothing to do for a corpus on a disk.
+        Returns at once. Where fetching fails, `read` tries again and raises. For a corpus on a disk this does nothing.
         """
         if self._remote is not None:
             self._here(self._remote).prefetch(chunks)
 
     def _here(self, remote: RemoteChunks) -> RemoteChunks:
-        """The reader of this process: threads and connections do not live on in a forked child."""
+        """The reader of this process; a forked child makes a new one, since threads and connections do not survive."""
         if remote.pid != os.getpid():
             remote = self._remote = self._new_remote()
         return remote
 
     def tokens_in(self, chunk: int) -> int:
-        """Number of tokens of a chunk."""
+        """Number of tokens in a chunk."""
         return self.last_chunk_tokens if chunk == self.n_chunks - 1 else self.chunk_tokens
 
     def read(self, chunk: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of a chunk, `stop` clipped to its end; an array of the manifest's dtype.
+        """Tokens [start, stop) of a chunk as an array of the manifest's dtype; `stop` is clipped to the chunk's end.
 
-        Raises CorruptShardError, IndexError for a chunk or start that does not exist, and, behind a URL, ReadError
-        where the store is away for longer than `data.read_timeout_s`.
+        Raises CorruptShardError, IndexError for a chunk or start that does not exist, and, for a corpus at a URL,
+        ReadError where the store fails for longer than `data.read_timeout_s`.
         """
         stop = min(stop, self.tokens_in(chunk))
         if not (0 <= chunk < self.n_chunks and 0 <= start <= stop):
@@ -149,9 +155,9 @@ class Corpus:
         return np.frombuffer(content, dtype=self._dtype.newbyteorder("<")).astype(self._dtype)
 
     def read_many(self, ranges: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
-        """Tokens [start, stop) of chunks, given as (chunk, start, stop), as `read` has them.
+        """The results of `read` for several ranges, each given as (chunk, start, stop).
 
-        On a disk all go into one buffer, each by one system call: several times as fast as one by one.
+        From a disk, all ranges are read into one buffer with one system call each, several times faster than `read`.
         """
         if self._remote is not None or not ranges:
             return [self.read(*wanted) for wanted in ranges]
@@ -174,7 +180,7 @@ class Corpus:
         return [tokens[low:high] for low, high in pairwise(borders.tolist())]
 
     def documents(self, chunk: int) -> ChunkDocuments:
-        """The document pieces of a chunk. Raises CorruptShardError, and IndexError for an unknown chunk."""
+        """The document pieces of a chunk. Raises CorruptShardError, and IndexError for a chunk that does not exist."""
         if not 0 <= chunk < self.n_chunks:
             raise IndexError(f"{self.manifest_path}: no chunk {chunk}")
         if chunk in self._documents:
@@ -198,13 +204,16 @@ class Corpus:
         return documents
 
     def is_target(self, chunk: int, start: int, stop: int) -> np.ndarray:
-        """Whether the tokens [start, stop) of a chunk are to be predicted: bool [stop - start], all true without a
-        loss mask, false behind the chunk's end with one. Raises as `documents` does."""
+        """Which of the tokens [start, stop) of a chunk count in the loss: bool [stop - start].
+
+        Without a loss mask all are True. With one, positions after the chunk's end are False. Raises the errors of
+        `documents`.
+        """
         if not self.manifest.loss_mask:
             return np.ones(stop - start, np.bool_)
         targets = self.documents(chunk).targets
         assert targets is not None
-        # A token behind an odd number of starts and stops lies within a target.
+        # A token is inside a target if an odd number of the ascending starts and stops lie at or before it.
         return targets.searchsorted(np.arange(start, stop), side="right") % 2 == 1
 
     def _token_bytes(self, chunk: int, start: int, stop: int) -> bytes:
@@ -222,14 +231,14 @@ class Corpus:
         return shard.read(row, TOKENS, start, stop)
 
     def _whole_tokens(self, chunk: int) -> bytes:
-        """A .tok member, its hash checked."""
+        """A whole .tok member with its hash checked."""
         if self._remote is not None:
             return self._here(self._remote).read(chunk, TOKENS, 0)
         shard, row = self._locate(chunk)
         return shard.member(row, TOKENS)
 
     def _document_bytes(self, chunk: int) -> tuple[str, bytes]:
-        """Where a .doc member lies, in words, and the member."""
+        """The place of a .doc member, for errors, and its content."""
         if self._remote is not None:
             where = f"{redact(str(self.manifest_path))}: {member_name(chunk, DOCUMENTS)}"
             return where, self._here(self._remote).read(chunk, DOCUMENTS, 0)
@@ -250,9 +259,10 @@ class Corpus:
 
 
 class _OpenShard:
-    """One shard with its index in memory. Reads by position, so that forked processes do not disturb it.
+    """One open shard with its index in memory. It reads by position (pread), so forked processes can share it.
 
-    Not memory-mapped: there a failing disk or network file system kills the process, here it is an error.
+    It is not memory-mapped: with a mapping, a failing disk or network file system kills the process by a signal instead
+    of raising an error.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, number: int) -> None:
@@ -270,7 +280,7 @@ class _OpenShard:
             raise CorruptShardError(self._size_problem(size))
 
     def _open(self) -> int:
-        """A descriptor of the file, which was seen to be a regular one in its folder."""
+        """A descriptor of the shard, after checking that it is a regular file in its folder."""
         with open_member(self._folder, self.info.name) as file:
             return os.dup(file.fileno())
 
@@ -284,7 +294,7 @@ class _OpenShard:
         return member_name(self.info.first_chunk + row, kind)
 
     def read(self, row: int, kind: int, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of a member, which are not checked."""
+        """Bytes [start, stop) of a member, without checking their hash."""
         offset, size = int(self.index[row, kind, 0]) + start, stop - start
         try:
             content = os.pread(self._descriptor, size, offset)
@@ -300,14 +310,17 @@ class _OpenShard:
             ) from error
 
     def read_into(self, row: int, start: int, target: memoryview) -> bool:
-        """Fill `target` with the bytes of a .tok member from `start` on, which are not checked; False: it failed."""
+        """Fill `target` with the bytes of a .tok member from `start` on, without checking their hash.
+
+        Returns whether it succeeded.
+        """
         try:
             return os.preadv(self._descriptor, (target,), self.offsets[row] + start) == len(target)
         except OSError:
             return False
 
     def _read_anew(self, offset: int, size: int) -> bytes:
-        """Of the file opened again: what a handle is stale for, or a cache holds half of, is whole there."""
+        """Open the file again and read from it. This helps where the handle is stale or a cache has a partial file."""
         descriptor = self._open()
         try:
             content = os.pread(descriptor, size, offset)
@@ -319,7 +332,7 @@ class _OpenShard:
         return content
 
     def member(self, row: int, kind: int) -> bytes:
-        """A whole member, its hash checked."""
+        """A whole member with its hash checked."""
         content = self.read(row, kind, 0, int(self.index[row, kind, 1]))
         expected, found = int(self.index[row, kind, 2]), xxhash.xxh3_64_intdigest(content)
         if found != expected:
@@ -340,18 +353,18 @@ class _OpenShard:
 
 @dataclass(frozen=True, slots=True)
 class StoredDocument:
-    """A document as a corpus holds it."""
+    """A whole document of a corpus."""
 
     source: str
     id: str
     tokens: np.ndarray
     text_bytes: int
-    is_target: np.ndarray | None  # bool [tokens]: what is to be predicted; None without a loss mask: all
+    is_target: np.ndarray | None  # bool [tokens]: which tokens count in the loss; None: all of them
     target_bytes: int
 
 
 def documents_of(corpus: Corpus) -> Iterator[StoredDocument]:
-    """Every document in its place, put together from its pieces. Raises CorruptShardError."""
+    """Every document in the order of the corpus, joined from its pieces. Raises the errors of `Corpus.read`."""
     parts: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     head: tuple[str, str] = ("", "")

@@ -1,4 +1,4 @@
-"""The tokenizer of a corpus, sentencepiece or Hugging Face: encode, decode, special ids, fingerprint."""
+"""The tokenizer of a corpus, from sentencepiece or Hugging Face: encoding, decoding, special ids and its hash."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from pretrain.remote import DamagedError, as_path, read_whole
 SENTENCEPIECE_NAME = "tokenizer.model"
 HUGGING_FACE_NAME = "tokenizer.json"
 TOKENIZER_NAMES = (SENTENCEPIECE_NAME, HUGGING_FACE_NAME)
-"""A corpus, a run and an export hold one of them."""
-MAX_MODEL_BYTES = 64 << 20  # a JSON of 256,000 entries takes about 33 MB
+"""File names of the two kinds of tokenizer. A corpus, a run folder and an export each hold one of these files."""
+MAX_MODEL_BYTES = 64 << 20  # a tokenizer.json with 256,000 entries takes about 33 MB
 MAX_SENTENCEPIECE_BYTES = 16 << 20
-"""A model of 256,000 entries takes about 5 MB, and ten times that in memory."""
+"""Size limit of a sentencepiece model. One with 256,000 entries takes about 5 MB, and ten times that in memory."""
 
-# sentencepiece writes every space as this character and reads it back as a space, so the character
-# itself, where a text holds it, must go another way: as its three UTF-8 bytes.
+# sentencepiece writes every space as this character and decodes it to a space. So where a text has the character
+# itself, it must be encoded differently: as its three UTF-8 bytes.
 SPACE_SYMBOL = "\u2581"
 
-# What a text is cut into, so that each different unit has to be encoded but once.
+# A text is cut into units that can be encoded independently, so that each distinct unit is encoded only once.
 _UNITS = re.compile(rf" *(?:[^ \n{SPACE_SYMBOL}]+\n*|\n+)| +|{SPACE_SYMBOL}")
 _BETWEEN_SPACE_SYMBOLS = re.compile(rf"[^{SPACE_SYMBOL}]+|{SPACE_SYMBOL}")
 _WHOLE = re.compile(r"(?s).+")
-# Where a piece lies across the end of a unit, in a text of all pieces with a zero after each.
+# Finds a vocabulary piece that reaches across the end of a unit, in a text of all pieces separated by zeros.
 _ACROSS_UNITS = re.compile(rf"[^{SPACE_SYMBOL}\0]{SPACE_SYMBOL}|\n[^\n\0]")
 _LONG_UNIT_CHARS = 24
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
-_REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character
+_REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not valid UTF-8
 
 CHECK_TEXT = """It is a truth universally acknowledged, that a single man in possession of a good fortune, \
 must be in want of a wife. However little known the feelings or views of such a man may be on his first entering \
@@ -57,32 +57,34 @@ def fibonacci(n: int) -> list[int]:
     return numbers[:n]
 
 \tTabs,  double   spaces, 12,345.67 €, naïve façade, <s></s><0x0A>, a \u2581 b, 👩‍👩‍👧 🎉\r\n"""
-"""Prose, Chinese, code and signs that many vocabularies lack: what tokenizers and models are compared on."""
+"""Text on which tokenizers and models are compared: prose, Chinese, code, and characters that many vocabularies
+lack."""
 
 
 class EncodedTexts(NamedTuple):
-    """Documents in a row."""
+    """Concatenated tokens of several documents."""
 
     tokens: np.ndarray
-    """[tokens of all documents], each [bos] + text + [eos], as a corpus stores them: uint16 or uint32."""
+    """Tokens of all documents, each [bos] + text + [eos], in the type that a corpus stores: uint16 or uint32."""
     starts: np.ndarray
-    """int64 [documents + 1], where each begins, and the end."""
+    """int64 [documents + 1]: where each document starts, then the end of the last one."""
 
 
 class SpecialIds(NamedTuple):
-    """Ids that stand for no text."""
+    """Ids that do not stand for text."""
 
     unk: int | None
-    """For what cannot be written; None: everything can."""
+    """Id for text that the vocabulary cannot encode; None where it can encode all text."""
     bos: int
+    """Id that begins a document."""
     eos: int
-    """May be the same as bos."""
+    """Id that ends a document; it may be the same as bos."""
     pad: int
-    """eos, where the tokenizer has no padding of its own."""
+    """Id for padding; it is eos where the tokenizer has none."""
 
 
 class _Model(Protocol):
-    """What the two kinds of tokenizers have in common."""
+    """The interface that both kinds of tokenizer implement."""
 
     vocab_size: int
     ids: SpecialIds
@@ -97,10 +99,10 @@ class _Model(Protocol):
 class Tokenizer:
     """The tokenizer in a file: a sentencepiece model, or a tokenizer.json that `data_tools.prepare` has imported.
 
-    With a model trained by `data_tools.prepare`, `decode(encode(text)) == text` for every text. The names of special
-    ids in a text are text: `encode` gives no bos, eos or pad. `sha256` is the hash that the file must have: of another
-    file nothing else is looked at, since a model made with bad intent can crash the parser. Raises ConfigError for
-    that, and where `path`, which may be a URL, is no such file.
+    With a model trained by `data_tools.prepare`, `decode(encode(text)) == text` for every text. `encode` treats the
+    names of special tokens in a text as ordinary text and never returns bos, eos or pad. `path` may be a URL. `sha256`
+    is the hash that the file must have; it is checked before the file is parsed, since a malicious model can crash the
+    parser. Raises ConfigError for another hash, and for a file that is not a tokenizer.
     """
 
     def __init__(self, path: str | Path, sha256: str) -> None:
@@ -108,7 +110,7 @@ class Tokenizer:
         found = hashlib.sha256(content).hexdigest()
         if found != sha256:
             raise ConfigError(
-                f"the tokenizer {path} has sha256 {found}, where {sha256} is needed; put back the "
+                f"the tokenizer {path} has sha256 {found}, but {sha256} is needed; put back the "
                 f"{Path(path).name} of the corpus"
             )
         try_tokenizer(content, path)
@@ -116,12 +118,12 @@ class Tokenizer:
 
     @classmethod
     def trusted(cls, path: Path) -> Tokenizer:
-        """Of a file that the user has named, or that this program has just written: there is no hash to compare."""
+        """Open a file that the user named, or that this program has just written, so there is no hash to check."""
         return cls.from_content(_read_model(path, None), path)
 
     @classmethod
     def from_content(cls, content: bytes, path: Path) -> Tokenizer:
-        """From what was read already. `path` is for messages."""
+        """Open a tokenizer whose file has been read already. `path` is for messages."""
         tokenizer = cls.__new__(cls)
         tokenizer._take(content, path)
         return tokenizer
@@ -129,16 +131,16 @@ class Tokenizer:
     def _take(self, content: bytes, path: Path) -> None:
         self.path = path
         self.content = content
-        """The file's content, to be used instead of reading again what was hashed."""
+        """The file's content. Use it instead of reading the file again, which may differ from what was hashed."""
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.is_sentencepiece = not content.startswith(b"{")
         if self.is_sentencepiece and len(content) > MAX_SENTENCEPIECE_BYTES:
             raise ConfigError(
-                f"the tokenizer {path} has {len(content):,} bytes, where a sentencepiece model has at most "
+                f"the tokenizer {path} has {len(content):,} bytes, but a sentencepiece model may have at most "
                 f"{MAX_SENTENCEPIECE_BYTES:,}"
             )
         self.file_name = SENTENCEPIECE_NAME if self.is_sentencepiece else HUGGING_FACE_NAME
-        """What the file is called in a corpus, a run or an export."""
+        """Name of the file in a corpus, a run folder or an export."""
         self._model: _Model = (
             _SentencePiece(content, path) if self.is_sentencepiece else _HuggingFace(content, path)
         )
@@ -155,24 +157,27 @@ class Tokenizer:
         return [self.bos_id, *self.encode(text), self.eos_id]
 
     def encode_documents(self, texts: Sequence[str]) -> EncodedTexts:
-        """The same for many, several times as fast."""
+        """`encode_document` for many texts, several times faster per text."""
         return self._model.encode_texts(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; special ids are dropped. Raises IndexError for an id outside the vocabulary."""
+        """The text of `ids`, without special ids. Raises IndexError for an id outside of the vocabulary."""
         return self._model.decode([number for i in ids if (number := int(i)) not in self._special])
 
     def decode_after(self, context: Sequence[int], ids: Sequence[int]) -> str:
-        """What `ids` add to the text of `context`: of some tokenizers, the first space of a text is none."""
+        """The text that `ids` add after `context`.
+
+        This can differ from `decode(ids)`, because some tokenizers drop the space at the start of a text.
+        """
         before, whole = self.decode(context), self.decode([*context, *ids])
         return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
 
     def piece(self, token: int) -> str:
-        """How the vocabulary writes one token, for display."""
+        """The vocabulary's entry for a token, for display."""
         return self._model.piece(int(token))
 
     def is_part_of_character(self, token: int) -> bool:
-        """Whether a token stands for bytes: the vocabulary has no entry for their character, or none for all of it."""
+        """Whether a token stands for some of the UTF-8 bytes of a character that is not in the vocabulary."""
         if _BYTE_PIECE.fullmatch(piece := self.piece(token)):
             return True
         return _REPLACEMENT not in piece and _REPLACEMENT in self.decode([token])
@@ -187,7 +192,7 @@ def _read_model(path: str | Path, sha256: str | None) -> bytes:
 
     def check(content: bytes) -> str | None:
         same = sha256 in (None, hashlib.sha256(content).hexdigest())
-        return None if same else f"it has another sha256 than {sha256}, which is needed"
+        return None if same else f"its sha256 is not {sha256}, which is needed"
 
     try:
         return read_whole(path, MAX_MODEL_BYTES, MANIFEST_TIMEOUT_S, check)
@@ -196,7 +201,7 @@ def _read_model(path: str | Path, sha256: str | None) -> bytes:
 
 
 def tokenizer_in(folder: Path) -> Path:
-    """The tokenizer's file in a folder, or where it should be."""
+    """Path of the tokenizer's file in a folder; where there is none, the path that it should have."""
     found = [path for name in TOKENIZER_NAMES if (path := folder / name).is_file()]
     return found[0] if found else folder / SENTENCEPIECE_NAME
 
@@ -211,10 +216,10 @@ class _SentencePiece:
             processor.LoadFromSerializedProto(content)
             self.vocab_size = int(processor.get_piece_size())
         except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"the tokenizer {path} is no sentencepiece model") from error
+            raise ConfigError(f"the tokenizer {path} is not a sentencepiece model") from error
         unk, bos, eos, pad = processor.unk_id(), processor.bos_id(), processor.eos_id(), processor.pad_id()
         if bos < 0 and eos < 0:
-            raise ConfigError(f"the tokenizer {path} has neither bos nor eos; give one that has")
+            raise ConfigError(f"the tokenizer {path} has neither bos nor eos; give one that has either")
         bos, eos = (bos if bos >= 0 else eos), (eos if eos >= 0 else bos)
         self.ids = SpecialIds(unk, bos, eos, pad if pad >= 0 else eos)
         symbol_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
@@ -222,7 +227,7 @@ class _SentencePiece:
         self._space_symbol_ids = processor.encode(SPACE_SYMBOL) if self._units is _WHOLE else symbol_ids
 
     def _choose_units(self, has_bytes: bool) -> re.Pattern[str]:
-        """How to cut a text so that the ids of the units, in a row, are the ids of the text."""
+        """How to cut a text into units such that the concatenated ids of the units are the ids of the text."""
         sample = "  a  b\n  a\n\na \n"
         keeps_spaces = self._processor.normalize(sample) == sample.replace(" ", SPACE_SYMBOL)
         if not has_bytes or not keeps_spaces:
@@ -231,7 +236,7 @@ class _SentencePiece:
         return _BETWEEN_SPACE_SYMBOLS if _ACROSS_UNITS.search("\0".join(pieces)) else _UNITS
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Each different unit is encoded once: texts repeat their words."""
+        """Encode each distinct unit only once, since texts repeat their words."""
         numbers = _Numbers()
         number = numbers.__getitem__
         rows: list[int] = []
@@ -239,12 +244,13 @@ class _SentencePiece:
         for text in texts:
             rows.append(_BOS)
             units = self._units
-            if units is _UNITS and text.count(" ") * _LONG_UNIT_CHARS < len(text):  # most of all Chinese
+            # Texts with few spaces, as in Chinese, would give long units that do not repeat.
+            if units is _UNITS and text.count(" ") * _LONG_UNIT_CHARS < len(text):
                 units = _BETWEEN_SPACE_SYMBOLS
             rows += map(number, units.findall(text))
             rows.append(_EOS)
             n_rows.append(len(rows))
-        # For short units lists are made faster than arrays.
+        # For short units, sentencepiece returns lists faster than arrays.
         is_long = sum(map(len, numbers)) > _LONG_UNIT_CHARS * len(numbers)
         found = self._processor.encode(list(numbers), num_threads=1, return_type="numpy" if is_long else int)
         ids = [[self.ids.bos], [self.ids.eos], self._space_symbol_ids, *found[1:]]
@@ -257,11 +263,11 @@ class _SentencePiece:
         return self._processor.id_to_piece(token)
 
 
-_BOS, _EOS, _SYMBOL = 0, 1, 2  # numbers of units
+_BOS, _EOS, _SYMBOL = 0, 1, 2  # reserved unit numbers
 
 
 class _Numbers(dict[str, int]):
-    """Numbers units in the order of their appearance, after bos and eos."""
+    """Maps each unit to its number: the order of its first appearance, after the reserved numbers."""
 
     def __init__(self) -> None:
         self[SPACE_SYMBOL] = _SYMBOL
@@ -274,7 +280,11 @@ class _Numbers(dict[str, int]):
 def _put_together(
     ids: Sequence[Sequence[int]], rows: np.ndarray, n_rows: np.ndarray, dtype: np.dtype
 ) -> EncodedTexts:
-    """Replace unit numbers (`rows`, of all texts; text k ends at `n_rows[k + 1]`) by the ids of the units."""
+    """Replace unit numbers by token ids.
+
+    `ids` are the token ids of each unit and `rows` the unit numbers of all texts, of which text k ends at
+    `n_rows[k + 1]`.
+    """
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     if isinstance(ids[-1], np.ndarray):
         flat = np.concatenate(ids, dtype=dtype, casting="unsafe")
@@ -283,7 +293,8 @@ def _put_together(
     begins = np.cumsum(lengths) - lengths
     counts = lengths[rows]
     ends = np.concatenate([[0], np.cumsum(counts)])
-    # Within a row, the index into `flat` runs on by one: the difference to the index into the result is constant.
+    # Within a unit the index into `flat` and the index into the result both grow by one, so their difference is
+    # constant.
     places = np.repeat(begins[rows] - ends[:-1], counts) + np.arange(ends[-1])
     return EncodedTexts(flat[places], ends[n_rows])
 
@@ -292,10 +303,10 @@ def _put_together(
 
 
 class _HuggingFace:
-    """A tokenizer.json that puts bos before a text and eos after it, as `data_tools.prepare` writes it at import."""
+    """A tokenizer.json that puts bos before a text and eos after it, as written by `data_tools.prepare`."""
 
     def __init__(self, content: bytes, path: Path) -> None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there is a process per core already
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there already is one process per core
         self._path = path
         self._tokenizer, description = parse_tokenizer_json(content, path)
         self._tokenizer.no_padding()
@@ -304,11 +315,11 @@ class _HuggingFace:
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=0)  # ids may have gaps
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise ConfigError(
-                f"the tokenizer {path} has an id {self.vocab_size - 1:,}, where less than {MAX_VOCAB_SIZE:,} is allowed"
+                f"the tokenizer {path} has the id {self.vocab_size - 1:,}; ids must be less than {MAX_VOCAB_SIZE:,}"
             )
         if (frame := frame_of(description)) is None:
             raise ConfigError(
-                f"the tokenizer {path} does not say what begins and ends a document; import it with "
+                f"the tokenizer {path} does not say which tokens begin and end a document; import it with "
                 "data_tools.prepare tokenizer.path=..."
             )
         bos, eos, pad, unk = map(
@@ -322,7 +333,9 @@ class _HuggingFace:
         dtype = token_dtype(self.vocab_size)
         encode, frame = self._tokenizer.encode_batch_fast, ([self.ids.bos], [self.ids.eos])
         found = []
-        for text in texts:  # one by one: what the package returns takes a hundred times the memory of the ids
+        for (
+            text
+        ) in texts:  # one at a time, because the package's result takes a hundred times the memory of the ids
             with _package_errors(f"the tokenizer {self._path} cannot encode a text"):
                 (encoded,) = encode([text], add_special_tokens=False)
             found.append(np.array([*frame[0], *encoded.ids, *frame[1]], dtype))
@@ -339,16 +352,19 @@ class _HuggingFace:
 
 
 def parse_tokenizer_json(content: bytes, path: Path) -> tuple[Any, dict[str, Any]]:
-    """The tokenizer of the package `tokenizers`, and what its file says."""
+    """The parsed tokenizer of the package `tokenizers`, and the JSON of its file. Raises ConfigError."""
     import tokenizers
 
-    with _package_errors(f"the tokenizer {path} is no tokenizer.json"):
+    with _package_errors(f"the tokenizer {path} is not a tokenizer.json"):
         return tokenizers.Tokenizer.from_str(content.decode()), json.loads(content)
 
 
 @contextmanager
 def _package_errors(problem: str) -> Iterator[None]:
-    """What the package `tokenizers` raises as a ConfigError, panics included, which are no Exception."""
+    """Turn what the package `tokenizers` raises into a ConfigError.
+
+    That includes its panics, which do not derive from Exception.
+    """
     try:
         yield
     except BaseException as error:
@@ -379,7 +395,7 @@ def frame(bos: tuple[str, int], eos: tuple[str, int] | None) -> dict[str, Any]:
 
 
 def frame_of(description: dict[str, Any]) -> tuple[str, str] | None:
-    """(bos, eos) of a tokenizer.json that puts them around a text; of others None."""
+    """The names of bos and eos of a tokenizer.json that puts them around a text; None for any other."""
     match description.get("post_processor"):
         case {
             "type": "TemplateProcessing",
@@ -394,7 +410,7 @@ def frame_of(description: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def pad_of(description: dict[str, Any]) -> str:
-    """The padding of a tokenizer.json; empty where it has none."""
+    """The name of the padding token of a tokenizer.json; empty where it has none."""
     match description.get("padding"):
         case {"pad_token": str(pad)}:
             return pad
@@ -402,7 +418,7 @@ def pad_of(description: dict[str, Any]) -> str:
 
 
 def unk_of(description: dict[str, Any]) -> str:
-    """What a tokenizer.json writes for what it cannot; empty where there is no such thing."""
+    """The name of the token that a tokenizer.json writes for unknown text; empty where it has none."""
     match description["model"]:
         case {"unk_token": str(unk)}:
             return unk

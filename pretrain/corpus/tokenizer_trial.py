@@ -1,7 +1,7 @@
-"""Tries a stranger's tokenizer in a process that may die, before this one opens it.
+"""Tries an untrusted tokenizer in a process that may die, before this process opens it.
 
-The parsers are of C++ and Rust: where a file is made to harm them they can crash, or take all memory or time, which no
-`except` catches. What was tried once on this machine, with the same versions of the parsers, is not tried again.
+The parsers are written in C++ and Rust. A malicious file can make them crash, or use all memory or time, which no
+`except` catches. A file is not tried again on this machine with the same versions of the parsers.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from pretrain.errors import ConfigError
 from pretrain.files import create_file
 
 MAX_CPU_S = 20
-"""A vocabulary of 256,000 entries takes about 2 s."""
+"""CPU time limit of a trial in seconds. A vocabulary of 256,000 entries takes about 2 s."""
 MAX_MEMORY_BYTES = 1 << 30
 _GIB = 1 << 30
 
 
 def try_tokenizer(content: bytes, path: str | Path) -> None:
-    """Open and use a tokenizer in another process. Raises ConfigError where that does not live; `path` is for its text.
+    """Open and use a tokenizer in another process. Raises ConfigError, which names `path`, where that process dies.
 
-    A file that is refused as it should be passes: to open it here gives the sentence that says why.
+    A file that the parser rejects with an error passes, because opening it in this process gives a better message.
     """
-    from importlib.metadata import version  # 40 ms, for those that open a tokenizer
+    # This import takes 40 ms, which only processes that open a tokenizer should pay.
+    from importlib.metadata import version
 
     versions = "-".join(version(name) for name in ("sentencepiece", "tokenizers"))
     tried = _cache() / f"{hashlib.sha256(content).hexdigest()}-{versions}"
@@ -39,13 +40,13 @@ def try_tokenizer(content: bytes, path: str | Path) -> None:
         tried.parent.mkdir(parents=True, exist_ok=True)
         create_file(tried).close()
     except OSError:
-        pass  # tried again the next time
+        pass  # the tokenizer is then tried again the next time
 
 
 def problem_of(
     content: bytes, command: tuple[str, ...] = (sys.executable, "-m", "pretrain.corpus.tokenizer_trial")
 ) -> str | None:
-    """What becomes of a process that opens and uses a tokenizer with this content; None: it lives."""
+    """How a process fails that opens and uses a tokenizer with this content; None where it survives."""
     settings = {
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
@@ -73,7 +74,10 @@ def _cache() -> Path:
 
 
 def use(content: bytes) -> None:
-    """Use the parsers as `pretrain.corpus.tokenizer` does. What they do not refuse at once has to survive a text."""
+    """Use the parsers as `pretrain.corpus.tokenizer` does.
+
+    A tokenizer that they accept must also survive encoding and decoding a text.
+    """
     signs = "".join(map(chr, (*range(0x20, 0x800, 3), *range(0x4E00, 0x4F00, 3), 0x1F389)))
     text = f"A few words,  12.5\n\n\tand \u2581 {signs} {'a' * 100}!"
     if content.startswith(b"{"):
@@ -89,7 +93,7 @@ def _use_hugging_face(content: bytes, text: str) -> None:
         made = Tokenizer.from_str(content.decode())
     except MemoryError:
         raise
-    except BaseException:  # a panic of its parser is no Exception
+    except BaseException:  # a panic of the parser does not derive from Exception
         return
     made.decode(made.encode(text, add_special_tokens=False).ids)
 
@@ -100,10 +104,10 @@ def _use_sentencepiece(content: bytes, text: str) -> None:
     made = SentencePieceProcessor()
     try:
         made.LoadFromSerializedProto(content)
-        made.piece_to_id("a")  # raises where there is no model in it
+        made.piece_to_id("a")  # raises where the content holds no model
     except (RuntimeError, ValueError):
         return
-    made.id_to_piece(list(range(made.get_piece_size())))  # not all need be UTF-8
+    made.id_to_piece(list(range(made.get_piece_size())))  # fails where a piece is not valid UTF-8
     made.decode(made.encode(text))
     made.decode(list(range(min(256, made.get_piece_size()))))
 

@@ -1,4 +1,4 @@
-"""Writing a corpus: the other side of `pretrain/corpus/shards.py`, whose text says what lies where."""
+"""Writes a corpus in the format that `pretrain/corpus/shards.py` describes and reads."""
 
 from __future__ import annotations
 
@@ -41,11 +41,12 @@ _PIECE_KEYS = ("starts", "source", "ids", "offsets", "text_bytes")
 
 
 class CorpusWriter:
-    """Writes a corpus; the same calls give the same bytes.
+    """Writes a corpus. The same calls give the same bytes.
 
-    Every file gets a temporary name, is synced and renamed; the manifest comes last, in `finish`.
-    `sources` are the names, or names with licenses, that `add_document` may use. Raises ConfigError
-    where `folder` holds a corpus already. With `loss_mask` every document says which of its tokens are predicted.
+    Every file is written under a temporary name, synced and renamed; `finish` writes the manifest last. `sources` are
+    the sources that `add_document` may name, and `files` the names of other files in `folder` that belong to the
+    corpus. With `loss_mask`, every document must say which of its tokens count in the loss. Raises ConfigError where
+    `folder` already holds a corpus.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class CorpusWriter:
     ) -> None:
         self.folder = Path(folder)
         if (self.folder / MANIFEST_NAME).exists():
-            raise ConfigError(f"{self.folder} holds a corpus already; choose another folder")
+            raise ConfigError(f"{self.folder} already holds a corpus; choose another folder")
         (self.folder / SHARDS_FOLDER).mkdir(parents=True, exist_ok=True)
         self._sources = [
             CorpusSource(name=s) if isinstance(s, str) else CorpusSource(**asdict(s)) for s in sources
@@ -85,13 +86,13 @@ class CorpusWriter:
         self._shards: list[ShardInfo] = []
         self._shard: _ShardWriter | None = None
         self._n_chunks = 0
-        self._id_rows = array("Q")  # (hash of the id, first chunk) of every document: 16 bytes of memory each
+        self._id_rows = array("Q")  # hash of the id and first chunk of every document; 16 bytes per document
         self._buffer = np.empty(chunk_tokens, dtype=self._dtype.newbyteorder("<"))
         self._start_chunk()
 
     def _start_chunk(self) -> None:
         self._filled = 0
-        self._pieces: list[tuple[int, int, str, int, int]] = []  # the values of _PIECE_KEYS, piece by piece
+        self._pieces: list[tuple[int, int, str, int, int]] = []  # per piece, the values of _PIECE_KEYS
         self._targets: list[int] = []
         self._target_bytes: list[int] = []
 
@@ -105,11 +106,11 @@ class CorpusWriter:
         targets: Sequence[int] | np.ndarray | None = None,
         target_bytes: int = 0,
     ) -> None:
-        """Append one document, its bos and eos included in `tokens`.
+        """Append one document. `tokens` include its bos and eos; `text_bytes` is the size of its text in UTF-8.
 
-        With a loss mask, `targets` are the tokens to be predicted, as [start, stop, start, stop, ...] in ascending
-        order, and `target_bytes` the UTF-8 bytes of their text. Raises ValueError for a foreign id, for targets that
-        are no such list, and where they are given without a loss mask or are missing with one.
+        With a loss mask, `targets` are the tokens that count in the loss, as [start, stop, start, stop, ...] in
+        ascending order, and `target_bytes` is the size of their text in UTF-8. Raises ValueError for token ids outside
+        of the vocabulary, for malformed targets, and where targets are given without a loss mask or missing with one.
         """
         row = np.asarray(tokens)
         if row.ndim != 1 or not len(row):
@@ -122,13 +123,15 @@ class CorpusWriter:
         if smallest < 0 or np.maximum.reduce(row) >= self._vocab_size:
             raise ValueError(f"document {document_id!r} has token ids outside 0 to {self._vocab_size - 1}")
         if (targets is not None) is not self._loss_mask:
-            raise ValueError(f"document {document_id!r} has targets, or the corpus a loss mask, not both")
+            raise ValueError(
+                f"document {document_id!r} must have targets exactly if the corpus has a loss mask"
+            )
         spans = np.asarray([] if targets is None else targets, np.int64)
         if targets is not None:
             bounds = np.concatenate([[0], spans, [len(row)]])
             if len(spans) % 2 or (np.diff(bounds) < 0).any() or (spans[::2] == spans[1::2]).any():
                 raise ValueError(
-                    f"document {document_id!r} has targets that are no ascending starts and stops"
+                    f"document {document_id!r} has targets that are not ascending starts and stops"
                 )
         totals = self._sources[number := self._source_index[source]]
         totals.documents += 1
@@ -163,7 +166,7 @@ class CorpusWriter:
             if len(self._shards) == MAX_SHARDS:
                 raise ConfigError(
                     f"the corpus {self.folder} would have more than {MAX_SHARDS:,} shards; raise shard_bytes above "
-                    f"{self._shard_bytes:,}, or make several corpora and train on them as a mixture"
+                    f"{self._shard_bytes:,}, or prepare several corpora and train on them as a mixture"
                 )
             name = f"shard-{len(self._shards):05d}.tar"
             self._shard = _ShardWriter(self.folder / SHARDS_FOLDER, name, self._n_chunks)
@@ -172,7 +175,7 @@ class CorpusWriter:
         self._start_chunk()
 
     def finish(self) -> Manifest:
-        """Write what is left, then the manifest. Raises ValueError where no document was added."""
+        """Write the last chunk, the index of ids and the manifest. Raises ValueError where no document was added."""
         if self._filled:
             self._flush_chunk()
         if self._shard is None:
@@ -202,14 +205,17 @@ class CorpusWriter:
 
 
 def _spans_within(spans: np.ndarray, start: int, stop: int, offset: int) -> list[int]:
-    """The parts of `spans` that lie in tokens [start, stop) of a document, which are written at `offset`."""
+    """The parts of `spans` within tokens [start, stop) of a document, as offsets in the chunk.
+
+    Token `start` of the document is at `offset` in the chunk.
+    """
     pairs = np.clip(spans.reshape(-1, 2), start, stop)
     pairs = pairs[pairs[:, 0] < pairs[:, 1]]
     return (pairs - start + offset).flatten().tolist()
 
 
 class _ShardWriter:
-    """One tar under a temporary name, hashed while it is written."""
+    """One tar shard under a temporary name, which is hashed while it is written."""
 
     def __init__(self, folder: Path, name: str, first_chunk: int) -> None:
         self.folder = folder

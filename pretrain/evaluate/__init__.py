@@ -1,1 +1,1 @@
-"""What a trained model is worth: held-out loss, and the text that it writes."""
+"""Evaluation of a trained model: its held-out loss, and the text that it generates."""

@@ -1,4 +1,4 @@
-"""Text from a model: filters of the next token's distribution, and batched generation with a KV cache."""
+"""Text generation: sampling filters for the next token, and batched generation with a KV cache."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from pretrain.model.decoder import Decoder, KVCache
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen. The filters apply in this order."""
+    """How the next token is chosen. The filters apply in the order of the fields."""
 
     temperature: float = 1.0
-    """Divides the logits; 0: always the most probable token."""
+    """Number by which the logits are divided; 0 always chooses the most probable token."""
     top_k: int | None = None
-    """Only the k most probable tokens; None: all."""
+    """Sample only from this many of the most probable tokens; None samples from all."""
     top_p: float = 1.0
-    """Only the smallest set of most probable tokens with at least this probability together (nucleus)."""
+    """Sample only from the smallest set of most probable tokens whose total probability is at least this (nucleus
+    sampling, Holtzman et al., 2019)."""
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -30,12 +31,12 @@ class Sampling:
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k} leaves no token; allowed: 1 or more")
         if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p={self.top_p} is outside 0 (excluded) to 1")
+            raise ConfigError(f"top_p={self.top_p} must be greater than 0 and at most 1")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Tokens to continue, and the seed of this continuation."""
+    """The tokens to continue, and the seed for sampling the continuation."""
 
     tokens: list[int]
     seed: int
@@ -43,23 +44,23 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a model wrote after a prompt."""
+    """The text that a model generated after a prompt."""
 
     tokens: list[int]
-    """Without the prompt and without eos."""
+    """The generated tokens, without the prompt and without eos."""
     finished: bool
-    """Whether eos ended it, not the limit of tokens."""
+    """Whether it ended with eos; False where it reached the limit of tokens."""
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Logits [..., V] with all but the k largest of each row at -inf; of equal ones, some are kept."""
+    """Logits [..., V] with all but the k largest of each row set to -inf. Ties are broken arbitrarily."""
     k = min(k, logits.shape[-1])
     values, tokens = logits.topk(k, dim=-1)
     return torch.full_like(logits, -torch.inf).scatter(-1, tokens, values)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Logits [..., V] with all at -inf but the smallest set of largest ones whose probability is at least p."""
+    """Logits [..., V] with all set to -inf except the fewest largest ones whose total probability is at least p."""
     if p >= 1:
         return logits
     values, tokens = logits.sort(dim=-1, descending=True, stable=True)
@@ -70,7 +71,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution [..., V] in fp64 that the next token is drawn from."""
+    """The distribution from which the next token is drawn: fp64 [..., V], from logits [..., V]."""
     if sampling.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
     logits = logits.double() / sampling.temperature
@@ -80,7 +81,7 @@ def token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token per row of logits [B, V], each row from its own generator: int64 [B], on the CPU."""
+    """Draw one token per row of logits [B, V], each with the row's own generator. Returns int64 [B] on the CPU."""
     probabilities = token_probabilities(logits.float().cpu(), sampling)
     rows = zip(probabilities, generators, strict=True)
     return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
@@ -97,11 +98,11 @@ def generate(
     vocab_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[Continuation]:
-    """Continue all prompts in one batch until eos or `max_new_tokens`.
+    """Continue all prompts in one batch, each until eos or `max_new_tokens` tokens.
 
-    A prompt's continuation depends on its tokens and its seed, not on the batch it is in. Tokens from
-    `vocab_size` on, with which the embedding is filled up, are never chosen. `progress` gets the number of
-    rows that a step went on with.
+    A prompt's continuation depends on its tokens and its seed, not on the rest of the batch. Tokens from `vocab_size`
+    on, which only pad the embedding, are never chosen. `progress` is called after each token with the number of rows
+    that are not finished.
     """
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
     lengths = torch.tensor([len(prompt.tokens) for prompt in prompts])
@@ -114,7 +115,7 @@ def generate(
     written: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    last = lengths - 1  # which of the tokens just read is the last of its row
+    last = lengths - 1  # per row, the index of its last token among those just read
     for _ in range(max_new_tokens):
         hidden = model.hidden(tokens.to(device), positions.to(device), cache=cache)
         (logits,) = model.head(hidden[rows, last])
@@ -134,6 +135,6 @@ def generate(
 
 
 def prompt_seed(seed: int, tokens: Sequence[int], number: int) -> int:
-    """Seed of the `number`-th continuation of a prompt: the same whatever else is generated with it."""
+    """Seed of the `number`-th continuation of a prompt. It does not depend on the other prompts."""
     digest = hashlib.sha256(f"{seed}:{number}:{list(tokens)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -1,4 +1,4 @@
-"""Held-out loss, perplexity and bits per byte: of packed sequences while training, of whole documents after it."""
+"""Held-out loss, perplexity and bits per byte: on packed sequences during training, on whole documents afterwards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pretrain.distributed import World, sum_over_ranks
 from pretrain.errors import ConfigError
 from pretrain.model.decoder import Decoder, LossSums
 
-_BUFFERED_BATCHES = 16  # windows of this many batches are sorted by length, so that little is padding
+_BUFFERED_BATCHES = 16  # windows are sorted by length within this many batches, to reduce padding
 
 
 @dataclass(frozen=True)
@@ -30,45 +30,46 @@ class Scores:
     perplexity: float
     """exp(loss)."""
     bits_per_byte: float
-    """Bits for all predicted tokens per UTF-8 byte of the text: comparable between tokenizers."""
+    """Total loss in bits per UTF-8 byte of the text; unlike the loss, it is comparable between tokenizers."""
     tokens: int
-    """Predicted tokens: those of the text and each document's EOS; with a loss mask its targets."""
+    """Number of predicted tokens: those of the text and each document's eos, or with a loss mask the targets."""
     text_bytes: int
-    """With a loss mask, of the targets' text."""
+    """Size of the text in UTF-8, or with a loss mask of the text of the targets."""
     documents: int
+    """Number of documents."""
 
     def as_dict(self) -> dict[str, float]:
-        """The values by name."""
+        """The scores by name."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class HeldOutResult:
-    """Scores of everything and, where documents were scored one by one, of each source."""
+    """Scores of all text and, where whole documents were scored, of each source."""
 
     overall: Scores
     sources: dict[str, Scores]
 
 
 class TokenDocument(NamedTuple):
-    """A document to be scored: [bos] + tokens + [eos], and the UTF-8 bytes of its text."""
+    """A document to be scored: [bos] + tokens + [eos], and the size of its text in UTF-8."""
 
     source: str
     tokens: np.ndarray
     text_bytes: int
     is_target: np.ndarray | None = None
-    """bool [tokens]: those that count, of a corpus with a loss mask; None: all."""
+    """bool [tokens]: which tokens count, in a corpus with a loss mask; None where all do."""
     target_bytes: int = 0
-    """UTF-8 bytes of the text that they stand for."""
+    """Size in UTF-8 of the text of the tokens that count, in a corpus with a loss mask."""
 
     @property
     def labels(self) -> np.ndarray:
-        """The tokens as int64, IGNORED_LABEL for those that do not count."""
+        """The tokens as int64, with IGNORED_LABEL for those that do not count."""
         tokens = self.tokens.astype(np.int64)
         return tokens if self.is_target is None else np.where(self.is_target, tokens, IGNORED_LABEL)
 
     def beginning(self, n_tokens: int) -> TokenDocument:
-        """The first `n_tokens` of the document, with bytes in proportion to its tokens."""
+        """The document's first `n_tokens` tokens, with its byte counts scaled in proportion."""
         if n_tokens >= len(self.tokens):
             return self
         text_bytes = round(self.text_bytes * n_tokens / len(self.tokens))
@@ -95,17 +96,17 @@ def evaluate_loss(
     world: World,
     document_masking: bool,
 ) -> HeldOutResult:
-    """Loss of the corpus's first `max_sequences` sequences, cut and batched as in training.
+    """Scores of the corpus's first `max_sequences` sequences, cut and batched as in training.
 
-    The sequences are split over the ranks (those that share sequences get the same); `forward` is called equally
-    often on each, with all labels ignored where a rank has none left, because under ZeRO-3 it is collective. Every
-    rank returns the same result.
+    The sequences are divided over the ranks; ranks that share sequences get the same ones. `forward` is collective
+    under ZeRO-3, so every rank calls it equally often, with all labels ignored once it has no sequence left. Every rank
+    returns the same result.
 
-    The start of a sequence has lost its context, so bits_per_byte is a little higher than `score_documents`
-    finds. The bytes of a document that is cut off by `max_sequences` count in proportion to its tokens.
-    Raises CorruptShardError, and ConfigError where a loss mask leaves nothing to predict.
+    The first tokens of a sequence lack their context, so bits_per_byte is slightly higher than from `score_documents`.
+    The bytes of a document that `max_sequences` cuts off count in proportion to its tokens. Raises CorruptShardError,
+    and ConfigError where a loss mask leaves nothing to predict.
     """
-    # A chunk that is no multiple of the sequence length ends in a sequence that is padded.
+    # A chunk whose size is not a multiple of the sequence length ends in a padded sequence.
     per_chunk = -(-corpus.chunk_tokens // sequence_length)
     n_sequences = (corpus.n_chunks - 1) * per_chunk + -(-corpus.last_chunk_tokens // sequence_length)
     if max_sequences is not None:
@@ -125,7 +126,7 @@ def evaluate_loss(
     nll_sum, n_predicted = sum_over_ranks(sums.tolist(), world)
     if n_predicted == 0:
         raise ConfigError(
-            f"the first {n_sequences} sequences of {corpus.manifest_path} hold no token that its loss mask lets count; "
+            f"the loss mask of {corpus.manifest_path} excludes every token of its first {n_sequences} sequences; "
             "raise evaluation.max_sequences"
         )
     chunk, sequence = divmod(n_sequences - 1, per_chunk)
@@ -135,7 +136,10 @@ def evaluate_loss(
 
 
 def _text_before(corpus: Corpus, n_tokens: int) -> tuple[int, int]:
-    """Text bytes and number of the documents that begin in the corpus's first `n_tokens`, the last one in part."""
+    """Text bytes and number of the documents that start in the corpus's first `n_tokens` tokens.
+
+    The bytes of a document that reaches further count in proportion.
+    """
     starts: list[int] = []
     sizes: list[int] = []
     chunk, end = 0, corpus.manifest.n_tokens
@@ -162,11 +166,12 @@ def score_documents(
     device: torch.device,
     progress: Callable[[TokenDocument], None] | None = None,
 ) -> HeldOutResult:
-    """Scores of whole documents, each token predicted exactly once from the document's earlier tokens.
+    """Scores of whole documents, with each token predicted exactly once from earlier tokens of its document.
 
-    A document longer than `sequence_length` T is read in windows of T tokens, each of which starts T/2 after
-    the one before and scores what that one did not: so every token has at least T/2 tokens of context, or all
-    that there are. `progress` is called after each document is taken up. Raises ValueError for no documents.
+    A document longer than `sequence_length` T is read in windows of T tokens. Each window starts T/2 tokens after the
+    previous one and scores only the tokens that no earlier window scored, so every token has at least T/2 tokens of
+    context, or all that exist. `progress` is called with each document after it is queued. Raises ValueError where
+    there are no documents.
     """
     totals: dict[str, _Totals] = {}
     for document in documents:
@@ -183,7 +188,7 @@ def score_documents(
 
 
 class _Totals:
-    """Sums over the documents of one source, whose windows wait here to be batched."""
+    """Sums over the documents of one source. Windows are buffered here until they are batched."""
 
     def __init__(self, model: Decoder, micro_batch_sequences: int, device: torch.device) -> None:
         self.model, self.batch_size, self.device = model, micro_batch_sequences, device
@@ -209,7 +214,7 @@ class _Totals:
         self._windows.sort(key=lambda window: len(window[0]))
         for first in range(0, len(self._windows), self.batch_size):
             tokens, labels = _pad(self._windows[first : first + self.batch_size])
-            # Padding is on the right: no token sees it, so no mask is needed.
+            # Padding is on the right, where no token sees it, so no mask is needed.
             sums = self.model(tokens.to(self.device), labels.to(self.device))
             self.nll_sum += float(sums.nll_sum)
             self.n_predicted += int(sums.n_predicted)
@@ -217,10 +222,10 @@ class _Totals:
 
 
 def windows(tokens: np.ndarray, sequence_length: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Overlapping windows of a document and, for each, from which of its labels on it scores.
+    """Overlapping windows of a document, each with the index of the first of its labels that it scores.
 
-    A window of n tokens gives n - 1 labels, at most `sequence_length`; all windows together score each token
-    after the first exactly once.
+    A window of n tokens has n - 1 labels, at most `sequence_length`. All windows together score each token after the
+    first exactly once.
     """
     stride = max(1, sequence_length // 2)
     scored = 1
@@ -233,7 +238,7 @@ def windows(tokens: np.ndarray, sequence_length: int) -> Iterator[tuple[np.ndarr
 
 
 def _pad(batch: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[Tensor, Tensor]:
-    """Tokens and labels [B, T] of windows."""
+    """Tokens and labels of windows as int64 [B, T], padded on the right."""
     length = max(len(window) for window, _, _ in batch) - 1
     tokens = np.zeros((len(batch), length), np.int64)
     labels = np.full((len(batch), length), IGNORED_LABEL, np.int64)
@@ -245,9 +250,9 @@ def _pad(batch: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[Tensor, Tenso
 
 
 def first_tokens(documents: Iterable[TokenDocument], max_tokens: int) -> Iterator[TokenDocument]:
-    """The documents up to `max_tokens` tokens, the last of them cut where the bound is reached.
+    """The first documents, up to `max_tokens` tokens in total; the last one is cut at that limit.
 
-    A beginning that predicts nothing is left out. Raises ConfigError where that leaves no document.
+    A document of whose beginning no token counts is left out. Raises ConfigError where no document is left.
     """
     left, found = max_tokens, False
     for document in documents:
@@ -259,7 +264,9 @@ def first_tokens(documents: Iterable[TokenDocument], max_tokens: int) -> Iterato
         if left == 0:
             break
     if not found:
-        raise ConfigError(f"max_tokens={max_tokens} ends before the first token that counts; give more")
+        raise ConfigError(
+            f"max_tokens={max_tokens} ends before the first token that counts; use a larger number"
+        )
 
 
 def corpus_documents(corpus: Corpus) -> Iterator[TokenDocument]:
@@ -272,7 +279,7 @@ def _scores(nll_sum: float, n_predicted: float, text_bytes: float, documents: fl
     loss = nll_sum / n_predicted
     return Scores(
         loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),  # a diverged model: no overflow
+        perplexity=math.exp(min(loss, 700.0)),  # exp would overflow for a diverged model
         bits_per_byte=nll_sum / (math.log(2) * text_bytes) if text_bytes else math.nan,
         tokens=int(n_predicted),
         text_bytes=int(text_bytes),

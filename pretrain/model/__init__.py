@@ -1,1 +1,1 @@
-"""The decoder and its kernels. It knows nothing of loaders, DeepSpeed or runs."""
+"""The decoder and its kernels. This package does not depend on loaders, DeepSpeed or runs."""

@@ -1,8 +1,8 @@
-"""Who attends to whom, in the form that each kernel wants, and the kernels.
+"""The attention kernels, and which token attends to which, in the form that each kernel needs.
 
-`visibility` is called once per forward pass, `attend` in every layer with what it returned: tensors, which pass
-through activation checkpointing and torch.compile as they are. A token attends to itself and to earlier tokens of its
-own document; the tokens of a document follow each other.
+`visibility` is called once per forward pass, and `attend` in every layer with its result. The result consists of
+tensors, which activation checkpointing and torch.compile handle. A token attends to itself and to earlier tokens of its
+own document. The tokens of a document are contiguous.
 
 Shapes: B batch, T sequence, S key positions, H query heads, G key/value heads, K head width, N = B T, D documents.
 """
@@ -24,22 +24,25 @@ if TYPE_CHECKING:
 
 
 class Documents(NamedTuple):
-    """Where each document of a batch, taken as one row of N tokens, begins. No document reaches over two sequences."""
+    """Where each document of a batch starts, with the batch seen as one row of N tokens.
+
+    A document that continues in the next sequence counts as a new document there.
+    """
 
     starts: Tensor
-    """int32 [D + 1]: 0, ..., N."""
+    """int32 [D + 1]: the first token of each document, then N."""
     longest: int
-    """Upper bound of a document's tokens: T."""
+    """Upper bound of the number of tokens in a document: T."""
     release: int = 12
-    """Of the kernel on a GPU, what `varlen_release` says; read here, since a compiled block cannot read signatures."""
+    """Result of `varlen_release` on a GPU. It is stored here because a compiled block cannot inspect signatures."""
 
 
 Visibility: TypeAlias = "Tensor | Documents | BlockMask | None"
-"""None: all earlier tokens. Tensor: True where a query (row) sees a key, bool [B, 1, T, S]."""
+"""Which tokens a token sees. None: all earlier tokens. Tensor: bool [B, 1, T, S], True where a query sees a key."""
 
 
 def visibility(document_ids: Tensor | None, kernel: AttentionKernel) -> Visibility:
-    """What `attend` needs for documents, int [B, T]; without them every kernel is torch's causal attention."""
+    """The `visible` argument of `attend`, from document ids [B, T]; without document ids, plain causal attention."""
     if document_ids is None:
         return None
     match kernel:
@@ -61,7 +64,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=n_repeats > 1)
     if isinstance(visible, Tensor):
         if n_repeats > 1:
-            # With a mask, CUDA has no fast kernel that groups queries itself: it would hold all scores.
+            # No fast CUDA kernel takes both a mask and grouped queries; the fallback would materialize all scores.
             k, v = k.repeat_interleave(n_repeats, dim=1), v.repeat_interleave(n_repeats, dim=1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
     if isinstance(visible, Documents):
@@ -74,13 +77,13 @@ def _mask(document_ids: Tensor) -> Tensor:
     return same.tril()
 
 
-# ---- flash: each document by itself, so that nothing is computed and then masked -----------------------------------
+# ---- flash: each document separately, so that nothing is computed and then masked ----------------------------------
 
 
 def _documents(document_ids: Tensor) -> Documents:
     first = torch.ones_like(document_ids, dtype=torch.bool)
     first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    # On a GPU this waits for the device, once per forward pass: how many there are decides the shape.
+    # On a GPU this waits for the device once per forward pass, because the number of documents determines the shape.
     starts = first.flatten().nonzero()[:, 0]
     starts = F.pad(starts, (0, 1), value=document_ids.numel()).to(torch.int32)
     release = varlen_release() if starts.device.type == "cuda" else 12
@@ -98,7 +101,7 @@ def _attend_by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -
 
 
 def _attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    """FlashAttention-2 (Dao, 2023), as torch has it."""
+    """FlashAttention-2 (Dao, 2023), as implemented in torch."""
     from torch.nn.attention.varlen import varlen_attn
 
     starts, longest, release = documents
@@ -111,9 +114,9 @@ def _attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Ten
 
 
 def varlen_release() -> int:
-    """The torch whose parameters this torch's `varlen_attn` has: 10, 11 or, from there on, 12 for torch 2.12.
+    """Which version of `varlen_attn` this torch has: 10, 11 or 12, for torch 2.10, 2.11, and 2.12 or later.
 
-    2.10 is told `is_causal`, later ones a `window_size`; 2.12 groups queries by itself.
+    Version 2.10 takes `is_causal`, later ones take `window_size`, and 2.12 supports grouped queries itself.
     """
     from torch.nn.attention.varlen import varlen_attn  # takes 2 s to import
 
@@ -123,9 +126,10 @@ def varlen_release() -> int:
 
 @torch.library.custom_op("pretrain::attend_on_cpu", mutates_args=())
 def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-    """Causal attention of each document of q [N, H, K], k, v [N, G, K]; and log-sum-exps [N, H] in fp32.
+    """Causal attention within each document: q [N, H, K], k and v [N, G, K] -> [N, H, K], and fp32 log-sum-exps [N, H].
 
-    One operator, since torch.compile cannot follow shapes that depend on data, and autograd of many parts is slow.
+    It is one custom operator because torch.compile cannot trace data-dependent shapes, and because autograd over many
+    small parts is slow.
     """
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
     for start, stop in pairwise(starts.tolist()):
@@ -169,7 +173,7 @@ def _(
 
 
 def _heads(n_heads: int, start: int, stop: int, *tensors: Tensor) -> list[Tensor]:
-    """Of each [N, heads, K] the tokens of one document as [1, n_heads, n, K]."""
+    """The n tokens [start, stop) of each [N, heads, K] as [1, n_heads, n, K], with key heads repeated as needed."""
     parts = (x[start:stop] for x in tensors)
     return [x.repeat_interleave(n_heads // x.shape[1], dim=1).transpose(0, 1)[None] for x in parts]
 
@@ -186,7 +190,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor, _: Tensor | 
 attend_on_cpu.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-# ---- flex: blocks that nobody may see are left out ------------------------------------------------------------------
+# ---- flex: blocks that are masked entirely are skipped --------------------------------------------------------------
 
 
 def _block_mask(document_ids: Tensor) -> BlockMask:
@@ -196,13 +200,16 @@ def _block_mask(document_ids: Tensor) -> BlockMask:
         return (query >= key) & (document_ids[row, query] == document_ids[row, key])
 
     n_rows, length = document_ids.shape
-    # Compiled, it never holds the [B, 1, T, T] mask that it is made of.
+    # When compiled, this never materializes the full [B, 1, T, T] mask.
     make = create_block_mask if document_ids.device.type == "cpu" else torch.compile(create_block_mask)
     return make(sees, n_rows, None, length, length, device=document_ids.device)
 
 
 def _attend_by_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
-    """FlexAttention (Dong et al., 2024). Compiled it is a kernel; else, on a CPU, all scores, and no backward."""
+    """FlexAttention (Dong et al., 2024).
+
+    Compiled, it is one fused kernel. On a CPU it is not compiled: it then computes all scores and has no backward pass.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
     inside = torch.compiler.is_compiling() or q.device.type == "cpu"

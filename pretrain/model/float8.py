@@ -1,10 +1,10 @@
-"""Products of activations and weights in 8-bit floating point, forward and backward (Micikevicius et al., 2022).
+"""Matrix products of activations and weights in 8-bit floating point, forward and backward (Micikevicius et al., 2022).
 
-Each factor has one scale, so that its largest value is the largest of the format: e4m3 for activations and weights,
-e5m2, with more range, for gradients. Scales are found anew each time, from the values themselves. Weights, their
-gradients and sums stay as they are. The recipe is torchao's "tensorwise".
+Each factor has one scale, chosen so that its largest value becomes the largest of the format: e4m3 for activations and
+weights, and e5m2, which has more range, for gradients. The scales are computed each time from the current values. The
+stored weights and their gradients keep their precision. This is torchao's "tensorwise" recipe.
 
-Shapes: N tokens, I and O widths; I, O and N are multiples of 16, which `torch._scaled_mm` asks for.
+Shapes: N tokens, I and O widths. I, O and N must be multiples of 16, as `torch._scaled_mm` requires.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """Keeps the weight itself for the backward pass: of a view of it, ZeRO-3 could not let go."""
+    """Keeps the weight itself for the backward pass. A view would keep ZeRO-3 from releasing it (see `linear.py`)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class _Product(torch.autograd.Function):
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x in 8 bits, and the fp32 scalar that it is to be multiplied by."""
+    """x in 8 bits, and the fp32 scalar by which it must be multiplied to restore x."""
     largest = torch.finfo(dtype).max
     scale = x.abs().amax().float().clamp(min=1e-12) / largest
     return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
@@ -53,9 +53,12 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _multiplied(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool = False
 ) -> Tensor:
-    """a [M, K] @ b [K, N]. The device wants a by rows, b by columns. `fast`: sums in less than fp32."""
-    # Both scales at once: where a processor multiplies by one after the other, a large one alone can overflow (seen
-    # with oneDNN on a CPU with AMX).
+    """a [M, K] @ b [K, N] times both scales. `fast` accumulates with less than fp32 precision.
+
+    `torch._scaled_mm` needs a in row-major and b in column-major order.
+    """
+    # Both scales are passed as one product. Where they are applied one after the other, a large one alone can overflow
+    # (seen with oneDNN on a CPU with AMX).
     return torch._scaled_mm(
         a.contiguous(),
         b.t().contiguous().t(),

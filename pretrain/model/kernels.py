@@ -1,6 +1,7 @@
-"""Which kernels and which precision compute the model: those asked for, or the best that all devices can do.
+"""Chooses the kernels and the precision of a run: the requested ones, or the best that all devices support.
 
-What cannot work anywhere is refused by the configuration (`KernelsConfig`); what cannot work here, by `resolve`.
+`KernelsConfig` rejects requests that cannot work on any device; `resolve` rejects those that cannot work on the devices
+of this run.
 """
 
 from __future__ import annotations
@@ -18,31 +19,32 @@ from pretrain.errors import ConfigError
 from pretrain.model.precision import host_cpu_has_bf16, resolve_precision
 
 PLAIN = KernelsConfig(attention=AttentionKernel.sdpa, compile=Switch.never)
-"""What works everywhere."""
+"""The kernels that work on every device."""
 
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
-"""What each precision is called in torch."""
+"""The torch dtype of each precision."""
 
 
 class Capability(NamedTuple):
-    """What decides between kernels."""
+    """What a device and its installation support, as far as the choice of kernels depends on it."""
 
     device: str
-    """cpu or cuda."""
+    """`cpu` or `cuda`."""
     compute: int = 0
-    """Of a CUDA device, its compute capability: 80 is A100, 89 L40S, 90 H100."""
+    """Compute capability of a CUDA device times 10: 80 is A100, 89 is L40S, 90 is H100."""
     triton: bool = False
+    """Whether the package triton is installed."""
     liger: bool = False
-    """The package liger-kernel."""
+    """Whether the package liger-kernel is installed."""
     bf16: bool = True
-    """Matrix products in bf16 are computed in hardware."""
+    """Whether the device computes bf16 matrix products in hardware."""
     host: str = ""
-    """Name of the host that has the device."""
+    """Name of the device's host."""
 
 
 def capability_of(device: torch.device) -> Capability:
-    """Of this process's device and installation."""
+    """The capability of this process's device and installation."""
     host = os.uname().nodename
     if device.type == "cpu":
         return Capability("cpu", bf16=host_cpu_has_bf16(), host=host)
@@ -58,7 +60,7 @@ def capability_of(device: torch.device) -> Capability:
 
 
 def least_capable(capabilities: Sequence[Capability]) -> Capability:
-    """What all ranks' devices can do, under the name of the host that decides the precision."""
+    """What the devices of all ranks support. `host` is the one whose device limits the precision."""
     return Capability(
         device=capabilities[0].device,
         compute=min(c.compute for c in capabilities),
@@ -70,14 +72,14 @@ def least_capable(capabilities: Sequence[Capability]) -> Capability:
 
 
 def resolve(config: TrainConfig, capability: Capability) -> TrainConfig:
-    """The configuration with precision and kernels chosen, given what all ranks can do.
+    """The configuration with `auto` replaced by the precision and kernels that suit the devices of all ranks.
 
-    Raises ConfigError where one that is asked for cannot work there.
+    Raises ConfigError where a requested precision or kernel cannot work on them.
     """
     precision = resolve_precision(config.engine.precision, capability.bf16)
     try:
         config = replace(config, engine=replace(config.engine, precision=precision))
-    except ConfigError as error:  # other keys need another precision than this one
+    except ConfigError as error:  # another key needs a different precision
         raise ConfigError(
             f"{error} (engine.precision=auto is {precision.value} on {capability.host})"
         ) from error
@@ -85,7 +87,7 @@ def resolve(config: TrainConfig, capability: Capability) -> TrainConfig:
 
 
 def _resolve_kernels(config: TrainConfig, capability: Capability) -> KernelsConfig:
-    """`config` has its precision chosen."""
+    """The kernels with `auto` replaced. The precision in `config` must already be resolved."""
     asked = config.kernels.attention
     problems = {
         AttentionKernel.flash: _flash_problem(config, capability),
@@ -119,7 +121,7 @@ def _flash_problem(config: TrainConfig, capability: Capability) -> str | None:
         return "computes in bf16 or fp16 on a GPU, not in engine.precision=fp32"
     if capability.compute < 80:
         return f"needs a GPU of compute capability 8.0 or newer, and this one has {capability.compute / 10}"
-    # The backward pass of wider heads needs the shared memory of A100, H100 or B200.
+    # The backward pass for wider heads needs as much shared memory as A100, H100 and B200 have.
     widest = 256 if capability.compute in (80, 90, 100) else 192
     if width % 8 or width > widest:
         return f"needs a head width that is a multiple of 8 and at most {widest}, not model.d_head={width}"

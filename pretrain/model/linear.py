@@ -1,8 +1,8 @@
-"""The matrix product of a layer, and its gradients.
+"""The matrix product of a linear layer, and its gradients.
 
-torch's own `F.linear` keeps a transposed view of the weight for the backward pass. Under ZeRO-3, which lets go of a
-gathered weight by giving the parameter other storage, that view would hold all of it until then: every weight of the
-model on every device, at the end of the forward pass.
+torch's `F.linear` keeps a transposed view of the weight for the backward pass. ZeRO-3 releases a gathered weight by
+giving the parameter other storage, but such a view would keep the gathered storage alive: at the end of the forward
+pass, every device would hold every weight of the model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., I] @ weight [O, I] transposed -> [..., O], as `F.linear`; keeps x and the weight itself."""
+    """x [..., I] @ weight [O, I] transposed -> [..., O], as `F.linear`. Keeps x and the weight itself, not a view."""
     return _Linear.apply(x, weight)
 
 

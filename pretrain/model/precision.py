@@ -1,6 +1,6 @@
-"""Which processors compute bf16 in hardware, and the precision that follows for a run. Imports no torch.
+"""Which processors compute bf16 in hardware, and the precision of a run that follows from it. Imports no torch.
 
-A bf16 matrix product on a CPU without such units is emulated, many times slower than one in fp32.
+A CPU without bf16 instructions emulates a bf16 matrix product, which is many times slower than one in fp32.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from pretrain.config import Precision
 from pretrain.errors import ConfigError
 
 _CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
-"""In /proc/cpuinfo: Intel and AMD from 2020 on, Intel from Sapphire Rapids on, Arm from Neoverse V1 on."""
+"""CPU flags in /proc/cpuinfo, in this order: Intel and AMD since 2020, Intel since Sapphire Rapids, Arm since Neoverse
+V1."""
 _ISAS_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
-"""Values of ONEDNN_MAX_CPU_ISA, an environment variable that keeps oneDNN from newer instructions."""
+"""Values of the environment variable ONEDNN_MAX_CPU_ISA that keep oneDNN from using bf16 instructions."""
 
 
 def resolve_precision(asked: Precision, has_bf16: bool) -> Precision:
-    """The precision to compute in, on devices of which all compute bf16 in hardware or one does not."""
+    """The precision to compute in: `asked`, with auto resolved. `has_bf16`: whether all devices have bf16 hardware."""
     if asked is not Precision.auto:
         return asked
     return Precision.bf16 if has_bf16 else Precision.fp32
 
 
 def precision_of(state: RunState) -> Precision:
-    """What the run that wrote a state.json computed in."""
-    # States from before `engine.precision=auto` existed name it in their configuration only.
+    """The precision in which the run that wrote a state.json computed. Raises ConfigError where it is not stated."""
+    # States from before `engine.precision=auto` existed state it only in their configuration.
     try:
         return Precision(state.get("precision") or state["config"]["engine"]["precision"])
     except (KeyError, TypeError, ValueError) as error:
@@ -41,7 +42,7 @@ def host_cpu_has_bf16() -> bool:
 
 
 def cpu_has_bf16(cpuinfo: str, environment: Mapping[str, str]) -> bool:
-    """The same of a given /proc/cpuinfo and given environment variables."""
+    """`host_cpu_has_bf16` for a given /proc/cpuinfo and given environment variables."""
     isa = environment.get("ONEDNN_MAX_CPU_ISA", environment.get("DNNL_MAX_CPU_ISA", ""))
     if isa.upper() in _ISAS_WITHOUT_BF16:
         return False

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what the backward pass computes again, so that it need not be kept."""
+"""Activation checkpointing: the backward pass recomputes some activations, so that they need not be kept in memory."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from pretrain.config import Recompute
 
 
 def recomputed(mode: Recompute, function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """function(*args), of whose intermediate results only those are kept for the backward pass that `mode` keeps.
+    """function(*args), keeping only the intermediate results that `mode` says for the backward pass.
 
-    Losses and gradients are those without, bit by bit: random numbers are drawn as the first time.
+    Losses and gradients are bit-identical to those without recomputation, since it draws the same random numbers.
     """
     if mode is Recompute.none or not torch.is_grad_enabled():
         return function(*args)
@@ -31,8 +31,9 @@ def recomputed(mode: Recompute, function: Callable[..., Tensor], *args: Any) -> 
     return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
 
-# What costs most per byte kept: products with weights, and attention. All else (norms, rotary positions, SwiGLU) is
-# cheap. Named as the dispatcher names them: some exist only once they are imported.
+# Selective mode keeps the operators that cost most to recompute per byte kept: products with weights, and attention.
+# Everything else (norms, rotary embedding, SwiGLU) is cheap. The names are those of torch's dispatcher, as strings,
+# because some of these operators exist only after an import.
 _KEPT = {
     "aten::mm",
     "aten::_scaled_mm",

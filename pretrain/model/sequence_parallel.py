@@ -1,9 +1,10 @@
-"""Ulysses sequence parallelism (Jacobs et al., 2023): the ranks of a group share each sequence.
+"""DeepSpeed-Ulysses sequence parallelism (Jacobs et al., 2023): the P ranks of a group share each sequence.
 
-Every rank of a group reads the same sequences and holds T / P of their tokens. All of the model works on tokens one
-by one, but for attention, which trades tokens for heads: each rank then has all T tokens of H / P heads, attends over
-them as ever, and trades back. Weights are those of data parallelism: the gradient is the sum over the slices of all
-ranks, so DeepSpeed need not know.
+Every rank of a group reads the same sequences and holds T / P of their tokens. The whole model works on each token
+separately, except for attention. There an all-to-all exchange gives each rank all T tokens of H / P heads; it computes
+attention for these heads as usual, and a second exchange returns to T / P tokens of all heads. Weights are replicated
+or partitioned as in data parallelism, and the gradient is the sum over the parts of all ranks, so the engine needs no
+change.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from pretrain.distributed import World
 
 
 class SequenceGroup:
-    """The P ranks that share sequences with this one: neighbors, so that they are on one node."""
+    """The P ranks that share sequences with this one. They have neighboring ranks, so they are on one node."""
 
     def __init__(self, world: World) -> None:
-        """All ranks of the world call this together; each group gets a process group of its own."""
+        """Create a process group for each group of ranks. All ranks of the world must call this together."""
         self.size = world.sequence_ranks
         self.rank = world.rank % self.size
         for first in range(0, world.size, self.size):
@@ -31,12 +32,15 @@ class SequenceGroup:
                 self._group = group
 
     def keep_out_of_graphs(self) -> None:
-        """For a model whose parts are compiled: an exchange is not a part of any graph."""
+        """Exclude the exchanges from the graphs of a compiled model."""
         self.to_heads = torch.compiler.disable(self.to_heads)  # type: ignore[method-assign]
         self.to_tokens = torch.compiler.disable(self.to_tokens)  # type: ignore[method-assign]
 
     def own_part(self, batch: Batch) -> Batch:
-        """Tokens, labels and positions [B, T / P] of this rank; document ids stay whole, for attention sees all."""
+        """This rank's part of a batch: tokens, labels and positions [B, T / P].
+
+        Document ids stay [B, T], because attention sees all tokens.
+        """
         length = batch.tokens.shape[1] // self.size
         own = slice(self.rank * length, (self.rank + 1) * length)
         return batch._replace(
@@ -44,9 +48,9 @@ class SequenceGroup:
         )
 
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, heads, T / P, K] of all heads become [B, heads / P, T, K] of all tokens; in one exchange.
+        """Turn q, k and v from [B, heads, T / P, K] into [B, heads / P, T, K], in a single exchange.
 
-        A group's query heads and the key heads that serve them go to the same rank.
+        Query heads go to the same rank as the key heads that they attend with.
         """
         parts = [x.unflatten(1, (self.size, -1)) for x in (q, k, v)]  # [B, P, heads / P, T / P, K]
         widths = [part.shape[2] for part in parts]
@@ -56,17 +60,17 @@ class SequenceGroup:
         return traded.permute(1, 2, 0, 3, 4).flatten(2, 3).split(widths, dim=1)  # type: ignore[return-value]
 
     def to_tokens(self, y: Tensor) -> Tensor:
-        """The way back: [B, H / P, T, K] of all tokens become [B, H, T / P, K] of all heads."""
+        """Turn the result of attention from [B, H / P, T, K] back into [B, H, T / P, K]."""
         parts = y.unflatten(2, (self.size, -1))  # [B, H / P, P, T / P, K]
         return self._trade(parts.permute(2, 0, 1, 3, 4)).transpose(0, 1).flatten(1, 2)
 
     def _trade(self, x: Tensor) -> Tensor:
-        """Of x [P, ...], the parts [p] of rank r and [r] of rank p change places."""
+        """All-to-all exchange of x [P, ...]: part p of rank r swaps places with part r of rank p."""
         return _AllToAll.apply(x, self._group)
 
 
 class _AllToAll(torch.autograd.Function):
-    """Its own transpose: the gradient takes the same way."""
+    """An all-to-all exchange. It is its own transpose, so the backward pass makes the same exchange."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:

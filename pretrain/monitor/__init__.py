@@ -1,1 +1,1 @@
-"""What is recorded of a run, and how it is shown: metrics, events, W&B, and a line for a person."""
+"""What is recorded of a run, and how it is shown: metrics, events, W&B, and progress lines."""

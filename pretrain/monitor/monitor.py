@@ -1,7 +1,7 @@
-"""What is recorded of a run: metrics and events in JSON lines, the sample ledger, W&B, and a line for a person.
+"""Records a run: metrics and events as JSON lines, the sample ledger, W&B, and progress lines.
 
-The JSON-lines files are the record; W&B and the progress line stand on top of them. Nothing in here stops or slows
-training: a file that cannot be written, a W&B server that does not answer and a closed terminal cost one warning.
+The JSON-lines files are the record; W&B and the progress lines show the same data. Nothing here stops or slows down
+training: a file that cannot be written, a W&B server that does not answer, or a closed terminal costs one warning.
 docs/monitoring.md describes every field.
 """
 
@@ -36,48 +36,52 @@ from pretrain.reliability.journal import read_metrics as read_metrics
 from pretrain.reliability.json_lines import JsonLines, jsonable, utc_now
 
 WANDB_INIT_TIMEOUT_S = 30.0
-WANDB_FINISH_TIMEOUT_S = 30.0  # below srun's --wait, so that a slow upload never looks like a hung rank
+WANDB_FINISH_TIMEOUT_S = 30.0  # less than srun's --wait, so that a slow upload never looks like a hung rank
 WANDB_QUEUE_RECORDS = 10_000
-WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # machines of `wandb login` in netrc, old and new
+# The hosts for which `wandb login` writes netrc, old and new.
+WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 
 
 @dataclass(kw_only=True, slots=True)
 class StepRecord:
-    """What the trainer knows of one completed optimizer update."""
+    """The trainer's figures for one completed optimizer update."""
 
     step: int
     tokens_seen: int
     samples_seen: int
     step_tokens: int
-    """Of this step, over all ranks."""
+    """Number of tokens in this step, over all ranks."""
     sequence_length: int
-    """Tokens."""
+    """Tokens per sequence."""
     loss: float
     """Mean nats per predicted token over the global batch, without z-loss."""
     z_loss: float | None
     """Mean squared log-partition; None where the model has no z-loss."""
     grad_norm: float | None
-    """Global L2 norm before clipping; None where the engine has none."""
+    """Global L2 norm of the gradient before clipping; None where the engine does not compute it."""
     lr: float
+    """Learning rate of this step."""
     step_time_s: float
-    """Wall time since the step before, the wait for data included."""
+    """Wall time in seconds since the previous step, including the wait for data."""
     data_wait_s: float
+    """Seconds of it that training waited for data."""
     cut_documents_frac: float
-    """Pieces of documents in the step's sequences that are not whole documents; 0 without document masking."""
+    """Fraction of the document pieces in the step's sequences that are not whole documents; 0 without document
+    masking."""
     padding_tokens: int
-    """Of `step_tokens`, over all ranks."""
+    """Number of `step_tokens` that are padding, over all ranks."""
     substituted_chunks: int
-    """Chunks of the run so far that could not be read, and others were read for."""
+    """Number of chunks, in the run so far, that could not be read and were replaced by others."""
     skipped: bool
-    """Whether the gradient was not finite and the update was left out."""
+    """Whether the update was skipped, because the gradient was not finite or the loss was a spike."""
     loss_scale: float | None = None
-    """What the loss of this step was multiplied by; None where the precision is not fp16."""
+    """Factor by which the loss was scaled in this step; None where the precision is not fp16."""
     epochs: dict[str, float] = field(default_factory=dict)
-    """How often each source has been read, by name; empty but every `logging.every_steps`."""
+    """Number of times that each source has been read, by name. It is filled only every `logging.every_steps`."""
 
 
 def new_run_id() -> str:
-    """A random id of a run, of the form W&B uses (8 letters or digits)."""
+    """A random id for a run in W&B's format: 8 lowercase letters or digits."""
     return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
 
 
@@ -85,7 +89,7 @@ def new_run_id() -> str:
 
 
 def wandb_mode(config: LoggingConfig) -> WandbMode:
-    """The mode that is meant: `auto` and `online` need an API key, from WANDB_API_KEY or netrc, else offline."""
+    """The effective mode: `auto` and `online` become offline where neither WANDB_API_KEY nor netrc has an API key."""
     if config.wandb in (WandbMode.auto, WandbMode.online):
         return WandbMode.online if _has_wandb_key() else WandbMode.offline
     return config.wandb
@@ -104,10 +108,10 @@ def _has_wandb_key() -> bool:
 
 
 class _WandbWriter:
-    """Sends records to W&B from a thread of its own, so that no call of W&B can block training.
+    """Sends records to W&B from a separate thread, so that no call of W&B can block training.
 
-    An online run that cannot be opened goes on offline (`wandb sync` uploads it later); any other failure ends W&B
-    for this attempt. `on_failure` gets one sentence, once.
+    An online run that cannot be opened is recorded offline instead (`wandb sync` uploads it later). Any other failure
+    ends W&B for this attempt. `on_failure` is called with one sentence for each of these.
     """
 
     def __init__(self, arguments: dict[str, Any], on_failure: Callable[[str], None]) -> None:
@@ -119,11 +123,11 @@ class _WandbWriter:
         self._thread.start()
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Queue one record; dropped when W&B is so far behind that the queue is full."""
+        """Queue one record. A full queue, because W&B is too slow, ends W&B for this attempt."""
         self._put((step, values))
 
     def close(self, exit_code: int) -> None:
-        """Finish the W&B run; waits for it a bounded time."""
+        """Finish the W&B run, and wait for it for a limited time."""
         self._put(exit_code)
         if not self._ended:
             self._thread.join(WANDB_INIT_TIMEOUT_S + WANDB_FINISH_TIMEOUT_S)
@@ -143,16 +147,17 @@ class _WandbWriter:
 
     def _work(self) -> None:
         try:
-            import wandb  # here, since it takes seconds and only rank 0 needs it
+            import wandb  # imported here because it takes seconds and only rank 0 needs it
 
             run = self._open()
             while isinstance(item := self._queue.get(), tuple):
                 step, values = item
                 run.log(values, step=step)
             if item == ExitCode.STOPPED:
-                run.mark_preempting()  # shown as preempted, not as failed: the next attempt goes on
+                run.mark_preempting()  # W&B then shows it as preempted, not as failed; the next attempt resumes it
             run.finish(exit_code=item)
-            wandb.teardown(item)  # ends W&B's own process; only then are the last records in the run's file
+            # This ends W&B's own process, which first writes the last records to the run's file.
+            wandb.teardown(item)
         except Exception as error:
             self._fail(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
@@ -162,9 +167,9 @@ class _WandbWriter:
         settings = wandb.Settings(
             init_timeout=WANDB_INIT_TIMEOUT_S,
             finish_timeout=WANDB_FINISH_TIMEOUT_S,
-            console="off",  # else W&B takes over stdout and stderr
+            console="off",  # otherwise W&B redirects stdout and stderr
             silent=True,
-            disable_git=True,  # a remote's URL may hold a password
+            disable_git=True,  # the URL of a git remote may contain a password
             save_code=False,
         )
         try:
@@ -173,7 +178,7 @@ class _WandbWriter:
             if self._arguments["mode"] != WandbMode.online.name:
                 raise
             self._on_failure(f"{type(error).__name__}; this attempt is recorded offline")
-            wandb.teardown()  # its process still holds the run that could not be opened
+            wandb.teardown()  # W&B's process still holds the run that could not be opened
             return wandb.init(settings=settings, **(self._arguments | {"mode": WandbMode.offline.name}))
 
 
@@ -181,11 +186,11 @@ class _WandbWriter:
 
 
 class Monitor:
-    """Records a run. Rank 0 writes; on other ranks every method but `ledger` does nothing.
+    """Records a run. Only rank 0 writes; on other ranks only the ledger is written.
 
-    `first_step` is the first step that this attempt completes: 1, or the checkpoint's step + 1. The caller reports
-    `event(Event.STARTED)` or `event(Event.RESUMED, step=...)` once the state is in place; from then on `read_metrics`
-    takes the steps after it from this attempt.
+    `first_step` is the first step that this attempt completes: 1, or the checkpoint's step + 1. `flops_per_token` gives
+    the FLOPs per token at a sequence length. The caller reports `event(Event.STARTED)` or
+    `event(Event.RESUMED, step=...)` once the state is loaded; for later steps `read_metrics` then uses the records of this attempt.
     """
 
     def __init__(
@@ -245,7 +250,7 @@ class Monitor:
             self._wandb = _WandbWriter(arguments, self._on_wandb_failure)
 
     def step(self, record: StepRecord) -> None:
-        """Record one completed update; every `logging.every_steps` also to W&B and as a line."""
+        """Record one completed update, and every `logging.every_steps` steps also send it to W&B and print a line."""
         if self._rank != 0:
             return
         self._newest_step = record.step
@@ -272,7 +277,7 @@ class Monitor:
             self._since_line = (0, 0.0)
 
     def evaluation(self, step: int, result: dict[str, float]) -> None:
-        """Record held-out results, each under heldout/<name>."""
+        """Record held-out results, each under the name heldout/<name>."""
         if self._rank != 0:
             return
         named = {HELDOUT_PREFIX + name.removeprefix(HELDOUT_PREFIX): value for name, value in result.items()}
@@ -283,7 +288,7 @@ class Monitor:
         say(f"step {step}/{self._n_steps}  " + "  ".join(f"{k} {v:,.4g}" for k, v in named.items()))
 
     def checkpoint(self, saved: Saved) -> None:
-        """Record what came of a save; W&B gets the figures under checkpoint/<name>."""
+        """Record the result of a save. W&B gets its figures under the names checkpoint/<name>."""
         if saved.problem is not None:
             self.event(Event.CHECKPOINT_FAILED, step=saved.step, reason=saved.problem)
             return
@@ -297,13 +302,14 @@ class Monitor:
         for path in saved.deleted:
             self.event(Event.CHECKPOINT_DELETED, step=saved.step, path=str(path))
         if self._rank == 0:
-            # At the newest step: W&B never goes back.
+            # W&B accepts only increasing steps, so these go to the newest one.
             self._log_wandb(
                 self._newest_step, {f"checkpoint/{name}": value for name, value in figures.items()}
             )
 
     def rolled_back(self, step: int, **facts: Any) -> None:
-        """The run is again as it was after `step`: metrics and ledger of later steps do not count."""
+        """Record that the run returned to its state after `step`, so that later metrics and ledger lines do not
+        count."""
         undone = {"kind": ROLLBACK, "attempt": self._attempt, "step": step + 1}
         if self._ledger is not None:
             self._ledger.append(undone)
@@ -323,7 +329,7 @@ class Monitor:
         self.event(Event.WANDB_FAILED, reason=reason)
 
     def ledger(self, step: int, samples: Sequence[int], tokens_hash: str) -> None:
-        """Record which samples this rank trained on in a step, and the xxh3-64 of their tokens (hex)."""
+        """Record which samples this rank trained on in a step, and the xxh3-64 of their tokens in hexadecimal."""
         if self._ledger is not None:
             samples = [int(sample) for sample in samples]
             self._ledger.append(
@@ -331,7 +337,7 @@ class Monitor:
             )
 
     def close(self, exit_code: int) -> None:
-        """Finish W&B (within a bounded time) and close the files."""
+        """Finish W&B, within a limited time, and close the files."""
         if self._ledger is not None:
             self._ledger.close()
         if self._rank == 0:
@@ -345,14 +351,15 @@ class Monitor:
             self._wandb.log(step, {k: v for k, v in values.items() if v is not None and k != "step"})
 
     def _mfu_frac(self, tokens_per_second: float, sequence_length: int) -> float | None:
-        """Model FLOPs utilization (PaLM, 2022, appendix B): useful FLOPs per second over the ranks' peak."""
+        """Model FLOPs utilization (PaLM, 2022, appendix B): the model's FLOP/s divided by the peak FLOP/s of all
+        ranks."""
         if self._peak is None:
             return None
         flops = tokens_per_second * self._flops_per_token(sequence_length)
         return flops / (self._peak.per_second * self._world_size)
 
     def _eta_s(self, record: StepRecord) -> float:
-        """Seconds to the last step at this attempt's pace; evaluations and checkpoints count as they came."""
+        """Seconds until the last step at this attempt's average pace, including its evaluations and checkpoints."""
         now = time.monotonic()
         if self._started is None:
             self._started = now - record.step_time_s
@@ -378,7 +385,7 @@ class Monitor:
 
 
 def _peak_memory_bytes() -> int:
-    """Most memory this rank has held so far: on the GPU where it has one, else resident in the host."""
+    """Largest memory that this rank has used so far: allocated on its GPU, or resident on the host without a GPU."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,1 +1,1 @@
-"""Parts of `launch/quickstart.sh`: a runner of commands that can be stopped, and a run length that keeps its time."""
+"""Parts of `launch/quickstart.sh`: a runner for commands that can be stopped, and the choice of the run's length."""

@@ -1,6 +1,6 @@
-"""How long the training run of the quickstart is: chosen when its first half was measured, and remembered.
+"""The length of the quickstart's training run. It is chosen after the first half has been timed, and saved.
 
-Needs nothing but the standard library: the quickstart may have to make its environment first.
+This module uses only the standard library, because the quickstart may have to create its environment first.
 """
 
 from __future__ import annotations
@@ -12,70 +12,74 @@ from pathlib import Path
 from pretrain.files import write_atomically
 
 LONGEST_STEPS = 800
-"""Length of a run that the clock does not shorten: total_steps of conf/experiment/quickstart.yaml."""
+"""Length of a run that the time limit does not shorten: total_steps of conf/experiment/quickstart.yaml."""
 FEWEST_STEPS = 200
-"""The shortest run that the clock may choose. After 150 steps the held-out loss was 6% below the unigram entropy."""
+"""Shortest run that may be chosen. After 150 steps the held-out loss was 6% below the unigram entropy."""
 WARMUP_STEPS = 20
 FIRST_HALF_FRAC = 0.4
-"""Share of the time left that the first half may take; the second half and what follows need the rest."""
+"""Fraction of the remaining time that the first half may take. The second half and the later stages need the rest."""
 SHORTEST_HALF_S = 60.0
-"""Enough for some steps after a slow start; either half gets it however little time is left."""
+"""Time that each half gets in any case, enough for some steps after a slow start."""
 USABLE_FRAC = 0.9
-"""Share of the time left that is planned with, because the speed of a shared machine varies."""
+"""Fraction of the remaining time that is planned, because the speed of a shared machine varies."""
 AFTER_STARTS, AFTER_STEPS = 2.0, 35.0
-"""Time of evaluation, export and sample, in starts and steps of the training run."""
+"""Time of the evaluation, the export and the sample: as long as this number of starts plus this number of steps."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the first half of the run showed."""
+    """Measurements of the first half of the run."""
 
     steps: int
-    """Steps completed so far."""
+    """Number of steps completed so far."""
     step_s: float
-    """Time per step."""
+    """Seconds per step."""
     start_s: float
-    """Time that a start of the run takes beside its steps: imports, checkpoints, held-out losses."""
+    """Seconds that a start of the run takes in addition to its steps: imports, checkpoints, held-out losses."""
 
 
 @dataclass(frozen=True)
 class Length:
-    """The length of the run."""
+    """The length of the run, and the reason for it."""
 
     steps: int
+    """Number of steps of the whole run."""
     stop_step: int
-    """The step after which the run stops as planned, and resumes."""
+    """The step after which the run stops as planned and is resumed."""
     reason: str
-    """One sentence that says why."""
+    """One sentence that explains the length."""
     after_s: float | None
-    """Time to leave for evaluation, export and sample; None: the length was given by --steps, and no clock counts."""
+    """Seconds to leave for the evaluation, the export and the sample; None where --steps gave the length, so that there
+    is no time limit."""
 
     @property
     def has_clock(self) -> bool:
-        """Whether the second half may end early: the length was chosen, and is more than the shortest one."""
+        """Whether the second half may end early: only where the length was chosen here and is not the shortest one."""
         return self.after_s is not None and self.steps > FEWEST_STEPS
 
     def shortened(self, done: int) -> Length:
-        """The length after the clock has stopped the second half at step `done`."""
+        """The new length after the time limit has stopped the second half at step `done`."""
         steps = max(done, FEWEST_STEPS)
         return replace(
-            self, steps=steps, reason=f"{steps} steps: this machine has become slower since the choice."
+            self,
+            steps=steps,
+            reason=f"{steps} steps: this machine has become slower since the length was chosen.",
         )
 
     def save(self, path: Path) -> None:
-        """Keep it for later starts of the quickstart in the same folder."""
+        """Save it for later starts of the quickstart in the same folder."""
         write_atomically(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
     @staticmethod
     def load(path: Path) -> Length | None:
-        """What an earlier start chose; None: nothing was chosen yet."""
+        """The length that an earlier start has saved; None where there is none yet."""
         return Length(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
 def choose_length(measured: Measured, left_s: float, minutes: float) -> Length:
-    """The longest run with which the job ends in `left_s`, from FEWEST_STEPS to LONGEST_STEPS.
+    """The longest run, from FEWEST_STEPS to LONGEST_STEPS, with which the job ends in `left_s` seconds.
 
-    At least one step is still to come. `minutes` is what the user gave for the whole job.
+    It has at least one more step than are done. `minutes` is the time that the user gave for the whole job.
     """
     after_s = AFTER_STARTS * measured.start_s + AFTER_STEPS * measured.step_s
     rest_s = measured.start_s + after_s
@@ -103,17 +107,20 @@ def choose_length(measured: Measured, left_s: float, minutes: float) -> Length:
 
 
 def first_half_limit_s(left_s: float) -> float:
-    """How long the first half may take, its start included, where the whole job has `left_s`."""
+    """Seconds that the first half may take, including its start, when the whole job has `left_s` seconds left."""
     return max(SHORTEST_HALF_S, FIRST_HALF_FRAC * left_s)
 
 
 def second_half_limit_s(length: Length, left_s: float) -> float:
-    """How long the second half may take, its start included."""
+    """Seconds that the second half may take, including its start."""
     return max(SHORTEST_HALF_S, left_s - (length.after_s or 0.0))
 
 
 def length_overrides(steps: int) -> list[str]:
-    """Keys of a run of this length. Only the second half's learning rate depends on it: it falls from there on."""
+    """Configuration overrides for a run of this length.
+
+    The learning rate decays only in the second half, so the first half does not depend on the length.
+    """
     warmup_steps = max(1, min(WARMUP_STEPS, steps // 3))
     return [
         f"total_steps={steps}",

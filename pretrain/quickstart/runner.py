@@ -1,6 +1,6 @@
-"""Runs the commands of a longer job one after another, and ends them when someone asks for a stop.
+"""Runs the commands of a longer job one after another, and ends them when a stop is requested.
 
-Needs nothing but the standard library: the job may have to make its environment first.
+This module uses only the standard library, because the job may have to create its environment first.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from pretrain.reliability.processes import end_with_parent
 
 POLL_S = 0.1
 GRACE_S = 20.0
-"""Time that a command other than a training run gets to end after SIGTERM."""
+"""Seconds that a command other than a training run gets to end after SIGTERM."""
 CHATTER = re.compile(r'\[[0-9-]+ [0-9:,]+\] \[(INFO|WARNING|ERROR)\] \[[a-z_]+\.py|\[W[0-9]{3,}|\{"run_dir"')
-"""Lines that are for programs: they go to the log and not to the screen."""
+"""Lines that are meant for programs. They go to the log but not to the screen."""
 
 
 class Failed(Exception):
-    """The job cannot go on; the text says why."""
+    """The job cannot continue; the text says why."""
 
 
 class Stopped(Exception):
-    """Someone asked for a stop; the text says how."""
+    """A stop was requested; the text says how."""
 
 
 def say(text: str) -> None:
@@ -43,10 +43,10 @@ def say(text: str) -> None:
 
 
 class CommandRunner:
-    """Runs commands in the folder `cwd`, with a log for each in `logs` and a line for each in the file `table`.
+    """Runs commands in the folder `cwd`. Each gets a log in the folder `logs` and a line in the file `table`.
 
-    SIGINT, SIGTERM, SIGHUP and the file `stop_file` are requests to stop. A request ends the command that is running
-    and keeps the next one from starting. A stop file from before this object was made is deleted.
+    SIGINT, SIGTERM, SIGHUP and the file `stop_file` request a stop. A request ends the running command and keeps the
+    next one from starting. A stop file that exists when this object is created is deleted.
     """
 
     def __init__(self, *, cwd: Path, logs: Path, table: Path, stop_file: Path) -> None:
@@ -56,21 +56,21 @@ class CommandRunner:
         create_file(table).close()
         stop_file.unlink(missing_ok=True)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup, SIGHUP must stay ignored
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._asked = self._asked or signal.Signals(number).name
 
     def reuse(self, name: str, what: str) -> None:
-        """Say that a command need not run, because `what` is there."""
+        """Report that a command need not run because its result `what` exists."""
         say(f"already there: {what}")
         self._note(name, "")
 
     def run(self, name: str, command: list[str], *, codes: Iterable[int] = (0,), trains: bool = False) -> int:
-        """Run a command to its end and return its exit code. Raises Failed where it is none of `codes`, and Stopped.
+        """Run a command to its end and return its exit code. Raises Failed for a code not in `codes`, and Stopped.
 
-        A training run (`trains`) is asked to stop through its stop file and gets all the time it needs to save.
+        A training run (`trains`) is asked to stop by its stop file and gets all the time that it needs to save.
         """
         self._heed()
         log = self._logs / f"{name}.log"
@@ -78,8 +78,8 @@ class CommandRunner:
         with create_file(log) as output:
             output.write(f"$ {shlex.join(command)}\n\n".encode())
             output.flush()
-            # In a session of its own, so that Ctrl-C comes to this process alone. It writes to the file itself, so
-            # that it can still save its state when this process or the terminal is gone.
+            # The command runs in its own session, so that Ctrl-C reaches only this process. It writes to the log file
+            # directly, so that it can still save its state when this process or the terminal is gone.
             child = subprocess.Popen(
                 command,
                 cwd=self._cwd,
@@ -94,16 +94,16 @@ class CommandRunner:
         if code not in codes:
             raise Failed(
                 f"stage {name} ended with exit code {code}: {_last_error(log)}\n"
-                f"The log is {log}; the same command goes on from here."
+                f"The log is {log}; the same command continues from here."
             )
         self._note(name, f"{time.monotonic() - started:.0f}")
         return code
 
     def _see_out(self, child: subprocess.Popen[bytes], log: Path, trains: bool) -> int:
-        """Show what the command writes until it has ended, on request early. Returns its exit code."""
+        """Show the output of the command until it ends, stopping it on request. Returns its exit code."""
         kill_at: float | None = None
         with log.open(encoding="utf-8", errors="replace") as written:
-            for _ in range(2):  # the command, and the line below it
+            for _ in range(2):  # skip the line with the command and the empty line after it
                 written.readline()
             while child.poll() is None:
                 _show(written)
@@ -115,7 +115,7 @@ class CommandRunner:
                         )
                         if not trains:
                             _signal_group(child, signal.SIGTERM)
-                    if trains:  # again and again, since a run that is starting deletes the file
+                    if trains:  # repeatedly, because a run that is starting deletes an old stop file
                         with suppress(OSError):
                             touch(self._stop_file)
                     elif time.monotonic() > kill_at:
@@ -130,7 +130,7 @@ class CommandRunner:
         return self._asked
 
     def _heed(self) -> None:
-        """Raise Stopped where someone has asked for a stop."""
+        """Raise Stopped where a stop was requested."""
         if asked := self._asked_by():
             self._stop_file.unlink(missing_ok=True)
             raise Stopped(asked)
@@ -146,7 +146,7 @@ def _signal_group(child: subprocess.Popen[bytes], number: signal.Signals) -> Non
 
 
 def _show(written: IO[str]) -> None:
-    """Put the whole lines that are new on the screen, without those for programs."""
+    """Print the complete lines that are new, except those that are meant for programs."""
     while True:
         at = written.tell()
         line = written.readline()

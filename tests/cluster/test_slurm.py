@@ -168,7 +168,7 @@ def test_a_node_that_dies_is_replaced_before_slurm_gives_it_up(
         resumed = time.monotonic()
         ended = run.wait_end(job)
         assert excluded.read_text() == f"node2 not fit in round {job}-0-after\n"
-        assert "node2 is not fit: Slurm could start no task there" in run.log()
+        assert "node2 is not fit: Slurm could not start a task there" in run.log()
         assert (ended["NodeList"], ended["ExcNodeList"]) == ("node[1,3]", "node2")
         assert_equals_undisturbed(run.run_dir, straight)
         report("node died", to_name_s=named_s, to_resume_s=resumed - died)

@@ -65,7 +65,7 @@ def test_all_faults_together_change_nothing(
         (
             "404",
             CorruptShardError,
-            r"chunk 0: s3://bucket/small/shards/shard-00000\.tar .*not there.* 5 attempts",
+            r"chunk 0: s3://bucket/small/shards/shard-00000\.tar .*does not exist.* 5 attempts",
         ),
         ("wrong", CorruptShardError, r"chunk 0: .*member 000000\.tok has xxh3-64 .* 6 attempts"),
         ("short", CorruptShardError, r"chunk 0: .*member 000000\.(tok|doc) has \d+ bytes, .* 6 attempts"),
@@ -73,7 +73,7 @@ def test_all_faults_together_change_nothing(
         ("503", ReadError, r"the store failed .* attempts in \d s"),
         ("reset", ReadError, r"the store failed .* attempts in \d s"),
         ("cut", ReadError, r"the store failed .* attempts in \d s"),
-        ("hang", ReadError, r"no whole answer within 0\.3 s.* attempts in \d s"),
+        ("hang", ReadError, r"within 0\.3 s.* attempts in \d s"),
     ],
 )
 def test_what_lasts_ends_in_time(
@@ -108,7 +108,7 @@ def test_a_server_says_when_to_come_again(folder: Path, s3: str, proxy: FaultySe
 
 @pytest.mark.parametrize("url", ["s3://bucket/none/manifest.json", "s3://no-such-bucket/manifest.json"])
 def test_a_wrong_url_is_a_configuration_error(s3: str, url: str) -> None:
-    with pytest.raises(ConfigError, match=f"{url} cannot be read: the store says that it is not there"):
+    with pytest.raises(ConfigError, match=f"{url} cannot be read: .*does not exist"):
         load_manifest(url)
 
 
@@ -117,7 +117,7 @@ def test_wrong_keys_are_a_configuration_error_that_shows_none(
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
     s3fs.S3FileSystem.clear_instance_cache()
-    with pytest.raises(ConfigError, match="the store refuses") as caught:
+    with pytest.raises(ConfigError, match="check the URL and the credentials") as caught:
         load_manifest(f"{s3}/small/manifest.json")
     assert "secret" not in str(caught.value)
     s3fs.S3FileSystem.clear_instance_cache()

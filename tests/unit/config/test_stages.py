@@ -82,7 +82,7 @@ def test_what_has_begun_stays_and_the_rest_follows_the_configuration() -> None:
         (75, 300, (0.0, 1.0), 8, 6),
     ]
     assert plan_stages(first, 3, begun, fixed_samples=9) == plan_stages(first, 3)
-    with pytest.raises(ConfigError, match="start_tokens=20 lies in the 36 tokens that the run has read"):
+    with pytest.raises(ConfigError, match=r"start_tokens=20 .*36 tokens"):
         plan_stages(config(StageConfig(start_tokens=20, weights={"code": 1.0})), 3, begun, fixed_samples=9)
 
 

@@ -173,7 +173,7 @@ def test_a_manifest_with_one_wrong_value_is_refused_in_a_sentence(
         ({"shards__0__name": "shard-00000.tar\n"}, r"shards\.0\.name is "),
         ({"files__0__name": "shards/ids.npy\0"}, r"files\.0\.name is "),
         ({"files__0__name": "shards/../../x"}, r"files\.0\.name is "),
-        ({"files__0__name": "shard-00000.tar"}, "one is named twice"),
+        ({"files__0__name": "shard-00000.tar"}, "its files"),
         ({"bos_id": 100}, "ids of bos and eos"),
         ({"vocab_size": 1 << 23}, "vocab_size is 8388608"),
         ({"chunk_tokens": 1 << 40, "n_tokens": 1 << 40}, "chunk_tokens is "),
@@ -278,24 +278,24 @@ def continued(number: int, pieces: list[Piece]) -> list[Any]:
         (changed(0, START, 0, row=1), "starts"),
         (changed(0, START, 64, row=1), "starts"),
         (changed(0, START, 1 << 62, row=1), "starts"),
-        (changed(0, START, 0.0), "no list of documents"),
-        (changed(0, START, "0"), "no list of documents"),
-        (changed(0, START, None), "no list of documents"),
-        (changed(0, START, 1 << 64), "no list of documents"),
+        (changed(0, START, 0.0), "list of documents"),
+        (changed(0, START, "0"), "list of documents"),
+        (changed(0, START, None), "list of documents"),
+        (changed(0, START, 1 << 64), "list of documents"),
         (changed(0, SOURCE, 1), "source"),
         (changed(0, SOURCE, -1), "source"),
-        (changed(0, ID, 5), "no list of documents"),
-        (changed(0, ID, None), "no list of documents"),
+        (changed(0, ID, 5), "list of documents"),
+        (changed(0, ID, None), "list of documents"),
         (changed(0, ID, "a" * 70_000), "id of more than 65536 characters"),
         (changed(0, OFFSET, -3), "offsets"),
-        (continued, "continues a document, and it is the first chunk|sizes of text"),
+        (continued, "first chunk|text size"),
         (changed(0, OFFSET, 1 << 60), "offsets"),
         (changed(0, OFFSET, 5, row=1), "offsets"),
-        (changed(0, TEXT_BYTES, -1), "sizes of text"),
-        (changed(0, TEXT_BYTES, 1 << 50), "sizes of text"),
-        (changed(1, TEXT_BYTES, 4), "sizes of text"),
-        (changed(1, OFFSET, 5), "continues another document"),
-        (changed(1, ID, "other"), "continues another document"),
+        (changed(0, TEXT_BYTES, -1), "text size"),
+        (changed(0, TEXT_BYTES, 1 << 50), "text size"),
+        (changed(1, TEXT_BYTES, 4), "text size"),
+        (changed(1, OFFSET, 5), "does not continue the document"),
+        (changed(1, ID, "other"), "does not continue the document"),
     ],
 )
 def test_documents_of_a_chunk_are_checked(tmp_path: Path, masked: bool, change: Any, words: str) -> None:
@@ -354,7 +354,7 @@ def test_members_of_another_form_are_refused(changes: dict[str, Any]) -> None:
 def test_targets_that_ascend_by_overflow_alone_are_refused() -> None:
     targets = [0, (1 << 63) - 1, -(1 << 63), -1, 5, 6]
     content = json.dumps(GOOD | {"targets": targets, "target_bytes": [0, 1]}).encode()
-    with pytest.raises(CorruptShardError, match="no ascending pairs"):
+    with pytest.raises(CorruptShardError, match="ascending pairs"):
         parse_documents(content, "x", n_tokens=9, n_sources=2, masked=True)
 
 
@@ -365,7 +365,7 @@ def test_more_values_than_a_chunk_can_have_are_refused_before_they_are_parsed(
     """As objects they would take more than a gigabyte."""
     content = b'{"ids":[' + f"{item},".encode() * ((60 << 20) // (len(item) + 1)) + b"0]}"
     monkeypatch.setattr(json, "loads", lambda _: pytest.fail("it was parsed"))
-    with pytest.raises(CorruptShardError, match="no list of documents"):
+    with pytest.raises(CorruptShardError, match="list of documents"):
         parse_documents(content, "x", n_tokens=1 << 18, n_sources=1, masked=False)
 
 
@@ -381,7 +381,7 @@ def test_tokens_outside_of_the_vocabulary_are_refused(tmp_path: Path) -> None:
     forge(manifest, vocab_size=50)
     problems = verify_corpus(manifest)
     assert len(problems) == 3
-    assert "000000.tok has the token 59, which a vocabulary of 50 entries does not have" in problems[0]
+    assert "000000.tok has the token 59" in problems[0] and "50 entries" in problems[0]
     for read in (lambda: Corpus(manifest).read(0, 0, 8), lambda: Corpus(manifest).read_many([(0, 0, 8)])):
         with pytest.raises(CorruptShardError, match=r"000000\.tok has the token 59"):
             read()
@@ -397,7 +397,7 @@ def test_an_index_that_is_another_file_is_refused(tmp_path: Path, content: bytes
     manifest = write(tmp_path / "c", lambda _, pieces: pieces)
     (tmp_path / "c/shards/shard-00000.idx").write_bytes(content)
     forge(manifest)
-    with pytest.raises(CorruptShardError, match=r"shard-00000\.idx is no index of 3 chunks"):
+    with pytest.raises(CorruptShardError, match=r"shard-00000\.idx is .* index of 3 chunks"):
         Corpus(manifest).read(0, 0, 8)
     assert len(verify_corpus(manifest)) == 1
 
@@ -415,7 +415,7 @@ def ids(rows: Any) -> bytes:
         (lambda rows: rows + np.array([[0, 1 << 63]], np.uint64), "a chunk that does not exist"),
         (lambda rows: rows[::-1], "ascending"),
         (lambda rows: rows[:2], "documents"),
-        (lambda rows: rows.astype(np.float64), "no index of 3 documents"),
+        (lambda rows: rows.astype(np.float64), "index of 3 documents"),
     ],
 )
 def test_an_index_of_ids_that_claims_what_cannot_be_is_refused(

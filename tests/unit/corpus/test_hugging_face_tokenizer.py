@@ -266,7 +266,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path, content: bytes) -> None
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     for read in (Tokenizer.trusted, imported):
-        with pytest.raises(ConfigError, match=r"tokenizer\.json is no tokenizer\.json: ") as caught:
+        with pytest.raises(ConfigError, match=r"tokenizer\.json is not a tokenizer\.json: ") as caught:
             read(path)
         assert "\n" not in str(caught.value)
 
@@ -277,14 +277,14 @@ def test_what_makes_the_parser_panic_is_refused(gpt2: Path, tmp_path: Path) -> N
 
     path = tmp_path / "tokenizer.json"
     path.write_bytes(edited(gpt2, edit))
-    with pytest.raises(ConfigError, match=r"is no tokenizer\.json: Precompiled"):
+    with pytest.raises(ConfigError, match=r"is not a tokenizer\.json: Precompiled"):
         Tokenizer.trusted(path)
 
 
 def test_an_enormous_id_is_refused(gpt2: Path, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(edited(gpt2, lambda description: description["model"]["vocab"].update(zzz=2**31)))
-    with pytest.raises(ConfigError, match=r"has an id 2,147,483,648, where less than 4,194,304 is allowed"):
+    with pytest.raises(ConfigError, match=r"id 2,147,483,648.* 4,194,304"):
         imported(path)
 
 

@@ -236,7 +236,7 @@ def test_an_opened_corpus_can_be_sent_to_a_process(original: Path) -> None:
 
 def test_a_corpus_that_was_replaced_meanwhile_is_not_opened_in_its_stead(original: Path) -> None:
     manifest = original / "manifest.json"
-    with pytest.raises(CorruptShardError, match="is another corpus than the one begun with"):
+    with pytest.raises(CorruptShardError, match=rf"^{manifest} .*put that corpus back"):
         Corpus(manifest, root_sha256="0" * 64)
     assert Corpus(manifest, root_sha256=load_manifest(manifest).root_sha256).n_chunks > 0
 
@@ -326,12 +326,12 @@ def test_a_corpus_without_a_mask_has_the_bytes_that_it_had_before_there_was_one(
 @pytest.mark.parametrize(
     ("spans", "words"),
     [
-        ([3], "no ascending pairs"),
-        ([5, 9, 7, 11], "no ascending pairs"),
+        ([3], "ascending pairs"),
+        ([5, 9, 7, 11], "ascending pairs"),
         ([4, 4], "empty or outside"),
         ([60, CHUNK_TOKENS + 1], "empty or outside of the chunk's 64 tokens"),
         ([-1, 2], "empty or outside"),
-        (["a", 2], "no list of documents"),
+        (["a", 2], "list of documents"),
     ],
 )
 def test_wrong_targets_are_found(
@@ -342,7 +342,7 @@ def test_wrong_targets_are_found(
     write_masked(tmp_path, [(CHUNK_TOKENS, [1, 2])])
     problems = verify_corpus(tmp_path / "manifest.json")
     assert len(problems) == 1
-    assert f"shard-00000.tar: 000000.doc {'is' if 'no list' in words else 'has'}" in problems[0]
+    assert f"shard-00000.tar: 000000.doc {'is' if 'list of' in words else 'has'}" in problems[0]
     assert words in problems[0]
     with pytest.raises(CorruptShardError, match=words):
         Corpus(tmp_path / "manifest.json").documents(0)
@@ -351,10 +351,10 @@ def test_wrong_targets_are_found(
 def test_manifest_and_chunks_agree_on_the_mask(tmp_path: Path, folder: Path) -> None:
     write_masked(tmp_path / "masked", [(30, [1, 5])])
     edit(tmp_path / "masked/manifest.json", loss_mask=False)
-    with pytest.raises(CorruptShardError, match="has a loss mask, where its manifest says otherwise"):
+    with pytest.raises(CorruptShardError, match="has a loss mask"):
         Corpus(tmp_path / "masked/manifest.json").documents(0)
     edit(folder / "manifest.json", loss_mask=True)
-    assert "has no loss mask, where its manifest says otherwise" in verify_corpus(folder / "manifest.json")[0]
+    assert "has no loss mask" in verify_corpus(folder / "manifest.json")[0]
     edit(folder / "manifest.json", loss_mask="no")
     with pytest.raises(ConfigError, match="is not a corpus manifest: loss_mask is 'no'"):
         load_manifest(folder / "manifest.json")
@@ -362,14 +362,14 @@ def test_manifest_and_chunks_agree_on_the_mask(tmp_path: Path, folder: Path) -> 
 
 @pytest.mark.parametrize("targets", [[3], [5, 4], [4, 4], [0, 31], [-1, 3], [1, 6, 5, 9]])
 def test_the_writer_refuses_wrong_targets(tmp_path: Path, targets: list[int]) -> None:
-    with pytest.raises(ValueError, match="no ascending starts and stops"):
+    with pytest.raises(ValueError, match="ascending starts and stops"):
         write_masked(tmp_path, [(30, targets)])
 
 
 def test_the_writer_wants_targets_just_where_there_is_a_mask(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match=r"document .* loss mask"):
         write_masked(tmp_path / "a", [(30, [1, 2])], loss_mask=False)
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match=r"document .* loss mask"):
         write_masked(tmp_path / "b", [(30, None)])  # type: ignore[list-item]
 
 
@@ -389,7 +389,7 @@ def test_a_corpus_without_documents_is_refused(tmp_path: Path) -> None:
 
 def test_a_corpus_is_not_written_over(folder: Path) -> None:
     before = (folder / "manifest.json").read_bytes()
-    with pytest.raises(ConfigError, match="holds a corpus already"):
+    with pytest.raises(ConfigError, match="already holds a corpus"):
         write(folder, random_documents(1))
     assert (folder / "manifest.json").read_bytes() == before
 
@@ -416,7 +416,7 @@ def test_a_flipped_bit_is_named_at_first_use(folder: Path, kind: str) -> None:
     problems = verify_corpus(folder / "manifest.json")
     assert len(problems) == 2
     assert "shard-00000.tar has sha256" in problems[0]
-    assert f"member 000001.{kind} has another xxh3-64" in problems[1]
+    assert f"member 000001.{kind} has a different xxh3-64" in problems[1]
 
 
 def test_chunks_are_not_checked_where_that_is_not_wanted(folder: Path) -> None:
@@ -450,10 +450,10 @@ def test_a_missing_file_is_named(folder: Path, suffix: str) -> None:
 
 def test_a_damaged_index_is_named(folder: Path) -> None:
     flip(folder / "shards/shard-00000.idx", 140)
-    with pytest.raises(CorruptShardError, match=r"shard-00000\.idx has another sha256"):
+    with pytest.raises(CorruptShardError, match=r"shard-00000\.idx has a different sha256"):
         Corpus(folder / "manifest.json").read(0, 0, 64)
     (problem,) = verify_corpus(folder / "manifest.json")
-    assert "shard-00000.idx has another sha256" in problem
+    assert "shard-00000.idx has a different sha256" in problem
 
 
 def test_verify_lists_every_problem_and_shows_progress(folder: Path) -> None:
@@ -584,7 +584,7 @@ def test_documents_are_found_by_their_ids(tmp_path: Path) -> None:
     (tmp_path / "c" / "shards" / "ids.npy").unlink()
     assert any("ids.npy cannot be read" in problem for problem in verify_corpus(corpus.manifest_path))
     corpus.manifest.files.clear()
-    with pytest.raises(ConfigError, match=r"has no shards/ids.npy, which finds documents by their id"):
+    with pytest.raises(ConfigError, match=r"has no shards/ids\.npy"):
         chunks_of(corpus, "short")
 
 

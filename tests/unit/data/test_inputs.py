@@ -82,7 +82,7 @@ def test_a_corpus_behind_a_url_fits_like_one_on_a_disk(corpus: TinyCorpus) -> No
             sha256 = hashlib.sha256((corpus.folder / "tokenizer.model").read_bytes()).hexdigest()
             assert Tokenizer(path, sha256).content == (corpus.folder / "tokenizer.model").read_bytes()
         server.script = always("wrong", "tokenizer")
-        with pytest.raises(ConfigError, match=r"the tokenizer http.*another sha256"):
+        with pytest.raises(ConfigError, match=r"the tokenizer http.*its sha256 is not"):
             Tokenizer(path, sha256)
 
 

@@ -242,7 +242,7 @@ def test_a_schedule_may_be_extended_on_resume(texts: list[Text]) -> None:
     assert not loader.order.locate(np.arange(96, 200)).source.any()
     old = make_loader(data).order.locate(np.arange(96))
     assert all((a == b).all() for a, b in zip(old, loader.order.locate(np.arange(96)), strict=True))
-    with pytest.raises(ConfigError, match="start_tokens=1536 lies in the 1728 tokens that the run has read"):
+    with pytest.raises(ConfigError, match=r"start_tokens=1536 .*1728 tokens"):
         make_loader(extended, state=replace(state, consumed_samples=108))
 
 

@@ -283,7 +283,7 @@ def test_the_script_writes_the_same_in_any_batch(tmp_path: Path, capsys: pytest.
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read"), ("", "holds no prompt"), ('{"text": "x"}', "line 1 is no JSON object")],
+    [(None, "cannot be read"), ("", "holds no prompt"), ('{"text": "x"}', "line 1 is not a JSON object")],
 )
 def test_the_script_refuses_a_bad_prompt_file(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "prompts.jsonl"

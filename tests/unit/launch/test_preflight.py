@@ -105,7 +105,7 @@ def test_fit_nodes_and_a_failed_collective_name_nobody(module: ModuleType) -> No
             "b\n",
             "b is not fit: died or hung while checking",
         ),
-        ({}, 1, "", "no node is fit, so the limits or the network are wrong"),
+        ({}, 1, "", "no node is fit, so the cause must be the limits or the network"),
         (
             {"a": fit(), "b": {**fit(), "checks": {"collective": {"ok": False, "reason": "no answer"}}}},
             1,

@@ -465,7 +465,7 @@ def test_unfit_nodes_are_named_to_slurm(
 def test_a_chain_of_jobs(submit: Submit, corpus: TinyCorpus, tmp_path: Path, slurm: dict[str, str]) -> None:
     done = submit(*a_run(corpus, "cluster.chain_jobs=3"), env=slurm)
     assert "submitted job 4242" in done.stdout
-    assert "jobs 4243 4244 go on after it" in done.stdout
+    assert "jobs 4243 4244 continue" in done.stdout
     script = f"{tmp_path}/run/submit/001/train.sbatch"
     assert (Path(slurm["SLURM_LOG"]) / "sbatch").read_text().splitlines() == [
         f"--parsable {script}",

@@ -646,7 +646,7 @@ def test_a_given_tokenizer_is_used(small: tuple[Path, Path], tmp_path: Path) -> 
     assert prepare(config(tmp_path / "other", more, tokenizer=TokenizerConfig(path=str(model)))) == 0
     assert (tmp_path / "other/tokenizer.model").read_bytes() == model.read_bytes()
     assert load_manifest(tmp_path / "other/manifest.json").tokenizer_sha256 == Tokenizer.trusted(model).sha256
-    with pytest.raises(ConfigError, match=r"a\.jsonl is no tokenizer\.json: "):
+    with pytest.raises(ConfigError, match=r"a\.jsonl is not a tokenizer\.json: "):
         prepare(config(tmp_path / "third", more, tokenizer=TokenizerConfig(path=str(source))))
     assert not (tmp_path / "third").exists()
 
