@@ -602,16 +602,16 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
     parquet.write_table(pyarrow.table({"body": ["x"]}), folder / "column.parquet")
     (folder / "nothing").mkdir()
     expected = {
-        "broken.jsonl": "broken.jsonl:3 is no JSON; max_bad_records=N",
-        "latin.jsonl": "latin.jsonl:1 is not UTF-8",
-        "list.jsonl": "list.jsonl:1 is no JSON object",
+        "broken.jsonl": "broken.jsonl:3 is no JSON: ",
+        "latin.jsonl": "latin.jsonl:1 is no JSON: 'utf-8' codec",
+        "list.jsonl": "list.jsonl:1 is a JSON list",
         "field.jsonl": "field.jsonl:1 has no field 'text' (its fields: content, n); set text_field",
         "number.jsonl": "number.jsonl:1 has int in the field 'text', not text",
         "short.jsonl": "leaves no document: 1 read, dropped: 1 too_short",
         "empty.txt": "leaves no document: 1 read, dropped: 1 too_short",
-        "cut.jsonl.gz": "cut.jsonl.gz cannot be read: Compressed file ended",
-        "no.jsonl.gz": "no.jsonl.gz cannot be read: Not a gzipped file",
-        "no.parquet": "no.parquet is no good Parquet file",
+        "cut.jsonl.gz": "cut.jsonl.gz:10 cannot be read from here on: Compressed file ended",
+        "no.jsonl.gz": "no.jsonl.gz:1 cannot be read from here on: Not a gzipped file",
+        "no.parquet": "no.parquet cannot be read: Parquet magic",
         "kind.docx": "is of an unknown kind; known are .jsonl",
         "column.parquet": "has no column 'text' (it has body)",
         "nothing": "has no file that can be read",

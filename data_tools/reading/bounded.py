@@ -159,20 +159,28 @@ class Line:
         """None where the line is longer than allowed."""
 
     def json(self) -> Any:
-        """What the line says; its bytes are given up, so that they and their text are not in memory together.
+        """The value that the line holds. Its bytes are given up for it. Raises ValueError."""
+        return parse_json(self._give_up())
 
-        Raises ValueError, of which UnicodeDecodeError is one.
-        """
+    def _give_up(self) -> bytes:
         assert self.content is not None
         content, self.content = self.content, b""
-        if len(content) > _COUNTED_LINE_BYTES and has_more_values(content, _MANY_VALUES):
-            raise TooManyValuesError(f"holds more than {_MANY_VALUES:,} values")
-        text = content.decode("utf-8-sig")
-        del content
-        try:
-            return json.loads(text)
-        except RecursionError:
-            raise ValueError("its brackets are nested too deep") from None
+        return content
+
+
+def parse_json(content: bytes) -> Any:
+    """A JSON value of bounded cost. Raises ValueError, of which UnicodeDecodeError is one.
+
+    Where the caller keeps no reference to `content`, the bytes and their text are not in memory together.
+    """
+    if len(content) > _COUNTED_LINE_BYTES and has_more_values(content, _MANY_VALUES):
+        raise TooManyValuesError(f"holds more than {_MANY_VALUES:,} values")
+    text = content.decode("utf-8-sig")
+    del content
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deep") from None
 
 
 def lines(file: IO[bytes], max_bytes: int, start: int = 0, stop: int = sys.maxsize) -> Iterator[Line]:
