@@ -117,14 +117,14 @@ class PrepareConfig:
     """From text to a corpus folder. The same input and options give the same bytes on every machine."""
 
     input: list[str] = MISSING
-    """Files (.jsonl, .jsonl.gz, .parquet, .txt, .md), folders of them, or `python`: the Python code and
-    documentation installed on this machine."""
+    """Files (.jsonl, .jsonl.gz, .parquet, .txt, .md, .tar), folders of them, or `python`: the Python code and
+    documentation installed on this machine. `a-{000..099}.tar` stands for 100 files."""
     output: str = MISSING
     """Folder of the corpus."""
     overwrite: bool = False
     """Replace a corpus in `output` that was prepared from other text or with other options."""
     format: DocumentFormat = DocumentFormat.text
-    """chat: each record (.jsonl, .jsonl.gz, .parquet) is a dialogue, as `messages` of role and content, `prompt` and
+    """chat: each record (.jsonl, .jsonl.gz, .parquet, .tar) is a dialogue, as `messages` of role and content, `prompt` and
     `response`, or `instruction`, `input` and `output`; the corpus gets a loss mask, for fine-tuning."""
     text_field: str = "text"
     """Field of a JSON line, or column of a Parquet file, that holds the text."""

@@ -1,6 +1,6 @@
 """Curate text: python -m data_tools.curate input=[PATH,...] output=DIR [KEY=VALUE ...]
 
-Reads text (JSONL, Parquet, text folders, WARC, Hugging Face dataset folders; local or a URL), normalizes it,
+Reads text (JSONL, Parquet, text folders, tars of text, WARC, Hugging Face dataset folders; local or a URL), normalizes it,
 tells its language, judges its quality, drops harmful text, replaces personal data, leaves out evaluation sets and
 duplicates. Writes DIR/documents/part-NNNNN.jsonl, which data_tools.prepare takes as its input, what was dropped under
 DIR/rejected/<stage>/, and DIR/report.json. With corpus=DIR2 it goes on to prepare the corpus there, with the options
@@ -71,7 +71,7 @@ class CurateConfig:
     """From raw text to curated text. The same input and options give the same bytes, wherever it runs."""
 
     input: list[str] = MISSING
-    """Files, folders of them, or URLs."""
+    """Files, folders of them, or URLs; `a-{000..099}.tar` stands for 100 files."""
     output: str = MISSING
     """Folder for the result."""
     overwrite: bool = False

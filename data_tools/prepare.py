@@ -1,6 +1,6 @@
 """Prepare a corpus: python -m data_tools.prepare input=[PATH,...] output=DIR [KEY=VALUE ...]
 
-Reads text (JSONL, plain text, Parquet, folders of them, or `input=[python]` for the code and documentation
+Reads text (JSONL, plain text, Parquet, tars of text, folders of them, or `input=[python]` for the code and documentation
 that every machine has) or, with `format=chat`, dialogues, cleans it, keeps some documents for evaluation, trains a
 tokenizer, tokenizes in parallel, and writes token shards, a manifest and a card. Run again, it goes on where it was
 interrupted.

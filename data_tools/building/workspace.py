@@ -29,6 +29,7 @@ from data_tools.names import (
     STATISTICS_NAME,
     WORK_FOLDER,
 )
+from data_tools.reading.reader import expand_ranges
 from data_tools.reading.sources import PYTHON, InputFile
 from data_tools.report.schemas import read_recipe
 from pretrain.config import to_dict
@@ -111,7 +112,7 @@ def make_recipe(config: PrepareConfig, files: list[InputFile], tokenizer_sha256:
 def check_places(config: PrepareConfig) -> None:
     """Refuse an output that lies among the input, or the reverse. Raises ConfigError."""
     output = Path(config.output).expanduser().resolve()
-    for entry in (entry for entry in config.input if entry != PYTHON):
+    for entry in (entry for entry in expand_ranges(config.input) if entry != PYTHON):
         source = Path(entry).expanduser().resolve()
         if output == source or source in output.parents or (output in source.parents and source.exists()):
             raise ConfigError(
