@@ -124,8 +124,8 @@ class PrepareConfig:
     overwrite: bool = False
     """Replace a corpus in `output` that was prepared from other text or with other options."""
     format: DocumentFormat = DocumentFormat.text
-    """chat: each record (.jsonl, .jsonl.gz, .parquet, .tar) is a dialogue, as `messages` of role and content, `prompt` and
-    `response`, or `instruction`, `input` and `output`; the corpus gets a loss mask, for fine-tuning."""
+    """chat: each record (.jsonl, .jsonl.gz, .parquet, .tar) is a dialogue, as `messages` of role and content, `prompt`
+    and `response`, or `instruction`, `input` and `output`; the corpus gets a loss mask, for fine-tuning."""
     text_field: str = "text"
     """Field of a JSON line, or column of a Parquet file, that holds the text."""
     license: str = "unknown"

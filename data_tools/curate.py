@@ -1,10 +1,10 @@
 """Curate text: python -m data_tools.curate input=[PATH,...] output=DIR [KEY=VALUE ...]
 
-Reads text (JSONL, Parquet, text folders, tars of text, WARC, Hugging Face dataset folders; local or a URL), normalizes it,
-tells its language, judges its quality, drops harmful text, replaces personal data, leaves out evaluation sets and
-duplicates. Writes DIR/documents/part-NNNNN.jsonl, which data_tools.prepare takes as its input, what was dropped under
-DIR/rejected/<stage>/, and DIR/report.json. With corpus=DIR2 it goes on to prepare the corpus there, with the options
-prepare.*. Run again, it goes on where it was interrupted.
+Reads text (JSONL, Parquet, text folders, tars of text, WARC, Hugging Face dataset folders; local or behind a URL),
+normalizes it, detects its language, judges its quality, drops harmful text, replaces personal data, and removes
+evaluation sets and duplicates. Writes DIR/documents/part-NNNNN.jsonl, which data_tools.prepare takes as its input,
+what was dropped under DIR/rejected/<stage>/, and DIR/report.json. With corpus=DIR2 it then prepares the corpus there,
+with the options prepare.*. Run again after an interruption, it continues where it stopped.
 """
 
 from __future__ import annotations

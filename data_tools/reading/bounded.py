@@ -1,7 +1,6 @@
-"""Lines of files that strangers made: every one bounded in size before memory is taken for it.
+"""Decompression and lines of untrusted files: each line is bounded in size before memory is taken for it.
 
-Raises OSError and ValueError alone. What a line means, and how a bad one is named, is up to the two modules that read
-documents: `units.py` for a curation, and `sources.py` for a preparation.
+Raises only OSError and ValueError. `reader.py` turns lines into records.
 """
 
 from __future__ import annotations
