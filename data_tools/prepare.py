@@ -69,7 +69,7 @@ _CANNOT_WRITE = {
 
 
 def prepare(config: PrepareConfig) -> int:
-    """From text to a corpus folder. Returns the exit code."""
+    """Prepare a corpus from text. Returns the exit code."""
     try:
         return _prepare(config)
     except WorkerDiedError as error:
@@ -129,7 +129,7 @@ def _build(config: PrepareConfig, recipe: Recipe, gathered: Gathered, work: Path
     write_atomically(corpus / model.name, model.read_bytes())
     try:
         manifest, heldout, counts = pack(config, gathered, work, corpus)
-    except OSError:  # a full disk: what is half-written would only keep it full
+    except OSError:  # on a full disk, half-written files would only keep it full
         shutil.rmtree(corpus, ignore_errors=True)
         raise
     tokenizer = Tokenizer.trusted(corpus / model.name)
@@ -137,7 +137,7 @@ def _build(config: PrepareConfig, recipe: Recipe, gathered: Gathered, work: Path
     if config.tokenizer.path is not None:
         kind = f"{'sentencepiece' if tokenizer.is_sentencepiece else 'Hugging Face'}, imported"
     fits: tuple[dict[str, Any], dict[str, Any]] = {}, {}
-    if heldout is not None:  # text that the tokenizer was not trained on
+    if heldout is not None:  # measured on text that the tokenizer was not trained on
         fits = measure(tokenizer, heldout_texts(corpus / HELDOUT_FOLDER / HELDOUT_TEXT))
     curations = curations_of(config.input)
     reports = [report for _, report in curations]
@@ -168,7 +168,7 @@ def _build(config: PrepareConfig, recipe: Recipe, gathered: Gathered, work: Path
 
 
 def _sample_figures(config: PrepareConfig, gathered: Gathered) -> dict[str, Any]:
-    """What a tokenizer was trained on, where one was."""
+    """The sample that the tokenizer was trained on; empty where it was imported."""
     if config.tokenizer.path is not None:
         return {}
     names = [name for name, _ in gathered.sources]
@@ -180,7 +180,7 @@ def _sample_figures(config: PrepareConfig, gathered: Gathered) -> dict[str, Any]
 
 
 def _state_anew(config: PrepareConfig, output: Path) -> None:
-    """Write the card of a finished corpus anew where other statements about it are given."""
+    """Rewrite the card of a finished corpus where the statements in card.* have changed."""
     report = read_prepare_report(output / REPORT_NAME)
     unknown = [s.name for s in load_manifest(output / MANIFEST_NAME).sources if not is_known(s.license)]
     if config.card.required and unknown:
@@ -204,7 +204,7 @@ def _state_anew(config: PrepareConfig, output: Path) -> None:
 
 
 def _report(output: Path) -> None:
-    """What was made, on stdout."""
+    """Print a summary of the corpus on stdout."""
     manifest: Manifest = load_manifest(output / MANIFEST_NAME)
     summary = read_prepare_report(output / REPORT_NAME)["summary"]
     print("\n".join(map(visible, summary)))
