@@ -117,7 +117,7 @@ def _curate(config: CurateConfig) -> int:
     units = units_of(config.input, config.unit_bytes)
     recipe = _recipe(config, units)
     if _is_finished(output, recipe, config.overwrite):
-        print(f"already curated: {output / REPORT} is of this very input and these options")
+        print(f"already curated: {output / REPORT} was made from this input with these options")
         return 0
     try:
         with _work(output, recipe) as layout:
@@ -125,7 +125,7 @@ def _curate(config: CurateConfig) -> int:
             write_json(layout.work / REPORT, report | {"recipe": recipe})
             _publish(layout.work, output)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command again to continue from here", file=sys.stderr)
         return 130
     except RunError as error:
         print_error("error", error)
@@ -193,7 +193,7 @@ def _check_bad(config: CurateConfig, tally: Tally, layout: Layout) -> None:
     if bad > config.max_bad_frac * n_records:
         raise ConfigError(
             f"{bad} of {n_records} records cannot be read, more than max_bad_frac={config.max_bad_frac} allows; "
-            f"{layout.rejected}/read/*.jsonl.gz says which and why"
+            f"{layout.rejected}/read/*.jsonl.gz names each with the reason"
         )
 
 

@@ -76,14 +76,14 @@ def prepare(config: PrepareConfig) -> int:
         print_error("error", error)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command again to continue from here", file=sys.stderr)
         return 130
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
             raise
         print(
-            f"error: output={config.output} cannot be written: {_CANNOT_WRITE[error.errno]}; once that is mended, "
-            "the same command goes on from here",
+            f"error: output={config.output} cannot be written: {_CANNOT_WRITE[error.errno]}; once that is "
+            "fixed, run the same command again to continue from here",
             file=sys.stderr,
         )
         return 1
@@ -98,7 +98,7 @@ def _prepare(config: PrepareConfig) -> int:
     if is_finished(output, recipe, config.overwrite):
         remove_work(output)
         _state_anew(config, output)
-        print(f"already prepared: {output / MANIFEST_NAME} is of this very input and these options")
+        print(f"already prepared: {output / MANIFEST_NAME} was made from this input with these options")
         return 0
     with open_work(output, recipe) as work:
         corpus = work / CORPUS_FOLDER
@@ -194,8 +194,8 @@ def _state_anew(config: PrepareConfig, output: Path) -> None:
         return
     if not (output / STATISTICS_NAME).exists():
         raise ConfigError(
-            f"output={output} was prepared by an older program, without {STATISTICS_NAME}; card.* can be stated "
-            "with overwrite=true, which prepares it again"
+            f"output={output} was prepared by an older program, without {STATISTICS_NAME}; to state card.*, prepare "
+            "it again with overwrite=true"
         )
     report["card"] = stated
     describe(output, report)

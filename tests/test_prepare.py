@@ -482,7 +482,7 @@ def test_an_end_before_the_end_is_one_sentence(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in errors
-    assert "the same command goes on from here" in errors.splitlines()[-1]
+    assert "run the same command again" in errors.splitlines()[-1]
     assert list(output.glob(".work/*/tokens-00003.npz"))
 
 
@@ -557,9 +557,9 @@ def test_a_folder_of_something_else_is_never_overwritten(tmp_path: Path) -> None
 def test_input_and_output_stay_apart(small: tuple[Path, Path]) -> None:
     source, output = small
     for place in (source.parent, source.parent / "deeper"):
-        with pytest.raises(ConfigError, match="lie within each other"):
+        with pytest.raises(ConfigError, match=r"output=.* and input="):
             prepare(config(place, source.parent))
-    with pytest.raises(ConfigError, match="lie within each other"):
+    with pytest.raises(ConfigError, match=r"output=.* and input="):
         prepare(config(output, output / "heldout/documents.jsonl.gz", overwrite=True))
 
 

@@ -258,7 +258,7 @@ GIVEN_UP = {
     "broken pax": (with_header(packed(member("0.txt", b"99 path=x\n")), type=b"x"), "pax header is broken"),
     "a global name": (
         with_header(packed(member("0.txt", b"10 path=x\n")), type=b"g"),
-        "names or measures all members",
+        "name or the size of all members",
     ),
     "a size in words": (
         with_header(packed(member("0.txt", b"10 size=x\n"))[:1024], type=b"x") + ONE,

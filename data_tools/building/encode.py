@@ -139,8 +139,8 @@ def _run(jobs: dict[int, _Job], workers: int) -> Iterator[int]:
                     yield running.pop(future)
         except BrokenProcessPool as error:
             raise WorkerDiedError(
-                "a process that tokenizes was ended, most often for lack of memory; the same command goes on from "
-                "here, perhaps with fewer workers="
+                "a process that tokenizes was killed, most often for lack of memory; run the same command again to "
+                "continue, perhaps with fewer workers="
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

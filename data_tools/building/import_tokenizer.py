@@ -138,7 +138,7 @@ def _config_beside(path: Path) -> dict[str, str]:
     try:
         content = json.loads(_read(beside))
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{beside} is no JSON; mend or remove it") from error
+        raise ConfigError(f"{beside} is not JSON; fix or remove it") from error
     found = {}
     for role in ("bos_token", "eos_token", "pad_token") if isinstance(content, dict) else ():
         match content.get(role):
@@ -189,7 +189,7 @@ def _tell_losses(tokenizer: Tokenizer) -> None:
     for text in re.findall(r"\S+\s*|\s+", CHECK_TEXT) + CHECK_TEXT.splitlines(keepends=True):
         if (back := tokenizer.decode(tokenizer.encode(text))) != text:
             print(
-                f"note: the tokenizer {tokenizer.path} loses something of some texts: {text!r} comes back as {back!r}",
+                f"note: the tokenizer {tokenizer.path} does not restore every text: {text!r} becomes {back!r}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -116,7 +116,7 @@ def check_places(config: PrepareConfig) -> None:
         source = Path(entry).expanduser().resolve()
         if output == source or source in output.parents or (output in source.parents and source.exists()):
             raise ConfigError(
-                f"output={config.output} and input={entry} lie within each other; choose another output"
+                f"output={config.output} and input={entry}: one lies inside the other; choose another output"
             )
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output={config.output} is a file; give a folder")

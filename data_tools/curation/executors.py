@@ -127,8 +127,8 @@ def run_phase(
     left = executor.get_incomplete_ranks()
     if left:
         raise RunError(
-            f"{name}: {len(left)} of {n_tasks} tasks were not done (the first: {left[0]}); look into {folder}/logs, "
-            "then give the same command again, which does only what is missing"
+            f"{name}: {len(left)} of {n_tasks} tasks were not done (the first: {left[0]}); see {folder}/logs, "
+            "then run the same command again, which repeats only these tasks"
         )
 
 
@@ -258,8 +258,8 @@ def _run_here(executor: Any, name: str) -> None:
                 call.result()
         except BrokenProcessPool:
             raise RunError(
-                f"{name}: a process that does the work was killed, perhaps for lack of memory; with fewer "
-                "executor.workers each has more, and the same command goes on from here"
+                f"{name}: a worker process was killed, perhaps for lack of memory; run the same command again to "
+                "continue, perhaps with fewer executor.workers, so that each has more memory"
             ) from None
         finally:
             for call in calls:

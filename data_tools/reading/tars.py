@@ -80,7 +80,9 @@ class _Tar:
                 elif header.kind == _LONG_NAME:
                     long_name = _decoded(content)
                 elif header.kind == _PAX_GLOBAL and {"path", "size"} & _pax_records(content).keys():
-                    raise ValueError("a pax header names or measures all members that follow")
+                    raise ValueError(
+                        "a global pax header sets the name or the size of all members that follow"
+                    )
                 continue
             name = pax.get("path", long_name or header.name)
             member = Member(name, header.kind, _pax_size(pax, header.n_bytes))
@@ -129,7 +131,7 @@ class _Tar:
     def _extension(self, header: Member) -> bytes:
         if header.n_bytes > _EXTENSION_BYTES:
             raise ValueError(
-                f"a header that names a member has {header.n_bytes:,} bytes, more than {_EXTENSION_BYTES:,}"
+                f"the extended header of a member has {header.n_bytes:,} bytes, more than {_EXTENSION_BYTES:,}"
             )
         return self._exactly(_padded(header.n_bytes))[: header.n_bytes]
 

@@ -141,7 +141,7 @@ class Index(NamedTuple):
             raise ConfigError(f"curation.decontaminate.index={path} cannot be read: {error}") from error
         if built_with != parameters:
             raise ConfigError(
-                f"curation.decontaminate.index={path} was built with {built_with}, and now {parameters} is asked for"
+                f"curation.decontaminate.index={path} was built with {built_with}, but now it is {parameters}"
             )
         return cls(hashes, sets, *head, openings)
 
