@@ -366,3 +366,6 @@ def test_sources_of_shards(tmp_path: Path) -> None:
     }
     config = PrepareConfig(input=[str(tmp_path)], output="")
     assert {file.name.split("/")[1]: file.source for file in find_files(config)} == sources
+    single = [str(tmp_path / "000.tar")]
+    assert [unit.source for unit in units_of(single, 1)] == [tmp_path.name]
+    assert [file.source for file in find_files(PrepareConfig(input=single, output=""))] == [tmp_path.name]

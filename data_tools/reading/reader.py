@@ -188,9 +188,11 @@ def readable(name: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
-def shard_family(name: str) -> str:
-    """What the names of a dataset's shards share: `web` for `web-000.tar`; empty for `000.tar`."""
-    return _SHARD_NUMBER.sub("", os.path.basename(name)[: -len(".tar")])
+def shard_source(path: str) -> str:
+    """The source of a tar: what the names of a dataset's shards share (`web` for `web-000.tar`), else its folder."""
+    name = os.path.basename(path)
+    folder = os.path.basename(os.path.dirname(path if is_url(path) else os.path.abspath(path)))
+    return _SHARD_NUMBER.sub("", name[: -len(".tar")]) or folder or name
 
 
 def open_file(path: str) -> IO[bytes]:

@@ -22,7 +22,7 @@ from data_tools.reading.reader import (
     files_in,
     read_whole,
     reason_of,
-    shard_family,
+    shard_source,
     suffix_of,
     text_problem,
 )
@@ -105,7 +105,7 @@ def _input_file(file: FoundFile, label: str, license: str) -> InputFile:
     path = Path(file.path)
     name = _readable(f"{label}/{file.relative}" if file.relative else label)
     if file.suffix == ".tar":  # shards of one dataset are one source
-        source = shard_family(path.name) or (path.parent.name if file.relative else label)
+        source = shard_source(file.path)
     elif file.relative and path.suffix == file.suffix and FORMATS[file.suffix] == "text":
         source = label  # each text file of a folder is one document
     else:

@@ -28,7 +28,7 @@ from data_tools.reading.reader import (
     readable,
     reason_of,
     require,
-    shard_family,
+    shard_source,
     text_problem,
 )
 from data_tools.record import Record
@@ -131,7 +131,7 @@ def _cut(file: FoundFile, label: str, unit_bytes: int) -> list[Unit]:
     folder = os.path.basename(os.path.dirname(name))
     # Text files of a folder are one source, and so are the parts of a dataset; other files are one each.
     if kind == "tar":
-        source = shard_family(name) or folder or label
+        source = readable(shard_source(file.path))
     elif file.relative and kind in ("text", "arrow"):
         source = folder or label
     else:
