@@ -1,6 +1,6 @@
-"""Corpus preparation: text in, a corpus folder as `pretrain/corpus/shards.py` describes it out."""
+"""Corpus preparation: reads text, and writes a corpus folder as described in `pretrain/corpus/shards.py`."""
 
 import os
 
-# Before numpy is imported: its matrix products are hardly used here, and each process would start threads for them.
+# Set before numpy is imported. Matrix products are rare here, and every process would start threads for them.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -29,28 +29,28 @@ class DocumentFormat(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class TokenizerConfig:
-    """The tokenizer: an existing one, or how to train a sentencepiece model on the corpus."""
+    """An existing tokenizer, or how to train a sentencepiece model on the corpus."""
 
     path: str | None = None
-    """An existing sentencepiece model or tokenizer.json of Hugging Face, or the folder that holds it; null: train
-    one."""
+    """An existing sentencepiece model, a Hugging Face tokenizer.json, or the folder that holds it; null: train one."""
     bos_token: str | None = None
-    """What begins a document, in the vocabulary of that tokenizer.json; null: as tokenizer_config.json beside it says.
-    Where only one of bos and eos is known, it is used as both."""
+    """Entry of that tokenizer.json that begins a document; null: the one in the tokenizer_config.json beside it. Where
+    only one of bos and eos is known, it is used as both."""
     eos_token: str | None = None
-    """What ends a document, likewise."""
+    """Entry of that tokenizer.json that ends a document; null: as for bos_token."""
     vocab_size: int | None = None
-    """null: 16384, or less where the corpus is small."""
+    """Entries of the vocabulary; null: 16384, or fewer where the corpus is small."""
     model_type: ModelType = ModelType.bpe
+    """Algorithm of the sentencepiece model."""
     character_coverage: float | None = None
-    """Share of the text whose characters get an entry of their own, the rest is written in bytes;
+    """Fraction of the text whose characters get entries of their own; other characters are written as bytes.
     null: 0.9995 for text in Chinese, Japanese or Korean, 0.9999 for other text."""
     sample_bytes: int = 100_000_000
-    """Text to train on at most, taken evenly from the training documents."""
+    """Largest amount of text to train on, taken evenly from the training documents."""
     source_weights: Any = None  # dict[str, float]: Hydra adds no key to a map with that type
-    """How much of that each source gives, as a multiple of its share of the text: {wiki: 2, code: 0.5}. A source that
-    is not named gives its share (1), one of weight 0 nothing. Where there is less text than `sample_bytes`, a source
-    of weight 2 counts twice."""
+    """Weight of each source in that sample, as a multiple of its share of the text: {wiki: 2, code: 0.5}. A source that
+    is not named has weight 1; weight 0 leaves it out. Where there is less text than `sample_bytes`, a source of weight
+    2 is used twice."""
 
     def __post_init__(self) -> None:
         if self.vocab_size is not None and not 300 <= self.vocab_size <= 1_000_000:
@@ -81,18 +81,18 @@ class TokenizerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CardConfig:
-    """What the card and croissant.json say that the text does not. Another statement rewrites only these two."""
+    """Statements for the card and croissant.json. Changing one rewrites only these two files."""
 
     name: str | None = None
-    """Of the corpus; null: corpus-, and the beginning of its root hash."""
+    """Name of the corpus; null: corpus- and the first digits of its root hash."""
     description: str | None = None
-    """null: a sentence with its size."""
+    """Description of the corpus; null: a sentence with its size."""
     creator: str | None = None
-    """Person or organization; null: not said."""
+    """Person or organization; null: not stated."""
     date_published: str | None = None
-    """YYYY-MM-DD; null: not said, since a clock would give other bytes each day."""
+    """YYYY-MM-DD; null: not stated, since today's date would change the bytes every day."""
     required: bool = False
-    """Refuse a card with one of these blank, or with a source whose license is not known."""
+    """Refuse a card where one of these is blank, or where a source has no known license."""
 
     def __post_init__(self) -> None:
         if self.date_published is not None:
@@ -108,52 +108,54 @@ class CardConfig:
             raise ConfigError(f"card.required=true, and {names} is blank; state it, or card.required=false")
 
     def stated(self) -> dict[str, str | None]:
-        """The statements, None where there is none."""
+        """The statements; None for those that are not given."""
         return {name: (getattr(self, name) or "").strip() or None for name in CARD_FIELDS}
 
 
 @dataclass(kw_only=True, slots=True)
 class PrepareConfig:
-    """From text to a corpus folder. The same input and options give the same bytes on every machine."""
+    """Options of a preparation. The same input and options give the same corpus on every machine."""
 
     input: list[str] = MISSING
-    """Files (.jsonl, .jsonl.gz, .parquet, .txt, .md), folders of them, or `python`: the Python code and
-    documentation installed on this machine."""
+    """Files (.jsonl, .jsonl.gz, .parquet, .txt, .md, .tar), folders of them, or `python`: the Python code and
+    documentation installed on this machine. `a-{000..099}.tar` stands for 100 files."""
     output: str = MISSING
-    """Folder of the corpus."""
+    """Folder for the corpus."""
     overwrite: bool = False
     """Replace a corpus in `output` that was prepared from other text or with other options."""
     format: DocumentFormat = DocumentFormat.text
-    """chat: each record (.jsonl, .jsonl.gz, .parquet) is a dialogue, as `messages` of role and content, `prompt` and
-    `response`, or `instruction`, `input` and `output`; the corpus gets a loss mask, for fine-tuning."""
+    """chat: each record (.jsonl, .jsonl.gz, .parquet, .tar) is a dialogue, as `messages` of role and content, `prompt`
+    and `response`, or `instruction`, `input` and `output`; the corpus gets a loss mask, for fine-tuning."""
     text_field: str = "text"
     """Field of a JSON line, or column of a Parquet file, that holds the text."""
     license: str = "unknown"
-    """License of documents that state none."""
+    """License of documents that state no license."""
     require_licenses: bool = False
     """Refuse documents whose license is not known."""
     python_max_bytes: int | None = None
-    """Bound on the text taken for `python`, spread evenly over what there is; null: all of it."""
+    """Largest amount of text to take for `python`, chosen evenly from all there is; null: all of it."""
     max_bad_records: int = 0
-    """Lines that are no JSON, or have no text, that are passed over before the preparation is given up."""
+    """Number of bad records (no JSON, no text) that are skipped before the preparation is given up."""
     max_record_bytes: int = RECORD_BYTES
-    """Longer records (lines, rows of Parquet) are bad records, and no more than that is decoded at a time."""
+    """Larger records (lines, rows of Parquet, samples of a tar) are bad; no more than this is decoded at a time."""
     min_chars: int = 8
-    """Shorter documents are dropped; of a dialogue its contents count, all together."""
+    """Shorter documents are dropped; for a dialogue, its contents count together."""
     max_chars: int = 5_000_000
     """Longer documents are dropped."""
     heldout_frac: float = 0.01
-    """Share of the documents that is kept out of training, chosen by the hash of their text."""
+    """Fraction of the documents that is held out of training, chosen by the hash of their text."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """The tokenizer of the corpus."""
     card: CardConfig = field(default_factory=CardConfig)
+    """Statements for the card."""
     chunk_tokens: int | None = None
     """Tokens per chunk; null: 262144, halved until there are 512 chunks, but not below 4096."""
     shard_bytes: int = 1 << 30
-    """Size of a tar file at most (one chunk is always in it)."""
+    """Largest size of a shard, which holds at least one chunk."""
     part_bytes: int = 8 << 20
-    """Text that one process tokenizes at a time, and that an interruption can lose."""
+    """Text that one process tokenizes at a time; an interruption loses at most this much work per process."""
     workers: int | None = None
-    """Processes that tokenize; null: one per available core."""
+    """Number of processes that tokenize; null: one per available core."""
 
     def __post_init__(self) -> None:
         if self.input != MISSING and not self.input:

@@ -1,10 +1,10 @@
 """Curate text: python -m data_tools.curate input=[PATH,...] output=DIR [KEY=VALUE ...]
 
-Reads text (JSONL, Parquet, text folders, WARC, Hugging Face dataset folders; local or a URL), normalizes it,
-tells its language, judges its quality, drops harmful text, replaces personal data, leaves out evaluation sets and
-duplicates. Writes DIR/documents/part-NNNNN.jsonl, which data_tools.prepare takes as its input, what was dropped under
-DIR/rejected/<stage>/, and DIR/report.json. With corpus=DIR2 it goes on to prepare the corpus there, with the options
-prepare.*. Run again, it goes on where it was interrupted.
+Reads text (JSONL, Parquet, text folders, tars of text, WARC, Hugging Face dataset folders; local or behind a URL),
+normalizes it, detects its language, judges its quality, drops harmful text, replaces personal data, and removes
+evaluation sets and duplicates. Writes DIR/documents/part-NNNNN.jsonl, which data_tools.prepare takes as its input,
+what was dropped under DIR/rejected/<stage>/, and DIR/report.json. With corpus=DIR2 it then prepares the corpus there,
+with the options prepare.*. Run again after an interruption, it continues where it stopped.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ from pretrain.printing import print_error
 from pretrain.remote import open_file
 
 CURATION_VERSION = 1
-"""Raised when the program begins to give other bytes for the same input."""
+"""To be raised with each change of the program that gives other bytes for the same input."""
 WORK = ".work"
 _PRODUCTS = (DOCUMENTS, "rejected", REPORT)
 
 
 @dataclass(kw_only=True, slots=True)
 class CorpusConfig(PrepareConfig):
-    """Options of data_tools.prepare."""
+    """Options of data_tools.prepare, for the corpus that follows the curation."""
 
     input: list[str] = field(default_factory=lambda: [DOCUMENTS])
     """Always the curated text."""
@@ -68,24 +68,28 @@ class CorpusConfig(PrepareConfig):
 
 @dataclass(kw_only=True, slots=True)
 class CurateConfig:
-    """From raw text to curated text. The same input and options give the same bytes, wherever it runs."""
+    """Options of a curation. The same input and options give the same bytes, wherever it runs."""
 
     input: list[str] = MISSING
-    """Files, folders of them, or URLs."""
+    """Files, folders of them, or URLs; `a-{000..099}.tar` stands for 100 files."""
     output: str = MISSING
     """Folder for the result."""
     overwrite: bool = False
-    """Replace what was curated from other input or with other options."""
+    """Replace a result in `output` that was curated from other input or with other options."""
     unit_bytes: int = 64 << 20
-    """Input that one task takes, and that an interruption can lose."""
+    """Bytes of input per task; an interruption loses at most this much work per task."""
     max_bad_frac: float = 0.001
-    """Share of the records that may be unreadable before the curation is given up."""
+    """Fraction of bad records beyond which the curation is given up."""
     read: ReadConfig = field(default_factory=ReadConfig)
+    """Fields of records, and bounds on reading."""
     curation: CurationConfig = field(default_factory=CurationConfig)
+    """Stages and their rules."""
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+    """Where the tasks run."""
     corpus: str | None = None
     """Folder of a corpus to prepare from the curated text; null: none."""
     prepare: CorpusConfig = field(default_factory=CorpusConfig)
+    """Options of that preparation."""
 
     def __post_init__(self) -> None:
         if self.unit_bytes < 1:
@@ -95,7 +99,7 @@ class CurateConfig:
 
 
 def curate(config: CurateConfig) -> int:
-    """The text, and the corpus where one is wanted. Returns the exit code."""
+    """Curate the text, then prepare a corpus where one is wanted. Returns the exit code."""
     code = _curate(config)
     if code or config.corpus is None:
         return code
@@ -113,7 +117,7 @@ def _curate(config: CurateConfig) -> int:
     units = units_of(config.input, config.unit_bytes)
     recipe = _recipe(config, units)
     if _is_finished(output, recipe, config.overwrite):
-        print(f"already curated: {output / REPORT} is of this very input and these options")
+        print(f"already curated: {output / REPORT} was made from this input with these options")
         return 0
     try:
         with _work(output, recipe) as layout:
@@ -121,7 +125,7 @@ def _curate(config: CurateConfig) -> int:
             write_json(layout.work / REPORT, report | {"recipe": recipe})
             _publish(layout.work, output)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command again to continue from here", file=sys.stderr)
         return 130
     except RunError as error:
         print_error("error", error)
@@ -131,7 +135,7 @@ def _curate(config: CurateConfig) -> int:
 
 
 def _run(config: CurateConfig, units: list[Unit], layout: Layout) -> dict[str, Any]:
-    """All phases; the report."""
+    """Run all phases. Returns the report."""
     n_units, curation, executor = len(units), config.curation, config.executor
     if "decontaminate" in curation.stages and not layout.index.exists():
         build_index(curation.decontaminate, layout.index)
@@ -165,7 +169,7 @@ def _run(config: CurateConfig, units: list[Unit], layout: Layout) -> dict[str, A
 
 
 def _digest(layout: Layout, phase: str, n_units: int) -> dict[str, Any]:
-    """Bytes, and a hash over the hashes, of the texts that were read or the files that were written."""
+    """Total bytes of the texts that were read or the files that were written, and a hash over their hashes."""
     digests = [read_digest(layout.digest(phase, rank)) for rank in range(n_units)]
     joined = "".join(digest.sha256 for digest in digests)
     return {
@@ -189,7 +193,7 @@ def _check_bad(config: CurateConfig, tally: Tally, layout: Layout) -> None:
     if bad > config.max_bad_frac * n_records:
         raise ConfigError(
             f"{bad} of {n_records} records cannot be read, more than max_bad_frac={config.max_bad_frac} allows; "
-            f"{layout.rejected}/read/*.jsonl.gz says which and why"
+            f"{layout.rejected}/read/*.jsonl.gz names each with the reason"
         )
 
 
@@ -197,11 +201,11 @@ def _check_bad(config: CurateConfig, tally: Tally, layout: Layout) -> None:
 
 
 def _recipe(config: CurateConfig, units: list[Unit]) -> dict[str, Any]:
-    """All that decides the bytes of the result."""
+    """Everything that decides the bytes of the result."""
     options = to_dict(config)
     for name in ("input", "output", "overwrite", "executor", "max_bad_frac", "corpus", "prepare"):
         del options[name]
-    # All that decides the content: not where it lies.
+    # Everything that decides the content of the input, but not its location.
     facts = [(u.name, u.source, u.kind, u.start, u.stop, u.version) for u in units]
     listing = json.dumps(facts, ensure_ascii=False)
     return {
@@ -209,13 +213,13 @@ def _recipe(config: CurateConfig, units: list[Unit]) -> dict[str, Any]:
         "options": options,
         "files": _hashes_of_files(config.curation),
         "input": {"units": len(units), "sha256": hashlib.sha256(listing.encode()).hexdigest()},
-        # Packages whose results are part of ours.
+        # Packages on whose results ours depend.
         "packages": {name: _version(name) for name in ("ftfy", "py3langid", "trafilatura")},
     }
 
 
 def _hashes_of_files(curation: CurationConfig) -> dict[str, str]:
-    """The content of every file that the options name, here or by URL: models, word lists, evaluation sets."""
+    """Hashes of every file that the options name, local or by URL: models, word lists, evaluation sets."""
 
     def strings(value: Any) -> Iterator[str]:
         if isinstance(value, str):
@@ -254,7 +258,7 @@ def _key(recipe: dict[str, Any]) -> str:
 
 
 def _is_finished(output: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the folder holds this very result. Raises ConfigError where it holds another, or anything else."""
+    """Whether the folder holds the result of this recipe. Raises ConfigError where it holds anything else."""
     report = output / REPORT
     if not report.exists():
         if output.is_dir() and any(path.name not in (WORK, *_PRODUCTS) for path in output.iterdir()):
@@ -276,7 +280,7 @@ def _is_finished(output: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
 
 @contextmanager
 def _work(output: Path, recipe: dict[str, Any]) -> Iterator[Layout]:
-    """The work folder of a recipe, for one process at a time; that of other recipes is removed."""
+    """The locked work folder of a recipe. Work folders of other recipes are removed."""
     work = output / WORK
     with locked(work, f"another process is curating into output={output}"):
         for other in work.iterdir():
@@ -288,7 +292,7 @@ def _work(output: Path, recipe: dict[str, Any]) -> Iterator[Layout]:
 
 
 def _publish(work: Path, output: Path) -> None:
-    """Move the result into place, the report last; then remove the work."""
+    """Move the result into place, the report last, and remove the work folder."""
     (output / REPORT).unlink(missing_ok=True)
     for name in _PRODUCTS:
         if (output / name).is_symlink():

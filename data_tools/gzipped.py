@@ -1,4 +1,4 @@
-"""Writes gzip files that may be left half-written."""
+"""A gzip writer whose files may be abandoned halfway."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import BinaryIO
 
 
 class Gzipped:
-    """Compresses what is written into an open file, to the same bytes as gzip.GzipFile without a name and a time.
+    """Compresses into an open file, and gives the same bytes as gzip.GzipFile without a name and a time.
 
-    GzipFile itself writes once more when it is collected, and Python 3.13 prints what fails then: a full disk would be
-    told twice, the second time as a traceback.
+    GzipFile itself writes once more when it is garbage-collected, and Python 3.13 prints an error that occurs then. So
+    a full disk would be reported twice, the second time as a traceback.
     """
 
     def __init__(self, raw: BinaryIO, level: int = 9) -> None:
@@ -25,5 +25,5 @@ class Gzipped:
         self._raw.write(self._deflate.compress(content))
 
     def finish(self) -> None:
-        """Write what is left; the file stays open."""
+        """Write the rest of the stream and its checksum; the file stays open."""
         self._raw.write(self._deflate.flush() + struct.pack("<II", self._crc, self._size & 0xFFFFFFFF))

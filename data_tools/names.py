@@ -1,7 +1,7 @@
-"""Names of the files beside a corpus, and limits that several stages share."""
+"""Names of the files beside a corpus, and limits shared by several stages."""
 
 RECORD_BYTES = 64 << 20
-"""Default limit on the decoded bytes of one record: a line, a text, a row or a page."""
+"""Default limit on the decoded bytes of one record: a line, text, row, page or sample of a tar."""
 REPORT_NAME = "prepare.json"
 CARD_NAME = "README.md"
 STATISTICS_NAME = "statistics.json"
@@ -10,4 +10,4 @@ PLOTS_FOLDER = "plots"
 HELDOUT_FOLDER = "heldout"
 HELDOUT_TEXT = "documents.jsonl.gz"
 WORK_FOLDER = ".work"
-CORPUS_FOLDER = "corpus"  # in the work folder: the corpus before it is moved
+CORPUS_FOLDER = "corpus"  # inside the work folder, until the finished corpus is moved into place

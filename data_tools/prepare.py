@@ -1,9 +1,9 @@
 """Prepare a corpus: python -m data_tools.prepare input=[PATH,...] output=DIR [KEY=VALUE ...]
 
-Reads text (JSONL, plain text, Parquet, folders of them, or `input=[python]` for the code and documentation
-that every machine has) or, with `format=chat`, dialogues, cleans it, keeps some documents for evaluation, trains a
-tokenizer, tokenizes in parallel, and writes token shards, a manifest and a card. Run again, it goes on where it was
-interrupted.
+Reads text (JSONL, plain text, Parquet, tars of text, folders of them, or `input=[python]` for the code and
+documentation that every machine has) or, with `format=chat`, dialogues. Cleans it, holds some documents out for
+evaluation, trains a tokenizer, tokenizes in parallel, and writes token shards, a manifest and a card. Run again after
+an interruption, it continues where it stopped.
 """
 
 from __future__ import annotations
@@ -69,21 +69,21 @@ _CANNOT_WRITE = {
 
 
 def prepare(config: PrepareConfig) -> int:
-    """From text to a corpus folder. Returns the exit code."""
+    """Prepare a corpus from text. Returns the exit code."""
     try:
         return _prepare(config)
     except WorkerDiedError as error:
         print_error("error", error)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command again to continue from here", file=sys.stderr)
         return 130
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
             raise
         print(
-            f"error: output={config.output} cannot be written: {_CANNOT_WRITE[error.errno]}; once that is mended, "
-            "the same command goes on from here",
+            f"error: output={config.output} cannot be written: {_CANNOT_WRITE[error.errno]}; once that is "
+            "fixed, run the same command again to continue from here",
             file=sys.stderr,
         )
         return 1
@@ -98,7 +98,7 @@ def _prepare(config: PrepareConfig) -> int:
     if is_finished(output, recipe, config.overwrite):
         remove_work(output)
         _state_anew(config, output)
-        print(f"already prepared: {output / MANIFEST_NAME} is of this very input and these options")
+        print(f"already prepared: {output / MANIFEST_NAME} was made from this input with these options")
         return 0
     with open_work(output, recipe) as work:
         corpus = work / CORPUS_FOLDER
@@ -129,7 +129,7 @@ def _build(config: PrepareConfig, recipe: Recipe, gathered: Gathered, work: Path
     write_atomically(corpus / model.name, model.read_bytes())
     try:
         manifest, heldout, counts = pack(config, gathered, work, corpus)
-    except OSError:  # a full disk: what is half-written would only keep it full
+    except OSError:  # on a full disk, half-written files would only keep it full
         shutil.rmtree(corpus, ignore_errors=True)
         raise
     tokenizer = Tokenizer.trusted(corpus / model.name)
@@ -137,7 +137,7 @@ def _build(config: PrepareConfig, recipe: Recipe, gathered: Gathered, work: Path
     if config.tokenizer.path is not None:
         kind = f"{'sentencepiece' if tokenizer.is_sentencepiece else 'Hugging Face'}, imported"
     fits: tuple[dict[str, Any], dict[str, Any]] = {}, {}
-    if heldout is not None:  # text that the tokenizer was not trained on
+    if heldout is not None:  # measured on text that the tokenizer was not trained on
         fits = measure(tokenizer, heldout_texts(corpus / HELDOUT_FOLDER / HELDOUT_TEXT))
     curations = curations_of(config.input)
     reports = [report for _, report in curations]
@@ -168,7 +168,7 @@ def _build(config: PrepareConfig, recipe: Recipe, gathered: Gathered, work: Path
 
 
 def _sample_figures(config: PrepareConfig, gathered: Gathered) -> dict[str, Any]:
-    """What a tokenizer was trained on, where one was."""
+    """The sample that the tokenizer was trained on; empty where it was imported."""
     if config.tokenizer.path is not None:
         return {}
     names = [name for name, _ in gathered.sources]
@@ -180,7 +180,7 @@ def _sample_figures(config: PrepareConfig, gathered: Gathered) -> dict[str, Any]
 
 
 def _state_anew(config: PrepareConfig, output: Path) -> None:
-    """Write the card of a finished corpus anew where other statements about it are given."""
+    """Rewrite the card of a finished corpus where the statements in card.* have changed."""
     report = read_prepare_report(output / REPORT_NAME)
     unknown = [s.name for s in load_manifest(output / MANIFEST_NAME).sources if not is_known(s.license)]
     if config.card.required and unknown:
@@ -194,8 +194,8 @@ def _state_anew(config: PrepareConfig, output: Path) -> None:
         return
     if not (output / STATISTICS_NAME).exists():
         raise ConfigError(
-            f"output={output} was prepared by an older program, without {STATISTICS_NAME}; card.* can be stated "
-            "with overwrite=true, which prepares it again"
+            f"output={output} was prepared by an older program, without {STATISTICS_NAME}; to state card.*, prepare "
+            "it again with overwrite=true"
         )
     report["card"] = stated
     describe(output, report)
@@ -204,7 +204,7 @@ def _state_anew(config: PrepareConfig, output: Path) -> None:
 
 
 def _report(output: Path) -> None:
-    """What was made, on stdout."""
+    """Print a summary of the corpus on stdout."""
     manifest: Manifest = load_manifest(output / MANIFEST_NAME)
     summary = read_prepare_report(output / REPORT_NAME)["summary"]
     print("\n".join(map(visible, summary)))

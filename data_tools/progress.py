@@ -1,4 +1,4 @@
-"""How far a long stage is: a bar on a terminal, else a plain line every ten seconds, on stderr."""
+"""Shows the progress of long stages on stderr: a bar on a terminal, else a plain line every ten seconds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Stage:
         self._task: TaskID | None = bar.add_task(self._name, total=total_bytes) if bar else None
 
     def skip(self, done_bytes: int) -> None:
-        """Count work of an earlier, interrupted call, which says nothing of today's rate."""
+        """Count work that an earlier, interrupted call did, without using it for the rate."""
         self._first_done += done_bytes
         self.advance(done_bytes)
 
@@ -42,7 +42,7 @@ class Stage:
             print(self.line(now - self._start), file=sys.stderr, flush=True)
 
     def line(self, elapsed_s: float) -> str:
-        """The state in words."""
+        """The current state as a line of text."""
         rate = (self._done - self._first_done) / max(elapsed_s, 1e-9)
         left_s = max(self._total - self._done, 0) / rate if rate > 0 else 0.0
         share = min(self._done / self._total, 1.0)
@@ -52,7 +52,7 @@ class Stage:
 
 @contextmanager
 def stage(name: str, total_bytes: int) -> Iterator[Stage]:
-    """Show the progress of a stage, and say at its end how long it took."""
+    """Show the progress of a stage, and at its end the time that it took."""
     start = time.monotonic()
     if sys.stderr.isatty():
         from rich.console import Console
@@ -73,7 +73,7 @@ def stage(name: str, total_bytes: int) -> Iterator[Stage]:
 
 @contextmanager
 def waiting(name: str) -> Iterator[None]:
-    """Show that work goes on which cannot say how far it is."""
+    """Show that work is going on whose progress is not known."""
     start, over = time.monotonic(), threading.Event()
 
     def tick() -> None:

@@ -1,8 +1,9 @@
-"""Take documents out of a prepared corpus: python -m data_tools.remove DIR --ids FILE
+"""Remove documents from a prepared corpus: python -m data_tools.remove DIR --ids FILE
 
-FILE names documents, one id per line. The corpus, its held-out part, manifest and card are written anew without them
-and then replaced; shards before the first such document keep their bytes. A run that was trained on the corpus goes on
-only with the corpus as it was: its root hash is another now. Exit code 0: done; 2: wrong input; 1: a shard is damaged.
+FILE holds the ids of the documents, one per line. The corpus, its held-out part, manifest and card are rewritten
+without them and then replaced; shards before the first removed document keep their bytes. The root hash changes, so a
+run that was trained on the corpus can only continue with a copy of the old one. Exit code 0: done; 2: wrong input; 1: a
+shard is damaged.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from pretrain.printing import print_error, visible
 
 
 def remove(folder: Path, ids: set[str]) -> Counter[str]:
-    """Write the corpus without the documents of these ids; how many there were of each.
+    """Rewrite the corpus without the documents of these ids. Returns the number of removed documents by id.
 
     Raises ConfigError where there is no corpus or nothing would be left, CorruptShardError for a damaged shard.
     """
@@ -69,7 +70,7 @@ def remove(folder: Path, ids: set[str]) -> Counter[str]:
         )
     tokenizer = load_tokenizer(folder, load_manifest(folder / MANIFEST_NAME))
     statistics = None
-    if (folder / STATISTICS_NAME).exists():  # not where an older program prepared it
+    if (folder / STATISTICS_NAME).exists():  # older programs wrote none
         statistics = read_statistics(folder / STATISTICS_NAME)
     removal = _Removal(ids, shard_bytes, tokenizer)
     with locked(folder / WORK_FOLDER, f"another process writes into {folder}"):
@@ -83,8 +84,8 @@ def remove(folder: Path, ids: set[str]) -> Counter[str]:
 def _rewrite(
     folder: Path, work: Path, removal: _Removal, report: dict[str, Any], statistics: dict[str, Any] | None
 ) -> None:
-    """Write all files of the corpus anew into `work`, and put them in place where a document was found."""
-    shutil.rmtree(work, ignore_errors=True)  # of a call that was interrupted: it had changed nothing
+    """Write all files of the corpus into `work`, and move them into place if a document was found."""
+    shutil.rmtree(work, ignore_errors=True)  # left by an interrupted call, which changed nothing else
     work.mkdir(parents=True)
     tokenizer = removal.tokenizer
     write_atomically(work / tokenizer.file_name, tokenizer.content)
@@ -109,7 +110,7 @@ def _rewrite(
 
 @dataclass(slots=True)
 class _Removal:
-    """Which documents go, and which of them were found."""
+    """Which documents to remove, and which of them were found."""
 
     ids: set[str]
     shard_bytes: int
@@ -117,7 +118,7 @@ class _Removal:
     found: Counter[str] = field(default_factory=Counter)
 
     def rewrite(self, old: Path, new: Path, files: list[str]) -> tuple[Manifest, DocumentCounts]:
-        """Write a corpus, or its held-out part, without them; counts of the documents that are left."""
+        """Write a corpus, or its held-out part, without them. Returns its manifest and counts of what is left."""
         corpus = Corpus(old / MANIFEST_NAME)
         was = corpus.manifest
         if (was.tokenizer_sha256, was.vocab_size) != (self.tokenizer.sha256, self.tokenizer.vocab_size):
@@ -164,7 +165,7 @@ class _Removal:
 
 
 def _spans(is_target: np.ndarray) -> list[int]:
-    """[start, stop, start, stop, ...] of the runs of true values."""
+    """Starts and stops of the runs of true values: [start, stop, start, stop, ...]."""
     return np.flatnonzero(np.diff(is_target, prepend=False, append=False)).tolist()
 
 
@@ -179,7 +180,7 @@ def _rewrite_text(old: Path, new: Path, ids: set[str]) -> None:
 def _without(
     found: Counter[str], report: dict[str, Any], manifest: Manifest, heldout: Manifest | None
 ) -> dict[str, Any]:
-    """What the report says otherwise of the new corpus."""
+    """The parts of the report that differ for the new corpus."""
     funnel = Funnel(**report["funnel"])
     n_removed, bytes_before = found.total(), funnel.kept_bytes
     funnel.dropped["removed_later"] = funnel.dropped.get("removed_later", 0) + n_removed

@@ -1,7 +1,7 @@
-"""What a prepared corpus holds: python -m data_tools.show DIR [--chunk N]
+"""Show what a prepared corpus holds: python -m data_tools.show DIR [--chunk N]
 
-Its size, sources and licenses, and the beginning of one chunk, at random or the one given. Where the corpus has a loss
-mask, ⟦ ⟧ hold what is to be predicted, and a line ends at each eos.
+Prints its size, sources and licenses, and the beginning of a chunk, which is chosen at random unless it is given. Where
+the corpus has a loss mask, ⟦ ⟧ enclose the tokens to be predicted, and a line ends at each eos.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def describe_chunk(corpus: Corpus, tokenizer: Tokenizer, chunk: int) -> str:
 
 
 def marked_text(tokens: np.ndarray, is_target: np.ndarray, tokenizer: Tokenizer) -> str:
-    """The text of tokens with targets in brackets and a new line after each eos."""
+    """The text of tokens, with targets in brackets and a line break after each eos."""
     borders = np.flatnonzero(np.diff(is_target)) + 1
     turns = np.flatnonzero(tokens == tokenizer.eos_id) + 1
     text = ""
@@ -87,7 +87,7 @@ def marked_text(tokens: np.ndarray, is_target: np.ndarray, tokenizer: Tokenizer)
 
 
 def show(folder: Path, chunk: int | None) -> None:
-    """Print it all. Raises ConfigError, and CorruptShardError for a damaged chunk."""
+    """Print the description. Raises ConfigError, and CorruptShardError for a damaged chunk."""
     corpus = Corpus(folder / MANIFEST_NAME)
     chosen = random.randrange(corpus.n_chunks) if chunk is None else chunk
     if not 0 <= chosen < corpus.n_chunks:

@@ -1,4 +1,4 @@
-"""Rows as aligned text and as Markdown, and names that others gave, in either."""
+"""Tables as aligned text and as Markdown, with untrusted names made safe to print in both."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pretrain.printing import visible
 
 _CELL_CHARS = 200
 _MARKDOWN_CHARS = 10_000
-_MARKUP = re.compile(r"([\\`*_\[\]|~$])")  # brackets: links and images
-_BLOCK = re.compile(r"^(\d*)(?=[#+=-]|[.)](?:\s|$))")  # a line that would begin a heading or a list
+_MARKUP = re.compile(r"([\\`*_\[\]|~$])")  # brackets would make links and images
+_BLOCK = re.compile(r"^(\d*)(?=[#+=-]|[.)](?:\s|$))")  # signs that would begin a heading or a list
 
 
 def shown(text: str) -> str:
-    """A name for the terminal or a cell of a table."""
+    """An untrusted name, made safe for the terminal and for a cell of a table."""
     return visible(text, limit=_CELL_CHARS)
 
 
 def plain_table(rows: Sequence[tuple[str, ...]], headers: Sequence[str]) -> str:
-    """Rows as aligned text."""
+    """A table as text with aligned columns."""
     table = [tuple(headers), *(tuple(map(shown, row)) for row in rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(headers))]
     return "\n".join(
@@ -29,25 +29,25 @@ def plain_table(rows: Sequence[tuple[str, ...]], headers: Sequence[str]) -> str:
 
 
 def markdown(text: str) -> str:
-    """Text of others as one line of Markdown that shows it: no tag, no link, no end of a cell."""
+    """Untrusted text as one line of Markdown that displays it: no tag, no link, no cell border takes effect."""
     line = visible(" ".join(text.split()), limit=_MARKDOWN_CHARS)
     escaped = html.escape(_MARKUP.sub(r"\\\1", line), quote=False)
     return _BLOCK.sub(r"\1\\", escaped)
 
 
 def code_span(text: str) -> str:
-    """The same in the type of code, in which nothing but a backtick has a meaning."""
+    """Untrusted text as inline code, in which only a backtick has a meaning."""
     return "`" + shown(" ".join(text.split())).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def code_block(text: str) -> str:
-    """Lines as they are; the fence is longer than any row of backticks in them."""
+    """Lines as a block of code, whose fence is longer than any run of backticks in them."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}\n{visible(text, keep=chr(10))}\n{fence}"
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells that are Markdown already."""
+    """A Markdown table; the cells are Markdown already."""
     lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

@@ -1,4 +1,4 @@
-"""What is done to each document's text: pure functions."""
+"""Pure functions on the text of a document: cleaning, hashing, measuring."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import NamedTuple
 
 import xxhash
 
-# C0 and C1 control characters except tab and newline, and halves of surrogate pairs, which no UTF-8 holds.
+# C0 and C1 control characters except tab and newline, and halves of surrogate pairs, which UTF-8 cannot encode.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-# Han, kana, hangul, and the punctuation that goes with them.
+# Han, kana and hangul, with their punctuation.
 _CJK = re.compile(r"[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
 
 
 class Digest(NamedTuple):
-    """128-bit hash of a text, as two independent 64-bit numbers."""
+    """128-bit hash of a text, split into two independent 64-bit numbers."""
 
     order: int
-    """Where the document stands in the corpus."""
+    """Decides the document's position in the corpus."""
     split: int
-    """Whether the document is held out."""
+    """Decides whether the document is held out."""
 
 
 def clean(text: str) -> str:
-    """Unicode NFC, line ends as \\n, no byte-order mark, no control characters except \\n and \\t."""
+    """Normalize to Unicode NFC and \\n line ends; drop the byte-order mark and control characters but \\n and \\t."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = _CONTROL.sub("", text).lstrip("\ufeff")
@@ -32,13 +32,13 @@ def clean(text: str) -> str:
 
 
 def digest(text: str) -> Digest:
-    """The hash that duplicates share, and that fixes a document's place and split."""
+    """The hash of a text: equal texts share it, and it decides a document's position and split."""
     both = xxhash.xxh3_128_intdigest(text.encode())
     return Digest(both >> 64, both & (1 << 64) - 1)
 
 
 def length_problem(text: str, min_chars: int, max_chars: int) -> str | None:
-    """Why a document is dropped for its length, or None. Outer white space does not count."""
+    """The reason for dropping a document for its length, or None. Leading and trailing white space does not count."""
     length = len(text.strip())
     if length < min_chars:
         return "too_short"
@@ -46,5 +46,5 @@ def length_problem(text: str, min_chars: int, max_chars: int) -> str | None:
 
 
 def count_cjk(text: str) -> tuple[int, int]:
-    """Number of characters, white space aside, and how many of them are Chinese, Japanese or Korean."""
+    """Number of characters that are not white space, and how many of them are Chinese, Japanese or Korean."""
     return sum(map(len, text.split())), len(_CJK.findall(text))

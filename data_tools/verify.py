@@ -1,6 +1,6 @@
 """Check every file of a prepared corpus against its manifest: python -m data_tools.verify DIR
 
-Exit code 0: all is well; 1: each problem is listed; 2: there is no corpus.
+Exit code 0: the corpus is whole; 1: it has problems, which are listed; 2: there is no corpus.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Third stage: tokenize the parts, several at a time in processes of their own.
+"""The third step of a preparation: tokenize the parts in parallel processes.
 
-Each part gives tokens-00000.npz, complete or absent:
+Each part gives a file tokens-00000.npz, complete or absent:
 
     tokens     [tokens of all its documents], uint16 or uint32
     starts     int64 [documents + 1], where each document begins in `tokens`
-    documents  int64 [documents, 3]: source index, text bytes, whether held out
+    documents  int64 [documents, 3]: source index, text bytes, 1 where held out
     order      uint64 [documents]
-    text       JSON: ids of all documents, and the held-out ones as they stand in documents.jsonl.gz
+    text       JSON: ids of all documents, and the held-out documents as they are written to documents.jsonl.gz
 
-and, of dialogues, what is to be predicted:
+and for dialogues, the tokens to be predicted:
 
-    targets        int64 [2 n], where targets start and stop in `tokens`, in turn
+    targets        int64 [2 n], start, stop, start, stop, ... of the targets in `tokens`
     target_starts  int64 [documents + 1], where each document begins in `targets`
     target_bytes   int64 [documents], UTF-8 bytes of the targets' text
 """
@@ -44,7 +44,7 @@ from pretrain.corpus.tokenizer import Tokenizer
 
 
 class WorkerDiedError(RuntimeError):
-    """A process that tokenizes has ended without a word."""
+    """A process that tokenizes ended without an error message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +52,23 @@ class EncodedPart:
     """One tokenized part in memory."""
 
     tokens: np.ndarray
+    """Tokens of all documents, as in the file."""
     starts: np.ndarray
+    """Offset of each document in `tokens`, and the end."""
     documents: np.ndarray
+    """Source index, text bytes and held-out flag of each document."""
     order: np.ndarray
+    """Hash that decides the position of each document."""
     ids: list[str]
+    """Id of each document."""
     heldout: list[dict[str, Any]]
-    """Of each held-out document, what documents.jsonl.gz has beside id and source."""
+    """Fields of each held-out document in documents.jsonl.gz, without id and source."""
     targets: np.ndarray | None = None
+    """Starts and stops of the targets in `tokens`; None without a loss mask."""
     target_starts: np.ndarray | None = None
+    """Offset of each document in `targets`, and the end."""
     target_bytes: np.ndarray | None = None
+    """UTF-8 bytes of the text of each document's targets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +80,11 @@ class _Job:
     format: DocumentFormat
 
 
-_tokenizers: dict[Path, Tokenizer] = {}  # of this process
+_tokenizers: dict[Path, Tokenizer] = {}  # one per file, loaded in this process
 
 
 def tokens_path(work: Path, number: int) -> Path:
-    """The tokens of a part."""
+    """Path of the tokens of a part."""
     return work / f"tokens-{number:05d}.npz"
 
 
@@ -91,7 +99,7 @@ def load_encoded(path: Path) -> EncodedPart:
 def encode_parts(
     gathered: Gathered, work: Path, tokenizer: Path, workers: int, format: DocumentFormat
 ) -> None:
-    """Tokenize the parts that are not yet. Raises WorkerDiedError."""
+    """Tokenize the parts that have no tokens yet. Raises WorkerDiedError."""
     below = gathered.heldout_below
     jobs = {
         number: _Job(part_path(work, number), tokens_path(work, number), tokenizer, below, format)
@@ -105,14 +113,16 @@ def encode_parts(
 
 
 def _run(jobs: dict[int, _Job], workers: int) -> Iterator[int]:
-    """Do all jobs, and give the number of each when it is done."""
+    """Run all jobs, and yield the number of each when it is done."""
     if workers <= 1:
         for number, job in jobs.items():
             _encode_part(job)
             yield number
         return
-    context = multiprocessing.get_context("spawn")  # a fork would copy this process's threads' locks
-    resource_tracker.ensure_running()  # started later, with the first process, it would let Ctrl-C through
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # a fork would copy locks that threads of this process hold
+    resource_tracker.ensure_running()  # starting it later would unblock Ctrl-C
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
         try:
             running: dict[Future[None], int] = {}
@@ -129,8 +139,8 @@ def _run(jobs: dict[int, _Job], workers: int) -> Iterator[int]:
                     yield running.pop(future)
         except BrokenProcessPool as error:
             raise WorkerDiedError(
-                "a process that tokenizes was ended, most often for lack of memory; the same command goes on from "
-                "here, perhaps with fewer workers="
+                "a process that tokenizes was killed, most often for lack of memory; run the same command again to "
+                "continue, perhaps with fewer workers="
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -139,7 +149,7 @@ def _run(jobs: dict[int, _Job], workers: int) -> Iterator[int]:
 
 @contextmanager
 def _holding_interrupts() -> Iterator[None]:
-    """Hold Ctrl-C back for a moment. A process started meanwhile never gets it: its parent sees to that."""
+    """Block Ctrl-C for a moment. Processes that start meanwhile never receive it, and their parent handles it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -148,7 +158,7 @@ def _holding_interrupts() -> Iterator[None]:
 
 
 def _begin_worker() -> None:
-    """End with the parent, however it ends."""
+    """Make this process end when its parent does, however it ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -194,7 +204,7 @@ def _encode_part(job: _Job) -> None:
 def _encode_dialogues(
     tokenizer: Tokenizer, dialogues: list[str]
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """Texts and messages, and the arrays of tokens and targets."""
+    """Fields of the held-out documents, and the arrays of tokens and targets."""
     all_messages = [dialogue.load(text) for text in dialogues]
     encoded = [encode_dialogue(tokenizer, messages) for messages in all_messages]
     starts = np.cumsum([0, *(len(one.tokens) for one in encoded)], dtype=np.int64)

@@ -1,9 +1,9 @@
-"""First stage: read every document, clean it, drop what is not wanted, and write the rest as parts.
+"""The first step of a preparation: read and clean every document, drop some, and write the others as parts.
 
-A part is two files, both complete or absent:
+A part consists of two files, each complete or absent:
 
     text-00000.jsonl     one line per document: [id, source index, order, split, text, language]
-    text-00000.npz       the digests and lengths, and what is needed to go on after this part
+    text-00000.npz       digests and lengths, and the state that is needed to continue after this part
 """
 
 from __future__ import annotations
@@ -34,39 +34,41 @@ from pretrain.stored import parse
 
 GATHERED_NAME = "gathered.json"
 _MAX_U64 = (1 << 64) - 1
-_PROBE_CHARS = 1000  # of each document, to tell its script
+_PROBE_CHARS = 1000  # of each document, to detect its script
 _NAMED_SOURCES = 12
 
 
 class SourceSample(NamedTuple):
-    """What of a source's training documents the tokenizer is trained on."""
+    """Which training documents of a source the tokenizer is trained on."""
 
     times: int
-    """How often each of them is in the sample."""
+    """Number of times that every document is in the sample."""
     below: int
-    """Those whose `order` is smaller are in it once more."""
+    """Documents whose `order` is below this bound are in the sample once more."""
     text_bytes: int
-    """How much that is."""
+    """Bytes of text that the sample takes from the source."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Gathered:
-    """Result of the stage."""
+    """Result of the step."""
 
     parts: list[int]
     """Text bytes of each part."""
     sources: list[tuple[str, str]]
-    """Name and license."""
+    """Name and license of each source."""
     funnel: Funnel
+    """Counts of documents that were read, dropped and kept."""
     heldout_below: int
-    """Documents whose `split` is smaller are held out."""
+    """Documents whose `split` is below this bound are held out."""
     sample: list[SourceSample]
-    """Of each source, in the same order."""
+    """Tokenizer sample of each source, in the order of `sources`."""
     sample_bytes: int
+    """Bytes of text in the whole sample."""
     cjk_share: float
-    """Share of Chinese, Japanese or Korean characters in the beginnings of the documents."""
+    """Fraction of Chinese, Japanese or Korean characters at the beginnings of the documents."""
     read_sha256: str = ""
-    """Over the hash of every text that was read, in the order of reading."""
+    """Hash over the hashes of all texts, in the order in which they were read."""
 
 
 @dataclass(slots=True)
@@ -74,42 +76,54 @@ class PartDocument:
     """One document of a part."""
 
     id: str
+    """Id of the document."""
     source: int
+    """Index of the source in `Gathered.sources`."""
     order: int
+    """Hash that decides the document's position in the corpus."""
     split: int
+    """Hash that decides whether the document is held out."""
     text: str
-    """Of a dialogue, what `dialogue.dump` makes of it."""
+    """The text; for a dialogue, the result of `dialogue.dump`."""
     language: str
+    """Language code, or empty where it is not known."""
 
 
 @dataclass(slots=True)
 class _State:
-    """Everything that the documents read so far leave behind, but for the digests."""
+    """The state after the documents that were read so far, without their digests."""
 
     next_file: int = 0
+    """Index of the file to continue with."""
     next_record: int = 0
+    """Number of records of that file that are done."""
     funnel: Funnel = field(default_factory=Funnel)
+    """Counts of documents that were read, dropped and kept."""
     licenses: dict[str, list[str]] = field(default_factory=dict)
-    """Of each source, in the order of their appearance."""
+    """Licenses of each source, sources and licenses in the order of their appearance."""
     parts: list[int] = field(default_factory=list)
+    """Text bytes of each part."""
     probed_chars: int = 0
+    """Number of visible characters at the beginnings of the documents."""
     cjk_chars: int = 0
+    """Number of these that are Chinese, Japanese or Korean."""
     read_sha256: str = ""
+    """Chained hash over the hashes of all texts."""
 
 
 def part_path(work: Path, number: int) -> Path:
-    """The text of a part."""
+    """Path of the text of a part."""
     return work / f"text-{number:05d}.jsonl"
 
 
 def read_digests(work: Path, number: int) -> np.ndarray:
-    """uint64 [documents, 4]: order, split, text bytes and source index of a part's documents."""
+    """Order, split, text bytes and source index of the documents of a part: uint64 [documents, 4]."""
     with np.load(part_path(work, number).with_suffix(".npz"), allow_pickle=False) as saved:
         return saved["digests"]
 
 
 def read_part(path: Path, wanted: np.ndarray | None = None) -> Iterator[PartDocument]:
-    """The documents of a part, or those that `wanted` (bool [documents]) marks."""
+    """The documents of a part, or only those marked in `wanted` (bool [documents])."""
     with path.open(encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file):
             if wanted is None or wanted[number]:
@@ -117,7 +131,7 @@ def read_part(path: Path, wanted: np.ndarray | None = None) -> Iterator[PartDocu
 
 
 def gather(config: PrepareConfig, files: list[InputFile], work: Path) -> Gathered:
-    """Run the stage, or go on with it, or load its result. Raises ConfigError where no document is left."""
+    """Run the step, continue it, or load its result. Raises ConfigError where no document is left."""
     result = work / GATHERED_NAME
     if not result.exists():
         gatherer = _Gatherer(config, work)
@@ -129,7 +143,7 @@ def gather(config: PrepareConfig, files: list[InputFile], work: Path) -> Gathere
 
 
 class _Gatherer:
-    """Reads on where the last complete part ends."""
+    """Reads documents into parts, starting behind the last complete part."""
 
     def __init__(self, config: PrepareConfig, work: Path) -> None:
         self._config, self._work = config, work
@@ -146,7 +160,7 @@ class _Gatherer:
         self._bytes = 0
 
     def _load(self) -> None:
-        """Take up what complete parts of an earlier call hold."""
+        """Load the complete parts of an earlier call."""
         while (path := part_path(self._work, len(self._digests)).with_suffix(".npz")).exists():
             with np.load(path, allow_pickle=False) as saved:
                 self._digests.append(saved["digests"])
@@ -179,14 +193,14 @@ class _Gatherer:
         if isinstance(item, Rejected):
             self._reject(item)
             return
-        if self._config.format is DocumentFormat.chat:  # cleaned already, message by message
+        if self._config.format is DocumentFormat.chat:  # its messages have been cleaned one by one
             text, plain = item.text, dialogue.plain(dialogue.load(item.text))
         else:
             text = plain = clean.clean(item.text)
         problem = clean.length_problem(plain, self._config.min_chars, self._config.max_chars)
         digest = clean.digest(text)
         key = digest.order << 64 | digest.split
-        # A chain, so that it can go on from the state of the last part.
+        # A chain of hashes, because a hash object cannot be saved with the state of a part.
         chained = f"{self._state.read_sha256}{key:032x}"
         self._state.read_sha256 = hashlib.sha256(chained.encode()).hexdigest()
         if problem is None and key in self._seen:
@@ -267,7 +281,7 @@ class _Gatherer:
         )
 
     def _sample(self, digests: np.ndarray) -> list[SourceSample]:
-        """The tokenizer's sample of the training documents. Raises ConfigError where the weights do not fit."""
+        """Choose the sample of the tokenizer from the training documents. Raises ConfigError for wrong weights."""
         config, names = self._config.tokenizer, list(self._state.licenses)
         given = {str(name): weight for name, weight in (config.source_weights or {}).items()}
         for name in sorted(given.keys() - set(names)):
@@ -285,14 +299,14 @@ class _Gatherer:
 
 
 def is_known(license: str) -> bool:
-    """Whether a license is stated; several are joined by semicolons."""
+    """Whether a license is known; of several, joined by semicolons, all must be."""
     return not {"unknown", ""} & {part.strip() for part in license.split(";")}
 
 
 def heldout_bound(splits: np.ndarray, heldout_frac: float) -> int:
-    """The bound below which a document's `split` (uint64 [documents]) puts it into the held-out set.
+    """The bound of `split` (uint64 [documents]) below which documents are held out.
 
-    Where that would leave one side of two or more documents empty, the bound moves by one document.
+    The bound is moved by one document where it would leave the training or the held-out part empty.
     """
     bound = int(heldout_frac * 2**64)
     if bound == 0 or len(splits) < 2:
@@ -302,7 +316,7 @@ def heldout_bound(splits: np.ndarray, heldout_frac: float) -> int:
 
 
 def sample_bound(digests: np.ndarray, sample_bytes: int) -> tuple[int, int]:
-    """The bound on `order` that takes at least `sample_bytes` of text, or all, and how much it takes.
+    """The bound of `order` that takes at least `sample_bytes` of text, or all, and the bytes that it takes.
 
     `digests` is uint64 [documents, 3 or more]: (order, split, bytes, ...).
     """
@@ -313,11 +327,11 @@ def sample_bound(digests: np.ndarray, sample_bytes: int) -> tuple[int, int]:
 
 
 def choose_sample(digests: np.ndarray, weights: Sequence[float], sample_bytes: int) -> list[SourceSample]:
-    """What the tokenizer is trained on: of each source, weight x its bytes, all scaled to `sample_bytes` at most.
+    """The tokenizer's sample: weight x bytes of each source, scaled down to at most `sample_bytes` in total.
 
-    `digests` is uint64 [documents, 4]: (order, split, bytes, source), `weights` one per source. Documents are taken in
-    the order of their hash, so neither the order nor the size of parts matters. Where all weights are the same, the
-    hash chooses among all documents at once.
+    `digests` is uint64 [documents, 4]: (order, split, bytes, source); `weights` has one entry per source. Documents
+    are taken in the order of their hashes, so the order and size of the parts do not matter. Where all weights are
+    equal, documents of all sources are taken in one common order.
     """
     source = digests[:, 3].astype(np.int64)
     sizes = np.bincount(source, digests[:, 2], minlength=len(weights))
@@ -338,12 +352,12 @@ def choose_sample(digests: np.ndarray, weights: Sequence[float], sample_bytes: i
 
 
 def json_array(value: Any) -> np.ndarray:
-    """JSON text as an array of bytes, to lie beside other arrays in one .npz."""
+    """JSON as an array of bytes, so that it can be stored beside other arrays in one .npz."""
     return np.frombuffer(json.dumps(value, ensure_ascii=False).encode(), dtype=np.uint8)
 
 
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Write an .npz that is there as a whole or not at all."""
+    """Write an .npz atomically."""
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]  # its stub takes the first for another argument
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]  # its stub confuses the first array with another argument
     write_atomically(path, buffer.getvalue())

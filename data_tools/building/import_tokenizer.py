@@ -1,7 +1,7 @@
-"""Take over a tokenizer that others have made, so that its file alone says all that a corpus needs of it.
+"""Imports an existing tokenizer, so that its file alone says all that a corpus needs to know of it.
 
-A sentencepiece model does so as it is. A `tokenizer.json` of Hugging Face is written anew: its post-processor puts bos
-before a text and eos after it; cutting off, dropout and fixed lengths are taken out. Nothing of it is run.
+A sentencepiece model is used as it is. A Hugging Face `tokenizer.json` is rewritten: its post-processor puts bos before
+a text and eos after it, and truncation, dropout and padding are removed. No code of it is run.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _NAMED_SPECIAL_TOKENS = 8
 
 
 def import_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer at `config.path`, as it will lie in the corpus. Raises ConfigError.
+    """The tokenizer at `config.path`, in the form that is stored in the corpus. Raises ConfigError.
 
-    Says on stderr where a text does not come back from it as it was.
+    Prints a note on stderr where decoding does not restore a text.
     """
     assert config.path is not None
     path = Path(config.path).expanduser()
@@ -50,7 +50,9 @@ def import_tokenizer(config: TokenizerConfig) -> Tokenizer:
             )
         path = found[0]
     content = _read(path)
-    if content.lstrip().startswith(b"{"):  # a sentencepiece model begins with what looks like a line feed
+    if content.lstrip().startswith(
+        b"{"
+    ):  # a sentencepiece model may begin with a byte that looks like a line feed
         content = content.lstrip()
     try_tokenizer(content, path)
     if content.startswith(b"{"):
@@ -80,19 +82,19 @@ def _read(path: Path) -> bytes:
 
 
 def _rewritten(path: Path, content: bytes, config: TokenizerConfig) -> bytes:
-    """The tokenizer.json of a corpus. What is not touched here stays as it is; a second import changes nothing."""
+    """The tokenizer.json for a corpus. All else stays as it is, and a second import changes nothing."""
     parsed, description = parse_tokenizer_json(content, path)
     description.setdefault("added_tokens", [])
     bos, eos, pad = _special_tokens(path, description, config)
     added = {token["content"]: token for token in description["added_tokens"]}
     for name in (bos, eos):
-        if name not in added:  # an entry that was learned could come from a text
+        if name not in added:  # a learned entry could occur in a text
             raise ConfigError(f"{name!r} is no special token of the tokenizer {path}{_named(description)}")
     for name in {bos, eos, pad} & added.keys():
         added[name]["special"] = True
     _make_certain(description)
     description["truncation"] = None
-    # Nothing is padded here, but this is where such a file names the token for it.
+    # Nothing is padded here, but such a file names its padding token in this place.
     description["padding"] = None
     if pad in added:
         description["padding"] = {
@@ -110,7 +112,7 @@ def _rewritten(path: Path, content: bytes, config: TokenizerConfig) -> bytes:
 def _special_tokens(
     path: Path, description: dict[str, Any], config: TokenizerConfig
 ) -> tuple[str, str, str | None]:
-    """bos, eos, pad: as the options say, else tokenizer_config.json beside the file, else the file itself."""
+    """bos, eos and pad, from the options, else from tokenizer_config.json beside the file, else from the file."""
     beside = _config_beside(path)
     inside = frame_of(description) or (None, None)
     bos = config.bos_token or beside.get("bos_token") or inside[0]
@@ -129,14 +131,14 @@ def _special_tokens(
 
 
 def _config_beside(path: Path) -> dict[str, str]:
-    """The special tokens that the tokenizer_config.json beside a tokenizer names, by their role."""
+    """The special tokens in the tokenizer_config.json beside a tokenizer, by their role."""
     beside = path.parent / _CONFIG_NAME
     if not beside.is_file():
         return {}
     try:
         content = json.loads(_read(beside))
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{beside} is no JSON; mend or remove it") from error
+        raise ConfigError(f"{beside} is not JSON; fix or remove it") from error
     found = {}
     for role in ("bos_token", "eos_token", "pad_token") if isinstance(content, dict) else ():
         match content.get(role):
@@ -146,20 +148,20 @@ def _config_beside(path: Path) -> dict[str, str]:
 
 
 def _named(description: dict[str, Any]) -> str:
-    """The special tokens of a tokenizer.json, for a message."""
+    """The special tokens of a tokenizer.json, as part of a message."""
     special = [token["content"] for token in description["added_tokens"] if token["special"]]
     more = " and others" if len(special) > _NAMED_SPECIAL_TOKENS else ""
     return f" (it has {', '.join(special[:_NAMED_SPECIAL_TOKENS]) or 'none'}{more})"
 
 
 def _make_certain(description: dict[str, Any]) -> None:
-    """Take out what would give other tokens at every call, or special ones for a text."""
+    """Remove settings that would give other tokens at each call, or special tokens for ordinary text."""
     model = description["model"]
     if model.get("dropout") is not None:
         model["dropout"] = None
     if not isinstance(model["vocab"], list):
         return
-    # A unigram model finds all of its pieces in a text, special ones included, unless others are more probable.
+    # A unigram model matches all of its pieces in a text, also special ones, unless others are more probable.
     for token in description["added_tokens"]:
         number, name = token["id"], token["content"]
         if token["special"] and number < len(model["vocab"]):
@@ -167,7 +169,7 @@ def _make_certain(description: dict[str, Any]) -> None:
 
 
 def _check_names_are_text(tokenizer: Tokenizer) -> None:
-    """Raises ConfigError where a text that holds the name of a special token would get its id."""
+    """Raise ConfigError where the name of a special token inside a text would be encoded as that token."""
     description = json.loads(tokenizer.content)
     unk = unk_of(description)
     for token in description["added_tokens"]:
@@ -183,11 +185,11 @@ def _check_names_are_text(tokenizer: Tokenizer) -> None:
 
 
 def _tell_losses(tokenizer: Tokenizer) -> None:
-    """A note on stderr where a text does not come back as it was, with an example."""
+    """Print a note on stderr, with an example, where decoding does not restore a text."""
     for text in re.findall(r"\S+\s*|\s+", CHECK_TEXT) + CHECK_TEXT.splitlines(keepends=True):
         if (back := tokenizer.decode(tokenizer.encode(text))) != text:
             print(
-                f"note: the tokenizer {tokenizer.path} loses something of some texts: {text!r} comes back as {back!r}",
+                f"note: the tokenizer {tokenizer.path} does not restore every text: {text!r} becomes {back!r}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -1,7 +1,7 @@
-"""How a corpus came to be, stage by stage: options, inputs and outputs as hashes, documents and bytes, drops.
+"""The lineage of a corpus: for each stage, hashes of options, input and output, counts of documents and bytes, drops.
 
-It is the list `lineage` of prepare.json. No stage draws random numbers, so there are no seeds to record. What lies
-between two stages of a curation is never written down, so it has no hash: null.
+It is the list `lineage` of prepare.json. No stage draws random numbers, so there are no seeds to record. Text between
+two stages of a curation is never written to disk, so its hash is null.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pretrain.corpus.manifest import Manifest
 _LIBRARIES = ("numpy", "pyarrow", "sentencepiece", "xxhash")
 _OF_SHARDS = ("chunk_tokens", "shard_bytes", "heldout_frac")
 _OF_WORK = "part_bytes"
-"""It says how the work is cut; only the order of a corpus of many parts shows it, and so the root hash."""
+"""This option divides the work; it changes only the order of a corpus of many parts, and so the root hash."""
 
 
 def hash_of(value: Any) -> str:
@@ -69,7 +69,7 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def curation_lineage(name: str, report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each stage of a curation. Reports of older programs have no hashes of the text."""
+    """The stages of a curation. Reports of older programs have no hashes of the text."""
     recipe = report["recipe"]
     options, files = recipe["options"], recipe["files"]
     libraries = {package: found for package, found in recipe["packages"].items() if found}
@@ -109,7 +109,7 @@ def texts_sha256(work: Path, n_parts: int) -> str:
 def preparation_lineage(
     recipe: Recipe, gathered: Gathered, work: Path, manifest: Manifest, heldout: Manifest | None
 ) -> list[dict[str, Any]]:
-    """Reading and cleaning, the tokenizer, and the shards."""
+    """The stages of a preparation: reading and cleaning, the tokenizer, and the shards."""
     options, funnel = recipe.options, gathered.funnel
     tokenizer = {key: value for key, value in options.items() if key.startswith("tokenizer.")}
     shards = {key: options[key] for key in _OF_SHARDS}
@@ -154,7 +154,7 @@ def removal_lineage(
     n_removed: int,
     text_bytes: tuple[int, int],
 ) -> dict[str, Any]:
-    """Documents were taken out: `before` is the root hash until then, `manifests` are the new ones."""
+    """The removal of documents: `before` is the root hash before it, `manifests` are the new ones."""
     left = sum(manifest.n_documents for manifest in manifests)
     return _stage(
         "remove",

@@ -1,8 +1,8 @@
-"""Last stage: put the documents into their order, and write the corpus and its held-out part.
+"""The last step of a preparation: order the documents, and write the corpus and its held-out part.
 
-Documents are ordered by the hash of their text, so that every chunk is a fair sample of all sources.
-At most GROUP_PARTS parts are in memory: a corpus of more is ordered within groups of parts, and the
-parts are dealt out to the groups by a hash too.
+Documents are ordered by the hashes of their texts, so that every chunk is a fair sample of all sources. At most
+GROUP_PARTS parts are in memory at a time: documents of a larger corpus are ordered within groups of parts, and the
+parts are distributed to the groups by a hash too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pretrain.files import create_file
 
 LARGEST_CHUNK_TOKENS = 1 << 18
 SMALLEST_CHUNK_TOKENS = 1 << 12
-CHUNKS_WANTED = 512  # so that the order of a small corpus can be shuffled well
+CHUNKS_WANTED = 512  # enough to shuffle a small corpus well
 GROUP_PARTS = 64
 
 
@@ -40,13 +40,13 @@ class _PlacedDocument(NamedTuple):
     id: str
     text_bytes: int
     heldout: dict[str, Any] | None
-    """Of a held-out document, what documents.jsonl.gz has beside id and source."""
+    """Fields of a held-out document in documents.jsonl.gz, without id and source; None for a training document."""
     targets: np.ndarray | None
     target_bytes: int
 
 
 def choose_chunk_tokens(n_tokens: int) -> int:
-    """The largest power of two from 4,096 to 262,144 that cuts `n_tokens` into 512 chunks or more."""
+    """The largest power of two from 4,096 to 262,144 that divides `n_tokens` into at least 512 chunks."""
     size = LARGEST_CHUNK_TOKENS
     while size > SMALLEST_CHUNK_TOKENS and n_tokens < CHUNKS_WANTED * size:
         size //= 2
@@ -56,9 +56,9 @@ def choose_chunk_tokens(n_tokens: int) -> int:
 def pack(
     config: PrepareConfig, gathered: Gathered, work: Path, corpus: Path
 ) -> tuple[Manifest, Manifest | None, DocumentCounts]:
-    """Write the corpus into the folder `corpus`, where its tokenizer lies already.
+    """Write the corpus into the folder `corpus`, which holds its tokenizer already.
 
-    Manifests of the training and the held-out part, and counts of the training documents.
+    Returns the manifests of the training and the held-out part, and counts of the training documents.
     """
     tokenizer = Tokenizer.trusted(tokenizer_in(corpus))
     n_tokens = sum(_training_tokens(tokens_path(work, number)) for number in range(len(gathered.parts)))
@@ -116,7 +116,7 @@ class HeldoutText:
         self._gzip = Gzipped(self._raw)
 
     def add(self, record: dict[str, Any]) -> None:
-        """One document: id, source, text, and messages of a dialogue."""
+        """Write one document: id, source, text, and the messages of a dialogue."""
         line = json.dumps(record, ensure_ascii=False)
         self._gzip.write(line.encode() + b"\n")
 
@@ -135,7 +135,7 @@ def _training_tokens(path: Path) -> int:
 
 
 def _placed(work: Path, n_parts: int) -> Iterator[_PlacedDocument]:
-    """All documents, each in its place."""
+    """All documents, in the order of the corpus."""
     dealt = sorted(range(n_parts), key=lambda number: xxhash.xxh3_64_intdigest(str(number).encode()))
     for first in range(0, n_parts, GROUP_PARTS):
         group = sorted(dealt[first : first + GROUP_PARTS])
@@ -146,7 +146,7 @@ def _placed_within(parts: list[EncodedPart]) -> Iterator[_PlacedDocument]:
     place = np.argsort(np.concatenate([part.order for part in parts]), kind="stable")
     part_of = np.concatenate([np.full(len(part.ids), number) for number, part in enumerate(parts)])[place]
     row_of = np.concatenate([np.arange(len(part.ids)) for part in parts])[place]
-    # As lists: an element of an array is slow to get.
+    # Converted to lists, because single elements of arrays are slow to read.
     starts, documents = ([getattr(part, name).tolist() for part in parts] for name in ("starts", "documents"))
     text_of = [(np.cumsum(part.documents[:, 2]) - 1).tolist() for part in parts]  # index into heldout
     for number, row in zip(part_of.tolist(), row_of.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""Second stage: train the sentencepiece model on a sample of the training documents."""
+"""The second step of a preparation: train a sentencepiece model on a sample of the training documents."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from pretrain.files import write_atomically
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 DEFAULT_VOCAB_SIZE = 16384
 SMALLEST_VOCAB_SIZE = 512
-# A vocabulary that is learned from less text has entries seen too rarely to train their embeddings.
+# With less text per entry, some entries would be too rare for their embeddings to be trained.
 SAMPLE_BYTES_PER_ENTRY = 256
-CJK_SHARE = 0.1  # from here on, the text counts as Chinese, Japanese or Korean
+CJK_SHARE = 0.1  # from this fraction on, the text counts as Chinese, Japanese or Korean
 # Twice the default width, so that a deep indentation or a long name in code can be one token.
 LONGEST_PIECE_CHARS = 32
-# Longer lines are cut for the trainer, which otherwise passes over them.
+# Longer lines are split, because the trainer would skip them.
 _LINE_CHARS = 2000
 _LINE_BYTES = 4 * _LINE_CHARS + 16
 _LINES = re.compile(r"[^\n]*\n+|[^\n]+")
@@ -36,7 +36,7 @@ _TOO_LOW = re.compile(r"smaller than required_chars\. *\d+ vs (\d+)", re.DOTALL)
 def train_tokenizer(config: TokenizerConfig, gathered: Gathered, work: Path, path: Path) -> None:
     """Train a model and write it to `path`. Raises ConfigError where the vocabulary does not fit the text.
 
-    One thread and no sampling inside sentencepiece: the same documents give the same bytes.
+    sentencepiece uses one thread and no sampling here, so the same documents give the same bytes.
     """
     coverage = config.character_coverage
     if coverage is None:
@@ -74,7 +74,7 @@ def _misfit(size: int, smallest: int | None, largest: int | None) -> str:
 
 
 def _bounds(message: str) -> tuple[int | None, int | None]:
-    """(smallest, largest) possible vocabulary that a complaint of the trainer names."""
+    """The smallest and largest possible vocabulary that an error message of the trainer names."""
     low, high = _TOO_LOW.search(message), _TOO_HIGH.search(message)
     return int(low.group(1)) if low else None, int(high.group(1)) if high else None
 
@@ -92,7 +92,7 @@ def _train(config: TokenizerConfig, vocab_size: int, coverage: float, lines: Ite
         bos_id=BOS_ID,
         eos_id=EOS_ID,
         pad_id=PAD_ID,
-        # Together these lose nothing: decode(encode(text)) == text.
+        # With these options nothing is lost: decode(encode(text)) == text.
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,
@@ -118,9 +118,9 @@ def _sample(gathered: Gathered, work: Path) -> Iterator[str]:
 
 
 def _trainer_lines(gathered: Gathered, work: Path) -> Iterator[str]:
-    """The sample, line by line, each with the newlines after it.
+    """The lines of the sample, each with the newlines that follow it.
 
-    The space at the end keeps the trainer from stripping them; it is a word of its own, and so in no piece.
+    A space at the end keeps the trainer from stripping these newlines. It is a separate word, so it enters no piece.
     """
     for text in _sample(gathered, work):
         for line in _LINES.findall(text):

@@ -1,7 +1,7 @@
-"""The output folder of a preparation: what it was made from, resuming, refusing, publishing.
+"""The output folder of a preparation: its recipe, resuming, refusing, and publishing.
 
-While a corpus is prepared, everything lies in OUTPUT/.work/<key>, where the key is a hash of the options
-and the input files. The finished corpus is moved into OUTPUT, manifest.json last.
+During a preparation, all files are in OUTPUT/.work/<key>, where the key is a hash of the options and the input files.
+The finished corpus is moved into OUTPUT, manifest.json last.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from data_tools.names import (
     STATISTICS_NAME,
     WORK_FOLDER,
 )
+from data_tools.reading.reader import expand_ranges
 from data_tools.reading.sources import PYTHON, InputFile
 from data_tools.report.schemas import read_recipe
 from pretrain.config import to_dict
@@ -47,23 +48,23 @@ PRODUCTS = (
     HELDOUT_FOLDER,
     SHARDS_FOLDER,
     MANIFEST_NAME,
-)  # manifest last
+)  # published in this order, so the manifest must stay last
 
-# Raised when the program begins to give other bytes for the same input.
+# To be raised with each change of the program that gives other bytes for the same input.
 PIPELINE_VERSION = 2
 
-# Options that change where or how fast, but nothing in the corpus. The input counts by its files.
+# Options that do not change the corpus. The input is represented by its files.
 _NOT_IN_KEY = ("input", "output", "overwrite", "workers", "max_bad_records", "card")
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All that decides the bytes of a corpus."""
+    """Everything that decides the bytes of a corpus."""
 
     options: dict[str, Any]
-    """Flat: `tokenizer.vocab_size` and so on."""
+    """Options by their full names, such as `tokenizer.vocab_size`."""
     input: dict[str, Any]
-    """Number of files, their size, and a hash of their names, sizes and times."""
+    """Number of input files, their total size, and a hash of their names, sizes and times."""
 
     @property
     def key(self) -> str:
@@ -71,7 +72,7 @@ class Recipe:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, other: Recipe) -> list[str]:
-        """What is otherwise in `other`, in words."""
+        """What differs in `other`, in words."""
         found = [
             f"{name} was {self.options.get(name)} and is {other.options.get(name)}"
             for name in sorted({*self.options, *other.options})
@@ -93,10 +94,10 @@ def make_recipe(config: PrepareConfig, files: list[InputFile], tokenizer_sha256:
             options.update({f"{name}.{inner}": inner_value for inner, inner_value in value.items()})
         else:
             options[name] = value
-    # The tokenizer counts, not where it lies, nor who told what is special in it.
+    # The content of the tokenizer counts, not its path, nor where its special tokens were stated.
     options["tokenizer.path"] = tokenizer_sha256
     del options["tokenizer.bos_token"], options["tokenizer.eos_token"]
-    # What is as it was before there was a choice is unsaid, as in recipes from before.
+    # Defaults that were once the only choice are left out, so that older recipes stay the same.
     if config.format is DocumentFormat.text:
         del options["format"]
     if config.max_record_bytes == RECORD_BYTES:
@@ -108,22 +109,22 @@ def make_recipe(config: PrepareConfig, files: list[InputFile], tokenizer_sha256:
 
 
 def check_places(config: PrepareConfig) -> None:
-    """Refuse an output that lies among the input, or the reverse. Raises ConfigError."""
+    """Refuse an output inside an input, or an input inside the output. Raises ConfigError."""
     output = Path(config.output).expanduser().resolve()
-    for entry in (entry for entry in config.input if entry != PYTHON):
+    for entry in (entry for entry in expand_ranges(config.input) if entry != PYTHON):
         source = Path(entry).expanduser().resolve()
         if output == source or source in output.parents or (output in source.parents and source.exists()):
             raise ConfigError(
-                f"output={config.output} and input={entry} lie within each other; choose another output"
+                f"output={config.output} and input={entry}: one lies inside the other; choose another output"
             )
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output={config.output} is a file; give a folder")
 
 
 def is_finished(output: Path, recipe: Recipe, overwrite: bool) -> bool:
-    """Whether `output` holds this very corpus already.
+    """Whether `output` holds the corpus of this recipe already.
 
-    Raises ConfigError where it holds another one and `overwrite` is not set, and where it holds
+    Raises ConfigError where it holds another corpus and `overwrite` is not set. Raises it also where it holds
     anything else, which is never overwritten.
     """
     finished = _recipe_in(output / REPORT_NAME, finished=True)
@@ -146,12 +147,12 @@ def is_finished(output: Path, recipe: Recipe, overwrite: bool) -> bool:
 
 
 def _has_results(folder: Path) -> bool:
-    """Whether a work folder holds anything that is worth keeping."""
+    """Whether a work folder holds results that are worth keeping."""
     return any(folder.glob("*.npz")) or (folder / CORPUS_FOLDER).exists()
 
 
 def _recipe_in(path: Path, *, finished: bool) -> Recipe | None:
-    """The recipe in a prepare.json; None where there is none, or another file."""
+    """The recipe in a prepare.json; None where the file does not exist or holds no recipe."""
     try:
         found = read_recipe(path, finished=finished)
     except ConfigError:
@@ -179,10 +180,9 @@ def _check_complete(output: Path) -> None:
 
 @contextmanager
 def locked(work: Path, busy: str) -> Iterator[None]:
-    """A work folder, made where it is missing, for one process at a time; `busy` is what the others are told.
+    """Lock a work folder for this process, and create it where it is missing. `busy` is the error of other processes.
 
-    Raises ConfigError, also where it is a link or holds one out of the output: what that leads to would be written
-    and removed.
+    Raises ConfigError, also for a link that leads out of the folder: its target would be written to and removed.
     """
     if work.is_symlink():
         raise ConfigError(f"{work} is a link; remove it")
@@ -197,7 +197,7 @@ def locked(work: Path, busy: str) -> Iterator[None]:
 
 
 def load_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
-    """The tokenizer in a folder, which must be the one of the corpus. Raises ConfigError."""
+    """The tokenizer in a folder. Raises ConfigError where it is not the tokenizer of the corpus."""
     tokenizer = Tokenizer(tokenizer_in(folder), manifest.tokenizer_sha256)
     if tokenizer.vocab_size != manifest.vocab_size:
         raise ConfigError(
@@ -209,7 +209,7 @@ def load_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
 
 @contextmanager
 def open_work(output: Path, recipe: Recipe) -> Iterator[Path]:
-    """The work folder of a recipe, for one process at a time; other recipes' work is removed.
+    """The locked work folder of a recipe. Work folders of other recipes are removed.
 
     Raises ConfigError where another process prepares into the same output.
     """
@@ -225,8 +225,8 @@ def open_work(output: Path, recipe: Recipe) -> Iterator[Path]:
         try:
             yield folder
         except ConfigError:
-            # The recipe is no good: another may take the place. What is done stays for the case that
-            # it is tried again with more bad records allowed.
+            # The recipe failed, so another one may take its place. Results are kept, because the same recipe may be
+            # tried again with more bad records allowed.
             (folder / REPORT_NAME).unlink()
             if not _has_results(folder):
                 remove_work(output)
@@ -242,8 +242,8 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def publish(corpus: Path, output: Path) -> None:
-    """Move a finished corpus into place and remove the work. Can be repeated where it was interrupted."""
-    if (corpus / REPORT_NAME).exists():  # the first to move: nothing of this corpus is in place yet
+    """Move a finished corpus into place and remove the work folder. May be repeated after an interruption."""
+    if (corpus / REPORT_NAME).exists():  # it moves first, so nothing of this corpus is in place yet
         for name in reversed(PRODUCTS):
             _remove(output / name)
     for name in PRODUCTS:
@@ -254,7 +254,7 @@ def publish(corpus: Path, output: Path) -> None:
 
 
 def remove_work(output: Path) -> None:
-    """Remove what a finished preparation has left."""
+    """Remove the work folder of a finished preparation."""
     shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""Between the first and the last phase of curation: find duplicates among all documents, and decide which are kept."""
+"""The middle phase of a curation: finds duplicates among all documents, and decides which of them are kept."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _LARGEST_SHOWN = 20
 
 @dataclass
 class CompareTask:
-    """One range of one table: pairs of documents with the same hash, or lines that too many documents hold."""
+    """Compares one range of one table: finds pairs of documents with equal hashes, or lines in too many documents."""
 
     dedup: DedupConfig
     layout: Layout
     n_ranks: int
     jobs: list[tuple[int, int, int]]
-    """Table, range, number of ranges."""
+    """Table, range and number of ranges of each task."""
 
     def run(self, rank: int, progress: Progress) -> None:
         table, part, parts = self.jobs[rank]
@@ -50,7 +50,7 @@ class CompareTask:
 
 
 def compare_task(dedup: DedupConfig, layout: Layout, n_ranks: int) -> tuple[CompareTask, int]:
-    """The phase over all tables in ranges, and the bytes that it reads."""
+    """The phase over all ranges of all tables, and the number of bytes that it reads."""
     jobs, n_rows = [], 0
     for table in range(n_tables(dedup) + 1):
         parts = n_ranges(layout.work, table, n_ranks)
@@ -63,7 +63,7 @@ def compare_task(dedup: DedupConfig, layout: Layout, n_ranks: int) -> tuple[Comp
 
 
 def decide(task: CompareTask) -> dict[str, Any]:
-    """Join the pairs to clusters and write what each task's last phase leaves out. Statistics of the clusters."""
+    """Join pairs to clusters, and write which documents the last phase removes. Returns statistics of the clusters."""
     layout, dedup = task.layout, task.dedup
     none = np.zeros((0, 2), dtype=np.uint64)
     found = {"exact": [none], "near": [none], "lines": [none]}
@@ -75,7 +75,7 @@ def decide(task: CompareTask) -> dict[str, Any]:
     documents, labels = components(np.concatenate((exact, near)))
     kept = choose_kept(labels, _source_ranks(documents, layout))
     removed = documents[~kept]
-    # Reason 0: some document has the very same text; 1: only alike.
+    # Reason 0: another document has exactly the same text; reason 1: another document has a similar text.
     reasons = np.where(np.isin(removed, exact), 0, 1).astype(np.uint64)
     tasks = removed >> np.uint64(32)
     for rank in range(task.n_ranks):
@@ -88,7 +88,7 @@ def decide(task: CompareTask) -> dict[str, Any]:
 
 
 def _source_ranks(documents: np.ndarray, layout: Layout) -> np.ndarray:
-    """int [documents]: the place of each document's source in the order of priority."""
+    """Priority of each document's source, the smallest first: int [documents]."""
     ranks = np.zeros(len(documents), dtype=np.int64)
     tasks = documents >> np.uint64(32)
     for rank in np.unique(tasks).tolist():

@@ -4,9 +4,9 @@ Near duplicates are found by MinHash (Broder, 1997) in bands (locality-sensitive
 have Jaccard similarity s share a band with probability 1 - (1 - s^r)^b. With b = 14 bands of r = 8 hashes, as FineWeb
 (Penedo et al., 2024), that is 0.92 at s = 0.8 and one half at s = 0.69.
 
-Every task of the first phase writes `Signatures` of its documents. Then each band, and the hash of the whole text, is
-compared by itself, in ranges of the hash, so that memory stays bounded; the pairs that were found are joined to
-clusters, and one document of each cluster is kept. A document is known as (task << 32 | its number in the task).
+Every task of the first phase writes the `Signatures` of its documents. Then each band, and the hash of the whole text,
+is compared separately, in ranges of the hash, which bounds the memory. The pairs that are found are joined to
+clusters, and one document of each cluster is kept. A document is identified by (task << 32 | its number in the task).
 """
 
 from __future__ import annotations
@@ -23,35 +23,38 @@ from pretrain.errors import ConfigError
 from pretrain.files import written_atomically
 
 EXACT = 0
-"""Number of the table of whole texts; those of the bands follow."""
+"""Number of the table of whole texts. The tables of the bands follow it."""
 _TOKEN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\W_\u3400-\u9fff\uf900-\ufaff]+")
 _HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio
 _RANGE_ROWS = 20_000_000
-"""Rows of a table that one task sorts at a time: about 1 GB."""
+"""Number of rows of a table that one task sorts at a time, which takes about 1 GB."""
 
 
 @dataclass(kw_only=True, slots=True)
 class DedupConfig:
-    """Which documents are duplicates, and which of them is kept."""
+    """Which documents are duplicates, and which one of them is kept."""
 
     exact: bool = True
-    """Texts that are equal but for white space."""
+    """Find texts that differ only in white space."""
     near: bool = True
-    """Texts that share most of their shingles."""
+    """Find texts that share most of their shingles (short runs of words)."""
     bands: int = 14
+    """Number of bands; more bands find more pairs, which are less similar."""
     band_hashes: int = 8
-    """Hashes per band: more find fewer pairs, which are more alike."""
+    """Hashes per band; more hashes find fewer pairs, which are more similar."""
     shingle_words: int = 5
+    """Words per shingle."""
     shingle_chars: int = 8
-    """Where most of a text is Chinese: five words have about eight characters."""
+    """Characters per shingle where most of a text is Chinese; five words have about eight characters."""
     priority: list[str] = field(default_factory=list)
-    """Sources whose documents are kept before those of later ones and of all others."""
+    """Sources in order of preference: of duplicates, the document of the earliest source in this list is kept."""
     repeated_lines: bool = True
-    """Lines that more than `max_line_documents` documents hold are removed from all but the first."""
+    """Remove lines that occur in more than `max_line_documents` documents from all of these but the first."""
     max_line_documents: int = 10
+    """Largest number of documents in which a line may occur."""
     min_line_chars: int = 40
-    """Shorter lines may repeat; a Chinese character counts for three."""
+    """Shorter lines may be repeated; a Chinese character counts as three."""
 
     def __post_init__(self) -> None:
         for name in ("bands", "band_hashes", "shingle_words", "shingle_chars", "max_line_documents"):
@@ -63,7 +66,7 @@ class DedupConfig:
 
 
 def exact_hash(text: str) -> int:
-    """xxh3-64 of a text, all runs of white space taken as one blank."""
+    """xxh3-64 of a text in which each run of white space counts as one blank."""
     return xxhash.xxh3_64_intdigest(" ".join(text.split()).encode())
 
 
@@ -73,7 +76,7 @@ def _word_hash(word: str) -> int:
 
 
 def shingles(text: str, config: DedupConfig) -> np.ndarray:
-    """uint64 hashes of the shingles of a text, each once; empty where it has too few words. Case does not count."""
+    """Distinct hashes (uint64) of the shingles of a text, ignoring case; empty where it has too few words."""
     words = _TOKEN.findall(text.lower())
     n_han = sum(len(word) == 1 and _HAN.match(word) is not None for word in words)
     width = config.shingle_chars if 2 * n_han > len(words) else config.shingle_words
@@ -81,7 +84,7 @@ def shingles(text: str, config: DedupConfig) -> np.ndarray:
         return np.zeros(0, dtype=np.uint64)
     hashes = np.fromiter(map(_word_hash, words), dtype=np.uint64, count=len(words))
     rolled = hashes[: len(hashes) - width + 1].copy()
-    for place in range(1, width):  # order counts: each step mixes what came before
+    for place in range(1, width):  # mix before each addition, so that the order of words counts
         rolled *= _MIX
         rolled ^= rolled >> np.uint64(29)
         rolled += hashes[place : len(hashes) - width + 1 + place]
@@ -90,16 +93,17 @@ def shingles(text: str, config: DedupConfig) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _permutations(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Multipliers (odd) and addends, uint64 [n], the same everywhere."""
+    """Odd multipliers and addends (uint64 [n]), the same on every machine."""
     seeds = (xxhash.xxh3_64_intdigest(f"minhash {kind} {i}".encode()) for kind in "ab" for i in range(n))
     drawn = np.fromiter(seeds, dtype=np.uint64, count=2 * n)
     return drawn[:n] | np.uint64(1), drawn[n:]
 
 
 def band_hashes(text: str, config: DedupConfig) -> np.ndarray | None:
-    """uint64 [bands]: documents that agree in one are near duplicates. None where a text is too short to tell.
+    """Hashes of the bands: uint64 [bands]. Documents with one hash in common are near duplicates.
 
-    Multiply-shift hashing (Dietzfelbinger et al., 1997) of the shingles; no modulus, so it is fast.
+    None where a text is too short. The shingles are hashed by multiply-shift (Dietzfelbinger et al., 1997), which
+    needs no modulus and so is fast.
     """
     found = shingles(text, config)
     if not len(found):
@@ -114,7 +118,7 @@ def band_hashes(text: str, config: DedupConfig) -> np.ndarray | None:
 
 
 def line_hashes(text: str, config: DedupConfig) -> list[tuple[int, str]]:
-    """(hash, line) of the lines that are long enough to be looked at; white space and case do not count."""
+    """(hash, line) of the lines that are long enough to be compared; white space and case do not count."""
     found = []
     for line in text.split("\n"):
         plain = " ".join(line.split()).lower()
@@ -135,7 +139,7 @@ class Signatures:
         self._lines: list[tuple[int, int]] = []
 
     def add(self, document: int, text: str) -> None:
-        """The next document that was kept so far; `document` is its number in the task."""
+        """Add the next document that the stages kept; `document` is its number in the task."""
         config = self._config
         if config.exact:
             self._tables[EXACT].append((exact_hash(text), document))
@@ -146,31 +150,31 @@ class Signatures:
             self._lines += [(value, document) for value in {value for value, _ in line_hashes(text, config)}]
 
     def write(self, folder: Path, rank: int) -> None:
-        """One .npy file per table, uint64 [documents, 2], there as a whole or not at all."""
+        """Write one .npy file per table (uint64 [documents, 2]), each atomically."""
         for number, rows in enumerate([*self._tables, self._lines]):
             table = np.array(rows, dtype=np.uint64).reshape(-1, 2)
             save_array(table_path(folder, number, rank), table[np.lexsort((table[:, 1], table[:, 0]))])
 
 
 def n_tables(config: DedupConfig) -> int:
-    """Tables in which equal hashes mean duplicates: the whole text and the bands. That of lines is one more."""
+    """Number of tables in which equal hashes mean duplicates: whole texts and bands, without the table of lines."""
     return 1 + (config.bands if config.near else 0)
 
 
 def table_path(folder: Path, table: int, rank: int) -> Path:
-    """Where a task's table lies."""
+    """Path of a table of a task."""
     return folder / f"table-{table:03d}" / f"{rank:05d}.npy"
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write one array, which is there as a whole or not at all, also after a power cut: its task may count as done."""
+    """Write one array atomically, and so that it survives a power cut: its task may already count as done."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_atomically(path, durable=True) as file:
         np.save(file, array, allow_pickle=False)
 
 
 def load_array(path: Path, *, mapped: bool = False) -> np.ndarray:
-    """What `save_array` wrote; `mapped`: read only where it is looked at."""
+    """Load what `save_array` wrote; with `mapped`, only the parts that are used are read."""
     return np.load(path, allow_pickle=False, mmap_mode="r" if mapped else None)
 
 
@@ -178,13 +182,13 @@ def load_array(path: Path, *, mapped: bool = False) -> np.ndarray:
 
 
 def n_ranges(folder: Path, table: int, n_ranks: int) -> int:
-    """Ranges of the hash in which a table is compared."""
+    """Number of ranges of the hash in which a table is compared."""
     rows = sum(len(load_array(table_path(folder, table, rank), mapped=True)) for rank in range(n_ranks))
     return max(1, -(-rows // _RANGE_ROWS))
 
 
 def read_range(folder: Path, table: int, n_ranks: int, part: int, parts: int) -> np.ndarray:
-    """uint64 [rows, 2]: (hash, document of all) of one range of the hash, sorted by both."""
+    """(hash, document) of all tasks in one range of the hash, sorted by both: uint64 [rows, 2]."""
     low, high = (part << 64) // parts, ((part + 1) << 64) // parts
     found = []
     for rank in range(n_ranks):
@@ -199,7 +203,7 @@ def read_range(folder: Path, table: int, n_ranks: int, part: int, parts: int) ->
 
 
 def pairs_in(rows: np.ndarray) -> np.ndarray:
-    """uint64 [pairs, 2]: of each run of equal hashes the first document with every other one."""
+    """Pairs of the first document of each run of equal hashes with every other one: uint64 [pairs, 2]."""
     if len(rows) < 2:
         return np.zeros((0, 2), dtype=np.uint64)
     begins = np.concatenate(([True], rows[1:, 0] != rows[:-1, 0]))
@@ -209,9 +213,10 @@ def pairs_in(rows: np.ndarray) -> np.ndarray:
 
 
 def components(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Documents that occur in pairs, sorted, and for each the index of the first document of its cluster.
+    """The documents that occur in pairs, sorted, and for each the index of the first document of its cluster.
 
-    Labels fall to the smallest of their neighbors and are then followed to their end, until nothing changes.
+    Each label is lowered to the smallest label among its neighbors, then replaced by the label of its label, until
+    nothing changes.
     """
     documents, flat = np.unique(pairs, return_inverse=True)
     left, right = flat.reshape(-1, 2).T
@@ -228,9 +233,9 @@ def components(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def choose_kept(labels: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-    """bool [documents]: kept, one of each cluster: that of the lowest rank, among equals the first.
+    """Whether each document is kept: bool [documents]. One per cluster is: the first of those with the lowest rank.
 
-    `ranks`: int [documents], the place of each document's source in the order of priority.
+    `ranks` is the priority of each document's source, the smallest first: int [documents].
     """
     order = np.lexsort((np.arange(len(labels)), ranks, labels))
     first = np.concatenate(([True], labels[order][1:] != labels[order][:-1])) if len(order) else []
@@ -240,7 +245,7 @@ def choose_kept(labels: np.ndarray, ranks: np.ndarray) -> np.ndarray:
 
 
 def repeated_lines_in(rows: np.ndarray, max_documents: int) -> np.ndarray:
-    """uint64 [lines, 2]: the lines that more documents hold, and the first document, which keeps it."""
+    """Lines in more than `max_documents` documents, each with the first one, which keeps it: uint64 [lines, 2]."""
     if not len(rows):
         return np.zeros((0, 2), dtype=np.uint64)
     begins = np.flatnonzero(np.concatenate(([True], rows[1:, 0] != rows[:-1, 0])))

@@ -1,10 +1,10 @@
 """Phases of curation on datatrove's executors: processes of this machine, Slurm array jobs, or Ray.
 
-A phase is a number of tasks, each a call `run(rank)` of one picklable object. A task writes its results under temporary
-names and renames them, so it may be killed and done again. datatrove marks finished tasks by their number only; the
-marks lie in a folder whose name the caller derives from everything that the results depend on.
+A phase consists of tasks, each a call `run(rank)` of one picklable object. A task writes its results under temporary
+names and renames them, so it may be killed and repeated. datatrove marks finished tasks by their numbers only, so the
+caller derives the name of the folder with the marks from everything that the results depend on.
 
-datatrove is imported here alone, and only when something is run.
+Only this module imports datatrove, and only when a phase is run.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class ExecutorKind(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class SlurmConfig:
-    """How datatrove's Slurm executor asks for nodes."""
+    """What datatrove's Slurm executor requests."""
 
     partition: str = "cpu"
     qos: str | None = None
     time_limit: str = "24:00:00"
-    """Of one task."""
+    """Time limit of one task."""
     cpus_per_task: int = 1
     memory_per_cpu_gib: int = 4
     sbatch_args: dict[str, str] = field(default_factory=dict)
-    """More sbatch options by their long names."""
+    """Further options of sbatch, by their long names."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,10 +59,10 @@ class ExecutorConfig:
 
     kind: ExecutorKind = ExecutorKind.local
     workers: int | None = None
-    """Tasks at a time; null: one per core of this machine, on Slurm and Ray as many as there are."""
+    """Number of tasks that run at a time; null: one per core of this machine, and on Slurm and Ray all of them."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     ray_address: str | None = None
-    """A running Ray cluster; null: one on this machine for as long as it takes."""
+    """Address of a running Ray cluster; null: start one on this machine and stop it at the end."""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
@@ -70,13 +70,13 @@ class ExecutorConfig:
 
 
 class Task(Protocol):
-    """What is done for each rank of a phase."""
+    """The work of a phase, called once for each rank."""
 
     def run(self, rank: int, progress: Progress) -> None: ...
 
 
 class Progress:
-    """Tells the process that waits how many bytes of its input a task has done."""
+    """Reports to the waiting process how many bytes of its input a task has done."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._bytes, self._written_at = path, 0, 0.0
@@ -93,7 +93,7 @@ class Progress:
             file.write(str(self._bytes).encode())
 
     def finish(self, total_bytes: int) -> None:
-        """The task is done, whatever the estimate of its bytes was."""
+        """Report that all bytes of the task are done, even where `total_bytes` was only an estimate."""
         self._bytes = total_bytes
 
 
@@ -112,10 +112,10 @@ class _Step:
 def run_phase(
     name: str, task: Task, n_tasks: int, folder: Path, config: ExecutorConfig, total_bytes: int
 ) -> None:
-    """Do all tasks of a phase that are not marked as done in `folder`; returns when all are.
+    """Run all tasks of a phase that are not marked as done in `folder`, and return when all of them are.
 
-    `total_bytes`: what all tasks together tell their `Progress`. Raises ConfigError as tasks raise it, and RunError
-    where a process dies or a job ends without its tasks done.
+    `total_bytes` is the sum that all tasks report to their `Progress`. Raises ConfigError where a task does, and
+    RunError where a process dies or a job ends before its tasks are done.
     """
     folder.mkdir(parents=True, exist_ok=True)
     executor = _executor(_Step(task, folder), n_tasks, folder, config)
@@ -127,14 +127,14 @@ def run_phase(
     left = executor.get_incomplete_ranks()
     if left:
         raise RunError(
-            f"{name}: {len(left)} of {n_tasks} tasks were not done (the first: {left[0]}); look into {folder}/logs, "
-            "then give the same command again, which does only what is missing"
+            f"{name}: {len(left)} of {n_tasks} tasks were not done (the first: {left[0]}); see {folder}/logs, "
+            "then run the same command again, which repeats only these tasks"
         )
 
 
 @contextmanager
 def _watched(folder: Path, shown: Any, done: set[int]) -> Iterator[None]:
-    """Show what the tasks tell."""
+    """Display the progress that the tasks report."""
 
     def told(ranks: set[int] | None = None) -> int:
         total = 0
@@ -144,7 +144,7 @@ def _watched(folder: Path, shown: Any, done: set[int]) -> Iterator[None]:
                     total += int(path.read_text())
         return total
 
-    for path in folder.glob("*.bytes"):  # of a task that was interrupted: it begins again
+    for path in folder.glob("*.bytes"):  # left by interrupted tasks, which begin again
         if int(path.stem) not in done:
             path.unlink()
     before = told(done)
@@ -175,7 +175,7 @@ def _executor(step: _Step, n_tasks: int, folder: Path, config: ExecutorConfig) -
         from loguru import logger
     except ImportError as error:
         raise ConfigError("curation needs datatrove: pip install 'pretrain[data]'") from error
-    logger.disable("datatrove")  # it prints every task; errors come as exceptions
+    logger.disable("datatrove")  # it logs every task; errors arrive as exceptions anyway
     common = {"pipeline": [step], "tasks": n_tasks, "logging_dir": str(folder), "skip_completed": True}
     workers = config.workers or -1
     match config.kind:
@@ -213,7 +213,7 @@ def _executor(step: _Step, n_tasks: int, folder: Path, config: ExecutorConfig) -
 
 
 def _environment(root: Path, binaries: Path) -> str:
-    """The shell line with which a Slurm job gets this project and its Python."""
+    """The shell line that makes this project and its Python available in a Slurm job."""
     root_word, path_word = shlex.quote(str(root)), shlex.quote(str(binaries))
     return f"export PATH={path_word}:$PATH PYTHONPATH={root_word}; cd {root_word}"
 
@@ -231,15 +231,15 @@ def _run(executor: Any, config: ExecutorConfig, name: str) -> None:
 
 
 def _start_ray(address: str | None) -> None:
-    """Be with a Ray cluster. Who can reach one can run code, so one that is started here is this machine's alone."""
+    """Connect to a Ray cluster, or start one. Whoever reaches a cluster can run code, so ours listens locally only."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     options: dict[str, Any] = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}, "log_to_driver": False}
     if address is None and "RAY_ADDRESS" not in os.environ:
         options["include_dashboard"] = False
-        # Read when ray is imported. With this alone all of its ports are at 127.0.0.1, on Linux as well: an address
-        # that is given to ray.init is the one that it tells, not the one at which it listens.
+        # Ray reads this when it is imported. It is the only way to bind all of its ports to 127.0.0.1 on Linux: the
+        # address that is passed to ray.init is only advertised, while Ray listens elsewhere.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray makes one for this user
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray generates a token for this user
     import ray
 
     if not ray.is_initialized():
@@ -247,8 +247,8 @@ def _start_ray(address: str | None) -> None:
 
 
 def _run_here(executor: Any, name: str) -> None:
-    """In place of datatrove's own pool, which waits for ever once a worker is killed."""
-    # Spawned: a fork of a process with threads may hang.
+    """Run tasks in processes here. datatrove's own pool would wait forever once a worker is killed."""
+    # Spawned, because a fork of a process with threads may hang.
     context = multiprocessing.get_context("spawn")
     ranks = executor.get_incomplete_ranks()
     with ProcessPoolExecutor(min(executor.workers, len(ranks)), mp_context=context) as pool:
@@ -258,8 +258,8 @@ def _run_here(executor: Any, name: str) -> None:
                 call.result()
         except BrokenProcessPool:
             raise RunError(
-                f"{name}: a process that does the work was killed, perhaps for lack of memory; with fewer "
-                "executor.workers each has more, and the same command goes on from here"
+                f"{name}: a worker process was killed, perhaps for lack of memory; run the same command again to "
+                "continue, perhaps with fewer executor.workers, so that each has more memory"
             ) from None
         finally:
             for call in calls:
@@ -274,7 +274,7 @@ def _run_rank(executor: Any, rank: int) -> None:
 
 
 def _wait_for_job(executor: Any) -> None:
-    """Until all tasks are done, or Slurm knows nothing of the job any more."""
+    """Wait until all tasks are done, or until Slurm no longer knows the job."""
     while executor.get_incomplete_ranks():
         time.sleep(POLL_S)
         listed = subprocess.run(
@@ -284,5 +284,5 @@ def _wait_for_job(executor: Any) -> None:
         )
         unknown = listed.returncode != 0 and "Invalid job id" in listed.stderr
         if unknown or (listed.returncode == 0 and not listed.stdout.strip()):
-            time.sleep(POLL_S)  # the last marks may still be on their way through a shared file system
+            time.sleep(POLL_S)  # a shared file system may show the last marks late
             return

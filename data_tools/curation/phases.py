@@ -1,9 +1,9 @@
-"""The stages that a text goes through before it becomes tokens, and the first and last phase of that.
+"""The first and the last phase of a curation, and the stages that they run.
 
-First phase, one task per unit of input: read, then the stages in their order. What is dropped goes to
-`rejected/<stage>/NNNNN.jsonl.gz` with its reason; what is kept to the work folder, with the hashes that find
-duplicates.
-Last phase, one task per unit again: what duplicates and repeated lines are left out of the kept text.
+The first phase has one task per unit of input. It reads documents and runs the stages in their order. Dropped
+documents go to `rejected/<stage>/NNNNN.jsonl.gz` with their reasons; kept ones go to the work folder, with the hashes
+that find duplicates.
+The last phase has one task per unit again. It removes duplicates and repeated lines from the kept documents.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from pretrain.errors import ConfigError
 from pretrain.files import read_capped, written_atomically
 from pretrain.stored import parse
 
-# Placeholders of personal data would hide what an evaluation set shares, so they come last.
+# pii comes last: its placeholders would hide text that is shared with an evaluation set.
 STAGES = ("normalize", "language", "boilerplate", "quality", "harm", "decontaminate", "pii")
 READ, DECONTAMINATE, DEDUP = "read", "decontaminate", "dedup"
 
 
 @dataclass(kw_only=True, slots=True)
 class CurationConfig:
-    """Which stages there are, and the rules of each."""
+    """The stages to run, and the rules of each."""
 
     stages: list[str] = field(default_factory=lambda: list(STAGES))
-    """Of normalize, language, boilerplate, quality, harm, decontaminate, pii; they run in this order."""
+    """Stages to run: normalize, language, boilerplate, quality, harm, decontaminate, pii, always in this order."""
     normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     boilerplate: BoilerplateConfig = field(default_factory=BoilerplateConfig)
@@ -55,7 +55,7 @@ class CurationConfig:
     pii: PiiConfig = field(default_factory=PiiConfig)
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
-    """Runs last, over all documents."""
+    """Removal of duplicates, which runs last, over all documents."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.stages if name not in STAGES]
@@ -66,7 +66,7 @@ class CurationConfig:
 
 
 def build_stages(config: CurationConfig, index: Path) -> list[Stage]:
-    """The stages in their order. `index`: where that of the evaluation sets lies."""
+    """The configured stages in their order. `index` is the path of the index of the evaluation sets."""
     builders: dict[str, Callable[[], Stage]] = {
         "normalize": lambda: NormalizeStage(config.normalize),
         "language": lambda: LanguageStage(config.language),
@@ -84,30 +84,34 @@ def build_stages(config: CurationConfig, index: Path) -> list[Stage]:
 
 @dataclass
 class Tally:
-    """Counts of one task, or of all; documents and UTF-8 bytes."""
+    """Counts of documents and UTF-8 bytes, of one task or of all."""
 
     read: Counter[str] = field(default_factory=Counter)
-    """Documents by source."""
+    """Documents that were read, by source."""
     read_bytes: Counter[str] = field(default_factory=Counter)
+    """Bytes that were read, by source."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Documents by `stage/reason`."""
+    """Dropped documents, by `stage/reason`."""
     dropped_bytes: Counter[str] = field(default_factory=Counter)
+    """Bytes of dropped documents as they were read, by `stage/reason`."""
     dropped_of: Counter[str] = field(default_factory=Counter)
-    """Documents by `source/stage`."""
+    """Dropped documents, by `source/stage`."""
     kept: Counter[str] = field(default_factory=Counter)
-    """Documents by source."""
+    """Kept documents, by source."""
     kept_bytes: Counter[str] = field(default_factory=Counter)
+    """Bytes of kept documents, by source."""
     languages: Counter[str] = field(default_factory=Counter)
-    """Kept documents."""
+    """Kept documents, by language."""
     language_bytes: Counter[str] = field(default_factory=Counter)
+    """Bytes of kept documents, by language."""
     lengths: Counter[str] = field(default_factory=Counter)
-    """Kept documents by the power of two of their characters."""
+    """Kept documents, by the number of bits of their length in characters."""
     counts: Counter[str] = field(default_factory=Counter)
-    """What stages did within texts."""
+    """Changes that stages made to texts, by `stage.what`."""
     contaminated: Counter[str] = field(default_factory=Counter)
-    """Documents that share text with an evaluation set, by set; those that were dropped for it included."""
+    """Documents that share text with an evaluation set, dropped or not, by set."""
     licenses: Counter[str] = field(default_factory=Counter)
-    """Kept documents by `source/license`."""
+    """Kept documents, by `source/license`."""
 
     def drop(self, record: Record, stage: str, reason: str, n_bytes: int) -> None:
         self.dropped[f"{stage}/{reason}"] += 1
@@ -131,13 +135,13 @@ class Tally:
 
     @classmethod
     def of_file(cls, path: Path) -> Tally:
-        """What `to_json` wrote. Raises ConfigError."""
+        """Read what `to_json` returned from a file. Raises ConfigError."""
         return parse(cls, read_capped(path, MAX_REPORT_BYTES), str(path), "a tally", MAX_REPORT_VALUES)
 
 
 @contextmanager
 def _written(path: Path) -> Iterator[BinaryIO | Gzipped]:
-    """A file that is there as a whole or not at all; compressed where its name says so, always to the same bytes."""
+    """Write a file atomically, compressed where its name ends with .gz; the same content gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_atomically(path, durable=True) as raw:
         if path.suffix == ".gz":
@@ -149,7 +153,7 @@ def _written(path: Path) -> Iterator[BinaryIO | Gzipped]:
 
 
 class _Rejects:
-    """Files of dropped documents, one per stage, made when the first one comes."""
+    """Files of dropped documents, one per stage, each created with its first document."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder, self._rank = folder, rank
@@ -188,7 +192,7 @@ def to_line(record: Record) -> bytes:
 
 
 def from_line(line: bytes) -> Record:
-    """The inverse."""
+    """The inverse of `to_line`."""
     value = json.loads(line)
     return Record(**value)
 
@@ -198,7 +202,7 @@ def from_line(line: bytes) -> Record:
 
 @dataclass
 class Layout:
-    """Where the files of a curation lie, below its work folder."""
+    """Paths of the files of a curation in its work folder."""
 
     work: Path
 
@@ -218,7 +222,7 @@ class Layout:
         return self.work / "documents" / f"part-{rank:05d}.jsonl"
 
     def digest(self, phase: str, rank: int) -> Path:
-        """Bytes and sha256 of the texts that the first phase read, or of the file that the last one wrote."""
+        """File with bytes and sha256 of the texts that the first phase read, or of the file that the last one wrote."""
         return self.work / "digest" / phase / f"{rank:05d}.json"
 
     @property
@@ -236,7 +240,7 @@ class Layout:
 
 @dataclass
 class CleanTask:
-    """First phase: the stages over one unit of input."""
+    """First phase: run the stages over one unit of input."""
 
     units: list[Unit]
     read: ReadConfig
@@ -248,7 +252,7 @@ class CleanTask:
         signatures, tally = Signatures(self.curation.dedup), Tally()
         rejects = _Rejects(
             self.layout.rejected, rank
-        )  # on the disk as they come: they may be most of what there is
+        )  # written to disk at once, because most of the documents may be dropped
         order = {name: place for place, name in enumerate(self.curation.dedup.priority)}
         source_ranks: list[int] = []
         texts = hashlib.sha256()
@@ -297,7 +301,7 @@ class CleanTask:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file that is there as a whole or not at all."""
+    """Write a JSON file atomically."""
     with _written(path) as file:
         file.write(json.dumps(value, ensure_ascii=False, indent=1).encode() + b"\n")
 
@@ -309,7 +313,7 @@ REASONS = ("exact_duplicate", "near_duplicate", "only_repeated_lines")
 
 @dataclass
 class FilterTask:
-    """Last phase: what is left of one unit's documents without duplicates and repeated lines."""
+    """Last phase: write the documents of one unit without duplicates and repeated lines."""
 
     curation: CurationConfig
     layout: Layout
@@ -343,7 +347,7 @@ class FilterTask:
         write_json(self.layout.tally("filter", rank), tally.to_json())
 
     def _without_lines(self, record: Record, repeated: np.ndarray, document: int) -> bool:
-        """Take out the lines that repeat, but in the first document that has them; whether nothing is left."""
+        """Remove repeated lines, unless this document is the first that has them. Returns whether nothing is left."""
         if not len(repeated) or not self.curation.dedup.repeated_lines:
             return False
         found = line_hashes(record.text, self.curation.dedup)

@@ -1,6 +1,6 @@
-"""Messages of Arrow streams, whose headers are looked at before pyarrow takes the memory that they ask for.
+"""Checks the messages of an Arrow stream before pyarrow allocates the memory that their headers ask for.
 
-Raises OSError and ValueError alone.
+Raises only OSError and ValueError.
 """
 
 from __future__ import annotations
@@ -21,18 +21,22 @@ _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
 
 @dataclass(slots=True)
 class _Body:
-    """What a message says of the bytes behind it."""
+    """What the header of a message says about its body."""
 
     kind: int = 0
+    """Type of the message, as in Arrow's Message.fbs."""
     n_bytes: int = 0
+    """Size of the body."""
     n_rows: int = 0
+    """Number of rows of a batch."""
     is_packed: bool = False
+    """Whether the buffers are compressed."""
     buffers: Sequence[tuple[int, int]] = ()
-    """Place and size of each."""
+    """Offset and size of each buffer in the body."""
 
 
 class Messages(io.RawIOBase):
-    """An Arrow stream of which a message is let through once its header has been looked at."""
+    """An Arrow stream that passes a message on only after its header has been checked."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw
@@ -45,7 +49,7 @@ class Messages(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """As of a file; at most one of the parts of a message, which is how pyarrow asks for them."""
+        """Read like a file, but at most one part of a message per call, which is how pyarrow reads."""
         if not self._left:
             self._left = self._message()
         part = self._left.pop(0)
@@ -79,7 +83,7 @@ class Messages(io.RawIOBase):
 
 
 def check_message(body: _Body, content: bytes) -> None:
-    """Refuse a message that would take much more memory than it has bytes. Raises ValueError."""
+    """Refuse a message that would take far more memory than it has bytes. Raises ValueError."""
     if body.kind not in (_DICTIONARY_BATCH, _RECORD_BATCH):
         return
     check_values("a message", len(content), body.n_rows)
@@ -93,7 +97,7 @@ def check_message(body: _Body, content: bytes) -> None:
 
 
 def read_message(metadata: bytes) -> _Body:
-    """What the header of an Arrow message says, a flatbuffer. Raises ValueError where it is none."""
+    """Parse the header of an Arrow message, a flatbuffer. Raises ValueError where it is broken."""
     try:
         message = _Table(metadata, struct.unpack_from("<I", metadata)[0])
         body = _Body(kind=message.number(1, "<B"), n_bytes=message.number(3, "<q"))
@@ -110,7 +114,7 @@ def read_message(metadata: bytes) -> _Body:
 
 
 class _Table:
-    """A table of a flatbuffer. Raises struct.error where it leads out of the data."""
+    """A table of a flatbuffer. Raises struct.error or IndexError where it points outside of the data."""
 
     def __init__(self, data: bytes, at: int) -> None:
         self._data, self._at = data, at

@@ -1,7 +1,6 @@
-"""Lines of files that strangers made: every one bounded in size before memory is taken for it.
+"""Decompression and lines of untrusted files: each line is bounded in size before memory is taken for it.
 
-Raises OSError and ValueError alone. What a line means, and how a bad one is named, is up to the two modules that read
-documents: `units.py` for a curation, and `sources.py` for a preparation.
+Raises only OSError and ValueError. `reader.py` turns lines into records.
 """
 
 from __future__ import annotations
@@ -20,51 +19,51 @@ from pretrain.errors import ConfigError
 from pretrain.stored import has_more_values
 
 BOMB_FREE_BYTES = 16 << 20
-"""Small files may be of any ratio: a page of blanks is no attack."""
+"""Up to this many unpacked bytes, any ratio is allowed: a page of blanks is no attack."""
 BROKEN = (OSError, EOFError, zlib.error)
-"""What reading a file that ends too early, or is no archive, raises."""
+"""What is raised by reading a file that ends too early or is no archive."""
 
 PACKED_RATIO = 32
-"""Unpacked bytes per packed byte of one block beyond BOMB_FREE_BYTES: text is never packed as tightly."""
+"""Largest number of unpacked bytes per packed byte of one block above BOMB_FREE_BYTES; text never packs so tightly."""
 BLOCK_BYTES = 1 << 30
-"""Unpacked bytes of one block, however many it has packed."""
+"""Largest number of unpacked bytes of one block, whatever its packed size."""
 
 _BUFFER_BYTES = 1 << 20
-# More values than bytes are no text.
+# Above this number, a block with more values than bytes is not text.
 _FREE_VALUES = 1 << 20
-# zstd can make 32 MB of 1 KB: what is unpacked at once stays bounded.
+# Packed bytes per call: zstd can turn 1 KB into 32 MB, so this bounds what one call unpacks.
 _ZST_BYTES = 1024
-# The largest window that the zstd command takes unasked.
+# The largest window that the zstd command accepts by default.
 _ZST_WINDOW_BYTES = 128 << 20
 _MANY_VALUES = 500_000
-# Shorter lines cost little, whatever they hold.
+# Values are counted only in longer JSON: shorter JSON takes little memory, whatever it holds.
 _COUNTED_LINE_BYTES = 1 << 20
 
 
 class TooManyValuesError(ValueError):
-    """A line of JSON would take much more memory than it has bytes."""
+    """A piece of JSON would take far more memory than it has bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What one file of a stranger may cost."""
+    """Limits on what reading one untrusted file may cost."""
 
     record_bytes: int = RECORD_BYTES
-    """Decoded bytes of one record (a line, a text, a row, a page), and of rows that are decoded together."""
+    """Decoded bytes of one record (a line, text, row, page or sample), and of rows that are decoded together."""
     ratio: int = 200
-    """Unpacked bytes per packed byte, beyond BOMB_FREE_BYTES."""
+    """Unpacked bytes per packed byte, above BOMB_FREE_BYTES."""
     unpacked_bytes: int = 64 << 30
     """Unpacked bytes of one file."""
 
 
 def check_unpacked(what: str, packed_bytes: int, unpacked_bytes: int) -> None:
-    """Refuse what takes much more memory than it has bytes. Raises ValueError."""
+    """Refuse a block that would take far more memory than it has bytes. Raises ValueError."""
     if unpacked_bytes > min(BLOCK_BYTES, max(BOMB_FREE_BYTES, PACKED_RATIO * packed_bytes)):
         raise ValueError(f"{what} of {packed_bytes:,} bytes unpacks to {unpacked_bytes:,}")
 
 
 def check_values(what: str, packed_bytes: int, n_values: int) -> None:
-    """Refuse more values than bytes. Raises ValueError."""
+    """Refuse a block with more values than bytes. Raises ValueError."""
     if n_values > max(_FREE_VALUES, packed_bytes):
         raise ValueError(f"{what} of {packed_bytes:,} bytes holds {n_values:,} values")
 
@@ -73,12 +72,12 @@ def check_values(what: str, packed_bytes: int, n_values: int) -> None:
 
 
 def unpacked(raw: IO[bytes], suffix: str, bounds: Bounds) -> IO[bytes]:
-    """The bytes of a file whose name ends with `suffix`, a piece at a time: what comes before a break is not lost."""
+    """The unpacked bytes of a file whose name ends with `suffix`, unpacked piece by piece up to a break."""
     suffix = suffix.lower()
     if suffix.endswith(".zst"):
         return io.BufferedReader(_Unpacker(raw, _unzstd(raw), bounds), _BUFFER_BYTES)
     is_gzip = suffix.endswith(".gz")
-    if suffix.endswith(".warc"):  # compressed ones are common under this name
+    if suffix.endswith(".warc"):  # often compressed in spite of the name
         is_gzip = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
     if is_gzip:
@@ -90,7 +89,7 @@ def unpacked(raw: IO[bytes], suffix: str, bounds: Bounds) -> IO[bytes]:
 
 
 class _Unpacker(io.RawIOBase):
-    """Pieces of bytes as a file, with bounds on how much they may be. Raises OSError beyond them."""
+    """Unpacked pieces as a file, within the bounds. Raises OSError beyond them."""
 
     def __init__(self, packed: IO[bytes], pieces: Iterator[bytes], bounds: Bounds) -> None:
         self._packed, self._pieces, self._bounds = packed, pieces, bounds
@@ -107,7 +106,7 @@ class _Unpacker(io.RawIOBase):
             except (
                 EOFError,
                 zlib.error,
-            ) as error:  # readers of archives take the first for the end of a whole file
+            ) as error:  # callers would take EOFError for the regular end of the file
                 raise OSError(str(error)) from error
             self._size_bytes += len(self._left)
             ratio, most = self._bounds.ratio, self._bounds.unpacked_bytes
@@ -152,37 +151,45 @@ class Line:
 
     def __init__(self, number: int, begin: int, content: bytes | None, end: int) -> None:
         self.number = number
-        """From 1."""
+        """Number of the line in what is read, from 1."""
         self.begin, self.end = begin, end
-        """Places in the unpacked bytes."""
+        """Offsets in the unpacked file: the line's first byte, and the byte behind its end."""
         self.content = content
-        """None where the line is longer than allowed."""
+        """The bytes of the line; None where it is longer than allowed."""
 
     def json(self) -> Any:
-        """What the line says; its bytes are given up, so that they and their text are not in memory together.
+        """The value that the line holds. Its bytes are given up for it. Raises ValueError."""
+        return parse_json(self._give_up())
 
-        Raises ValueError, of which UnicodeDecodeError is one.
-        """
+    def _give_up(self) -> bytes:
         assert self.content is not None
         content, self.content = self.content, b""
-        if len(content) > _COUNTED_LINE_BYTES and has_more_values(content, _MANY_VALUES):
-            raise TooManyValuesError(f"holds more than {_MANY_VALUES:,} values")
-        text = content.decode("utf-8-sig")
-        del content
-        try:
-            return json.loads(text)
-        except RecursionError:
-            raise ValueError("its brackets are nested too deep") from None
+        return content
+
+
+def parse_json(content: bytes) -> Any:
+    """A JSON value of bounded cost. Raises ValueError, of which UnicodeDecodeError is one.
+
+    Where the caller keeps no reference to `content`, the bytes and their text are not in memory together.
+    """
+    if len(content) > _COUNTED_LINE_BYTES and has_more_values(content, _MANY_VALUES):
+        raise TooManyValuesError(f"holds more than {_MANY_VALUES:,} values")
+    text = content.decode("utf-8-sig")
+    del content
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deep") from None
 
 
 def lines(file: IO[bytes], max_bytes: int, start: int = 0, stop: int = sys.maxsize) -> Iterator[Line]:
-    """Lines that begin in a stretch of a file; blank ones are passed over, though they count.
+    """The lines that begin in [start, stop) of a file. Blank lines are counted but not returned.
 
-    Raises OSError where the file cannot be read on.
+    Raises OSError where the rest of the file cannot be read.
     """
     at, number = start, 0
     try:
-        if at:  # the line that reaches into the stretch belongs to the one before
+        if at:  # a line that reaches into this range belongs to the range before
             file.seek(at - 1)
             at += _skip_line(file, stop - at + 1) - 1
         while at < stop and (content := file.readline(max_bytes + 1)):
@@ -201,7 +208,7 @@ def lines(file: IO[bytes], max_bytes: int, start: int = 0, stop: int = sys.maxsi
 
 
 def _skip_line(file: IO[bytes], max_bytes: int) -> int:
-    """Bytes to the end of the line, or `max_bytes` of them."""
+    """Skip to the end of the line, at most `max_bytes`. Returns the number of bytes that were skipped."""
     skipped = 0
     while skipped < max_bytes:
         part = file.readline(min(_BUFFER_BYTES, max_bytes - skipped))

@@ -1,9 +1,9 @@
-"""Rows of Parquet and Arrow files that strangers made, bounded in size before they are decoded.
+"""Reads rows of untrusted Parquet and Arrow files, whose size is bounded before they are decoded.
 
-pyarrow takes the memory that a file asks for, and a few hundred bytes can ask for terabytes: by dictionaries whose
-values are repeated, by compressed pages and buffers, by counts that nothing stands behind. So the headers that it will
-go by are read first, here: those of every page of a Parquet column, and those of every message of an Arrow stream.
-What the metadata of a file claims about sizes is not believed. Raises OSError and ValueError alone.
+pyarrow allocates what a file asks for, and a few hundred bytes can ask for terabytes: through dictionaries with
+repeated values, compressed pages and buffers, or false counts. So this module first reads the headers that pyarrow
+will rely on: those of every page of a Parquet column, and of every message of an Arrow stream. Sizes in the metadata
+of a file are not trusted. Raises only OSError and ValueError.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ _DELTAS = {DELTA_LENGTH_BYTE_ARRAY, DELTA_BYTE_ARRAY}
 
 
 class Row(NamedTuple):
-    """One row, from the first of what was asked for."""
+    """One row of a table."""
 
     fields: dict[str, Any] | None
+    """Values by column; None where the row is bad."""
     problem: str = ""
-    """What is wrong with it, where it has no fields."""
+    """What is wrong with a bad row."""
 
 
 @contextmanager
 def _arrow_errors() -> Iterator[None]:
-    """Whatever pyarrow raises on a broken file, as a ValueError of one line."""
+    """Turn whatever pyarrow raises on a broken file into a ValueError with one line of text."""
     import pyarrow
 
     try:
@@ -61,24 +62,24 @@ def is_text(kind: Any) -> bool:
 
 
 def _is_name(kind: Any) -> bool:
-    """Whether a column of this type holds what can be an id: text or whole numbers."""
+    """Whether a column of this type can hold ids: text or integers."""
     from pyarrow import types
 
     return is_text(kind) or types.is_integer(kind.value_type if types.is_dictionary(kind) else kind)
 
 
 def name_columns(schema: Any, names: Sequence[str]) -> list[str]:
-    """Those of the names that are columns of text or whole numbers."""
+    """The names that are columns of text or integers."""
     return [name for name in dict.fromkeys(names) if name in schema.names and _is_name(kind_of(schema, name))]
 
 
 def kind_of(schema: Any, name: str) -> Any:
-    """The type of a column, which is there: the first one of that name, since a file may have several."""
+    """The type of an existing column. Where a file has several of that name, the first one counts."""
     return schema.field(schema.names.index(name)).type
 
 
 def _decoded_bytes(array: Any) -> int:
-    """About the memory that the values of an array take once each is a value of its own."""
+    """Approximate memory of an array once its values are decoded, without sharing between equal values."""
     import pyarrow
     from pyarrow import compute
 
@@ -98,7 +99,7 @@ def _decoded_bytes(array: Any) -> int:
 
 
 def _rows(batches: Iterator[Any], packed_bytes: Iterator[int], bounds: Bounds) -> Iterator[Row]:
-    """Rows of batches; `packed_bytes` gives, for each of them, how much of the file has been read."""
+    """The rows of batches; `packed_bytes` yields, for each batch, the number of bytes read from the file so far."""
     decoded_bytes = 0
     for batch, packed in zip(batches, packed_bytes, strict=False):
         size = sum(map(_decoded_bytes, batch.columns))
@@ -162,13 +163,13 @@ class ParquetFile:
         )
 
     def rows(self, group: int, columns: list[str], most_rows: int, bounds: Bounds) -> Iterator[Row]:
-        """The rows of a row group, decoded `most_rows` or fewer at a time. Raises OSError and ValueError."""
+        """The rows of a row group, at most `most_rows` decoded at a time. Raises OSError and ValueError."""
         leaves = [i for i, path in enumerate(self._leaves) if any(_is_below(path, name) for name in columns)]
         with _arrow_errors():
             pages = {leaf: self._pages(group, leaf) for leaf in leaves}
             packed_bytes = sum(page.packed_bytes for leaf in pages.values() for page in leaf)
             unpacked_bytes = sum(page.unpacked_bytes for leaf in pages.values() for page in leaf)
-            # A row may hold very many values of a list; each is a number in the dictionary until it is a text.
+            # One row may hold a very long list, so its texts stay dictionary indices until they have been counted.
             nested = [i for i in leaves if self._file.schema.column(i).max_repetition_level]
             ratio = min(bounds.ratio, PACKED_RATIO) if nested else bounds.ratio
             if unpacked_bytes > max(BOMB_FREE_BYTES, ratio * packed_bytes):
@@ -180,7 +181,7 @@ class ParquetFile:
             yield from _rows(batches, iter(lambda: packed_bytes, None), bounds)
 
     def _pages(self, group: int, leaf: int) -> list[Page]:
-        """The headers of a column's pages, where pyarrow will find them."""
+        """The headers of a column's pages, at the places where pyarrow will look for them."""
         chunk = self.groups[group].chunks[leaf]
         pages = list(read_pages(self._raw, chunk))
         column = self._file.schema.column(leaf)
@@ -192,9 +193,9 @@ class ParquetFile:
         return pages
 
     def _numbered(self, leaves: list[int], pages: dict[int, list[Page]]) -> list[str]:
-        """The paths of those leaves whose texts can stay numbers in a dictionary.
+        """The paths of the leaves whose texts can stay indices into a dictionary.
 
-        Raises ValueError where the texts of others could be far more than they have bytes.
+        Raises ValueError where the texts of another leaf could take far more memory than it has bytes.
         """
         numbered = []
         for leaf in leaves:
@@ -217,15 +218,15 @@ class ParquetFile:
 
 
 def _is_below(path: str, name: str) -> bool:
-    """Whether a leaf's path is that of a column, or of a part of it."""
+    """Whether the path of a leaf is a column, or a part of it."""
     return path == name or path.startswith(f"{name}.")
 
 
 def _batch_rows(leaves: list[list[Page]], most_rows: int, bounds: Bounds) -> int:
-    """Rows that can be decoded together: even where every value is the largest that its pages can hold."""
+    """Number of rows that fit the bound together even if each value is the largest that its pages can hold."""
     row_bytes = 0
     for pages in leaves:
-        # The values of other pages are all there: rows of many pages take no more than these have bytes.
+        # The values of all other pages are stored one by one, so their rows take no more than the pages' bytes.
         repeated = (page.unpacked_bytes for page in pages if page.is_dictionary or page.n_values < most_rows)
         row_bytes += max(repeated, default=0)
     return max(1, min(most_rows, bounds.record_bytes // max(1, row_bytes)))
@@ -235,7 +236,7 @@ def _batch_rows(leaves: list[list[Page]], most_rows: int, bounds: Bounds) -> int
 
 
 class ArrowStream:
-    """An open Arrow file of the stream format, as Hugging Face datasets are saved. Raises OSError and ValueError."""
+    """An open Arrow file in the stream format, as Hugging Face saves datasets. Raises OSError and ValueError."""
 
     def __init__(self, raw: IO[bytes], bounds: Bounds) -> None:
         from pyarrow import ipc
@@ -259,11 +260,11 @@ class ArrowStream:
 
 
 def _validated(batch: Any) -> Any:
-    """A batch whose numbers lead nowhere outside of its memory. Raises ValueError."""
+    """A batch, after a check that its offsets and indices stay within its memory. Raises ValueError."""
     import pyarrow
 
     for column in batch.columns:
-        # Text that is no UTF-8 is no danger, and told row by row.
+        # Text that is not UTF-8 is harmless here, and is reported row by row.
         if pyarrow.types.is_string(column.type):
             column = column.view(pyarrow.binary())
         elif pyarrow.types.is_large_string(column.type):

@@ -1,7 +1,7 @@
-"""Dialogues as input (`format=chat`): what a record may look like, and the text that stands for one on the way.
+"""Dialogues as input (`format=chat`): the forms of a record, and the text that represents a dialogue.
 
-On the way a dialogue is a text like any other: compact JSON, [[role, content], ...]. Its hash finds duplicates of the
-whole dialogue and fixes its place.
+During preparation a dialogue is a text like any other: compact JSON, [[role, content], ...]. The hash of this text
+finds duplicates of the whole dialogue and decides its position.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pretrain.corpus.chat import ASSISTANT, ROLES, USER, Message
 MESSAGES = "messages"
 PAIRS = (("prompt", "response"), ("instruction", "output"))
 PAIR_INPUT = "input"
-"""What the user gives with an instruction, in a paragraph of its own."""
+"""Optional input that follows an instruction, in a paragraph of its own."""
 FIELDS = (MESSAGES, *(name for pair in PAIRS for name in pair), PAIR_INPUT)
 NEEDED = "messages, prompt and response, or instruction and output"
 
 
 class NoDialogueError(ValueError):
-    """A record is no dialogue. The text says what is wrong, after the name of the record."""
+    """A record is not a dialogue. The message continues a sentence that begins with the record's name."""
 
 
 def parse(record: dict[str, Any]) -> list[Message]:
-    """The dialogue of a record, its contents cleaned, blank ones left out. Raises NoDialogueError."""
+    """The dialogue of a record, with cleaned contents and without blank turns. Raises NoDialogueError."""
     if record.get(MESSAGES) is not None:
         found = _messages(record[MESSAGES])
     else:
@@ -68,12 +68,12 @@ def _pair(record: dict[str, Any]) -> list[Message]:
 
 
 def has_answer(messages: list[Message]) -> bool:
-    """Whether there is anything to learn."""
+    """Whether the assistant says anything, so that there is something to learn."""
     return any(message.role == ASSISTANT for message in messages)
 
 
 def dump(messages: list[Message]) -> str:
-    """The text that stands for a dialogue; equal for equal dialogues only."""
+    """The text that represents a dialogue; only equal dialogues have equal texts."""
     return json.dumps(messages, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -83,5 +83,5 @@ def load(text: str) -> list[Message]:
 
 
 def plain(messages: list[Message]) -> str:
-    """The contents line by line: what is counted as the dialogue's text."""
+    """The contents, one after another: what counts as the text of the dialogue."""
     return "\n".join(message.content for message in messages)

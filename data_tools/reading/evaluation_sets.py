@@ -1,4 +1,4 @@
-"""The texts of evaluation sets, which are not to be in a corpus."""
+"""Reads the texts of evaluation sets, which must not be in a corpus."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Main text of web pages, read in a process that may die: parsers of HTML are C code, and strangers write the pages.
+"""Extracts the main text of web pages in a separate process, because HTML parsers are C code and pages are untrusted.
 
-The process has a bound on its memory, and on the processor time of each page. It is started at the first page, and
-again after a page that ended it; that page is a bad record.
+The process has limits on its memory and on the processor time of each page. It is started at the first page, and again
+after a page that ended it; that page is a bad record.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from pathlib import Path
 from typing import IO, Any
 
 HTTP_HEADER_BYTES = 256 << 10
-"""An HTTP header beyond it is that of no page."""
+"""Largest size of an HTTP header; a response with a larger one is not read as a page."""
 
 PAGE_CPU_S = 20
-"""Processor time of one page at most: it depends less than a clock on what else a machine does."""
+"""Limit on the processor time of one page, which depends less on the load of the machine than a clock does."""
 
 _ROOT = Path(__file__).resolve().parents[2]
 _DATA_BYTES = 1 << 30
 _MANY_TAGS = 250_000
-# A tag of n attributes takes time in the square of n to parse: 60,000 of them take 20 s, 2,000 take 20 ms.
+# Parsing a tag takes time quadratic in its number of attributes: 60,000 take 20 s, 2,000 take 20 ms.
 _MANY_ATTRIBUTES = 2000
 _LONG_TAG_BYTES = 2 * _MANY_ATTRIBUTES
-# Scripts, styles and comments are matched too, as what holds no tags.
+# Scripts, styles and comments are matched too, because they contain no tags.
 _TAG = re.compile(
     rb"""<(?:(script|style)\b[^>]*+>.*?(?:</\1|\Z)
           |!--.*?(?:-->|\Z)
@@ -42,7 +42,7 @@ _TAG = re.compile(
 )
 _VALUE = re.compile(rb"""=\s*+(?:"[^"]*+"|'[^']*+'|[^\s>"']*+)""")
 _META_CHARSET = re.compile(rb"<meta[^>]{1,200}charset\s*=\s*[\"']?\s*([\w-]{3,20})", re.I)
-# Those of the web (WHATWG), by Python's names. Others, such as punycode, are no charsets of pages, and slow.
+# The encodings of the web (WHATWG), by Python's names. Others, such as punycode, are never used by pages and are slow.
 _CHARSETS = frozenset(
     """
     ascii utf-8 utf-8-sig utf-16 utf-16-le utf-16-be utf-32 big5 big5hkscs cp949 cp950 cp932 euc_jp euc_kr gb18030
@@ -56,7 +56,7 @@ _PROBLEM, _TEXT = b"!", b" "
 
 
 class PageReader:
-    """The process that reads pages."""
+    """Handle of the process that reads pages."""
 
     def __init__(self, page_cpu_s: int = PAGE_CPU_S) -> None:
         self._page_cpu_s = page_cpu_s
@@ -85,7 +85,7 @@ class PageReader:
         return subprocess.Popen(command, **pipes, env={**os.environ, "PYTHONPATH": path})
 
     def _ended(self) -> str:
-        """Why a page has ended the process."""
+        """The reason why a page ended the process."""
         code = self.close()
         if code == -signal.SIGPROF:
             return f"is a page that takes more than {self._page_cpu_s} s to read"
@@ -104,14 +104,14 @@ class PageReader:
 
 @functools.cache
 def page_reader() -> PageReader:
-    """The one of this process."""
+    """The page reader of this process."""
     reader = PageReader()
     atexit.register(reader.close)
     return reader
 
 
 def write_frame(file: IO[bytes] | None, content: bytes) -> None:
-    """Bytes with their number before them."""
+    """Write bytes, preceded by their number."""
     assert file is not None
     file.write(struct.pack("<Q", len(content)))
     file.write(content)
@@ -119,7 +119,7 @@ def write_frame(file: IO[bytes] | None, content: bytes) -> None:
 
 
 def read_frame(file: IO[bytes] | None) -> bytes:
-    """The inverse. Raises EOFError where there is no more."""
+    """Read what `write_frame` wrote. Raises EOFError at the end of the file."""
     assert file is not None
     head = file.read(8)
     if len(head) < 8:
@@ -135,7 +135,7 @@ def read_frame(file: IO[bytes] | None) -> bytes:
 
 
 def read_answer(answer: bytes, max_bytes: int) -> str:
-    """The main text of an HTTP answer with a page. Raises ValueError, which says what is wrong with the page."""
+    """The main text of an HTTP response with a page. Raises ValueError that says what is wrong with the page."""
     stream = io.BytesIO(answer)
     headers = http_headers(stream)
     html = _content(headers, stream).read(max_bytes + 1)
@@ -145,13 +145,11 @@ def read_answer(answer: bytes, max_bytes: int) -> str:
 
 
 def http_headers(stream: IO[bytes]) -> Any:
-    """Status and headers of an HTTP answer; the stream is at its content then. None where it is none."""
+    """Status and headers of an HTTP response, read up to its content; None where it is no response."""
     from warcio.statusandheaders import StatusAndHeadersParser
 
     try:
-        return StatusAndHeadersParser([], verify=False).parse(
-            stream
-        )  # of any version, 2 and 3 are written as well
+        return StatusAndHeadersParser([], verify=False).parse(stream)  # of any version: 2 and 3 occur too
     except EOFError:
         return None
 
@@ -167,17 +165,17 @@ def _content(headers: Any, stream: IO[bytes]) -> Any:
 
 
 def main_text(html: bytes, content_type: str | None) -> str:
-    """Main text of a page; empty where it has none, or where it is beyond what the extractor can parse.
+    """The main text of a page; empty where it has none, or where the extractor cannot parse it.
 
-    Each page by itself: no removal of repetitions, which would depend on the pages before. Raises ValueError where a
-    page is made to be slow.
+    Pages are read independently of each other, so repeated text is not removed. Raises ValueError for a page that is
+    made to be slow.
     """
     from trafilatura import extract
 
     _check_tags(html)
     try:
         text = extract(_decoded(html, content_type), include_comments=False, deduplicate=False)
-    except Exception:  # pages of strangers make parsers fail in any way; one page is no reason to stop
+    except Exception:  # untrusted pages make parsers fail in any way, and one page is no reason to stop
         return ""
     return text or ""
 
@@ -194,9 +192,9 @@ def _check_tags(html: bytes) -> None:
 
 
 def _decoded(html: bytes, content_type: str | None) -> str:
-    """By the charset that the header or the page names, else UTF-8, else GB 18030, else Windows-1252.
+    """Decode by the charset that the header or the page names, else as UTF-8, GB 18030 or Windows-1252.
 
-    No statistical guess: those depend on what is installed.
+    There is no statistical guess, because that would depend on the installed packages.
     """
     header = re.search(r"charset\s*=\s*[\"']?([\w-]+)", content_type or "", re.I)
     meta = _META_CHARSET.search(html[:4096])
@@ -220,7 +218,7 @@ def _is_charset(name: str) -> bool:
 def serve(requests: IO[bytes], replies: IO[bytes], page_cpu_s: int) -> None:
     """Read pages until there are no more."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks is told, and closes the pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and closes the pipe
     resource.setrlimit(resource.RLIMIT_DATA, (_DATA_BYTES, _DATA_BYTES))
     while True:
         try:
@@ -228,7 +226,7 @@ def serve(requests: IO[bytes], replies: IO[bytes], page_cpu_s: int) -> None:
         except EOFError:
             return
         [max_bytes] = struct.unpack_from("<Q", request)
-        # The kernel ends the process, which code in C cannot prevent.
+        # The kernel ends the process at this limit, which C code cannot prevent.
         signal.setitimer(signal.ITIMER_PROF, page_cpu_s)
         try:
             reply = _TEXT + read_answer(request[8:], max_bytes).encode("utf-8", "surrogatepass")
@@ -241,5 +239,5 @@ def serve(requests: IO[bytes], replies: IO[bytes], page_cpu_s: int) -> None:
 def main(page_cpu_s: int) -> None:
     """Read pages from stdin."""
     with os.fdopen(os.dup(1), "wb") as replies:
-        os.dup2(2, 1)  # nothing that a library prints is taken for a reply
+        os.dup2(2, 1)  # so that nothing printed by a library is taken for a reply
         serve(sys.stdin.buffer, replies, page_cpu_s)

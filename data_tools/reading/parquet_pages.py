@@ -1,8 +1,8 @@
-"""What a Parquet file says of its columns and their pages, and so how much memory pyarrow will take for each.
+"""Reads the headers of a Parquet file's columns and pages, which decide how much memory pyarrow takes for each.
 
-pyarrow tells a part of it too, but ends the process where a column's metadata is broken.
+pyarrow reports a part of them too, but ends the process where the metadata of a column is broken.
 
-They are in Thrift's compact protocol. Raises OSError and ValueError alone.
+The headers are in Thrift's compact protocol. Raises only OSError and ValueError.
 """
 
 from __future__ import annotations
@@ -16,18 +16,24 @@ from data_tools.reading.bounded import check_unpacked, check_values
 
 
 class Page(NamedTuple):
-    """What the header of a page says."""
+    """The header of a page."""
 
     kind: int
+    """Type of the page, as in parquet.thrift."""
     at: int
-    """Where the page begins in the file, behind its header."""
+    """Offset of the page in the file, behind its header."""
     packed_bytes: int
+    """Size of the page in the file."""
     unpacked_bytes: int
+    """Size of the page once it is unpacked."""
     n_values: int
+    """Number of values."""
     encodings: tuple[int, ...]
+    """Encodings of the values and the levels, as in parquet.thrift."""
     levels_bytes: int
-    """Of a data page of version 2: the bytes before its values, which are never packed."""
+    """Bytes before the values of a data page of version 2, which are never packed."""
     is_packed: bool
+    """Whether the values are compressed."""
 
     @property
     def is_dictionary(self) -> bool:
@@ -36,7 +42,7 @@ class Page(NamedTuple):
 
 _DICTIONARY_PAGE, _DATA_PAGE_V2 = 2, 3
 DELTA_LENGTH_BYTE_ARRAY, DELTA_BYTE_ARRAY = 6, 7
-# What pyarrow allows for files of old writers, whose chunks are longer than they say.
+# Extra bytes that pyarrow allows, because chunks of old writers are longer than they state.
 _PADDING_BYTES = 100
 _PAGE_HEADER_BYTES = 1 << 20
 _FIRST_HEADER_BYTES = 1 << 10
@@ -53,21 +59,28 @@ class Chunk(NamedTuple):
     """A column of a row group."""
 
     start: int
+    """Offset of its first page in the file."""
     n_bytes: int
+    """Size of its pages in the file."""
     n_values: int
+    """Number of values that the metadata states."""
     codec: int
+    """Compression, as in parquet.thrift."""
 
 
 class Group(NamedTuple):
-    """A row group, as the file claims it to be."""
+    """A row group, as the metadata of the file states it."""
 
     n_rows: int
+    """Number of rows."""
     n_bytes: int
+    """Size of the row group."""
     chunks: list[Chunk]
+    """Its columns."""
 
 
 def read_footer(raw: IO[bytes]) -> list[Group]:
-    """The row groups of a file. Raises ValueError where it is none."""
+    """The row groups of a file. Raises ValueError where it is not a Parquet file."""
     size_bytes = raw.seek(0, os.SEEK_END)
     if size_bytes < 12:
         raise ValueError(f"it has {size_bytes} bytes, and is no Parquet file")
@@ -110,7 +123,7 @@ def _number(fields: dict[int, Any], key: int) -> int:
 def read_pages(raw: IO[bytes], chunk: Chunk) -> Iterator[Page]:
     """The headers of the pages of a column in a row group.
 
-    Raises ValueError where one does not hold what it says, or asks for too much.
+    Raises ValueError where a header is false, or asks for too much memory.
     """
     size_bytes = raw.seek(0, os.SEEK_END)
     start, chunk_bytes, n_values, _ = chunk
@@ -137,7 +150,7 @@ def read_pages(raw: IO[bytes], chunk: Chunk) -> Iterator[Page]:
 
 
 def _page_header(raw: IO[bytes], at: int) -> tuple[dict[int, Any], int]:
-    """The fields of the header that begins here, and its size."""
+    """The fields of the header at this offset, and its size."""
     wanted = _FIRST_HEADER_BYTES
     while True:
         raw.seek(at)
@@ -173,10 +186,10 @@ def _page_of(header: dict[int, Any], at: int) -> Page:
 
 
 def delta_bytes(raw: IO[bytes], page: Page, codec: int, n_levels: int) -> int:
-    """Decoded bytes of a page whose texts have their lengths, and what they share, packed as differences.
+    """Decoded bytes of a page whose texts have delta-encoded lengths and prefixes.
 
-    100 bytes can hold half a billion lengths, or a long text many times. `n_levels`: how many kinds of levels stand
-    before the values. Raises ValueError, also where there are more lengths than values.
+    100 bytes can hold half a billion lengths, or repeat a long text many times. `n_levels` is the number of kinds of
+    levels before the values. Raises ValueError, also where there are more lengths than values.
     """
     raw.seek(page.at)
     data = raw.read(page.packed_bytes)
@@ -192,7 +205,7 @@ def delta_bytes(raw: IO[bytes], page: Page, codec: int, n_levels: int) -> int:
                 at += 4 + struct.unpack_from("<I", values, at)[0]
         at, total = _lengths(values, at, page.n_values)
         if DELTA_BYTE_ARRAY in page.encodings:
-            # The first were of what a text shares with the one before it, these are of its rest.
+            # The first lengths were those of prefixes shared with the text before, these are of the rest.
             at, rest = _lengths(values, at, page.n_values)
             total += rest
         return total
@@ -211,9 +224,9 @@ def _unpacked(data: bytes, unpacked_bytes: int, codec: int) -> bytes:
 
 
 def _lengths(data: bytes, at: int, n_values: int) -> tuple[int, int]:
-    """The end of a number of lengths (DELTA_BINARY_PACKED), and their sum.
+    """The end of a list of lengths (DELTA_BINARY_PACKED), and their sum.
 
-    Raises ValueError where they are more than the values, or negative.
+    Raises ValueError where there are more lengths than values, or a negative one.
     """
     reader = _Thrift(data, at)  # the numbers are written in the same way
     block_values, n_parts, count = reader.varint(), reader.varint(), reader.varint()
@@ -250,9 +263,10 @@ _DEPTH = 16
 
 
 def read_thrift(data: bytes) -> tuple[dict[int, Any], int]:
-    """A struct in Thrift's compact protocol, by field, and its size: its numbers, flags, structs and lists of structs.
+    """A struct in Thrift's compact protocol, as values by field number, and its size.
 
-    Raises EOFError where the data ends within it, and ValueError where it is none.
+    Only numbers, flags, structs and lists of structs are returned. Raises EOFError where the data ends within it, and
+    ValueError where it is broken.
     """
     reader = _Thrift(data)
     fields = reader.struct(0)
@@ -274,11 +288,11 @@ class _Thrift:
         return fields
 
     def _value(self, kind: int, depth: int) -> Any:
-        """A whole number, a flag, a struct or a list of structs; None for anything else, which is passed over."""
+        """An integer, a flag, a struct or a list of structs; None for anything else, which is skipped."""
         if depth > _DEPTH:
             raise ValueError("a header is nested too deep")
         match kind:
-            case 1 | 2:  # true and false, which are told by the kind
+            case 1 | 2:  # true and false, which the type itself states
                 return kind == 1
             case 3:
                 return self._byte()
@@ -302,7 +316,7 @@ class _Thrift:
         return None
 
     def _item(self, kind: int, depth: int) -> None:
-        if kind in (1, 2):  # within a list, they have a byte each
+        if kind in (1, 2):  # inside a list, they take one byte each
             self.skip(1)
         else:
             self._value(kind, depth)

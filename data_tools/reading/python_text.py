@@ -1,7 +1,7 @@
-"""Text that every machine has: the code and documentation of the Python on it.
+"""Text that every machine has: the code and documentation of its Python installation.
 
-The standard library and every installed package, each under the license that its metadata states.
-Which text that is depends on the machine; its order does not.
+This is the standard library and every installed package, each under the license that its metadata states. The machine
+decides which files there are, but not their order.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 SUFFIXES = {".py", ".pyi", ".rst", ".md", ".txt"}
 STDLIB_SOURCE = "python-stdlib"
 STDLIB_LICENSE = "PSF-2.0"
-_LONGEST_LICENSE_NAME = 100  # beyond it, the field holds the license's whole text
+_LONGEST_LICENSE_NAME = 100  # a longer field holds the whole text of the license
 
 
 @dataclass(frozen=True, slots=True)
 class PythonFile:
-    """One file; `name` is the package's name and the path within it."""
+    """One file; `name` is the name of the package and the path inside it."""
 
     name: str
     path: Path
@@ -37,7 +37,7 @@ class PythonFile:
 
 
 def python_files(max_bytes: int | None, max_file_bytes: int) -> list[PythonFile]:
-    """All files, or an even choice of `max_bytes` of them, ordered by name; none is longer than `max_file_bytes`."""
+    """All files of at most `max_file_bytes`, ordered by name; with `max_bytes`, an even selection of that size."""
     found = [*_stdlib_files(), *_package_files()]
     found = [file for file in found if 0 < file.size_bytes <= max_file_bytes]
     if max_bytes is not None:
@@ -87,7 +87,7 @@ def _file(source: str, relative: str, path: Path, license: str) -> PythonFile:
 
 
 def distribution_license(metadata: PackageMetadata) -> str:
-    """What a package's metadata says: License-Expression, else License, else its classifiers."""
+    """The license that a package's metadata states: License-Expression, else License, else its classifiers."""
     for field in ("License-Expression", "License"):
         license = (metadata.get_all(field) or [""])[0].strip()
         if (

@@ -1,6 +1,6 @@
-"""Pages of WARC files, the archives of web crawls: one record after another, every one bounded in size.
+"""Reads WARC files, the archives of web crawls, record by record; each record is bounded in size.
 
-Raises OSError and ValueError alone. What a page says is told by data_tools.reading.pages.
+Raises only OSError and ValueError. `pages.py` extracts the text of a page.
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ class Page(NamedTuple):
     """One page of an archive."""
 
     number: int
-    """Of its record, from 0."""
+    """Number of its record in the file, from 0."""
     url: str | None
+    """Address of the page, where the record states it."""
     text: str
-    """Empty where it has none."""
+    """Main text; empty where the page has none."""
     problem: str | None
-    """What is wrong with it."""
+    """What is wrong with the page; None where nothing is."""
 
 
 @dataclass(slots=True)
 class WarcRecord:
-    """The header of a record; its content is what comes next in the file."""
+    """The header of a record, whose content follows in the file."""
 
     fields: dict[str, str]
-    """By name in lower case; the first of each counts."""
+    """Header fields by their names in lower case; of repeated fields, the first counts."""
     n_bytes: int
+    """Size of the content."""
 
     @property
     def url(self) -> str | None:
@@ -48,12 +50,12 @@ class WarcRecord:
 
 
 def pages(file: IO[bytes], max_bytes: int) -> Iterator[Page]:
-    """The HTML pages of a WARC file: what was answered to requests, with the status 200.
+    """The HTML pages of a WARC file: responses with the status 200.
 
-    Nothing more comes after a record at which the file cannot be read on.
+    Where the file cannot be read any further, the last page names the problem.
     """
     try:
-        import trafilatura  # noqa: F401 - a missing package is told at once, not at the first page
+        import trafilatura  # noqa: F401 - so that a missing package is reported now, not at the first page
         import warcio  # noqa: F401
     except ImportError as error:
         raise ConfigError(
@@ -128,7 +130,7 @@ def _most(max_bytes: int) -> int:
 
 
 def _block(file: IO[bytes], record: WarcRecord, max_bytes: int) -> bytes | None:
-    """The content of a record that is a page, cut where it is too long; None of any other, which is passed over."""
+    """The content of a record that is a page, cut off where it is too long; None for others, which are skipped."""
     left, block = record.n_bytes, b""
     if record.fields.get("warc-type") == "response" and (record.url or "").startswith(("http:", "https:")):
         block = file.read(min(left, HTTP_HEADER_BYTES))

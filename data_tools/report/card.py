@@ -1,4 +1,4 @@
-"""What a person reads of a finished corpus: its card, and its sources as a table."""
+"""Describes a finished corpus for people: its card, and a table of its sources."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ HEADERS = ("source", "documents", "tokens", "text MB", "bytes per token", "licen
 
 
 def source_rows(manifest: Manifest, limit: int | None = None) -> list[tuple[str, ...]]:
-    """One row per source that has documents, largest first, and one for all of them.
+    """One row per source that has documents, largest first, and one row for all of them.
 
-    With `limit`, sources beyond it share one row.
+    With `limit`, further sources share one row.
     """
     sources = sorted((s for s in manifest.sources if s.documents), key=lambda s: (-s.tokens, s.name))
     shown, others = sources[:limit], sources[limit:] if limit is not None else []
@@ -43,9 +43,9 @@ def _row(name: str, sources: Sequence[CorpusSource], license: str) -> tuple[str,
 
 
 def describe(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write README.md, croissant.json and plots of the corpus in `folder`, where its manifest and statistics lie.
+    """Write README.md, croissant.json and the plots of the corpus in `folder`, which holds its manifest and statistics.
 
-    `report`: the content of prepare.json.
+    `report` is the content of prepare.json.
     """
     manifest = load_manifest(folder / MANIFEST_NAME)
     held = folder / HELDOUT_FOLDER / MANIFEST_NAME

@@ -1,8 +1,8 @@
-"""croissant.json: the corpus as dataset search engines and loaders know datasets (MLCommons Croissant 1.0).
+"""Writes croissant.json, which describes the corpus to dataset search engines and loaders (MLCommons Croissant 1.0).
 
 Format: https://docs.mlcommons.org/croissant/docs/croissant-spec-1.0.html. Files are named relative to croissant.json,
-since a corpus has no address of its own. What nobody stated (a creator, a date) is left out. There is no record set of
-the training documents: of a file set that lies in several archives, mlcroissant 1.1 reads the last one only.
+since a corpus has no address of its own. Facts that nobody stated (a creator, a date) are left out. There is no record
+set of the training documents, because mlcroissant 1.1 reads only the last archive of a file set.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pretrain.corpus.shards import SHARDS_FOLDER
 from pretrain.printing import visible
 
 CONFORMS_TO = "http://mlcommons.org/croissant/1.0"
-# The terms of version 1.0, as its specification prints them; validators compare this to the letter.
+# The terms of version 1.0, copied from its specification, because validators compare them literally.
 _TERMS = (
     "citeAs column equivalentProperty extract field fileProperty fileObject fileSet format includes isLiveDataset "
     "jsonPath key md5 parentField path recordSet references regex repeated replace separator source subField "
@@ -52,7 +52,7 @@ _TEXT_FIELDS = (("id", "id of the document"), ("source", "where it comes from"),
 def croissant(
     manifest: Manifest, folder: Path, stated: Mapping[str, str | None], name: str, description: str
 ) -> bytes:
-    """The content of croissant.json for the corpus in `folder`. `stated`: creator and date_published, or None."""
+    """The content of croissant.json for the corpus in `folder`. `stated` has creator and date_published, or None."""
     licenses = sorted({source.license for source in manifest.sources if source.documents})
     value: dict[str, Any] = {
         "@context": _CONTEXT,
@@ -71,14 +71,14 @@ def croissant(
     value["distribution"] = _distribution(manifest, folder, has_text)
     value["recordSet"] = [_shards(), *([_texts()] if has_text else [])]
     text = visible(json.dumps(value, indent=1, ensure_ascii=False) + "\n", keep="\n")
-    # Such descriptions are put into the pages of catalogs; within JSON these escapes are the same text.
+    # Catalogs embed this file in web pages, where these signs could end the script; in JSON, escapes mean the same.
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return text.encode()
 
 
 def _citation(manifest: Manifest, stated: Mapping[str, str | None], name: str) -> str:
-    """BibTeX; the root hash says which corpus is meant."""
+    """A citation in BibTeX, which identifies the corpus by its root hash."""
     fields = [f"title={{{_bibtex(name)}}}"]
     if stated["creator"] is not None:
         fields.append(f"author={{{{{_bibtex(stated['creator'])}}}}}")
@@ -89,7 +89,7 @@ def _citation(manifest: Manifest, stated: Mapping[str, str | None], name: str) -
 
 
 def _bibtex(text: str) -> str:
-    """Text within braces, without what ends them or is a command of TeX."""
+    """Text for use inside braces, without signs that would end them or begin a TeX command."""
     return re.sub(r"[{}\\]", "", " ".join(text.split()))
 
 

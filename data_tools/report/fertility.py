@@ -1,4 +1,4 @@
-"""How well a tokenizer fits text: bytes per token, tokens per word, what it has no entry for, what it loses."""
+"""Measures how well a tokenizer fits text: bytes per token, tokens per word, missing entries, lost text."""
 
 from __future__ import annotations
 
@@ -28,20 +28,23 @@ class Fit:
     """Totals over documents."""
 
     documents: int = 0
+    """Number of documents."""
     bytes: int = 0
+    """UTF-8 bytes of their text."""
     characters: int = 0
-    """White space aside."""
+    """Characters without white space."""
     cjk_characters: int = 0
-    """Chinese, Japanese or Korean ones."""
+    """Chinese, Japanese or Korean characters."""
     words: int = 0
-    """Between white space; of no use for Chinese."""
+    """Words between white space, which mean nothing for Chinese."""
     tokens: int = 0
+    """Number of tokens."""
     byte_tokens: int = 0
-    """Tokens that stand for bytes: their character has no entry, or none for all of it."""
+    """Tokens that stand for single bytes of characters that have no entry of their own."""
     unk_tokens: int = 0
-    """Tokens that stand for what cannot be written."""
+    """Unknown tokens, whose text is lost."""
     returned: int = 0
-    """Documents that come back from their tokens as they were."""
+    """Documents whose text is the same after encoding and decoding."""
 
     def add(self, other: Fit) -> None:
         for name, value in asdict(other).items():
@@ -62,9 +65,10 @@ class Fit:
 def measure(
     tokenizer: Tokenizer, documents: Iterable[tuple[str, str]]
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """By script (`cjk`: most characters are Chinese, Japanese or Korean; else `other`), and by language.
+    """Fit by script (`cjk`: most characters are Chinese, Japanese or Korean; else `other`), and by language.
 
-    `documents` are (text, language), language empty where it is not known; the first SAMPLE_BYTES of them count.
+    `documents` yields (text, language); the language is empty where it is not known. Only the first SAMPLE_BYTES are
+    measured.
     """
     scripts: dict[str, Fit] = {}
     languages: dict[str, Fit] = {}
@@ -105,7 +109,7 @@ def heldout_texts(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def heldout_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The documents in heldout/documents.jsonl.gz. Raises ConfigError where it is none of them."""
+    """The documents in heldout/documents.jsonl.gz. Raises ConfigError where the file is broken."""
     try:
         with open_regular(path) as raw, gzip.GzipFile(fileobj=raw) as lines:
             while line := lines.readline(MAX_RECORD_BYTES + 1):
@@ -150,7 +154,7 @@ def _sentence(fit: dict[str, Any], is_cjk: bool) -> str:
         f"{fit['byte_token_frac']:.2%} of the tokens are bytes of characters",
         f"{fit.get('unk_frac', 0):.2%} unknown",
     ]
-    lost = fit["documents"] - fit.get("returned", fit["documents"])  # corpora of earlier versions do not say
+    lost = fit["documents"] - fit.get("returned", fit["documents"])  # not recorded by earlier versions
     if lost:
         parts.append(f"{lost:,} documents do not come back from their tokens as they were")
     return ", ".join(parts) + f" ({fit['documents']:,} documents)"

@@ -1,4 +1,4 @@
-"""How many documents each stage took and left: the funnel of a preparation and of a curation, as tables."""
+"""The funnel of a preparation or curation: how many documents each stage received and kept, as tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_tools.report.schemas import read_curation_report
 from data_tools.tables import plain_table, shown
 
 DOCUMENTS, REPORT = "documents", "report.json"
-"""In the folder of a curation: the text, and what was done."""
+"""Names in the folder of a curation: the folder of its text, and its report."""
 _SHOWN = 12
 
 
@@ -20,21 +20,25 @@ class Funnel:
     """How many documents came in, and what became of them."""
 
     read: int = 0
+    """Documents that were read, bad ones included."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """By reason: bad_record, not_utf8, too_short, too_long, duplicate; no_answer of dialogues."""
+    """Dropped documents by reason: bad_record, not_utf8, too_short, too_long, duplicate; for dialogues, no_answer."""
     kept: int = 0
+    """Documents that were kept, held-out ones included."""
     kept_bytes: int = 0
+    """UTF-8 bytes of the kept documents."""
     heldout: int = 0
+    """Kept documents that are held out of training."""
 
     def drop(self, reason: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The counts as a dictionary, for JSON."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The funnel as a text of few lines."""
+        """The funnel as a few lines of text."""
         lines = [f"{self.read:>12,} documents read"]
         lines += [
             f"{-count:>12,} {reason.replace('_', ' ')}" for reason, count in sorted(self.dropped.items())
@@ -46,7 +50,7 @@ class Funnel:
 
 
 def curations_of(inputs: Iterable[str]) -> list[tuple[str, dict[str, Any]]]:
-    """Those of a preparation's inputs that are curated text: where, and their reports."""
+    """Paths and reports of those inputs of a preparation that are curated text."""
     found = []
     for entry in inputs:
         folder = Path(entry).expanduser().resolve()
@@ -61,17 +65,21 @@ class StageCounts:
     """What a stage did with the documents that came to it."""
 
     stage: str
+    """Name of the stage."""
     documents_in: int
+    """Documents that it received."""
     documents_out: int
+    """Documents that it kept."""
     bytes_in: int
+    """UTF-8 bytes of the received documents, as they were read."""
     bytes_out: int
-    """UTF-8 bytes of these documents as they were read; stages change the text too."""
+    """UTF-8 bytes of the kept documents, as they were read: stages may change the text."""
     dropped: dict[str, int]
-    """Documents by reason, most frequent first."""
+    """Dropped documents by reason, the most frequent first."""
 
 
 def stage_counts(report: Mapping[str, Any]) -> list[StageCounts]:
-    """Of a curation's report: what was read, then each stage in its order, and `dedup` last."""
+    """Counts from the report of a curation: reading, then each stage in order, and `dedup` last."""
     tally = report["tally"]
     left, left_bytes = sum(tally["read"].values()), sum(tally["read_bytes"].values())
     bad = dict(_of_stage(tally["dropped"], "read"))
@@ -90,7 +98,7 @@ def _of_stage(counts: Mapping[str, int], stage: str) -> list[tuple[str, int]]:
 
 
 def funnel_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """One row per stage in its order: documents that came in, were dropped and why, and are left."""
+    """One row per stage, in order: documents that are left and were dropped, bytes, and reasons."""
     read, *stages = stage_counts(report)
     rows: list[tuple[str, ...]] = [("read", f"{read.documents_out:,}", "", f"{read.bytes_out / 1e6:.1f}", "")]
     for counts in stages:
@@ -102,7 +110,7 @@ def funnel_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def funnel_table(report: Mapping[str, Any]) -> str:
-    """Funnel, languages and sources, as aligned text."""
+    """Funnel, languages and sources of a curation, as aligned text."""
     tally = report["tally"]
     parts = [plain_table(funnel_rows(report), ("stage", "documents", "dropped", "MB of input", "why"))]
     bad = tally["dropped"].get("read/bad_record", 0)

@@ -1,7 +1,8 @@
 """The plots of a corpus's card, as SVG, from its statistics.
 
-matplotlib is imported here alone, and only to draw. One version of it gives the same bytes on every machine: its own
-font, nothing of the user's settings, no date. Text stays text, so that a reader's fonts show names in any script.
+Only this module imports matplotlib, and only to draw. One version of matplotlib gives the same bytes on every machine,
+because its own font is used, and neither the user's settings nor a date. Text is stored as text, so that the reader's
+fonts can show names in any script.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ Bars = list[tuple[str, int]]
 
 
 def write_plots(statistics: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Draw what there is to draw into `folder`; file name -> what it shows, for readers who do not see it.
+    """Draw the plots into `folder`. Returns alternative text for each file name.
 
-    Empty where matplotlib is not installed.
+    There are no plots where matplotlib is not installed.
     """
     try:
         import matplotlib
@@ -43,11 +44,11 @@ def write_plots(statistics: Mapping[str, Any], folder: Path) -> dict[str, str]:
         return {}
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     alternatives = {}
-    if folder.is_symlink():  # in another's corpus: plots are written into the corpus alone
+    if folder.is_symlink():  # plots are written only inside the corpus
         folder.unlink()
     folder.mkdir(exist_ok=True)
     with matplotlib.rc_context(), warnings.catch_warnings():
-        # Names may be Chinese, which the font that measures them lacks; readers see their own font.
+        # The font that measures Chinese names lacks their characters, but readers see their own font.
         warnings.filterwarnings("ignore", message=r"Glyph \d+")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_SETTINGS)
@@ -63,12 +64,14 @@ def write_plots(statistics: Mapping[str, Any], folder: Path) -> dict[str, str]:
 
 
 def _draw(bars: Bars, title: str, unit: str, upright: bool) -> bytes:
-    """A bar chart: upright bars for an axis of sizes, lying ones for names."""
+    """Draw a bar chart, with vertical bars for sizes and horizontal ones for names."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    labels = [visible(label, limit=_LABEL_CHARS).replace("$", r"\$") for label, _ in bars]  # no mathematics
+    labels = [
+        visible(label, limit=_LABEL_CHARS).replace("$", r"\$") for label, _ in bars
+    ]  # else matplotlib would read it as mathematics
     values = [value for _, value in bars]
     places = range(len(bars))
     height = 3.2 if upright else 0.9 + 0.26 * len(bars)
@@ -97,7 +100,7 @@ def _draw(bars: Bars, title: str, unit: str, upright: bool) -> bytes:
 
 
 def _largest(counts: Sequence[tuple[str, int]], others: str) -> Bars:
-    """The largest, and the rest as one bar."""
+    """The largest counts, and all others as one bar."""
     ordered = sorted(counts, key=lambda item: (-item[1], item[0]))
     shown, rest = ordered[:_SHOWN], ordered[_SHOWN:]
     return [*shown, (f"{len(rest)} other {others}", sum(n for _, n in rest))] if rest else shown

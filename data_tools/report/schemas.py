@@ -1,10 +1,10 @@
-"""What the JSON files beside a corpus and of a curation hold, checked as a whole before anything of it is used.
+"""Schemas of the JSON files of a corpus and of a curation, which are checked as a whole before they are used.
 
     prepare.json      how a corpus was made (`PrepareReport`)
     statistics.json   what it holds, in figures (`Statistics`)
     report.json       what a curation did (`CurationReport`)
 
-A corpus or curated text of others brings them along. Fields that older programs did not write have defaults here.
+They are untrusted, because they come with the corpus. Fields that older programs did not write have defaults.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from pretrain.stored import (
 )
 
 MAX_REPORT_BYTES = 32 << 20
-"""The sample of a tokenizer is told by source, of which a corpus may have a hundred thousand."""
+"""Bound on the size of a report, which lists every source: a corpus may have a hundred thousand."""
 MAX_REPORT_VALUES = 1 << 20
 _MAX_STAGES = 1000
 
 
 def is_power_of_two(text: str) -> bool:
-    """A power of two as a decimal number, as a histogram has it."""
+    """Whether a text is a power of two in decimal digits, as the keys of a histogram are."""
     return is_size(text) and int(text).bit_count() == 1
 
 
 def is_size(text: str) -> bool:
-    """A decimal number from 1 on."""
+    """Whether a text is a decimal number of at least 1."""
     return len(text) < 19 and text.isascii() and text.isdecimal() and text[0] != "0"
 
 
@@ -55,7 +55,7 @@ Counts = dict[Text, Count]
 
 @dataclass(kw_only=True, slots=True)
 class InputFacts:
-    """The input files together."""
+    """All input files together."""
 
     files: Count
     bytes: Count
@@ -64,7 +64,7 @@ class InputFacts:
 
 @dataclass(kw_only=True, slots=True)
 class RecipeFacts:
-    """What a corpus was made from. Options are compared with others and hashed; who uses one checks it."""
+    """The recipe of a corpus. Options are only compared and hashed; code that uses one has to check it."""
 
     options: dict[Text, Any]
     input: InputFacts
@@ -122,7 +122,7 @@ class TokenizerFacts:
 
 @dataclass(kw_only=True, slots=True)
 class CardFacts:
-    """What is stated of a corpus."""
+    """Statements about a corpus."""
 
     name: Text | None = None
     description: Text | None = None
@@ -179,7 +179,7 @@ def read_recipe(path: Path, *, finished: bool) -> RecipeFacts:
 
 @dataclass(kw_only=True, slots=True)
 class LengthFacts:
-    """Of documents, in tokens."""
+    """Lengths of documents in tokens."""
 
     mean: Figure
     p5: Count
@@ -240,7 +240,7 @@ class HeldoutFacts:
 
 @dataclass(kw_only=True, slots=True)
 class DuplicateFacts:
-    """What was left out as a duplicate; without a curation the last figure alone."""
+    """Counts of duplicates. Without a curation, only the last field is set."""
 
     exact: Count | None = None
     near: Count | None = None
@@ -314,7 +314,7 @@ class ClusterFacts:
 
 @dataclass(kw_only=True, slots=True)
 class DigestFacts:
-    """Of texts together."""
+    """Size and hash of several texts together."""
 
     bytes: Count
     sha256: Sha256
@@ -330,7 +330,7 @@ class UnitFacts:
 
 @dataclass(kw_only=True, slots=True)
 class CurationRecipe:
-    """All that decides the bytes of a curation."""
+    """Everything that decides the bytes of a curation."""
 
     version: Positive
     options: dict[Text, Any]
@@ -372,12 +372,12 @@ def read_curation_report(path: Path) -> dict[str, Any]:
 
 
 def read_digest(path: Path) -> DigestFacts:
-    """Bytes and hash in a work folder. Raises ConfigError."""
+    """Read a size and hash from a work folder. Raises ConfigError."""
     return parse(DigestFacts, _content(path), str(path), "a digest")
 
 
 def _read(schema: type, path: Path, what: str) -> dict[str, Any]:
-    """What a file holds, once it was seen to be as `schema` says."""
+    """The content of a file, after it was checked against `schema`."""
     content = _content(path)
     parse(schema, content, str(path), what, MAX_REPORT_VALUES)
     return json.loads(content)

@@ -1,8 +1,8 @@
-"""What a corpus holds, in figures: statistics.json.
+"""Figures about a corpus: statistics.json.
 
-Two kinds of figures. Those of the documents themselves are counted as they are written, by `prepare` and again by
-`remove`, from their tokens alone. Those of what was left out (drops, duplicates, personal data, evaluation sets) are
-of the curation, and stay as they are when documents are removed later. A figure that nobody has taken is null, not 0.
+There are two kinds. Figures about the documents are computed from their tokens while they are written, by `prepare` and
+again by `remove`. Figures about what was left out (drops, duplicates, personal data, evaluation sets) come from the
+curation, and do not change when documents are removed later. A figure that was not measured is null, not 0.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from pretrain.corpus.manifest import Manifest
 from pretrain.corpus.tokenizer import Tokenizer
 
 _PERCENTILES = (5, 50, 95)
-# First bytes of the UTF-8 of U+3000 to U+DFFF: Chinese, Japanese and Korean but for a few hundred signs.
+# First UTF-8 bytes of U+3000 to U+DFFF, which are Chinese, Japanese and Korean except for a few hundred signs.
 _CJK_BYTES = range(0xE3, 0xEE)
 _FIRST_BYTES = (*range(0x21, 0x7F), *range(0xC2, 0xF5))
-_PROBE_TOKENS = 512  # of a document, decoded to tell its script where the pieces of a vocabulary are no text
+_PROBE_TOKENS = 512  # decoded to detect a document's script where the pieces of a vocabulary are not text
 
 
 class DocumentCounts:
-    """Lengths and scripts of documents, added one by one; memory does not grow with their number."""
+    """Counts lengths and scripts of documents in constant memory."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        if tokenizer.is_sentencepiece:  # whose pieces are text
+        if tokenizer.is_sentencepiece:  # its pieces are text
             pieces = [_piece_characters(tokenizer.piece(token)) for token in range(tokenizer.vocab_size)]
             self._characters, self._cjk = np.array(pieces, dtype=np.uint8).T
             for special in (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id):
@@ -41,7 +41,7 @@ class DocumentCounts:
         self._scripts: dict[str, Counter[str]] = {}
 
     def add(self, tokens: np.ndarray, text_bytes: int) -> None:
-        """One document, with its bos and eos. `tokens`: int [length]."""
+        """Add one document. `tokens` includes bos and eos: int [length]."""
         self._lengths[len(tokens)] += 1
         if self._tokenizer.is_sentencepiece:
             n_characters, n_cjk = (
@@ -62,9 +62,9 @@ class DocumentCounts:
 
 
 def _piece_characters(piece: str) -> tuple[int, int]:
-    """Visible characters of an entry of the vocabulary, and how many of them are Chinese, Japanese or Korean.
+    """Number of visible characters of a vocabulary entry, and how many of them are Chinese, Japanese or Korean.
 
-    A character that is written in bytes counts with its first one.
+    A character that is written as bytes counts with its first byte.
     """
     if len(piece) == 6 and piece.startswith("<0x"):
         byte = int(piece[3:5], 16)
@@ -73,9 +73,9 @@ def _piece_characters(piece: str) -> tuple[int, int]:
 
 
 def length_statistics(lengths: Mapping[int, int]) -> dict[str, Any]:
-    """Of documents by their length: percentiles (nearest rank), and documents by power of two.
+    """Percentiles (nearest rank) of document lengths, and a histogram by powers of two.
 
-    Of the histogram, `"64": 3` says that 3 documents have 64 to 127 tokens.
+    In the histogram, `"64": 3` means that 3 documents have 64 to 127 tokens.
     """
     ordered = np.array(sorted(lengths.items()), dtype=np.int64).reshape(-1, 2)
     upto = np.cumsum(ordered[:, 1])
@@ -93,7 +93,7 @@ def length_statistics(lengths: Mapping[int, int]) -> dict[str, Any]:
 
 
 def corpus_figures(manifest: Manifest, heldout: Manifest | None, counts: DocumentCounts) -> dict[str, Any]:
-    """Figures of the documents that are there. `counts`: of all that were written for training."""
+    """Figures about the documents of a corpus. `counts` covers all training documents."""
     sources = sorted((s for s in manifest.sources if s.documents), key=lambda s: (-s.tokens, s.name))
     held = None
     if heldout is not None:
@@ -120,7 +120,7 @@ def corpus_figures(manifest: Manifest, heldout: Manifest | None, counts: Documen
 
 
 def drop_figures(reports: Sequence[Mapping[str, Any]], n_inputs: int, funnel: Funnel) -> dict[str, Any]:
-    """Figures of what did not get into the corpus. `reports`: of the curations that the inputs come from."""
+    """Figures about what was left out. `reports` are those of the curations that the inputs come from."""
     if not reports:
         return {
             "languages": None,
@@ -132,7 +132,7 @@ def drop_figures(reports: Sequence[Mapping[str, Any]], n_inputs: int, funnel: Fu
     merged = _merged(reports)
     tally = merged["tally"]
     languages = None
-    if len(reports) == n_inputs:  # else a part of the text has no known language
+    if len(reports) == n_inputs:  # otherwise the language of some text is not known
         languages = {
             name: {"documents": count, "text_bytes": tally["language_bytes"].get(name, 0)}
             for name, count in sorted(tally["languages"].items(), key=lambda item: (-item[1], item[0]))
@@ -148,7 +148,7 @@ def drop_figures(reports: Sequence[Mapping[str, Any]], n_inputs: int, funnel: Fu
 
 
 def preparation_counts(funnel: Funnel) -> dict[str, Any]:
-    """The preparation as the last row of the funnel; it does not know how many bytes came in."""
+    """The preparation as the last row of the funnel; the number of bytes that it read is not known."""
     dropped = dict(sorted(funnel.dropped.items(), key=lambda item: (-item[1], item[0])))
     return {
         "stage": "prepare",
@@ -165,7 +165,7 @@ def _row(counts: StageCounts) -> dict[str, Any]:
 
 
 def _merged(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several curations as one: counts add up."""
+    """Several curations as one, with added counts."""
     tally: dict[str, Counter[str]] = {}
     sizes: Counter[str] = Counter()
     clusters: Counter[str] = Counter()
@@ -196,7 +196,7 @@ def _duplicates(merged: Mapping[str, Any], funnel: Funnel) -> dict[str, Any]:
 
 
 def _named(counts: Mapping[str, int], stage: str) -> dict[str, int]:
-    """What a stage counted, most frequent first."""
+    """The counts of a stage, the most frequent first."""
     found = {name.partition(".")[2]: n for name, n in counts.items() if name.startswith(f"{stage}.")}
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
@@ -204,7 +204,7 @@ def _named(counts: Mapping[str, int], stage: str) -> dict[str, int]:
 def _contamination(
     reports: Sequence[Mapping[str, Any]], tally: Mapping[str, Mapping[str, int]]
 ) -> dict[str, int] | None:
-    """Documents that share text with each set that was looked for; 0 for one that none shares."""
+    """Number of documents that share text with each evaluation set, also where it is 0."""
     files = [
         file
         for report in reports

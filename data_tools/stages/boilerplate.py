@@ -1,7 +1,7 @@
-"""What belongs to a page and not to its text: lines that navigate, share and count.
+"""Removes lines that belong to a page but not to its text: navigation, share buttons, counters.
 
-The rules on lines are conservative: a line goes only where nearly nothing else looks like it, and single
-words such as `Next` or `News`, which may be headings or verse, only where several stand together.
+The rules are conservative. A line is removed only where hardly anything else looks like it. Single words such as
+`Next` or `News`, which may be headings or verse, are removed only where several stand together.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from data_tools.stages.language import is_code
 _LONGEST_LINE = 300
 _FEWEST_WORDS_OF_A_MENU = 3
 
-# Before and after the words of a line of a menu.
+# Signs that may surround the words of a line of a menu.
 _EDGES = " \t\u3000\xa0[]【】()（）<>«»‹›←→↑|·•*#-–—.:：…"
 _SEPARATOR = re.compile(r"\s*[|›»>·•/←→｜]\s*|\s{2,}|\u3000+")
 
@@ -84,11 +84,11 @@ _PAGE_NUMBER = re.compile(r"\s*[-–—]\s*\d{1,4}\s*[-–—]\s*")
 
 @dataclass(kw_only=True, slots=True)
 class BoilerplateConfig:
-    """Removal of navigation, notices, share buttons and counters, line by line. Nothing to set."""
+    """Removal of navigation, notices, share buttons and counters, line by line. It has no options."""
 
 
 class BoilerplateStage:
-    """Removes lines, and counts them as `boilerplate.lines`. Code is left as it is."""
+    """Removes lines of boilerplate, and counts them as `boilerplate.lines`. Code is not changed."""
 
     name = "boilerplate"
 
@@ -96,7 +96,7 @@ class BoilerplateStage:
         self._config = config
 
     def process(self, record: Record) -> str | None:
-        """`only_boilerplate` where lines were removed and nothing is left."""
+        """Returns `only_boilerplate` where nothing is left after the removal of lines."""
         if is_code(record):
             return None
         record.text, removed = without_boilerplate(record.text)
@@ -105,7 +105,7 @@ class BoilerplateStage:
 
 
 def without_boilerplate(text: str) -> tuple[str, int]:
-    """The text without its lines of boilerplate, and their number. Doing it again removes nothing more."""
+    """The text without its lines of boilerplate, and their number. A second call removes nothing more."""
     lines = text.split("\n")
     goes = _boilerplate(lines)
     if not goes:
@@ -116,15 +116,17 @@ def without_boilerplate(text: str) -> tuple[str, int]:
         if number in goes:
             after_removed = True
         elif line.strip() or not (after_removed and (not kept or not kept[-1].strip())):
-            kept.append(line)  # of the blank lines around what was removed, those before it stay
+            kept.append(line)  # blank lines before a removed line stay, those after it go
             after_removed = after_removed and not line.strip()
     return "\n".join(kept).strip("\n"), len(goes)
 
 
 def _boilerplate(lines: list[str]) -> set[int]:
-    """Numbers of lines that go: those that are boilerplate by themselves, and words of menus in company."""
+    """Numbers of the lines to remove: lines that are boilerplate by themselves, and groups of menu words."""
     goes: set[int] = set()
-    words: list[int] = []  # of a menu, one a line, with nothing but blanks and boilerplate between them
+    words: list[
+        int
+    ] = []  # lines that are one menu word each, with only blank lines and boilerplate between them
     for number, line in enumerate(lines):
         if not line or len(line) > _LONGEST_LINE:
             is_alone = is_word = False
@@ -148,12 +150,12 @@ def _boilerplate(lines: list[str]) -> set[int]:
 
 
 def _is_menu_row(line: str) -> bool:
-    """Whether at least two and half of the parts between separators are words of menus. No table's row."""
+    """Whether at least two, and at least half, of the parts between separators are menu words. Table rows are not."""
     if len(line) > 200 or line.lstrip().startswith("|"):
         return False
     parts = [part for part in (part.strip(_EDGES).lower() for part in _SEPARATOR.split(line)) if part]
     if len(parts) < 2:
-        parts = [part.strip(_EDGES) for part in line.split()]  # Chinese menus have one blank between words
+        parts = [part.strip(_EDGES) for part in line.split()]  # Chinese menus separate words by one blank
         return len(parts) > 1 and all(part in _MENU and not part.isascii() for part in parts)
     menu = sum(part in _MENU for part in parts)
     return menu >= 2 and menu >= len(parts) / 2

@@ -1,13 +1,13 @@
-"""Text of evaluation sets is found in the corpus by shared n-grams, and dropped or cut out.
+"""Finds text of evaluation sets in the corpus by shared n-grams, and drops the document or cuts the text out.
 
-Tokens are words of letters and digits, and single characters in scripts that have no spaces; case, variants of
-characters (NFKC), accents, punctuation and white space do not count. An n-gram is a run of 13 tokens, as in Brown
-et al. 2020 ("Language Models are Few-Shot Learners", appendix C), or of 20 where the evaluation item is Chinese:
-a Chinese word has about 1.5 characters, so that both say as much.
+Tokens are words of letters and digits, or single characters in scripts without spaces. Case, variants of characters
+(NFKC), accents, punctuation and white space do not count. An n-gram is a run of 13 tokens, as in Brown et al. 2020
+("Language Models are Few-Shot Learners", appendix C), or of 20 where the evaluation item is Chinese: a Chinese word
+has about 1.5 characters, so both hold about as much text.
 
-All runs of a document are hashed at once in numpy. A run's hash is a polynomial in its characters modulo 2**64,
-taken from prefix sums; two different runs get the same one by accident in about 1 of 2**64 cases, so hits are not
-checked again.
+numpy hashes all runs of a document at once. The hash of a run is a polynomial in its characters modulo 2**64, computed
+from prefix sums. Two different runs have the same hash by accident in about 1 of 2**64 cases, so hits are not checked
+again.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from pretrain.files import open_regular, written_atomically
 Codes = NDArray[np.uint32]
 Hashes = NDArray[np.uint64]
 
-# Documents are hashed in pieces of this many characters, which keeps the arrays in the processor's cache. Pieces
-# overlap, so that no run is torn that is shorter than the overlap.
+# Documents are hashed in pieces of this many characters, so that the arrays fit the processor's cache. Pieces overlap,
+# so that a run shorter than the overlap lies within one piece.
 _PIECE_CHARS = 1 << 17
 _OVERLAP_CHARS = 1 << 12
 _MAX_CUTS = 10
@@ -46,35 +46,35 @@ class DecontaminateMode(Enum):
     drop = "drop"
     """The document is dropped."""
     cut = "cut"
-    """What is shared is cut out, with a margin; dropped if little remains or more than 10 cuts are needed."""
+    """Shared text is cut out, with a margin; the document is dropped if little remains or it needs over 10 cuts."""
     annotate = "annotate"
-    """Hits are only counted."""
+    """Hits are counted, and nothing is changed."""
 
 
 @dataclass(kw_only=True, slots=True)
 class DecontaminateConfig:
-    """Evaluation sets that must not be in the corpus, and what counts as being in it."""
+    """Evaluation sets that must not be in the corpus, and when text counts as shared with them."""
 
     files: list[str] = field(default_factory=list)
-    """JSON lines (.jsonl) or plain text with an item per line, also as .gz or .zst; a URL. Each is a set,
-    named by the file's name up to its first dot."""
+    """Files or URLs of JSON lines (.jsonl) or plain text with an item per line, also as .gz or .zst. Each file is a
+    set, named by the file name up to its first dot."""
     fields: list[str] = field(default_factory=lambda: ["question", "answer", "text"])
-    """Fields of a JSON line to look for, each for itself; lists and objects are searched for strings."""
+    """Fields of a JSON line whose strings are looked for, also those inside lists and objects."""
     index: str | None = None
-    """File that build_index wrote; null: every process builds the index at its first document."""
+    """File written by build_index; null: every process builds the index at its first document."""
     mode: DecontaminateMode = DecontaminateMode.drop
     ngram_words: int = 13
     """Length of a shared run in words."""
     ngram_chars: int = 20
-    """Length of a shared run in characters, for items of which half and more is in a script without spaces."""
+    """Length of a shared run in characters, for items that are at least half in a script without spaces."""
     min_words: int = 8
-    """An item shorter than ngram_words is looked for as a whole if it has this many words, else not at all."""
+    """An item shorter than ngram_words is looked for as a whole if it has at least this many words, else not at all."""
     min_chars: int = 12
-    """The same for items in a script without spaces, in characters."""
+    """Same as min_words in characters, for items in a script without spaces."""
     margin_chars: int = 200
-    """Characters that `cut` takes out on each side of what is shared (Brown et al. 2020: 200)."""
+    """Characters that `cut` removes on each side of shared text (Brown et al. 2020: 200)."""
     min_piece_chars: int = 200
-    """Shorter pieces between cuts are taken out too (Brown et al. 2020: 200)."""
+    """Shorter pieces between cuts are removed too (Brown et al. 2020: 200)."""
 
     def __post_init__(self) -> None:
         for short, long in (("min_words", "ngram_words"), ("min_chars", "ngram_chars")):
@@ -100,24 +100,24 @@ class Hit(NamedTuple):
 
 
 class Index(NamedTuple):
-    """Hashes of all runs to look for."""
+    """Hashes of all runs of the evaluation sets."""
 
     hashes: Hashes
-    """Sorted; a run of two sets is in it twice."""
+    """Hashes of the runs, sorted; a run of two sets is there twice."""
     sets: NDArray[np.uint16]
-    """The set of each hash, as a place in names."""
+    """Set of each hash, as an index into the names."""
     names: list[str]
     items: list[int]
-    """Items of each set."""
+    """Number of items of each set."""
     too_short: list[int]
-    """How many of them are too short to be looked for."""
+    """Number of items of each set that are too short to be looked for."""
     lengths: list[list[int]]
-    """Lengths of runs in tokens that occur in it: of items in words, of items in characters."""
+    """Lengths of the runs in tokens, first of items counted in words, then of items counted in characters."""
     openings: Hashes
-    """Hashes of the first min_words or min_chars tokens of every run; sorted."""
+    """Hashes of the first min_words or min_chars tokens of every run, sorted."""
 
     def write(self, path: str | os.PathLike[str], parameters: str) -> None:
-        """One .npz file without pickle; the same content gives the same bytes."""
+        """Write one .npz file without pickle; the same content gives the same bytes."""
         head = [parameters, self.names, self.items, self.too_short, self.lengths]
         with written_atomically(Path(path), durable=True) as file:
             arrays = {"hashes": self.hashes, "sets": self.sets, "openings": self.openings}
@@ -125,7 +125,7 @@ class Index(NamedTuple):
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], parameters: str) -> Index:
-        """Raises ConfigError where the file is none, or was built with other parameters."""
+        """Read an index. Raises ConfigError where the file is not one, or was built with other parameters."""
         try:
             with open_regular(path) as file:
                 _check_stored(file)
@@ -136,13 +136,13 @@ class Index(NamedTuple):
             raise ConfigError(f"curation.decontaminate.index={path} cannot be read: {error}") from error
         if built_with != parameters:
             raise ConfigError(
-                f"curation.decontaminate.index={path} was built with {built_with}, and now {parameters} is asked for"
+                f"curation.decontaminate.index={path} was built with {built_with}, but now it is {parameters}"
             )
         return cls(hashes, sets, *head, openings)
 
 
 class DecontaminateStage:
-    """Reason: `contaminated`. `decontaminate.<set>` counts the pieces of text shared with a set."""
+    """Drops documents as `contaminated`; `decontaminate.<set>` counts the pieces of text shared with a set."""
 
     name = "decontaminate"
 
@@ -163,7 +163,7 @@ class DecontaminateStage:
         return "contaminated"
 
     def find(self, text: str) -> list[Hit]:
-        """All text that is shared; overlapping runs of one set are one hit. By set, then from left to right."""
+        """All shared text, ordered by set and then from left to right; overlapping runs of one set are one hit."""
         if self._index is None:
             self._load()
         assert self._index is not None
@@ -176,7 +176,7 @@ class DecontaminateStage:
         return [Hit(*span, names[number]) for number in sorted(found) for span in merge(found[number])]
 
     def _lookup(self, tokens: Tokens) -> Iterator[tuple[int, int, int]]:
-        """Places of runs that are in the index, with the set's number."""
+        """Places of the runs that are in the index, with the numbers of their sets."""
         assert self._index is not None
         index, config = self._index, self._config
         shift = np.uint64(65 - len(self._table).bit_length())
@@ -184,7 +184,7 @@ class DecontaminateStage:
             (config.min_words, index.lengths[0], True),
             (config.min_chars, index.lengths[1], tokens.unspaced),
         ):
-            # Few runs begin as one that is looked for does: the table tells of nearly all that they do not.
+            # Few runs begin like one of the index, so this table rules out nearly all of them.
             hashes = tokens.runs(opening) if lengths and present else index.hashes[:0]
             maybe = np.flatnonzero(self._table[hashes >> shift])
             found = np.searchsorted(index.openings, hashes[maybe]).clip(max=len(index.openings) - 1)
@@ -200,7 +200,7 @@ class DecontaminateStage:
                         yield int(tokens.begins[first]), int(tokens.ends[last]), number
 
     def _cut(self, text: str, hits: list[Hit]) -> str:
-        """The text without the hits; empty where it is to be dropped."""
+        """The text without the hits; empty where the document should be dropped."""
         margin = self._config.margin_chars
         cuts = merge((max(0, hit.start - margin), hit.end + margin) for hit in hits)
         if len(cuts) > _MAX_CUTS:
@@ -219,14 +219,14 @@ class DecontaminateStage:
 
 
 def build_index(config: DecontaminateConfig, path: str | os.PathLike[str]) -> Index:
-    """Read the evaluation files and write what to look for into one file. Raises ConfigError."""
+    """Read the evaluation files and write their index into one file. Raises ConfigError."""
     index = collect(config)
     index.write(path, _parameters(config))
     return index
 
 
 def collect(config: DecontaminateConfig) -> Index:
-    """What to look for. Raises ConfigError where a file cannot be read or has nothing to look for."""
+    """Build the index. Raises ConfigError where a file cannot be read or has nothing to look for."""
     hashes: list[Hashes] = []
     openings: list[Hashes] = [np.empty(0, np.uint64)]
     items_of, short_of = [], []
@@ -262,7 +262,7 @@ def collect(config: DecontaminateConfig) -> Index:
 
 
 def _check_stored(file: IO[bytes]) -> None:
-    """Refuse an index whose arrays are packed: `Index.write` packs none. Raises ValueError and BadZipFile."""
+    """Refuse compressed arrays, which `Index.write` never writes. Raises ValueError and BadZipFile."""
     for info in zipfile.ZipFile(file).infolist():
         if info.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{info.filename} in it is compressed, which build_index never does")
@@ -274,14 +274,14 @@ def _set_name(path: str) -> str:
 
 
 def _parameters(config: DecontaminateConfig) -> str:
-    """What an index depends on, besides the content of the files."""
+    """The options that an index depends on, besides the content of the files."""
     names = [_set_name(path) for path in config.files]
     lengths = [config.ngram_words, config.ngram_chars, config.min_words, config.min_chars]
     return json.dumps({"format": 1, "sets": names, "fields": list(config.fields), "lengths": lengths})
 
 
 def merge(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Spans that overlap or touch become one; from left to right."""
+    """Merge spans that overlap or touch, and sort them from left to right."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:
@@ -297,33 +297,33 @@ _SEPARATOR, _IGNORED, _WORD, _UNSPACED = 0, 1, 2, 3
 _NO_SPACES = re.compile(  # Thai, Lao, Burmese, Khmer, kana, Han
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U000323ff]"
 )
-_LIMIT = 0x32400  # characters from here on separate
+_LIMIT = 0x32400  # characters from here on separate tokens
 _MARKS = ("Mn", "Mc", "Me", "Cf")
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 _FIRST_OF_TOKEN = np.uint64(0xD1B54A32D192ED03)
 
 
 class Tokens(NamedTuple):
-    """The tokens of a piece of text: where each begins and ends in it, and what their hashes are taken from."""
+    """The tokens of a piece of text: where each begins and ends, and the sums that hashes are computed from."""
 
     begins: NDArray[np.int64]
     ends: NDArray[np.int64]
     bounds: NDArray[np.int64]
-    """Where each begins among the characters that count; one more for the end."""
+    """Where each token begins among the characters that count, and the end of the last one."""
     sums: Hashes
     """Prefix sums of the polynomial over these characters."""
     unspaced: int
-    """How many tokens are characters of scripts without spaces."""
+    """Number of tokens that are characters of scripts without spaces."""
 
     def runs(self, length: int, at: NDArray[np.int64] | None = None) -> Hashes:
-        """The hash of each run of so many tokens, or of those that begin at certain tokens."""
+        """Hashes of all runs of `length` tokens, or of those that begin at the tokens `at`."""
         first = self.bounds[:-length] if at is None else self.bounds[at]
         last = self.bounds[length:] if at is None else self.bounds[at + length]
         return (self.sums[last] - self.sums[first]) * _powers(len(self.sums))[1][first]
 
 
 def tokenize(text: str) -> Iterator[tuple[int, Tokens]]:
-    """Tokens of the pieces of a text, each with the piece's place in the text."""
+    """The tokens of each piece of a text, with the offset of the piece."""
     for offset in range(0, max(1, len(text)), _PIECE_CHARS):
         yield offset, _tokenize(text[offset : offset + _PIECE_CHARS + _OVERLAP_CHARS])
 
@@ -363,7 +363,7 @@ def _tokenize(text: str) -> Tokens:
 
 
 def _fold_codes(codes: Codes, tables: _Tables) -> tuple[Codes, NDArray[np.int64] | None]:
-    """Folded characters, and where each stands in the text if some become several."""
+    """Folded characters, and the offset of each in the text where some characters become several."""
     single = tables.single[codes]
     if single.max(initial=0) <= _LIMIT:
         return single, None
@@ -375,7 +375,7 @@ def _fold_codes(codes: Codes, tables: _Tables) -> tuple[Codes, NDArray[np.int64]
 
 
 def _fold(character: str) -> str:
-    """One or more characters that stand for it: NFKC, no marks, no case; a space for signs only."""
+    """A character without marks and case, in NFKC: one or more characters, or a space for a sign."""
     apart = unicodedata.normalize("NFKD", character)
     bare = "".join(part for part in apart if unicodedata.category(part) not in _MARKS) or apart
     folded = unicodedata.normalize("NFKC", bare).casefold()
@@ -383,12 +383,12 @@ def _fold(character: str) -> str:
 
 
 class _Tables(NamedTuple):
-    """By code point."""
+    """Tables for folding, by code point."""
 
     single: NDArray[np.uint32]
-    """The folded character, or a number above _LIMIT where there are several."""
+    """Folded character of each code point, or a number above _LIMIT where there are several."""
     starts: NDArray[np.int64]
-    """Where in `folded` its folded characters stand: from here to the start of the next code point."""
+    """Index of its first folded character in `folded`; they end where those of the next code point start."""
     folded: NDArray[np.uint32]
     kinds: NDArray[np.uint8]
     values: Hashes
@@ -396,7 +396,7 @@ class _Tables(NamedTuple):
 
 @functools.cache
 def _tables() -> _Tables:
-    """Made at first use, in about 0.3 s."""
+    """Build the tables at their first use, in about 0.3 s."""
     parts = [_fold(chr(code)) for code in range(_LIMIT)] + [" "]
     folded = np.frombuffer("".join(parts).encode("utf-32-le", "surrogatepass"), np.uint32)
     starts = np.cumsum([0, *map(len, parts)])
@@ -412,13 +412,13 @@ def _tables() -> _Tables:
         values *= np.uint64(_BASE)
         values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)
     values ^= values >> np.uint64(31)
-    # ASCII takes a short way, where its letters are looked up as they are
+    # ASCII text takes a shortcut that looks its letters up directly
     values[:128] = values[folded[:128]]
     return _Tables(single, starts, np.minimum(folded, np.uint32(_LIMIT)), kinds, values)
 
 
 def _powers(length: int) -> tuple[Hashes, Hashes]:
-    """Powers of the base and of its inverse, so many and more."""
+    """At least `length` powers of the base and of its inverse."""
     return _powers_to(max(18, length.bit_length()))
 
 

@@ -1,7 +1,7 @@
-"""Sexual spam, hate and scams: word lists by language, lists of blocked addresses, a classifier of the user's.
+"""Drops sexual spam, hate and scams, by word lists, lists of blocked addresses, and a classifier of the user.
 
-A listed word is a sign, not a proof: an encyclopedia names what it describes. So a document is dropped for the
-density of listed words or for how many different ones it has, never for a single mention.
+A listed word is a sign, not a proof: an encyclopedia names what it describes. So a document is dropped for the density
+of listed words or for the number of different ones, never for a single mention.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pretrain.errors import ConfigError
 
 _SHIPPED = Path(__file__).parent / "word_lists"
 _LISTED_ENTRIES = 10
-# Scripts without spaces: there an entry is found wherever it stands, and shares are of characters.
+# Scripts without spaces, in which an entry is found anywhere and shares count characters.
 _UNSPACED = re.compile(
     r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
@@ -30,31 +30,31 @@ class HarmMode(Enum):
     drop = "drop"
     """Documents that a rule catches are dropped."""
     annotate = "annotate"
-    """They stay, with the reason in `harm.reason`."""
+    """Such documents are kept, with the reason in the signal `harm.reason`."""
 
 
 @dataclass(kw_only=True, slots=True)
 class HarmConfig:
-    """Which documents are dropped for what they say, or for where they come from."""
+    """Which documents are dropped for their content or their address."""
 
     mode: HarmMode = HarmMode.drop
     word_lists: dict[str, str] = field(default_factory=dict)
-    """File of words by language (UTF-8, an entry per line, # comments). A language that is not named here uses
-    the list that comes with data_tools (en, zh); an empty name switches it off."""
+    """File of words for each language (UTF-8, an entry per line, # comments). Other languages use the list that comes
+    with data_tools (en, zh); an empty name switches a language off."""
     max_share: float = 0.02
-    """Share of the words (of the characters, for Chinese) that may belong to listed entries."""
+    """Largest fraction of the words (for Chinese, of the characters) that may belong to listed entries."""
     max_entries: int = 4
-    """Different entries that a document may have, however long it is."""
+    """Largest number of different entries in a document, however long it is."""
     blocked_domains: list[str] = field(default_factory=list)
     """Files of host names, one per line; their subdomains are blocked too."""
     blocked_url_parts: list[str] = field(default_factory=list)
-    """Files of pieces of addresses, one per line, in lower case or not."""
+    """Files of parts of addresses, one per line; case does not count."""
     classifier: str | None = None
     """A fastText model file; null: none."""
     classifier_label: str = "__label__harmful"
-    """The label whose probability counts."""
+    """Label whose probability counts."""
     classifier_threshold: float = 0.5
-    """Probability of the label from which a document is dropped."""
+    """Documents are dropped from this probability on."""
 
     def __post_init__(self) -> None:
         for name in ("max_share", "classifier_threshold"):
@@ -67,7 +67,7 @@ class HarmConfig:
 
 
 class HarmStage:
-    """Reasons: `blocked_url`, `word_list`, `classifier`, tried in this order.
+    """Drops documents as `blocked_url`, `word_list` or `classifier`, checked in this order.
 
     Signals: `harm.entries` (matched entries, comma-separated, the most frequent first), `harm.share`,
     `harm.classifier`; where nothing is dropped, `harm.reason`.
@@ -101,7 +101,7 @@ class HarmStage:
         return reason
 
     def matches(self, record: Record) -> list[str]:
-        """Every place of a listed entry, as the entry is written in the text, in lower case."""
+        """Each occurrence of a listed entry, as it is written in the text, in lower case."""
         if self._words is None:
             self._load()
         assert self._words is not None
@@ -110,7 +110,7 @@ class HarmStage:
         language = record.language
         if language == CHINESE_TRADITIONAL and language not in self._words:
             language = CHINESE
-        # before languages are known, every list is tried
+        # every list is tried where languages are not detected
         patterns = self._words.values() if language == UNKNOWN else [self._words.get(language)]
         text = record.text.lower()
         return [entry for pattern in patterns if pattern for entry in pattern.findall(text)]
@@ -154,7 +154,7 @@ class HarmStage:
             (entry for path in config.blocked_url_parts for entry in read_list(path)), whole_words=False
         )
         if config.classifier:
-            # here, so that who uses none needs no fasttext
+            # imported here, so that users without a classifier need no fasttext
             import fasttext
 
             if not Path(config.classifier).is_file():
@@ -182,18 +182,18 @@ def read_list(path: str) -> list[str]:
 
 
 def host_of(url: str) -> str:
-    """The host of an address, with or without a scheme, in lower case and as ASCII; empty where there is none."""
+    """The host of an address, which may lack a scheme, in lower case and as ASCII; empty where there is none."""
     try:
         host = urlsplit(url if "//" in url else f"//{url}").hostname or ""
         return host.rstrip(".").encode("idna").decode().lower()
-    except ValueError:  # UnicodeError too
+    except ValueError:  # UnicodeError is one
         return ""
 
 
 def entry_pattern(entries: Iterable[str], *, whole_words: bool = True) -> re.Pattern[str] | None:
-    """One pattern for all entries, the longest first; white space within an entry matches any.
+    """One pattern for all entries, the longest first. White space in an entry matches any white space.
 
-    Entries are folded into a prefix tree, so that its cost does not grow with their number.
+    Entries are folded into a prefix tree, so that the cost of a search does not grow with their number.
     """
     tree: dict[str, Any] = {}
     for entry in entries:
@@ -211,7 +211,7 @@ def entry_pattern(entries: Iterable[str], *, whole_words: bool = True) -> re.Pat
 
 
 def _alternatives(node: dict[str, Any]) -> str:
-    """A prefix tree as a regular expression; chains without a fork are written out, so that nesting stays low."""
+    """A prefix tree as a regular expression; chains without a fork are written as text, so that nesting stays low."""
     branches = []
     for piece in sorted(node, key=lambda piece: (piece == "", piece)):
         text, below = piece, node[piece]

@@ -1,4 +1,4 @@
-"""Language of a document, without a network: code by a rule, Chinese by its characters, the rest by a model."""
+"""Detects the language of a document offline: code by rules, Chinese by its characters, other languages by a model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pretrain.errors import ConfigError
 Identified = tuple[str, float]
 
 _CODE_KEY = re.compile(r"[a-z]{2,3}|zh-hant|code")
-# A language is told from the beginning and the middle: a document's length costs nothing beyond that.
+# The language is detected from the beginning and the middle, so that long documents cost no more.
 _PIECE_CHARS = 1000
-# Code is told from more: a source file may begin with pages of license and documentation.
+# Code is detected from more text, because a source file may begin with pages of license and documentation.
 _CODE_PIECE_CHARS = 3000
 _CODE_SHARE = 0.45
 _FEWEST_CODE_LINES = 5
@@ -32,7 +32,7 @@ _CODE_SUFFIXES = frozenset(
     "scala sh sql swift ts tsx vue zig".split()
 )
 _SUFFIX = re.compile(r"\w\.(\w{1,5})(?::\d+)?$")
-# Lines that only code has. A line of verse or of a list may end in a comma or a semicolon, so that alone is no sign.
+# Lines that only code has. A final comma or semicolon alone is no sign of code: verse and lists have them too.
 _CODE_LINE = re.compile(
     r"""[ \t]*(?:
      (?:(?:async\ )?def|class)\ \w+.*[:({,]$
@@ -57,7 +57,7 @@ _CODE_LINE = re.compile(
     )""",
     re.X,
 )
-# Comments of most languages, and a console session in documentation: neither for code nor against it.
+# Comments of most languages, and console sessions in documentation, which count neither for code nor against it.
 _CODE_SIGN = re.compile(r"[=(){}\[\];<>@#/]")
 _NEUTRAL_LINE = re.compile(r"[ \t]*(?:#|\*|>>>|\.\.\.|\.\. )")
 
@@ -72,22 +72,22 @@ _ADDRESS = re.compile(r"(?:https?://|www\.)[!-~]+")
 _EAST_ASIAN = frozenset({"zh", "wuu", "yue", "ja", "ko"})
 _PRIOR = {"en": 20.0, **dict.fromkeys("de es fr it nl pl pt ru tr".split(), 5.0)}
 
-# What models with three letters per language say, and the Chinese languages, which are told apart by their script.
+# Three-letter codes of models as two-letter ones, and the Chinese languages, which are distinguished by script.
 _SAME = {"eng": "en", "jpn": "ja", "kor": "ko", "fra": "fr", "deu": "de", "spa": "es", "rus": "ru"}
 _CHINESE_LABELS = frozenset({"zh", "zho", "cmn", "yue", "wuu", "lzh"})
 
 
 @dataclass(kw_only=True, slots=True)
 class LanguageConfig:
-    """Which languages are kept, and what tells them."""
+    """Which languages are kept, and how they are detected."""
 
     model_path: str | None = None
-    """fastText model such as lid.176.bin, on this machine; null: counts of scripts, and py3langid's own model."""
+    """Path of a fastText model such as lid.176.bin; null: count scripts, then use the model of py3langid."""
     keep: list[str] = field(default_factory=list)
     """Codes of languages to keep (`zh` is simplified Chinese, `zh-hant` traditional, `code`, `und` where there
     are no letters); other documents are dropped. Empty: all are kept."""
     min_score: float = 0.0
-    """Documents whose score is below this, 0 to 1, are dropped as unsure; 0: none."""
+    """Documents with a lower score (0 to 1) are dropped as unsure; 0: none are."""
 
     def __post_init__(self) -> None:
         for code in self.keep:
@@ -103,7 +103,7 @@ class LanguageConfig:
 class LanguageStage:
     """Sets `record.language` and the signal `language.score`, rounded to 3 digits.
 
-    Code has the score 1; so have scripts of one language where they make up all words.
+    Code has the score 1, and so has a text that is entirely in the script of one language.
     """
 
     name = "language"
@@ -117,7 +117,7 @@ class LanguageStage:
             )
 
     def process(self, record: Record) -> str | None:
-        """`other_language` where it is not kept, `unsure` below the least score."""
+        """Returns `other_language` where the language is not kept, `unsure` where the score is below min_score."""
         record.language, score = self._language(record)
         record.signals["language.score"] = round(score, _SCORE_DIGITS)
         if self._config.keep and record.language not in self._config.keep:
@@ -128,7 +128,7 @@ class LanguageStage:
         if is_code_name(record.id) or is_code_text(record.text):
             return CODE, 1.0
         piece = _pieces(record.text, _PIECE_CHARS)
-        if self._identify is None:  # at the first document
+        if self._identify is None:  # the model is loaded at the first document
             path = self._config.model_path
             self._identify = _packaged() if path is None else _fasttext(path)
         language, score = self._identify(piece)
@@ -138,27 +138,27 @@ class LanguageStage:
 
 
 def is_code(record: Record) -> bool:
-    """Whether a document is program code; for stages that may come before the languages are known."""
+    """Whether a document is program code, also for stages that run before the language is detected."""
     if record.language != UNKNOWN:
         return record.language == CODE
     return is_code_name(record.id) or is_code_text(record.text)
 
 
 def is_code_name(id: str) -> bool:
-    """Whether the id ends as a source file's name does. An address does not count: pages end in .php as well."""
+    """Whether the id ends like the name of a source file. Addresses do not count: pages end in .php as well."""
     suffix = _SUFFIX.search(id)
     return suffix is not None and suffix[1].lower() in _CODE_SUFFIXES and "://" not in id
 
 
 def is_code_text(text: str) -> bool:
-    """Whether at least 45 % of the lines, and 5 of them, are of a form that only code has.
+    """Whether at least 45 % of the lines, and at least 5 of them, have a form that only code has.
 
     Comments and console sessions (`>>>`) do not count: prose on programming with examples in it is prose.
     """
     piece = _pieces(text, _CODE_PIECE_CHARS)
     if (
         len(_CODE_SIGN.findall(piece)) < len(piece) / _CHARS_PER_CODE_SIGN
-    ):  # most prose ends here, at little cost
+    ):  # most prose is ruled out here, at little cost
         return False
     lines = [line for line in map(str.rstrip, piece.split("\n")) if line]
     if len(lines) < _FEWEST_CODE_LINES:
@@ -173,7 +173,7 @@ def is_code_text(text: str) -> bool:
 
 
 def is_traditional(text: str) -> bool:
-    """Whether a Chinese text has more characters that only traditional writing has than of the other kind."""
+    """Whether a Chinese text has more characters of only traditional writing than of only simplified writing."""
     simplified, traditional = _one_sided_characters()
     in_text = _HAN.findall(text)
     return sum(map(traditional.__contains__, in_text)) > sum(map(simplified.__contains__, in_text))
@@ -181,7 +181,7 @@ def is_traditional(text: str) -> bool:
 
 @cache
 def _one_sided_characters() -> tuple[frozenset[str], frozenset[str]]:
-    """Characters of one national standard alone: GB 2312 (1980, simplified) and Big5 (1984, traditional).
+    """Characters that are in only one of the standards GB 2312 (1980, simplified) and Big5 (1984, traditional).
 
     Rare characters of names are in Big5 only: 0.002 % of the Han characters of simplified news, whereas
     30 % are in GB 2312 only. Most characters are in both.
@@ -196,9 +196,9 @@ def _one_sided_characters() -> tuple[frozenset[str], frozenset[str]]:
 
 
 def by_script(text: str) -> Identified | None:
-    """Chinese, Japanese or Korean where they have at least half of the words, one character being one word.
+    """Chinese, Japanese or Korean where at least half of the words are theirs; one character counts as one word.
 
-    The score is that share. Other languages give None.
+    The score is that fraction. For other languages, the result is None.
     """
     if text.isascii():
         return None
@@ -214,7 +214,7 @@ def by_script(text: str) -> Identified | None:
 
 
 def _pieces(text: str, chars: int) -> str:
-    """The beginning and the middle of a long text, `chars` each."""
+    """The beginning and the middle of a long text, `chars` characters each."""
     if len(text) <= 2 * chars:
         return text
     middle = len(text) // 2
@@ -222,12 +222,12 @@ def _pieces(text: str, chars: int) -> str:
 
 
 def _packaged() -> Callable[[str], Identified]:
-    """Scripts first, then the naive Bayes model in py3langid's wheel.
+    """Detect by script first, then by the naive Bayes model in the wheel of py3langid.
 
-    The package sums in single precision, in an order that the processor's BLAS chooses; in double
-    precision the machines' differences are far below the digits of the score. On short texts rare languages
-    win by chance, hence a prior: large languages on the web (W3Techs, 2024: English half of it, these others
-    1 to 7 % each) count more.
+    The package sums in single precision, in an order that depends on the processor's BLAS. Here sums are in double
+    precision, so that differences between machines are far below the digits of the score. On short texts, rare
+    languages would win by chance, so there is a prior for the large languages of the web (W3Techs, 2024: English has
+    half of it, the others 1 to 7 % each).
     """
     import numpy as np
     from py3langid.langid import MODEL_FILE, LanguageIdentifier, visit_counts
@@ -248,13 +248,13 @@ def _packaged() -> Callable[[str], Identified]:
         if not counts:
             return UNKNOWN, 0.0
         weights = np.array([math.log1p(n) for n in counts.values()])
-        # Divided by the root of the length, as the package does to calibrate probabilities.
+        # Divide by the square root of the length, as the package does to calibrate probabilities.
         raw = weights @ model.nb_ptc[list(counts)].astype(np.float64) + prior
         scores = (raw / math.sqrt(len(encoded))).tolist()
-        best = max(scores)  # so that no power overflows
+        best = max(scores)  # subtracted below, so that exp cannot overflow
         odds: dict[str, float] = {}
         for label, score in zip(model.nb_classes, scores, strict=True):
-            if label not in _EAST_ASIAN:  # their scripts have said no
+            if label not in _EAST_ASIAN:  # by_script has ruled these out already
                 odds[label] = odds.get(label, 0.0) + math.exp(score - best) * _PRIOR.get(label, 1.0)
         label = max(odds, key=odds.__getitem__)
         return _code_of(label), odds[label] / sum(odds.values())
@@ -263,7 +263,7 @@ def _packaged() -> Callable[[str], Identified]:
 
 
 def _fasttext(path: str) -> Callable[[str], Identified]:
-    """The user's model. Its score is the probability that it gives to its first label."""
+    """Detect by the user's model; the score is the probability of its first label."""
     try:
         import fasttext
     except ImportError as error:
@@ -289,7 +289,7 @@ def _fasttext(path: str) -> Callable[[str], Identified]:
 
 
 def _code_of(label: str) -> str:
-    """ISO 639-1 where it is known; a script after it (`eng_Latn`) is left out."""
+    """The ISO 639-1 code of a label where there is one; a script after it (`eng_Latn`) is removed."""
     label = label.split("_")[0].lower()
     if label in _CHINESE_LABELS:
         return CHINESE

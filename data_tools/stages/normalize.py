@@ -1,4 +1,4 @@
-"""The same text in one form: composed characters, one kind of line end, no left-overs of encodings and HTML."""
+"""Brings text into one form: composed characters, one kind of line end, no remains of wrong encodings and HTML."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from data_tools.stages.language import is_code_name, is_code_text
 from data_tools.text import clean
 from pretrain.errors import ConfigError
 
-# Where bytes of UTF-8 were read one by one, at least two characters that single bytes can stand for are neighbors:
-# this leaves nearly no text to ftfy's own test, which is slower. (0xA0 after a letter may have become a blank.)
+# Where the bytes of UTF-8 were decoded one by one, two neighboring characters come from single bytes. This test rules
+# out nearly all texts before ftfy's own test, which is slower. (0xA0 after a letter may have become a blank.)
 _ENCODED_TWICE = re.compile("[\x80-\u06ff\u1ea0-\u1eff\u2010-\u25ff\uf8ff\ufb01\ufb02]{2}|[ÂÃÅàáâãå] ")
-# What is undone can bring up what was beneath it (&amp;lt;br&amp;gt;); deeper nesting than this is no accident.
+# Undoing an entity can reveal another one (&amp;lt;br&amp;gt;); deeper nesting than this is no accident.
 _MOST_ROUNDS = 8
 
 _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[@-~]")
 _LINE_END = re.compile(r"\r\n?|[\x0b\x0c\u2028\u2029]")
-# Soft hyphens, marks and overrides of direction, word joiners and byte-order marks wherever they are.
+# Soft hyphens, direction marks and overrides, word joiners and byte-order marks are removed everywhere.
 _INVISIBLE = re.compile(
     "[\u00ad\u061c\u180e\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb]"
 )
-# Zero-width (non-)joiners shape Arabic and Indic letters and join emoji; zero-width spaces part the words of
-# Thai, Lao, Burmese and Khmer. After any other character they are left over from a page's layout.
+# Zero-width (non-)joiners shape Arabic and Indic letters and join emoji; zero-width spaces separate the words of Thai,
+# Lao, Burmese and Khmer. After any other character they are remains of a page's layout.
 _JOINED = (
     "\u0600-\u08ff\u0900-\u0dff\u0f00-\u109f\u1780-\u18af\u1a20-\u1aaf\u1b00-\u1c4f\ua840-\uabff"
     "\ufb1d-\ufdff\ufe0f\ufe70-\ufefc\u2190-\u2bff\U00010a00-\U00011fff\U0001f000-\U0001faff"
@@ -38,14 +38,14 @@ _ZERO_WIDTH = re.compile("[\u200b-\u200d]")
 
 _SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
 _BLANKS = " \t\u3000"
-# Ideographic spaces indent Chinese paragraphs and part the halves of verses; among Latin words they are blanks.
+# Ideographic spaces indent Chinese paragraphs and separate halves of verses; among Latin words they are blanks.
 _EAST_ASIAN = re.compile(
     "[\u2e80-\u2fdf\u3001-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
 )
 
 _ENTITY = re.compile(r"&(?:amp;|#38;|#x26;)*(#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
-# Tags that become line ends, and others. Names that are words may be placeholders, as in `copy <source> <b>`: such
-# a tag goes only where it has attributes or is closed somewhere in the text.
+# Tags that become line ends, and other tags. A name that is a word may be a placeholder, as in `copy <source> <b>`:
+# such a tag is removed only where it has attributes or is closed somewhere in the text.
 _BLOCKS = frozenset(
     "blockquote br dd div dl dt fieldset figcaption h1 h2 h3 h4 h5 h6 hr iframe li noscript ol p tbody td tfoot th "
     "thead tr ul".split()
@@ -65,7 +65,7 @@ _VALUE = r"\s*=\s*(?:\"[^\"<>]*\"|'[^'<>]*'|[^\s\"'<>=]+)"
 _ATTRIBUTES = rf"(?:\s+[\w:@.-]+{_VALUE}(?:\s+[\w:@.-]+(?:{_VALUE})?){{0,20}})?"
 _TAG = re.compile(rf"<(/?)({'|'.join(sorted(_WORDS.union(_BLOCKS, _INLINE)))})({_ATTRIBUTES})\s*/?>", re.I)
 _CLOSING = re.compile(r"</([a-z]{1,10})\s*>", re.I)
-# What no reader of the page sees.
+# Parts of a page that readers do not see.
 _UNSEEN = re.compile(r"<(script|style)\b[^<>]{0,500}>|<(!)--", re.I)
 _UNSEEN_END = {
     "script": re.compile(r"</script\s*>", re.I),
@@ -73,21 +73,21 @@ _UNSEEN_END = {
     "!": re.compile("-->"),
 }
 _LONGEST_UNSEEN = 20_000
-# A text on markup names it, or shows a tag as code or in quotation marks; a text on programming has blocks of code.
+# A text about markup names it, or shows a tag as code or in quotation marks; one about programming has code blocks.
 _MARKUP_NAME = re.compile(r"\b(?:X?HTML5?|XML|CSS|JSX|[Mm]arkup)\b|<\?xml|```|^[ \t]*>>> |::\n\n[ \t]", re.M)
 _SHOWN_TAG = re.compile(r"[`\"'“‘「『]<[/!]?[A-Za-z][^<>]{0,80}>[`\"'”’」』]")
 
 
 @dataclass(kw_only=True, slots=True)
 class NormalizeConfig:
-    """What is put right, beyond what is always done (NFC, control and invisible characters, line ends, blanks)."""
+    """Optional repairs, besides those always made (NFC, control and invisible characters, line ends, blanks)."""
 
     mojibake: bool = True
-    """Repair text that was decoded by the wrong encoding, where ftfy is sure of it."""
+    """Repair text that was decoded with the wrong encoding, where ftfy is sure of it."""
     html: bool = True
-    """Undo entities and take out tags, except in code and in texts on markup."""
+    """Replace entities and remove tags, except in code and in texts about markup."""
     max_blank_lines: int = 2
-    """Blank lines in a row that are kept."""
+    """Largest number of consecutive blank lines; further ones are removed."""
 
     def __post_init__(self) -> None:
         if self.max_blank_lines < 0:
@@ -97,10 +97,10 @@ class NormalizeConfig:
 
 
 class NormalizeStage:
-    """Normalizes the text. Again gives the same. Counts:
+    """Normalizes the text; doing it twice changes nothing more.
 
-    `normalize.mojibake` repaired lines, `normalize.html` entities and tags, `normalize.invisible` characters
-    that nobody sees, `normalize.blank_lines` lines taken out of long runs.
+    Counts: `normalize.mojibake` repaired lines, `normalize.html` entities and tags, `normalize.invisible` invisible
+    characters, `normalize.blank_lines` lines removed from long runs.
     """
 
     name = "normalize"
@@ -109,7 +109,7 @@ class NormalizeStage:
         self._config = config
 
     def process(self, record: Record) -> str | None:
-        """`empty` where nothing but blanks is left."""
+        """Returns `empty` where only white space is left."""
         text, is_source = record.text, None
         for _ in range(_MOST_ROUNDS):
             before = text
@@ -123,14 +123,14 @@ class NormalizeStage:
         return None if text.strip() else "empty"
 
     def _is_suspicious(self, text: str) -> bool:
-        """A fast test: most texts have nothing to repair."""
+        """A fast test that rules out most texts, which have nothing to repair."""
         if self._config.mojibake and _may_be_mojibake(text):
             return True
         in_tags = self._config.html and "<" in text and (_TAG.search(text) or _UNSEEN.search(text))
         return bool(in_tags or (self._config.html and "&" in text and _ENTITY.search(text)))
 
     def _plain(self, text: str, record: Record) -> str:
-        """What is done to all text, code included."""
+        """Make the repairs that apply to all text, also to code."""
         text = _LINE_END.sub("\n", _TERMINAL.sub("", text))
         if not text.isascii():
             length = len(text)
@@ -174,9 +174,9 @@ def _may_be_mojibake(text: str) -> bool:
 
 
 def repair_mojibake(text: str) -> tuple[str, int]:
-    """Text whose lines were decoded by the wrong encoding, repaired by ftfy; and the number of such lines.
+    """Let ftfy repair lines that were decoded with the wrong encoding. Returns the text and their number.
 
-    Line by line, since a page often has text of several origins.
+    Lines are repaired separately, because a page often has text of several origins.
     """
     is_bad, fix = _ftfy()
     lines = text.split("\n")
@@ -186,7 +186,7 @@ def repair_mojibake(text: str) -> tuple[str, int]:
 
 @cache
 def _ftfy() -> tuple[Callable[[str], bool], Callable[[str], str]]:
-    """Its test, and the part of it that puts right encodings alone: no width, quotation mark or ligature is touched."""
+    """The test of ftfy, and its repair of encodings alone, which changes no width, quotation mark or ligature."""
     from ftfy import fix_encoding
     from ftfy.badness import is_bad
 
@@ -194,26 +194,26 @@ def _ftfy() -> tuple[Callable[[str], bool], Callable[[str], str]]:
 
 
 def _is_source(record: Record) -> bool:
-    """Whether a text is code; left-overs of HTML in it do not make it so."""
+    """Whether a text is code; remains of HTML in it do not make it code."""
     if record.language != UNKNOWN:
         return record.language == CODE
     return is_code_name(record.id) or is_code_text(_ENTITY.sub(" ", _TAG.sub("", record.text)))
 
 
 def is_on_markup(text: str) -> bool:
-    """Whether a text is on HTML or its like, so that tags and entities in it are what it is about.
+    """Whether a text is about HTML or other markup, so that its tags and entities belong to its content.
 
-    It is where it names a markup language outside of its tags, shows a tag in quotation marks or as code, or
-    has blocks of code (Markdown's fences, Python's prompts, reStructuredText's double colons).
+    Such a text names a markup language outside of its tags, shows a tag in quotation marks or as code, or has blocks
+    of code (Markdown fences, Python prompts, double colons of reStructuredText).
     """
     seen, _ = _without_unseen(text)
     return bool(_SHOWN_TAG.search(seen) or _MARKUP_NAME.search(_TAG.sub(" ", seen)))
 
 
 def undo_html(text: str) -> tuple[str, int]:
-    """Text with entities as their characters and without known tags, and the number of both.
+    """Replace entities by their characters and remove known tags. Returns the text and the number of both.
 
-    Tags of blocks become line ends, others vanish; scripts, styles and comments go with what is in them.
+    Tags of blocks become line ends. Scripts, styles and comments are removed with their content.
     """
     text, found = _without_unseen(text)
     closed = {name.lower() for name in _CLOSING.findall(text)} if "<" in text else set()
@@ -240,7 +240,7 @@ def undo_html(text: str) -> tuple[str, int]:
 
 
 def _without_unseen(text: str) -> tuple[str, int]:
-    """Text without scripts, styles and comments, and their number."""
+    """The text without scripts, styles and comments, and their number."""
     parts, at = [], 0
     for opening in _UNSEEN.finditer(text):
         end = _UNSEEN_END[(opening[1] or opening[2]).lower()]

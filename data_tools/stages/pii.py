@@ -1,8 +1,8 @@
-"""Personal data and secrets are replaced by placeholders that depend on the replaced value alone.
+"""Replaces personal data and secrets by placeholders that depend only on the replaced value.
 
-Each finder looks for something cheap first (an @, a run of digits) and runs its patterns only near it. A
-placeholder never counts as personal data itself: it comes from ranges that are reserved for examples (RFC 2606,
-3849, 5737; 555-01xx of the North American plan) or is no valid number, so that a second run changes nothing.
+Each finder first looks for a cheap sign (an @, a run of digits) and runs its patterns only near it. A placeholder never
+counts as personal data itself, so that a second run changes nothing: it comes from ranges reserved for examples (RFC
+2606, 3849, 5737; 555-01xx of the North American plan) or is not a valid number.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ class PiiConfig:
     """Which kinds of personal data and secrets are replaced in the text. No document is dropped."""
 
     email: bool = True
-    """Addresses, except at names reserved for examples and at hosts of a local network."""
+    """Replace email addresses, except those at names reserved for examples and at hosts of a local network."""
     ip: bool = True
-    """IPv4 and IPv6 addresses on the public internet."""
+    """Replace IPv4 and IPv6 addresses of the public internet."""
     private_ip: bool = False
-    """Private and link-local addresses too, where `ip` is on. Those of documentation and 0.0.0.0/8 always stay."""
+    """With `ip`, replace private and link-local addresses too. Those for documentation and 0.0.0.0/8 always stay."""
     phone: bool = True
-    """Phone numbers: international with +, North American, Chinese mobile and landline. Toll-free ones stay."""
+    """Replace phone numbers: international with +, North American, Chinese mobile and landline; not toll-free ones."""
     id_number: bool = True
-    """Chinese resident identity numbers with a right checksum (GB 11643-1999)."""
+    """Replace Chinese resident identity numbers with a valid checksum (GB 11643-1999)."""
     bank_card: bool = True
-    """Card numbers of known issuers with a right checksum (ISO/IEC 7812-1)."""
+    """Replace card numbers of known issuers with a valid checksum (ISO/IEC 7812-1)."""
     secret: bool = True
-    """Keys and tokens: AWS, GitHub, Slack, Google, OpenAI and alike, JWT, private keys, `api_key = "..."`."""
+    """Replace keys and tokens: AWS, GitHub, Slack, Google, OpenAI and similar, JWT, private keys, `api_key = "..."`."""
     salt: str = ""
-    """Changes which placeholder stands for which value; the same everywhere that results must agree."""
+    """Changes the placeholder of every value; use the same salt wherever results must agree."""
 
 
 class Found(NamedTuple):
@@ -49,13 +49,13 @@ class Found(NamedTuple):
     end: int
     kind: str
     form: str
-    """Which placeholder fits."""
+    """The kind of placeholder that fits."""
     value: str
-    """The same for all spellings of the same number or address."""
+    """The number or address in one form, the same for all of its spellings."""
 
 
 class PiiStage:
-    """Replaces personal data and secrets; `pii.<kind>` counts them. Never drops."""
+    """Replaces personal data and secrets, and counts them as `pii.<kind>`. Never drops a document."""
 
     name = "pii"
 
@@ -66,7 +66,7 @@ class PiiStage:
         self._kinds = {kind for kind in kinds if getattr(config, kind)}
 
     def process(self, record: Record) -> str | None:
-        # Beside a placeholder, text can form a new candidate with it; that takes one pass more.
+        # A placeholder can form a new candidate with the text beside it, which takes one more pass.
         for _ in range(_MAX_PASSES):
             found = self._find(record.text)
             if not found:
@@ -80,7 +80,7 @@ class PiiStage:
         return None
 
     def _find(self, text: str) -> list[Found]:
-        """What is to be replaced, without overlap: the leftmost wins, then the finder that comes first."""
+        """The pieces to replace, without overlaps: the leftmost piece wins, then the earlier finder."""
         text = _fold_width(text)
         candidates: list[Found] = []
         if "secret" in self._kinds:
@@ -109,7 +109,7 @@ _NAMES = (
 
 
 def placeholder(form: str, value: str, salt: bytes) -> str:
-    """What stands for a value: the same for every spelling of it, on every machine, in any order."""
+    """The placeholder of a value: the same for all of its spellings, on every machine and in any order."""
     digest = hashlib.blake2b(salt + b"\0" + value.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     number = int.from_bytes(digest, "big")
     match form:
@@ -121,14 +121,14 @@ def placeholder(form: str, value: str, salt: bytes) -> str:
             return f"2001:db8::{1 + number % 0xFFFE:x}"
         case "mobile" | "mobile +86":
             return f"{'+86 ' if form == 'mobile +86' else ''}1380000{number % 10_000:04}"
-        case "landline":  # no number within an area begins with 0
+        case "landline":  # no local number begins with 0
             return f"010-0000{number % 10_000:04}"
         case "north american" | "international":
             return f"{'+1 ' if form == 'international' else ''}202-555-01{number % 100:02}"
-        case "id_number":  # of a person born in 1800
+        case "id_number":  # as of a person born in 1800
             body = f"11010118000101{number % 1000:03}"
             return body + id_check_digit(body)
-        case "bank_card":  # the number that card networks give for tests
+        case "bank_card":  # the number that card networks publish for tests
             return "4111 1111 1111 1111"
         case fixed:
             return fixed
@@ -136,19 +136,19 @@ def placeholder(form: str, value: str, salt: bytes) -> str:
 
 # --- text ---
 
-# No full-width dot: such numbers are values in tables, never addresses.
+# The full-width dot is left out: numbers with it are values in tables, never addresses.
 _FULL_WIDTH = re.compile("[０-９＠＋－（）]")
 _FOLD = {ord(wide): ord(wide) - 0xFEE0 for wide in "０１２３４５６７８９＠＋－（）"}
 
 
 def _fold_width(text: str) -> str:
-    """Full-width digits and signs as ASCII; every position stays what it was."""
+    """Replace full-width digits and signs by ASCII ones; every character keeps its position."""
     return text if text.isascii() or not _FULL_WIDTH.search(text) else text.translate(_FOLD)
 
 
 # --- keys and tokens ---
 
-# What must be in the text, the pattern, and what stands for it.
+# A string that must be in the text, the pattern, and the placeholder.
 _KEYS = (
     (("AKIA", "ASIA"), r"A[KS]IA[A-Z2-7]{16}(?![A-Za-z0-9])", "YOUR_AWS_ACCESS_KEY"),
     (("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), r"gh[pousr]_[A-Za-z0-9]{36,251}", "YOUR_GITHUB_TOKEN"),
@@ -191,7 +191,7 @@ def _find_secrets(text: str) -> Iterator[Found]:
 
 
 def _is_random(value: str) -> bool:
-    """Letters and digits mixed, at 3 bits per character and more: neither a word, a name nor `xxxxxxxx`."""
+    """Whether letters and digits are mixed, with at least 3 bits per character: not a word, a name or `xxxxxxxx`."""
     counts = Counter(re.sub(r"[-_.~]", "", value))
     total = sum(counts.values())
     if sum(counts[digit] for digit in "0123456789") < 3 or value.isdigit():
@@ -233,7 +233,7 @@ def _find_emails(text: str) -> Iterator[Found]:
 
 # --- IP addresses ---
 
-# The look behind comes after the first character, so that the search can skip to one.
+# The lookbehind follows the first character, so that the search can skip ahead to it.
 _IPV4 = re.compile(
     r"[0-9](?<![0-9A-Za-z_.].)[0-9]{0,2}\.(?:[0-9]{1,3}\.){2}[0-9]{1,3}(?![0-9A-Za-z_]|\.[0-9A-Za-z])"
 )
@@ -241,7 +241,7 @@ _TWO_COLONS = re.compile(r":[0-9A-Fa-f]{0,4}:")
 _IPV6 = re.compile(r"[23fF](?<![0-9A-Za-z_:.].)[0-9A-Fa-f]{3}:[0-9A-Fa-f:]{3,34}(?![0-9A-Za-z_:]|\.[0-9])")
 
 
-# IANA special-purpose registries (RFC 6890), as of 2025; written out because Python's own view changes with
+# IANA special-purpose registries (RFC 6890), as of 2025. They are listed here because Python's own list changes with
 # its version.
 def _nets(nets: str) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
     return [ipaddress.ip_network(net) for net in nets.split()]
@@ -387,7 +387,7 @@ def _check_id(match: re.Match[str]) -> tuple[str, str] | None:
 
 def _check_card(match: re.Match[str]) -> tuple[str, str] | None:
     digits = re.sub("[ -]", "", match[0])
-    # four digits of ten: round numbers and the test number 4111 1111 1111 1111 are no cards
+    # fewer than four different digits: round numbers, and the test number 4111 1111 1111 1111
     if len(set(digits)) < 4 or not _ISSUER.fullmatch(digits) or not luhn(digits):
         return None
     return "bank_card", digits

@@ -1,4 +1,4 @@
-"""Rules on the quality of a document: Gopher, C4 and FineWeb, from one split into words.
+"""Rules on the quality of a document, after Gopher, C4 and FineWeb, which share one split into words.
 
 Sources: Gopher: Rae et al. 2021, appendix A1. C4: Raffel et al. 2020, section 2.2. FineWeb: Penedo et al. 2024,
 section 3.6. Chinese thresholds of repetition: FineWeb2's for cmn_Hani (Penedo et al. 2025).
@@ -45,70 +45,77 @@ class QualityMode(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class ThresholdsConfig:
-    """Bounds of one language, as shares from 0 to 1 unless said otherwise; null: the rule is not applied."""
+    """Bounds of one language, as fractions from 0 to 1 unless stated otherwise; null: the rule is not applied."""
 
     min_words: float | None = 50
-    """Words with a letter or digit (Chinese: characters). Gopher."""
+    """Smallest number of words with a letter or digit (Chinese: characters). Gopher."""
     max_words: float | None = 100_000
-    """As min_words. Gopher."""
+    """Largest number of such words. Gopher."""
     min_mean_word_length: float | None = 3
-    """Characters per word, punctuation aside. Gopher."""
+    """Smallest mean number of characters per word, without punctuation. Gopher."""
     max_mean_word_length: float | None = 10
-    """As min_mean_word_length. Gopher."""
+    """Largest mean number of characters per word. Gopher."""
     max_hash_ratio: float | None = 0.1
-    """Signs # per word. Gopher."""
+    """Largest number of # signs per word. Gopher."""
     max_ellipsis_ratio: float | None = 0.1
-    """Ellipses per word. Gopher."""
+    """Largest number of ellipses per word. Gopher."""
     max_bullet_lines: float | None = 0.9
-    """Lines that begin with a bullet. Gopher."""
+    """Largest fraction of lines that begin with a bullet. Gopher."""
     max_ellipsis_lines: float | None = 0.3
-    """Lines that end with an ellipsis. Gopher."""
+    """Largest fraction of lines that end with an ellipsis. Gopher."""
     min_alpha_words: float | None = 0.8
-    """Words and punctuation that hold a letter. Gopher."""
+    """Smallest fraction of words and punctuation that contain a letter. Gopher."""
     min_stop_words: float | None = 2
-    """Number of different stop words. Gopher."""
+    """Smallest number of different stop words. Gopher."""
     max_duplicate_lines: float | None = 0.3
-    """Lines that stood before in the document. Gopher."""
+    """Largest fraction of lines that repeat an earlier line. Gopher."""
     max_duplicate_paragraphs: float | None = 0.3
-    """Paragraphs that stood before. Gopher."""
+    """Largest fraction of paragraphs that repeat an earlier one. Gopher."""
     max_duplicate_paragraph_chars: float | None = 0.2
-    """Characters in them. Gopher."""
+    """Largest fraction of characters in such paragraphs. Gopher."""
     max_top_2gram: float | None = 0.20
-    """Characters in the most frequent run of 2 words (Chinese: of 4 characters). Gopher, as the next two."""
+    """Largest fraction of characters in the most frequent run of 2 words (Chinese: 4 characters). Gopher."""
     max_top_3gram: float | None = 0.18
+    """The same for runs of 3 words (Chinese: 6 characters)."""
     max_top_4gram: float | None = 0.16
+    """The same for runs of 4 words (Chinese: 8 characters)."""
     max_duplicate_5gram: float | None = 0.15
-    """Characters in runs of 5 words (Chinese: 10 characters) that stood before. Gopher, as the next five."""
+    """Largest fraction of characters in repeated runs of 5 words (Chinese: 10 characters). Gopher."""
     max_duplicate_6gram: float | None = 0.14
+    """The same for runs of 6 words (Chinese: 12 characters)."""
     max_duplicate_7gram: float | None = 0.13
+    """The same for runs of 7 words (Chinese: 14 characters)."""
     max_duplicate_8gram: float | None = 0.12
+    """The same for runs of 8 words (Chinese: 16 characters)."""
     max_duplicate_9gram: float | None = 0.11
+    """The same for runs of 9 words (Chinese: 18 characters)."""
     max_duplicate_10gram: float | None = 0.10
+    """The same for runs of 10 words (Chinese: 20 characters)."""
     min_sentences: float | None = 5
-    """Number of sentences in the lines that C4 keeps. C4."""
+    """Smallest number of sentences in the lines that C4 keeps. C4."""
     max_lorem_ipsum: float | None = 0
-    """Whether it says lorem ipsum, 0 or 1. C4."""
+    """0: no text that contains "lorem ipsum"; 1: any text. C4."""
     max_curly_brackets: float | None = 0
-    """Whether it holds a curly bracket, 0 or 1. C4."""
+    """0: no text that contains a curly bracket; 1: any text. C4."""
     min_terminal_lines: float | None = 0.12
-    """Lines that end in terminal punctuation. FineWeb."""
+    """Smallest fraction of lines that end in terminal punctuation. FineWeb."""
     max_short_lines: float | None = 0.67
-    """Lines of at most 30 characters (Chinese: 12). FineWeb."""
+    """Largest fraction of lines of at most 30 characters (Chinese: 12). FineWeb."""
     max_duplicate_line_chars: float | None = 0.01
-    """Characters in lines that stood before. FineWeb; Gopher has 0.2."""
+    """Largest fraction of characters in repeated lines. FineWeb; Gopher has 0.2."""
     max_newline_ratio: float | None = 0.3
-    """Line ends per word. FineWeb."""
+    """Largest number of line ends per word. FineWeb."""
     min_classifier_score: float | None = None
-    """Score of `classifier_label` by the classifier, where one is given."""
+    """Smallest score of `classifier_label` by the classifier, where one is given."""
     max_perplexity: float | None = None
-    """Perplexity per word by the language model, where one is given."""
+    """Largest perplexity per word by the language model, where one is given."""
 
 
 def chinese_thresholds() -> ThresholdsConfig:
-    """Words are characters here, about 1.7 to a word, and the shares per word are lowered by that.
+    """Thresholds for Chinese, where words are characters: about 1.7 to a word, so figures per word are lower.
 
-    Repetition, terminal punctuation and line ends are FineWeb2's. A mean length above 3 is Latin text for the most
-    part. Sentences are long, and laws and minutes repeat their headings: hence fewer and more.
+    Repetition, terminal punctuation and line ends are FineWeb2's. A text with a mean length above 3 is mostly Latin.
+    Sentences are long, so fewer are required; laws and minutes repeat their headings, so more repetition is allowed.
     """
     return ThresholdsConfig(
         min_words=80,
@@ -135,10 +142,10 @@ def chinese_thresholds() -> ThresholdsConfig:
 
 
 def code_thresholds() -> ThresholdsConfig:
-    """Repetition only, against tables and generated code; of SymPy 395 of 398 files keep within these bounds.
+    """Thresholds for code: only repetition counts, against tables and generated code. 395 of SymPy's 398 files pass.
 
-    In the median file half of the words have no letter, half of the lines are short and 17 % of the characters are
-    in repeated runs of 5: the other rules, and Gopher's bounds, would drop good programs.
+    In its median file, half of the words have no letter, half of the lines are short, and 17 % of the characters are
+    in repeated runs of 5 words: the other rules, and Gopher's bounds, would drop good programs.
     """
     off = dict.fromkeys(threshold.name for threshold in fields(ThresholdsConfig))
     return ThresholdsConfig(
@@ -152,49 +159,49 @@ def code_thresholds() -> ThresholdsConfig:
 
 
 def curated_thresholds() -> ThresholdsConfig:
-    """Against broken text only: what repeats itself, and what has hardly a letter. For text that people chose.
+    """Thresholds for text that people chose: they drop only text that repeats itself or has hardly any letters.
 
     Of 261 factbook pages, 10,033 encyclopedia entries, 59 plays and poems, 31,429 short Chinese reviews and 7,167
-    dialogues, the thresholds for the web drop 100, 73, 81, 84 and 59 %; these drop 0, 0.01, 1.7, 0.4 and 0.5 %:
-    phrases said over and over, and one list of addresses. Of the 53,762 documents of ten sources all but three have
-    letters in more than a quarter of their words; two of these are tables of prices.
+    dialogues, the thresholds for the web drop 100, 73, 81, 84 and 59 %. These drop 0, 0.01, 1.7, 0.4 and 0.5 %:
+    repeated phrases, and one list of addresses. Of 53,762 documents of ten sources, all but three have letters in more
+    than a quarter of their words; two of the three are tables of prices.
     """
     return replace(code_thresholds(), min_alpha_words=0.25)
 
 
 @dataclass(kw_only=True, slots=True)
 class QualityConfig:
-    """Which documents are good enough. Languages without thresholds of their own get the English ones but for
-    stop words."""
+    """Which documents are good enough. Languages without thresholds of their own use the English ones, except for stop
+    words."""
 
     mode: QualityMode = QualityMode.drop
-    """drop: documents that break a rule are dropped, lines that C4 drops are removed; annotate: the figures go into
-    the document's signals, `quality.<figure>`, and nothing is dropped."""
+    """drop: drop documents that break a rule, and remove the lines that C4 drops; annotate: store the figures in the
+    signals of the document, as `quality.<figure>`, and drop nothing."""
     english: ThresholdsConfig = field(default_factory=ThresholdsConfig)
-    """Also of other languages that are written with spaces."""
+    """Thresholds for English and for other languages that are written with spaces."""
     chinese: ThresholdsConfig = field(default_factory=chinese_thresholds)
-    """Simplified and traditional."""
+    """Thresholds for Chinese, simplified and traditional."""
     code: ThresholdsConfig = field(default_factory=code_thresholds)
-    """Programs."""
+    """Thresholds for program code."""
     curated: ThresholdsConfig = field(default_factory=curated_thresholds)
-    """Documents of `curated_sources` in every language; programs among them are judged by `code`."""
+    """Thresholds for documents of `curated_sources` in every language; code among them is judged by `code`."""
     curated_sources: list[str] = field(default_factory=list)
     """Sources that people chose (books, poems, reviews, reference works), by name or pattern such as `zh_*`; `*`: all.
     No lines are removed from their documents."""
     remove_lines: bool = True
     """Remove the lines that C4 drops from documents that are kept; never from code."""
     require_terminal_punctuation: bool = False
-    """C4 drops lines that do not end in terminal punctuation. FineWeb found that this takes too much."""
+    """Count lines without terminal punctuation among those that C4 drops; FineWeb found that this removes too much."""
     min_line_words: int = 3
-    """C4 drops lines with fewer words (Chinese: characters)."""
+    """Smallest number of words (Chinese: characters) in a line; C4 drops shorter lines."""
     max_line_word_chars: int = 1000
-    """C4 drops lines with a longer word."""
+    """Largest number of characters in a word; C4 drops lines with a longer word."""
     classifier_path: str | None = None
-    """A fastText model of yours; it reads the text in one line. null: none."""
+    """Path of your fastText model, which reads the text as one line; null: none."""
     classifier_label: str = "__label__hq"
     """The label whose probability is the score."""
     perplexity_path: str | None = None
-    """A KenLM model of yours (ARPA or binary), over lower-case words as `words.py` splits them. null: none."""
+    """Path of your KenLM model (ARPA or binary), over lower-case words as `words.py` splits them; null: none."""
 
     def __post_init__(self) -> None:
         for key in ("min_line_words", "max_line_word_chars"):
@@ -224,7 +231,7 @@ class QualityConfig:
         return any(fnmatchcase(source, pattern) for pattern in self.curated_sources)
 
     def thresholds(self, language: str, source: str = "") -> ThresholdsConfig:
-        """What documents of a language and a source are judged by."""
+        """The thresholds for documents of a language and a source."""
         if language == CODE:
             return self.code
         if self.is_curated(source):
@@ -258,7 +265,7 @@ _UNBOUNDED = set(
 
 
 def reasons(signals: Mapping[str, Signal], thresholds: ThresholdsConfig) -> list[str]:
-    """The rules that a document breaks, from its figures alone; a figure that is not there breaks none."""
+    """The rules that a document breaks, by its figures. A missing figure breaks no rule."""
     found = []
     for threshold, signal, is_minimum, reason in RULES:
         bound, value = getattr(thresholds, threshold), signals.get(signal)
@@ -268,13 +275,15 @@ def reasons(signals: Mapping[str, Signal], thresholds: ThresholdsConfig) -> list
 
 
 def _word_signals(text: str, words: text_of.Split, language: str) -> dict[str, float]:
-    """Gopher's rules on words. Punctuation counts as words where shares are taken, but not in `words`."""
+    """Figures for Gopher's rules on words. Punctuation counts as words in fractions, but not in `words`."""
     n_all = max(1, len(words.numbers))
     is_alpha = [w.isalpha() or any(map(str.isalpha, w)) for w in words.distinct]
     is_word = [alpha or any(map(str.isalnum, w)) for alpha, w in zip(is_alpha, words.distinct, strict=True)]
     counted = np.array(is_word, bool)[words.numbers]
     n_words = int(counted.sum())
-    n_ellipses = sum(map(text.count, _ELLIPSES)) - text.count("……")  # the Chinese ellipsis is two signs
+    n_ellipses = sum(map(text.count, _ELLIPSES)) - text.count(
+        "……"
+    )  # the Chinese ellipsis consists of two signs
     return {
         "words": n_words,
         "mean_word_length": int(words.lengths[counted].sum()) / max(1, n_words),
@@ -287,7 +296,7 @@ def _word_signals(text: str, words: text_of.Split, language: str) -> dict[str, f
 
 
 def _line_signals(text: str, lines: list[str], short_chars: int) -> dict[str, float]:
-    """Gopher's and FineWeb's rules on lines and paragraphs; blank lines do not count."""
+    """Figures for Gopher's and FineWeb's rules on lines and paragraphs; blank lines do not count."""
     n_lines, n_chars = max(1, len(lines)), max(1, sum(map(len, lines)))
     paragraphs = text_of.paragraphs_of(text)
     n_again, chars_again = _again(lines)
@@ -305,13 +314,13 @@ def _line_signals(text: str, lines: list[str], short_chars: int) -> dict[str, fl
 
 
 def _again(parts: list[str]) -> tuple[int, int]:
-    """How many parts stood before, and their characters."""
+    """Number of parts that repeat an earlier one, and their characters."""
     distinct = set(parts)
     return len(parts) - len(distinct), sum(map(len, parts)) - sum(map(len, distinct))
 
 
 def measure(text: str, language: str, config: QualityConfig) -> tuple[dict[str, float], set[str]]:
-    """All figures of a text, `quality.<figure>`, and those of its lines that C4 drops."""
+    """All figures of a text, named `quality.<figure>`, and the lines that C4 drops."""
     lines = text_of.lines_of(text)
     lower = text.lower()
     words = text_of.split(text, language)
@@ -343,7 +352,7 @@ def _bad_lines(lines: list[str], lower: str, language: str, config: QualityConfi
 
 
 def _remove_lines(record: Record, bad: set[str]) -> None:
-    """Of the blank lines around a removed one, one stays: paragraphs remain apart."""
+    """Remove lines. One of the blank lines around a removed line stays, so that paragraphs remain separate."""
     lines = record.text.split("\n")
     kept = [line for line in lines if line.strip() not in bad]
     record.text = _MANY_BLANK.sub("\n\n", "\n".join(kept)).strip("\n")
@@ -351,7 +360,7 @@ def _remove_lines(record: Record, bad: set[str]) -> None:
 
 
 class QualityStage:
-    """Drops documents that break a rule, or notes their figures."""
+    """Drops documents that break a rule, or records their figures."""
 
     name = "quality"
 
@@ -361,7 +370,7 @@ class QualityStage:
         self._language_model: Any = None
 
     def process(self, record: Record) -> str | None:
-        """The first rule that the record breaks, as `low_<figure>` or `high_<figure>`."""
+        """Returns the first rule that the record breaks, as `low_<figure>` or `high_<figure>`."""
         signals, bad = measure(record.text, record.language, self.config)
         if self.config.classifier_path is not None:
             signals["quality.classifier_score"] = round(self._score(record.text), 5)
@@ -378,7 +387,7 @@ class QualityStage:
         return None
 
     def _score(self, text: str) -> float:
-        """Probability of the label that the user's classifier gives."""
+        """Probability of the label, by the user's classifier."""
         if self._classifier is None:
             self._classifier = _load("classifier_path", self.config.classifier_path, "fasttext", "load_model")
             if self.config.classifier_label not in self._classifier.labels:
@@ -390,7 +399,7 @@ class QualityStage:
         return float(dict(zip(labels, scores, strict=True)).get(self.config.classifier_label, 0.0))
 
     def _perplexity(self, text: str, language: str) -> float:
-        """By the user's language model, per word and line end; each line is a sentence to it."""
+        """Perplexity per word and line end, by the user's language model, which takes each line as a sentence."""
         if self._language_model is None:
             self._language_model = _load("perplexity_path", self.config.perplexity_path, "kenlm", "Model")
         lines = [text_of.words_of(line, language) for line in text_of.lines_of(text.lower())]
@@ -399,7 +408,7 @@ class QualityStage:
 
 
 def _load(key: str, path: str | None, package: str, loader: str) -> Any:
-    """A user's model; ConfigError where its package or file is missing, or the file is no model."""
+    """Load a model of the user. Raises ConfigError where its package or file is missing, or the file is no model."""
     if not Path(str(path)).is_file():
         raise ConfigError(f"curation.quality.{key}={path} is no file")
     try:

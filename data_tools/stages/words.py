@@ -1,4 +1,4 @@
-"""Words, lines, paragraphs and sentences of a text: one compiled pattern each, no model, no dictionary."""
+"""Splits text into words, lines, paragraphs and sentences by one pattern each, without models or dictionaries."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from data_tools.record import CHINESE, CHINESE_TRADITIONAL
 # Han characters: the basic block with its extension A, the compatibility forms, and the planes beyond.
 _HAN = r"\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 
-# A word holds inner apostrophes, points and commas (don't, 3.14, 1,000, example.com); signs that stand together are
-# one more. The words of hyphenated ones count for themselves. Split like this, 98 % of 1935 documents pass or fail
-# Gopher's rule on words with a letter as they do with spaCy's English splitter, at 40 times its speed.
+# A word may contain apostrophes, points and commas (don't, 3.14, 1,000, example.com); adjacent signs are one more word.
+# The parts of a hyphenated word count separately. With this split, 98 % of 1935 documents pass or fail Gopher's rule on
+# words with a letter as they do with spaCy's English tokenizer, at 40 times its speed.
 _SPACED = re.compile(r"\w+(?:[.,'’]\w+)*|[^\w\s]+")
 
-# Chinese is cut into single characters, and gram_chars takes two of them where it means one word. jieba's words are
-# truer, but it reads 0.4 million characters a second and this 7. On law, newspaper and reviews the share of repeated
-# runs of 2n characters follows that of n words of jieba (correlation 0.81 to 0.99; runs of n characters: 0.67 to
-# 0.94, and several times as high), and words such as 的 and 是 are single characters anyway.
+# Chinese is split into single characters, and gram_chars takes two of them for one word. The words of jieba are more
+# accurate, but it reads 0.4 million characters per second, and this pattern 7. On law, newspapers and reviews, the
+# fraction of repeated runs of 2n characters follows that of n words of jieba (correlation 0.81 to 0.99; runs of n
+# characters: 0.67 to 0.94, and several times as high), and words such as 的 and 是 are single characters anyway.
 _CHINESE = re.compile(rf"[{_HAN}]|[^\W{_HAN}]+(?:[.,'’][^\W{_HAN}]+)*|[^\w\s]+")
 
 _PARAGRAPH_END = re.compile(r"\n[ \t]*\n\s*")
@@ -30,11 +30,11 @@ _PARAGRAPH_END = re.compile(r"\n[ \t]*\n\s*")
 CLOSING = "\"'”’»›)]）】」』》〉"
 """Quotation marks and brackets that may follow the end of a sentence."""
 TERMINAL = frozenset(".!?。．｡！？…‽⁇⁈⁉‼؟۔।॥։።፧。៕།။")
-"""Signs that end a sentence, in the scripts that are met most."""
+"""Signs that end a sentence in the most common scripts."""
 
-# An end within a line: one at the end of a line is not counted, for each line ends a sentence.
+# The end of a sentence inside a line. Ends of lines are not matched, because every line ends a sentence anyway.
 _SPACED_END = re.compile(r"[.!?…。！？][\"'”’»)\]]*[ \t]+(?=[^\sa-z])")
-# Looked for at the first sign of a run only, without giving signs back: a million exclamation marks take no longer.
+# It matches only at the first sign of a run and never backtracks, so that a million exclamation marks cost no more.
 _CHINESE_END = re.compile(rf"(?<![。！？!?…])[。！？!?…]++[{re.escape(CLOSING)}]*+(?=[^\n。！？!?…])")
 
 
@@ -44,41 +44,41 @@ def is_chinese(language: str) -> bool:
 
 
 def words_of(text: str, language: str) -> list[str]:
-    """Words and runs of punctuation in their order; of Chinese each Han character by itself."""
+    """Words and runs of punctuation, in order; in Chinese, each Han character is a word."""
     return (_CHINESE if is_chinese(language) else _SPACED).findall(text)
 
 
 def lines_of(text: str) -> list[str]:
-    """Lines without outer white space; blank ones are left out."""
+    """Lines that are not blank, without leading and trailing white space."""
     return [stripped for line in text.split("\n") if (stripped := line.strip())]
 
 
 def paragraphs_of(text: str) -> list[str]:
-    """What blank lines divide, without outer white space."""
+    """Parts of the text between blank lines, without leading and trailing white space."""
     return [part.rstrip() for part in _PARAGRAPH_END.split(text.strip()) if part]
 
 
 def count_sentences(lines: list[str], language: str) -> int:
-    """Sentences in lines as `lines_of` gives them; what stands on a line of its own counts as one."""
+    """Number of sentences in the lines of `lines_of`; the end of a line ends a sentence."""
     end = _CHINESE_END if is_chinese(language) else _SPACED_END
     return len(lines) + len(end.findall("\n".join(lines)))
 
 
 def ends_sentence(line: str) -> bool:
-    """Whether a line ends in terminal punctuation, closing quotation marks and brackets aside."""
+    """Whether a line ends in terminal punctuation, possibly followed by quotation marks and brackets."""
     last = line[-1:]
     return last in TERMINAL or (last in CLOSING and line.rstrip(CLOSING)[-1:] in TERMINAL)
 
 
 class Split(NamedTuple):
-    """A text's words as numbers, equal for equal words."""
+    """The words of a text as numbers; equal words have equal numbers."""
 
     distinct: list[str]
-    """By number, in the order of their first occurrence."""
+    """The word of each number; numbers follow the order of first occurrence."""
     numbers: np.ndarray
-    """Of each word in its place."""
+    """Number of each word of the text, in order."""
     lengths: np.ndarray
-    """Characters of each word in its place."""
+    """Length in characters of each word of the text, in order."""
 
 
 def split(text: str, language: str) -> Split:
@@ -96,15 +96,15 @@ DUPLICATE_GRAMS = (5, 6, 7, 8, 9, 10)
 
 
 def gram_chars(words: Split, language: str) -> dict[str, int]:
-    """Characters in the most frequent runs of 2 to 4 words, and in runs of 5 to 10 words that stood before.
+    """Characters in the most frequent run of 2 to 4 words, and in repeated runs of 5 to 10 words.
 
-    A word of Chinese is taken as two characters. The first of the most frequent runs counts, with the spaces in
-    it; none where each stands once. Of runs that overlap, only the first is a duplicate.
+    In Chinese, two characters are taken as a word. Of equally frequent runs the first counts, including its spaces;
+    none counts where each occurs once. Of overlapping repeated runs, only the first counts.
     """
     unit, gap = (2, 0) if is_chinese(language) else (1, 1)
     ends = np.concatenate(([0], words.lengths.cumsum()))
     first = words.numbers if unit == 1 else _numbered(_pairs(words.numbers[:-1], words.numbers[1:]))
-    # Only runs whose shorter runs at both ends stand elsewhere too can do so themselves: few are left to look at.
+    # A run can be repeated only if the shorter runs at both of its ends are, which leaves few candidates.
     repeats = np.bincount(first)[first] > 1
     group = first.copy()
     figures = {f"top_{n}gram": 0 for n in TOP_GRAMS} | {f"duplicate_{n}gram": 0 for n in DUPLICATE_GRAMS}
@@ -127,12 +127,12 @@ def gram_chars(words: Split, language: str) -> dict[str, int]:
 
 
 def _pairs(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """One number for each pair of numbers below 2^31."""
+    """Combine each pair of numbers below 2^31 into one number."""
     return left << 31 | right
 
 
 def _numbered(keys: np.ndarray) -> np.ndarray:
-    """Numbers from 0, equal for equal keys."""
+    """Number the keys from 0; equal keys have equal numbers."""
     order = keys.argsort(kind="stable")
     ordered = keys[order]
     numbers = np.empty(len(keys), np.int64)
@@ -142,7 +142,7 @@ def _numbered(keys: np.ndarray) -> np.ndarray:
 
 
 def _chars_again(at: list[int], groups: list[int], length: int, ends: np.ndarray) -> int:
-    """Characters in runs at these places that were seen at an earlier one, each character once."""
+    """Number of characters in the runs at these places that repeat an earlier one, each character counted once."""
     seen: set[int] = set()
     chars, free = 0, 0
     for place, group in zip(at, groups, strict=True):

@@ -190,7 +190,8 @@ class Monitor:
 
     `first_step` is the first step that this attempt completes: 1, or the checkpoint's step + 1. `flops_per_token` gives
     the FLOPs per token at a sequence length. The caller reports `event(Event.STARTED)` or
-    `event(Event.RESUMED, step=...)` once the state is loaded; for later steps `read_metrics` then uses the records of this attempt.
+    `event(Event.RESUMED, step=...)` once the state is loaded; for later steps `read_metrics` then uses the records of
+    this attempt.
     """
 
     def __init__(

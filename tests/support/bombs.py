@@ -13,6 +13,7 @@ import random
 import resource
 import struct
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -130,6 +131,23 @@ def attributes(n: int) -> str:
     return "<p " + " ".join(f"a{i}=1" for i in range(n)) + ">x</p>"
 
 
+def tar(*members: tuple[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as file:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def tar_claim() -> bytes:
+    """A pax header says that a terabyte belongs to it."""
+    header = tarfile.TarInfo("0.txt")
+    header.type, header.size = tarfile.XHDTYPE, 1 << 40
+    return header.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 20)
+
+
 def bombs() -> Iterator[tuple[str, str, Callable[[], bytes]]]:
     """Name, end of the file's name, and content."""
     blanks, start = b"a" * (1 << 20), b'{"text": "'
@@ -172,6 +190,8 @@ def bombs() -> Iterator[tuple[str, str, Callable[[], bytes]]]:
         ".warc",
         lambda: warc_record(answer(page_of_64_mib, b"Content-Encoding: gzip\r\n")),
     )
+    yield "tar, a packed member", ".tar", lambda: tar(("0.json.gz", gzipped(start, blanks, 1024)))
+    yield "tar, a claim of 1 TiB", ".tar", tar_claim
     yield "HTML, 60,000 attributes", ".warc", lambda: warc_record(answer(page(attributes(60_000))))
     yield "HTML, 300,000 tags", ".warc", lambda: warc_record(answer(page("<a>" * 300_000)))
 
@@ -189,6 +209,8 @@ def honest() -> Iterator[tuple[str, str, Callable[[], bytes]]]:
     yield "honest zstd", ".jsonl.zst", lambda: zst(b"", lines, 1)
     yield "honest Parquet", ".parquet", lambda: parquet(columns)
     yield "honest Arrow", ".arrow", lambda: arrow(columns)
+    samples = [(f"{row['id']}.json", json.dumps(row).encode()) for row in HONEST]
+    yield "honest tar", ".tar", lambda: tar(*samples)
     yield "honest WARC", ".warc.gz", lambda: gzipped(warc_record(answer(page())), b"", 1)
 
 

@@ -314,6 +314,19 @@ def arrow() -> bytes:
     return file.getvalue()
 
 
+def tar_of_text() -> bytes:
+    with tarfile.open(fileobj=(file := io.BytesIO()), mode="w", format=tarfile.PAX_FORMAT) as made:
+        for name, content in (
+            ("a/0.txt", b"a b"),
+            ("a/0.json", b'{"id": 1}'),
+            (f"{'b' * 120}/1.json", b'{"text": "c"}'),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            made.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
 PAGE = b"""<html><head><meta charset="utf-8"><title>T</title></head><body><nav><a href="/">Home</a></nav>
 <article><h1>A title</h1><p>A first paragraph that has some words in it, and more words.</p><table><tr><td>x</td></tr>
 </table><ul><li>one</li></ul><pre>code</pre><p>A second one, with <b>bold</b> words.</p></article></body></html>"""
@@ -478,6 +491,7 @@ HARNESSES = {
     "parquet": Harness(lambda data: read(data, "x.parquet", "parquet"), parquet),
     "arrow": Harness(lambda data: read(data, "x.arrow", "arrow"), lambda: [arrow()]),
     "warc": Harness(lambda data: read(data, "x.warc", "warc"), warc, words=(b"Content-Length: ", b"\r\n\r\n")),
+    "tar": Harness(lambda data: read(data, "x.tar", "tar"), lambda: [tar_of_text()]),
     "html": Harness(html, lambda: [PAGE], words=(b"<div>" * 99, b"<a b=", b"<!--", b"charset=utf-7", b"&#x110000;")),
     "sentencepiece": Harness(tokenizer, models),
     "tokenizer_json": Harness(tokenizer, tokenizer_jsons, is_json=True),

@@ -215,7 +215,7 @@ def test_a_column_that_is_no_text_is_named_or_passed_over(tmp_path: Path, column
         assert prepare(config(tmp_path / "out", tmp_path / "a.parquet")) == 0
         assert "a.parquet:1" in all_documents(tmp_path / "out")
     else:
-        with pytest.raises(ConfigError, match=r"a\.parquet has list<.*> in the column 'text', not text"):
+        with pytest.raises(ConfigError, match=r"a\.parquet: its column 'text' holds list<"):
             prepare(config(tmp_path / "out", tmp_path / "a.parquet"))
 
 
@@ -434,7 +434,7 @@ def test_an_end_before_the_end_is_one_sentence(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in errors
-    assert "the same command goes on from here" in errors.splitlines()[-1]
+    assert "run the same command again" in errors.splitlines()[-1]
     assert list(output.glob(".work/*/tokens-00003.npz"))
 
 
@@ -509,9 +509,9 @@ def test_a_folder_of_something_else_is_never_overwritten(tmp_path: Path) -> None
 def test_input_and_output_stay_apart(small: tuple[Path, Path]) -> None:
     source, output = small
     for place in (source.parent, source.parent / "deeper"):
-        with pytest.raises(ConfigError, match="lie within each other"):
+        with pytest.raises(ConfigError, match=r"output=.* and input="):
             prepare(config(place, source.parent))
-    with pytest.raises(ConfigError, match="lie within each other"):
+    with pytest.raises(ConfigError, match=r"output=.* and input="):
         prepare(config(output, output / "heldout/documents.jsonl.gz", overwrite=True))
 
 
@@ -554,16 +554,16 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
     parquet.write_table(pyarrow.table({"body": ["x"]}), folder / "column.parquet")
     (folder / "nothing").mkdir()
     expected = {
-        "broken.jsonl": "broken.jsonl:3 is no JSON; max_bad_records=N",
-        "latin.jsonl": "latin.jsonl:1 is not UTF-8",
-        "list.jsonl": "list.jsonl:1 is no JSON object",
+        "broken.jsonl": "broken.jsonl:3 is no JSON: ",
+        "latin.jsonl": "latin.jsonl:1 is no JSON: 'utf-8' codec",
+        "list.jsonl": "list.jsonl:1 is a JSON list",
         "field.jsonl": "field.jsonl:1 has no field 'text' (its fields: content, n); set text_field",
         "number.jsonl": "number.jsonl:1 has int in the field 'text', not text",
         "short.jsonl": "leaves no document: 1 read, dropped: 1 too_short",
         "empty.txt": "leaves no document: 1 read, dropped: 1 too_short",
-        "cut.jsonl.gz": "cut.jsonl.gz cannot be read: Compressed file ended",
-        "no.jsonl.gz": "no.jsonl.gz cannot be read: Not a gzipped file",
-        "no.parquet": "no.parquet is no good Parquet file",
+        "cut.jsonl.gz": "cut.jsonl.gz:10 cannot be read from here on: Compressed file ended",
+        "no.jsonl.gz": "no.jsonl.gz:1 cannot be read from here on: Not a gzipped file",
+        "no.parquet": "no.parquet cannot be read: Parquet magic",
         "kind.docx": "is of an unknown kind; known are .jsonl",
         "column.parquet": "has no column 'text' (it has body)",
         "nothing": "has no file that can be read",

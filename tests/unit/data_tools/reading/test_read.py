@@ -470,8 +470,8 @@ def test_an_input_without_text_is_named(tmp_path: Path, made: str | None) -> Non
 @pytest.mark.parametrize("size", [1, 17, WHOLE])
 def test_urls(tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # A store that needs no server, and that is none of those that are allowed.
-    monkeypatch.setattr("data_tools.reading.units.check_url", lambda *_: None)
-    monkeypatch.setattr("data_tools.reading.units.file_system", fsspec.core.url_to_fs)
+    monkeypatch.setattr("data_tools.reading.reader.check_url", lambda *_: None)
+    monkeypatch.setattr("data_tools.reading.reader.file_system", fsspec.core.url_to_fs)
     data = {"a.jsonl": jsonl(ROWS), "sub/b.jsonl.gz": gzip.compress(jsonl(ROWS)), "sub/.c.txt": b"no"}
     memory = fsspec.filesystem("memory")
     for name, content in data.items():
