@@ -21,9 +21,6 @@ import pytest
 import yaml
 
 from pretrain.command import COMMANDS
-from pretrain.config import DataConfig
-from pretrain.config.data_stages import plan_stages
-from pretrain.data.order import Order, SourceSize
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -302,6 +299,10 @@ def test_a_wrong_name_is_seen() -> None:
 
 
 def test_the_example_of_lanes_is_what_the_order_gives() -> None:
+    from pretrain.config import DataConfig
+    from pretrain.config.data_stages import plan_stages
+    from pretrain.data.order import Order, SourceSize
+
     data = DataConfig(manifest="unused", sequence_length=1024, window_chunks=2)
     order = Order([SourceSize(8, 4096, 4096)], plan_stages(data, 4), lanes=2, window_chunks=2, seed=1234)
     text = (ROOT / "docs/architecture.md").read_text()
