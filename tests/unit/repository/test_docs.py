@@ -6,6 +6,7 @@ nothing. Commands of other kinds have a check of their own below; that they work
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 import shlex
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -25,6 +27,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "README.zh.md",
     ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 COMPOSE = ROOT / "docker" / "compose.yaml"
@@ -245,6 +248,69 @@ def test_links_and_files_exist(page: Path) -> None:
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
     for path in re.findall(r"`((?:pretrain|launch|conf|data_tools|docker|docs|tests)/[\w./-]*)`", prose):
         assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+def is_defined(name: str) -> bool:
+    """Whether a name like `data.order.Order.locate` exists, below pretrain/ or from the root. Imports nothing."""
+    parts = name.split(".")
+    for place in (ROOT / "pretrain", ROOT):
+        for n in range(1, len(parts)):
+            module = place.joinpath(*parts[:n]).with_suffix(".py")
+            if module.exists():
+                return _is_defined_in(ast.parse(module.read_text()), parts[n:])
+    return False
+
+
+def _is_defined_in(scope: ast.AST, parts: list[str]) -> bool:
+    if not parts:
+        return True
+    for node in getattr(scope, "body", []):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if parts[0] in (getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)):
+            return _is_defined_in(node, parts[1:])
+    return False
+
+
+def unknown_names(text: str) -> list[str]:
+    """Names of code in a page, as `module.function()` or `module.Class`, and test files, that do not exist."""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    dotted = re.findall(r"`([a-z_]+(?:\.\w+)+)(\(\))?`", prose)
+    names = [name for name, call in dotted if call or re.search("[A-Z]", name)]
+    files = re.findall(r"`((?:test_\w+|recording)\.py)`", prose)
+    missing = [name for name in files if not any((ROOT / "tests").rglob(name))]
+    return missing + [name for name in names if not is_defined(name)]
+
+
+def test_the_map_names_what_exists() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    assert text.count("()`") > 30
+    assert unknown_names(text) == []
+    packages = {path.parent.name for path in (ROOT / "pretrain").glob("*/__init__.py")}
+    assert packages <= set(re.findall(r"`pretrain/(\w+)/`", text))
+
+
+def test_a_wrong_name_is_seen() -> None:
+    wrong = ["data.order.Order.nothing", "data.orders.locate", "train.loop.nothing", "model.decoder.LossSum"]
+    assert unknown_names("".join(f"`{name}()` " for name in wrong)) == wrong
+    assert unknown_names("`test_nothing.py` `data.order.Orders`") == ["test_nothing.py", "data.order.Orders"]
+    assert (
+        unknown_names("`data.order.Order.locate()` `data.stages` `engine.objectives.training_loss()`") == []
+    )
+
+
+def test_the_example_of_lanes_is_what_the_order_gives() -> None:
+    from pretrain.config import DataConfig
+    from pretrain.config.data_stages import plan_stages
+    from pretrain.data.order import Order, SourceSize
+
+    data = DataConfig(manifest="unused", sequence_length=1024, window_chunks=2)
+    order = Order([SourceSize(8, 4096, 4096)], plan_stages(data, 4), lanes=2, window_chunks=2, seed=1234)
+    text = (ROOT / "docs/architecture.md").read_text()
+    for lane in (0, 1):
+        [line] = re.findall(rf"^lane {lane} (.*)$", text, flags=re.M)
+        shown = re.findall(r"(\d)\.(\d)", line)
+        where = order.locate(lane + 2 * np.arange(len(shown)))
+        assert shown == [(str(c), str(s)) for c, s in zip(where.chunk, where.sequence, strict=True)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
