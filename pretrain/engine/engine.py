@@ -120,6 +120,23 @@ def deepspeed_config(config: TrainConfig, world_size: int, files: Path | None = 
     return _merged(result, engine.deepspeed_overrides)
 
 
+def _settle_deepspeed(config: TrainConfig, world: World) -> None:
+    """Keep DeepSpeed from work that a run does not need, and have it use the process group that exists."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed would run a compiler for each of its operators to find out which are compatible, although it asks
+    # only for this one. It would compile that for 30 to 90 s at each start, although only inference uses it, and
+    # it leaks shared memory.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    if config.engine.precision is Precision.fp16 and world.device.type == "cpu":
+        # DeepSpeed refuses fp16 on a CPU that has no units for it. torch emulates it there, as our tests need.
+        get_accelerator().is_fp16_supported = lambda: True
+    if local_size := 1 if world.size == 1 else launched_local_size():
+        # Without LOCAL_SIZE DeepSpeed starts numactl in every step on a CPU, to count devices, and to fork a
+        # process with threads and gigabytes is slow at best. Only DeepSpeed's own launcher sets LOCAL_SIZE.
+        os.environ.setdefault("LOCAL_SIZE", str(local_size))
+    deepspeed.init_distributed(dist_init_required=False)
+
+
 def _host_problem(config: TrainConfig, folder: Path | None) -> str | None:
     """What this host lacks for the configuration; None if nothing. Empties `folder`, the optimizer's folder on NVMe."""
     engine = config.engine
@@ -171,19 +188,7 @@ class Engine:
         compiles = config.kernels.compile is Switch.always
         if not compiles:
             leave_compiler_unloaded()
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # DeepSpeed would run a compiler for each of its operators to find out which are compatible, although it asks
-        # only for this one. It would compile that for 30 to 90 s at each start, although only inference uses it, and
-        # it leaks shared memory.
-        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-        if config.engine.precision is Precision.fp16 and world.device.type == "cpu":
-            # DeepSpeed refuses fp16 on a CPU that has no units for it. torch emulates it there, as our tests need.
-            get_accelerator().is_fp16_supported = lambda: True
-        if local_size := 1 if world.size == 1 else launched_local_size():
-            # Without LOCAL_SIZE DeepSpeed starts numactl in every step on a CPU, to count devices, and to fork a
-            # process with threads and gigabytes is slow at best. Only DeepSpeed's own launcher sets LOCAL_SIZE.
-            os.environ.setdefault("LOCAL_SIZE", str(local_size))
-        deepspeed.init_distributed(dist_init_required=False)
+        _settle_deepspeed(config, world)
         zero_stage, self._files = config.engine.zero_stage, nvme_folder(config, world.rank)
         self._check_hosts()
         settings = deepspeed_config(config, world.size, self._files)

@@ -91,12 +91,7 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
     """Find the newest checkpoint, build the parts of the run, and put the state in place. All ranks together."""
     config, manifests = inputs
     root = root_of(run_dir, config.checkpoint.target)
-    found = checkpoint.find_latest(root, world)
-    if found.path is None and found.passed_over:
-        raise CheckpointError(
-            f"no checkpoint in {root / 'checkpoints'} can be trusted ({'; '.join(found.passed_over)}); "
-            "restore one, or start afresh in another run_dir"
-        )
+    found = _newest_checkpoint(root, world)
     state = found.verified.state if found.verified else None
     changed = check_resumable(config, state) if state else []
     searched = config.micro_batch_sequences == AUTO
@@ -150,6 +145,17 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
     )
     _begin(run, found, changed)
     return run
+
+
+def _newest_checkpoint(root: Path, world: World) -> FoundCheckpoint:
+    """The newest checkpoint to be trusted. Raises CheckpointError where there are some and none can be trusted."""
+    found = checkpoint.find_latest(root, world)
+    if found.path is None and found.passed_over:
+        raise CheckpointError(
+            f"no checkpoint in {root / 'checkpoints'} can be trusted ({'; '.join(found.passed_over)}); "
+            "restore one, or start afresh in another run_dir"
+        )
+    return found
 
 
 def _monitor(
