@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LINE_EVERY_S = 10.0
 
 
-class Stage:
+class ByteProgress:
     """Progress of one stage, counted in bytes."""
 
     def __init__(self, name: str, total_bytes: int, bar: Progress | None) -> None:
@@ -51,7 +51,7 @@ class Stage:
 
 
 @contextmanager
-def stage(name: str, total_bytes: int) -> Iterator[Stage]:
+def stage(name: str, total_bytes: int) -> Iterator[ByteProgress]:
     """Show the progress of a stage, and at its end the time that it took."""
     start = time.monotonic()
     if sys.stderr.isatty():
@@ -65,9 +65,9 @@ def stage(name: str, total_bytes: int) -> Iterator[Stage]:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            yield Stage(name, total_bytes, bar)
+            yield ByteProgress(name, total_bytes, bar)
     else:
-        yield Stage(name, total_bytes, None)
+        yield ByteProgress(name, total_bytes, None)
     print(f"{visible(name)}: done in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
 
 

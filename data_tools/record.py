@@ -38,7 +38,7 @@ class Record:
             self.counts[name] = self.counts.get(name, 0) + n
 
 
-class Stage(Protocol):
+class CurationStage(Protocol):
     """One step of curation, built from its part of the configuration. Its results are the same on every machine.
 
     One object is made per process. Large data, such as a model file, is loaded at the first document.

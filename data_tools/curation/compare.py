@@ -21,7 +21,7 @@ from data_tools.curation.dedup import (
     repeated_lines_in,
     save_array,
 )
-from data_tools.curation.executors import Progress
+from data_tools.curation.executors import TaskProgress
 from data_tools.curation.phases import Layout, write_json
 
 _ROW_BYTES = 16
@@ -38,7 +38,7 @@ class CompareTask:
     jobs: list[tuple[int, int, int]]
     """Table, range and number of ranges of each task."""
 
-    def run(self, rank: int, progress: Progress) -> None:
+    def run(self, rank: int, progress: TaskProgress) -> None:
         table, part, parts = self.jobs[rank]
         rows = read_range(self.layout.work, table, self.n_ranks, part, parts)
         if table < n_tables(self.dedup):

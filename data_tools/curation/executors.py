@@ -72,10 +72,10 @@ class ExecutorConfig:
 class Task(Protocol):
     """The work of a phase, called once for each rank."""
 
-    def run(self, rank: int, progress: Progress) -> None: ...
+    def run(self, rank: int, progress: TaskProgress) -> None: ...
 
 
-class Progress:
+class TaskProgress:
     """Reports to the waiting process how many bytes of its input a task has done."""
 
     def __init__(self, path: Path) -> None:
@@ -104,7 +104,7 @@ class _Step:
         self.task, self.folder = task, folder
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        progress = Progress(self.folder / f"{rank:05d}.bytes")
+        progress = TaskProgress(self.folder / f"{rank:05d}.bytes")
         self.task.run(rank, progress)
         progress.close()
 
@@ -114,7 +114,7 @@ def run_phase(
 ) -> None:
     """Run all tasks of a phase that are not marked as done in `folder`, and return when all of them are.
 
-    `total_bytes` is the sum that all tasks report to their `Progress`. Raises ConfigError where a task does, and
+    `total_bytes` is the sum that all tasks report to their `TaskProgress`. Raises ConfigError where a task does, and
     RunError where a process dies or a job ends before its tasks are done.
     """
     folder.mkdir(parents=True, exist_ok=True)

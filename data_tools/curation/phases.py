@@ -20,10 +20,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_tools.curation.dedup import DedupConfig, Signatures, line_hashes, load_array, save_array
-from data_tools.curation.executors import Progress
+from data_tools.curation.executors import TaskProgress
 from data_tools.gzipped import Gzipped
 from data_tools.reading.units import ReadConfig, Unit, read_unit
-from data_tools.record import Record, Stage
+from data_tools.record import CurationStage, Record
 from data_tools.report.schemas import MAX_REPORT_BYTES, MAX_REPORT_VALUES
 from data_tools.stages.boilerplate import BoilerplateConfig, BoilerplateStage
 from data_tools.stages.decontaminate import DecontaminateConfig, DecontaminateStage
@@ -65,9 +65,9 @@ class CurationConfig:
             )
 
 
-def build_stages(config: CurationConfig, index: Path) -> list[Stage]:
+def build_stages(config: CurationConfig, index: Path) -> list[CurationStage]:
     """The configured stages in their order. `index` is the path of the index of the evaluation sets."""
-    builders: dict[str, Callable[[], Stage]] = {
+    builders: dict[str, Callable[[], CurationStage]] = {
         "normalize": lambda: NormalizeStage(config.normalize),
         "language": lambda: LanguageStage(config.language),
         "boilerplate": lambda: BoilerplateStage(config.boilerplate),
@@ -247,7 +247,7 @@ class CleanTask:
     curation: CurationConfig
     layout: Layout
 
-    def run(self, rank: int, progress: Progress) -> None:
+    def run(self, rank: int, progress: TaskProgress) -> None:
         stages = build_stages(self.curation, self.layout.index)
         signatures, tally = Signatures(self.curation.dedup), Tally()
         rejects = _Rejects(
@@ -283,7 +283,7 @@ class CleanTask:
         progress.finish(self.units[rank].size_bytes)
 
     def _dropped(
-        self, record: Record, stages: list[Stage], tally: Tally, rejects: _Rejects, n_bytes: int
+        self, record: Record, stages: list[CurationStage], tally: Tally, rejects: _Rejects, n_bytes: int
     ) -> bool:
         for stage in stages:
             reason = stage.process(record)
@@ -318,7 +318,7 @@ class FilterTask:
     curation: CurationConfig
     layout: Layout
 
-    def run(self, rank: int, progress: Progress) -> None:
+    def run(self, rank: int, progress: TaskProgress) -> None:
         removed = dict(load_array(self.layout.removed(rank)).tolist())
         lines = load_array(self.layout.lines, mapped=True)
         tally, rejects = Tally(), _Rejects(self.layout.rejected, rank)

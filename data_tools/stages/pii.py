@@ -42,7 +42,7 @@ class PiiConfig:
     """Changes the placeholder of every value; use the same salt wherever results must agree."""
 
 
-class Found(NamedTuple):
+class PiiMatch(NamedTuple):
     """A piece of text to be replaced."""
 
     start: int
@@ -79,10 +79,10 @@ class PiiStage:
             record.text = "".join(pieces) + record.text[at:]
         return None
 
-    def _find(self, text: str) -> list[Found]:
+    def _find(self, text: str) -> list[PiiMatch]:
         """The pieces to replace, without overlaps: the leftmost piece wins, then the earlier finder."""
         text = _fold_width(text)
-        candidates: list[Found] = []
+        candidates: list[PiiMatch] = []
         if "secret" in self._kinds:
             candidates += _find_secrets(text)
         if "email" in self._kinds:
@@ -92,7 +92,7 @@ class PiiStage:
             candidates += _find_ipv6(text, self._private_ip)
         candidates += _find_numbers(text, self._kinds)
         candidates.sort(key=lambda item: item.start)
-        found: list[Found] = []
+        found: list[PiiMatch] = []
         for item in candidates:
             if not found or item.start >= found[-1].end:
                 found.append(item)
@@ -173,21 +173,21 @@ _KEY_NAME = re.compile(
 )
 
 
-def _find_secrets(text: str) -> Iterator[Found]:
+def _find_secrets(text: str) -> Iterator[PiiMatch]:
     if "PRIVATE KEY" in text:
         for match in _PRIVATE_KEY.finditer(text):
             group = 1 if match[1] else 2
             if re.search(r"[A-Za-z0-9+/=]{40}", match[group]):
-                yield Found(*match.span(group), "secret", "\nYOUR_PRIVATE_KEY\n", "")
+                yield PiiMatch(*match.span(group), "secret", "\nYOUR_PRIVATE_KEY\n", "")
     for literals, pattern, form in _KEYS:
         if any(literal in text for literal in literals):
             for match in pattern.finditer(text):
                 if _is_random(match[0]) and "EXAMPLE" not in match[0]:
-                    yield Found(*match.span(), "secret", form, "")
+                    yield PiiMatch(*match.span(), "secret", form, "")
     for match in _ASSIGNED.finditer(text):
         group = 2 if match[2] else 3
         if _is_random(match[group]) and _KEY_NAME.search(text, max(0, match.start() - 48), match.start()):
-            yield Found(*match.span(group), "secret", "YOUR_SECRET", "")
+            yield PiiMatch(*match.span(group), "secret", "YOUR_SECRET", "")
 
 
 def _is_random(value: str) -> bool:
@@ -212,7 +212,7 @@ _NO_TOP_LEVEL = frozenset(
 _EXAMPLES = ("example.com", "example.net", "example.org")
 
 
-def _find_emails(text: str) -> Iterator[Found]:
+def _find_emails(text: str) -> Iterator[PiiMatch]:
     if "@" not in text:
         return
     for match in _AT_DOMAIN.finditer(text):
@@ -228,7 +228,9 @@ def _find_emails(text: str) -> Iterator[Found]:
             or len(local[0]) + domain.find(".") <= 2
         ):
             continue
-        yield Found(local.start(), match.end(), "email", "email", text[local.start() : match.end()].lower())
+        yield PiiMatch(
+            local.start(), match.end(), "email", "email", text[local.start() : match.end()].lower()
+        )
 
 
 # --- IP addresses ---
@@ -265,7 +267,7 @@ _NETWORK_BEFORE = re.compile(
 )
 
 
-def _find_ipv4(text: str, private: bool) -> Iterator[Found]:
+def _find_ipv4(text: str, private: bool) -> Iterator[PiiMatch]:
     for match in _IPV4.finditer(text):
         octets = match[0].split(".")
         if any(int(octet) > 255 or (octet[0] == "0" and len(octet) > 1) for octet in octets):
@@ -279,10 +281,10 @@ def _find_ipv4(text: str, private: bool) -> Iterator[Found]:
         # 4.1.2.3 is a heading or a version more often than a host, unless the text says so
         if max(map(int, octets)) < 32 and not _NETWORK_BEFORE.search(before):
             continue
-        yield Found(match.start(), match.end(), "ip", "ipv4", match[0])
+        yield PiiMatch(match.start(), match.end(), "ip", "ipv4", match[0])
 
 
-def _find_ipv6(text: str, private: bool) -> Iterator[Found]:
+def _find_ipv6(text: str, private: bool) -> Iterator[PiiMatch]:
     for match in _IPV6.finditer(text) if _TWO_COLONS.search(text) else ():
         raw = match[0]
         if sum(map(bool, raw.split(":"))) < 3:  # a slice: x[2000::3]
@@ -294,7 +296,7 @@ def _find_ipv6(text: str, private: bool) -> Iterator[Found]:
         if any(address in net for net in _NEVER_V6):
             continue
         if any(address in net for net in _PUBLIC_V6 + (_PRIVATE_V6 if private else [])):
-            yield Found(match.start(), match.end(), "ip", "ipv6", address.exploded)
+            yield PiiMatch(match.start(), match.end(), "ip", "ipv6", address.exploded)
 
 
 # --- numbers: identity, cards, phones ---
@@ -349,7 +351,7 @@ _PROVINCES = frozenset(
 )
 
 
-def _find_numbers(text: str, kinds: set[str]) -> Iterator[Found]:
+def _find_numbers(text: str, kinds: set[str]) -> Iterator[PiiMatch]:
     for cluster in _CLUSTER.finditer(text):
         start, end = max(0, cluster.start() - 3), min(len(text), cluster.end() + 8)
         for kind, pattern, check in _NUMBER_RULES:
@@ -358,7 +360,7 @@ def _find_numbers(text: str, kinds: set[str]) -> Iterator[Found]:
             for match in pattern.finditer(text, start, end):
                 taken = check(match) if match.start() < cluster.end() else None
                 if taken:
-                    yield Found(match.start(), match.end(), kind, *taken)
+                    yield PiiMatch(match.start(), match.end(), kind, *taken)
 
 
 def id_check_digit(body: str) -> str:

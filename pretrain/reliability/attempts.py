@@ -102,7 +102,7 @@ def write_json(path: Path, value: Any) -> None:
 # ---- why it ended ----------------------------------------------------------------------------------------------------
 
 
-def judge(
+def find_cause(
     exit_code: int, events: list[dict[str, Any]], log: Path, *, asked: str | None, oom_kills: int
 ) -> tuple[Cause, str]:
     """Cause and one sentence, from the events that the attempt wrote, the exit code of its command, and its log.
@@ -130,7 +130,7 @@ def judge(
         cause = RANK_CAUSES.get(failed.get("cause", ""), Cause.CRASH)
         sentence = f"rank {failed.get('rank')} on {failed.get('host')}: {failed.get('reason')}"
         return cause, f"{sentence}: {error_sentence(log)}" if cause is Cause.CRASH else sentence
-    return _judge_code(exit_code, number, bool(events), log, oom_kills)
+    return _cause_of_code(exit_code, number, bool(events), log, oom_kills)
 
 
 _FATAL = {signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
@@ -138,7 +138,7 @@ _ENDS_NOTHING = {signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH, signal.SIGCONT}
 _ENDS_NOTHING |= {signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
 
 
-def _judge_code(
+def _cause_of_code(
     exit_code: int, number: signal.Signals | None, began: bool, log: Path, oom_kills: int
 ) -> tuple[Cause, str]:
     """Where the run itself recorded no ending."""

@@ -38,7 +38,7 @@ from pretrain.reliability.attempts import (
     Attempt,
     Cause,
     account,
-    judge,
+    find_cause,
     print_summary,
     read_attempts,
     write_json,
@@ -224,7 +224,7 @@ class Supervisor:
         # Those in a remote store are known from what the run said.
         saved = {event["step"] for event in watch.events if event["event"] == Event.CHECKPOINT_SAVED}
         attempt.checkpoints_after = sorted(saved | set(complete_checkpoints(self._run_dir)))
-        attempt.cause, attempt.reason = judge(
+        attempt.cause, attempt.reason = find_cause(
             exit_code,
             watch.events,
             folder / OUTPUT_FILE,

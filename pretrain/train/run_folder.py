@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from omegaconf import MISSING, OmegaConf
 
 from pretrain.checkpoint.state import Identity, RunState
 from pretrain.config import AUTO, TrainConfig, to_dict
@@ -24,7 +27,7 @@ NOT_OF_THE_RUN = ("run_dir", "stop_at_step", "stop_after_s")
 
 def check_resumable(config: TrainConfig, state: RunState) -> list[str]:
     """The changed keys that a resumed run may have. Raises ConfigError for those that would make it another run."""
-    old, new = _flat(state["config"]), _flat(to_dict(config))
+    old, new = _flat(_with_defaults(state["config"])), _flat(to_dict(config))
     if state.get("micro_batch_found"):
         old["micro_batch_sequences"] = AUTO
     changed = [key for key in new if old.get(key) != new[key] and key not in NOT_OF_THE_RUN]
@@ -36,6 +39,18 @@ def check_resumable(config: TrainConfig, state: RunState) -> list[str]:
             "put these back, or use another run_dir (with init_from= to keep the weights)"
         )
     return [f"{key}: {old.get(key)} -> {new[key]}" for key in changed]
+
+
+def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration, and the defaults of keys that did not exist yet when it was written."""
+    filled = dict(stored)
+    for name, kind in get_type_hints(TrainConfig).items():
+        if is_dataclass(kind):
+            defaults = OmegaConf.to_container(OmegaConf.structured(kind), enum_to_str=True)
+            assert isinstance(defaults, dict)
+            known = {str(key): value for key, value in defaults.items() if value != MISSING}
+            filled[name] = known | stored.get(name, {})
+    return filled
 
 
 def _shapes_the_run(key: str) -> bool:

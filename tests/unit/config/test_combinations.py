@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from pretrain.config import EngineConfig, Precision, TrainConfig, load_config
+from pretrain.config import EngineConfig, Precision, TrainConfig, load_config, to_dict
 from pretrain.distributed import World
 from pretrain.engine import engine as engine_module
 from pretrain.engine.engine import Engine, deepspeed_config, nvme_folder
@@ -97,6 +97,18 @@ def test_another_optimizer_at_resume_is_refused() -> None:
     muon = small_config(3, "bf16", ["optim=muon"])
     with pytest.raises(ConfigError, match=r"optim\.name=muon \(was adamw\)"):
         check_resumable(muon, old)
+
+
+def test_a_key_that_a_run_of_before_does_not_name_has_its_default() -> None:
+    """So that a key can be added to the model without ending the runs that were made before."""
+    config = small_config(3, "bf16", [])
+    stored = to_dict(config)
+    for group, key in (("model", "qk_norm"), ("data", "document_masking"), ("optim", "eps")):
+        del stored[group][key]
+    assert check_resumable(config, {"config": stored}) == []
+    changed = small_config(3, "bf16", ["model.qk_norm=true"])
+    with pytest.raises(ConfigError, match=r"model\.qk_norm=True \(was False\)"):
+        check_resumable(changed, {"config": stored})
 
 
 @pytest.mark.parametrize(

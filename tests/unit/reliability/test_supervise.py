@@ -17,7 +17,7 @@ import pytest
 
 from pretrain.checkpoint import folder as checkpoint_folder
 from pretrain.errors import ConfigError
-from pretrain.reliability.attempts import Attempt, Cause, account, error_sentence, judge
+from pretrain.reliability.attempts import Attempt, Cause, account, error_sentence, find_cause
 from pretrain.reliability.supervisor import Tail, run_dir_of
 from support import ROOT
 from support.gate import Gate
@@ -334,7 +334,7 @@ def test_the_cause_is_said_by_the_one_who_has_it(tmp_path: Path) -> None:
     )
     assert error_sentence(log) == "error: rank 1: shards/0.tar: member 3 has another hash"
     assert error_sentence(tmp_path / "none") == ""
-    cause, reason = judge(247, [{"event": "started"}], log, asked=None, oom_kills=1)
+    cause, reason = find_cause(247, [{"event": "started"}], log, asked=None, oom_kills=1)
     assert (cause, reason) == (
         Cause.OUT_OF_MEMORY,
         "a process was killed by the kernel because memory ran out",

@@ -34,7 +34,7 @@ from data_tools.building.pack import choose_chunk_tokens
 from data_tools.config import PrepareConfig, TokenizerConfig
 from data_tools.gzipped import Gzipped
 from data_tools.prepare import prepare
-from data_tools.progress import Stage
+from data_tools.progress import ByteProgress
 from data_tools.reading.python_text import distribution_license, python_files
 from data_tools.reading.sources import find_files
 from data_tools.report.fertility import fit_lines, measure
@@ -149,7 +149,7 @@ def test_chunks_are_many_enough(n_tokens: int) -> None:
 
 
 def test_the_progress_line_tells_rate_and_rest() -> None:
-    stage = Stage("tokenizing", 100_000_000, None)
+    stage = ByteProgress("tokenizing", 100_000_000, None)
     stage.skip(20_000_000)
     stage.advance(20_000_000)
     assert stage.line(10.0) == "tokenizing: 40.0 of 100.0 MB (40%), 2.0 MB/s, 30 s left"

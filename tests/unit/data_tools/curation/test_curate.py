@@ -18,7 +18,7 @@ import pytest
 
 from data_tools.config import PrepareConfig, TokenizerConfig
 from data_tools.curate import curate
-from data_tools.curation.executors import Progress
+from data_tools.curation.executors import TaskProgress
 from data_tools.curation.phases import STAGES, CleanTask, CurationConfig, Layout
 from data_tools.prepare import prepare
 from data_tools.reading.units import ReadConfig, units_of
@@ -237,7 +237,7 @@ def test_a_file_of_bad_lines_takes_little_memory(tmp_path: Path) -> None:
     task = CleanTask(units, ReadConfig(), CurationConfig(stages=[]), layout)
     (tmp_path / "work").mkdir()
     tracemalloc.start()
-    task.run(0, Progress(tmp_path / "progress"))
+    task.run(0, TaskProgress(tmp_path / "progress"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     with gzip.open(layout.rejected / "read" / "00000.jsonl.gz", "rt") as lines:

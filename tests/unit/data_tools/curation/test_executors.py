@@ -16,7 +16,7 @@ import pytest
 from data_tools.curation.executors import (
     ExecutorConfig,
     ExecutorKind,
-    Progress,
+    TaskProgress,
     _environment,
     run_phase,
 )
@@ -31,7 +31,7 @@ class Square:
     fails: int | None = None
     killed: int | None = None
 
-    def run(self, rank: int, progress: Progress) -> None:
+    def run(self, rank: int, progress: TaskProgress) -> None:
         flag = self.folder / "mended"
         if rank == self.fails and not flag.exists():
             raise ConfigError("task 2 does not like its input")
