@@ -396,7 +396,7 @@ def unfit_nodes(names: list[str], starts: list[dict[str, Any]], refused: list[st
     return unfit
 
 
-def read_verdicts(job: Preflight) -> int:
+def report_unfit_nodes(job: Preflight) -> int:
     """Report what is wrong with the nodes, and return the exit code that the module's docstring describes."""
     names, here = job.nodes.split(), job.reports
     here.mkdir(parents=True, exist_ok=True)  # it does not exist where no node has written a report
@@ -440,7 +440,7 @@ def _figures(reports: dict[str, Any]) -> str:
 def preflight(job: Preflight) -> int:
     """Check this node or, with `judge`, read the reports of all nodes."""
     if job.judge:
-        return read_verdicts(job)
+        return report_unfit_nodes(job)
     names, name = job.nodes.split(), os.environ["SLURMD_NODENAME"]
     if name not in names:
         raise ConfigError(f"nodes={job.nodes} does not name this node, {name}")

@@ -31,13 +31,14 @@ run() {
 }
 if [ $# -gt 0 ]; then
     run "$@"
-else # everything on all cores, since most tests wait most of the time, but for those that measure speeds
+else # many at a time, but for those that measure speeds
     kept=
     if [ "${CI:-}" = true ]; then
         echo "== CI: without the tests marked long (pytest -m long)"
         kept="and not long"
     fi
-    run -n auto --dist loadfile -m "not (integration or cluster or container)"
+    # More workers than cores, since a test that waits leaves a core to others.
+    run -n 4 --dist loadfile -m "not (integration or cluster or container)"
     if [ "${CI:-}" != true ]; then # property tests with other examples each time; the printed seed repeats them
         run -n auto --dist loadfile -m hypothesis --hypothesis-profile=explore --hypothesis-seed=$((RANDOM << 15 | RANDOM))
     fi

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import socket
 import sys
 import time
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from benchmarks.harness.collectives import Traffic, counted, watch
 from pretrain.device import device_type
 from pretrain.files import write_atomically
+from pretrain.reliability.processes import own_memory_bytes
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "rest")
 """The parts of a step, in the order of the table. Runners mark them, except communication, which is measured by the
@@ -231,4 +231,4 @@ def peak_memory_bytes(device: torch.device) -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return own_memory_bytes("VmHWM")

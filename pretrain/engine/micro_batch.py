@@ -29,6 +29,7 @@ from pretrain.distributed import World, gather_objects
 from pretrain.engine.engine import Engine
 from pretrain.errors import ConfigError, RunError
 from pretrain.reliability.heartbeat import mark
+from pretrain.reliability.processes import own_memory_bytes
 
 USABLE_FRAC = 0.9
 """Share of the memory that a rank may use which a micro batch may take. The rest is for fragmentation, communication
@@ -257,7 +258,7 @@ def _peak_bytes(engine: Engine, config: TrainConfig, world: World, shape: Shape,
         ) from error
     if cuda:
         return torch.cuda.max_memory_allocated()
-    return _status_bytes("VmHWM")
+    return own_memory_bytes("VmHWM")
 
 
 def _memory_bytes() -> int:
@@ -269,14 +270,7 @@ def _memory_bytes() -> int:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc keeps freed memory: see pretrain.distributed
         libc.malloc_trim(0)
-    return _status_bytes("VmRSS")
-
-
-def _status_bytes(key: str) -> int:
-    """A figure of /proc/self/status, in bytes."""
-    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text("ascii"), re.M)
-    assert found
-    return int(found[1]) * 1024
+    return own_memory_bytes("VmRSS")
 
 
 # ---- what there is ---------------------------------------------------------------------------------------------------
@@ -292,7 +286,7 @@ def _budget_bytes(engine: Engine, world: World) -> int:
     state = engine.state
     saved = [torch.Size(state.shapes[key.split(".", 1)[1]]) for key in state.weight_keys + state.moment_keys]
     snapshot = 4 * sum(shape.numel() for shape in saved) // world.size
-    return _status_bytes("VmRSS") + left // n_ranks - snapshot
+    return own_memory_bytes("VmRSS") + left // n_ranks - snapshot
 
 
 def _available_bytes() -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import netrc
 import os
 import queue
-import resource
 import secrets
 import string
 import threading
@@ -34,6 +33,7 @@ from pretrain.reliability.journal import HELDOUT_PREFIX, LEDGER_FOLDER, METRICS_
 from pretrain.reliability.journal import read_ledger as read_ledger
 from pretrain.reliability.journal import read_metrics as read_metrics
 from pretrain.reliability.json_lines import JsonLines, jsonable, utc_now
+from pretrain.reliability.processes import own_memory_bytes
 
 WANDB_INIT_TIMEOUT_S = 30.0
 WANDB_FINISH_TIMEOUT_S = 30.0  # less than srun's --wait, so that a slow upload never looks like a hung rank
@@ -389,4 +389,4 @@ def _peak_memory_bytes() -> int:
     """Largest memory that this rank has used so far: allocated on its GPU, or resident on the host without a GPU."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return own_memory_bytes("VmHWM")

@@ -1,4 +1,4 @@
-"""Other processes of this host: what /proc says of them, and how the death of a parent reaches its children.
+"""Processes of this host: what /proc says of them, and how the death of a parent reaches its children.
 
 Imports the standard library alone, since each rank's watcher uses it; psutil would add to every start.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,16 @@ def status_of(pid: int) -> ProcessStatus:
     except OSError:
         return ProcessStatus("X", 0)
     return ProcessStatus(state, int(parent))
+
+
+def own_memory_bytes(key: str) -> int:
+    """Resident memory of this process: now for the key VmRSS, and at most since it was started for VmHWM.
+
+    getrusage() knows the maximum too, but a process inherits it from the one that started it.
+    """
+    match = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert match is not None, key
+    return int(match[1]) << 10
 
 
 def command_line_of(pid: int) -> bytes:

@@ -89,10 +89,15 @@ def started(engine: Engine, corpus: TinyCorpus, runs: Path) -> Iterator[str]:
     command = [*CONFINED, *mounts(corpus, runs), IMAGE, *LAUNCH, *arguments()]
     container = engine.docker("run", "-d", *command)
     try:
-        wait_for(lambda: steps_done(runs / "run") >= 6, engine, container)
+        wait_for(lambda: saved_and_going_on(runs / "run"), engine, container)
         yield container
     finally:
         engine.docker("rm", "-f", container)
+
+
+def saved_and_going_on(run_dir: Path) -> bool:
+    """A checkpoint is written beside training, and later than its step where the machine is busy."""
+    return steps_done(run_dir) >= 6 and bool(checkpoint.list_checkpoints(run_dir))
 
 
 def steps_done(run_dir: Path) -> int:

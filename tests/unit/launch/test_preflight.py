@@ -85,7 +85,7 @@ def test_a_node_where_no_task_can_be_started(
     (job.reports / "n1.json").write_text(json.dumps({**fit(), "running": "write"}))
     said = "srun: error: Task launch for StepId=1.0 failed on node n2: Communication connection failure\n"
     (job.reports / "srun.log").write_text(said + "srun: error: Application launch failed\n")
-    assert module.read_verdicts(job) == 10
+    assert module.report_unfit_nodes(job) == 10
     assert capsys.readouterr().out == "n2\n"
 
 
@@ -127,7 +127,7 @@ def test_the_verdict(
     job.reports.mkdir(parents=True)
     for name, report in reports.items():
         (job.reports / f"{name}.json").write_text(json.dumps(report))
-    assert module.read_verdicts(job) == code
+    assert module.report_unfit_nodes(job) == code
     output = capsys.readouterr()
     assert output.out == names
     assert says in output.err
