@@ -69,7 +69,7 @@ def test_all_faults_together_change_nothing(
         ),
         ("wrong", CorruptShardError, r"chunk 0: .*member 000000\.tok has xxh3-64 .* 6 attempts"),
         ("short", CorruptShardError, r"chunk 0: .*member 000000\.(tok|doc) has \d+ bytes, .* 6 attempts"),
-        ("403", DeniedError, r"refuses .*credentials.* 5 attempts"),
+        ("403", DeniedError, r"denies access .*credentials.* 5 attempts"),
         ("503", ReadError, r"the store failed .* attempts in \d s"),
         ("reset", ReadError, r"the store failed .* attempts in \d s"),
         ("cut", ReadError, r"the store failed .* attempts in \d s"),
