@@ -189,7 +189,7 @@ def script() -> ModuleType:
             ["'nonsense'", "runners: pret"],
         ),
         (["bench.variants=[pretrain zero1]"], ["'pretrain zero1'", "KEY=VALUE"]),
-        (["bench.variants=[pretrain, pretrain]"], ["bench.variants", "different"]),
+        (["bench.variants=[pretrain, pretrain]"], ["bench.variants"]),
         (['bench.variants=["pretrain engine=zero9"]'], ["zero9"]),
         (['bench.variants=["pretrain optim.learning_rate=1"]'], ["optim.learning_rate"]),
         (["bench.ranks=3"], ["global_batch_sequences", "micro_batch_sequences=4", "3 ranks"]),
