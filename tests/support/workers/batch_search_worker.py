@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from pretrain.config import TrainConfig
 from pretrain.distributed import World, init_world, shutdown_world, sum_over_ranks
 from pretrain.engine.engine import Engine
-from pretrain.engine.micro_batch import USABLE_FRAC, Found, find_micro_batch
+from pretrain.engine.micro_batch import USABLE_FRAC, FoundMicroBatch, find_micro_batch
 from pretrain.errors import ConfigError
 from support.workers.engine_worker import LR, batches_of_step, small_config
 
@@ -56,7 +56,7 @@ def run(case: str, world: World) -> dict:
     config = config_with(case, "auto")
     engine = Engine(config, world)
 
-    def search(usable_bytes: float) -> Found:
+    def search(usable_bytes: float) -> FoundMicroBatch:
         return find_micro_batch(engine, config, world, lambda: int(usable_bytes / USABLE_FRAC))
 
     free = search(2**50)

@@ -24,9 +24,9 @@ def flip(tensor) -> None:
 def tensor_of(engine, kind: str):
     match kind:
         case "master":
-            return next(iter(engine.state._pieces))
+            return next(iter(engine.state._placements))
         case "exp_avg":
-            return engine._optimizer.state[next(iter(engine.state._pieces))]["exp_avg"]
+            return engine._optimizer.state[next(iter(engine.state._placements))]["exp_avg"]
         case "working":
             return engine._deepspeed.optimizer.fp16_partitioned_groups_flat[0]
     return engine.state._replicated_state()[0]

@@ -31,7 +31,7 @@ def storage_bytes(tensors: list[torch.Tensor]) -> int:
 
 def held(engine: Engine, stage: int) -> dict[str, int]:
     """Bytes that this rank holds between two updates, by part; `state`: of all together, each storage once."""
-    masters, parameters = list(engine.state._pieces), list(engine._parameters.values())
+    masters, parameters = list(engine.state._placements), list(engine._parameters.values())
     found = {
         "moments": [t for s in engine._optimizer.state.values() for kind, t in s.items() if kind != "step"],
         "masters": masters,

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.data.state import Substitution
-from pretrain.engine.micro_batch import Found
+from pretrain.engine.micro_batch import FoundMicroBatch
 from pretrain.reliability import journal, json_lines
 from pretrain.reliability.events import (
     EVENTS_FILE,
@@ -236,7 +236,7 @@ def test_each_event_has_the_fields_that_are_listed_and_is_described() -> None:
         assert used[event.name] <= set(event.fields)
         assert f"`{event}`" in described
     for event, source in (
-        (Event.MICRO_BATCH_FOUND, Found),
+        (Event.MICRO_BATCH_FOUND, FoundMicroBatch),
         (Event.CHUNK_SUBSTITUTED, Substitution),
         (Event.STRAGGLER, Straggler),
     ):
