@@ -30,10 +30,8 @@ def open_regular(path: str | Path, inside: Path | None = None) -> BinaryIO:
     """
     # Without O_NONBLOCK, opening a named pipe would wait for its writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    opened, problem = (
-        Path(f"/proc/self/fd/{descriptor}"),
-        None,
-    )  # the open file, since `path` may lead elsewhere by now
+    # The open file is checked, not `path`, which may lead elsewhere by now.
+    opened, problem = Path(f"/proc/self/fd/{descriptor}"), None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         problem = "cannot be read: it is not a regular file"
     elif inside is not None and not is_inside(opened, inside):

@@ -163,9 +163,9 @@ class Hub:
                 connection, _ = self.listener.accept()
             except BlockingIOError:
                 return
-            except (
-                OSError
-            ):  # given up by its maker, or this process has no descriptor left: not asked again at once
+            except OSError:
+                # The other end has given up, or this process has run out of file descriptors. `tend` listens again; a
+                # retry at once could keep the hub busy.
                 self._listen(False)
                 return
             if len(self._strangers) >= self._max_strangers:

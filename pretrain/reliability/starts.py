@@ -80,7 +80,7 @@ class Start:
     exit_code: int | None = None
     """The exit code of the command, or minus the number of the signal that killed it."""
     cause: Cause | None = None
-    """Why the start ended; None while it runs, and for ever if its supervisor was killed."""
+    """Why the start ended; None while it runs, and forever if its supervisor was killed."""
     reason: str = ""
     """One sentence for people that explains the cause."""
     run_attempts: list[int] = field(default_factory=list)
@@ -92,7 +92,7 @@ class Start:
     checkpoints_before: list[int] = field(default_factory=list)
     """The steps of the checkpoints that were complete when the command was started."""
     checkpoints_after: list[int] = field(default_factory=list)
-    """The steps of the checkpoints that were complete when the start ended, those in a remote store included."""
+    """The steps of the checkpoints that were complete at the end, or that this start saved to a remote store."""
     gap_before_s: float = 0.0
     """Seconds between the end of the previous start and this one; 0 for the first start of a supervisor."""
     startup_s: float = 0.0
@@ -100,7 +100,8 @@ class Start:
     detection_s: float = 0.0
     """Seconds from the last line in the run's events or metrics until its last process was gone.
 
-    That covers the failure itself, the time until it was noticed, and the time to end the processes.
+    That covers the failure itself, the time until it was noticed, and the time to end the processes. It is `wall_s`
+    if no step was completed.
     """
     wall_s: float = 0.0
     """Seconds from the start of the command until its last process was gone."""
@@ -200,8 +201,8 @@ _FOLLOWING = re.compile(r"Connection closed by peer|Connection reset|Gloo|gloo|C
 def error_sentence(log: Path) -> str:
     """The first line near the end of a log that looks like an error message, or nothing.
 
-    A surviving rank complains about the connection to a dead one, often before the dead rank's own error is printed.
-    Such complaints are taken only if there is nothing else.
+    Ranks that survive complain about their connections to a dead one. Such a line is taken only if there is no other,
+    since it does not tell what the dead rank died of.
     """
     try:
         with log.open("rb") as file:
