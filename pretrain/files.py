@@ -1,7 +1,7 @@
-"""Files are read and written as if someone had put links, pipes and huge files in their place.
+"""Reads and writes files safely, even if someone has put a link, a pipe or a huge file in their place.
 
-Reading: a regular file, at most as large as expected, opened once and never waited for. Writing: a link is never
-followed, a temporary file is always new, and a file is there as a whole or not at all.
+Reading opens a regular file only, does so once, never blocks, and reads no more than expected. Writing never follows a
+link and never reuses a temporary file. A file that is written atomically is either complete or not there at all.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from pretrain.errors import ConfigError
 
 _READ_BYTES = 1 << 20
 _HOLDER_CHARS = 200
-"""Read of what a lock file says of its holder."""
+"""At most this many characters of a lock file, which names its holder, are read."""
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def open_regular(path: str | Path, inside: Path | None = None) -> BinaryIO:
-    """A regular file, opened for reading, which may lie behind a link; with `inside`, within that folder only.
+    """Open a regular file for reading. Links are followed, but if `inside` is given, only to files in that folder.
 
-    Raises ConfigError for a pipe, a device or a folder, and for a link out of `inside`, and OSError.
+    Raises ConfigError for a pipe, a device or a folder, and for a link out of `inside`. Raises OSError.
     """
     # Without O_NONBLOCK, opening a named pipe would wait for its writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    opened, problem = Path(f"/proc/self/fd/{descriptor}"), None  # what a name leads to may change meanwhile
+    # The open file is checked, not `path`, which may lead elsewhere by now.
+    opened, problem = Path(f"/proc/self/fd/{descriptor}"), None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         problem = "cannot be read: it is not a regular file"
     elif inside is not None and not is_inside(opened, inside):
@@ -42,23 +43,23 @@ def open_regular(path: str | Path, inside: Path | None = None) -> BinaryIO:
 
 
 def read_capped(path: str | Path, max_bytes: int, inside: Path | None = None) -> bytes:
-    """All of a regular file, refused before any memory is taken where it has more than `max_bytes`.
+    """The content of a regular file of at most `max_bytes`. A larger one is refused before memory is taken for it.
 
-    Raises ConfigError for a larger file, and as `open_regular` does, and OSError.
+    Raises ConfigError for a larger file and for what `open_regular` refuses. Raises OSError.
     """
     with open_regular(path, inside) as file:
         size_bytes = os.fstat(file.fileno()).st_size
         content = read_at_most(file, max_bytes + 1) if size_bytes <= max_bytes else b""
-    if max(size_bytes, len(content)) > max_bytes:  # files of /proc say that they have none
+    if max(size_bytes, len(content)) > max_bytes:  # files in /proc claim to be empty
         raise ConfigError(
             f"{path} has {max(size_bytes, len(content)):,} bytes, where at most {max_bytes:,} are expected; it is not "
-            "what it should be"
+            "the file that it should be"
         )
     return content
 
 
 def read_at_most(file: BinaryIO, n_bytes: int) -> bytes:
-    """The next bytes of a file. Memory is taken for what is there, where `read` takes it for what it is asked for."""
+    """The next `n_bytes` of a file, or fewer at its end. Unlike `read`, allocates memory only for bytes that exist."""
     blocks: list[bytes] = []
     left = n_bytes
     while left and (block := file.read(min(left, _READ_BYTES))):
@@ -68,15 +69,16 @@ def read_at_most(file: BinaryIO, n_bytes: int) -> bytes:
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether a path, with all its links followed, lies within a folder."""
+    """Whether a path leads to a place within a folder once all links are followed."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def refuse_links(folder: Path, inside: Path, advice: str, leave_out: str = "") -> None:
     """Raise ConfigError where `folder`, or anything in it, is a link that leads out of the folder `inside`.
 
-    For folders that are written into and may have been made by others. `advice`: what to do instead of the link.
-    `leave_out`: a pattern of folders below `folder` that nothing is written into any more, and that are not searched.
+    This is for folders that are written into and may have been made by others: a link there could redirect a write.
+    `advice` tells the user what to do instead of the link. Folders below `folder` that match the pattern `leave_out`
+    are not searched; nothing must be written into them any more.
     """
     closed = set(folder.glob(leave_out)) if leave_out else set()
     places = [folder]
@@ -85,10 +87,8 @@ def refuse_links(folder: Path, inside: Path, advice: str, leave_out: str = "") -
         if place.is_symlink() and not is_inside(place, inside):
             raise ConfigError(f"{place} is a link out of its folder, to {os.readlink(place)}; {advice}")
         if place not in closed and (place is folder or not place.is_symlink()):
-            with (
-                suppress(FileNotFoundError),
-                os.scandir(place) as entries,
-            ):  # what another process removes meanwhile
+            # Another process may remove a folder during the search.
+            with suppress(FileNotFoundError), os.scandir(place) as entries:
                 places += [Path(e.path) for e in entries if e.is_symlink() or e.is_dir(follow_symlinks=False)]
 
 
@@ -96,9 +96,9 @@ def refuse_links(folder: Path, inside: Path, advice: str, leave_out: str = "") -
 
 
 def create_file(path: str | Path, mode: int = 0o666) -> BinaryIO:
-    """A new file, opened for writing; what stood at its name is removed, and what a link there led to is untouched.
+    """Create a file and open it for writing. An older file or link of that name is removed; a link's target is kept.
 
-    `mode` is what the umask is applied to; 0o600 for what may hold a secret. Raises OSError.
+    The umask applies to `mode`. Use 0o600 for a file that may hold a secret. Raises OSError.
     """
     Path(path).unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -106,9 +106,9 @@ def create_file(path: str | Path, mode: int = 0o666) -> BinaryIO:
 
 
 def open_for_append(path: str | Path, mode: int = 0o666) -> int:
-    """A descriptor that appends to a regular file, made where it is missing, and that can read what is there.
+    """Open a regular file for appending and reading, and create it if it is missing. Returns a file descriptor.
 
-    Raises OSError, also where the name is a link or not a regular file.
+    Raises OSError, also if `path` is a link or not a regular file.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     descriptor = os.open(path, flags, mode)
@@ -119,14 +119,15 @@ def open_for_append(path: str | Path, mode: int = 0o666) -> int:
 
 
 def touch(path: str | Path) -> None:
-    """Have a file there, with what it holds. Raises OSError."""
+    """Create an empty file unless it exists; an existing one is unchanged. Raises OSError."""
     os.close(open_for_append(path))
 
 
 def let_umask_decide(path: str | Path) -> None:
-    """Give a file the mode that it would have if a program had made it without asking for another one.
+    """Give a file the default mode, which is 0666 without the bits of the umask.
 
-    safetensors makes its files 0600, which keeps them from those who may read all that lies beside them.
+    safetensors creates its files with mode 0600, so users who may read everything else in the folder could not read
+    them.
     """
     status = Path("/proc/self/status").read_text()  # the only way to know the umask without changing it
     umask = int(status.partition("Umask:")[2].split()[0], 8)
@@ -135,11 +136,11 @@ def let_umask_decide(path: str | Path) -> None:
 
 @contextmanager
 def written_atomically(path: Path, *, durable: bool, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """A new file to write to; it takes the name `path` when the block ends well, and what stood there stays till then.
+    """A new file to write to, which replaces `path` when the block ends without an exception.
 
-    `durable`: the content is on the disk before it has its name, and the name before this returns, so that a power
-    cut leaves the old file or the new one. Otherwise this holds for a killed process only, and costs no sync.
-    `mode` as for `create_file`. Raises OSError.
+    If this process is killed, either the old file or the complete new one is there. With `durable` this also holds for
+    a power cut: the content is synced to the disk before the file is renamed, and the rename before this returns.
+    Without it no sync is paid for. `mode` is that of `create_file`. Raises OSError.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -157,13 +158,13 @@ def written_atomically(path: Path, *, durable: bool, mode: int = 0o666) -> Itera
 
 
 def write_atomically(path: Path, content: bytes, *, durable: bool = True, mode: int = 0o666) -> None:
-    """Write a file that is there as a whole or not at all; `durable` and `mode` as for `written_atomically`."""
+    """Write a file that is either complete or not there at all. For the options see `written_atomically`."""
     with written_atomically(path, durable=durable, mode=mode) as file:
         file.write(content)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames within a folder durable."""
+    """Sync a folder to the disk, so that renames within it survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -175,12 +176,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def open_lock(path: str | Path) -> TextIO:
-    """A file to be locked, made where it is missing, whose words can be read and replaced. Raises OSError."""
+    """Open a file that is to be locked, and create it if it is missing. It can be read and written. Raises OSError."""
     return open(open_for_append(path), "a+", encoding="utf-8")
 
 
 def try_lock(descriptor: int) -> bool:
-    """Lock an open file (flock(2)) unless another process holds it. The kernel frees it when the holder ends."""
+    """Lock an open file with flock(2). Returns False if another process holds the lock, which ends with its holder."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -189,14 +190,15 @@ def try_lock(descriptor: int) -> bool:
 
 
 def unlock(descriptor: int) -> None:
-    """Free what `try_lock` locked. Closing is not enough where a child forked meanwhile has the file open too."""
+    """Release the lock. Closing the file is not enough if a child that was forked meanwhile has it open, too."""
     fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def hold_lock(path: str | Path, busy: str, advice: str) -> TextIO:
-    """Hold a lock file, made where it is missing, until the returned file is closed or this process ends.
+    """Lock a file, which is created if it is missing, until the returned file is closed or this process ends.
 
-    Raises ConfigError where another process holds it: `busy` says of what, `advice` what to do. Raises OSError.
+    Raises ConfigError if another process holds the lock. Its message consists of `busy`, which says what is in use,
+    the holder, and `advice`, which tells the user what to do. Raises OSError.
     """
     handle = open_lock(path)
     if not try_lock(handle.fileno()):
@@ -204,7 +206,7 @@ def hold_lock(path: str | Path, busy: str, advice: str) -> TextIO:
             handle.seek(0)
             holder = handle.readline(_HOLDER_CHARS).strip() or "unknown"
         raise ConfigError(f"{busy} (process {holder}); {advice}")
-    with suppress(OSError):  # a full disk: the lock holds, and only the sentence above lacks its holder
+    with suppress(OSError):  # on a full disk the lock still holds; only its holder cannot be named
         handle.truncate(0)
         handle.write(f"{os.getpid()} on {os.uname().nodename}\n")
         handle.flush()

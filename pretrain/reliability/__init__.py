@@ -1,7 +1,8 @@
 """Keeps a run alive, and records how it ended. Imports no torch.
 
-A watcher beside each rank notices when the rank dies, hangs or loses its host (`watchdog`, `watcher`, `hub`,
-`heartbeat`, `processes`). A request to stop reaches the trainer through `stop`. `events` names what can happen to a
-run and writes it down; it is a file of JSON lines (`json_lines`), as are the metrics, and `journal` reads the true
-history back from them. `supervisor` starts the run again and judges each attempt (`attempts`).
+A watcher process beside each rank notices when the rank dies, hangs or loses its host (`watchdog`, `watcher`, `hub`,
+`heartbeat`, `processes`). A request to stop reaches the trainer through `stop`. `events` names the events of a run
+and appends them to a file of JSON lines (`json_lines`). The metrics are such a file too, and `journal` reconstructs
+the run's true history from both. `supervisor` starts the training command again until the run has finished, and
+records what each start achieved (`starts`).
 """

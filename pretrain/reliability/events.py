@@ -1,10 +1,11 @@
-"""What can happen to a run: the events, their fields, and the one way in which they get into events.jsonl.
+"""The events of a run: their names, their fields, and the only code that appends them to events.jsonl.
 
     log = EventLog(run_dir)
     log.append(Event.FINISHED, attempt, step=100)
     {"event": "finished", "attempt": 1, "time": "2026-01-01T00:00:00.000+00:00", "step": 100}
 
-Two processes write: the trainer's rank 0, and a watcher when it ends its rank. Needs no package.
+Two processes write to the file: the trainer's rank 0, and a watcher when it ends its rank. This module needs the
+standard library only, so that a watcher starts quickly.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _COMPUTED_IN = ("world_size", "precision", "precision_decided_by", "precision_be
 
 
 class Event(StrEnum):
-    """An event's name in the file, and the fields that its line may have beside event, attempt and time."""
+    """The name of an event, and the fields that its line may have in addition to event, attempt and time."""
 
     fields: tuple[str, ...]
 
@@ -56,25 +57,25 @@ class Event(StrEnum):
 
 
 class RankFailure(StrEnum):
-    """Why a watcher ended its rank: the `cause` of `rank_failed`."""
+    """Why a watcher ended its rank. The value is the field `cause` of the event `rank_failed`."""
 
     KILLED = "killed"
     OUT_OF_MEMORY = "oom"
     ERROR = "error"
     HANG = "hang"
     FROZEN = "stopped"
-    """Stopped by a signal, and not continued."""
+    """The rank was stopped by a signal, such as SIGSTOP, and nobody continued it."""
     HOST_LOST = "lost"
 
 
 class EventLog:
-    """Appends events to a run's events.jsonl, while another process may do so too."""
+    """Appends events to a run's events.jsonl. Other processes may append to it at the same time."""
 
     def __init__(self, run_dir: Path) -> None:
         self._lines = JsonLines(run_dir / EVENTS_FILE, shared=True)
 
     def append(self, event: Event, attempt: int, /, **facts: Any) -> None:
-        """Record that something happened in an attempt of the run. `facts` are the event's fields."""
+        """Record an event of the run's attempt number `attempt`. `facts` are the fields of the event."""
         self._lines.append({"event": event, "attempt": attempt, "time": utc_now()} | facts)
 
     def close(self) -> None:
@@ -88,5 +89,8 @@ def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def finished_pattern(step: int) -> str:
-    """What `grep -E` finds in the file of a run that has finished at this step: for a host without Python."""
+    """A pattern for `grep -E` that matches events.jsonl only if the run has finished at this step.
+
+    Slurm job scripts use it, because they run on hosts that may have no Python.
+    """
     return rf'"event": "{Event.FINISHED}".*"step": {step}[,}}]'

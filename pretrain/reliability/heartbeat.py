@@ -1,4 +1,4 @@
-"""What a process and its watcher both look at: marks of progress, and the kernel's word on memory. Imports no torch."""
+"""What a process tells its watcher (marks of progress), and the kernel's count of OOM kills. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from typing import NamedTuple
 _LAYOUT = struct.Struct("<qqd32s256s")
 SIZE_BYTES = _LAYOUT.size
 LAUNCHER_LOST = "loss of the launcher"
-"""The reason of a stop that nobody asked for: the ranks save, and the run should be started again."""
+"""The reason of a stop that nobody requested. The ranks save and end, and the supervisor starts the run again."""
 LAUNCHER_LOST_SIGNAL = signal.SIGRTMIN
-"""To a rank: from the kernel when its parent ends, from its watcher when a launcher above that does."""
+"""Tells a rank that its launcher died: the kernel sends it for the rank's parent, the watcher for any above that."""
 
 
 class Heartbeat(NamedTuple):
-    """What a process last said of itself."""
+    """The progress that a process has last reported to its watcher."""
 
     marks: int
-    """Marks made so far; all ranks of a run make the same ones."""
+    """The number of marks so far. All ranks make the same marks, so the rank with the fewest is the furthest behind."""
     step: int
+    """The step that the process is working on; 0 before the first."""
     time_s: float
-    """Monotonic clock at the last mark; processes of one host share that clock."""
+    """The time of the last sign of life, in seconds on the monotonic clock, which all processes of a host share."""
     phase: str
+    """What the process is doing, at most 32 bytes."""
     last_words: str
-    """Why it is about to end, or nothing."""
+    """The error because of which the process is about to end, at most 256 bytes; empty if there is none."""
 
 
 _memory: mmap.mmap | None = None
@@ -37,14 +39,14 @@ _last = Heartbeat(0, 0, 0.0, "", "")
 
 
 def attach(descriptor: int) -> None:
-    """From now on `mark` writes into this file of SIZE_BYTES."""
+    """Have `mark` and `touch` write into this open file, which has SIZE_BYTES bytes, from now on."""
     global _memory
     _memory = mmap.mmap(descriptor, SIZE_BYTES)
     mark("start")
 
 
 def mark(phase: str, step: int | None = None, last_words: str = "") -> None:
-    """This process has come to `phase` (at most 32 bytes) of `step`, by default the last one named."""
+    """Report that this process has reached `phase` (at most 32 bytes) of `step`, by default that of the last mark."""
     global _last
     if _memory is None:
         return
@@ -54,7 +56,7 @@ def mark(phase: str, step: int | None = None, last_words: str = "") -> None:
 
 
 def touch() -> None:
-    """This process works on at what it marked last."""
+    """Report that this process is still working on what it marked last, so that it is not taken for hung."""
     global _last
     if _memory is not None:
         _last = _last._replace(time_s=time.monotonic())
@@ -62,14 +64,14 @@ def touch() -> None:
 
 
 def read(descriptor: int) -> Heartbeat:
-    """What the process at the other end has marked last."""
+    """The last heartbeat of the process that writes into the file."""
     count, step, at, phase, words = _LAYOUT.unpack(os.pread(descriptor, SIZE_BYTES, 0))
     texts = (text.rstrip(b"\0").decode(errors="replace") for text in (phase, words))
     return Heartbeat(count, step, at, *texts)
 
 
 def oom_kills() -> int:
-    """Processes that this kernel has killed for lack of memory so far."""
+    """The number of processes that this host's kernel has killed for lack of memory since it booted."""
     try:
         found = re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.M)
     except OSError:

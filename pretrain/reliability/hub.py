@@ -1,8 +1,9 @@
-"""Lines of JSON between watchers, and the hub's connections: strangers may come, but cannot fill, block or mislead it.
+"""The messages between watchers (lines of JSON), and the hub's side of the connections. Imports no torch.
 
-Anyone who reaches the hub's port may connect. Who has not said the password is a stranger: there are few of them at a
-time, each gets a few seconds, and none is told anything. Each rank is taken once. What a peer says is checked by type
-before use, and what it does not read waits in a bounded buffer. Imports no torch.
+Anyone who can reach the hub's port may connect, so strangers must not be able to exhaust, block or mislead the hub. A
+connection that has not yet sent the password is a stranger. Few strangers are kept at a time, each for a few seconds
+only, and the hub sends them nothing. Each rank is accepted once. The type of every received field is checked before
+use. What a peer does not read waits in a bounded buffer.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ MAX_LINE_BYTES = 1 << 16
 MAX_UNSENT_BYTES = 1 << 20
 MAX_STRANGERS = 128
 STRANGER_S = 5.0
-"""An honest watcher says the password at once, so that this is a round trip on a bad network, in seconds."""
+"""Seconds that a stranger may take to send the password: a watcher sends it at once, but a network may be slow."""
 _ACCEPTED_AT_ONCE = 64
 
 Message = dict[str, Any]
@@ -41,7 +42,7 @@ _VERDICT = {"rank", "host", "cause", "reason", "step", "behind"}
 
 
 def parse(line: bytes) -> Message | None:
-    """One message, every field of which has the type that it should have; None for anything else."""
+    """The message in a line of JSON, or None if it is malformed or one of its fields is unknown or has a wrong type."""
     try:
         message = json.loads(line.decode(), parse_constant=_refuse)
     except (ValueError, RecursionError):
@@ -66,7 +67,7 @@ def _fits(name: str, value: Any) -> bool:
     if type(value) not in _FIELDS.get(name, ()):
         return False
     match value:
-        case str():  # half of a surrogate pair could not be printed or written
+        case str():  # half of a surrogate pair can be neither printed nor written to a file
             return not any("\ud800" <= char <= "\udfff" for char in value)
         case bool() | None | dict():
             return True
@@ -80,27 +81,27 @@ def _fits(name: str, value: Any) -> bool:
 
 
 class Line:
-    """A connection that carries messages. Neither end waits for the other."""
+    """A connection that carries messages. Sending and receiving never block."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self.socket = connection
         self.since = self.heard = time.monotonic()
         self.rank: int | None = None
-        """Of the other end, where this is the hub and the other end has shown that it is one of this run."""
+        """On the hub: the rank of the watcher at the other end; None until that watcher has sent the password."""
         self.open = True
-        """False once the other end is gone, does not read, or has said what is no message."""
+        """False once the other end is gone, has stopped reading, or has sent something that is not a message."""
         self._received = b""
         self._unsent = b""
 
     def send(self, message: Message) -> None:
-        """Say this, now or in a later `flush`."""
+        """Send a message. What the connection cannot take now is kept for a later `flush`."""
         if self.open:
             self._unsent += json.dumps(message).encode() + b"\n"
             self.flush()
 
     def flush(self) -> None:
-        """Send what the other end has not had room for."""
+        """Send what is left of earlier messages, as far as the connection can take it."""
         try:
             while self._unsent:
                 self._unsent = self._unsent[self.socket.send(self._unsent) :]
@@ -110,7 +111,7 @@ class Line:
             self.open = False
 
     def receive(self) -> list[Message]:
-        """Messages that have come, up to the first line that is none."""
+        """The messages that have arrived. Nothing is read beyond a malformed one, and the line is no longer `open`."""
         try:
             block = self.socket.recv(MAX_LINE_BYTES)
         except BlockingIOError:
@@ -134,10 +135,10 @@ class Line:
 
 
 class Hub:
-    """The connections of all other ranks' watchers to that of rank 0.
+    """The connections between the watcher of rank 0, which is the hub, and those of all other ranks.
 
-    It registers `listener` and them with `selector`, a connection with its `Line` as data. Who comes with `password`
-    and a rank of [1, size) that nobody has taken yet is that rank's.
+    It registers `listener` and all connections with `selector`; the data of a connection is its `Line`. A connection
+    that sends `password` and a rank in [1, size) is accepted as that rank's watcher, unless the rank has one already.
     """
 
     def __init__(
@@ -146,8 +147,8 @@ class Hub:
         listener.setblocking(False)
         self.listener = listener
         self.lines: dict[int, Line] = {}
-        """By rank."""
-        self._strangers: dict[Line, None] = {}  # oldest first
+        """The open connections to watchers that were accepted, by rank."""
+        self._strangers: dict[Line, None] = {}  # an ordered set, oldest first
         self._password = password.encode()
         self._missing = set(range(1, size))
         self._selector = selector
@@ -156,15 +157,15 @@ class Hub:
         self._listen(True)
 
     def accept(self) -> None:
-        """Take the connections that have come; the oldest strangers go where there are too many."""
+        """Accept the waiting connections. If there are too many strangers, the oldest ones are dropped."""
         for _ in range(_ACCEPTED_AT_ONCE):
             try:
                 connection, _ = self.listener.accept()
             except BlockingIOError:
                 return
-            except (
-                OSError
-            ):  # given up by its maker, or this process has no descriptor left: not asked again at once
+            except OSError:
+                # The other end has given up, or this process has run out of file descriptors. `tend` listens again; a
+                # retry at once could keep the hub busy.
                 self._listen(False)
                 return
             if len(self._strangers) >= self._max_strangers:
@@ -174,7 +175,7 @@ class Hub:
             self._selector.register(connection, selectors.EVENT_READ, line)
 
     def read(self, line: Line) -> list[Message]:
-        """What a rank's watcher has said; nothing from a stranger. Once the line is not `open` it is to be dropped."""
+        """The messages of an accepted watcher; none of a stranger. The caller drops the line once it is not `open`."""
         messages = line.receive()
         if messages and line.rank is None:
             hello = messages.pop(0)
@@ -189,9 +190,9 @@ class Hub:
         return messages
 
     def tend(self) -> list[Line]:
-        """To be called every second or so: waits for no stranger too long, and sends what is left to send.
+        """Drop strangers whose time is over, and send what is left to send. To be called about once a second.
 
-        Returns the lines of ranks that are not open any more.
+        Returns the lines of ranks whose connections are no longer open; the caller drops them.
         """
         self._listen(True)
         now = time.monotonic()
@@ -202,7 +203,7 @@ class Hub:
         return [line for line in self.lines.values() if not line.open]
 
     def drop(self, line: Line) -> None:
-        """Close a connection. A rank that was taken once stays taken."""
+        """Close a connection. If it was a rank's, no other connection is accepted for that rank."""
         self._selector.unregister(line.socket)
         line.socket.close()
         self._strangers.pop(line, None)
@@ -232,7 +233,10 @@ class Hub:
 
 
 def _room_for_strangers(size: int) -> int:
-    """So many connections that every rank still finds a descriptor; takes as many as this process may have."""
+    """The maximum number of strangers. Raises this process's limit on file descriptors as far as allowed.
+
+    At most half of the descriptors that the ranks do not need go to strangers, so that every rank can still connect.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return max(1, min(MAX_STRANGERS, (most - size) // 2))

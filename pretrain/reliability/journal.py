@@ -1,11 +1,14 @@
-"""The record of a run on disk, and the true history that it tells.
+"""Reads a run's files and reconstructs its true history: the steps that led to its present state.
 
-    metrics.jsonl           one line per step, one per evaluation, of every attempt
+    metrics.jsonl           one line per step and one per evaluation, of all attempts
     events.jsonl            one line per event
-    ledger/rank-NNNNN.jsonl the samples of each step, per rank
+    ledger/rank-NNNNN.jsonl the samples that one rank trained on, one line per step
 
-All are files of JSON lines (`json_lines`). Needs no torch, so that reading a run is quick. docs/monitoring.md
-describes every field.
+All are files of JSON lines (`json_lines`), and writers only append. An attempt that is killed may have done steps
+after its last checkpoint; the next attempt repeats them, and a rollback repeats steps within an attempt. The files
+therefore hold such steps more than once, and only the last time counts.
+
+This module imports no torch, so that reading a run is quick. docs/monitoring.md describes every field.
 """
 
 from __future__ import annotations
@@ -26,17 +29,17 @@ METRICS_FILE = "metrics.jsonl"
 LEDGER_FOLDER = "ledger"
 HELDOUT_PREFIX = "heldout/"
 ROLLBACK = "rollback"
-"""Kind of a line in metrics and ledger that says: the steps from this one on are undone."""
+"""The kind of a line in the metrics and the ledger which says that the line's step and all later ones are undone."""
 
 
 # ---- the true history of a run ---------------------------------------------------------------------------------------
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """One record per step that the run's present state is made of, in order of step.
+    """One record for each step that led to the run's present state, ordered by step.
 
-    Steps that a killed attempt had done after its last checkpoint are left out as soon as the next attempt has
-    resumed. Held-out results (keys heldout/...) stand in the record of their step.
+    Steps that a killed attempt did after its last checkpoint are left out as soon as the next attempt has resumed.
+    Held-out results (keys heldout/...) are part of the record of their step.
     """
     lines = [
         line
@@ -56,9 +59,10 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def read_ledger(run_dir: str | Path) -> list[dict[str, Any]]:
-    """What every rank trained on, in order of (step, rank): step, attempt, rank, samples, tokens_xxh3.
+    """The samples that every rank trained on, ordered by step, then rank.
 
-    As in `read_metrics`, steps that were done again stand here once.
+    The keys of an entry are step, attempt, rank, samples and tokens_xxh3. A step that was repeated is listed once, as
+    in `read_metrics`.
     """
     paths = sorted((Path(run_dir) / LEDGER_FOLDER).glob("rank-*.jsonl"))
     by_rank = {
@@ -72,13 +76,15 @@ def read_ledger(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def _first_steps(run_dir: str | Path, lines: Iterable[dict[str, Any]]) -> dict[int, int]:
-    """The first step of each attempt: from its event `started` or `resumed`, else from the first line it wrote."""
+    """The first step of each attempt, from its event `started` or `resumed`, or else from its earliest line."""
     first: dict[int, int] = {}
     for event in read_events(run_dir):
         if event["event"] in (Event.STARTED, Event.RESUMED):
             attempt, step = event.get("attempt"), event.get("step", 0)
             if type(attempt) is not int or type(step) is not int:
-                raise ConfigError(f"{run_dir}/{EVENTS_FILE} has a start without its attempt or step")
+                raise ConfigError(
+                    f"{run_dir}/{EVENTS_FILE} has a started or resumed event without an attempt or a step"
+                )
             first[attempt] = step + 1 if event["event"] == Event.RESUMED else 1
     earliest: dict[int, int] = {}
     for line in lines:
@@ -87,7 +93,7 @@ def _first_steps(run_dir: str | Path, lines: Iterable[dict[str, Any]]) -> dict[i
 
 
 def _still_true(lines: list[dict[str, Any]], first_steps: dict[int, int]) -> list[dict[str, Any]]:
-    """One file's lines without what a later attempt, or a rollback within an attempt, did again."""
+    """The lines of one file, without the steps that a later attempt or a rollback has undone."""
     undone_from: dict[int, float] = {}
     lowest = math.inf
     for attempt in sorted(first_steps, reverse=True):

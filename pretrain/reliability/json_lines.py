@@ -1,6 +1,6 @@
-"""Files of JSON lines that survive a killed writer: how records are appended, and how they are read back.
+"""Appends records to files of JSON lines and reads them back, even after a writer was killed in the middle of a line.
 
-Needs no package, so that a watcher can write one and the quickstart read one.
+This module imports the standard library only, so that a watcher can write such a file and the quickstart can read one.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from pretrain.files import open_for_append, open_regular, try_lock, unlock
 from pretrain.printing import say
 
 MAX_LINE_BYTES = 64 << 20
-"""A line of the ledger names every sample of a rank's step."""
+"""Longer lines are refused. The longest lines are those of the ledger, which name all samples of a rank's step."""
 LOCK_WAIT_S = 2.0
-"""Another writer holds the lock for one line. One that holds it for longer than this was stopped by a signal."""
+"""Seconds to wait for a lock. Writers hold it for one line only; one that holds it longer was stopped by a signal."""
 _LOCK_POLL_S = 0.001
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def utc_now() -> str:
-    """The time of a record: UTC, for people; nothing is computed from it."""
+    """The time of day (UTC) for a record. People read it; nothing is computed from it."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
@@ -39,16 +39,16 @@ def utc_now() -> str:
 
 
 class JsonLines:
-    """Appends records to one file of JSON lines; of one process or, where `shared`, of several at the same time.
+    """Appends records to one file of JSON lines. If it is `shared`, several processes may do so at the same time.
 
-    A record is written by one system call, so that it survives the death of the process at any later moment. What a
-    killed writer or a full disk has left of a line is cut off, by the writer itself or before the next line. Floats
-    are written so that reading gives the same bits; NaN and infinities as the strings "NaN", "Infinity", "-Infinity",
-    since JSON has none.
+    Each record is written by one system call and survives if the process dies right after it. An incomplete line,
+    left by a killed writer or a full disk, is cut off before the next line is written. Reading a float back gives the
+    same bits. NaN and the infinities are written as the strings "NaN", "Infinity" and "-Infinity", since JSON cannot
+    represent them.
 
-    `shared`: each line is written, and a torn one cut off, under a lock of the file; else the cut could take a line
-    that another process has just written. The lock costs round trips on a network file system, so files that get a
-    line in every step do without it: each of them has one writer.
+    A `shared` file is locked while a line is written or an incomplete one is cut off. Without the lock, the cut could
+    remove a line that another process has just written. Locking costs round trips on a network file system, so files
+    that get a line in every step are not shared: each has a single writer.
     """
 
     def __init__(self, path: Path, *, shared: bool = False) -> None:
@@ -64,7 +64,7 @@ class JsonLines:
             self._warn(error)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one record. A failure is reported once; later records are tried again."""
+        """Write one record. Only the first failure is reported, but every later record is tried."""
         line = json.dumps(jsonable(record), allow_nan=False).encode() + b"\n"
         with self._lock:
             if self._descriptor is None:
@@ -77,7 +77,7 @@ class JsonLines:
 
     @contextmanager
     def _alone(self, descriptor: int) -> Iterator[bool]:
-        """Hold the lock of a shared file meanwhile. Yields False where a stopped process does not give it up."""
+        """Hold the lock of a shared file within the block. Yields False if a stopped process keeps the lock."""
         if not self._shared:
             yield True
             return
@@ -91,7 +91,7 @@ class JsonLines:
                 unlock(descriptor)
 
     def close(self) -> None:
-        """No record can be written after this."""
+        """Close the file. Later records are dropped."""
         with self._lock:
             if self._descriptor is not None:
                 os.close(self._descriptor)
@@ -105,14 +105,15 @@ class JsonLines:
 
 
 def _append_line(descriptor: int, line: bytes, alone: bool) -> None:
-    """Append a line by one system call.
+    """Append a line with one system call.
 
-    Unless `alone`, the file is never shortened: what looks torn may be a line that another process is writing.
+    The file is shortened only if this process writes to it `alone`; otherwise an incomplete line may be one that
+    another process is still writing.
     """
     if alone:
         _cut_torn_line(descriptor)
     elif _is_torn(descriptor):
-        raise OSError("a stopped process has left half a line")
+        raise OSError("a stopped process has left an incomplete line")
     if os.write(descriptor, line) < len(line):
         if alone:
             _cut_torn_line(descriptor)
@@ -125,7 +126,7 @@ def _is_torn(descriptor: int) -> bool:
 
 
 def _cut_torn_line(descriptor: int) -> None:
-    """Shorten the file to its last line feed."""
+    """Cut off what follows the last line feed of the file."""
     if not _is_torn(descriptor):
         return
     end = os.fstat(descriptor).st_size
@@ -141,7 +142,7 @@ def _cut_torn_line(descriptor: int) -> None:
 
 
 def jsonable(value: Any) -> Any:
-    """The value as JSON can hold it; what JSON has no type for becomes text."""
+    """The value in a form that JSON can represent. A value of a type that JSON lacks becomes text."""
     match value:
         case None | bool() | str():
             return value
@@ -166,10 +167,10 @@ def jsonable(value: Any) -> Any:
 
 
 def read_lines(path: str | Path, **required: type) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file; without the last line where it is torn or still being written.
+    """The records of a file of JSON lines. A missing file has none, and an incomplete last line is left out.
 
-    `required`: keys that each record must have, and the types of their values. A missing file has no records. Raises
-    ConfigError where an earlier line is no such JSON object.
+    `required` names the keys that each record must have, and the types of their values. Raises ConfigError if a line
+    is not a JSON object or lacks such a key.
     """
     path = Path(path)
     if not path.exists():
@@ -189,6 +190,8 @@ def read_lines(path: str | Path, **required: type) -> list[dict[str, Any]]:
                 raise ConfigError(f"{path}, line {number} is no JSON object")
             for key, kind in required.items():
                 if type(record.get(key)) is not kind:
-                    raise ConfigError(f"{path}, line {number} has no {key}, or one of another type")
+                    raise ConfigError(
+                        f"{path}, line {number}: the key {key} is missing or is not of type {kind.__name__}"
+                    )
             records.append({k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()})
     return records

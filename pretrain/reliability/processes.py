@@ -1,6 +1,7 @@
-"""Processes of this host: what /proc says of them, and how the death of a parent reaches its children.
+"""Processes of this host: what /proc says about them, and how children learn of the death of their parent.
 
-Imports the standard library alone, since each rank's watcher uses it; psutil would add to every start.
+This module imports the standard library only. The watcher of each rank uses it, and importing psutil would delay
+every start.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 
 
 class ProcessStatus(NamedTuple):
-    """What the kernel says of a process."""
+    """What /proc says about a process."""
 
     state: str
-    """One letter: T or t is stopped, Z has ended and waits for its parent, X is gone."""
+    """One letter: T or t means stopped, Z ended but not yet waited for by its parent, X gone."""
     parent: int
-    """Process id; 0 where the process is gone."""
+    """The process id of the parent; 0 if the process is gone."""
 
 
 def status_of(pid: int) -> ProcessStatus:
-    """State and parent of a process, or that it is gone."""
-    try:  # the name, in parentheses, may hold anything
+    """The state and the parent of a process. One that does not exist has state X."""
+    try:  # the name, in parentheses, may contain spaces and parentheses
         state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
     except OSError:
         return ProcessStatus("X", 0)
@@ -34,9 +35,9 @@ def status_of(pid: int) -> ProcessStatus:
 
 
 def own_memory_bytes(key: str) -> int:
-    """Resident memory of this process: now for the key VmRSS, and at most since it was started for VmHWM.
+    """Resident memory of this process in bytes: the current value for the key VmRSS, its peak for VmHWM.
 
-    getrusage() knows the maximum too, but a process inherits it from the one that started it.
+    getrusage() reports a peak too, but that one is inherited from the process that started this one.
     """
     match = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert match is not None, key
@@ -44,13 +45,13 @@ def own_memory_bytes(key: str) -> int:
 
 
 def command_line_of(pid: int) -> bytes:
-    """The words of a process's command, each ended by a zero byte. Raises OSError where the process is gone."""
+    """The words of a process's command line, each followed by a zero byte. Raises OSError if the process is gone."""
     return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def descendants() -> list[int]:
-    """Living processes below this one. `adopt_orphans` keeps those below it whose parents have died."""
-    # One whose parent dies while the processes are looked at is missed, so that none is found counts the second time.
+    """Process ids of the living descendants of this process. After `adopt_orphans`, orphans are among them."""
+    # A process whose parent dies during the scan can be missed, so an empty result is trusted only the second time.
     return _descendants() or _descendants()
 
 
@@ -69,17 +70,17 @@ def _descendants() -> list[int]:
 
 
 def adopt_orphans() -> None:
-    """Make this process the parent of descendants whose own parents die; it has to wait for them."""
+    """Have descendants whose parents die become children of this process, which then has to wait for them."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def signal_at_parent_death(number: int) -> None:
-    """Have the kernel send a signal to this process when its parent dies; nothing comes if it has died already."""
+    """Have the kernel send a signal to this process when its parent dies. If it is dead already, no signal comes."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def end_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
-    """Have this process get a signal when the process `parent`, which started it, dies, or now if it has."""
+    """Have this process get a signal when `parent`, the process that started it, dies, or now if it is already dead."""
     signal_at_parent_death(number)
     if os.getppid() != parent:
         os.kill(os.getpid(), number)

@@ -1,4 +1,4 @@
-"""One run folder belongs to one process at a time."""
+"""The lock that lets only one process at a time use a run folder."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from typing import IO
 from pretrain.files import hold_lock, refuse_links
 
 LINK_ADVICE = "remove it; checkpoint.target=DIR keeps checkpoints elsewhere"
-"""Where a run folder holds a link: someone may have made it to have this run overwrite files of yours."""
+"""What to do about a link in a run folder, which someone may have made so that this run overwrites your files."""
 WANDB_STARTS = "wandb/*run-*"
-"""Folders of a run folder that W&B makes, one per start. It links to its logs in the user's cache there, and writes
-nothing into them at a later start."""
+"""A pattern of the folders that W&B creates in a run folder, one per start.
 
-_locks: list[IO[str]] = []  # open until the process ends, whatever way that is
+They hold links to its logs in the user's cache. Those links are harmless, since W&B does not write into the folders
+of earlier starts.
+"""
+
+_locks: list[IO[str]] = []  # kept open until the process ends, however it ends
 
 
 def lock_run(run_dir: Path, target: Path | None = None) -> None:
-    """Hold the run folder until this process ends. `target`: another folder that checkpoints are written into.
+    """Lock the run folder until this process ends. `target` is another folder that checkpoints are written to, if any.
 
-    Raises ConfigError while another process holds it, and for a link that would have us write elsewhere.
+    Raises ConfigError if another process holds the lock, or if a link would redirect what is written to another place.
     """
     refuse_links(run_dir, run_dir, LINK_ADVICE, leave_out=WANDB_STARTS)
     if target is not None:

@@ -1,4 +1,4 @@
-"""Requests to stop a run: a signal, the file `stop` in the run folder, or the end of its time."""
+"""Requests to stop a run: a signal, the file `stop` in the run folder, or the end of the time that the run may take."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ _signals: list[str] = []
 
 
 def listen_for_signals() -> None:
-    """From now on SIGTERM, SIGINT, SIGUSR1 and SIGHUP are requests to stop, heeded once training could save.
+    """Treat SIGTERM, SIGINT, SIGUSR1 and SIGHUP as requests to stop from now on.
 
-    SIGHUP, which comes when a terminal is closed, stays ignored where `nohup` has ignored it.
+    A request that comes during startup is remembered, and the run stops as soon as it has a state to save. SIGHUP is
+    sent when a terminal is closed. It stays ignored if `nohup` has had it ignored.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, LAUNCHER_LOST_SIGNAL):
         signal.signal(number, _on_signal)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, _on_signal)
-    # The launcher may be killed alone; its ranks then save and end.
+    # If the launcher alone is killed, nobody signals its ranks. The kernel then does, so that they save and end.
     signal_at_parent_death(LAUNCHER_LOST_SIGNAL)
 
 
@@ -33,9 +34,9 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 
 class StopRequest:
-    """Whether someone asked this run to save and end: a signal, a file `stop` in the run folder, or the clock.
+    """Tells whether this run was asked to save and end: by a signal, by the file `stop`, or by its time limit.
 
-    Only this rank's view; the trainer agrees with the other ranks before it acts.
+    It only knows what has reached this rank. The trainer agrees with the other ranks before it acts.
     """
 
     def __init__(self, run_dir: Path, *, watch_file: bool, stop_after_s: float | None = None) -> None:
@@ -43,11 +44,11 @@ class StopRequest:
         self._file = run_dir / STOP_FILE if watch_file else None
         self._stop_after_s = stop_after_s
         if self._file is not None:
-            self._file.unlink(missing_ok=True)  # a request to an earlier attempt
+            self._file.unlink(missing_ok=True)  # left by a request to an earlier attempt
         listen_for_signals()
 
     def asked(self) -> bool:
-        """Whether this rank knows of a request by now."""
+        """Whether a request has reached this rank. `reason` then names the first one."""
         if self.reason is None:
             if _signals:
                 self.reason = _signals[0]

@@ -1,11 +1,11 @@
 """Runs a training command until it has finished: restarts it after crashes, and leaves no process behind.
 
-    run_dir/attempts/NNN/output.log    what the command wrote
-    run_dir/attempts/NNN/attempt.json  how it went
+    run_dir/attempts/NNN/output.log    what the command printed
+    run_dir/attempts/NNN/attempt.json  how this start of the command went
     run_dir/attempts/summary.json      lost time by cause
 
-The command may be any launcher (`deepspeed`, `srun`): how an attempt went is read from the run's own events, since
-launchers return odd codes. Imports no torch.
+The command may be any launcher (`deepspeed`, `srun`). How a start went is read from the run's own events, since
+launchers return misleading exit codes. Imports no torch.
 """
 
 from __future__ import annotations
@@ -31,56 +31,66 @@ from pretrain.errors import ConfigError, ExitCode
 from pretrain.files import create_file, hold_lock, refuse_links, touch
 from pretrain.printing import say
 from pretrain.redaction import redact_command
-from pretrain.reliability.attempts import (
-    ATTEMPTS_FOLDER,
-    OUTPUT_FILE,
-    SUMMARY_FILE,
-    Attempt,
-    Cause,
-    account,
-    find_cause,
-    print_summary,
-    read_attempts,
-    write_json,
-)
 from pretrain.reliability.events import EVENTS_FILE, Event
 from pretrain.reliability.heartbeat import oom_kills
 from pretrain.reliability.journal import METRICS_FILE
 from pretrain.reliability.json_lines import utc_now
 from pretrain.reliability.processes import adopt_orphans, descendants, end_with_parent
 from pretrain.reliability.run_lock import LINK_ADVICE, WANDB_STARTS
+from pretrain.reliability.starts import (
+    OUTPUT_FILE,
+    STARTS_FOLDER,
+    SUMMARY_FILE,
+    Cause,
+    Start,
+    account,
+    find_cause,
+    print_summary,
+    read_starts,
+    write_json,
+)
 from pretrain.reliability.stop import STOP_FILE
 
 POLL_S = 0.1
 MAX_BACKOFF_S = 30.0
 FAILED_S = 10.0
-"""After its watchdog has said that a rank failed, a run has nothing left to save: stacks take a few seconds."""
+"""Seconds that a run may go on after its watchdog has reported a failed rank.
+
+Nothing is left to save then, so this need only be long enough to write the stacks.
+"""
 LOCK_MARGIN_S = 10.0
-"""Beyond the grace time, after which the guard of a killed supervisor kills what is left."""
+"""Seconds that a new supervisor waits for a lock in addition to the grace time.
+
+The guard of a killed supervisor holds the lock. It kills what is left of the run after the grace time, and needs some
+time for that.
+"""
 ENDINGS = {Event.FINISHED, Event.STOPPED, Event.RANK_FAILED}
-"""Events after which a run's processes must end soon."""
+"""Events after which the processes of a run must end within the grace time."""
 
 
 def run_dir_of(command: list[str]) -> Path:
-    """The run folder that a training command names with its word `run_dir=`. Raises ConfigError."""
+    """The run folder that the word `run_dir=` of a training command names. Raises ConfigError if it names none."""
     words = [word for word in command if word.startswith("run_dir=")]
     if not words:
         shown = shlex.join(redact_command(command))
-        raise ConfigError(f"the command has no word run_dir=DIR, which says where its events are: {shown}")
+        raise ConfigError(
+            f"the command has no word run_dir=DIR; without it the supervisor cannot find the events of the run: {shown}"
+        )
     try:
         value = OverridesParser.create().parse_override(words[-1]).value()
     except HydraException as error:
-        raise ConfigError(f"{words[-1]} is no value that Hydra can read; quote it") from error
+        raise ConfigError(f"{words[-1]}: Hydra cannot parse this value; quote it") from error
     if not isinstance(value, str | int) or not str(value) or "${" in str(value):
         raise ConfigError(f"{words[-1]}: run_dir must be the path of a folder")
     return Path(str(value))
 
 
 class Supervisor:
-    """Starts `command` again until its run in `run_dir` has finished, was stopped, or gets no further.
+    """Starts `command` again and again until its run in `run_dir` has finished, was stopped, or makes no progress.
 
-    `max_failures`: attempts in a row without a newer complete checkpoint. `grace_s`: how long a run may take to save
-    and end, once it was asked to or has lost its launcher.
+    It gives up after `max_failures` starts in a row that left no newer complete checkpoint. `grace_s` is the number
+    of seconds that a run may take to save and end after it was asked to stop, has recorded its end, or has lost its
+    launcher.
     """
 
     def __init__(self, command: list[str], run_dir: Path, *, max_failures: int, grace_s: float) -> None:
@@ -88,15 +98,15 @@ class Supervisor:
             raise ConfigError(f"{command[0]} is no command that can be run; install it or give its path")
         self._command = command
         self._run_dir = run_dir
-        self._folder = run_dir / ATTEMPTS_FOLDER
+        self._folder = run_dir / STARTS_FOLDER
         self._max_failures = max_failures
         self._grace_s = grace_s
         self._asked: str | None = None
-        self._attempts: list[Attempt] = []
+        self._starts: list[Start] = []
         self._ended_at: float | None = None
 
     def run(self) -> ExitCode:
-        """Supervise to the end. Raises ConfigError where another run or supervisor holds the folder."""
+        """Supervise until the end and return the exit code. Raises ConfigError if the run folder is in use."""
         try:
             refuse_links(self._run_dir, self._run_dir, LINK_ADVICE, leave_out=WANDB_STARTS)
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -106,12 +116,12 @@ class Supervisor:
             signal.signal(number, self._on_signal)
         adopt_orphans()
         own = self._wait_for_lock(self._folder / "lock", "another supervisor")
-        self._attempts = read_attempts(self._run_dir)
+        self._starts = read_starts(self._run_dir)
         try:
             return self._supervise()
         finally:
             own.close()
-            # A request that is repeated must not kill a supervisor that is about to return its exit code.
+            # A second signal must not kill a supervisor that is about to return its exit code.
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_IGN)
 
@@ -119,7 +129,7 @@ class Supervisor:
         self._asked = self._asked or signal.Signals(number).name
 
     def _wait_for_lock(self, path: Path, holder: str) -> IO[str]:
-        """Take a lock, waiting for at most the grace time: what holds it may be saving. Raises ConfigError."""
+        """Take a lock, waiting about as long as the grace time: its holder may be saving. Raises ConfigError."""
         deadline = time.monotonic() + self._grace_s + LOCK_MARGIN_S
         busy = f"run_dir={self._run_dir} is held by {holder}: {path} is locked"
         while True:
@@ -134,14 +144,15 @@ class Supervisor:
         best = max(complete_checkpoints(self._run_dir), default=0)
         failures = 0
         while True:
-            # A rank may linger on another host. It would make the next attempt look like a mistake of configuration.
-            self._wait_for_lock(self._run_dir / "lock", "a run that still goes on").close()
-            attempt = self._attempt()
-            newest = max(attempt.checkpoints_after, default=0)
+            # A rank on another host may still hold the run's lock. Starting now would end with exit code 2, which is
+            # meant for a wrong configuration and is never retried.
+            self._wait_for_lock(self._run_dir / "lock", "a run that is still going").close()
+            start = self._start_once()
+            newest = max(start.checkpoints_after, default=0)
             failures = 0 if newest > best else failures + 1
             best = max(best, newest)
             self._write_summary()
-            code = self._verdict(attempt, failures)
+            code = self._verdict(start, failures)
             if code is not None:
                 self._write_summary(shown=True)
                 return code
@@ -154,37 +165,40 @@ class Supervisor:
                 self._write_summary(shown=True)
                 return ExitCode.STOPPED
 
-    def _verdict(self, attempt: Attempt, failures: int) -> ExitCode | None:
-        """How supervision ends after this attempt; None: it goes on."""
-        log = self._folder / f"{attempt.number:03d}" / OUTPUT_FILE
-        match attempt.cause:
+    def _verdict(self, start: Start, failures: int) -> ExitCode | None:
+        """The exit code of the supervisor if this start is the last one; None if the command is to be started again."""
+        log = self._folder / f"{start.number:03d}" / OUTPUT_FILE
+        match start.cause:
             case Cause.FINISHED:
-                code, text = ExitCode.FINISHED, attempt.reason
+                code, text = ExitCode.FINISHED, start.reason
             case Cause.STOPPED:
-                code, text = ExitCode.STOPPED, attempt.reason
+                code, text = ExitCode.STOPPED, start.reason
             case Cause.CONFIG_ERROR:
-                code, text = ExitCode.CONFIG_ERROR, f"not tried again: {attempt.reason} (log: {log})"
+                code, text = ExitCode.CONFIG_ERROR, f"not tried again: {start.reason} (log: {log})"
             case Cause.UNSAVED_STOP:
-                code, text = ExitCode.CRASHED, f"{attempt.reason} (log: {log})"
+                code, text = ExitCode.CRASHED, f"{start.reason} (log: {log})"
             case _ if failures >= self._max_failures:
                 code = ExitCode.CRASHED
                 text = f"gave up after {failures} attempts in a row without a newer checkpoint"
-                text += f"; the last one: {attempt.cause}: {attempt.reason} (log: {log})"
+                text += f"; the last one: {start.cause}: {start.reason} (log: {log})"
             case _:
-                say(f"supervise: attempt {attempt.number}: {attempt.cause}: {attempt.reason}; starting again")
+                say(f"supervise: attempt {start.number}: {start.cause}: {start.reason}; starting again")
                 return None
         say(f"supervise: {text}")
         return code
 
     def _write_summary(self, *, shown: bool = False) -> None:
-        """Write what each attempt and all together have lost, and show it. A damaged record ends no supervision."""
+        """Write the time that each start and the whole run have lost, and print it if `shown`.
+
+        Damaged metrics or events only cost the summary: they must not end the supervision of a run that works.
+        """
         summary = None
         try:
-            summary = account(self._attempts, self._run_dir)
+            summary = account(self._starts, self._run_dir)
         except (ConfigError, KeyError, TypeError) as error:
-            say(f"warning: what the attempts have lost cannot be told: {error}")
-        for attempt in self._attempts[-2:]:  # what one lost is known when the next has begun to train
-            attempt.write(self._folder / f"{attempt.number:03d}")
+            say(f"warning: the lost time cannot be computed: {error}")
+        for start in self._starts[-2:]:  # the time lost to a restart is known only after the next start
+            start.write(self._folder / f"{start.number:03d}")
         if summary is not None:
             write_json(self._folder / SUMMARY_FILE, summary)
             if shown:
@@ -195,57 +209,59 @@ class Supervisor:
         while not self._asked and time.monotonic() < deadline:
             time.sleep(POLL_S)
 
-    # ---- one attempt -------------------------------------------------------------------------------------------------
+    # ---- one start ---------------------------------------------------------------------------------------------------
 
-    def _attempt(self) -> Attempt:
+    def _start_once(self) -> Start:
+        """Start the command, wait until its last process is gone, and return the complete record."""
         taken = [int(path.name) for path in self._folder.iterdir() if path.name.isdigit()]
-        attempt = Attempt(
+        start = Start(
             number=max(taken, default=0) + 1,
             command=redact_command(self._command),
             started=utc_now(),
             checkpoints_before=complete_checkpoints(self._run_dir),
         )
-        folder = self._folder / f"{attempt.number:03d}"
+        folder = self._folder / f"{start.number:03d}"
         folder.mkdir()
-        attempt.write(folder)
+        start.write(folder)
         began = time.monotonic()
-        attempt.gap_before_s = began - self._ended_at if self._ended_at is not None else 0.0
+        start.gap_before_s = began - self._ended_at if self._ended_at is not None else 0.0
         kills_before = oom_kills()
         watch = Watch(self._run_dir, folder / OUTPUT_FILE)
         exit_code = self._run_command(folder / OUTPUT_FILE, watch)
         ended = self._ended_at = time.monotonic()
         watch.look()
-        attempt.ended, attempt.exit_code, attempt.wall_s = utc_now(), exit_code, ended - began
-        attempt.run_attempts = watch.run_attempts
-        attempt.first_step, attempt.last_step = watch.first_step, watch.last_step
+        start.ended, start.exit_code, start.wall_s = utc_now(), exit_code, ended - began
+        start.run_attempts = watch.run_attempts
+        start.first_step, start.last_step = watch.first_step, watch.last_step
         trained = watch.first_step_at is not None
-        attempt.startup_s = (watch.first_step_at or ended) - began
-        attempt.detection_s = ended - watch.last_sign_at if trained else attempt.wall_s
-        # Those in a remote store are known from what the run said.
+        start.startup_s = (watch.first_step_at or ended) - began
+        start.detection_s = ended - watch.last_sign_at if trained else start.wall_s
+        # Checkpoints in a remote store are not in the run folder; they are known from the events of the run.
         saved = {event["step"] for event in watch.events if event["event"] == Event.CHECKPOINT_SAVED}
-        attempt.checkpoints_after = sorted(saved | set(complete_checkpoints(self._run_dir)))
-        attempt.cause, attempt.reason = find_cause(
+        start.checkpoints_after = sorted(saved | set(complete_checkpoints(self._run_dir)))
+        start.cause, start.reason = find_cause(
             exit_code,
             watch.events,
             folder / OUTPUT_FILE,
             asked=self._asked,
             oom_kills=oom_kills() - kills_before,
         )
-        self._attempts.append(attempt)
-        return attempt
+        self._starts.append(start)
+        return start
 
     def _run_command(self, log: Path, watch: Watch) -> int:
-        """Run the command and see its last process gone. Returns its exit code.
+        """Run the command and wait until its last process is gone. Returns the exit code of the command.
 
-        Between this process and the command stands a guard, a fork of this process: should the supervisor be killed,
-        its guard asks the run to stop and ends it. It holds the supervisor's lock until then.
+        The command is a child of a guard, which is a fork of this process. If the supervisor is killed, the guard
+        asks the run to stop, gives it the grace time, and kills what is left. Until then the guard holds the
+        supervisor's lock, so that no second supervisor starts the run meanwhile.
         """
         supervisor = os.getpid()
         guard = os.fork()
         if guard:
             return self._see_out(guard, watch)
         try:
-            os.setsid()  # Ctrl-C is for the supervisor, who asks the run
+            os.setsid()  # Ctrl-C reaches the supervisor alone, which then asks the run to stop
             adopt_orphans()
             end_with_parent(supervisor)
             _exit_like(self._see_out(_start(self._command, log), None))
@@ -255,7 +271,11 @@ class Supervisor:
             os._exit(1)
 
     def _see_out(self, child: int, watch: Watch | None) -> int:
-        """Wait for a child process, and for all that it leaves behind. Returns the child's exit code."""
+        """Wait until a child process and all its descendants are gone. Returns the exit code of the child.
+
+        If the child dies first, or a stop is requested, the rest is asked to stop through the stop file. What has not
+        ended by its deadline is killed. The supervisor passes `watch`; its guard, which prints nothing, does not.
+        """
         codes: dict[int, int] = {}
         deadline: float | None = None
         failed = False
@@ -268,7 +288,8 @@ class Supervisor:
             if watch:
                 watch.look()
             if self._asked or gone:
-                # Ranks without a launcher get time to save, no more. Again and again: a run that starts removes it.
+                # Ranks that have lost their launcher only get the time to save. The file is made in every round,
+                # because a run that is starting up removes it.
                 with suppress(OSError):
                     touch(stop_file)
             if deadline is None and (self._asked or gone or (watch and watch.ending)):
@@ -279,7 +300,7 @@ class Supervisor:
             if deadline is not None and time.monotonic() > deadline:
                 if watch:
                     within_s = FAILED_S if failed else self._grace_s
-                    say(f"supervise: not ended within {within_s:g} s; killing what is left")
+                    say(f"supervise: the run has not ended within {within_s:g} s; killing what is left of it")
                 codes |= _kill_all()
                 break
             time.sleep(POLL_S)
@@ -289,15 +310,16 @@ class Supervisor:
 
 
 class Watch:
-    """What a run writes while one attempt goes on: its events, its steps, its output."""
+    """Follows what a run writes during one start of its command: its events, its steps and its output."""
 
     def __init__(self, run_dir: Path, log: Path) -> None:
         self.events: list[dict[str, Any]] = []
         self.first_step: int | None = None
         self.last_step: int | None = None
         self.first_step_at: float | None = None
-        """Of the monotonic clock, as `last_sign_at`."""
+        """The time on the monotonic clock, in seconds, at which the first completed step was seen."""
         self.last_sign_at = time.monotonic()
+        """The time on the monotonic clock, in seconds, at which the newest event or metric was seen."""
         self._events = Tail(run_dir / EVENTS_FILE)
         self._metrics = Tail(run_dir / METRICS_FILE)
         self._log = log
@@ -305,21 +327,21 @@ class Watch:
 
     @property
     def ending(self) -> bool:
-        """Whether the run has recorded its end."""
+        """Whether the run has recorded that it ends, in whatever way."""
         return any(event["event"] in ENDINGS for event in self.events)
 
     @property
     def failed(self) -> bool:
-        """Whether the run's watchdog has ended it."""
+        """Whether the watchdog has reported a failed rank and ended the run."""
         return any(event["event"] == Event.RANK_FAILED for event in self.events)
 
     @property
     def run_attempts(self) -> list[int]:
-        """The numbers that the run gave this attempt."""
+        """The run's own attempt numbers that this start wrote into events.jsonl."""
         return sorted({event["attempt"] for event in self.events if "attempt" in event})
 
     def look(self) -> None:
-        """Read what is new."""
+        """Read what the run has written since the last call, and print the new output."""
         events, metrics = self._events.read(), self._metrics.read()
         self.events += [event for event in events if "event" in event]
         if events or metrics:
@@ -332,7 +354,11 @@ class Watch:
         self._show()
 
     def _show(self) -> None:
-        """Pass the output on. Ranks write to the file itself, so that they outlive a dead terminal or supervisor."""
+        """Copy new output from the log to stdout.
+
+        The ranks write to the log file directly, not through a pipe, so that they survive the death of the terminal or
+        the supervisor.
+        """
         with suppress(OSError), self._log.open("rb") as file:
             file.seek(self._shown_bytes)
             text = file.read()
@@ -342,15 +368,15 @@ class Watch:
 
 
 class Tail:
-    """The records that are added to a file of JSON lines, from now on or from its beginning."""
+    """Reads the records that are appended to a file of JSON lines, from now on or `from_start` of the file."""
 
     def __init__(self, path: Path, *, from_start: bool = False) -> None:
         self._path = path
-        # From the last whole line: a torn one is cut off by the next writer.
+        # Reading begins after the last complete line, because the next writer cuts off an incomplete one.
         self._offset = path.read_bytes().rfind(b"\n") + 1 if path.exists() and not from_start else 0
 
     def read(self) -> list[dict[str, Any]]:
-        """The whole lines since the last call; one that is no JSON is left out."""
+        """The records of the complete lines since the last call. Lines that are not JSON objects are skipped."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
@@ -370,11 +396,10 @@ class Tail:
 
 
 def _start(command: list[str], log: Path) -> int:
-    """Start the command; should this process be killed, it gets SIGTERM."""
+    """Start the command and return its process id. The command gets SIGTERM if this process is killed."""
     guard = os.getpid()
-    with create_file(
-        log, 0o600
-    ) as output:  # what all libraries print: nobody knows whether a secret is in it
+    # Only the owner may read the log, since any library may have printed a secret into it.
+    with create_file(log, 0o600) as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -382,12 +407,12 @@ def _start(command: list[str], log: Path) -> int:
             stderr=output,
             preexec_fn=lambda: end_with_parent(guard),
         )
-    process.returncode = 0  # it is waited for in `_reap`, with those that it leaves behind
+    process.returncode = 0  # tells Popen not to wait for it: `_reap` does, as for all descendants
     return process.pid
 
 
 def _exit_like(code: int) -> None:
-    """End this process as the one ended whose exit code, or negative signal, it is."""
+    """End this process the way another ended: with exit code `code`, or by signal -`code` if it is negative."""
     if code < 0:
         with suppress(OSError):
             signal.signal(-code, signal.SIG_DFL)
@@ -396,7 +421,7 @@ def _exit_like(code: int) -> None:
 
 
 def _reap() -> dict[int, int]:
-    """Exit codes of the children that have ended: the command, and processes whose parents died."""
+    """Exit codes, by process id, of the children that have ended: the command, and orphans that were adopted."""
     codes = {}
     with suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
@@ -405,7 +430,7 @@ def _reap() -> dict[int, int]:
 
 
 def _kill_all() -> dict[int, int]:
-    """End every descendant; exit codes of the children among them."""
+    """Kill every descendant. Returns the exit codes, by process id, of the children among them."""
     codes: dict[int, int] = {}
     while left := descendants():
         for process in left:
@@ -417,6 +442,6 @@ def _kill_all() -> dict[int, int]:
 
 
 def complete_checkpoints(run_dir: Path) -> list[int]:
-    """Steps of the checkpoints that are complete, oldest first; not verified."""
+    """The steps of the checkpoints in the run folder that are marked complete, in ascending order. None is verified."""
     found = (run_dir / "checkpoints").glob("step-*/COMPLETE")
     return sorted(int(path.parent.name.removeprefix("step-")) for path in found)

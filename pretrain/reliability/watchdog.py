@@ -1,11 +1,12 @@
-"""A process beside each rank that notices when a rank dies, hangs, is stopped, or its host is gone.
+"""Starts a process beside each rank, its watcher, which notices if a rank dies, hangs, is stopped, or loses its host.
 
-A rank that holds the interpreter lock or is stopped can neither notice nor end itself, so its watcher is another
-process (no torch, about 10 MB). The watcher of rank 0 is the hub: all others report to it over TCP every second. When
-one rank is in trouble the hub names it; every watcher then has its rank's Python stacks written to
-`run_dir/stacks/attempt-NNN/rank-NNNNN.txt` and kills it, so that the launcher ends too. The hub survives its rank.
+A rank that holds the interpreter lock or is stopped can neither notice that nor end itself, so its watcher is another
+process (no torch, about 10 MB). The watcher of rank 0 is the hub: all others report to it over TCP every second,
+because only by comparing all ranks can one tell which of them blocks the others. When a rank has failed, the hub names
+it. Every watcher then writes its rank's Python stacks to `run_dir/stacks/attempt-NNN/rank-NNNNN.txt` and kills the
+rank, so that the launcher ends too. The hub outlives its rank.
 
-A watcher also looks at the processes that launched its rank: when one of them dies, the rank is asked to save and end.
+A watcher also watches the processes that launched its rank. If one of them dies, it asks the rank to save and end.
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ _BLOCKED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signa
 
 
 class Watchdog:
-    """This rank's watcher, started at once; `join` makes it one of all ranks'."""
+    """The rank's end of the connection to its watcher, which it starts at once.
+
+    Until `join`, the watcher knows of its own rank only, so that it can watch startup before the ranks have met.
+    """
 
     def __init__(self, run_dir: str | Path, limits: WatchdogConfig) -> None:
         progress = os.memfd_create("progress")
         os.ftruncate(progress, heartbeat.SIZE_BYTES)
         stacks = os.memfd_create("stacks")
         heartbeat.attach(progress)
-        # Written in C, without the interpreter lock, from whatever the rank is doing.
+        # faulthandler writes the stacks in C and without the interpreter lock, so it works whatever the rank is doing.
         faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
         self._hub = _listen() if launched_rank() == 0 and launched_world_size() > 1 else None
         self._token = secrets.token_hex(16)
@@ -56,7 +60,8 @@ class Watchdog:
             "lost_s": limits.lost_s,
         }
         passed = [fd for name in ("progress", "stacks", "hub") if isinstance(fd := facts[name], int)]
-        # Requests to stop reach all processes of a job, and its watcher must outlive the rank: they stay blocked.
+        # A request to stop may be sent to all processes of a job. The watcher must outlive its rank, so it inherits
+        # these signals blocked.
         allowed = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
         try:
             self._process = subprocess.Popen(
@@ -73,27 +78,27 @@ class Watchdog:
 
     @property
     def address(self) -> list[Any] | None:
-        """Host, port and password of the hub; on rank 0 of several only."""
+        """The host, port and password of the hub. Only rank 0 of several ranks knows it; None elsewhere."""
         return [*self._hub.getsockname()[:2], self._token] if self._hub else None
 
     def join(self, hub: list[Any] | None) -> None:
-        """Report to rank 0's watcher at `hub`, its `address`."""
+        """Have the watcher report to the hub at rank 0's `address`, or to nobody (None) if there is only one rank."""
         self._tell({"join": hub})
         if self._hub is not None:
             self._hub.close()
 
     def attempt(self, number: int) -> None:
-        """The number of this start of the run, for the folder of the stacks."""
+        """Tell the watcher the run's attempt number, which the stack folder and the event `rank_failed` carry."""
         self._tell({"attempt": number})
 
     def started(self) -> None:
-        """The first step is done: from now on the short limit holds."""
+        """Tell the watcher that the first step is done. From now on `step_s` is the limit, not `startup_s`."""
         if not self._started:
             self._started = True
             self._tell({"started": True})
 
     def close(self) -> None:
-        """This rank ends as it should."""
+        """Tell the watcher that this rank is about to end normally, so that its end is not taken for a failure."""
         self._tell({"bye": True})
 
     def _tell(self, message: dict[str, Any]) -> None:
@@ -101,12 +106,12 @@ class Watchdog:
         try:
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
-        except OSError:  # it was killed: the hub has noticed
+        except OSError:  # the watcher was killed, which the hub notices
             pass
 
 
 def _listen() -> socket.socket:
-    """On the address at which the ranks meet, not on all of this host's."""
+    """Listen on the address at which the ranks meet only, not on every address of this host."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     one_host = launched_local_size() == launched_world_size()

@@ -1,8 +1,9 @@
-"""The program of a rank's watcher, which `watchdog.py` starts; that file says what it is for. Imports no torch.
+"""The program of a rank's watcher. `watchdog.py` starts it and explains its purpose. Imports no torch.
 
-Messages between watchers are lines of JSON (`hub.py`). A watcher says who it is, then `{"rank", "count", "step",
-"phase", "age_s", ...}` every second; `dead` or `bye` when its rank is gone; the hub says `alive` every second, `dump`,
-and then `end` with a verdict.
+The watchers exchange lines of JSON (`hub.py`). A watcher first identifies itself to the hub, then sends its rank's
+status, `{"rank", "count", "step", "phase", "age_s", ...}`, every second, and `dead` or `bye` when its rank is gone. The
+hub sends `alive` every second. When a rank has failed, it may ask for stacks with `dump`, and it sends `end` with its
+verdict: the rank at fault and the cause. docs/architecture.md has a state diagram of the verdicts.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from pretrain.reliability.processes import command_line_of, status_of
 
 TICK_S = 0.5
 DUMP_S = 5.0
-"""A rank that runs at all writes its stacks within this time, in seconds, also on a busy host."""
+"""Seconds to wait for a rank's stacks. A rank that can run at all writes them sooner, even on a busy host."""
 LEAVE_S = 15.0
-"""The hub waits for the other watchers at most so long after its verdict."""
+"""The maximum number of seconds that the hub waits for the other watchers to leave after its verdict."""
 JOIN_PAUSE_S = 0.5
-"""At most so long, at random, until a watcher tries again to reach the hub."""
+"""The maximum of the random number of seconds after which a watcher tries again to connect to the hub."""
 PIPE_BYTES = 1 << 16
 LAUNCHERS = (b"deepspeed", b"torchrun", b"torch.distributed")
 OUT_OF_MEMORY = re.compile("out of memory|allocate memory|MemoryError", re.IGNORECASE)
@@ -44,7 +45,7 @@ WAITING = re.compile(r'File "[^"]*(torch/distributed/|deepspeed/comm/)')
 
 
 class Watcher:
-    """Watches one rank; on rank 0 also the hub of all watchers."""
+    """Watches one rank. The one of rank 0 is also the hub of all watchers, if the run has several ranks."""
 
     def __init__(self, facts: dict[str, Any]) -> None:
         self.rank, self.size = facts["rank"], facts["world_size"]
@@ -60,27 +61,28 @@ class Watcher:
             self.selector.register(descriptor, selectors.EVENT_READ)
         self.listener = socket.socket(fileno=facts["hub"]) if facts["hub"] is not None else None
         self.peers: Hub | None = None
-        """Where this is the hub, once the ranks have met."""
+        """On the hub: the connections to the other watchers; None until the ranks have met."""
         self.table: dict[int, Message] = {}
-        """What each rank said last, where this is the hub."""
+        """On the hub: the newest value of each field that a rank's watcher has reported, by rank."""
         self.hub: Line | None = None
-        """To the watcher of rank 0, where this is not the hub."""
+        """On the other watchers: the connection to the hub."""
         self.address: list[Any] = []
-        """Host, port and password of the hub."""
+        """The host, port and password of the hub."""
         self.join_until = 0.0
+        """The time on the monotonic clock, in seconds, until which this watcher tries to connect to the hub."""
         self.welcomed = False
-        """Whether the hub has taken this watcher for the one of its rank."""
+        """Whether the hub has accepted this watcher as that of its rank."""
         self.attempt = 0
         self.joined = self.started = self.bye = self.dead = self.dumped = False
         self.found_stopped = False
-        """Whether the rank was stopped when it was asked for its stacks, for which it runs a moment."""
+        """Whether the rank was stopped when its stacks were requested, for which it is continued for a moment."""
         self.verdict: dict[str, Any] | None = None
         self.ended_at = 0.0
         self._pipe = b""
         self._told = 0.0
 
     def run(self) -> None:
-        """Until the rank has ended and, on the hub, all others have too."""
+        """Watch until the rank has ended and, on the hub, all other watchers have left."""
         while not self._over():
             for key in self._ready():
                 self._handle(key)
@@ -92,12 +94,12 @@ class Watcher:
                 self._judge()
 
     def _over(self) -> bool:
-        # A host that is gone closes no connection: after a verdict the others get some seconds to close theirs.
+        # The hub waits only so long after a verdict, since a host that is gone never closes its connection.
         told_all = self.verdict is not None and time.monotonic() - self.ended_at > LEAVE_S
         return self.dead and (told_all or not (self.peers and self.peers.lines))
 
     def _tend(self) -> None:
-        """The hub: let the others know that it is there, and see who is not."""
+        """On the hub: tell the other watchers that it is alive, and find those whose connections are lost."""
         if self.peers is None:
             return
         for line in self.peers.lines.values():
@@ -105,12 +107,12 @@ class Watcher:
         for line in self.peers.tend():
             self._drop(line)
 
-    # ---- what is heard ----
+    # ---- receiving ----
 
     def _ready(self) -> Iterator[selectors.SelectorKey]:
-        """What there is to be heard, within a tick."""
+        """The sources that have something to read. Waits for at most one tick."""
         for key, _ in self.selector.select(TICK_S):
-            # Else it was closed by what came before it in this round, and its number may be another's already.
+            # If not, an earlier source of this round has had it closed, and its descriptor may already be reused.
             if self.selector.get_map().get(key.fd) is key:
                 yield key
 
@@ -122,7 +124,7 @@ class Watcher:
             self.peers.accept()
         elif source == self.process:
             self._rank_ended()
-        elif source in self.launchers:  # one that launched the rank has died: save and end
+        elif source in self.launchers:  # a launcher has died, so the rank must save and end
             self.selector.unregister(source)
             self._kill(heartbeat.LAUNCHER_LOST_SIGNAL)
         else:
@@ -152,7 +154,7 @@ class Watcher:
         self._connect()
 
     def _connect(self) -> None:
-        """Say to the hub who this is. A hub that is full of strangers drops connections, so this may come again."""
+        """Connect to the hub and identify this watcher. A hub full of strangers may drop it; `_drop` then retries."""
         host, port, password = self.address
         try:
             left_s = max(1.0, self.join_until - time.monotonic())
@@ -178,7 +180,7 @@ class Watcher:
         if self.peers is not None:
             self.peers.drop(line)
             if line.rank is not None and not self.table.get(line.rank, {}).get("bye"):
-                # Also where it has said what no watcher says: then nobody watches that rank any more.
+                # This includes a watcher that sent a malformed message: its rank is not watched any more.
                 self._decide(line.rank, RankFailure.HOST_LOST, "its watcher is gone")
         elif line is self.hub:
             self._leave_hub()
@@ -203,13 +205,13 @@ class Watcher:
             self._end(message["end"], told=True)
 
     def _note(self, line: Line, message: Message) -> None:
-        """The hub: the watcher of a rank has said something."""
+        """On the hub: take note of a message from the watcher of a rank."""
         assert line.rank is not None
         self.table[line.rank] = self.table.get(line.rank, {}) | message
         if "dead" in message:
             self._decide(line.rank, message["dead"], message["reason"])
 
-    # ---- what is said ----
+    # ---- reporting ----
 
     def _report(self, message: dict[str, Any]) -> None:
         if self.hub is not None:
@@ -236,7 +238,7 @@ class Watcher:
     def _rank_ended(self) -> None:
         self.selector.unregister(self.process)
         if sys.stdin.fileno() in self.selector.get_map():
-            self._read_pipe()  # its last word may still be in there
+            self._read_pipe()  # it may still hold a `bye` that the rank sent before it ended
         self.dead = True
         if self.bye or self.verdict is not None:
             self._report({"rank": self.rank, "bye": True})
@@ -255,9 +257,10 @@ class Watcher:
                 self._end({"rank": self.rank, "cause": cause, "reason": reason})
         self._leave_hub()
 
-    # ---- what is decided ----
+    # ---- deciding ----
 
     def _judge(self) -> None:
+        """End the rank or, on the hub, all ranks, if one has hung or a host has been silent for too long."""
         now = time.monotonic()
         if not self.joined:
             beat = heartbeat.read(self.progress)
@@ -275,7 +278,7 @@ class Watcher:
             if silent_s > self.limits["lost_s"]:
                 reason = f"no sign of life from its host for {silent_s:.0f} s"
                 return self._decide(rank, RankFailure.HOST_LOST, reason)
-        # The others wait for the one that goes on, so all stand still, or none is stuck.
+        # As long as one rank makes progress, the others may just be waiting for it. Only if none does is one stuck.
         ages_s = [row.get("age_s", 0) for row in self.table.values() if not row.get("bye")]
         limits_s = [row.get("limit_s", 0) for row in self.table.values() if not row.get("bye")]
         if ages_s and min(ages_s) > max(limits_s):
@@ -283,9 +286,12 @@ class Watcher:
         return None
 
     def _decide_hang(self, age_s: float) -> None:
-        """All stand still: name those that are stopped, or have come least far, or are the ones not waiting."""
+        """No rank makes progress: blame the stopped ranks, or else those furthest behind.
+
+        Among those furthest behind, ranks whose stacks show that they are not waiting for others are blamed first.
+        """
         behind = self._ask_all()
-        if not behind:  # they have ended meanwhile
+        if not behind:  # all ranks have ended meanwhile
             return
         stopped = [rank for rank in behind if self.table[rank].get("stopped")]
         least = min(self.table[rank].get("count", 0) for rank in behind)
@@ -300,10 +306,10 @@ class Watcher:
         self._decide(behind[0], cause, f"{state} for {age_s:.0f} s in {where}", behind)
 
     def _ask_all(self) -> list[int]:
-        """Have all ranks dump their stacks; the ranks that still run, in order.
+        """Have all ranks dump their stacks. Returns the ranks that have not ended, in ascending order.
 
-        A stopped rank has to run for a moment to write its stacks, which may let go of those that wait for it, so it
-        is asked when they have written theirs.
+        A stopped rank has to be continued for a moment to write its stacks, which may release the ranks that wait for
+        it. It is therefore asked last, after those ranks have written theirs.
         """
         running = sorted(rank for rank, row in self.table.items() if not row.get("bye"))
         stopped = [rank for rank in running if self.table[rank].get("stopped")]
@@ -312,7 +318,7 @@ class Watcher:
         return [rank for rank in running if not self.table[rank].get("bye")]
 
     def _ask(self, ranks: list[int]) -> None:
-        """Have these ranks dump their stacks, and wait until they have."""
+        """Have these ranks dump their stacks, and wait until they have, for at most DUMP_S and a second."""
         for rank in ranks:
             self.table[rank].pop("waiting", None)
         for rank, line in self.peers.lines.items() if self.peers else ():
@@ -330,7 +336,7 @@ class Watcher:
                     self._handle(key)
 
     def _decide(self, rank: int, cause: str, reason: str, behind: list[int] | None = None) -> None:
-        """The hub: one rank is the trouble; all end."""
+        """On the hub: give the verdict that `rank` is at fault, and have all watchers end their ranks."""
         if self.verdict is not None:
             return
         row = self.table.get(rank, {})
@@ -345,7 +351,11 @@ class Watcher:
         self._end({"rank": 0, "cause": RankFailure.HOST_LOST, "reason": reason})
 
     def _end(self, verdict: dict[str, Any], *, told: bool = False) -> None:
-        """Leave the stacks and a word in the run folder, and end this rank. `told`: by the hub, which says it."""
+        """Write the rank's stacks, record the verdict, and kill the rank.
+
+        Only one watcher records it: the hub does, or the watcher of rank 1 if the hub is lost. `told`: whether the
+        verdict came from the hub, which then records it.
+        """
         self.verdict = verdict
         self.ended_at = time.monotonic()
         if self.listener is not None or self.size == 1 or (self.rank == 1 and not told):
@@ -356,7 +366,7 @@ class Watcher:
             self._kill(signal.SIGKILL)
 
     def _say(self, verdict: dict[str, Any]) -> None:
-        if self.run_dir.is_dir():  # not where the rank ends before the run has a folder
+        if self.run_dir.is_dir():  # a rank may fail before the run folder is made
             log = EventLog(self.run_dir)
             log.append(Event.RANK_FAILED, self.attempt, **verdict)
             log.close()
@@ -370,7 +380,7 @@ class Watcher:
         return self.run_dir / "stacks" / f"attempt-{self.attempt:03d}"
 
     def _dump(self) -> dict[str, bool]:
-        """Write the rank's stacks to the run folder; whether they show it waiting for other ranks, and was stopped."""
+        """Write the rank's stacks to the run folder. Returns whether it was waiting for other ranks or was stopped."""
         if self.dead:
             return {"waiting": False}
         self.dumped = True
@@ -398,7 +408,7 @@ class Watcher:
         return {"waiting": waiting, "stopped": stopped}
 
     def _wait_for_stacks(self) -> str:
-        """What the rank writes: whole once the outermost frame of the main thread is there, which comes last."""
+        """The stacks that the rank writes. They end with the outermost frame of the main thread."""
         text, deadline = "", time.monotonic() + DUMP_S
         while not text.endswith(" in <module>\n") and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -406,7 +416,10 @@ class Watcher:
         return text or f"no answer within {DUMP_S:.0f} s\n"
 
     def _ask_for_stacks(self) -> None:
-        """To the main thread: a stopped one then writes before it goes on; another thread could come too late."""
+        """Signal the main thread, so that a stopped rank writes its stacks before that thread runs any further.
+
+        A signal to the process could be handled by another thread, which might come too late.
+        """
         to_thread = getattr(ctypes.CDLL(None), "tgkill", None)  # glibc 2.30
         if to_thread is None:
             self._kill(signal.SIGUSR2)
@@ -419,7 +432,7 @@ class Watcher:
 
 
 def _launchers(pid: int) -> list[int]:
-    """File descriptors of the launcher processes above `pid`, nearest first."""
+    """File descriptors (pidfds) of the launcher processes above `pid`, nearest first."""
     found = []
     while (pid := status_of(pid).parent) > 1:
         try:
@@ -434,7 +447,7 @@ def _launchers(pid: int) -> list[int]:
 
 if __name__ == "__main__":
     begin(__name__, goes_on=True)
-    # Unbuffered: `select` must see what is still to be read.
+    # Byte by byte and unbuffered, because `select` does not see what a buffer holds already.
     first = b""
     while not first.endswith(b"\n"):
         byte = os.read(sys.stdin.fileno(), 1)
@@ -442,5 +455,5 @@ if __name__ == "__main__":
             sys.exit(0)
         first += byte
     facts = json.loads(first)
-    if os.getppid() == facts["pid"]:  # else the rank is gone already
+    if os.getppid() == facts["pid"]:  # otherwise the rank is gone already
         Watcher(facts).run()

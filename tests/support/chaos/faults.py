@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.reliability.attempts import Cause
+from pretrain.reliability.starts import Cause
 from support.supervised import below
 
 STOPPING = {signal.SIGTERM, signal.SIGUSR1}

@@ -31,8 +31,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from pretrain.reliability.attempts import Cause
 from pretrain.reliability.journal import read_lines
+from pretrain.reliability.starts import Cause
 from pretrain.reliability.supervisor import Tail, complete_checkpoints
 from support.chaos.faults import (
     Fault,

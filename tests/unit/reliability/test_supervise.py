@@ -17,7 +17,7 @@ import pytest
 
 from pretrain.checkpoint import folder as checkpoint_folder
 from pretrain.errors import ConfigError
-from pretrain.reliability.attempts import Attempt, Cause, account, error_sentence, find_cause
+from pretrain.reliability.starts import Cause, Start, account, error_sentence, find_cause
 from pretrain.reliability.supervisor import Tail, run_dir_of
 from support import ROOT
 from support.gate import Gate
@@ -351,11 +351,11 @@ def test_goodput_and_lost_time_add_up_to_the_wall_time(tmp_path: Path) -> None:
         ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     common = {"command": [], "started": "", "last_step": 1, "first_step": 1}
-    attempts = [
-        Attempt(
+    starts = [
+        Start(
             number=1, cause=Cause.KILLED, run_attempts=[1], startup_s=7, detection_s=2, wall_s=19, **common
         ),
-        Attempt(
+        Start(
             number=2,
             cause=Cause.HANG,
             run_attempts=[2],
@@ -365,7 +365,7 @@ def test_goodput_and_lost_time_add_up_to_the_wall_time(tmp_path: Path) -> None:
             wall_s=15,
             **common,
         ),
-        Attempt(
+        Start(
             number=3,
             cause=Cause.FINISHED,
             run_attempts=[3],
@@ -376,13 +376,13 @@ def test_goodput_and_lost_time_add_up_to_the_wall_time(tmp_path: Path) -> None:
             **common,
         ),
     ]
-    summary = account(attempts, tmp_path)
-    assert attempts[0].lost_s == {"redone": 6.0, "detection": 2, "restart": 9}  # steps 5 to 10
-    assert attempts[1].lost_s == {"redone": 4.0, "detection": 3, "restart": 10}  # steps 9 to 12
+    summary = account(starts, tmp_path)
+    assert starts[0].lost_s == {"redone": 6.0, "detection": 2, "restart": 9}  # steps 5 to 10
+    assert starts[1].lost_s == {"redone": 4.0, "detection": 3, "restart": 10}  # steps 9 to 12
     assert summary["wall_s"] == 63
     assert summary["useful_s"] == 20.0  # steps 1 to 4 and 5 to 20
-    lost = sum(sum(attempt.lost_s.values()) for attempt in attempts)
-    assert lost + summary["useful_s"] + attempts[0].startup_s + attempts[2].detection_s == summary["wall_s"]
+    lost = sum(sum(start.lost_s.values()) for start in starts)
+    assert lost + summary["useful_s"] + starts[0].startup_s + starts[2].detection_s == summary["wall_s"]
 
 
 def test_the_supervisor_needs_no_torch() -> None:

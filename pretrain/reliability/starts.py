@@ -1,6 +1,11 @@
-"""What one supervised start of a run came to: its cause, its progress, the time it lost. Imports no torch.
+"""The record of each start of the training command: why it ended, its progress, the time it lost. Imports no torch.
 
-Durations come from monotonic clocks, the supervisor's and the run's own; times of day are for people only.
+A start is one launch of the command by the supervisor. An attempt is the run's own count of how often it has begun to
+train, which events.jsonl and metrics.jsonl carry. A start that fails before training makes no attempt, and a command
+that restarts its ranks itself makes several.
+
+Durations come from monotonic clocks, the supervisor's and the run's own. Times of day are there for people to read;
+nothing is computed from them.
 """
 
 from __future__ import annotations
@@ -21,17 +26,19 @@ from pretrain.reliability.journal import METRICS_FILE, read_metrics
 from pretrain.reliability.json_lines import read_lines
 from pretrain.stored import parse
 
-ATTEMPTS_FOLDER = "attempts"
+# Run folders, the option --attempts and the printed tables call a start an attempt. They keep that name, so that
+# existing run folders can still be read and scripts still work.
+STARTS_FOLDER = "attempts"
+START_FILE = "attempt.json"
 OUTPUT_FILE = "output.log"
-ATTEMPT_FILE = "attempt.json"
 SUMMARY_FILE = "summary.json"
-_MAX_ATTEMPT_BYTES = 1 << 20
+_MAX_RECORD_BYTES = 1 << 20
 LOG_END_BYTES = 1 << 18
-"""So much of the end of a log is searched for the sentence of an error."""
+"""Only this many bytes at the end of a log are searched for an error message, since a log can be very long."""
 
 
 class Cause(StrEnum):
-    """Why an attempt ended."""
+    """Why a start ended, in the words of attempt.json and the summary."""
 
     FINISHED = "finished"
     STOPPED = "stopped on request"
@@ -47,7 +54,7 @@ class Cause(StrEnum):
     UNSAVED_STOP = "stopped without saving"
 
 
-# What the run itself says in its event `rank_failed`.
+# The causes that a run itself reports in its event `rank_failed`, which use other words.
 RANK_CAUSES: dict[str, Cause] = {
     RankFailure.KILLED: Cause.KILLED,
     RankFailure.OUT_OF_MEMORY: Cause.OUT_OF_MEMORY,
@@ -59,43 +66,55 @@ RANK_CAUSES: dict[str, Cause] = {
 
 
 @dataclass(kw_only=True)
-class Attempt:
-    """One start of the command, as attempt.json holds it."""
+class Start:
+    """One start of the command. The names of the fields are the keys of attempt.json."""
 
     number: int
+    """Starts of a run are counted from 1, across supervisors; this number names the start's folder."""
     command: list[str]
-    """With the values of environment assignments (`NAME=value`) left out."""
+    """The words of the command, in which `***` replaces every value that may be secret."""
     started: str
-    """Time of day, for people."""
+    """The time of day (UTC) at which the command was started."""
     ended: str | None = None
+    """The time of day (UTC) at which its last process was gone; None while it runs."""
     exit_code: int | None = None
-    """Of the command; negative: the signal that ended it."""
+    """The exit code of the command, or minus the number of the signal that killed it."""
     cause: Cause | None = None
+    """Why the start ended; None while it runs, and forever if its supervisor was killed."""
     reason: str = ""
-    """One sentence."""
+    """One sentence for people that explains the cause."""
     run_attempts: list[int] = field(default_factory=list)
-    """Their numbers in events.jsonl and metrics.jsonl; none where training did not begin."""
+    """The run's own attempt numbers that this start wrote to events.jsonl; empty if training did not begin."""
     first_step: int | None = None
+    """The first step that this start completed; None if it completed no step."""
     last_step: int | None = None
+    """The last step that this start completed; None if it completed no step."""
     checkpoints_before: list[int] = field(default_factory=list)
+    """The steps of the checkpoints that were complete when the command was started."""
     checkpoints_after: list[int] = field(default_factory=list)
+    """The steps of the checkpoints that were complete at the end, or that this start saved to a remote store."""
     gap_before_s: float = 0.0
-    """Since the end of the attempt before: the pause between the two."""
+    """Seconds between the end of the previous start and this one; 0 for the first start of a supervisor."""
     startup_s: float = 0.0
-    """Until the first new step; where there was none, until the end."""
+    """Seconds from the start of the command to its first completed step, or to its end if it completed no step."""
     detection_s: float = 0.0
-    """From the last line that the run wrote to the end of its last process: failing, being noticed, being ended."""
+    """Seconds from the last line in the run's events or metrics until its last process was gone.
+
+    That covers the failure itself, the time until it was noticed, and the time to end the processes. It is `wall_s`
+    if no step was completed.
+    """
     wall_s: float = 0.0
+    """Seconds from the start of the command until its last process was gone."""
     lost_s: dict[str, float] = field(default_factory=dict)
-    """Filled in by `account`: redone, detection, restart."""
+    """Seconds lost by kind (`redone`, `detection`, `restart`), which `account` fills in."""
 
     def write(self, folder: Path) -> None:
         """Write or replace attempt.json."""
-        write_json(folder / ATTEMPT_FILE, asdict(self))
+        write_json(folder / START_FILE, asdict(self))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file in one step."""
+    """Replace a JSON file atomically."""
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
@@ -105,9 +124,11 @@ def write_json(path: Path, value: Any) -> None:
 def find_cause(
     exit_code: int, events: list[dict[str, Any]], log: Path, *, asked: str | None, oom_kills: int
 ) -> tuple[Cause, str]:
-    """Cause and one sentence, from the events that the attempt wrote, the exit code of its command, and its log.
+    """The cause and the reason of a start's end, from its events, the exit code of its command, and its log.
 
-    The events come first: `deepspeed` returns 0 when its child is killed. `oom_kills`: by the kernel, meanwhile.
+    The events are believed before the exit code, since `deepspeed` returns 0 when its child is killed. `asked` names
+    the signal that asked the supervisor to stop, if one came. `oom_kills` is the number of processes that the kernel
+    has killed for lack of memory during the start.
     """
     last: dict[str, dict[str, Any]] = {event["event"]: event for event in events}
     if finished := last.get(Event.FINISHED):
@@ -115,7 +136,8 @@ def find_cause(
     number = _signal_of(exit_code)
     if stopped := last.get(Event.STOPPED):
         step, reason = stopped.get("step"), stopped.get("reason")
-        # A signal that asks to stop may end the launcher first; its ranks then see the loss of the launcher.
+        # A signal that asks to stop may end the launcher before the ranks have heeded it. The ranks then record the
+        # loss of the launcher, though it was a requested stop.
         requested = number is not None or reason != LAUNCHER_LOST
         if asked or (exit_code != 0 and number not in _FATAL and requested):
             by = asked or (number.name if number and reason == LAUNCHER_LOST else reason) or "request"
@@ -141,7 +163,7 @@ _ENDS_NOTHING |= {signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU
 def _cause_of_code(
     exit_code: int, number: signal.Signals | None, began: bool, log: Path, oom_kills: int
 ) -> tuple[Cause, str]:
-    """Where the run itself recorded no ending."""
+    """The cause and the reason where the run itself recorded no end. `began`: whether it recorded any event."""
     sentence = error_sentence(log)
     if number is signal.SIGKILL and oom_kills:
         return Cause.OUT_OF_MEMORY, "a process was killed by the kernel because memory ran out"
@@ -152,15 +174,19 @@ def _cause_of_code(
         return Cause.KILLED, f"{what} was ended by {number.name}"
     if exit_code == 0:
         return Cause.LAUNCHER_LOST, sentence or "the command returned 0, but the run had not finished"
-    said = sentence or f"exit code {exit_code}, and no word of an error"
+    said = sentence or f"exit code {exit_code}, and no error message in the log"
     return (Cause.CRASH if began else Cause.NOT_STARTED), said
 
 
 def _signal_of(exit_code: int) -> signal.Signals | None:
-    """The signal that ended the command (negative), its child as a shell says it (128 + n) or deepspeed (256 - n)."""
+    """The signal behind an exit code, if any.
+
+    A code is -n if signal n killed the command itself, 128 + n if a shell reports that it killed a child, and 256 - n
+    if deepspeed does.
+    """
     for number in (-exit_code, exit_code - 128, 256 - exit_code):
-        # 255, which would be SIGHUP, is what ssh and launchers return for errors of their own; srun has codes that
-        # would be signals which end no process.
+        # 255 is not read as SIGHUP (256 - 1): ssh and launchers return it for errors of their own. Nor does a code
+        # count that would mean a signal that ends no process: srun has such codes.
         if number == -exit_code > 0 or (1 < number < 32 and signal.Signals(number) not in _ENDS_NOTHING):
             return signal.Signals(number)
     return None
@@ -173,7 +199,11 @@ _FOLLOWING = re.compile(r"Connection closed by peer|Connection reset|Gloo|gloo|C
 
 
 def error_sentence(log: Path) -> str:
-    """The first line at the end of a log that looks like an error; what peers say of a dead rank comes last."""
+    """The first line near the end of a log that looks like an error message, or nothing.
+
+    Ranks that survive complain about their connections to a dead one. Such a line is taken only if there is no other,
+    since it does not tell what the dead rank died of.
+    """
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - LOG_END_BYTES))
@@ -190,43 +220,48 @@ def error_sentence(log: Path) -> str:
 # ---- lost time -------------------------------------------------------------------------------------------------------
 
 
-def account(attempts: list[Attempt], run_dir: Path) -> dict[str, Any]:
-    """Fill in `lost_s` of every attempt; the run's sums by cause, and goodput.
+def account(starts: list[Start], run_dir: Path) -> dict[str, Any]:
+    """Fill in `lost_s` of every start. Returns the summary: the run's lost time by cause, and its goodput.
 
-    Wall time is the attempts and the pauses between them. A failed attempt lost the steps that were done again, the
-    time until its last process was gone, and the time until the next attempt's first new step.
+    Wall time is that of the starts and the pauses between them. A failed start lost the steps that had to be repeated
+    (`redone`), the time from its last sign of progress until its last process was gone (`detection`), and the time
+    from then to the first completed step of the next start (`restart`). Goodput is the fraction of wall time spent on
+    steps that the run's final state contains.
     """
-    done, kept = _step_times(attempts, run_dir)
+    done, kept = _step_times(starts, run_dir)
     by_cause: dict[str, dict[str, float]] = {}
-    for attempt, later in zip(attempts, [*attempts[1:], None], strict=True):
+    for start, later in zip(starts, [*starts[1:], None], strict=True):
         restart_s = (
             later.gap_before_s + (later.startup_s if later.first_step is not None else 0) if later else 0.0
         )
-        attempt.lost_s = {
-            "redone": sum(done.get(n, 0.0) - kept.get(n, 0.0) for n in attempt.run_attempts),
-            "detection": 0.0 if attempt.cause in (Cause.FINISHED, Cause.STOPPED) else attempt.detection_s,
+        start.lost_s = {
+            "redone": sum(done.get(n, 0.0) - kept.get(n, 0.0) for n in start.run_attempts),
+            "detection": 0.0 if start.cause in (Cause.FINISHED, Cause.STOPPED) else start.detection_s,
             "restart": restart_s,
         }
         row = by_cause.setdefault(
-            str(attempt.cause), {"attempts": 0, "redone": 0, "detection": 0, "restart": 0}
+            str(start.cause), {"attempts": 0, "redone": 0, "detection": 0, "restart": 0}
         )
         row["attempts"] += 1
-        for name, seconds in attempt.lost_s.items():
+        for name, seconds in start.lost_s.items():
             row[name] += seconds
-    wall_s = sum(attempt.gap_before_s + attempt.wall_s for attempt in attempts)
-    useful_s = sum(kept.get(n, 0.0) for attempt in attempts for n in attempt.run_attempts)
+    wall_s = sum(start.gap_before_s + start.wall_s for start in starts)
+    useful_s = sum(kept.get(n, 0.0) for start in starts for n in start.run_attempts)
     return {
         "wall_s": wall_s,
         "useful_s": useful_s,
         "goodput_frac": useful_s / wall_s if wall_s > 0 else 0.0,
-        "attempts": len(attempts),
+        "attempts": len(starts),
         "lost_s_by_cause": by_cause,
     }
 
 
-def _step_times(attempts: list[Attempt], run_dir: Path) -> tuple[dict[int, float], dict[int, float]]:
-    """Seconds of steps by the run's attempt number: all that were done, and those that the run's state is made of."""
-    last = attempts[-1]
+def _step_times(starts: list[Start], run_dir: Path) -> tuple[dict[int, float], dict[int, float]]:
+    """Seconds spent on steps, by the run's attempt number: on all steps, and on those that the run's state contains.
+
+    A run that has not finished would resume from its newest checkpoint, so later steps do not count as kept.
+    """
+    last = starts[-1]
     limit = float("inf") if last.cause is Cause.FINISHED else max(last.checkpoints_after, default=0)
     done: dict[int, float] = {}
     kept: dict[int, float] = {}
@@ -239,20 +274,23 @@ def _step_times(attempts: list[Attempt], run_dir: Path) -> tuple[dict[int, float
     return done, kept
 
 
-def read_attempts(run_dir: Path) -> list[Attempt]:
-    """The ended attempts of a run folder, oldest first; one whose supervisor was killed meanwhile is not among them."""
-    folders = [path for path in (run_dir / ATTEMPTS_FOLDER).glob("*") if path.name.isdecimal()]
-    paths = [path / ATTEMPT_FILE for path in sorted(folders, key=lambda path: int(path.name))]
-    attempts = [
-        parse(Attempt, read_capped(path, _MAX_ATTEMPT_BYTES), str(path), "the record of an attempt")
+def read_starts(run_dir: Path) -> list[Start]:
+    """The starts of a run that have ended, oldest first. Raises ConfigError where a record is damaged.
+
+    A start whose supervisor was killed has no recorded end and is left out.
+    """
+    folders = [path for path in (run_dir / STARTS_FOLDER).glob("*") if path.name.isdecimal()]
+    paths = [path / START_FILE for path in sorted(folders, key=lambda path: int(path.name))]
+    starts = [
+        parse(Start, read_capped(path, _MAX_RECORD_BYTES), str(path), "the record of an attempt")
         for path in paths
         if path.exists()
     ]
-    return [attempt for attempt in attempts if attempt.cause]
+    return [start for start in starts if start.cause]
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """The table of lost time on stdout."""
+    """Print the table of lost time and the goodput to stdout."""
     from rich.console import Console
     from rich.table import Table
 
@@ -269,5 +307,5 @@ def print_summary(summary: dict[str, Any]) -> None:
             f"goodput {summary['goodput_frac']:.1%}: {summary['useful_s']:.1f} s of steps that count in "
             f"{summary['wall_s']:.1f} s"
         )
-    except OSError:  # the reader of the pipe is gone
+    except OSError:  # the reader of the pipe has gone, which must not change the exit code
         pass
