@@ -41,8 +41,8 @@ Task = Callable[[], None]
 
 
 class RemoteChunks:
-    """The chunks of one corpus. All threads of a process may share this object. A forked child must create its own; it
-    can tell by `pid`."""
+    """The chunks of one corpus. All threads of a process may share this object. A forked child needs its own, so `pid`
+    is the process that this one belongs to."""
 
     def __init__(self, folder: str, manifest: Manifest, options: ReadOptions) -> None:
         self.pid = os.getpid()

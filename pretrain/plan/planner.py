@@ -257,7 +257,7 @@ class Goodput:
     interval_s: float
     """Advised seconds between saves, at least as long as a write takes."""
     frac: float
-    """Fraction of wall time spent in training, without stalls, and half an interval and a restart per failure."""
+    """Fraction of wall time spent in training. The rest is stalls, plus half an interval and a restart per failure."""
 
 
 def goodput(

@@ -21,7 +21,7 @@ class GuardDecision(Enum):
 
 
 class LossGuard:
-    """Decides from its loss whether a step was good. Given the same numbers, all ranks decide the same.
+    """Decides whether a step was good, based on its loss. Given the same numbers, all ranks decide the same.
 
     `state` is the value of `state()` from the checkpoint, so a resumed run decides as an uninterrupted one would.
     """

@@ -88,11 +88,8 @@ class Run:
 
 
 def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) -> Run:
-    """Find the newest checkpoint, build the parts of the run, and load the state. All ranks call this together.
-
-    Raises ConfigError where the configuration does not fit the run, its corpora or its devices, and CheckpointError
-    where there are checkpoints but none is intact.
-    """
+    """Find the newest checkpoint, build the parts of the run, and load the state. All ranks call this together. Raises
+    ConfigError where the configuration does not fit, and CheckpointError where there are only damaged checkpoints."""
     config, manifests = inputs
     root = root_of(run_dir, config.checkpoint.target)
     found = _newest_checkpoint(root, world)

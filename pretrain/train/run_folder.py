@@ -22,7 +22,7 @@ from pretrain.stored import parse
 
 _MAX_RUN_JSON_BYTES = 1 << 16
 NOT_OF_THE_RUN = ("run_dir", "stop_at_step", "stop_after_s")
-"""Keys that do not affect training. Changes of these between starts are not reported."""
+"""Keys that do not affect training. Changes to these keys between starts are not reported."""
 
 
 def check_resumable(config: TrainConfig, state: RunState) -> list[str]:
