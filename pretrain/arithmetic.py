@@ -1,8 +1,7 @@
-"""The parameters of a decoder and the floating-point operations of its training, from its configuration. No torch.
+"""Counts a decoder's parameters and training FLOPs from its configuration. Imports no torch.
 
-One place for the trainer, which reports MFU, and for the planner, which must answer without importing torch. Tests
-compare the counts with the parameters of `pretrain.model.decoder.Decoder`, and the operations with those that torch
-counts in it.
+The trainer uses the counts to report MFU, and the planner uses them without importing torch. Tests compare the
+parameter counts with `pretrain.model.decoder.Decoder`, and the FLOPs with those that torch counts in it.
 
 >>> small = ModelConfig(n_layers=2, d_model=64, n_heads=2, n_kv_heads=1, d_ff=160, vocab_size=512)
 >>> block_parameters(small)  # attention 12,288, feed-forward 30,720, two norms 128
@@ -19,7 +18,7 @@ from pretrain.config import ModelConfig
 def parameter_sizes(model: ModelConfig) -> list[tuple[int, int]]:
     """(elements, count) for each kind of parameter of the decoder; a tied matrix counts once.
 
-    `model.vocab_size` must be set. The first entry is the embedding, with the output head where that is not tied.
+    `model.vocab_size` must be set. The first entry is the embedding; if the output head is not tied, its count is 2.
     """
     assert model.vocab_size is not None
     width, depth = model.d_model, model.n_layers
@@ -40,7 +39,7 @@ def count_parameters(model: ModelConfig) -> int:
 
 
 def non_embedding_parameters(model: ModelConfig) -> int:
-    """The parameters without the token embedding and the output head, as scaling laws count (Kaplan et al., 2020)."""
+    """The parameters without token embedding and output head, as counted in scaling laws (Kaplan et al., 2020)."""
     _, *others = parameter_sizes(model)
     return sum(size * count for size, count in others)
 
@@ -54,8 +53,8 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """Floating-point operations per token of a forward and a backward pass, without recomputation.
 
     6 x (parameters in matrix products, the head but not the embedding look-up) + 12 L H K T: PaLM
-    (Chowdhery et al., 2022), appendix B. As there, attention counts as if every token saw all T tokens:
-    the causal and the document mask are not deducted. Norms, rotary positions and softmax are left out.
+    (Chowdhery et al., 2022), appendix B. As in that paper, attention counts as if every token saw all T tokens:
+    nothing is deducted for the causal mask or the document mask. Norms, rotary positions and softmax are left out.
     """
     return matmul_flops_per_token(model) + attention_flops_per_token(model, sequence_length)
 

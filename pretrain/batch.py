@@ -41,8 +41,8 @@ class Batch(NamedTuple):
     """Index of the document piece within the sequence, counted from 0. Padding is a piece of its own. Without document
     masking all are 0."""
     samples: NDArray[np.int64]
-    """Global sample index of each sequence, [B]."""
+    """Global sample index of each sequence: int64 [B]."""
     counts: Counts = Counts()
     """How documents were split over these sequences."""
     substitutions: Sequence[Substitution] = ()
-    """Bad chunks that were found, and replaced by others, while these sequences were read."""
+    """Bad chunks that were found and replaced while these sequences were read."""

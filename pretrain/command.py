@@ -27,7 +27,7 @@ COMMANDS.update({f"pretrain-{name}": f"data_tools.{name}" for name in DATA_TOOLS
 OURS = {"pretrain", "data_tools"}
 OLDEST_PYTHON = (3, 11)
 MISSING_PACKAGE, READER_LEFT = 2, 128 + signal.SIGPIPE
-"""Exit codes: the one of a wrong configuration, and the one that a shell reports for a tool ended by SIGPIPE."""
+"""Exit codes: that of a wrong configuration, and the one that a shell reports for a tool that SIGPIPE ended."""
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
 
     package, _, name = COMMANDS[Path(sys.argv[0]).name].rpartition(".")
     script = Path(__file__).resolve().parent.parent / "launch" / f"{name}.py"
-    # The script exists after `pip install -e`, which uses the source checkout.
+    # After `pip install -e` the command runs from the source checkout, where the script is not part of a package.
     if package == "pretrain.launch" and script.exists():
         runpy.run_path(str(script), run_name="__main__")
     else:
@@ -47,7 +47,7 @@ def begin(name: str, goes_on: bool = False) -> None:
     """Set up error handling for a command; its file calls this with `__name__` before any import that may fail.
 
     From then on a missing package gives a one-sentence error with exit code 2, and the command ends quietly when the
-    reader of its output closes the pipe (as `| head` does). With `goes_on` it keeps working without a reader, as a
+    reader of its output closes the pipe (as `| head` does). With `goes_on`, it keeps running without a reader, as a
     training run must. When the file is imported instead of run, this does nothing.
     """
     if name != "__main__":
@@ -87,7 +87,7 @@ def _on_failure(_kind: type[BaseException], error: BaseException, _trace: Traceb
 
 
 def _remedy() -> str:
-    """The part of an error message that says which environment to use, or how to create it."""
+    """The part of an error message that says which environment to use or how to create one."""
     sources = Path(__file__).resolve().parent.parent
     setup = sources / "launch" / "setup_env.sh"
     if not setup.exists():
@@ -104,7 +104,7 @@ def _remedy() -> str:
 class _Pipe(io.FileIO):
     """An output pipe whose reader may close it.
 
-    Handling this per stream, and not by SIGPIPE, leaves the other pipes and sockets of the process as they are.
+    This is handled per stream, because handling SIGPIPE would also affect the other pipes and sockets of the process.
     """
 
     def __init__(self, number: int, goes_on: bool) -> None:
@@ -126,11 +126,11 @@ class _Pipe(io.FileIO):
 
 
 _readers_left: list[int] = []
-"""File descriptors of outputs whose reader has left, in commands that this ends."""
+"""File descriptors of outputs whose reader has closed the pipe. `_flush` then ends the command."""
 
 
 def _watch_reader(stream: str, goes_on: bool) -> None:
-    """Make sys.stdout or sys.stderr write through a `_Pipe`, where it is a pipe or a socket."""
+    """Make sys.stdout or sys.stderr write through a `_Pipe` if the stream is a pipe or a socket."""
     old = getattr(sys, stream)
     try:
         number = old.fileno()
@@ -153,7 +153,7 @@ def _watch_reader(stream: str, goes_on: bool) -> None:
 def _flush() -> None:
     """Flush the outputs as the last action of a command.
 
-    The interpreter's own flush comes too late to choose an exit code: where it fails, the exit code is 120.
+    The interpreter's own flush comes too late to choose an exit code: if it fails, the exit code is 120.
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
@@ -162,6 +162,6 @@ def _flush() -> None:
             pass
         except (OSError, ValueError):  # the stream is closed or the disk is full; the interpreter reports it
             pass
-    # A thread or an exit handler that noticed it could not end the process itself.
+    # A thread or an exit handler may have noticed the closed pipe, but neither can end the process itself.
     if _readers_left:
         os._exit(READER_LEFT)

@@ -23,7 +23,7 @@ ASKED = os.environ.get("DS_ACCELERATOR")
 DeepSpeed."""
 ON_THE_CPU = "to train on the CPU on purpose, set DS_ACCELERATOR=cpu"
 HIDDEN = ("", "-1", "NoDevFiles")
-"""Values of CUDA_VISIBLE_DEVICES with which a user or Slurm hides all GPUs from a process."""
+"""Values of CUDA_VISIBLE_DEVICES that hide all GPUs from a process; a user or Slurm sets them."""
 OLDEST_DRIVER = {12: 525, 13: 580}
 """Oldest driver that runs each major version of CUDA (NVIDIA, CUDA Compatibility, table 1)."""
 
@@ -34,7 +34,7 @@ def device_type() -> str:
 
 
 def own_device() -> torch.device:
-    """The device of a process without other ranks. Raises ConfigError where there is a GPU that torch cannot use."""
+    """The device of a single-rank process. Raises ConfigError where the host has a GPU that torch cannot use."""
     from pretrain.errors import ConfigError
 
     problem = device_problem()
@@ -51,7 +51,7 @@ class Place(NamedTuple):
 
     host: str
     device: str
-    """`cpu`, or `cuda:N` with N as this process numbers its GPUs."""
+    """`cpu`, or `cuda:N`, where N is the index of the GPU in this process."""
     gpu: str | None = None
     """UUID of the GPU, which is the same in every process that sees it."""
     problem: str | None = None
@@ -69,7 +69,7 @@ def rank_place() -> Place:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     seen = f"CUDA_VISIBLE_DEVICES={visible}" if visible else "CUDA_VISIBLE_DEVICES is not set"
     count = torch.cuda.device_count()
-    # `srun --gpus-per-task=1` shows each task a GPU of its own, which the task counts as number 0.
+    # `srun --gpus-per-task=1` shows each task only its own GPU, which has index 0 there.
     index = 0 if count == 1 else local_rank
     if visible and "MIG-" in visible and local_size > 1:
         problem = (
@@ -112,7 +112,7 @@ def joint_problem(places: list[Place]) -> str | None:
 
 
 def device_problem() -> str | None:
-    """Why this process cannot use the device that it should use, and what to do; None where it can."""
+    """Why this process cannot use its intended device, and what to do about it; None where it can."""
     if ASKED not in (None, "cpu", "cuda"):
         return f"DS_ACCELERATOR={ASKED} is not supported; allowed: cpu, cuda"
     if ASKED == "cpu" or torch.cuda.is_available():

@@ -107,7 +107,7 @@ def _check_places(mine: Place, rank: int, size: int, store: dist.Store) -> None:
     deadline = time.monotonic() + 10
     store.add("told", 1)
     while rank == 0 and store.add("told", 0) < size and time.monotonic() < deadline:
-        # The store ends with this process, and other ranks may not have read the verdict yet.
+        # The store disappears with this process, and other ranks may not have read the verdict yet.
         time.sleep(0.05)
     raise ConfigError(verdict)
 
@@ -177,7 +177,7 @@ def _interface_towards(family: int, address: tuple[Any, ...]) -> str | None:
 def _tune_cpu() -> None:
     """Divide the cores among this host's ranks, and let the allocator keep freed memory.
 
-    By default glibc maps and unmaps memory for every large tensor, and the page faults take a part of each step.
+    By default, glibc maps and unmaps memory for every large tensor, and the page faults slow down each step.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (launched_local_size() or 1)))
@@ -188,7 +188,7 @@ def _tune_cpu() -> None:
 
 
 def shutdown_world() -> None:
-    """Leave the process group, all ranks together, so that the launcher sees every rank's own exit code."""
+    """Leave the process group together with all other ranks, so that the launcher sees every rank's own exit code."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -242,7 +242,7 @@ class Vote:
 
 
 def gather_objects(value: Any, world: World) -> list[Any]:
-    """The values of all ranks, in rank order, on every rank. Meant for small values that can be pickled."""
+    """The values of all ranks in rank order, returned on every rank. The values should be small, and are pickled."""
     if world.size == 1:
         return [value]
     gathered: list[Any] = [None] * world.size
@@ -274,7 +274,7 @@ def on_main(action: Callable[[], T], world: World) -> T:
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch with a function of (seed, step, rank), so that a checkpoint need not store random state."""
-    # Distinct odd multipliers keep neighboring steps and ranks apart (splitmix64's constants).
+    # Distinct odd multipliers (the constants of splitmix64) give neighboring steps and ranks unrelated seeds.
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63
     torch.manual_seed(mixed)
 
@@ -290,7 +290,7 @@ class Partition:
 
 
 def share(numel: int, world: World) -> tuple[int, int]:
-    """The elements [start, stop) that ZeRO-3 assigns to this rank, of a flattened tensor with `numel` elements."""
+    """The elements [start, stop) of a flattened tensor with `numel` elements that ZeRO-3 assigns to this rank."""
     per_rank = -(-numel // world.size)
     start = min(world.rank * per_rank, numel)
     return start, min(start + per_rank, numel)

@@ -19,4 +19,4 @@ class ConfigError(ValueError):
 
 
 class RunError(RuntimeError):
-    """Something outside the program failed: data, a disk, a checkpoint. Its text says all. Exit code 1."""
+    """Something outside the program failed, such as a disk or a checkpoint. Its text is shown alone. Exit code 1."""

@@ -17,12 +17,12 @@ class PeakFlops(NamedTuple):
 
 
 class GpuPeak(NamedTuple):
-    """The peak of one kind of GPU."""
+    """The peak FLOP/s of one GPU model, and how to recognize that model."""
 
     label: str
     pattern: str
     """Regular expression for the whole name that CUDA reports, without "NVIDIA" or "Tesla". It must match the whole
-    name because variants (laptop, D, MIG slices) have other peaks, and a wrong peak is worse than none."""
+    name because variants (laptop, D, MIG slices) have different peaks, and a wrong peak is worse than none."""
     flops: float
     """Dense peak in FLOP/s with 16-bit inputs and fp32 accumulation."""
     has_bf16: bool = True

@@ -11,7 +11,7 @@ PORTS = range(10_000, 29_000)
 
 
 def free_port() -> int:
-    """A randomly chosen port on which nothing listens now. Raises OSError after 100 ports that are all in use."""
+    """A randomly chosen port on which nothing listens now. Raises OSError if 100 random ports are all in use."""
     for port in random.sample(PORTS, 100):
         with socket.socket() as probe:
             try:

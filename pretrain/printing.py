@@ -18,10 +18,10 @@ ERROR_CHARS = 10_000
 
 
 def visible(text: str, keep: str = "", limit: int | None = None) -> str:
-    """`text` on one line, with harmful characters escaped as JSON does it, such as \\u001b.
+    """`text` on one line, with harmful characters escaped as in JSON, such as \\u001b.
 
-    The characters in `keep` are not escaped, such as line breaks in a multi-line text. A text longer than `limit`
-    characters is cut.
+    Characters in `keep`, such as the line breaks of a multi-line text, are not escaped. A text longer than `limit`
+    characters is truncated.
     """
     if limit is not None and len(text) > limit:
         text = text[:limit] + "…"
@@ -38,7 +38,7 @@ def print_error(kind: str, error: BaseException | str) -> None:
 
 
 def say(line: str) -> None:
-    """One line on stderr, whatever state stderr is in; what it quotes of events and logs is made visible."""
+    """Print a line on stderr, with harmful characters escaped. A closed stderr is ignored."""
     line = visible(line)
     try:
         if sys.stderr.isatty():

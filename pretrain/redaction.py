@@ -1,4 +1,6 @@
-"""Removes secrets from URLs and command lines before they are shown. In doubt it removes too much. Imports no torch.
+"""Removes secrets from URLs and command lines before they are shown. Imports no torch.
+
+Where a part may or may not be a secret, it is removed.
 
 In a URL a secret may stand before an `@`, or after the first `?`, `#` or `;`; each of these may also be
 percent-encoded. In a command line a secret is the value of an option whose name says so (`--token=...`,
@@ -47,7 +49,7 @@ def redact_url(url: str) -> str:
 def redact_command(words: Iterable[str]) -> list[str]:
     """The words of a command line without values that may be secret.
 
-    A word may itself be a shell command. Of `NAME=value`, as in `env WANDB_API_KEY=...`, only the name is left.
+    A word may itself be a shell command. `NAME=value`, as in `env WANDB_API_KEY=...`, keeps only the name.
     """
     shown, is_value = list[str](), False
     for word in words:
@@ -64,7 +66,7 @@ def _redact_word(word: str) -> str:
 
 
 def _secret_start(text: str) -> int | None:
-    """Where the first value that may be secret starts; everything after it is hidden too. None: no such value."""
+    """Index of the first value that may be secret, or None; everything after that index is hidden too."""
     starts = [found.end() for found in _VARIABLE.finditer(text)]
     for pattern in (_ASSIGNED, _OPTION):
         starts += [found.end() for found in pattern.finditer(text) if _is_secret(found[1])]
@@ -72,6 +74,6 @@ def _secret_start(text: str) -> int | None:
 
 
 def _is_secret(name: str) -> bool:
-    """Whether an option's name says that its value is a secret. Whole words count, so `max_tokens` is no secret."""
+    """Whether an option's name marks its value as a secret. It compares whole words, so `max_tokens` is no secret."""
     parts = re.split(r"[\W_]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower())
     return any(part.endswith(_SECRET_ENDS) or part in _SECRET_WORDS for part in parts)

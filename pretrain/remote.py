@@ -1,8 +1,8 @@
 """Files at a URL (s3://, gs://, https://, ...): reads that retry transient failures and give up after a time limit.
 
-One read makes up to many attempts, with exponential backoff and full jitter between them (Brooker, "Exponential Backoff
-And Jitter", AWS 2015). Transient failures (no answer, 5xx, 429, a broken connection) are retried until the time limit;
-failures that are probably permanent (missing file, access denied, wrong bytes) are retried only a few times. No error
+A read is attempted repeatedly, with exponential backoff and full jitter between attempts (Brooker, "Exponential Backoff
+And Jitter", AWS 2015). Transient failures (no answer, 5xx, 429, a broken connection) are retried until the time limit.
+Failures that are probably permanent (missing file, access denied, wrong bytes) are retried only a few times. No error
 or warning shows the user, password, query or fragment of a URL.
 
 Every URL is opened through `file_system`. It allows a few kinds of stores, rejects fsspec's chained URLs, and follows
@@ -123,8 +123,8 @@ def folder_of(path: str | Path) -> str | Path:
 def check_url(key: str, url: str) -> None:
     """Raise ConfigError where a URL cannot be used for the configuration key `key`.
 
-    That is, where it contains what may be a secret, which would be written to logs, where its scheme is unknown, or
-    where the package for its store is not installed.
+    A URL cannot be used where it may contain a secret, which would be written to logs, where its scheme is not
+    supported, or where the package for its store is not installed.
     """
     parts = _check_kind(url, f"{key}=")
     if "@" in parts.netloc or parts.query or parts.fragment:
@@ -174,7 +174,7 @@ def open_file(key: str, path: str, mode: str = "rb", **options: Any) -> Any:
 
 
 def _check_kind(url: str, key: str = "") -> SplitResult:
-    """The parts of a URL. Raises ConfigError unless it is of a kind that may be opened."""
+    """The parts of a URL. Raises ConfigError where it is malformed or its scheme is not supported."""
     try:
         parts = urlsplit(url)
         # `port` raises ValueError where the network location is not a host and port.
@@ -202,7 +202,7 @@ async def _http_session(**options: Any) -> Any:
 
 
 async def _refuse_other_host(session: Any, context: Any, params: Any) -> None:
-    """Allow a redirect within the same host, port and scheme, and refuse any other: the user trusts only that host."""
+    """Allow a redirect only to the same host, port and scheme, because the user trusts only that host."""
     import yarl
 
     context.n_redirects = getattr(context, "n_redirects", 0) + 1
@@ -292,7 +292,7 @@ def read_range(
 def read_whole(url: str, max_bytes: int, time_limit_s: float, check: Callable[[bytes], str | None]) -> bytes:
     """The whole content of a file of at most `max_bytes` bytes that passes `check`, as for `read_range`.
 
-    Raises ConfigError where the file is missing, access is denied, or it is larger, and ReadError.
+    Raises ConfigError where the file is missing or larger, or access is denied, and ReadError.
     """
 
     def check_all(content: bytes) -> str | None:
@@ -310,7 +310,7 @@ def read_whole(url: str, max_bytes: int, time_limit_s: float, check: Callable[[b
 
 
 def exists(path: str | Path, time_limit_s: float = 300) -> bool:
-    """Whether a non-empty file exists. Raises ReadError where the store cannot say."""
+    """Whether a non-empty file exists. Raises ReadError where that cannot be determined."""
     if not isinstance(path, str):
         return path.is_file()
     try:
@@ -356,7 +356,7 @@ def _pause(number: int) -> float:
 
 
 def _classify(error: Exception, timeout_s: float) -> tuple[type[ReadError], str, float]:
-    """The kind of a failure, its reason in words, and the seconds after which the server wants the next request."""
+    """The error class for a failure, its reason as text, and the seconds that the server wants us to wait."""
     status, wish = _http_answer(error)
     # The reason is untrusted text from the server.
     reason = visible(redact(f"{type(error).__name__}: {error}".splitlines()[0])[:300].rstrip(": "))

@@ -77,7 +77,7 @@ def _adapter(schema: Any) -> Any:
 
 
 def has_more_values(content: bytes, limit: int) -> bool:
-    """Whether JSON has more than about `limit` values, found without parsing it.
+    """Whether JSON text has more than about `limit` values. It is not parsed.
 
     An empty object takes 3 bytes in a file and 70 in memory, so a limit on the bytes does not limit the memory. The
     function counts brackets and commas outside of strings.
@@ -98,7 +98,7 @@ def _count_signs(content: bytes, start: int, stop: int) -> int:
 
 
 def parse(schema: type[T], content: str | bytes, where: str, what: str, max_values: int = MAX_VALUES) -> T:
-    """JSON parsed into an object of the dataclass `schema`.
+    """Parse JSON into an object of the dataclass `schema`.
 
     `where` is the file's path, and `what` says what it should be, such as "a manifest"; errors name both. Raises
     ConfigError for the first wrong value, or where there are more than `max_values` values. The caller must have
@@ -116,7 +116,7 @@ def parse(schema: type[T], content: str | bytes, where: str, what: str, max_valu
 
 
 def parse_plain(content: bytes, where: str, what: str, max_values: int = MAX_VALUES) -> Any:
-    """JSON parsed without a schema, for callers that need only a few of its values. Raises ConfigError."""
+    """Parse JSON without a schema, for callers that need only a few of its values. Raises ConfigError."""
     if has_more_values(content, max_values):
         raise ConfigError(
             f"{where} is not {what}: it has more than the {max_values:,} values that are allowed"
@@ -134,7 +134,7 @@ class _Wrong(Exception):
 def _is_small(content: bytes) -> bool:
     """Whether a content may be validated as a whole.
 
-    For each missing value pydantic's error copies the whole object around it, so a large content could fill the memory.
+    For each missing value, pydantic's error copies the whole enclosing object, so large content could exhaust memory.
     """
     return len(content) <= _WHOLE_BYTES and not has_more_values(content, _WHOLE_VALUES)
 
@@ -180,7 +180,7 @@ def _small_json(value: Any) -> bytes:
 
 
 def _first_problem(error: Any, with_value: bool) -> str:
-    """The first error: where it is, what is there, and what is wrong with it."""
+    """Describe the first error: the key, the value found there, and what is wrong with the value."""
     if error.error_count() > _TOLD_ERRORS:  # pydantic can only build the descriptions of all errors at once
         return f"{error.error_count():,} of its values are wrong or unknown"
     first = error.errors(include_url=False, include_context=False, include_input=with_value)[0]

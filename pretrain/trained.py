@@ -28,12 +28,12 @@ class TrainedModel:
     step: int
     tokens_seen: int
     sequence_length: int
-    """Number of tokens of the sequences in the last data stage that it was trained on."""
+    """Number of tokens per sequence in the last data stage that the model was trained on."""
     precision: Precision
     """Precision in which it was last trained."""
 
     def decoder(self, device: torch.device, dtype: torch.dtype) -> Decoder:
-        """The model in evaluation mode, on a device and with weights of a dtype."""
+        """The model in evaluation mode, with its weights on `device` in `dtype`."""
         return build_decoder(self.config.model, self.weights, device, dtype)
 
 
@@ -41,7 +41,8 @@ def load_trained(run_dir: str | Path, step: int | None = None, target: str | Non
     """Load the model of a run's newest good checkpoint, or of the one at `step`, in one process.
 
     `target` is the URL of the checkpoints where they are not in the run folder. Raises ConfigError where there is no
-    such checkpoint, where its configuration does not match its weights, or where the run folder has another tokenizer.
+    such checkpoint, where its configuration does not match its weights, or where the run folder has a
+    different tokenizer.
     """
     config, weights, state = load_weights(run_dir, step, target)
     _check_model(config.model, {name: weight.shape for name, weight in weights.items()}, Path(run_dir))
@@ -60,7 +61,7 @@ def load_trained(run_dir: str | Path, step: int | None = None, target: str | Non
 def _check_model(config: ModelConfig, shapes: dict[str, torch.Size], run_dir: Path) -> None:
     """Raise ConfigError unless the model of a stored configuration has exactly the checkpoint's parameters."""
     expected = None
-    # The condition limits the size of the model that is built here.
+    # A stored configuration is untrusted. This condition limits the size of the model that is built here.
     if config.n_layers <= len(shapes) and config.vocab_size is not None:
         with torch.device("meta"):
             expected = {name: weight.shape for name, weight in Decoder(config, seed=0).named_parameters()}

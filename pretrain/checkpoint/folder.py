@@ -34,7 +34,7 @@ class CheckpointError(RunError):
 
 
 def root_of(run_dir: str | Path, target: str | None) -> Path:
-    """The root of a run's checkpoints: `target` (`checkpoint.target`), a folder or a URL, or else the run folder.
+    """The folder or URL that holds a run's checkpoints: `target` (`checkpoint.target`), or the run folder without it.
 
     Raises ConfigError where the URL's scheme is not supported or the package for it is not installed.
     """
@@ -54,7 +54,7 @@ def root_of(run_dir: str | Path, target: str | None) -> Path:
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
-    """Folder of the checkpoint after `step`."""
+    """The folder of the checkpoint that is saved after `step`."""
     return root / "checkpoints" / f"step-{step:08d}"
 
 
@@ -67,7 +67,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """Step of a checkpoint folder."""
+    """The step number in the name of a checkpoint folder."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -77,7 +77,7 @@ def is_remote(path: Path) -> bool:
 
 
 def root_of_run(run_dir: Path, target: str | None = None, key: str = "checkpoint_target") -> Path:
-    """The root of an existing run's checkpoints: `target` from the command line, or else what config.json names.
+    """The root of an existing run's checkpoints: `target` from the command line, or the one that config.json names.
 
     A URL in config.json is not opened: the run may come from someone else, who would learn who opens it, or could make
     this host send requests. Raises ConfigError for such a URL, naming the command-line `key` that opens it, and for an
@@ -103,7 +103,7 @@ def root_of_run(run_dir: Path, target: str | None = None, key: str = "checkpoint
 
 
 def hash_file(path: Path) -> str:
-    """The xxh3-128 of a regular file, in hexadecimal. Raises the errors of `open_file`."""
+    """The xxh3-128 hash of a regular file, in hexadecimal. Raises the errors of `open_file`."""
     with open_file(path) as file:
         return _hash(file)
 
@@ -116,7 +116,7 @@ def _hash(file: BinaryIO) -> str:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file of a checkpoint or run. Raises ConfigError for a link or other irregular file, and OSError."""
+    """Open a file of a checkpoint or run. Raises ConfigError unless it is a regular file, and OSError."""
     if is_remote(path):
         return path.open("rb")
     if path.is_symlink():
@@ -127,7 +127,7 @@ def open_file(path: Path) -> BinaryIO:
 def read_bytes(path: Path) -> bytes:
     """The content of a JSON file of a checkpoint or run.
 
-    Raises ConfigError where it is too large or not a regular file, and OSError.
+    Raises ConfigError where the file is too large or not a regular file, and OSError.
     """
     with open_file(path) as file:
         content = read_at_most(file, MAX_JSON_BYTES + 1)
@@ -137,7 +137,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def listing(path: Path) -> dict[str, FileEntry]:
-    """The size and hash of each file, from COMPLETE. Raises ConfigError and OSError."""
+    """The size and hash of each file in COMPLETE. Raises ConfigError where COMPLETE is invalid, and OSError."""
     files = parse(Complete, read_bytes(path / COMPLETE), COMPLETE, "a list of files").files
     if STATE not in files:
         raise ConfigError(f"{COMPLETE} does not list {STATE}")
@@ -145,7 +145,7 @@ def listing(path: Path) -> dict[str, FileEntry]:
 
 
 def unlisted(path: Path, files: dict[str, FileEntry]) -> list[str]:
-    """Names in a checkpoint's folder that COMPLETE does not list."""
+    """Names of the files in a checkpoint's folder that COMPLETE does not list."""
     # On NFS, a file that is deleted while another host has it open is kept under a name that starts with .nfs.
     names = (entry.name for entry in path.iterdir())
     return sorted(name for name in names if name not in (COMPLETE, *files) and not name.startswith(".nfs"))
@@ -169,7 +169,7 @@ def file_problem(folder: Path, name: str, entry: FileEntry) -> str | None:
 
 
 def stamp(path: Path) -> tuple[int, int, int]:
-    """Size, mtime and ctime (in ns) of a local file. They change when the file changes or another one replaces it."""
+    """Size in bytes, and mtime and ctime in ns, of a local file; a change or replacement of the file changes them."""
     found = os.stat(path, follow_symlinks=False)
     if not stat.S_ISREG(found.st_mode):
         raise ConfigError(f"{path.name} is not a regular file")
@@ -177,10 +177,10 @@ def stamp(path: Path) -> tuple[int, int, int]:
 
 
 def read_state(path: Path, files: dict[str, FileEntry] | None = None) -> RunState:
-    """The state.json of a checkpoint whose COMPLETE lists `files`. The bytes that are parsed are the ones hashed.
+    """The state.json of a checkpoint whose COMPLETE lists `files`. It parses the same bytes that it hashes.
 
-    Raises CheckpointError where the hash differs, the content is invalid, or it claims more weights than the files can
-    hold.
+    Raises CheckpointError where the hash differs, the content is invalid, or the content claims more weights than the
+    files can hold.
     """
     try:
         files = listing(path) if files is None else files

@@ -1,7 +1,7 @@
 """Saves checkpoints in a thread while training continues, and deletes those that the policy does not keep.
 
 Training pauses only for the copy to host memory (`EngineState.snapshot`). At most one save is in flight. When the next
-one is due before it ends, the trainer first waits for it, on all ranks at the same step.
+one is due before it ends, all ranks first wait for it, at the same step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HOURS_BETWEEN_FAILURES_PER_RANK = 50_000.0
 """The rate that the Llama 3 paper (2024) reports: 419 unexpected interruptions in 54 days on 16,384 GPUs."""
 IO_POLL_S = 1.0
 IO_NOISE_BYTES = 1 << 16
-"""Number of bytes that a process reads and writes in that time for other reasons than a save."""
+"""A process may read and write this number of bytes between two polls for reasons other than a save."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Saver:
         self, root: Path, policy: CheckpointConfig, world: World, heldout_losses: dict[int, float]
     ) -> None:
         self._root, self._policy, self._heldout_losses = root, policy, heldout_losses
-        # Collectives of the saving thread must not be matched with those of training.
+        # In a shared group, collectives of the saving thread could be matched with those of training.
         self._world = with_own_group(world)
         self._thread: threading.Thread | None = None
         self._result: Saved | None = None
@@ -90,10 +90,10 @@ class Saver:
         self._thread.start()
 
     def finished(self, *, wait: bool = False) -> Saved | None:
-        """The result of the save in flight, returned only once. None where there is no save, or it is not done.
+        """The result of the save in flight, returned only once; None where there is no save or it is not done yet.
 
-        With `wait` it first waits for the save. Raises an error of the save that is not about storage, such as that of
-        a rank that has died.
+        With `wait`, it first waits for the save. A storage failure is returned as `Saved.problem`; any other error of
+        the save, such as the death of a rank, is raised here.
         """
         if self._thread is None or (not wait and self._thread.is_alive()):
             return None
@@ -154,7 +154,7 @@ def _surplus(paths: list[Path], policy: CheckpointConfig, heldout_losses: dict[i
 
 
 def io_bytes() -> int:
-    """Bytes that this process has read and written so far, without its sockets. This call itself reads a little."""
+    """Bytes that this process has read and written so far, except on sockets. This call itself reads a few bytes."""
     read, written = Path("/proc/self/io").read_text().splitlines()[:2]
     return int(read.split()[1]) + int(written.split()[1])
 

@@ -91,7 +91,7 @@ class RunState(TypedDict):
     """The run's configuration; `pretrain.config.stored_config` parses it."""
     micro_batch_found: NotRequired[bool]
     tensors: Annotated[dict[Annotated[str, MaxLen(512)], Annotated[Digits, MaxLen(8)]], MaxLen(1 << 20)]
-    """Shape of each parameter by its name."""
+    """Shape of each parameter, by parameter name."""
 
 
 class Identity(TypedDict):

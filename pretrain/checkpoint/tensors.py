@@ -11,7 +11,7 @@ The folder is written under a temporary name, synced and renamed, so it is compl
 store, which has no rename, `COMPLETE` is uploaded after all other files. No file is parsed before its hash matches,
 none is a pickle, and a folder with a file that `COMPLETE` does not list is refused.
 
-The functions take the root of a run's checkpoints: the run folder, or what `checkpoint.target` names (`root_of`).
+The functions take the root of a run's checkpoints, which `root_of` finds: the run folder or `checkpoint.target`.
 torch.distributed.checkpoint and DTensor are imported where they are used, because they import sympy, which costs each
 rank a second of CPU time. A run that starts without a checkpoint needs them only when it saves.
 """
@@ -58,7 +58,7 @@ from pretrain.errors import ConfigError
 from pretrain.files import create_file, sync_folder
 
 FILE_BYTES = 1 << 30
-"""Approximate size of the tensor files that a rank writes. safetensors builds each file in memory."""
+"""Approximate size of the tensor files that a rank writes. It is limited because safetensors builds each in memory."""
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 T = TypeVar("T")
 
@@ -117,7 +117,7 @@ def _workplace(final: Path, world: World) -> Iterator[Path]:
     if is_remote(final):
         folder = Path(tempfile.mkdtemp(prefix="pretrain-checkpoint-"))
         mine = True
-        # A checkpoint of this step may be there that was refused or is incomplete.
+        # A refused or incomplete checkpoint of this step may already exist.
         _together(world, lambda: remove(final) if world.is_main else None)
     else:
         folder = final.with_name(f".{final.name}.tmp")
@@ -157,7 +157,7 @@ def _write_tensors(folder: Path, partitions: dict[str, Partition], world: World)
 
 
 def _file_of_each(partitions: dict[str, Partition], world: World) -> dict[str, int]:
-    """For each key the number of the file that holds it, counted from 1. It is the same on all ranks."""
+    """The number of the file that holds each key, counted from 1. The result is the same on all ranks."""
     numbers, number, size = {}, 1, 0
     for key, partition in partitions.items():
         per_rank = -(-partition.numel // world.size) * 4
@@ -171,7 +171,7 @@ def _file_of_each(partitions: dict[str, Partition], world: World) -> dict[str, i
 def _as_dtensors(locals_: dict[str, tuple[torch.Tensor, int]], world: World) -> dict[str, torch.Tensor]:
     """Each (local values, number of elements) as a DTensor.
 
-    That needs no communication, because ZeRO-3 partitions a flattened tensor exactly as DTensor's Shard(0) does.
+    This needs no communication, because ZeRO-3 partitions a flattened tensor exactly as DTensor's Shard(0) does.
     """
     from torch.distributed.tensor import DTensor, Shard
 
@@ -194,7 +194,7 @@ def _empty_folder(folder: Path) -> None:
 
 
 def _finish_files(paths: list[Path], final: Path) -> dict[str, FileEntry]:
-    """Hash files, then sync them or, for a remote checkpoint, upload them. Returns size and hash by name."""
+    """Hash files, then sync them or, for a remote checkpoint, upload them. Returns size and hash by file name."""
     entries = {}
     for path in paths:
         entries[path.name] = FileEntry(bytes=path.stat().st_size, xxh3_128=hash_file(path))
@@ -227,7 +227,7 @@ def _publish(folder: Path, final: Path, files: dict[str, FileEntry], state: dict
     remove(final)  # a checkpoint of this step that was refused when this attempt started
     folder.rename(final)
     sync_folder(final.parent)
-    sync_folder(final.parent.parent)  # the first save has created the folder `checkpoints`
+    sync_folder(final.parent.parent)  # makes `checkpoints` durable, which the first save creates
 
 
 def _write_synced(path: Path, text: str) -> None:
@@ -260,8 +260,8 @@ def find_latest(
 ) -> FoundCheckpoint:
     """The newest checkpoint all of whose hashes match.
 
-    With `step` only the checkpoint of that step counts, and with `before` only earlier ones. All ranks call this
-    together and divide the reading.
+    With `step`, only the checkpoint of that step is considered, and with `before`, only checkpoints of earlier steps.
+    All ranks call this together and divide the files that must be hashed.
     """
     passed_over: list[str] = []
     for path in reversed(list_checkpoints(root)):
@@ -275,7 +275,7 @@ def find_latest(
 
 
 def verify(path: Path, world: World = ALONE) -> str | None:
-    """What is wrong with a checkpoint, or None. The ranks divide the files; all of them get the same answer."""
+    """What is wrong with a checkpoint, or None. The ranks divide the files, and all of them get the same answer."""
     found = _examine(path, world)
     return found if isinstance(found, str) else None
 
@@ -311,7 +311,8 @@ def load(
     """This rank's share of each tensor of a checkpoint, for `EngineState.restore`. All ranks call this together.
 
     `keys` are the tensors to read (`weight.<name>`, `exp_avg.<name>`, ...), and `shapes` those of the model's
-    parameters by name. Raises ConfigError where the checkpoint has other parameters or shapes, and CheckpointError.
+    parameters by name. Raises ConfigError where the checkpoint has other parameters or shapes, and
+    CheckpointError where its files cannot be read.
     """
     saved = {name: tuple(shape) for name, shape in verified.state["tensors"].items()}
     for name in sorted(saved.keys() | shapes.keys()):
@@ -400,8 +401,9 @@ def load_weights(
 ) -> tuple[TrainConfig, dict[str, torch.Tensor], RunState]:
     """The configuration, whole fp32 weights by parameter name, and state of a run's newest good checkpoint.
 
-    With `step`, those of the checkpoint at that step. It works in one process without a process group. `target` is the
-    URL of the checkpoints where they are not in the run folder. Raises ConfigError where there is no such checkpoint.
+    With `step`, they come from the checkpoint of that step. The function works in a single process, without a process
+    group. `target` is the URL of the checkpoints where they are not in the run folder. Raises ConfigError where there
+    is no such checkpoint.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():

@@ -12,7 +12,7 @@ from pretrain.errors import ConfigError
 
 
 def missing(config: Any) -> bool:
-    """Whether a required field has no value yet, as while Hydra composes the groups one by one."""
+    """Whether a required field has no value yet. That is normal while Hydra composes the groups one by one."""
     return any(getattr(config, f.name) == MISSING for f in fields(config))
 
 

@@ -1,4 +1,4 @@
-"""The configuration groups `cluster` and `cluster.preflight`: where a run is sent, and what its nodes must have."""
+"""The configuration groups `cluster` and `cluster.preflight`: the Slurm job, and what its nodes must provide."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pretrain.errors import ConfigError
 
 @dataclass(kw_only=True, slots=True)
 class PreflightConfig:
-    """What a node must have to train. `launch/preflight.py` checks it on every node each time a job starts."""
+    """What a node must provide for training. `launch/preflight.py` checks it on every node each time a job starts."""
 
     enabled: bool = True
     """Whether the checks run; false starts training without them."""
     check_timeout_s: int = 60
-    """Time limit of one check in seconds, including the first import of torch. All checks together get ten times
-    that."""
+    """Time limit of one check in seconds, including the first import of torch. All checks together may take ten
+    times as long."""
     min_memory_gib: float = 2.0
     """Host memory that must be available on each node, in GiB."""
     min_run_dir_gib: float = 10.0
@@ -25,11 +25,11 @@ class PreflightConfig:
     min_tmpdir_gib: float = 1.0
     """Free disk space that TMPDIR must have, in GiB."""
     min_write_mib_per_second: float = 20.0
-    """Lowest accepted speed of writing and syncing one file in the run folder, in MiB/s."""
+    """Lowest accepted speed, in MiB/s, of writing and syncing one file in the run folder."""
     max_clock_offset_s: float = 10.0
     """Largest accepted difference between the clocks of neighboring nodes, in seconds."""
     min_network_mib_per_second: float = 100.0
-    """Lowest accepted speed of one connection between neighboring nodes over cluster.network_interface, in MiB/s."""
+    """Lowest accepted speed, in MiB/s, of one connection between neighboring nodes over cluster.network_interface."""
 
     def __post_init__(self) -> None:
         check_positive(self, "cluster.preflight", "check_timeout_s", "max_clock_offset_s")
@@ -74,8 +74,8 @@ class ClusterConfig:
     network_interface: str | None = None
     """Network interface for NCCL and gloo; null lets them choose."""
     chain_jobs: int = 1
-    """Number of jobs to submit, each starting after the one before. With more than 1, a job that reaches its time limit
-    ends and the next one resumes the run, instead of the job being requeued."""
+    """Number of jobs to submit, each of which starts after the previous one. With more than 1, a job that reaches its
+    time limit is not requeued; the next job resumes the run."""
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
 
     def __post_init__(self) -> None:

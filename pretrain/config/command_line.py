@@ -47,13 +47,13 @@ def run_command(
                 print(OmegaConf.to_yaml(to_dict(config)), end="")
             sys.exit(ExitCode.FINISHED)
         code = command(config)
-    except ConfigError as error:  # the same on every rank, so only rank 0 prints it
+    except ConfigError as error:  # every rank raises the same error, so only rank 0 prints it
         if rank == 0:
             print_error("error", error)
         else:
             time.sleep(2)  # the launcher kills all ranks at the first exit; rank 0 needs time to print
         sys.exit(ExitCode.CONFIG_ERROR)
-    except (RunError, OSError) as error:  # this may concern one rank only, so every rank prints its own
+    except (RunError, OSError) as error:  # this may happen on one rank only, so every rank prints its own
         print_error(f"error: rank {rank}" if rank else "error", error)
         sys.exit(ExitCode.CRASHED)
     sys.exit(code or ExitCode.FINISHED)

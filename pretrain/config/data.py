@@ -27,8 +27,8 @@ class SourceConfig:
     weight: float = 1.0
     """Share of the samples, relative to the other sources' weights."""
     max_epochs: int | None = None
-    """Number of passes over this source, after which it is no longer drawn and the others take its share; null means
-    no limit."""
+    """Number of passes over this source. After them it is no longer drawn, and the other sources take over its share;
+    null means no limit."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,7 +41,7 @@ class StageConfig:
     weights: dict[str, float] | None = None
     """Weight of each source by name. A source that is not listed gets weight 0."""
     sequence_length: int | None = None
-    """Tokens per sequence. It must be a multiple of the previous stage's and divide the chunk size of every corpus."""
+    """Tokens per sequence: a multiple of the previous stage's value that divides the chunk size of every corpus."""
     global_batch_sequences: int | None = None
     """Sequences per optimizer update, over all ranks."""
 
@@ -154,7 +154,7 @@ class DataConfig:
             raise ConfigError(f"data.stages: weights={dict(weights)} must be 0 or more with a positive sum")
 
     def corpora(self) -> list[SourceConfig]:
-        """The sources of the run: the mixture, or the one corpus under the name `corpus`."""
+        """The sources of the run: those of the mixture, or the only corpus, which gets the name `corpus`."""
         if self.manifest is not None:
             return [SourceConfig(name="corpus", manifest=self.manifest)]
         return list(self.sources)

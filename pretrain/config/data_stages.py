@@ -1,4 +1,6 @@
-"""The stages of the data schedule, and which samples each optimizer step takes. Integer arithmetic only; reads no file.
+"""The stages of the data schedule, and which samples each optimizer step takes.
+
+This module uses only integer arithmetic and reads no file.
 
 A stage is a contiguous part of the run with one mixture, one sequence length and one batch size. It always begins at a
 step boundary: at the first step at or after its `start_tokens`. Positions are sample indices in the global order. A run
@@ -81,7 +83,7 @@ def plan_stages(
 
 
 def _wanted(data: DataConfig, batch_sequences: int) -> list[DataStage]:
-    """The configured stages with their null values filled in. Their `first_sample` is not yet known."""
+    """The configured stages with their null values filled in. `first_sample` is not set yet."""
     names = [source.name for source in data.corpora()]
     weights = tuple(float(source.weight) for source in data.corpora())
     stages = [
@@ -112,7 +114,7 @@ def stage_at(stages: Sequence[DataStage], sample: int) -> int:
 
 
 def tokens_before(stages: Sequence[DataStage], sample: int) -> int:
-    """Number of tokens in the order before a sample, including padding and samples that a rollback skipped."""
+    """Number of tokens before a sample in the order, including padding and samples that a rollback skipped."""
     total = 0
     for stage, end in zip(stages, [*(s.first_sample for s in stages[1:]), sample], strict=True):
         total += max(0, min(end, sample) - stage.first_sample) * stage.sequence_length
@@ -134,7 +136,7 @@ class Step(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """A run of consecutive samples taken by steps of one size. `*_before` are the totals before its first step."""
+    """A run of consecutive samples taken by steps of one size. `*_before` are the totals up to its first step."""
 
     first_sample: int
     end_sample: int | None
@@ -211,7 +213,7 @@ def n_steps_of(stages: Sequence[DataStage], total_steps: int | None, total_token
 def micro_batch_of(step_sequences: int, sequence_length: int, world_size: int, tokens: int) -> int:
     """Sequences per rank and forward pass: the largest divisor of the rank's share of the step that fits in `tokens`.
 
-    It is at least 1, even where one sequence alone has more tokens than that.
+    The result is at least 1, even where a single sequence has more than `tokens` tokens.
     """
     share = step_sequences // world_size
     most = max(1, tokens // sequence_length)

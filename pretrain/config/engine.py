@@ -24,8 +24,8 @@ class EngineConfig:
     """ZeRO stage: what is partitioned over the ranks. 0: nothing; 1: the optimizer state; 2: also the gradients; 3:
     also the parameters."""
     precision: Precision = Precision.auto
-    """Precision of the forward and backward pass. `auto` means bf16 where every device of the run computes it in
-    hardware, and fp32 otherwise."""
+    """Precision of the forward and backward pass. `auto` chooses bf16 where every device of the run has bf16 hardware,
+    and fp32 otherwise."""
     offload_optimizer: bool = False
     """Keep the optimizer state and the master weights in host memory (ZeRO stages 1 to 3)."""
     offload_params: bool = False
@@ -34,8 +34,8 @@ class EngineConfig:
     """Folder on a fast local disk of each host that holds the offloaded optimizer state, instead of host memory (ZeRO
     stage 3)."""
     hpz_partition_ranks: int = 1
-    """ZeRO++ hpZ: number of neighboring ranks, at most those of one node, that together hold a second copy of the
-    parameters, so that the backward pass gathers them within the group (ZeRO stage 3); 1 keeps no second copy."""
+    """ZeRO++ hpZ: number of neighboring ranks, all on one node, that together hold a second copy of the parameters. The
+    backward pass then gathers parameters within this group (ZeRO stage 3); 1 keeps no second copy."""
     quantized_weights: bool = False
     """ZeRO++ qwZ: send parameters as 8-bit integers (ZeRO stage 3, GPU)."""
     quantized_gradients: bool = False
@@ -104,7 +104,7 @@ class EngineConfig:
     def check_ranks(self, world_size: int, local_size: int | None) -> None:
         """Raise ConfigError where a group of neighboring ranks does not divide the ranks of the job or of a host.
 
-        `local_size` is the number of ranks per host; None means that the launcher did not say it.
+        `local_size` is the number of ranks per host; None means that the launcher did not set it.
         """
         for name in ("hpz_partition_ranks", "sequence_parallel_ranks"):
             group = getattr(self, name)

@@ -1,4 +1,4 @@
-"""What the launcher put in this process's environment. It can be read before any process group exists."""
+"""Reads the variables that the launcher set for this process, which is possible before a process group exists."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def launched_world_size() -> int:
 
 
 def launched_local_size() -> int | None:
-    """The number of ranks that the launcher started on this host; None where it does not say."""
+    """The number of ranks that the launcher started on this host; None where it did not set the variable."""
     given = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
     return int(given) if given else None

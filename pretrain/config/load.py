@@ -28,7 +28,7 @@ def load_config(schema: type[T], overrides: list[str], config_name: str | None =
 
     Without `config_name` the schema's own defaults are the base. Raises ConfigError.
     """
-    from hydra.errors import HydraException  # takes 0.1 s to import, and most processes compose nothing
+    from hydra.errors import HydraException  # takes 0.1 s to import, and most processes do not need Hydra
 
     try:
         _check_group_choices(overrides)
@@ -38,7 +38,10 @@ def load_config(schema: type[T], overrides: list[str], config_name: str | None =
 
 
 def _check_group_choices(overrides: list[str]) -> None:
-    """Refuse `model=1`: Hydra ends with a traceback where a file of conf/ is chosen by a number, null or a list."""
+    """Raise ConfigError for overrides such as `model=1`, because Hydra fails with a traceback on them.
+
+    That happens where a file in conf/ is chosen by a number, null or a list.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     for override in OverridesParser.create().parse_overrides(overrides):
@@ -51,7 +54,7 @@ def _check_group_choices(overrides: list[str]) -> None:
 
 
 def compose_config(schema: type, overrides: list[str], config_name: str | None) -> DictConfig:
-    """The configuration as Hydra composes it, not yet validated."""
+    """The configuration as composed by Hydra, before validation."""
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
@@ -64,7 +67,7 @@ def compose_config(schema: type, overrides: list[str], config_name: str | None) 
 
 
 def validate(schema: type[T], composed: DictConfig | dict[str, Any]) -> T:
-    """The configuration as an object of `schema`, validated as a whole. Raises ConfigError."""
+    """The composed configuration as an object of `schema`, after all checks. Raises ConfigError."""
     try:
         plain = (
             OmegaConf.to_container(composed, resolve=True) if isinstance(composed, DictConfig) else composed
@@ -80,8 +83,8 @@ def validate(schema: type[T], composed: DictConfig | dict[str, Any]) -> T:
 def stored_config(values: dict[str, Any], where: str) -> TrainConfig:
     """The configuration that a run has saved in the file `where`, validated but without resolving interpolations.
 
-    A string with `${` is refused. A run saves its configuration resolved, so such a string was put there by someone
-    else, and OmegaConf would replace it with a value of this process's environment. Raises ConfigError.
+    A string with `${` is rejected: a run saves its configuration with all interpolations resolved, so someone else
+    must have put the string there, and resolving it could reveal this process's environment. Raises ConfigError.
     """
     for key, value in _texts(values):
         if "${" in value:
@@ -96,7 +99,7 @@ def stored_config(values: dict[str, Any], where: str) -> TrainConfig:
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every string in nested values, including the keys, with the key under which it stands."""
+    """Every string in nested values, keys included, each with the key that it belongs to."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):

@@ -62,8 +62,8 @@ class ModelConfig:
     """Standard deviation of the initial weights; projections into the residual stream get
     init_std / sqrt(2 n_layers)."""
     loss_chunk_tokens: int = 8192
-    """Number of tokens for which the output head and the loss are computed at a time, which bounds the memory of the
-    logits."""
+    """Number of tokens for which the output head and the loss are computed at once. It limits the memory that logits
+    take."""
     activation_checkpointing: Recompute = Recompute.none
     """What the backward pass recomputes in each block to save memory; full costs about a third more compute."""
 
@@ -109,12 +109,12 @@ class ModelConfig:
 
 
 class AttentionKernel(Enum):
-    """The implementation of attention."""
+    """Implementations of attention."""
 
     auto = "auto"  # the best of the others that this device, precision and installation support
     sdpa = "sdpa"  # torch's scaled_dot_product_attention, with a mask where documents need one
     flex = "flex"  # torch's FlexAttention, which skips blocks that are masked entirely
-    flash = "flash"  # torch's FlashAttention on each document separately, so nothing needs a mask
+    flash = "flash"  # torch's FlashAttention on each document separately, without a mask
 
 
 class Switch(Enum):
@@ -140,7 +140,7 @@ class KernelsConfig:
     """Compute the norms, SwiGLU and the loss with the package liger-kernel instead of compiling them."""
 
     def check(self, model: ModelConfig, precision: Precision, sequence_lengths: set[int]) -> None:
-        """Raise ConfigError where these kernels cannot compute the model on any device."""
+        """Raise ConfigError where no device can compute the model with these kernels."""
         if self.liger and self.compile is not Switch.never:
             raise ConfigError(
                 f"kernels.liger=true replaces compilation; set kernels.compile=never, not {self.compile.value}"

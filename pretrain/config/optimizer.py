@@ -38,7 +38,7 @@ class OptimConfig:
     beta2: float = 0.95
     """AdamW: decay rate of the second moment."""
     eps: float = 1e-8
-    """AdamW: number added to the denominator of the update."""
+    """AdamW: epsilon, which is added to the denominator of the update."""
     momentum: float = 0.95
     """Muon: decay rate of the momentum of the blocks' weight matrices."""
     weight_decay: float = 0.1

@@ -19,7 +19,7 @@ class WandbMode(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class EvaluationConfig:
-    """Held-out loss during training."""
+    """How the held-out loss is computed during training."""
 
     manifest: str | None = None
     """Path or URL of the manifest.json of a held-out corpus that has the training corpus's tokenizer; null disables
@@ -44,9 +44,9 @@ class LoggingConfig:
     wandb: WandbMode = WandbMode.auto
     """Where Weights & Biases (W&B) records the run."""
     wandb_project: str = "pretrain"
-    """W&B project."""
+    """Name of the W&B project."""
     wandb_entity: str | None = None
-    """W&B user or team; null means the default of the API key."""
+    """W&B user or team; null means the API key's default."""
     wandb_name: str | None = None
     """Name of the run in W&B; null means the run folder's name."""
     wandb_tags: list[str] = field(default_factory=list)

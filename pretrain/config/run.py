@@ -18,15 +18,15 @@ from pretrain.config.upkeep import CheckpointConfig, LossGuardConfig, WatchdogCo
 from pretrain.errors import ConfigError
 
 AUTO = "auto"
-"""Value of micro_batch_sequences that has the largest micro-batch that fits found before the first step."""
+"""With this value of micro_batch_sequences, the run searches for the largest micro-batch that fits in memory."""
 
 
 class _Planned:
-    """What a configuration works out once. It is no field of TrainConfig, since each field is a configuration key."""
+    """Values computed once from a configuration. They are not fields of TrainConfig, where each field is a key."""
 
     __slots__ = ("stages",)
     stages: list[DataStage]
-    """The stages of a run that begins with this configuration."""
+    """The data stages of a new run with this configuration."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -110,7 +110,7 @@ class TrainConfig(_Planned):
 
     @property
     def n_steps(self) -> int:
-        """Number of optimizer updates of a whole run that starts with this configuration."""
+        """Number of optimizer updates in a whole run that starts with this configuration."""
         return n_steps_of(self.stages, self.total_steps, self.total_tokens)
 
     @property
@@ -167,8 +167,8 @@ def _check_sequence_parallel(config: TrainConfig) -> None:
     """Raise ConfigError unless the ranks that share a sequence can split its heads and its tokens evenly."""
     ranks, heads, length = (
         config.engine.sequence_parallel_ranks,
-        config.model.kv_heads,  # which divide the query heads
-        config.data.sequence_length,  # which divides those of later stages
+        config.model.kv_heads,  # these divide the query heads
+        config.data.sequence_length,  # this divides the sequence lengths of later stages
     )
     if heads % ranks:
         allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
@@ -185,7 +185,7 @@ def _check_sequence_parallel(config: TrainConfig) -> None:
 
 @dataclass(kw_only=True, slots=True)
 class SubmitConfig(TrainConfig):
-    """A training run and the cluster to send it to."""
+    """A training run and the cluster that it is submitted to."""
 
     cluster: ClusterConfig = MISSING
     dry_run: bool = False

@@ -18,7 +18,7 @@ class CheckpointConfig:
     every_minutes: float | None = None
     """Also save when this many minutes have passed since the last save started; null saves by steps only."""
     background: bool = True
-    """Write checkpoints while training continues, which then pauses only for the copy to host memory; false pauses
+    """Write checkpoints while training continues, so that it pauses only for the copy to host memory; false pauses
     training until the checkpoint is written."""
     target: str | None = None
     """Folder or URL (such as s3://bucket/run) for the checkpoints; null means the run folder."""
@@ -27,7 +27,7 @@ class CheckpointConfig:
     keep_every_steps: int | None = None
     """Keep checkpoints at multiples of this step for good; null keeps none for this reason."""
     keep_best: int = 1
-    """Number of checkpoints with the lowest held-out loss to keep as well."""
+    """Number of additional checkpoints to keep: those with the lowest held-out loss."""
     mtbf_hours: float | None = None
     """Mean time between failures of the whole job in hours, from which a save interval is advised; null means
     50,000 h / ranks, the rate that Llama 3 reported."""
@@ -50,7 +50,7 @@ class SpikeAction(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class LossGuardConfig:
-    """What to do when the loss or the gradient goes wrong. A non-finite update is always skipped."""
+    """What to do about loss spikes and non-finite gradients. A non-finite update is always skipped."""
 
     spike_sigmas: float | None = None
     """Number of robust standard deviations above the recent median from which a loss counts as a spike; null detects no
@@ -79,15 +79,15 @@ class LossGuardConfig:
 
 @dataclass(kw_only=True, slots=True)
 class WatchdogConfig:
-    """How long a rank may make no progress before all ranks are ended. Their stacks are then in the run folder."""
+    """How long a rank may make no progress before all ranks write their stacks to the run folder and are killed."""
 
     startup_s: float = 1800
-    """Seconds until the first step is done, including imports, rendezvous and loading."""
+    """Time limit in seconds for the first step, including imports, rendezvous and loading."""
     step_s: float = 600
-    """Seconds between two marks of progress after the first step: a micro-batch, an update, a save or an evaluation
-    batch."""
+    """Time limit in seconds between two signs of progress after the first step: a micro-batch, an update, a save or an
+    evaluation batch."""
     lost_s: float = 30
-    """Seconds without a sign of life from a rank's host."""
+    """Time limit in seconds without a sign of life from a rank's host."""
 
     def __post_init__(self) -> None:
         check_positive(self, "watchdog", "startup_s", "step_s", "lost_s")

@@ -1,7 +1,7 @@
-"""Exports a checkpoint as a Hugging Face folder, which is published only after it gave the same logits and tokens.
+"""Exports a checkpoint as a Hugging Face folder, published only if it gives the same logits and tokens as the run.
 
 The folder holds config.json, generation_config.json, model*.safetensors (LlamaForCausalLM, or Qwen3ForCausalLM with
-QK-norm), a tokenizer that `transformers.AutoTokenizer` loads and, where the tokenizer is one, the sentencepiece model.
+QK-norm), a tokenizer that `transformers.AutoTokenizer` loads and, for a sentencepiece tokenizer, its model file.
 `transformers` is an optional package, so it is imported where it is used.
 """
 
@@ -51,7 +51,7 @@ class Parity:
 
     @property
     def holds(self) -> bool:
-        """Whether the export is good. It is False, too, where a logit is NaN."""
+        """Whether the logits agree within the tolerance. It is also False where a logit is NaN."""
         return self.max_difference <= self.tolerance and self.argmax_agreement >= MIN_ARGMAX_AGREEMENT
 
 
@@ -127,14 +127,14 @@ def _published_together(output: Path) -> Iterator[Path]:
         if output.exists():
             output.rename(replaced)
         temporary.rename(output)
-        sync_folder(output.parent)  # before the replaced export goes
+        sync_folder(output.parent)  # the new export must be durable before the old one is deleted
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:
-    """Delete a folder with its content, or a link to a folder without the folder itself."""
+    """Delete a folder and its content. Of a link to a folder, only the link is deleted."""
     if path.is_symlink():
         path.unlink()
     shutil.rmtree(path, ignore_errors=True)
@@ -247,7 +247,7 @@ def compare_logits(trained: TrainedModel, folder: Path, dtype: torch.dtype) -> P
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_tokens: int) -> None:
-    """Write tokenizer.json, tokenizer_config.json and, where the tokenizer is one, the sentencepiece model."""
+    """Write tokenizer.json, tokenizer_config.json and, for a sentencepiece tokenizer, its model file."""
     from transformers import PreTrainedTokenizerFast
 
     special = {
@@ -279,8 +279,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_tokens: int) -> None
 def convert_tokenizer(tokenizer: Tokenizer) -> Any:
     """A sentencepiece model converted to a `tokenizers.Tokenizer`, which puts bos before a text.
 
-    sentencepiece writes a space as U+2581. In the vocabulary of a model that leaves text unchanged, such as those that
-    `data_tools.prepare` trains, the conversion writes it as a real space. A U+2581 in a text is then outside of the
+    sentencepiece writes a space as U+2581. Where a model leaves text unchanged, as those trained by
+    `data_tools.prepare` do, the converted vocabulary has a real space instead. A U+2581 in a text is then outside the
     vocabulary and is encoded as bytes, as in our tokenizer. Other models keep U+2581 and read it as a space.
     """
     import tokenizers
@@ -327,7 +327,7 @@ def convert_tokenizer(tokenizer: Tokenizer) -> Any:
 
 
 def _normalizer(spec: Any, space: str) -> Any:
-    """The normalization that a sentencepiece model applies to a text, or None."""
+    """The normalization that a sentencepiece model applies to a text; None if it applies none."""
     from tokenizers import Regex, normalizers
 
     steps: list[Any] = []
@@ -354,8 +354,8 @@ def _decoder(spec: Any, space: str) -> Any:
 
 
 def _bpe(learned: dict[str, tuple[int, float]], others: dict[str, int], unk_id: int) -> Any:
-    """A BPE model. sentencepiece merges the two pieces whose result has the best score; `tokenizers` merges the pair
-    that comes first in a list. So the list holds every way to make a piece from two others, better pieces first.
+    """A BPE model. sentencepiece merges the two pieces whose result has the best score, and `tokenizers` merges the
+    pair that comes first in a list. The list therefore holds every pair that makes a piece, better pieces first.
     """
     from tokenizers.models import BPE
 
@@ -383,11 +383,11 @@ def _unigram(learned: dict[str, tuple[int, float]], others: dict[str, int], unk_
 
 
 def _splits(learned: dict[str, tuple[int, float]], others: dict[str, int]) -> Any:
-    """Where a text is cut before it is encoded, or None. It is cut only where no piece can reach across.
+    """The pre-tokenizer that cuts a text before it is encoded, or None. It cuts only where no piece can span the cut.
 
-    One kind of cut is after newlines, for speed, as in our tokenizer. The other is at characters that occur in byte
-    pieces such as "<0x0A>" but are not in the vocabulary: without it, a unigram model could prefer the byte piece to
-    several unknown characters.
+    It cuts after newlines, for speed, as in our tokenizer. It also cuts at characters that occur in byte pieces such
+    as "<0x0A>" but are not in the vocabulary: otherwise a unigram model could prefer the byte piece to several unknown
+    characters.
     """
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import Sequence, Split
@@ -402,7 +402,7 @@ def _splits(learned: dict[str, tuple[int, float]], others: dict[str, int]) -> An
 
 
 def check_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Raise RunError where the tokenizer in `folder` encodes or decodes `CHECK_TEXT` differently than the run's.
+    """Raise RunError where the tokenizer in `folder` encodes or decodes `CHECK_TEXT` differently from the run's.
 
     The same pieces in another order are accepted: they are equally probable to a unigram model, so rounding decides.
     """

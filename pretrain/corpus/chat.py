@@ -31,7 +31,7 @@ class EncodedDialogue(NamedTuple):
 
     tokens: list[int]
     targets: list[int]
-    """[start, stop, start, stop, ...]: the tokens that count in the loss, each assistant's content and its eos."""
+    """[start, stop, ...]: the tokens that count in the loss, which are the content and eos of each assistant turn."""
 
 
 def marker(role: str) -> str:

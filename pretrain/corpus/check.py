@@ -61,7 +61,7 @@ def verify_corpus(manifest_path: str | Path, progress: Progress | None = None) -
 
 
 def _foreign_files(folder: Path, manifest: Manifest) -> list[str]:
-    """Files beside the shards that the manifest does not list. They matter because other readers take every tar."""
+    """Files beside the shards that the manifest does not list. They matter because other readers read every tar."""
     named = {file.name for file in manifest.files}
     named |= {f"{SHARDS_FOLDER}/{name}" for s in manifest.shards for name in (s.name, s.index_name)}
     try:
@@ -112,7 +112,7 @@ class _Members:
     def problems(self, number: int, content: BinaryIO, damaged: bool) -> list[str]:
         """The problems of one shard's index, tar headers, tokens and documents.
 
-        For a shard that is `damaged`, its hash being wrong, they name every member that differs.
+        For a `damaged` shard, whose hash is wrong, they name every member that differs.
         """
         info = self.manifest.shards[number]
         try:

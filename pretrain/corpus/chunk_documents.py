@@ -32,7 +32,7 @@ class ChunkDocuments:
         None  # int64 [2 n]: start, stop, ... of the tokens that count in the loss; None: all
     )
     target_bytes: np.ndarray | None = (
-        None  # int64: UTF-8 bytes of the document's targets, given as text_bytes is
+        None  # int64: like text_bytes, for the text of the document's targets only
     )
 
 
@@ -71,8 +71,8 @@ def parse_documents(
 
 
 def _integers(values: Any) -> np.ndarray:
-    """An int64 array of a list of integers. np.array alone would also accept 1.9 and "3". true and false are 1 and
-    0."""
+    """A list of integers as an int64 array. np.array alone would also accept 1.9 and "3". Here true and false become
+    1 and 0."""
     if type(values) is not list:
         raise TypeError
     return np.array(array("q", values), np.int64)

@@ -36,8 +36,8 @@ def hash_id(document_id: str) -> int:
 def chunks_of(corpus: Corpus, document_id: str) -> list[int]:
     """The chunks that hold the document with this id, or all documents with this id; empty where there is none.
 
-    Raises ConfigError where the corpus was prepared before there was an index of ids, CorruptShardError, and the errors
-    of `Corpus.documents`.
+    Raises ConfigError where the corpus is too old to have an index of ids, CorruptShardError where the index is
+    damaged, and the errors of `Corpus.documents`.
     """
     listed = [file for file in corpus.manifest.files if file.name == IDS_NAME]
     if not listed:

@@ -1,4 +1,4 @@
-"""The manifest of a corpus (manifest.json) and the index of a shard, with everything that checks them.
+"""The manifest of a corpus (manifest.json) and the index of a shard, and the checks of both.
 
 `pretrain/corpus/shards.py` reads the corpus itself and `pretrain/corpus/writer.py` writes it.
 """
@@ -64,7 +64,7 @@ class CorruptShardError(RunError):
     def __init__(self, text: str, *, source_path: str | None = None, chunk: int | None = None) -> None:
         super().__init__(text)
         self.source_path, self.chunk = source_path, chunk
-        """Path of the corpus's manifest as it was given, and the bad chunk; None where no single chunk is bad."""
+        """Path of the corpus's manifest as the caller gave it, and the bad chunk, or None where it is unknown."""
 
 
 def is_shard_name(text: str) -> bool:
@@ -121,7 +121,7 @@ class FileInfo:
 
 @dataclass(kw_only=True, slots=True)
 class Manifest:
-    """The content of a corpus. `root_sha256` covers every other field, and by the hashes in them every file."""
+    """The list of a corpus's content. `root_sha256` covers all other fields and, through their hashes, every file."""
 
     format_version: Count = FORMAT_VERSION
     created_by: Line = f"pretrain {__version__}"
@@ -140,7 +140,7 @@ class Manifest:
     files: Annotated[list[FileInfo], MaxLen(_MAX_LISTED)] = field(default_factory=list)
     loss_mask: bool = False
     """Whether only the tokens that the `.doc` members mark count in the loss. It is written only where it is true, so
-    corpora without a mask keep the hashes from before masks existed, and older programs refuse a corpus with one."""
+    corpora without a mask keep their old hashes, and older programs reject a corpus with one."""
     root_sha256: Sha256 = ""
 
     @property
@@ -188,7 +188,7 @@ class Manifest:
         return manifest
 
     def _problem(self) -> str | None:
-        """The part of the manifest that contradicts another part; None where all parts agree."""
+        """What is contradictory in the manifest; None where all parts agree."""
         if self.format_version != FORMAT_VERSION:
             return "its format version"
         if not max(self.bos_id, self.eos_id) < self.vocab_size:
@@ -217,7 +217,7 @@ _VALUES = {kind: attrgetter(*names) for kind, names in _NAMES.items()}
 
 
 def _as_dict(item: Any) -> dict[str, Any]:
-    """The fields as a dict. Several times faster than dataclasses.asdict, which copies every value."""
+    """The fields as a dict. This is several times faster than dataclasses.asdict, which copies every value."""
     return dict(zip(_NAMES[type(item)], _VALUES[type(item)](item), strict=True))
 
 
@@ -227,7 +227,10 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def load_manifest(path: str | Path, time_limit_s: float = MANIFEST_TIMEOUT_S) -> Manifest:
-    """Read and check the manifest.json at a path or URL. Raises ConfigError, and ReadError where a store fails."""
+    """Read and check the manifest.json at a path or URL.
+
+    Raises ConfigError where it is missing or invalid, and ReadError where a store fails.
+    """
     if isinstance(path, str) and is_url(path):
         return _load_remote_manifest(path, time_limit_s)
     path = as_path(path)
@@ -260,7 +263,7 @@ def _load_remote_manifest(url: str, time_limit_s: float) -> Manifest:
 def open_member(folder: Path, name: str) -> BinaryIO:
     """Open the file `name` in a corpus's folder.
 
-    Raises CorruptShardError where it is not a regular file or lies outside of the folder, and OSError.
+    Raises CorruptShardError where it is not a regular file or lies outside the folder, and OSError.
     """
     try:
         return open_regular(folder / name, inside=folder)
@@ -279,8 +282,8 @@ def padded_bytes(n_bytes: int) -> int:
 
 
 def read_index(folder: Path, manifest: Manifest, number: int) -> np.ndarray:
-    """Index of the shard with this number: uint64 [chunks, 2, 3], the (offset, length, xxh3-64) of each chunk's .tok
-    and .doc member.
+    """Read the index of a shard: uint64 [chunks, 2, 3], the (offset, length, xxh3-64) of each chunk's .tok and .doc
+    member.
 
     The members must fill the shard in order, so that a tar reader finds exactly the members that are read here. Raises
     CorruptShardError.
@@ -304,7 +307,7 @@ def index_bytes(info: ShardInfo) -> int:
 
 
 def parse_index(content: bytes, manifest: Manifest, number: int, path: str) -> np.ndarray:
-    """Parse the index of a shard, as for `read_index`. `path` is for errors. Raises CorruptShardError."""
+    """Parse and check the index of a shard (see `read_index`). Errors name `path`. Raises CorruptShardError."""
     info = manifest.shards[number]
     shape = (info.chunks, 2, 3)
     if len(content) != index_bytes(info) or not content.startswith(npy_header(shape)):
@@ -352,7 +355,7 @@ def _index_problem(index: np.ndarray, manifest: Manifest, info: ShardInfo) -> st
 
 
 def header_problem(block: bytes, name: str, n_bytes: int) -> str | None:
-    """What differs between a member's tar header, which plain tar readers trust, and the index; None: nothing."""
+    """How a member's tar header, which plain tar readers trust, differs from the index; None where it does not."""
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
     except (tarfile.HeaderError, UnicodeDecodeError) as error:

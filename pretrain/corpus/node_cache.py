@@ -5,9 +5,9 @@
     <folder>/.lock                                 8 bytes: an upper bound of the total size of the files above
 
 Locks are flock(2), which the kernel releases when the process ends, so a crash leaves no lock behind; a `.part` that
-nobody has locked is overwritten or removed. Space is reserved under `.lock` before a byte is written. When the limit is
-reached, the files are counted and the least recently used ones removed, down to 90% of the limit. A process that has a
-removed file open can still read it; one that misses it fetches it again.
+no process has locked is overwritten or removed. Space is reserved under `.lock` before a byte is written. When the
+limit is reached, the files are counted, and the least recently used ones are removed until the total is at most 90% of
+the limit. A process that has a removed file open can still read it; one that needs it later fetches it again.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from pretrain.files import try_lock, unlock
 Check = Callable[[bytes], str | None]
 """Returns what is wrong with a file's content, or None."""
 MEMORY_BYTES = 256 << 20
-"""Size of the cache that a process keeps in memory when the disk cannot be used."""
+"""Size limit in bytes of the cache that a process keeps in memory when the disk cannot be used."""
 _BLOCK_BYTES = 4096  # files take disk space in blocks of this size
-_KEEP_FRAC = 0.9  # the part of the limit that a sweep leaves, so that not every new file needs another sweep
-_WAIT_S = 30.0  # time limit for waiting on a process that fetches the same file, or that sweeps
+_KEEP_FRAC = 0.9  # fraction of the limit that a sweep leaves, so that the next files need no sweep
+_WAIT_S = 30.0  # time limit for waiting for another process that fetches the same file or sweeps
 _POLL_S = 0.02
-_OFF_S = 600.0  # time after a disk failure until the disk is tried again
-_TOUCH_S = 10.0  # resolution of a file's time of last use
+_OFF_S = 600.0  # seconds after a disk failure until the disk is tried again
+_TOUCH_S = 10.0  # a file's time of last use is updated only after this many seconds
 _BOUND = struct.Struct("<q")
 _FOLDER_NAME = re.compile(r"corpus-[0-9a-f]{16,64}")
 _log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class _Entry(NamedTuple):
 
 
 def default_folder() -> Path:
-    """$XDG_CACHE_HOME/pretrain, or a folder of this user in the system's temporary folder where that is not set."""
+    """$XDG_CACHE_HOME/pretrain if that variable is set, otherwise this user's folder in the temporary folder."""
     if home := os.environ.get("XDG_CACHE_HOME"):
         return Path(home) / "pretrain"
     return Path(tempfile.gettempdir()) / f"pretrain-cache-{os.getuid()}"
@@ -150,7 +150,7 @@ class NodeCache:
     def _claim(self, name: str) -> int | None:
         """Lock the `.part` of a file and return its descriptor.
 
-        None where the file is complete by now, or where the cache cannot be used.
+        Returns None where the file is complete by now, or where the cache cannot be used.
         """
         path, part = self._corpus / name, self._corpus / f"{name}.part"
         deadline = time.monotonic() + _WAIT_S
@@ -188,13 +188,13 @@ class NodeCache:
 
     def _let_go(self, part: int, name: str) -> None:
         path = self._corpus / f"{name}.part"
-        if _is_at(part, path):  # it was not published
+        if _is_at(part, path):  # the file was not published
             with suppress(OSError):
                 os.unlink(path)
         _unlock(part)
 
     def _reserve(self, part: int, size: int) -> bool:
-        """Give a `.part` its final size if that fits under the limit, after removing other files where necessary.
+        """Give a `.part` its final size if that stays within the limit, and remove other files first where necessary.
 
         Returns whether it fits.
         """
@@ -284,7 +284,7 @@ def _space(size: int) -> int:
 
 
 def _unlock(descriptor: int) -> None:
-    """Unlock and close a file. Closing alone is not enough: a child forked meanwhile would keep the lock."""
+    """Unlock and close a file. Closing alone is not enough: a child that was forked meanwhile would keep the lock."""
     unlock(descriptor)
     os.close(descriptor)
 

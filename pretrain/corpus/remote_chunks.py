@@ -1,4 +1,4 @@
-"""The chunks of a corpus at a URL: each is fetched whole and ahead of use, checked, and kept in the node's cache.
+"""The chunks of a corpus at a URL. A chunk is fetched whole, ahead of use, checked, and kept in the node's cache.
 
 A chunk's two members, `.tok` and `.doc`, are adjacent in their shard, so one range request fetches both. A chunk is
 requested only once: other threads of this process and, through the cache, other processes of the node wait for it.
@@ -41,8 +41,8 @@ Task = Callable[[], None]
 
 
 class RemoteChunks:
-    """The chunks of one corpus. All threads of one process may share it; a forked child, seen by `pid`, makes its
-    own."""
+    """The chunks of one corpus. All threads of a process may share this object. A forked child needs its own, so `pid`
+    is the process that this one belongs to."""
 
     def __init__(self, folder: str, manifest: Manifest, options: ReadOptions) -> None:
         self.pid = os.getpid()
@@ -58,7 +58,7 @@ class RemoteChunks:
     def read(self, chunk: int, kind: int, start: int, stop: int | None = None) -> bytes:
         """Bytes [start, stop) of a member of a checked chunk; without `stop`, to the member's end.
 
-        Raises CorruptShardError and ReadError.
+        Raises CorruptShardError, and ReadError where the store fails for too long.
         """
         row = self._row(chunk)
         offset, length = (int(value) for value in row[kind, :2])
@@ -91,7 +91,7 @@ class RemoteChunks:
             self._queue.put(None)
 
     def _whole(self, chunk: int) -> bytes:
-        """A whole chunk, from the thread that is fetching it, or fetched by this thread ahead of the queue."""
+        """A whole chunk. If another thread is fetching it, wait for that thread; otherwise fetch it here at once."""
         with self._lock:
             future = self._under_way.get(chunk)
             mine = future is None or future.cancel()
@@ -175,7 +175,7 @@ def _chunk_name(chunk: int) -> str:
 
 
 def _chunk_problem(row: np.ndarray, chunk: int, content: bytes) -> str | None:
-    """What is wrong with the bytes of a chunk, its two members with the tar header between them; None: nothing."""
+    """What is wrong with the bytes of a chunk (two members and the tar header between them), or None."""
     base = int(row[TOKENS, 0])
     for kind in (TOKENS, DOCUMENTS):
         offset, length, expected = (int(value) for value in row[kind])
@@ -198,9 +198,10 @@ def open_cache(root_sha256: str, options: ReadOptions) -> NodeCache:
 def load_remote_manifest(
     url: str, options: ReadOptions, root_sha256: str | None, manifest: Manifest | None = None
 ) -> Manifest:
-    """The manifest at a URL, or from the node's cache where its root hash is known. Raises ConfigError, ReadError.
+    """The manifest at a URL, or from the node's cache where its root hash is known.
 
-    A `manifest` that the caller has read already is put in the cache for the other processes of the node.
+    A `manifest` that the caller has already read is put in the cache for the other processes of the node. Raises
+    ConfigError where the manifest is missing or invalid, and ReadError where the store fails.
     """
     if root_sha256 is not None:
         cache = open_cache(root_sha256, options)
@@ -217,6 +218,6 @@ def load_remote_manifest(
 def _manifest_problem(root_sha256: str, content: bytes) -> str | None:
     try:
         same = Manifest.from_json(content).root_sha256 == root_sha256
-    except ValueError:  # a ConfigError is one
+    except ValueError:  # ConfigError is a ValueError
         same = False
     return None if same else "it is not the corpus's manifest"

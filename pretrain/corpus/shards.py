@@ -2,7 +2,7 @@
 
 A corpus is a folder of webdataset tar shards and one `manifest.json`:
 
-    manifest.json                 the list of all files with their hashes, and a root hash of it (`Manifest`)
+    manifest.json                 the list of all files with their hashes, and a root hash of that list (`Manifest`)
     shards/shard-00000.tar        members NNNNNN.tok (a chunk: little-endian tokens) and NNNNNN.doc (JSON)
     shards/shard-00000.idx        offset, length and xxh3-64 of each member, as a .npy array
     shards/ids.npy                uint64 [documents, 2]: xxh3-64 of each document's id, ascending, and its first chunk
@@ -69,8 +69,9 @@ class Corpus:
 
     Shards and indexes are opened at first use. A Corpus can be pickled for another process and used after a fork. With
     `verify_chunks`, the hash of a chunk is checked at its first use in this process; chunks from a URL are always
-    checked. `manifest` is given where the caller has read the file already. Raises ConfigError, and CorruptShardError
-    where `root_sha256` is given and the manifest has another one.
+    checked. A caller that has already read the manifest passes it as `manifest`. Raises ConfigError where the manifest
+    is missing or invalid, ReadError where a store fails, and CorruptShardError where the manifest's root hash is not
+    the given `root_sha256`.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Corpus:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle only the path and the options, so that the message to a worker process is small.
 
-        A larger one than the 64 KiB that a pipe holds would block its sender forever if the worker was killed early.
+        If a worker is killed early, a message above the 64 KiB that a pipe holds would block its sender forever.
         """
         return Corpus, (self.manifest_path, self.verify_chunks, self.manifest.root_sha256, self.options)
 
@@ -213,7 +214,7 @@ class Corpus:
             return np.ones(stop - start, np.bool_)
         targets = self.documents(chunk).targets
         assert targets is not None
-        # A token is inside a target if an odd number of the ascending starts and stops lie at or before it.
+        # A token is inside a target if an odd number of the ascending starts and stops are at or before it.
         return targets.searchsorted(np.arange(start, stop), side="right") % 2 == 1
 
     def _token_bytes(self, chunk: int, start: int, stop: int) -> bytes:
@@ -238,7 +239,7 @@ class Corpus:
         return shard.member(row, TOKENS)
 
     def _document_bytes(self, chunk: int) -> tuple[str, bytes]:
-        """The place of a .doc member, for errors, and its content."""
+        """The location of a .doc member, for errors, and its content."""
         if self._remote is not None:
             where = f"{redact(str(self.manifest_path))}: {member_name(chunk, DOCUMENTS)}"
             return where, self._here(self._remote).read(chunk, DOCUMENTS, 0)
@@ -259,10 +260,10 @@ class Corpus:
 
 
 class _OpenShard:
-    """One open shard with its index in memory. It reads by position (pread), so forked processes can share it.
+    """One open shard with its index in memory. It reads with pread, so forked processes can share it.
 
-    It is not memory-mapped: with a mapping, a failing disk or network file system kills the process by a signal instead
-    of raising an error.
+    It is not memory-mapped, because with a mapping, a failing disk or network file system kills the process with a
+    signal instead of raising an error.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, number: int) -> None:
@@ -280,7 +281,7 @@ class _OpenShard:
             raise CorruptShardError(self._size_problem(size))
 
     def _open(self) -> int:
-        """A descriptor of the shard, after checking that it is a regular file in its folder."""
+        """Open the shard after checking that it is a regular file in its folder. Returns the descriptor."""
         with open_member(self._folder, self.info.name) as file:
             return os.dup(file.fileno())
 
@@ -320,7 +321,7 @@ class _OpenShard:
             return False
 
     def _read_anew(self, offset: int, size: int) -> bytes:
-        """Open the file again and read from it. This helps where the handle is stale or a cache has a partial file."""
+        """Open the file again and read from it, which helps if the handle is stale or a cache holds a partial file."""
         descriptor = self._open()
         try:
             content = os.pread(descriptor, size, offset)

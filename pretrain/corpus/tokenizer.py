@@ -29,15 +29,15 @@ MAX_MODEL_BYTES = 64 << 20  # a tokenizer.json with 256,000 entries takes about 
 MAX_SENTENCEPIECE_BYTES = 16 << 20
 """Size limit of a sentencepiece model. One with 256,000 entries takes about 5 MB, and ten times that in memory."""
 
-# sentencepiece writes every space as this character and decodes it to a space. So where a text has the character
-# itself, it must be encoded differently: as its three UTF-8 bytes.
+# sentencepiece writes every space as this character and decodes it to a space. So if the character itself occurs in a
+# text, it must be encoded differently: as its three UTF-8 bytes.
 SPACE_SYMBOL = "\u2581"
 
 # A text is cut into units that can be encoded independently, so that each distinct unit is encoded only once.
 _UNITS = re.compile(rf" *(?:[^ \n{SPACE_SYMBOL}]+\n*|\n+)| +|{SPACE_SYMBOL}")
 _BETWEEN_SPACE_SYMBOLS = re.compile(rf"[^{SPACE_SYMBOL}]+|{SPACE_SYMBOL}")
 _WHOLE = re.compile(r"(?s).+")
-# Finds a vocabulary piece that reaches across the end of a unit, in a text of all pieces separated by zeros.
+# Finds a vocabulary piece that spans the end of a unit. It searches a text of all pieces, separated by NUL characters.
 _ACROSS_UNITS = re.compile(rf"[^{SPACE_SYMBOL}\0]{SPACE_SYMBOL}|\n[^\n\0]")
 _LONG_UNIT_CHARS = 24
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -71,7 +71,7 @@ class EncodedTexts(NamedTuple):
 
 
 class SpecialIds(NamedTuple):
-    """Ids that do not stand for text."""
+    """Token ids with a special meaning instead of text."""
 
     unk: int | None
     """Id for text that the vocabulary cannot encode; None where it can encode all text."""
@@ -102,7 +102,7 @@ class Tokenizer:
     With a model trained by `data_tools.prepare`, `decode(encode(text)) == text` for every text. `encode` treats the
     names of special tokens in a text as ordinary text and never returns bos, eos or pad. `path` may be a URL. `sha256`
     is the hash that the file must have; it is checked before the file is parsed, since a malicious model can crash the
-    parser. Raises ConfigError for another hash, and for a file that is not a tokenizer.
+    parser. Raises ConfigError where the hash differs or the file is not a tokenizer.
     """
 
     def __init__(self, path: str | Path, sha256: str) -> None:
@@ -118,12 +118,12 @@ class Tokenizer:
 
     @classmethod
     def trusted(cls, path: Path) -> Tokenizer:
-        """Open a file that the user named, or that this program has just written, so there is no hash to check."""
+        """Open a file that the user named or this program has just written. There is no hash to check it against."""
         return cls.from_content(_read_model(path, None), path)
 
     @classmethod
     def from_content(cls, content: bytes, path: Path) -> Tokenizer:
-        """Open a tokenizer whose file has been read already. `path` is for messages."""
+        """Open a tokenizer whose file has already been read. Messages name `path`."""
         tokenizer = cls.__new__(cls)
         tokenizer._take(content, path)
         return tokenizer
@@ -161,7 +161,7 @@ class Tokenizer:
         return self._model.encode_texts(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, without special ids. Raises IndexError for an id outside of the vocabulary."""
+        """The text of `ids`, without special ids. Raises IndexError for an id outside the vocabulary."""
         return self._model.decode([number for i in ids if (number := int(i)) not in self._special])
 
     def decode_after(self, context: Sequence[int], ids: Sequence[int]) -> str:
@@ -201,7 +201,7 @@ def _read_model(path: str | Path, sha256: str | None) -> bytes:
 
 
 def tokenizer_in(folder: Path) -> Path:
-    """Path of the tokenizer's file in a folder; where there is none, the path that it should have."""
+    """Path of the tokenizer file in a folder. Where no such file exists, the path is that of a sentencepiece model."""
     found = [path for name in TOKENIZER_NAMES if (path := folder / name).is_file()]
     return found[0] if found else folder / SENTENCEPIECE_NAME
 
@@ -244,7 +244,7 @@ class _SentencePiece:
         for text in texts:
             rows.append(_BOS)
             units = self._units
-            # Texts with few spaces, as in Chinese, would give long units that do not repeat.
+            # Texts with few spaces, such as Chinese, would give long units that do not repeat.
             if units is _UNITS and text.count(" ") * _LONG_UNIT_CHARS < len(text):
                 units = _BETWEEN_SPACE_SYMBOLS
             rows += map(number, units.findall(text))
@@ -282,8 +282,8 @@ def _put_together(
 ) -> EncodedTexts:
     """Replace unit numbers by token ids.
 
-    `ids` are the token ids of each unit and `rows` the unit numbers of all texts, of which text k ends at
-    `n_rows[k + 1]`.
+    `ids` holds the token ids of each unit, and `rows` the unit numbers of all texts; text k ends at index
+    `n_rows[k + 1]` of `rows`.
     """
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     if isinstance(ids[-1], np.ndarray):
@@ -306,7 +306,7 @@ class _HuggingFace:
     """A tokenizer.json that puts bos before a text and eos after it, as written by `data_tools.prepare`."""
 
     def __init__(self, content: bytes, path: Path) -> None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there already is one process per core
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there is already one process per core
         self._path = path
         self._tokenizer, description = parse_tokenizer_json(content, path)
         self._tokenizer.no_padding()
@@ -352,7 +352,7 @@ class _HuggingFace:
 
 
 def parse_tokenizer_json(content: bytes, path: Path) -> tuple[Any, dict[str, Any]]:
-    """The parsed tokenizer of the package `tokenizers`, and the JSON of its file. Raises ConfigError."""
+    """The tokenizer as parsed by the package `tokenizers`, and the JSON of its file. Raises ConfigError."""
     import tokenizers
 
     with _package_errors(f"the tokenizer {path} is not a tokenizer.json"):

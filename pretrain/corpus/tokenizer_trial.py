@@ -1,7 +1,7 @@
 """Tries an untrusted tokenizer in a process that may die, before this process opens it.
 
 The parsers are written in C++ and Rust. A malicious file can make them crash, or use all memory or time, which no
-`except` catches. A file is not tried again on this machine with the same versions of the parsers.
+`except` catches. A file that passes is not tried again on this machine with the same versions of the parsers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _GIB = 1 << 30
 
 
 def try_tokenizer(content: bytes, path: str | Path) -> None:
-    """Open and use a tokenizer in another process. Raises ConfigError, which names `path`, where that process dies.
+    """Open and use a tokenizer in another process. Raises ConfigError, naming `path`, if that process dies.
 
     A file that the parser rejects with an error passes, because opening it in this process gives a better message.
     """
@@ -40,13 +40,13 @@ def try_tokenizer(content: bytes, path: str | Path) -> None:
         tried.parent.mkdir(parents=True, exist_ok=True)
         create_file(tried).close()
     except OSError:
-        pass  # the tokenizer is then tried again the next time
+        pass  # without the cache entry, the tokenizer is tried again next time
 
 
 def problem_of(
     content: bytes, command: tuple[str, ...] = (sys.executable, "-m", "pretrain.corpus.tokenizer_trial")
 ) -> str | None:
-    """How a process fails that opens and uses a tokenizer with this content; None where it survives."""
+    """How another process fails when it opens and uses a tokenizer with this content; None where it succeeds."""
     settings = {
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",

@@ -41,7 +41,7 @@ _PIECE_KEYS = ("starts", "source", "ids", "offsets", "text_bytes")
 
 
 class CorpusWriter:
-    """Writes a corpus. The same calls give the same bytes.
+    """Writes a corpus. The same calls always write the same bytes.
 
     Every file is written under a temporary name, synced and renamed; `finish` writes the manifest last. `sources` are
     the sources that `add_document` may name, and `files` the names of other files in `folder` that belong to the
@@ -110,7 +110,7 @@ class CorpusWriter:
 
         With a loss mask, `targets` are the tokens that count in the loss, as [start, stop, start, stop, ...] in
         ascending order, and `target_bytes` is the size of their text in UTF-8. Raises ValueError for token ids outside
-        of the vocabulary, for malformed targets, and where targets are given without a loss mask or missing with one.
+        the vocabulary, for malformed targets, and where targets are given without a loss mask or missing with one.
         """
         row = np.asarray(tokens)
         if row.ndim != 1 or not len(row):
@@ -215,7 +215,7 @@ def _spans_within(spans: np.ndarray, start: int, stop: int, offset: int) -> list
 
 
 class _ShardWriter:
-    """One tar shard under a temporary name, which is hashed while it is written."""
+    """One tar shard, written under a temporary name and hashed while it is written."""
 
     def __init__(self, folder: Path, name: str, first_chunk: int) -> None:
         self.folder = folder
@@ -250,7 +250,7 @@ class _ShardWriter:
         index = io.BytesIO()
         np.save(index, np.array(self._rows, dtype="<u8"), allow_pickle=False)
         write_atomically(self.folder / self.info.index_name, index.getvalue())
-        self._open.close()  # the shard takes its name after its index
+        self._open.close()  # the shard gets its final name only after its index has one
         self.info.bytes, self.info.sha256 = self.bytes, self._sha256.hexdigest()
         self.info.index_sha256 = hashlib.sha256(index.getvalue()).hexdigest()
         return self.info

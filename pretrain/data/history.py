@@ -1,7 +1,7 @@
 """What a run has read: which documents each of its steps held, and at which steps a document was read.
 
-Answers are computed from the order state in a checkpoint and from the corpora, because the order of samples is a
-function of these. So nothing has to be logged, and any step of a run of any length is found at once. No torch.
+Answers are computed from the order state in a checkpoint and the corpora, because the order of samples is a function
+of these. So nothing has to be logged, and the time to find a step does not grow with the run. Imports no torch.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class Piece:
     corpus: str
     """Name of the source in the run's mixture."""
     source: str
-    """Where the document comes from, as its corpus names it."""
+    """Name that the corpus has for the source of the document."""
     document: str
     """The id of the document."""
     first_token: int
-    """The first token of the piece, counted within the document from its bos, which is 0."""
+    """Offset of the piece's first token in the document; the document's bos has offset 0."""
     n_tokens: int
     """Number of tokens in the piece."""
     chunk: int
     """Number of the chunk in its corpus."""
     start: int
-    """The token of the chunk at which the piece begins."""
+    """Offset of the piece's first token in the chunk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +55,7 @@ class SequenceRead:
     epoch: int
     """Epoch of its source, counted from 0."""
     pieces: list[Piece]
-    """The pieces of documents that it consists of."""
+    """The pieces of documents that make up the sequence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,17 +63,20 @@ class DocumentRead:
     """One reading of a piece of a document."""
 
     step: int | None
-    """Number of the step that read it; None if a rollback passed over it."""
+    """Number of the step that read the piece; None if a rollback skipped its sample."""
     sample: int
     """Index of the sample in the order."""
     epoch: int
     """Epoch of the source, counted from 0."""
     piece: Piece
-    """What was read."""
+    """The piece that was read."""
 
 
 class ReadHistory:
-    """What a run had read after `step` steps, from the order state of that moment."""
+    """What a run had read after `step` steps, according to the order state after that step.
+
+    Raises ConfigError if a corpus is missing or is not the one that the run has read.
+    """
 
     def __init__(
         self, data: DataConfig, state: OrderState, step: int, world_size: int, sequence_ranks: int = 1
@@ -82,7 +85,7 @@ class ReadHistory:
         self.step, self.world_size, self._sequence_ranks = step, world_size, sequence_ranks
         self._state, self._data = state, data
         self.names = [source.name for source in data.corpora()]
-        # The cache folder that the run names is not used: the run may be another person's.
+        # The default cache folder is used, not the one that the run names, because the run may be someone else's.
         self.corpora = [
             Corpus(source.manifest, data.verify_chunks, options=ReadOptions()) for source in data.corpora()
         ]
@@ -104,9 +107,9 @@ class ReadHistory:
     ) -> tuple[ReadHistory, str]:
         """The history up to the newest checkpoint of a run, and the sha256 of the run's tokenizer.
 
-        `manifests` says where the corpora are, in the order of the run's sources, and `target` where the checkpoints
-        are. Both must be given if they are behind URLs, because URLs that a file names are not opened. Raises
-        ConfigError if they are missing, and if there is no checkpoint.
+        `manifests` are the paths or URLs of the corpora's manifests, in the order of the run's sources, and `target` is
+        the location of the checkpoints. Both are required if they are at URLs, because a URL that only a file names is
+        not opened. Raises ConfigError if a required one is not given, or if there is no checkpoint.
         """
         state = newest_state(run_dir, target)
         config = stored_config(state["config"], f"the newest checkpoint of {run_dir}")
@@ -120,7 +123,7 @@ class ReadHistory:
     ) -> list[SequenceRead]:
         """The sequences of a step, or those of one of `world_size` ranks, in the order in which it reads them.
 
-        Raises ConfigError for a step that the run has not done, and CorruptShardError.
+        Raises ConfigError for a step that the run has not completed, and CorruptShardError.
         """
         if not 1 <= step <= self.step:
             raise ConfigError(f"step={step} is not among the steps 1 to {self.step} of the newest checkpoint")
@@ -157,7 +160,7 @@ class ReadHistory:
     def reads_of(self, document: str) -> list[DocumentRead]:
         """Every reading of a document, or of all documents with this id, in the order of the samples.
 
-        Raises ConfigError if no corpus has such a document.
+        Raises ConfigError if no corpus has such a document, and the errors of `chunks_of` and `Corpus.documents`.
         """
         end = self._steps[self.step].end_sample
         found: list[DocumentRead] = []
@@ -180,12 +183,12 @@ class ReadHistory:
         return sorted(found, key=lambda read: (read.sample, read.piece.chunk, read.piece.start))
 
     def text(self, piece: Piece, tokenizer: Any) -> str:
-        """The text of a piece."""
+        """The text of a piece, decoded with the run's tokenizer. Raises the errors of `Corpus.read`."""
         corpus = self.corpora[self.names.index(piece.corpus)]
         return tokenizer.decode(corpus.read(piece.chunk, piece.start, piece.start + piece.n_tokens).tolist())
 
     def _readings(self, source: int, chunk: int, end: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
-        """(sample, epoch, segments) of all sequences that were read from a chunk, as itself or as a substitute."""
+        """(sample, epoch, segments) of all sequences read from a chunk, including those where it was a substitute."""
         stood_in = [s for s in self._state.substitutions if (s.source, s.substitute) == (source, chunk)]
         readings = []
         for which in [None, *stood_in]:
@@ -199,7 +202,7 @@ class ReadHistory:
         return readings
 
     def _read_chunk(self, source: int, epoch: int, chunk: int, sample: int) -> int:
-        """The chunk that was really read where the order names `chunk`."""
+        """The chunk that was actually read where the order says `chunk`."""
 
         def applies(entry: Substitution) -> bool:
             return (entry.source, entry.epoch, entry.chunk) == (source, epoch, chunk) and (
@@ -240,7 +243,7 @@ class ReadHistory:
 
 
 def _with_manifests(data: DataConfig, manifests: Sequence[str]) -> DataConfig:
-    """The run's data, with the manifests that the command line names, if any. Raises ConfigError if they do not fit."""
+    """The run's data with the manifests from the command line, if any. Raises ConfigError if one is missing."""
     sources = data.corpora()
     if manifests:
         if len(manifests) != len(sources):

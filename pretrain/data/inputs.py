@@ -1,4 +1,4 @@
-"""What must hold between a configuration and the corpora it names, checked before any process group is made."""
+"""Checks that a configuration and its corpora fit together, before any process group is created."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ VOCABULARY_MULTIPLE = (
 
 
 class Inputs(NamedTuple):
-    """What a run starts from."""
+    """The configuration of a run and the manifests that it names."""
 
     config: TrainConfig
     """The configuration, with `model.vocab_size` filled in."""
     manifests: dict[str, Manifest]
-    """The manifest of each corpus that the configuration names, by its path or URL there; read once per start."""
+    """The manifest of each corpus, by its path or URL in the configuration. Each is read only once per start."""
 
 
 def resolve_inputs(config: TrainConfig, world_size: int) -> Inputs:
-    """Read the manifests and fill in `model.vocab_size`. Raises ConfigError where inputs and config do not fit.
+    """Read the manifests and fill in `model.vocab_size`.
 
-    Of the corpora only the manifests are read, and torch is not imported, so that a mistake is reported at once.
+    Only the manifests of the corpora are read, and torch is not imported, so that mistakes are reported quickly. Raises
+    ConfigError where the configuration and the corpora do not fit together.
     """
     config.grad_accum_steps(world_size)
     config.engine.check_ranks(world_size, launched_local_size())
@@ -73,7 +74,7 @@ def check_lengths(lengths: Sequence[int], chunk_tokens: int, manifest_path: str)
 
 
 def _check_urls(config: TrainConfig) -> None:
-    """Raise ConfigError for a URL that cannot be used, and for a read timeout that the watchdog would not wait for."""
+    """Raise ConfigError for a URL that cannot be used, and for a read timeout longer than the watchdog waits."""
     key = "data.manifest" if config.data.manifest is not None else "data.sources: manifest"
     named = [(key, source.manifest) for source in config.data.corpora()]
     named += [("evaluation.manifest", config.evaluation.manifest or "")]

@@ -1,4 +1,4 @@
-"""How a run uses the order: how many lanes it has, which samples each rank reads, and where sources end."""
+"""How a run uses the order: the number of lanes, the samples of each rank, and the end of each source."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ MIN_ROWS = 16
 def choose_lanes(sizes: list[SourceSize], global_batch_sequences: int) -> int:
     """V for a new run: the largest divisor of the global batch that leaves each lane enough chunks; at least 1.
 
-    Many lanes are good: a batch then touches many chunks, and if V is a multiple of the number of ranks, each rank
-    reads chunks that no other rank reads. But a lane shuffles only its own chunks, so that it should have at least
-    MIN_ROWS of them per epoch of every source. V divides the batch so that all lanes advance at the same pace.
+    With many lanes, a batch draws from many chunks, and if V is a multiple of the number of ranks, each rank reads
+    chunks that no other rank reads. But a lane shuffles only its own chunks, so it should have at least MIN_ROWS of
+    them per epoch of every source. V divides the batch, so that all lanes advance at the same pace.
     """
     most = min(global_batch_sequences, min(size.n_chunks for size in sizes) // MIN_ROWS)
     return max((v for v in range(1, most + 1) if global_batch_sequences % v == 0), default=1)
 
 
 def rank_samples(first: int, count: int, *, lanes: int, rank: int, world_size: int) -> Ints:
-    """Global indices of those of the samples [first, first + count) of a batch that `rank` reads: [count / ranks].
+    """Global indices of the samples that `rank` reads from a batch of samples [first, first + count): [count / ranks].
 
-    The batch is sorted by (lane, index) and split into equal contiguous parts. So rank r owns the lanes
-    [r V/R, (r+1) V/R) for the whole run if `count` is a multiple of `lanes`, and `lanes` of `world_size`.
+    The batch is sorted by (lane, index) and split into equal contiguous parts. So if `count` is a multiple of `lanes`
+    (V), and `lanes` is a multiple of `world_size` (R), rank r owns the lanes [r V/R, (r+1) V/R) for the whole run.
     """
     if count % world_size:
         raise ValueError(f"a batch of {count} samples does not split evenly over {world_size} ranks")
@@ -44,9 +44,10 @@ def rank_samples(first: int, count: int, *, lanes: int, rank: int, world_size: i
 def end_sources(
     order: Order, max_epochs: Sequence[int | None], fixed_samples: int, end_sample: int
 ) -> list[DataStage]:
-    """The order's stages, and one more wherever a source has been read `max_epochs` times, from which it is not drawn.
+    """The order's stages, and a new stage at each point where a source has been read `max_epochs` times.
 
-    What lies before `fixed_samples` stays as it is. Raises ConfigError if all sources end before `end_sample`.
+    From its new stage on, the source is no longer drawn. Samples before `fixed_samples` keep their stages. Raises
+    ConfigError if all sources end before `end_sample`.
     """
     stages = order.stages
     ends = []

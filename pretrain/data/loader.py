@@ -1,8 +1,8 @@
-"""The batches of one rank: `order.py` says which samples are next, and `corpus/shards.py` reads them.
+"""The batches of one rank: `order.py` determines the next samples, and `corpus/shards.py` reads them.
 
 The only state that changes with each step is one integer, the number of samples consumed. It follows from the number
-of completed steps, so that what workers have read ahead never counts. Everything else in `OrderState` says which order
-and which corpora that integer counts in.
+of completed steps, so samples that workers have only read ahead never count. The rest of `OrderState` identifies the
+order and the corpora that this integer refers to.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from pretrain.errors import ConfigError
 from pretrain.remote import ReadOptions
 
 _STEPS_AHEAD = 16
-"""Chunks behind a URL are requested this number of steps before they are read, because all chunks of a window are
-needed from its first step on."""
+"""Number of steps by which chunks at a URL are requested before they are read. A window needs all its
+chunks from its first step on."""
 
 
 def build_batch(
@@ -49,7 +49,7 @@ def build_batch(
 
 
 def _to_batch(read: Sequences, samples: Ints) -> Batch:
-    """The tensors of a batch. Where there is a GPU they are page-locked, so that they are copied in the background."""
+    """The tensors of a batch. With a GPU they are page-locked, so that they can be copied in the background."""
     tensor = torch.empty(read.packed.shape, dtype=torch.int64, pin_memory=device_type() == "cuda")
     tokens, labels, positions, document_ids = tensor.copy_(torch.from_numpy(read.packed)).unbind(0)
     return Batch(tokens, labels, positions, document_ids, samples, read.counts, read.substitutions)
@@ -58,9 +58,9 @@ def _to_batch(read: Sequences, samples: Ints) -> Batch:
 class TrainLoader:
     """The training batches of one rank.
 
-    `state` is what a checkpoint held, or None for a new run. `manifests` are those that the caller has read, by their
-    path or URL in `data`; the others are read here. Raises ConfigError where the configuration, the corpora and that
-    state do not fit together.
+    `state` is the order state of a checkpoint, or None for a new run. `manifests` are the ones that the caller has
+    already read, by their path or URL in `data`; the others are read here. Raises ConfigError where the configuration,
+    the corpora and the state do not fit together.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class TrainLoader:
         self.bos_id, self.eos_id = first.bos_id, first.eos_id
 
     def set_micro_batch(self, sequences: int) -> None:
-        """Change the size of the forward passes from the next call of `steps` on. The order stays as it is."""
+        """Change the size of the forward passes from the next call of `steps` on. This does not change the order."""
         self._micro_batch_tokens = sequences * self._data.sequence_length
 
     def _plan(self) -> None:
@@ -138,11 +138,14 @@ class TrainLoader:
         return replace(self.state, consumed_samples=self.plan[step].end_sample)
 
     def epochs(self, step: int) -> dict[str, float]:
-        """How often each source has been read by the end of a step, by its name."""
+        """Number of times that each source has been read by the end of a step, by source name."""
         return dict(zip(self.names, self.order.epochs(self.plan[step].end_sample), strict=True))
 
     def pass_over(self, step: int, n_steps: int) -> list[int]:
-        """Leave out the samples of `n_steps` steps, beginning with `step`, which is not done; [first, end) of them."""
+        """Skip the samples of `n_steps` steps, starting with `step`, which is not completed.
+
+        Returns the [first, end) of these samples.
+        """
         left_out = [self.plan[step].first_sample, self.plan.end_after(step, n_steps, self.state.stages)]
         self.state.passed_over = [*self.state.passed_over, left_out]
         self._plan()
@@ -162,7 +165,7 @@ class TrainLoader:
         return list(new.values())
 
     def steps(self, first_step: int) -> Iterator[list[Batch]]:
-        """The micro batches of each optimizer step, from step `first_step` to the last one of the run.
+        """The micro batches of each optimizer step, from step `first_step` to the last step of the run.
 
         The iterator owns its worker processes, which end with it; to start at another step, call this again. Raises
         CorruptShardError, and RunError if a worker process dies.
@@ -179,7 +182,7 @@ class TrainLoader:
             yield [_to_batch(*next(found)) for _ in self._micro_batches_of(self.plan[number])]
 
     def _micro_batches(self, first_step: int) -> Iterator[tuple[Ints, Ints]]:
-        """For each forward pass its samples, and the samples whose chunks should be requested now."""
+        """For each forward pass, its samples and the samples whose chunks should be requested now."""
         is_behind_url = any(corpus.is_behind_url for corpus in self._corpora)
         nothing = np.empty(0, np.int64)
         for number in range(first_step, self.n_steps + 1):
@@ -193,7 +196,7 @@ class TrainLoader:
                 upcoming = []
 
     def _micro_batches_of(self, step: Step) -> list[Ints]:
-        """The samples of each forward pass of this rank."""
+        """The samples of each forward pass of this rank in a step."""
         count = step.end_sample - step.first_sample
         mine = rank_samples(
             step.first_sample, count, lanes=self.state.lanes, rank=self._rank, world_size=self._world_size

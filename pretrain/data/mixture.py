@@ -11,12 +11,12 @@ from pretrain.data.permutation import Ints
 from pretrain.errors import ConfigError
 
 PERIOD = 1 << 16
-"""P: positions of a lane after which the mixture pattern repeats; weights are exact to 1 / P."""
+"""P: number of positions after which a lane's mixture pattern repeats; shares are rounded to multiples of 1 / P."""
 
 
 def quotas(weights: Sequence[float]) -> list[int]:
     """Places of each source in a period: proportional to the weights, at least 1 where a weight is positive."""
-    total = math.fsum(weights)  # exactly rounded: the same on every machine
+    total = math.fsum(weights)  # correctly rounded, so it is the same on every machine
     if not total > 0:
         raise ConfigError(
             f"the mixture's weights {list(weights)} have no positive sum; give at least one source one"

@@ -1,8 +1,8 @@
 """The order of training samples: global sample index -> (source, epoch, chunk, sequence).
 
-It is a pure function of the sizes of the sources, the seed and the data stages. It reads no file, knows nothing
-of ranks, and answers for any index at once, so that a run resumes anywhere, on any number of ranks, and
-"what was read at step n" has an answer without a log. Names: V lanes, T tokens per sequence; for one
+It is a pure function of the sizes of the sources, the seed and the data stages. It reads no file, does not depend on
+ranks, and can be evaluated at any index. So a run resumes at any step, on any number of ranks, and "what was read at
+step n" can be answered without a log. Names: V lanes, T tokens per sequence; for one
 source N chunks per epoch, C sequences in a full chunk, C_last in the corpus's last chunk.
 
 **Example.** Two sources, w with 8 chunks and c with 4, are mixed 3 to 1. Chunks have 16 tokens and sequences 8, so
@@ -22,46 +22,47 @@ that C = 2. There are V = 2 lanes, and windows of W = 2 chunks. `w3.0` is the fi
 [0.75, 0.5]
 
 Each lane draws from w three times out of four. Lane 0 reads the four sequences of its first window, w3 and w0, in
-shuffled order before it begins the window of w1 and w4. Lane 1 reads other chunks: within an epoch
+shuffled order before it begins the window of w1 and w4. Lane 1 reads different chunks: within an epoch
 no chunk is on two lanes.
 
 **1. Lanes.** Sample i is on lane v = i mod V, at position p = i div V of that lane. Lanes are virtual: V is
 fixed for a run while the number of ranks is not (`rank_samples` says which samples a rank reads).
 
-**2. Mixture.** The weights become integer quotas q_k over a period of P = 2^16 positions. The j-th of source
-k's q_k places is wanted at (j + 1/2) / q_k of the period; sorting all places by that interleaves the sources
-evenly. Every lane repeats this pattern, rotated by an amount of its own, so that the lanes, and with them
-every batch, hold different sources at any time. The number of samples of source k that precede a position of a lane,
+**2. Mixture.** The weights become integer quotas q_k over a period of P = 2^16 positions. Source k has
+q_k places in a period, and the ideal position of its j-th place is (j + 1/2) / q_k of the period; sorting all places
+by their ideal position interleaves the sources evenly. Every lane repeats this pattern, rotated by a different amount,
+so that at any time the lanes, and thus every batch, hold different sources. The number of samples of source k that
+precede a position of a lane,
     n = begin[v, k] + (whole periods) q_k + (places of k before this one in the period) - (those before the rotation),
-is a table look-up. Over a period the shares are exact, and nothing drifts, because the pattern repeats: on a lane
-the count of a source is never further from its quota than the number of sources. A data stage with other weights
+is a table look-up. Over a period the shares are exact, and because the pattern repeats, they do not drift: on a lane
+the count of a source never differs from its quota by more than the number of sources. A data stage with other weights
 may begin at any sample. It starts the pattern anew, and its `begin` holds the counts of all earlier stages, so that
 no source loses or repeats a sample.
 
-A data stage may have longer sequences, T' = m T. Each lane then first reads what is left of the window (see 4) that
-it has begun in a source: m of the short sequences, in their permuted order, make one long sequence, and the last
-one may be padded. From the next window on it reads sequences of T'. So here, too, no token is lost or read twice.
+A data stage may have longer sequences, T' = m T. For each source, a lane first reads the rest of the window (see 4)
+that it has begun: m short sequences, in their permuted order, make one long sequence, and the last long sequence may be
+padded. From the next window on, the lane reads sequences of T' tokens. So here, too, no token is lost or read twice.
 
 **3. Chunks to lanes.** The epochs of a source are concatenated to one stream of chunks, g = e N + ordinal, which
 is dealt round robin: lane g mod V, row g div V. Each chunk thus belongs to one lane per epoch. Lanes that have
-drawn the same number n of samples are in the same row or in adjacent ones, so that no lane gets epochs ahead of
+drawn the same number n of samples are in the same row or in adjacent ones, so no lane gets whole epochs ahead of
 the others.
 
 The last chunk may be short by d = C - C_last sequences. If it fell on the same lane in every epoch, as it
 would where V divides N, that lane would run ahead. So in epoch e it gets the ordinal
     s(e) = (e div (V/G)) mod G,    G = gcd(V, N) <= N,
 and over V epochs (N rows) each lane has it exactly once: as e runs over V/G consecutive epochs, e N mod V
-runs over all multiples of G, and s(e) in 0..G-1 over the blocks of V/G epochs fills what lies between. On lane
-v = a G + b it comes in the epochs with s(e) = b and e N = a G (mod V), that is (mod V)
+runs over all multiples of G, and the values 0..G-1 of s(e) over the blocks of V/G epochs fill the gaps. On lane
+v = a G + b the last chunk occurs in the epochs with s(e) = b and e N = a G (mod V), that is (mod V)
     e = b (V/G) + (a (N/G)^-1 mod V/G),
-and therefore in row k0 = (e N + b - v) / V, and in every N-th row from there. In closed form
+and therefore in row k0 = (e N + b - v) / V, and in every N-th row after that. In closed form
     samples_before(row) = row C - d ceil((row - k0) / N)
     row_of(n) = q N + (r div C if r < k0 C + C_last else (r + d) div C),   q, r = divmod(n, N C - d).
 
 **4. Shuffling.** The ordinals of an epoch are a permutation of its chunks, and the sequences of W successive
 rows of a lane (a window, which never crosses an epoch) are permuted. Both are Feistel networks with cycle
-walking: a bijection of any size, evaluated at one point, without a table. So a lane has W chunks in use at a
-time, and they are known in advance, which is what prefetching needs.
+walking: a bijection of any size, evaluated at one point, without a table. So a lane uses W chunks at a
+time, and they are known in advance, as prefetching requires.
 """
 
 from __future__ import annotations
@@ -78,28 +79,31 @@ from pretrain.config.data_stages import DataStage, stage_at
 from pretrain.data.mixture import PERIOD, interleave, quotas
 from pretrain.data.permutation import Ints, key_of, permute, unpermute
 
-_ROTATION = 40503  # P / golden ratio, odd: successive lanes start at evenly spread, all different places
-_CHUNKS, _SEQUENCES = 0, 1  # what a permutation is for; part of its key
+_ROTATION = 40503  # odd, and close to P / golden ratio: lanes start at places that are all different and evenly spread
+_CHUNKS, _SEQUENCES = 0, 1  # the kind of a permutation, which is part of its key
 
 
 @dataclass(frozen=True)
 class SourceSize:
-    """What the order needs to know of a corpus."""
+    """The sizes of a corpus on which the order depends."""
 
     n_chunks: int
     """Number of chunks."""
     chunk_tokens: int
-    """Tokens of every chunk but the last."""
+    """Number of tokens in every chunk except the last one."""
     last_chunk_tokens: int
-    """Tokens of the last chunk."""
+    """Number of tokens in the last chunk."""
 
     def sequences_per_chunk(self, sequence_length: int) -> tuple[int, int]:
-        """C and C_last: sequences of a full chunk, and of the last one (its last sequence may be part padding)."""
+        """C and C_last: sequences in a full chunk, and in the last one, whose last sequence may be padded."""
         return self.chunk_tokens // sequence_length, -(-self.last_chunk_tokens // sequence_length)
 
 
 class Location(NamedTuple):
-    """Where samples lie: one part per sample, or several where the sequence length has just grown; int64 arrays."""
+    """Where samples are in the corpora, as int64 arrays with one entry per part.
+
+    A sample has several parts only where the sequence length has just grown.
+    """
 
     source: Ints
     """Number of the source in the mixture."""
@@ -108,15 +112,15 @@ class Location(NamedTuple):
     chunk: Ints
     """Number of the chunk within its corpus."""
     sequence: Ints
-    """Number of the sequence within its chunk: its first token is sequence x length."""
+    """Number of the sequence within its chunk; its first token is token `sequence * length` of the chunk."""
     length: Ints
-    """Tokens of the part, unless its chunk ends before."""
+    """Number of tokens in the part; fewer where its chunk ends earlier."""
     request: Ints
-    """Index, in the samples asked for, of the sample that the part belongs to; ascending."""
+    """Index, among the requested samples, of the sample that the part belongs to; ascending."""
 
 
 class SamplesOfChunk(NamedTuple):
-    """The samples that hold something of one chunk; int64 arrays."""
+    """The samples that contain tokens of one chunk, as int64 arrays with one entry per sequence."""
 
     sample: Ints
     """Index of the sample in the order."""
@@ -125,7 +129,7 @@ class SamplesOfChunk(NamedTuple):
     epoch: Ints
     """Epoch of the source, counted from 0."""
     length: Ints
-    """Tokens of the sequence."""
+    """Number of tokens in the sequence."""
 
 
 class Order:
@@ -162,7 +166,7 @@ class Order:
         self._build_stages()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as its arguments, so that little is sent to another process: see `Corpus.__reduce__`."""
+        """Pickle only the arguments, so that the message to a worker process is small (see `Corpus.__reduce__`)."""
         return _order_of, self._arguments
 
     def with_stages(self, stages: Sequence[DataStage]) -> Order:
@@ -171,7 +175,7 @@ class Order:
         return _order_of(sizes, stages, *rest)
 
     def _build_stages(self) -> None:
-        """Tables of all stages: the pattern [S, P], each place's rank [S, P], quotas [S, K], and where a lane is."""
+        """Build the tables of all stages: pattern [S, P], ranks of places [S, P], quotas [S, K], and lane states."""
         self._first_sample = np.array([stage.first_sample for stage in self._parts], np.int64)
         self._length = np.array([self._lengths.index(s.sequence_length) for s in self._parts], np.int64)
         self._quotas = np.array([quotas(stage.drawn_weights) for stage in self._parts], np.int64)
@@ -184,7 +188,7 @@ class Order:
         self._rank = np.empty((n_stages, PERIOD), np.int32)
         self._skipped = np.empty(
             (n_stages, self.lanes, n_sources), np.int64
-        )  # places that the rotation leaves out
+        )  # places that the rotation skips
         self._begin: list[_Begin] = []
         begin = _Begin(*np.zeros((4, self.lanes, n_sources), np.int64))
         for s in range(n_stages):
@@ -199,19 +203,19 @@ class Order:
         self._starts = _Begin(*(np.stack(tables) for tables in zip(*self._begin, strict=True)))  # [S, V, K]
 
     def _places_before(self, stage: int, end: Ints) -> Ints:
-        """How many of each source's places of the period lie before `end`: [len(end), K]."""
+        """Number of each source's places in the period that are before `end`: [len(end), K]."""
         places = [np.flatnonzero(self._pattern[stage] == k) for k in range(self._quotas.shape[1])]
         return np.stack([np.searchsorted(mine, end) for mine in places], axis=1)
 
     def _drawn(self, stage: int, sample: int) -> Ints:
-        """Samples that each lane has drawn of each source from the stage's beginning up to `sample`: [V, K]."""
+        """Number of samples that each lane draws from each source between the stage's start and `sample`: [V, K]."""
         position = -((np.arange(self.lanes) - sample) // self.lanes)
         end = self._rotation + position - self._first_position[stage]
         drawn = (end // PERIOD)[:, None] * self._quotas[stage] + self._places_before(stage, end % PERIOD)
         return drawn - self._skipped[stage]
 
     def _next_begin(self, stage: int) -> _Begin:
-        """Where each lane goes on in each source when the next stage begins."""
+        """Where each lane continues in each source when the next stage begins."""
         begin = self._begin[stage]
         drawn = self._drawn(stage, int(self._first_sample[stage + 1]))
         per = self._parts_per_sample(stage, begin.rest_length)
@@ -230,7 +234,7 @@ class Order:
         after = self._lane_rows(self._length[stage + 1], source, lane).samples_before(row)
         in_rest = (
             rest > 0
-        )  # the rest has a still shorter length: nothing of the window after it has been read
+        )  # the rest has an even shorter length, so nothing after its window has been read yet
         return _Begin(
             after,
             np.where(in_rest, first, n),
@@ -243,7 +247,7 @@ class Order:
         return lengths[self._length[stage]] // lengths[rest_length]
 
     def locate(self, samples: Ints) -> Location:
-        """Where the samples with these global indices (1-D, in any order) lie. Exact beyond an index of 10^12."""
+        """Where the samples with these global indices (1-D, in any order) are. Exact even for indices above 10^12."""
         samples = np.asarray(samples, np.int64)
         request = np.arange(len(samples))
         lane, position = samples % self.lanes, samples // self.lanes
@@ -264,7 +268,7 @@ class Order:
         return self._place(request, length, source[request], lane[request], n[request] + within)
 
     def _place(self, request: Ints, length: Ints, source: Ints, lane: Ints, n: Ints) -> Location:
-        """Where the n-th sequence of a source on a lane lies. `length` is an index of `_lengths`."""
+        """Where the n-th sequence of a source on a lane is. `length` is an index into `_lengths`."""
         rows = self._lane_rows(length, source, lane)
         epoch, low, high = self._window(rows, lane, rows.row_of(n))
         begin = rows.samples_before(low)
@@ -281,14 +285,14 @@ class Order:
         return -((lane - epoch * rows.n_chunks) // self.lanes)  # ceil((e N - v) / V)
 
     def _window(self, rows: _LaneRows, lane: Ints, row: Ints) -> tuple[Ints, Ints, Ints]:
-        """Epoch of a row, and its window: up to W rows [low, high) of the lane, within the epoch's rows."""
+        """Epoch of a row, and its window: up to W rows [low, high) of the lane, all in that epoch."""
         epoch = (row * self.lanes + lane) // rows.n_chunks
         first = self._first_row(rows, lane, epoch)
         low = first + (row - first) // self.window_chunks * self.window_chunks
         return epoch, low, np.minimum(low + self.window_chunks, self._first_row(rows, lane, epoch + 1))
 
     def _draw(self, stage: Ints, lane: Ints, position: Ints) -> tuple[Ints, Ints]:
-        """Source of each sample, and how many samples of that source the lane drew before it in its stage."""
+        """Source of each sample, and the number of samples of that source that the lane drew earlier in the stage."""
         along = position - self._first_position[stage, lane] + self._rotation[lane]
         turn, place = along // PERIOD, along % PERIOD
         source = self._pattern[stage, place].astype(np.int64)
@@ -304,8 +308,9 @@ class Order:
         return _LaneRows(n_chunks, self._per_chunk[length, source], self._missing[length, source], short_row)
 
     def _chunk(self, source: Ints, epoch: Ints, ordinal: Ints) -> Ints:
-        """The chunk that has this ordinal in this epoch. A short last chunk has its fixed place, s(e)."""
-        # By the first stage's length, or the order would change where longer sequences make up for what is missing.
+        """The chunk that has this ordinal in this epoch. A short last chunk has the fixed ordinal s(e)."""
+        # Use the first stage's length: with longer sequences the last chunk may not count as short, and the order would
+        # change.
         is_short = self._missing[0, source] > 0
         common, last = self._common[source], self._n_chunks[source] - 1
         place = epoch // (self.lanes // common) % common
@@ -315,8 +320,8 @@ class Order:
         return np.where(is_short & (ordinal == place), last, shuffled)
 
     def find(self, source: int, chunk: int, end_sample: int) -> SamplesOfChunk:
-        """All samples before `end_sample` that hold something of a chunk: the inverse of `locate`."""
-        begun = math.ceil(self.chunks_read(end_sample)[:, source].max())  # by the lane that is furthest
+        """All samples before `end_sample` that contain tokens of a chunk: the inverse of `locate`."""
+        begun = math.ceil(self.chunks_read(end_sample)[:, source].max())  # on the lane that is furthest ahead
         n_epochs = math.ceil(begun * self.lanes / self._n_chunks[source])
         parts = []
         for epoch in range(n_epochs + 1):
@@ -354,7 +359,7 @@ class Order:
         return rest + (is_short and rest >= place)
 
     def _drawn_as(self, length: int, source: int, lane: int, row: int, epoch: int) -> tuple[Ints, Ints]:
-        """As which n-th of the source a lane draws the sequences of a row, and which sequence each of them is."""
+        """The indices n, counted within the source, of a lane's draws of the sequences of a row; and the sequences."""
         at = np.array([source]), np.array([lane])
         rows = self._lane_rows(np.array([length]), *at)
         _, low, high = self._window(rows, at[1], np.array([row]))
@@ -367,7 +372,7 @@ class Order:
         return begin + unpermute(placed - begin, np.broadcast_to(size, placed.shape), key), placed - first
 
     def _samples_of(self, length: int, source: int, lane: int, n: Ints) -> Iterator[tuple[Ints, Ints]]:
-        """The samples that a lane draws as the n-th sequences of a source and length, and which of `n` each one is."""
+        """The samples that are a lane's n-th sequences of a source and length, each with its index into `n`."""
         for s, quota in enumerate(self._quotas[:, source].tolist()):
             begin = _Begin(*(table[s, lane, source] for table in self._starts))
             per = self._parts_per_sample(s, begin.rest_length)
@@ -391,7 +396,7 @@ class Order:
         return position * self.lanes + lane
 
     def chunks_read(self, sample: int) -> NDArray[np.float64]:
-        """How many chunks of each source each lane has read before `sample`, with fractions: [V, K]."""
+        """Number of chunks of each source that each lane has read before `sample`, including fractions: [V, K]."""
         stage = stage_at(self._parts, sample)
         begin, drawn = self._begin[stage], self._drawn(stage, sample)
         per = self._parts_per_sample(stage, begin.rest_length)
@@ -404,7 +409,7 @@ class Order:
         return row + within - rest
 
     def epochs(self, sample: int) -> list[float]:
-        """How often each source has been read before `sample`, counted in chunks; a short last chunk counts as one."""
+        """Number of epochs of each source read before `sample`, counted in chunks; a short last chunk counts as one."""
         return (self.chunks_read(sample).sum(axis=0) / self._n_chunks).tolist()
 
     def is_read(self, source: int, n_epochs: int, sample: int) -> bool:
@@ -415,7 +420,7 @@ class Order:
 
 
 def _distinct(stages: Sequence[DataStage]) -> list[DataStage]:
-    """The stages without those that change only the batch, which has no part in the order."""
+    """The stages, except those that change only the batch size, which does not affect the order."""
     kept = [stages[0]]
     for stage in stages[1:]:
         before = quotas(kept[-1].drawn_weights), kept[-1].sequence_length
@@ -425,16 +430,19 @@ def _distinct(stages: Sequence[DataStage]) -> list[DataStage]:
 
 
 class _Begin(NamedTuple):
-    """Where lanes go on in sources when a stage begins."""
+    """Where each lane continues in each source when a stage begins.
+
+    The rest is the unread part of a window that was begun with shorter sequences.
+    """
 
     n: Ints
-    """Number of sequences, of the stage's length, that precede the first one after the rest."""
+    """Number of sequences, counted in the stage's length, before the first one after the rest."""
     rest_first: Ints
-    """The rest is what is left of a window that was begun with shorter sequences: number of its first sequence."""
+    """Number of the first sequence in the rest."""
     rest: Ints
     """Number of sequences in the rest."""
     rest_length: Ints
-    """Length of the sequences in the rest, as an index of the order's lengths."""
+    """Length of the sequences in the rest, as an index into the order's lengths."""
 
 
 class _LaneRows(NamedTuple):
@@ -445,9 +453,9 @@ class _LaneRows(NamedTuple):
     per_chunk: Ints
     """C: sequences in a full chunk."""
     missing: Ints
-    """d: number of sequences that the corpus's last chunk lacks."""
+    """d: number of sequences by which the corpus's last chunk is shorter than a full one."""
     short_row: Ints
-    """k0: the first row that holds the last chunk; after it every n_chunks-th row does."""
+    """k0: the first row that holds the last chunk; every n_chunks-th row after it holds that chunk too."""
 
     def samples_before(self, row: Ints) -> Ints:
         shorts = (row - self.short_row + self.n_chunks - 1) // self.n_chunks

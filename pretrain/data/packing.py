@@ -1,9 +1,9 @@
-"""Which parts of a chunk's documents each of its sequences holds. Pure functions of where documents begin.
+"""Which parts of a chunk's documents go into each of its sequences. Pure functions of where the documents start.
 
-Concatenation cuts the chunk every T tokens, wherever that falls. Best fit (Ding et al. 2024, "Fewer Truncations
-Improve Language Modeling") places documents so that few are cut. Here the chunk's size fixes the number of sequences,
-so that any sequence can be found without reading the ones before it; what cannot be placed whole is cut to fill the
-remaining gaps. So no token is left out, and only a corpus's last chunk, if it is short, is padded.
+Concatenation cuts the chunk every T tokens, wherever documents start. Best fit (Ding et al. 2024, "Fewer Truncations
+Improve Language Modeling") places documents so that few are cut. Here the chunk's size determines the number of
+sequences, so that any sequence can be found without reading the ones before it. Documents that cannot be placed whole
+are cut to fill the remaining gaps. So no token is dropped, and only a corpus's last chunk, if it is short, is padded.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Segments = list[list[tuple[int, int]]]
 
 
 def best_fit(starts: Ints, n_tokens: int, length: int) -> Segments:
-    """The sequences of `length` tokens that a chunk of `n_tokens` with documents at `starts` is made into.
+    """Pack a chunk of `n_tokens` tokens, whose documents start at `starts`, into sequences of `length` tokens.
 
-    A document that is longer than a sequence first fills whole sequences from its beginning. Its rest, like every
-    shorter document, goes where it leaves the least room, longest first (best fit decreasing). Whole documents are
-    placed before such rests, so that what has to be cut to fill the gaps has most often been cut already.
+    A document that is longer than a sequence first fills whole sequences from its start. Its rest, like every shorter
+    document, is placed where it leaves the least room, the longest first (best fit decreasing). Whole documents are
+    placed before such rests, so that the pieces that must be cut to fill the gaps are mostly rests.
     """
     sequences: Segments = []
     rests: list[tuple[bool, int, int]] = []  # (was cut, -tokens, start)
@@ -57,5 +57,5 @@ def best_fit(starts: Ints, n_tokens: int, length: int) -> Segments:
 
 
 def concat(n_tokens: int, length: int, sequence: int) -> list[tuple[int, int]]:
-    """The one token range that a sequence holds if the chunk is cut every `length` tokens."""
+    """The single token range of a sequence if the chunk is cut every `length` tokens."""
     return [(sequence * length, min((sequence + 1) * length, n_tokens))]

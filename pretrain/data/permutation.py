@@ -1,4 +1,4 @@
-"""Permutations of any size, evaluated at one point, without a table; and their inverses. Pure functions."""
+"""Permutations of any size and their inverses, evaluated at single points without a table. Pure functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _ROUNDS = (
     6  # 4 are enough for large sizes, but windows of five to eight sequences need more to be well shuffled
 )
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ROUND_KEYS = np.arange(_ROUNDS, dtype=np.uint64) * _GOLDEN  # wraps around
+_ROUND_KEYS = np.arange(_ROUNDS, dtype=np.uint64) * _GOLDEN  # the product wraps around in 64 bits
 
 Ints = NDArray[np.int64]
 Keys = NDArray[np.uint64]
@@ -26,8 +26,8 @@ def unpermute(y: Ints, size: Ints, key: Keys) -> Ints:
 
 
 def _walk(x: Ints, size: Ints, key: Keys, backward: bool) -> Ints:
-    # A balanced Feistel network permutes [0, 2^(2 half)), less than 4 size. Where it leaves [0, size), it is
-    # applied again until it comes back (cycle walking), which is a bijection of [0, size).
+    # A balanced Feistel network permutes [0, 2^(2 half)), which is less than 4 times `size`. Where the result is not
+    # in [0, size), the network is applied again until it is (cycle walking). This is a bijection of [0, size).
     bits = np.frexp((size - 1).astype(np.float64))[1]  # bit length
     half = np.maximum((bits + 1) // 2, 1).astype(np.uint64)
     values, limit = x.astype(np.uint64), np.broadcast_to(size.astype(np.uint64), x.shape)

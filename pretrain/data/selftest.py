@@ -1,4 +1,4 @@
-"""Tests whether a cluster reads a corpus as the order says, with other numbers of ranks and workers and after kills."""
+"""Tests whether a cluster reads a corpus in the right order, with several rank and worker counts and after kills."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ _POLL_S = 0.01
 
 
 class SampleRead(NamedTuple):
-    """One sequence as a rank got it from its loader."""
+    """One sequence that a rank got from its loader."""
 
     step: int
-    """Number of the step that the sequence was read in."""
+    """Number of the step in which the sequence was read."""
     sample: int
     """Index of the sample in the order."""
     digest: int
-    """xxh3-64 of its tokens, labels, positions and document ids."""
+    """xxh3-64 hash of its tokens, labels, positions and document ids."""
 
 
 @dataclass
 class ReadingCheck:
-    """The result of one way of reading: compared with the order, and with what the first way read."""
+    """The result of one way of reading, which is compared with the order and with the first way of reading."""
 
     name: str
-    """What is special about this way of reading."""
+    """The number of ranks, of workers, or of kills in this way of reading."""
     problem: str | None
     """What is wrong, in one sentence; None if nothing is."""
     first_batch_s: float
-    """Time until the slowest rank had its first batch."""
+    """Seconds until the slowest rank had its first batch."""
     tokens_per_second: float
-    """Rate of all ranks together, without the first batch."""
+    """Tokens per second of all ranks together, without the first batch."""
 
 
 class _Reading(NamedTuple):
@@ -57,16 +57,16 @@ class _Reading(NamedTuple):
     samples: list[SampleRead]
     """The sequences, in the order in which they were read."""
     first_batch_s: float
-    """Time until the first batch."""
+    """Seconds until the first batch."""
     tokens_per_second: float
-    """Rate without the first batch."""
+    """Tokens per second, without the first batch."""
 
 
 def run_selftest(
     config: TrainConfig, world: World, *, steps: int, from_step: int, kills: int
 ) -> list[ReadingCheck]:
-    """Make all checks. All ranks call this together, and get the same results. Raises RunError."""
-    # At its end Python would warn of the semaphores of the readers that were killed.
+    """Run all checks. All ranks call this together and get the same results. Raises RunError if a reader fails."""
+    # At exit, Python would warn about the semaphores of the killed readers.
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
     last = min(from_step + steps - 1, _loader(config, 0, 1).n_steps)
     n = config.reader_ranks(world.size)
@@ -122,7 +122,7 @@ def _loader(config: TrainConfig, rank: int, n_ranks: int) -> TrainLoader:
 def _read(
     config: TrainConfig, rank: int, n_ranks: int, workers: int, steps: tuple[int, int], kills: int
 ) -> _Reading:
-    """The steps as one rank reads them, in a process that is killed `kills` times at random moments, and restarted."""
+    """Read the steps as one rank would, in a process that is killed `kills` times at random steps and restarted."""
     config = replace(config, data=replace(config.data, loader_workers=workers))
     chance = random.Random(f"{_KILL_SEED} {rank}")
     with tempfile.TemporaryDirectory(prefix="selftest-") as folder:
@@ -159,7 +159,7 @@ def _train_keys(config: TrainConfig) -> dict[str, Any]:
 
 
 def _reader(config_json: str, rank: int, n_ranks: int, steps: tuple[int, int], log: str) -> None:
-    """The program of the process that is killed: it writes one line per step, after the step has been read."""
+    """The program of the reader process. It writes one line per step, after it has read the step."""
     config = validate(TrainConfig, json.loads(config_json))
     started = time.monotonic()
     with open(log, "a", encoding="utf-8") as file:
@@ -183,12 +183,12 @@ def _reader(config_json: str, rank: int, n_ranks: int, steps: tuple[int, int], l
 
 
 def _entries(log: Path) -> Iterator[dict]:
-    """The entries of whole lines; a line that a killed reader was still writing is left out."""
+    """The entries of complete lines. A line that a killed reader was still writing is skipped."""
     text = log.read_text(encoding="utf-8") if log.exists() else ""
     for line in text.split("\n")[:-1]:
         try:
             yield json.loads(line)
-        except ValueError:  # half a line, or an empty one
+        except ValueError:  # an incomplete or empty line
             continue
 
 
@@ -209,7 +209,7 @@ def _parse(log: Path, first: int) -> _Reading:
 def _problem(
     config: TrainConfig, found: list[SampleRead], reference: dict[int, SampleRead], steps: tuple[int, int]
 ) -> str | None:
-    """What is wrong with the samples that all ranks have read together, in one sentence; None if nothing is."""
+    """What is wrong with the samples that the ranks have read together, in one sentence; None if nothing is."""
     plan = _loader(config, 0, 1).plan
     expected = {
         sample: step
@@ -234,7 +234,7 @@ def _problem(
 
 
 def result_lines(checks: list[ReadingCheck], config: TrainConfig, n_ranks: int) -> list[str]:
-    """A table of the checks and the conclusion, for people."""
+    """A table of the checks and a conclusion, as lines of text."""
     lines = [f"{'reading':<36}{'first batch s':>14}{'tokens/s':>14}  result"]
     lines += [
         f"{check.name:<36}{check.first_batch_s:>14.2f}{check.tokens_per_second:>14,.0f}  {check.problem or 'the same'}"

@@ -1,4 +1,4 @@
-"""From places in the order to the arrays that a model reads: sequences, their labels, positions and documents."""
+"""Turns positions in the order into the arrays that a model reads: tokens, labels, positions and document ids."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from pretrain.data.permutation import Ints, key_of
 from pretrain.data.state import Substitution
 from pretrain.errors import RunError
 
-_PACKED_CHUNKS = 512  # packings that are kept, 60 KB each: W chunks per lane and source are in use at a time
+_PACKED_CHUNKS = 512  # cached packings, 60 KB each; W chunks per lane and source are used at a time
 _SUBSTITUTES_TRIED = 8
-_READ_TRIES = 3  # a chunk that is readable only now and then must not hold up a run for ever
+_READ_TRIES = 3  # limited, so that a chunk that is only sometimes readable cannot block a run forever
 _NOTHING = np.empty(0, np.uint16)
 
 Packed = NDArray[np.int32]
@@ -35,9 +35,9 @@ class Sequences:
     packed: Packed
     """int32 [4, B, T]: tokens, labels, positions, document ids."""
     counts: Counts
-    """How documents fell into the sequences."""
+    """How documents were split over the sequences."""
     substitutions: list[Substitution] = field(default_factory=list)
-    """Chunks that could not be read, found while reading these."""
+    """Chunks that could not be read, found while these sequences were read."""
 
 
 class _Segment(NamedTuple):
@@ -50,13 +50,13 @@ class _Segment(NamedTuple):
     chunk: int
     """Number of the chunk in its corpus."""
     start: int
-    """First token."""
+    """Index of the first token in the chunk."""
     stop: int
-    """Token after the last one."""
+    """Index after the last token in the chunk."""
 
 
 class SequenceReader:
-    """Reads sequences from corpora, whose chunks it replaces as the run's `substitutions` so far say."""
+    """Reads sequences from corpora, and replaces bad chunks according to the run's `substitutions` so far."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class SequenceReader:
     def read(self, where: Location, samples: Ints, sequence_length: int) -> Sequences:
         """The sequences at `where`, one row per sample.
 
-        Raises CorruptShardError, and RunError if a chunk cannot be read and no other can stand in for it.
+        Raises CorruptShardError or OSError if a chunk cannot be read, and RunError if no other chunk can replace it.
         """
         found: list[Substitution] = []
         for _ in range(_READ_TRIES):
@@ -90,13 +90,13 @@ class SequenceReader:
         raise problem
 
     def prefetch(self, where: Location) -> None:
-        """Begin to fetch the chunks at these places, in their order."""
+        """Start to fetch the chunks at these positions, in this order, and return."""
         for source, corpus in enumerate(self._corpora):
             chunks = dict.fromkeys(where.chunk[where.source == source].tolist())
             corpus.prefetch(list(chunks))
 
     def _segments(self, where: Location, samples: Ints) -> list[_Segment]:
-        """The segments that each row holds, in the order of the rows."""
+        """The segments of all rows, in row order."""
         segments = []
         for source, epoch, chunk, sequence, length, row in zip(*(a.tolist() for a in where), strict=True):
             chunk = self._chunk(source, epoch, chunk, int(samples[row]))
@@ -146,7 +146,7 @@ class SequenceReader:
         return Sequences(packed, Counts(pieces, cut, n * sequence_length - sum(filled)), found)
 
     def _read_tokens(self, segments: list[_Segment]) -> list[NDArray[np.integer]]:
-        """The tokens of each segment, and the token after it, if its chunk has one, for the last label."""
+        """The tokens of each segment, plus the token after it if its chunk has one, which is the last label."""
         read: list[NDArray[np.integer]] = [_NOTHING] * len(segments)
         for source, corpus in enumerate(self._corpora):
             mine = [i for i, segment in enumerate(segments) if segment.source == source]
@@ -183,7 +183,7 @@ class SequenceReader:
         return known.substitute if known is not None and sample >= known.first_sample else chunk
 
     def _substitute_bad_chunks(self, where: Location, samples: Ints) -> list[Substitution]:
-        """Try every chunk at these places on its own, and choose substitutes for those that cannot be read."""
+        """Try to read each chunk at these positions separately, and choose substitutes for the unreadable ones."""
         found = []
         for source, epoch, chunk, _, _, row in zip(*(a.tolist() for a in where), strict=True):
             sample = int(samples[row])
@@ -214,7 +214,7 @@ class SequenceReader:
         return None
 
     def _substitutes(self, source: int, epoch: int, chunk: int) -> list[int]:
-        """Chunks to try in place of a bad one: the same ones on every rank and at every start."""
+        """Chunks to try in place of a bad one. They are the same on every rank and after every restart."""
         n_full = self._corpora[source].n_chunks - 1  # the last chunk may have fewer sequences
         tries = np.arange(4 * _SUBSTITUTES_TRIED)
         keys = key_of(self._seed, source, epoch, chunk, tries)

@@ -1,4 +1,4 @@
-"""What a checkpoint knows of the data: which order of samples the run follows, and how far it has come in it."""
+"""The data state in a checkpoint: which order of samples the run follows, and its position in that order."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pretrain.stored import Annotated, Ge, Le, MaxLen, MinLen, Sha256, Text, par
 
 STATE_SCHEMA = 2
 MAX_TABLE_ROWS = 1 << 24
-"""Limit of stages x lanes x sources; the order keeps 40 bytes for each of these."""
+"""Upper limit of stages x lanes x sources, because the order keeps 40 bytes for each combination."""
 MAX_SOURCES = 1 << 16
-"""Limit of the number of sources in a mixture."""
+"""Upper limit of the number of sources in a mixture."""
 
 Sample = Annotated[int, Ge(0), Le(MAX_SAMPLES)]
 Chunk = Annotated[int, Ge(0), Le(1 << 32)]
@@ -30,11 +30,11 @@ class Substitution:
     source: SourceNumber
     """Number of the source in the mixture."""
     epoch: Annotated[int, Ge(0), Le(MAX_SAMPLES)]
-    """Epoch of the source, counted from 0; in other epochs the chunk is read as it is."""
+    """Epoch of the source, counted from 0. The substitution applies only in this epoch."""
     chunk: Chunk
     """The chunk that could not be read."""
     first_sample: Sample
-    """First sample of the order that the substitution holds for; earlier ones were read from the chunk itself."""
+    """First sample to which the substitution applies; earlier samples were read from the chunk itself."""
     substitute: Chunk
     """The chunk that is read instead."""
     reason: Text
@@ -43,48 +43,48 @@ class Substitution:
 
 @dataclass(kw_only=True, slots=True)
 class OrderState:
-    """Which order a run follows, and how far it has come. It is the same on every rank."""
+    """Which order a run follows, and its position in that order. It is the same on every rank."""
 
     schema: int = STATE_SCHEMA
     """Version of these fields."""
     manifest_sha: Annotated[list[Sha256], MinLen(1), MaxLen(MAX_SOURCES)]
     """Root hash of each source's manifest, in the order of the sources."""
     seed: Annotated[int, Ge(-(1 << 63)), Le((1 << 64) - 1)]
-    """The run's seed, which all permutations are keyed with."""
+    """The run's seed, which is part of the key of every permutation."""
     stages: Annotated[list[DataStage], MinLen(1), MaxLen(1 << 10)]
     """The data stages, in the order of their first samples."""
     consumed_samples: Sample
     """The sample after the last one of the last completed optimizer step."""
     lanes: Annotated[int, Ge(1), Le(MAX_LANES)]
-    """V, fixed for the whole run."""
+    """V: number of lanes, fixed for the whole run."""
     chunk_tokens: list[Annotated[int, Ge(1), Le(1 << 40)]]
-    """Tokens of a full chunk of each source."""
+    """Number of tokens in a full chunk of each source."""
     window_chunks: Annotated[int, Ge(1), Le(1 << 32)]
-    """W: chunks of a lane that are shuffled together."""
+    """W: number of chunks of a lane that are shuffled together."""
     packing: Annotated[str, MaxLen(64)]
     """How documents are cut into sequences: `concat` or `best_fit`."""
     passed_over: list[Annotated[list[Sample], MinLen(2), MaxLen(2)]] = field(default_factory=list)
-    """Sample indices [first, end) that rollbacks left out of the run, in the order of the rollbacks."""
+    """Ranges [first, end) of sample indices that rollbacks skipped, in the order of the rollbacks."""
     substitutions: list[Substitution] = field(default_factory=list)
     """Chunks that could not be read, each with the chunk that is read in its place."""
 
     @property
     def fixed_samples(self) -> int:
-        """The first sample that is still open: each one before it was read, or is passed over."""
+        """Index of the first sample that may still change; all samples before it have been read or skipped."""
         return max([self.consumed_samples, *(end for _, end in self.passed_over)])
 
     @property
     def begun(self) -> list[DataStage]:
-        """The stages that have begun, and so can no longer change."""
+        """The stages that have begun and can therefore no longer change."""
         return [stage for stage in self.stages if stage.first_sample < self.fixed_samples]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The state as plain JSON values."""
         return asdict(self) | {"stages": [stage.to_dict() for stage in self.stages]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> OrderState:
-        """The inverse of `to_dict`. Raises ConfigError if another version of this program wrote the values."""
+        """The inverse of `to_dict`. Raises ConfigError if the values are invalid or have another schema version."""
         if values.get("schema") != STATE_SCHEMA:
             raise ConfigError(
                 f"the checkpoint's order of samples has schema {values.get('schema')!r}, this version reads schema "
@@ -115,9 +115,9 @@ class OrderState:
     def check_compatible(self, other: OrderState) -> None:
         """Raise ConfigError unless the configured order, `other`, continues this saved one.
 
-        `other.stages` are those of a run that begins with the configuration. What has not been read yet may change:
-        stages that have not begun, the batch, and sources at the end of the list, which have no weight in what was
-        read.
+        `other.stages` are the stages of a new run with the configuration. Only parts that have not been read yet may
+        change: stages that have not begun, the batch size, and sources at the end of the list that had no weight in
+        any stage so far.
         """
         differences = [
             f"{key}={new} was {old}"

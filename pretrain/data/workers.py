@@ -1,8 +1,8 @@
 """The processes that read micro batches ahead of the trainer. They import no torch, so each starts in half a second.
 
-Items are handed to worker 0, 1, ..., 0, ... in turn, and answers are taken in the same turn, so that the order is that
-of one process. Each worker has its own socket to the trainer. It sends arrays, because tensors would need shared
-memory, of which a container has only 64 MB by default.
+Items are sent to the workers in turn (0, 1, ..., 0, ...), and answers are received in the same turn, so their order is
+the same as with a single process. Each worker has its own socket to the trainer. It sends arrays, because tensors would
+need shared memory, of which a container has only 64 MB by default.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from pretrain.reliability.processes import end_with_parent
 _ROOT = Path(__file__).resolve().parents[2]
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 _END_S = 1.0
-"""A worker that is still reading this long (s) after its connection was closed is killed."""
+"""Seconds that a worker gets to end after its connection is closed; then it is killed."""
 
 
 class MicroBatches:
-    """Turns (the samples of a micro batch, the samples to prefetch) into (its sequences, its samples [B])."""
+    """Reads micro batches: (samples of a micro batch, samples to prefetch) -> (its sequences, its samples [B])."""
 
     def __init__(self, reader: SequenceReader, order: Order) -> None:
         self._reader, self._order = reader, order
 
     def __call__(self, wanted: tuple[Ints, Ints]) -> tuple[Sequences, Ints]:
-        """Raises CorruptShardError, RunError and OSError."""
+        """Read one micro batch. Raises the errors of `SequenceReader.read`."""
         samples, upcoming = wanted
         if len(upcoming):
             self._reader.prefetch(self._order.locate(upcoming))
@@ -52,7 +52,7 @@ class MicroBatches:
 
 
 def read_ahead(read: Callable[[Any], Any], items: Iterator[Any], n_workers: int, ahead: int) -> Iterator[Any]:
-    """`read(item)` of each item, in order, computed in `n_workers` processes that each have up to `ahead` items to do.
+    """Yield `read(item)` for each item, in order, computed in `n_workers` processes with up to `ahead` items each.
 
     The iterator owns its workers, which end with it. Raises what `read` raises (RunError, OSError), and RunError if a
     worker dies.
@@ -87,11 +87,11 @@ class _Worker:
         one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         # A request to stop (Ctrl-C, Slurm, the launcher) reaches every process of a job, but only the trainer may
-        # act on it: it finishes the step and saves. In its workers these signals are blocked from the first moment.
+        # act on it: it finishes the step and saves. In its workers these signals are blocked from the start.
         allowed = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
-            # A new program, not a fork: gloo, autograd and OpenMP have threads in the trainer, and one of them in
-            # the wrong place at that moment leaves a forked child hanging (seen once in 23 starts).
+            # Start a new program instead of forking: the trainer has threads of gloo, autograd and OpenMP, and a fork
+            # at the wrong moment for one of them leaves the child hanging (seen once in 23 starts).
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", code],
                 stdin=subprocess.DEVNULL,
@@ -142,12 +142,12 @@ class _Worker:
 
 
 def serve(descriptor: int, trainer_pid: int) -> None:
-    """The program of a worker: answer items until the trainer closes the connection or dies."""
+    """The program of a worker. It answers items until the trainer closes the connection or dies."""
     # If the trainer is killed while its worker is reading from a slow store, the worker must end at once.
     end_with_parent(trainer_pid, signal.SIGKILL)
     connection = Connection(descriptor)
     answers: SimpleQueue[Any] = SimpleQueue()
-    # A thread sends the answers, so that reading goes on while the trainer is busy and the socket is full.
+    # A separate thread sends the answers, so that reading continues while the trainer is busy and the socket is full.
     threading.Thread(target=_send, args=(connection, answers), daemon=True).start()
     read = _receive(connection)
     while True:
@@ -155,7 +155,7 @@ def serve(descriptor: int, trainer_pid: int) -> None:
         try:
             answer = read(item)
         except (RunError, OSError) as error:
-            answer = error  # the trainer raises it: here it would only print a traceback on the terminal
+            answer = error  # raised by the trainer; raised here, it would only print a traceback
         answers.put(ForkingPickler.dumps(answer))
 
 

@@ -17,13 +17,13 @@ from pretrain.distributed import World, gather_objects
 from pretrain.errors import RunError
 
 REPLICA_MODULUS = 2**40
-"""Sums over ranks are taken in fp64, which holds 8,192 of these exactly."""
+"""Bit sums are reduced to this modulus, so that their fp64 sum is exact for up to 8,192 ranks."""
 
 
 def bit_sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Sum of contiguous tensors read as 64-bit integers (8-bit ones at the ends), wrapped around; on their device.
+    """Wrapping sum of contiguous tensors, read as 64-bit integers (8-bit ones at the ends); a scalar on their device.
 
-    One flipped bit always changes it.
+    A single flipped bit always changes the sum.
     """
     total = torch.zeros((), dtype=torch.int64)
     for tensor in tensors:
@@ -39,7 +39,10 @@ def bit_sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 class StateSums:
-    """Bit sums of a rank's state. `partitioned`: what this rank alone holds; `replicated`: what every rank holds."""
+    """Bit sums of a rank's state.
+
+    `partitioned` returns the tensors that only this rank holds, and `replicated` those that every rank holds.
+    """
 
     def __init__(
         self, partitioned: Callable[[], list[torch.Tensor]], replicated: Callable[[], list[torch.Tensor]]
@@ -50,7 +53,7 @@ class StateSums:
         """Sum of the replicated tensors after the last update; the same on all ranks."""
 
     def remember(self) -> None:
-        """Take the sums after an update; from now on nothing may change."""
+        """Take the sums after an update. The state must not change until the next one."""
         self.replica = bit_sum(self._replicated())
         own = bit_sum(self._partitioned())
         self._after = own + self.replica.to(own.device)
@@ -60,7 +63,7 @@ class StateSums:
         self._after = None
 
     def changed(self) -> torch.Tensor:
-        """1 if anything has changed since `remember`, else 0; a scalar on a device."""
+        """1 if anything has changed since `remember`, otherwise 0; a scalar on the device of the state."""
         if self._after is None:
             return torch.zeros((), dtype=torch.int64)
         now = bit_sum([*self._partitioned(), *self._replicated()])
@@ -72,8 +75,8 @@ def check_bit_sums(
 ) -> None:
     """Raise RunError on all ranks if the memory of one has changed between two updates.
 
-    `changed` and `replica` are this rank's: whether its memory has changed, and its sum modulo REPLICA_MODULUS.
-    `n_changed` and `replica_total` are the sums of these over the ranks.
+    `changed` says whether this rank's memory has changed, and `replica` is its sum modulo REPLICA_MODULUS. `n_changed`
+    and `replica_total` are the sums of the two over all ranks.
     """
     if n_changed == 0 and replica_total == replica * world.size:
         return

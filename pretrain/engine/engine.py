@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from pretrain.device import device_type
 
-# DeepSpeed chooses its accelerator at import. It must use the run's device, and not warn of devices that are missing.
+# DeepSpeed chooses its accelerator at import. It must use the run's device and not warn about missing devices.
 os.environ.setdefault("DS_ACCELERATOR", device_type())
 
 import deepspeed
@@ -52,10 +52,10 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 
 @dataclass(frozen=True)
 class StepResult:
-    """What this rank knows after one optimizer step; the sums are over its own sequences."""
+    """The result of one optimizer step on this rank. The sums are over the rank's own sequences."""
 
     nll_sum: torch.Tensor
-    """Sum of the negative log-likelihoods, nats; a scalar on the device, not yet synchronized."""
+    """Sum of the negative log-likelihoods in nats; a scalar on the device, not yet synchronized."""
     z_sum: torch.Tensor
     """Sum of the squared log-partitions; a scalar on the device."""
     n_predicted: int
@@ -63,15 +63,15 @@ class StepResult:
     grad_norm: float
     """Global L2 norm of the gradient before clipping; not finite if the step was skipped."""
     skipped: bool
-    """Whether the gradient was not finite, so that weights and moments are as before."""
+    """Whether the update was skipped because the gradient was not finite; weights and moments are then unchanged."""
     memory_changed: torch.Tensor
-    """1 if this rank's weights or moments were not as the previous update had left them, else 0; on a device."""
+    """1 if this rank's weights or moments had changed since the previous update, else 0; a scalar on the device."""
 
 
 def deepspeed_config(config: TrainConfig, world_size: int, files: Path | None = None) -> dict[str, Any]:
-    """The configuration of DeepSpeed for a run whose precision has been chosen.
+    """The DeepSpeed configuration of a run whose precision has been chosen.
 
-    `files` is the folder for this rank's optimizer state if that is kept on NVMe.
+    `files` is the folder for this rank's optimizer state, if the state is kept on NVMe.
     """
     engine, accum_steps = config.engine, config.grad_accum_steps(world_size)
     zero: dict[str, Any] = {
@@ -104,41 +104,41 @@ def deepspeed_config(config: TrainConfig, world_size: int, files: Path | None = 
         "gradient_accumulation_steps": accum_steps,
         "gradient_clipping": config.optim.max_grad_norm,
         "bf16": {"enabled": engine.precision is Precision.bf16},
-        # A fixed scale, so that DeepSpeed does not change it: the engine sets the scale of each step.
+        # The scale is fixed so that DeepSpeed does not change it; the engine sets it at each step.
         "fp16": {"enabled": engine.precision is Precision.fp16, "loss_scale": INITIAL},
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW serves offload too; nothing is compiled
-        "zero_allow_untested_optimizer": config.optim.name is OptimizerName.muon,  # ours
+        "zero_allow_untested_optimizer": config.optim.name is OptimizerName.muon,  # our own optimizer
         "steps_per_print": 2**31,
     }
     if engine.zero_stage == 3:
-        # Micro batches are summed in fp32. Stages 1 and 2 sum them in 16 bits: fp32 there selects another wrapper.
+        # Micro batches are summed in fp32. Stages 1 and 2 sum in 16 bits, because fp32 would select another wrapper.
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     if engine.quantized_gradients:
-        # The kernels of qgZ read the bits of any tensor as fp16 (csrc/quantization/pt_binding.cpp, ds_swizzle_quant).
+        # The kernels of qgZ interpret every tensor as fp16 (csrc/quantization/pt_binding.cpp, ds_swizzle_quant).
         result["communication_data_type"] = "fp16"
     return _merged(result, engine.deepspeed_overrides)
 
 
 def _settle_deepspeed(config: TrainConfig, world: World) -> None:
-    """Keep DeepSpeed from work that a run does not need, and have it use the process group that exists."""
+    """Keep DeepSpeed from doing work that a run does not need, and make it use the existing process group."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # DeepSpeed would run a compiler for each of its operators to find out which are compatible, although it asks
-    # only for this one. It would compile that for 30 to 90 s at each start, although only inference uses it, and
-    # it leaks shared memory.
+    # DeepSpeed would run a compiler for each of its operators to find the compatible ones, although it uses the
+    # answer only for this operator. At each start it would then compile the operator for 30 to 90 s, although only
+    # inference uses it, and it leaks shared memory.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     if config.engine.precision is Precision.fp16 and world.device.type == "cpu":
-        # DeepSpeed refuses fp16 on a CPU that has no units for it. torch emulates it there, as our tests need.
+        # DeepSpeed rejects fp16 on a CPU without fp16 hardware. torch emulates it there, which our tests need.
         get_accelerator().is_fp16_supported = lambda: True
     if local_size := 1 if world.size == 1 else launched_local_size():
-        # Without LOCAL_SIZE DeepSpeed starts numactl in every step on a CPU, to count devices, and to fork a
-        # process with threads and gigabytes is slow at best. Only DeepSpeed's own launcher sets LOCAL_SIZE.
+        # Without LOCAL_SIZE, DeepSpeed on a CPU starts numactl in every step to count devices, and forking a process
+        # with threads and gigabytes of memory is slow at best. Only DeepSpeed's own launcher sets LOCAL_SIZE.
         os.environ.setdefault("LOCAL_SIZE", str(local_size))
     deepspeed.init_distributed(dist_init_required=False)
 
 
 def _host_problem(config: TrainConfig, folder: Path | None) -> str | None:
-    """What this host lacks for the configuration; None if nothing. Empties `folder`, the optimizer's folder on NVMe."""
+    """What this host lacks for the configuration; None if nothing. Empties `folder`, the optimizer folder on NVMe."""
     engine = config.engine
     if (engine.quantized_weights or engine.quantized_gradients) and device_type() == "cpu":
         return (
@@ -150,7 +150,7 @@ def _host_problem(config: TrainConfig, folder: Path | None) -> str | None:
     if not deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible(verbose=False):
         return f"engine.nvme_path={engine.nvme_path} needs the library libaio (Debian and Ubuntu: libaio-dev)"
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # left by a start that was killed
+        shutil.rmtree(folder, ignore_errors=True)  # files left by a killed process
         folder.mkdir()
     except OSError as error:
         return f"engine.nvme_path={engine.nvme_path} cannot be written to ({error.strerror}); give an existing folder"
@@ -166,7 +166,7 @@ def nvme_folder(config: TrainConfig, rank: int) -> Path | None:
 
 
 def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Nested values, those of `overrides` before those of `base`."""
+    """Two nested dicts merged; values in `overrides` replace those in `base`."""
     merged = dict(base)
     for key, value in overrides.items():
         inner = merged.get(key)
@@ -181,9 +181,9 @@ class Engine:
         """`config.model.vocab_size` must be set. All ranks call this together."""
         falls_back = config.kernels.compile is Switch.auto
         self.capability = least_capable(gather_objects(capability_of(world.device), world))
-        """What the devices of all ranks can do, which is what the least capable one can do."""
+        """The capability that all devices of the run share."""
         self.config = config = resolve(config, self.capability)
-        """The configuration with precision and kernels chosen, alike on all ranks."""
+        """The configuration with precision and kernels chosen, identical on all ranks."""
         self.world = world
         compiles = config.kernels.compile is Switch.always
         if not compiles:
@@ -197,16 +197,16 @@ class Engine:
             config_dict_or_path=settings,
             enabled=zero_stage == 3,
             mem_efficient_linear=False,
-            # The process group of hpZ, if an earlier engine of this process has made it.
+            # The process group of hpZ, if an earlier engine in this process created it.
             zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
         ):
             model = Decoder(config.model, config.seed, config.kernels)
         if self._sequences is not None:
             model.share_sequences(self._sequences)
         if zero_stage == 3:
-            # A block's parameters come and go together: one gather and one set of hooks, and none inside the block
-            # that would break a compiled graph, or differ when the block is computed again (torch compares the two
-            # under selective activation checkpointing).
+            # A block's parameters are gathered and released together, with one set of hooks. Hooks inside the block
+            # would break a compiled graph, and could differ when the block is recomputed (torch compares the two
+            # passes under selective activation checkpointing).
             set_z3_leaf_modules(model, [Block])
         if compiles:
             if self._sequences is not None:
@@ -223,12 +223,12 @@ class Engine:
         self.state = EngineState(
             self._deepspeed.optimizer, self._optimizer, self._parameters, config.optim, zero_stage, world
         )
-        """Weights and moments, to be copied for a checkpoint and put back."""
+        """Weights and moments, with the methods that copy them for a checkpoint and restore them."""
         self.loss_scale = LossScale() if config.engine.precision is Precision.fp16 else None
-        """The loss scale of the next step; None if the precision needs none."""
+        """The loss scale of the next step; None if the precision is not fp16."""
 
     def _check_hosts(self) -> None:
-        """Raise ConfigError on all ranks if the host of one lacks something, which only that host can find out."""
+        """Raise ConfigError on all ranks if any host lacks something that only that host can check."""
         found = gather_objects((_host_problem(self.config, self._files), os.uname().nodename), self.world)
         for problem, host in found:
             if problem:
@@ -240,7 +240,7 @@ class Engine:
             shutil.rmtree(self._files, ignore_errors=True)
 
     def set_micro_batch(self, config: TrainConfig) -> None:
-        """Use this configuration's micro batch from the next step on, as if the engine had been made with it."""
+        """Use this configuration's micro batch from the next step on, as if the engine had been created with it."""
         self.config = replace(self.config, micro_batch_sequences=config.micro_batch_sequences)
         self._deepspeed.set_train_micro_batch_size(config.micro_batch)
         accum_steps = config.grad_accum_steps(self.world.size)
@@ -256,9 +256,9 @@ class Engine:
     ) -> StepResult | None:
         """One optimizer update from this rank's micro batches. `step` counts from 1.
 
-        The update is left out, alike on all ranks, if the gradient is not finite or if the loss (mean nats over the
-        global batch) is above `loss_limit`. `give_up` is called before each micro batch and must answer alike on all
-        ranks. If it returns True, the result is None, and weights and moments are as before.
+        All ranks skip the update if the gradient is not finite or if the loss (mean nats over the global batch) is
+        above `loss_limit`. `give_up` is called before each micro batch and must return the same on all ranks. If it
+        returns True, the result is None, and weights and moments are unchanged.
         """
         if self._sequences is not None:
             batches = [self._sequences.own_part(batch) for batch in batches]
@@ -270,9 +270,7 @@ class Engine:
         predicted = sum(int((batch.labels >= 0).sum()) for batch in batches)
         n_predicted = torch.tensor(predicted, device=self.world.device)
         if self.world.size > 1:
-            dist.all_reduce(
-                n_predicted
-            )  # its value is not read here, so that the device need not be waited for
+            dist.all_reduce(n_predicted)  # its value is not read here, so this does not wait for the device
         nll_sum = torch.zeros((), device=self.world.device)
         z_sum = torch.zeros((), device=self.world.device)
         # DeepSpeed averages over accumulation steps and ranks; this factor turns that into the mean over tokens.
@@ -282,7 +280,7 @@ class Engine:
             mark("micro batch", step)
             if give_up():
                 return None
-            # DeepSpeed would count micro batches, but their number differs between the data stages of a run.
+            # DeepSpeed would count the micro batches itself, but their number differs between the data stages of a run.
             self._deepspeed.set_gradient_accumulation_boundary(batch is batches[-1])
             sums = self._forward(batch)
             nll_sum += sums.nll_sum.detach()
@@ -292,12 +290,12 @@ class Engine:
                 loss = loss * self._factor(nll_sum, n_predicted, loss_limit)
             self._deepspeed.backward(loss)
             if batch is not batches[-1]:
-                self._deepspeed.step()  # makes no update here: it only counts the micro batch
+                self._deepspeed.step()  # this only counts the micro batch; it does not update the weights
         changed = self.state.sums.changed()
         grad_norm, skipped = self._plain_update() if self._zero_stage == 0 else self._update()
         if skipped:
-            # After a skipped update DeepSpeed frees the small parameters that it keeps whole, until the next forward
-            # pass: there is nothing to compare with.
+            # After a skipped update, DeepSpeed frees the small parameters that it keeps whole until the next forward
+            # pass, so there is nothing to compare.
             self.state.sums.forget()
         else:
             self.state.sums.remember()
@@ -305,13 +303,13 @@ class Engine:
 
     @property
     def replica_sum(self) -> torch.Tensor:
-        """Bit sum of everything that every rank holds whole, after the last update; a scalar on a device."""
+        """Bit sum, after the last update, of the tensors that every rank holds whole; a scalar on the device."""
         return self.state.sums.replica
 
     def _factor(self, nll_sum: torch.Tensor, n_predicted: torch.Tensor, loss_limit: float) -> torch.Tensor:
-        """A factor for the loss: NaN if the loss is above the limit, because DeepSpeed then skips the update, else 1.
+        """A factor for the loss: NaN if the loss is above the limit, which makes DeepSpeed skip the update, else 1.
 
-        It is computed on the device, without waiting for it.
+        It is computed on the device, and the host does not wait for it.
         """
         total = nll_sum.to(torch.float64, copy=True)
         if self.world.size > 1:
@@ -320,14 +318,14 @@ class Engine:
         return torch.where(total > loss_limit * n_predicted.clamp(min=1), one * math.nan, one)
 
     def _update(self) -> tuple[float, bool]:
-        """Apply the summed gradient. Returns its norm, and whether the update was left out."""
+        """Apply the summed gradient. Returns its norm, and whether the update was skipped."""
         self._deepspeed.step()
         skipped = not self._deepspeed.was_step_applied()
         norm = self._deepspeed.get_global_grad_norm()
         return (float("nan") if norm is None or skipped else float(norm)), skipped
 
     def _plain_update(self) -> tuple[float, bool]:
-        """`_update` for ZeRO stage 0, where DeepSpeed reports no norm and skips no gradient that is not finite."""
+        """`_update` for ZeRO stage 0, where DeepSpeed reports no norm and does not skip non-finite gradients."""
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         skipped = not math.isfinite(norm)
@@ -336,7 +334,7 @@ class Engine:
                 parameter.grad = None
             self._deepspeed.set_gradient_accumulation_boundary(
                 False
-            )  # or it would clip gradients that are gone
+            )  # otherwise it would clip gradients that no longer exist
         self._deepspeed.step()
         return norm, skipped
 
@@ -355,6 +353,6 @@ class Engine:
         )
         if (
             not self.config.data.document_masking
-        ):  # a sequence counts as one document, and causal attention needs no mask
+        ):  # each sequence counts as one document, and causal attention needs no mask
             return self._deepspeed(tokens, labels, positions)
         return self._deepspeed(tokens, labels, positions, document_ids)

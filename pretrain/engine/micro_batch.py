@@ -1,7 +1,7 @@
 """`micro_batch_sequences=auto`: the largest micro batch whose forward and backward pass fit this rank's memory.
 
-Each probe is a real optimizer step on made-up tokens. Its loss limit is below any loss, so that the update is left out
-as after a spike: weights, moments and random state are afterwards as if there had been no probe.
+Each probe is a real optimizer step on random tokens. Its loss limit is below any loss, so the update is skipped as
+after a spike, and a probe leaves weights, moments and random state unchanged.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from pretrain.reliability.heartbeat import mark
 from pretrain.reliability.processes import own_memory_bytes
 
 USABLE_FRAC = 0.9
-"""Share of the memory that a rank may use which a micro batch may take. The rest is for fragmentation, communication
-buffers and reader processes, which probes do not have."""
+"""Fraction of a rank's memory that a micro batch may take. The rest is for fragmentation, communication buffers and
+reader processes, which probes do not have."""
 LARGEST_STRIDE = 4
-"""A probe has at most this number of times the sequences of the largest one before it, whatever the line predicts."""
+"""A probe has at most this many times the sequences of the largest one before it, even if more are predicted to fit."""
 SHAPES_MEMORY = ("model.", "engine.", "kernels.", "optim.", "data.", "global_batch_sequences")
 """Prefixes of the configuration keys on which the result depends."""
 GIB = 2**30
@@ -45,9 +45,9 @@ class Shape(NamedTuple):
     """The size of one forward pass of a rank."""
 
     sequences: int
-    """B."""
+    """B: number of sequences."""
     sequence_length: int
-    """T, tokens."""
+    """T: tokens per sequence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,11 +55,11 @@ class Probe:
     """The memory that a forward and backward pass of one shape took."""
 
     sequences: int
-    """B."""
+    """B: number of sequences."""
     sequence_length: int
-    """T, tokens."""
+    """T: tokens per sequence."""
     peak_bytes: int
-    """Peak memory of the rank that took the most."""
+    """Peak memory in bytes of the rank that used the most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,11 +69,11 @@ class FoundMicroBatch:
     micro_batch_sequences: int
     """Sequences per rank and forward pass."""
     usable_bytes: int
-    """USABLE_FRAC of what a rank may use, on the rank that may use the least."""
+    """Bytes that a micro batch may take: USABLE_FRAC of the budget of the rank with the smallest budget."""
     probes: list[Probe]
     """All probes, in the order in which they were made."""
     time_s: float
-    """Duration of the search."""
+    """Duration of the search in seconds."""
 
     def facts(self) -> dict[str, Any]:
         """The fields of the event `micro_batch_found`."""
@@ -83,7 +83,7 @@ class FoundMicroBatch:
 def earlier_result(state: RunState, changed: list[str], world: World) -> int | None:
     """The micro batch that the run found at an earlier start, if it still fits; None if a new search is needed.
 
-    A bit-identical resume needs the same micro batch. `changed` names the keys that are not as they were.
+    A bit-identical resume needs the same micro batch. `changed` names the configuration keys that have changed.
     """
     same = state["world_size"] == world.size and not any(key.startswith(SHAPES_MEMORY) for key in changed)
     found = state["config"].get("micro_batch_sequences")
@@ -93,10 +93,11 @@ def earlier_result(state: RunState, changed: list[str], world: World) -> int | N
 def find_micro_batch(
     engine: Engine, config: TrainConfig, world: World, budget_bytes: Callable[[], int] | None = None
 ) -> FoundMicroBatch:
-    """Search with the run's own engine, before the first step and before a checkpoint is loaded. All ranks together.
+    """Find the largest micro batch with the run's own engine, before the first step and before a checkpoint is loaded.
 
-    `budget_bytes` returns what this rank may use, by default what its device or its host has left for it. Raises
-    ConfigError on all ranks if not even one sequence fits.
+    All ranks call this together. `budget_bytes` returns the memory that this rank may use; by default it is the memory
+    that its device or host has left. Raises ConfigError on all ranks if not even one sequence fits, and RunError on a
+    rank that runs out of device memory.
     """
     started = time.monotonic()
     budget = budget_bytes or (lambda: _budget_bytes(engine, world))
@@ -115,7 +116,7 @@ def find_micro_batch(
     for length in sorted({shape.sequence_length for needed in shapes.values() for shape in needed}):
         _run_probe(
             engine, config, world, Shape(1, length)
-        )  # the first pass also allocates what is allocated only once
+        )  # the first pass includes one-time allocations, so it is not measured
         at_rest = max(gather_objects(_memory_bytes(), world))
         usable = int(USABLE_FRAC * min(gather_objects(budget(), world)))
         measure(Shape(1, length))
@@ -146,7 +147,7 @@ _ADVICE = (
 
 
 def _shapes_of_candidates(config: TrainConfig, world: World) -> dict[int, set[Shape]]:
-    """Each micro batch that divides a rank's sequences, with the shapes that it leads to in the run's data stages."""
+    """Each micro batch that divides a rank's sequences, with the shapes of its forward passes in all data stages."""
     share = config.global_batch_sequences // world.n_readers
     return {
         candidate: {
@@ -167,7 +168,7 @@ def _shapes_of_candidates(config: TrainConfig, world: World) -> dict[int, set[Sh
 
 
 def _largest_fitting(shapes: dict[int, set[Shape]], measured: dict[Shape, int], usable: int) -> int | None:
-    """The largest candidate of which all shapes have been measured and fit."""
+    """The largest candidate whose shapes have all been measured and fit."""
     return max(
         (c for c, needed in shapes.items() if all(measured.get(s, usable + 1) <= usable for s in needed)),
         default=None,
@@ -179,12 +180,12 @@ def next_probe(
 ) -> Shape | None:
     """The shape to measure next; None if nothing larger is expected to fit.
 
-    `shapes` are the forward passes of each candidate. `measured` gives the bytes of those measured so far, at least
-    of one sequence of each length. `at_rest` is the number of bytes between probes.
+    `shapes` are the forward passes of each candidate. `measured` gives the bytes of the shapes measured so far, which
+    include one sequence of each length. `at_rest` is the number of bytes in use between probes.
 
     Memory is assumed to be affine in the number of sequences of one length. A shape is measured only if the line
-    through the two largest known ones of its length predicts that it fits, because a rank that alone runs out of
-    memory leaves the others waiting in a collective.
+    through the two largest known ones of its length predicts that it fits, because a single rank that runs out
+    of memory leaves the others waiting in a collective.
     """
     best = _largest_fitting(shapes, measured, usable)
     if any(count == 1 and bytes_ > usable for (count, _), bytes_ in measured.items()):
@@ -206,7 +207,10 @@ def next_probe(
 
 
 def _foretold(shape: Shape, measured: dict[Shape, int], at_rest: int) -> int:
-    """Predicted bytes: on the line through the two largest measured shapes of this length; from one, an upper bound."""
+    """Predicted bytes, from the line through the two largest measured shapes of this length.
+
+    With only one measured shape, the prediction is an upper bound.
+    """
     of_length = sorted((n, size) for (n, length), size in measured.items() if length == shape.sequence_length)
     n, size = of_length[-1]
     if len(of_length) == 1:
@@ -225,10 +229,10 @@ def _within_stride(shape: Shape, measured: dict[Shape, int]) -> Shape:
 
 
 def _run_probe(engine: Engine, config: TrainConfig, world: World, shape: Shape) -> None:
-    """One step of two micro batches without an update; during the second, gradients of the first are in memory.
+    """Run one step of two micro batches without an update. During the second, the gradients of the first are in memory.
 
-    With torch.compile the shape of each probe is compiled, because compiled shapes are static; those that the run does
-    not use are compiled in vain.
+    With torch.compile, each probe compiles its shape, because compiled shapes are static, even if the run does not use
+    that shape later.
     """
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size or 0, shape)
     of_batch = torch.from_numpy(tokens)
@@ -250,7 +254,7 @@ def _peak_bytes(engine: Engine, config: TrainConfig, world: World, shape: Shape,
     try:
         _run_probe(engine, config, world, shape)
     except torch.OutOfMemoryError as error:
-        # There is no way back: other ranks may wait for this one in a collective, and DeepSpeed's hooks are half done.
+        # The run cannot continue: other ranks may wait in a collective, and DeepSpeed's hooks are only half done.
         raise RunError(
             f"micro_batch_sequences=auto: a probe of {shape.sequences} x {shape.sequence_length} tokens ran out of "
             f"memory ({str(error).splitlines()[0]}); "
@@ -262,7 +266,7 @@ def _peak_bytes(engine: Engine, config: TrainConfig, world: World, shape: Shape,
 
 
 def _memory_bytes() -> int:
-    """The memory that this process holds, after it has returned what it has freed."""
+    """Bytes of memory that this process holds, after it has returned freed memory to the system."""
     gc.collect()
     if device_type() == "cuda":
         torch.cuda.empty_cache()
@@ -273,11 +277,11 @@ def _memory_bytes() -> int:
     return own_memory_bytes("VmRSS")
 
 
-# ---- what there is ---------------------------------------------------------------------------------------------------
+# ---- the available memory --------------------------------------------------------------------------------------------
 
 
 def _budget_bytes(engine: Engine, world: World) -> int:
-    """The memory that this rank may hold: its device's, or its share of the host's less the copy for checkpoints."""
+    """Bytes that this rank may hold: its device's memory, or its share of the host's, less the checkpoint copy."""
     if world.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved()
@@ -290,14 +294,14 @@ def _budget_bytes(engine: Engine, world: World) -> int:
 
 
 def _available_bytes() -> int:
-    """The memory of the host that programs can still get."""
+    """Bytes of host memory that are still available to programs."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text("ascii"), re.M)
     assert found
     return int(found[1]) * 1024
 
 
 def _cgroup_left_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """The memory that the control groups around this process, of version 1 or 2, still allow.
+    """Bytes that the control groups (version 1 or 2) of this process still allow.
 
     Files that are cached in memory do not count as used, because the kernel drops them when memory is needed.
     """
@@ -311,7 +315,7 @@ def _cgroup_left_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/p
         usage = "memory.usage_in_bytes" if controllers else "memory.current"
         folder = top / name.lstrip("/")
         for group in (folder, *folder.parents):
-            # A container may see its own group as the top one. If a file is missing, there is no limit.
+            # A container may see its own group as the root. If a file is missing, there is no limit.
             with suppress(OSError, ValueError):  # ValueError: the limit is "max"
                 most, used = int((group / limit).read_text()), int((group / usage).read_text())
                 cached = re.findall(r"inactive_file (\d+)", (group / "memory.stat").read_text())

@@ -12,7 +12,7 @@ def training_loss(
 ) -> Tensor:
     """One micro batch's part of the causal language-modeling loss: fp32 scalar.
 
-    scale x (nll_sum + z_loss_weight x z_sum) / n_predicted_global, where `n_predicted_global` counts the
+    It is scale x (nll_sum + z_loss_weight x z_sum) / n_predicted_global, where `n_predicted_global` counts the
     predicted tokens of the whole optimizer step, over micro batches and ranks. So every token of the step has
     the same weight, however unevenly the micro batches are filled. `scale` undoes the averaging over ranks and
     accumulation steps that the engine applies to gradients.

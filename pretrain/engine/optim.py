@@ -15,8 +15,8 @@ from pretrain.config import OptimConfig, OptimizerName, ScheduleConfig, Schedule
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int, n_steps: int) -> float:
     """Learning rate of update `step` (1 to n_steps).
 
-    Linear warm-up over `warmup_steps`, then constant, linear, half a cosine (Loshchilov and Hutter, 2017) or
-    stable-then-linear decay (WSD: Hu et al., 2024) down to `min_lr_frac` of the peak.
+    It rises linearly over `warmup_steps`. Then it is constant, or decays to `min_lr_frac` of the peak: linearly, along
+    half a cosine (Loshchilov and Hutter, 2017), or linearly after a constant phase (WSD: Hu et al., 2024).
     """
     warmup = schedule.warmup_steps
     if step <= warmup:
@@ -38,12 +38,12 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, n_steps: int
 
 
 def is_matrix_of_block(name: str) -> bool:
-    """Whether a parameter of the decoder is a matrix inside a block; these are what Muon is for."""
+    """Whether a parameter of the decoder is a matrix inside a block. Muon is meant for these."""
     return name.startswith("blocks.") and not name.endswith("norm.weight")
 
 
 def moments_of(name: str, config: OptimConfig) -> tuple[str, ...]:
-    """The names of the moments that the optimizer keeps of a parameter, each in fp32 and of the parameter's size."""
+    """The names of the moments that the optimizer keeps for a parameter. Each is fp32 and has the parameter's size."""
     if config.name is OptimizerName.muon and is_matrix_of_block(name):
         return ("momentum_buffer",)
     return ("exp_avg", "exp_avg_sq")
@@ -52,10 +52,10 @@ def moments_of(name: str, config: OptimConfig) -> tuple[str, ...]:
 def parameter_groups(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimConfig
 ) -> list[dict]:
-    """Groups of trained parameters: with weight decay, without, and Muon's (`muon`: True). Empty groups are left out.
+    """Groups of trained parameters: with weight decay, without, and Muon's (`muon`: True). Empty groups are omitted.
 
-    Norm gains (`*norm.weight`) and the token embedding are decayed only if so configured. Names decide, not shapes,
-    because under ZeRO-3 every local parameter is flat.
+    Norm gains (`*norm.weight`) and the token embedding are decayed only if so configured. Parameters are grouped by
+    name and not by shape, because under ZeRO-3 every local parameter is flat.
     """
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
@@ -83,7 +83,7 @@ def build_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Opti
     """The configured optimizer for these groups. The engine sets its learning rate at each step."""
     if config.name is OptimizerName.muon:
         return Muon(groups, config)
-    # fused: one kernel for all tensors, four times faster than the default on the CPU.
+    # `fused` runs one kernel for all tensors, which is four times faster than the default on the CPU.
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )
@@ -91,41 +91,41 @@ def build_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Opti
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the values of one parameter lie in the flat partitions of all ranks."""
+    """Where the values of one parameter are in the flat partitions of all ranks."""
 
     name: str
     """Name of the parameter in the model."""
     shape: tuple[int, ...]
     """Shape of the whole parameter."""
     offset: int
-    """The element of this rank's flat partition at which its part of the parameter begins."""
+    """Index in this rank's flat partition at which its part of the parameter starts."""
     spans: tuple[tuple[int, int], ...]
-    """For each rank the elements [start, stop) of the flattened parameter that it holds; one entry if all hold all."""
+    """Elements [start, stop) of the flattened parameter that each rank holds; one entry if every rank holds all."""
 
 
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al., 2024) for groups with `muon`: True, AdamW for the others.
 
     The momentum of a matrix, with Nesterov's look-ahead, is replaced by the nearest matrix with orthogonal rows or
-    columns, and scaled by 0.2 sqrt(longer side), which gives it the size of AdamW's update, so that AdamW's learning
-    rate and weight decay serve both (Liu et al., Muon is Scalable for LLM Training, 2025).
+    columns and scaled by 0.2 sqrt(longer side). That gives it the size of AdamW's update, so the same learning rate and
+    weight decay suit both (Liu et al., Muon is Scalable for LLM Training, 2025).
 
     Under ZeRO a rank holds flat parts of matrices. So each matrix is assembled on one rank, which orthogonalizes it and
-    sends the parts back. A rank sends and receives its share of the values twice, at 2 bytes each, and computes for
-    its share of the matrices.
+    sends the parts back. A rank sends and receives its share of the values twice, at 2 bytes each, and
+    orthogonalizes its share of the matrices.
     """
 
     def __init__(self, groups: list[dict], config: OptimConfig) -> None:
         super().__init__(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
         self.momentum = config.momentum
         self.placements: dict[torch.Tensor, list[Placement]] = {}
-        """The model's parameters that lie in each flat parameter of this optimizer; the engine sets this."""
+        """The placements of the model's parameters in each flat parameter of this optimizer. The engine sets this."""
         self.rank, self.device = 0, torch.device("cpu")
         """Rank and device of this process; the engine sets them."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update. All ranks call this together, with their parameters in the same order."""
+        """Make one update. All ranks call this together, with their parameters in the same order."""
         groups = self.param_groups
         for group in groups:
             for parameter in group["params"] if group["muon"] else []:
@@ -143,7 +143,7 @@ class Muon(torch.optim.AdamW):
         values = parameter.view(-1)
         placements = sorted(
             self.placements[parameter], key=lambda placement: placement.shape
-        )  # equal shapes side by side, for an even load
+        )  # equal shapes are adjacent, so that the ranks have equal work
         n_ranks = len(placements[0].spans)
         for first in range(0, len(placements), n_ranks):
             wave = placements[first : first + n_ranks]
@@ -153,7 +153,7 @@ class Muon(torch.optim.AdamW):
                 part.add_(update.to(part), alpha=-lr * scale)
 
     def _orthogonalized(self, direction: torch.Tensor, wave: list[Placement]) -> list[torch.Tensor]:
-        """This rank's parts of the orthogonalized matrices of a wave, in which rank i computes the i-th matrix."""
+        """Orthogonalize a wave of matrices, of which rank i computes the i-th. Returns this rank's parts of them."""
         parts = []
         for placement in wave:
             start, stop = placement.spans[self.rank if len(placement.spans) > 1 else 0]
@@ -176,9 +176,9 @@ class Muon(torch.optim.AdamW):
 
 
 def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
-    """Bring singular values to about 1 (0.7 to 1.2) and keep singular vectors, in five quintic steps in x's own dtype.
+    """Bring all singular values near 1 (0.7 to 1.2) and keep the singular vectors, in five steps in the matrix's dtype.
 
-    The coefficients are those of Jordan et al., 2024.
+    Each step applies the quintic polynomial of Jordan et al., 2024.
     """
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / x.norm().clamp(min=1e-7)

@@ -17,17 +17,17 @@ def measure_matmul_flops(
 ) -> float:
     """The best rate of several matrix products on this device in about `seconds`, in FLOP/s.
 
-    `width` is the size of the smallest side of the larger products, times 8 on a GPU. A single product of the default
-    size takes seconds where its precision is emulated.
+    `width` is the smallest side of the larger products; on a GPU it is multiplied by 8. Choose a smaller `width` where
+    the precision may be emulated: a single product of the default size then takes seconds.
 
-    Ranks that share a host must measure at the same time, because alone each of them would be faster than in training.
+    Ranks that share a host must measure at the same time, because each would be faster alone than during training.
     """
     w = width * (8 if device.type == "cuda" else 1)
     shapes = [(w, w, w), (2 * w, w, w), (w // 2, 4 * w, w), (w, w, 4 * w)]
     best = 0.0
     for m, k, n in shapes:
         x = torch.randn(m, k, device=device).to(dtype)
-        weight = torch.randn(n, k, device=device).to(dtype)  # transposed, as in a linear layer
+        weight = torch.randn(n, k, device=device).to(dtype)  # stored transposed, as in a linear layer
         torch.nn.functional.linear(x, weight)
         end = time.perf_counter() + seconds / len(shapes)
         while (started := _synchronized(device)) < end:
@@ -37,7 +37,7 @@ def measure_matmul_flops(
 
 
 def _synchronized(device: torch.device) -> float:
-    """The time when everything queued on the device is done."""
+    """Wait for all work queued on the device, and return the current time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -62,10 +62,10 @@ def rank_peak_flops(config: TrainConfig, device: torch.device) -> PeakFlops:
 
 
 def emulation_warning(precision: Precision, capability: Capability, device: torch.device) -> str | None:
-    """A warning if matrix products in this precision are slower than in fp32, else None.
+    """A warning if matrix products in this precision are slower than in fp32, otherwise None.
 
-    Ranks of a host call this together. Only precisions that the device may have to emulate are measured, which takes
-    about half a second.
+    All ranks of a host call this together. It measures only precisions that the device may have to emulate, which
+    takes about half a second.
     """
     in_hardware = {
         Precision.fp32: True,

@@ -35,12 +35,12 @@ class EngineState:
         zero_stage: int,
         world: World,
     ) -> None:
-        """Allocate the moments, all zero. `zero` is DeepSpeed's wrapper of the optimizer, in stage 0 the optimizer."""
+        """Allocate the moments, all zero. `zero` is DeepSpeed's optimizer wrapper, or in stage 0 the optimizer."""
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
         """The full shape of every parameter, by name."""
         self.weight_keys = [f"weight.{name}" for name in parameters]
         self.moment_keys = [f"{kind}.{name}" for name in parameters for kind in moments_of(name, config)]
-        """`exp_avg.<name>` and `exp_avg_sq.<name>`, or for a matrix that Muon trains `momentum_buffer.<name>`."""
+        """`exp_avg.<name>` and `exp_avg_sq.<name>`, or `momentum_buffer.<name>` for a matrix that Muon trains."""
         self._zero, self._optimizer, self._parameters = zero, optimizer, parameters
         self._config, self._zero_stage, self._world = config, zero_stage, world
         self._host: dict[str, torch.Tensor] = {}
@@ -53,7 +53,7 @@ class EngineState:
             )
         self._allocate_moments()
         self.sums = StateSums(self._partitioned_state, self._replicated_state)
-        """Sums over all bits of the state, which show whether anything but an update changes it."""
+        """Sums over all bits of the state, which reveal changes that no update made."""
 
     @property
     def optimizer_step(self) -> int:
@@ -62,7 +62,7 @@ class EngineState:
 
     @torch.no_grad()
     def snapshot(self) -> dict[str, Partition]:
-        """This rank's share of all weights and moments, by their keys, copied to host memory.
+        """Copy this rank's share of all weights and moments to host memory. Returns it by key.
 
         All ranks call this together. The next snapshot reuses the memory of this one, which is page-locked if there is
         a GPU.
@@ -82,7 +82,7 @@ class EngineState:
 
     @torch.no_grad()
     def restore(self, partitions: dict[str, torch.Tensor], optimizer_step: int) -> None:
-        """Load what `snapshot` gave, on any number of ranks and with any ZeRO stage. All ranks call this together.
+        """Load a snapshot that was taken on any number of ranks and with any ZeRO stage. All ranks call this together.
 
         `partitions` holds, by key, this rank's share of each flattened tensor, as `share` cuts it.
         """
@@ -96,14 +96,14 @@ class EngineState:
                         self._put_back(flat, placement, kind, partitions[f"{kind}.{placement.name}"])
                 if "step" in self._optimizer.state[flat]:
                     self._optimizer.state[flat]["step"].fill_(optimizer_step)
-                if self._zero_stage == 3:  # copies the masters to the working partitions
+                if self._zero_stage == 3:  # copies the master weights to the working partitions
                     self._zero._reassign_or_swap_out_partitioned_parameters(index)
         if self._zero_stage == 3:
-            self._zero.checkpoint_event_epilogue()  # and to the parameters kept whole or twice (hpZ)
+            self._zero.checkpoint_event_epilogue()  # and to the parameters that are kept whole, or twice (hpZ)
 
     @torch.no_grad()
     def restore_weights(self, partitions: dict[str, torch.Tensor]) -> None:
-        """Load only the weights, by `weight.<name>`, and set the moments to zero: a new run from old weights."""
+        """Load only the weights (`weight.<name>`) and set the moments to zero, to start a new run from old weights."""
         zeros = {
             key: torch.zeros_like(partitions[f"weight.{key.split('.', 1)[1]}"]) for key in self.moment_keys
         }
@@ -112,7 +112,7 @@ class EngineState:
     # ---- where the values are --------------------------------------------------------------------------------------
 
     def _find_placements(self) -> dict[torch.Tensor, list[Placement]]:
-        """The tensors that the optimizer updates on this rank (fp32, flat from stage 1 on), with what lies in each."""
+        """The tensors that the optimizer updates on this rank (fp32; flat from stage 1 on), with their parameters."""
         names = {id(parameter): name for name, parameter in self._parameters.items()}
 
         def placement(parameter: Any, offset: int, spans: Spans) -> Placement:
@@ -141,17 +141,17 @@ class EngineState:
         return found
 
     def _even(self, numel: int) -> Spans:
-        """How ZeRO stage 3 and checkpoints cut a tensor: evenly over the ranks."""
+        """The spans of ZeRO stage 3 and of checkpoints, which cut a tensor evenly over the ranks."""
         return tuple(share(numel, replace(self._world, rank=rank)) for rank in range(self._world.size))
 
     def _cut(self, first: int, numel: int, size: int) -> Spans:
-        """How ZeRO stages 1 and 2 cut a tensor that begins at element `first` of partitions of `size` elements."""
+        """The spans of ZeRO stages 1 and 2 for a tensor at element `first` of partitions of `size` elements."""
         borders = [min(max(rank * size - first, 0), numel) for rank in range(self._world.size + 1)]
         return tuple(pairwise(borders))
 
     @contextmanager
     def _in_memory(self, index: int, *, changed: bool = False) -> Iterator[None]:
-        """Within, master and moments of a partition are in memory; under NVMe offload they are in files otherwise."""
+        """Keep the master weights and moments of a partition in memory; NVMe offload otherwise keeps them in files."""
         swapped = self._zero_stage == 3 and self._zero._swappable_optimizer_subgroup(index)
         if swapped:
             self._zero._optimizer_states_and_gradient_swap_in(index)
@@ -162,7 +162,7 @@ class EngineState:
             self._zero._release_swap_buffers(index)
 
     def _part(self, flat: torch.Tensor, placement: Placement, kind: str) -> torch.Tensor:
-        """A view of the part of a parameter's master or moment that this rank holds."""
+        """A view of this rank's part of a parameter's master weights or moment."""
         tensor = flat if kind == "weight" else self._optimizer.state[flat][kind]
         start, stop = self._span(placement)
         return tensor.detach().view(-1)[placement.offset : placement.offset + stop - start]
@@ -171,7 +171,7 @@ class EngineState:
         return placement.spans[self._world.rank if len(placement.spans) > 1 else 0]
 
     def _share_of(self, part: torch.Tensor, placement: Placement) -> torch.Tensor:
-        """This rank's even share of a tensor, made from the parts that the ranks hold."""
+        """This rank's even share of a tensor, assembled from the parts that the ranks hold."""
         numel = torch.Size(placement.shape).numel()
         if placement.spans == self._even(numel):
             return part
@@ -205,7 +205,7 @@ class EngineState:
             self._parameters[placement.name].copy_(whole)  # the working weight
 
     def _gather(self, values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """The whole tensor from every rank's share."""
+        """The whole tensor, assembled from the shares of all ranks."""
         numel = torch.Size(shape).numel()
         per_rank = -(-numel // self._world.size)
         padded = torch.zeros(per_rank)
@@ -219,7 +219,7 @@ class EngineState:
     # ---- all of it -------------------------------------------------------------------------------------------------
 
     def _partitioned_state(self) -> list[torch.Tensor]:
-        """The tensors that only this rank holds. What is in files between two updates is left out."""
+        """The tensors that only this rank holds, except those that are in files between two updates."""
         masters = list(self._placements)
         found = [t for state in self._optimizer.state.values() for kind, t in state.items() if kind != "step"]
         if self._zero_stage > 0:
@@ -230,15 +230,15 @@ class EngineState:
         return found
 
     def _replicated_state(self) -> list[torch.Tensor]:
-        """The parameters that every rank holds whole: all, or under ZeRO stage 3 those that are too small to be cut."""
+        """The parameters that every rank holds whole: all, or under ZeRO stage 3 those too small to be partitioned."""
         if self._zero_stage < 3:
             return list(self._parameters.values())
         return [p for p in self._parameters.values() if p.ds_persist]  # type: ignore[attr-defined]
 
     def _allocate_moments(self) -> None:
-        """Create the moments, which torch would create only at the first step, after a checkpoint has to be loaded.
+        """Create the moments. torch would create them at the first step, which is too late for loading a checkpoint.
 
-        Each flat partition gets its own `step`: if several shared one, it would count each update several times.
+        Each flat partition gets its own `step`, because a shared one would count each update several times.
         """
         for index, (flat, placements) in enumerate(self._placements.items()):
             with self._in_memory(index, changed=True):

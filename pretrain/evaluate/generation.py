@@ -49,7 +49,7 @@ class Continuation:
     tokens: list[int]
     """The generated tokens, without the prompt and without eos."""
     finished: bool
-    """Whether it ended with eos; False where it reached the limit of tokens."""
+    """Whether the text ended with eos; False where it reached the limit on the number of tokens."""
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -100,9 +100,9 @@ def generate(
 ) -> list[Continuation]:
     """Continue all prompts in one batch, each until eos or `max_new_tokens` tokens.
 
-    A prompt's continuation depends on its tokens and its seed, not on the rest of the batch. Tokens from `vocab_size`
-    on, which only pad the embedding, are never chosen. `progress` is called after each token with the number of rows
-    that are not finished.
+    A prompt's continuation depends on its tokens and its seed, not on the rest of the batch. Ids from `vocab_size` on,
+    which only pad the embedding, are never chosen. `progress` is called after each token with the number of unfinished
+    rows.
     """
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
     lengths = torch.tensor([len(prompt.tokens) for prompt in prompts])

@@ -1,4 +1,4 @@
-"""Held-out loss, perplexity and bits per byte: on packed sequences during training, on whole documents afterwards."""
+"""Held-out loss, perplexity and bits per byte: of packed sequences during training, of whole documents afterwards."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Scores:
     bits_per_byte: float
     """Total loss in bits per UTF-8 byte of the text; unlike the loss, it is comparable between tokenizers."""
     tokens: int
-    """Number of predicted tokens: those of the text and each document's eos, or with a loss mask the targets."""
+    """Number of predicted tokens: the text and each document's eos, or with a loss mask only the targets."""
     text_bytes: int
-    """Size of the text in UTF-8, or with a loss mask of the text of the targets."""
+    """Size of the text in UTF-8, in bytes; with a loss mask, only the text of the targets."""
     documents: int
     """Number of documents."""
 
@@ -52,7 +52,7 @@ class HeldOutResult:
 
 
 class TokenDocument(NamedTuple):
-    """A document to be scored: [bos] + tokens + [eos], and the size of its text in UTF-8."""
+    """A document to be scored: [bos] + tokens + [eos], and the size of its text in UTF-8, in bytes."""
 
     source: str
     tokens: np.ndarray
@@ -60,7 +60,7 @@ class TokenDocument(NamedTuple):
     is_target: np.ndarray | None = None
     """bool [tokens]: which tokens count, in a corpus with a loss mask; None where all do."""
     target_bytes: int = 0
-    """Size in UTF-8 of the text of the tokens that count, in a corpus with a loss mask."""
+    """Size in UTF-8, in bytes, of the text of the tokens that count, in a corpus with a loss mask."""
 
     @property
     def labels(self) -> np.ndarray:
@@ -96,7 +96,7 @@ def evaluate_loss(
     world: World,
     document_masking: bool,
 ) -> HeldOutResult:
-    """Scores of the corpus's first `max_sequences` sequences, cut and batched as in training.
+    """Score the corpus's first `max_sequences` sequences, cut and batched as in training.
 
     The sequences are divided over the ranks; ranks that share sequences get the same ones. `forward` is collective
     under ZeRO-3, so every rank calls it equally often, with all labels ignored once it has no sequence left. Every rank
@@ -166,7 +166,7 @@ def score_documents(
     device: torch.device,
     progress: Callable[[TokenDocument], None] | None = None,
 ) -> HeldOutResult:
-    """Scores of whole documents, with each token predicted exactly once from earlier tokens of its document.
+    """Score whole documents. Each token is predicted exactly once, from earlier tokens of its document.
 
     A document longer than `sequence_length` T is read in windows of T tokens. Each window starts T/2 tokens after the
     previous one and scores only the tokens that no earlier window scored, so every token has at least T/2 tokens of
@@ -252,7 +252,7 @@ def _pad(batch: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[Tensor, Tenso
 def first_tokens(documents: Iterable[TokenDocument], max_tokens: int) -> Iterator[TokenDocument]:
     """The first documents, up to `max_tokens` tokens in total; the last one is cut at that limit.
 
-    A document of whose beginning no token counts is left out. Raises ConfigError where no document is left.
+    A document is left out if no token in its kept part counts. Raises ConfigError where no document is left.
     """
     left, found = max_tokens, False
     for document in documents:

@@ -1,8 +1,8 @@
 """The attention kernels, and which token attends to which, in the form that each kernel needs.
 
-`visibility` is called once per forward pass, and `attend` in every layer with its result. The result consists of
-tensors, which activation checkpointing and torch.compile handle. A token attends to itself and to earlier tokens of its
-own document. The tokens of a document are contiguous.
+`visibility` is called once per forward pass, and its result is passed to `attend` in every layer. The result consists
+of tensors, so activation checkpointing and torch.compile can handle it. A token attends to itself and to earlier tokens
+of its own document. The tokens of a document are contiguous.
 
 Shapes: B batch, T sequence, S key positions, H query heads, G key/value heads, K head width, N = B T, D documents.
 """
@@ -32,7 +32,7 @@ class Documents(NamedTuple):
     starts: Tensor
     """int32 [D + 1]: the first token of each document, then N."""
     longest: int
-    """Upper bound of the number of tokens in a document: T."""
+    """Upper bound on the number of tokens in a document: T."""
     release: int = 12
     """Result of `varlen_release` on a GPU. It is stored here because a compiled block cannot inspect signatures."""
 

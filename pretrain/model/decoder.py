@@ -1,11 +1,11 @@
 """The decoder: a Llama-style transformer and its initial weights (`pretrain.arithmetic` counts its parameters).
 
 Three rules hold throughout, because under ZeRO stage 3 a parameter is whole only while the module that
-owns it runs, and `deepspeed.zero.Init` partitions a module's parameters right after its `__init__`:
+owns it runs, and because `deepspeed.zero.Init` partitions a module's parameters right after its `__init__`:
 
 - a module initializes its own weights inside its own `__init__`, and no other module touches them;
-- nothing made in `__init__` is a floating-point buffer (it would come out as bf16);
-- whatever uses a weight is a method of the module that owns it, so the loss is computed by the head.
+- no module creates a floating-point buffer in `__init__` (it would become bf16);
+- only methods of the module that owns a weight use it, so the head computes the loss.
 
 Shapes: B batch, T sequence, D model width, H query heads, G key/value heads, K head width, V vocabulary,
 S key positions (T, or what the cache holds).
@@ -46,8 +46,8 @@ class LossSums(NamedTuple):
 class KVCache:
     """Keys and values of past tokens, one slot per position: token p of a row is in slot p of that row.
 
-    Rows may have different lengths. A prefill pads short prompts on the right. What the padding leaves in later slots
-    is masked until the row's own tokens overwrite it.
+    Rows may have different lengths. A prefill pads short prompts on the right. The entries that padding leaves in later
+    slots are masked until the row's own tokens overwrite them.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.d_head = config.head_width
         self.sequences: SequenceGroup | None = None
-        """The ranks that share sequences with this one; None if there are none."""
+        """The ranks that share sequences with this one; None without sequence parallelism."""
         self.q = Linear(width, q_width, std, generator)
         self.k = Linear(width, kv_width, std, generator)
         self.v = Linear(width, kv_width, std, generator)
@@ -193,7 +193,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, visible: Visibility, cache: KVCache | None
     ) -> Tensor:
-        # Recomputation is inside the block, so that torch.compile of a block and ZeRO's gathering for it include it.
+        # Recomputation is inside the block, so that the compiled block and ZeRO's gathering of parameters include it.
         return recomputed(self.recompute, self._forward, x, cos, sin, visible, cache)
 
     def _forward(
@@ -229,7 +229,7 @@ class Head(nn.Module):
         if labels is None:
             return (linear(hidden, self.weight),)
         hidden, labels = hidden.flatten(0, 1), labels.flatten()
-        if self.fused:  # z_sum is left out: nothing uses it without a weight
+        if self.fused:  # z_sum is omitted, because nothing uses it when its weight is 0
             nll_sum = liger.nll_sum(hidden, self.weight, labels, IGNORED_LABEL)
             return nll_sum, torch.zeros_like(nll_sum)
         if len(labels) <= self.chunk_tokens:
@@ -244,7 +244,7 @@ class Head(nn.Module):
         """(nll_sum, z_sum) of one chunk of positions: hidden [N, D], labels [N]."""
         logits = linear(hidden, self.weight).float()  # [N, V]
         nll = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED_LABEL)  # [N]
-        # log Z = logit of the label + its nll. Its gradient costs another [N, V], so it is computed only if it is used.
+        # log Z = logit of the label + its nll. Its gradient needs another [N, V], so it is computed only if it is used.
         with torch.set_grad_enabled(self.with_z_gradient and torch.is_grad_enabled()):
             label_logits = logits.gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1)
             log_z = (label_logits + nll).masked_fill(labels == IGNORED_LABEL, 0.0)
@@ -291,10 +291,10 @@ class Decoder(nn.Module):
     def compile_parts(self, fall_back: bool = False) -> None:
         """Compile the computation of each block and the loss, at first use and again for each new shape.
 
-        With `fall_back`, what cannot be compiled here runs uncompiled, and torch warns; without it, torch raises.
+        With `fall_back`, code that cannot be compiled runs uncompiled, and torch warns; without it, torch raises.
 
-        The functions are compiled, not the modules. So the hooks by which ZeRO gathers parameters stay outside, a block
-        is one graph, and blocks of one shape share it.
+        The functions are compiled, not the modules. So the hooks with which ZeRO gathers parameters stay outside, each
+        block is one graph, and blocks of the same shape share a graph.
         """
         self._compiled = True
         torch._dynamo.config.suppress_errors = fall_back
@@ -311,8 +311,8 @@ class Decoder(nn.Module):
     ) -> LossSums:
         """The loss sums of a batch. All arguments are int64 [B, T].
 
-        A token attends to earlier tokens of its own document, or without `document_ids` to all earlier ones. If ranks
-        share sequences, T is this rank's part, except in `document_ids`, which cover all tokens.
+        A token attends to itself and to earlier tokens of its own document, or without `document_ids` to all earlier
+        ones. If ranks share sequences, T is this rank's part, except in `document_ids`, which cover all tokens.
         `positions` are the rotary positions (0, 1, ... by default); labels of -100 are not predicted.
         """
         hidden = self.hidden(tokens, positions, document_ids)
@@ -328,7 +328,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Logits [B, T, V], in the model's dtype, for the token after each of `tokens` [B, T].
 
-        With a cache, `positions` say where the tokens of each row go, and earlier tokens come from the cache.
+        With a cache, `positions` are the slots for the tokens of each row, and earlier tokens are read from the cache.
         """
         return self.head(self.hidden(tokens, positions, document_ids, cache))[0]
 
@@ -339,7 +339,7 @@ class Decoder(nn.Module):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """What the head reads: the normalized residual stream [B, T, D]. Arguments as in `logits`."""
+        """The input of the head: the normalized residual stream [B, T, D]. The arguments are those of `logits`."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         cos, sin = _rotary_tables(positions, self.config)
@@ -359,11 +359,11 @@ class Decoder(nn.Module):
 def build_decoder(
     config: ModelConfig, weights: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype
 ) -> Decoder:
-    """A decoder in evaluation mode with the given weights, by their names in `Decoder.named_parameters()`.
+    """A decoder in evaluation mode with the given weights, whose keys are the names in `Decoder.named_parameters()`.
 
-    Raises RuntimeError if names or shapes do not fit the config.
+    Raises RuntimeError if names or shapes do not match the config.
     """
-    with torch.device("meta"):  # no initial weights are drawn
+    with torch.device("meta"):  # so no initial weights are drawn
         model = Decoder(config, seed=0)
     weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}
     if config.tie_embeddings:
@@ -382,7 +382,7 @@ def _residual_std(config: ModelConfig) -> float:
 def _normal_parameter(n_rows: int, n_columns: int, std: float, generator: torch.Generator) -> nn.Parameter:
     weight = torch.empty(n_rows, n_columns)  # under zero.Init: bf16, on the rank's device
     if not weight.is_meta:
-        # Always drawn in fp32 on the CPU, then rounded: the same numbers for every dtype and device.
+        # The values are drawn in fp32 on the CPU and then rounded, so every dtype and device gets the same numbers.
         weight.copy_(torch.normal(0.0, std, (n_rows, n_columns), generator=generator, dtype=torch.float32))
     return nn.Parameter(weight)
 
@@ -397,6 +397,6 @@ def _rotary_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tens
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions of x [B, heads, T, K]; dimension i pairs with i + K/2, as in Hugging Face's Llama."""
+    """Apply rotary positions to x [B, heads, T, K]. Dimension i pairs with i + K/2, as in Hugging Face's Llama."""
     first, second = x.float().chunk(2, dim=-1)  # fp32: in bf16 the products would lose the angle's precision
     return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)

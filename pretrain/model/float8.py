@@ -1,8 +1,8 @@
 """Matrix products of activations and weights in 8-bit floating point, forward and backward (Micikevicius et al., 2022).
 
-Each factor has one scale, chosen so that its largest value becomes the largest of the format: e4m3 for activations and
-weights, and e5m2, which has more range, for gradients. The scales are computed each time from the current values. The
-stored weights and their gradients keep their precision. This is torchao's "tensorwise" recipe.
+Each factor has one scale, chosen so that its largest value becomes the largest value of the format. The format is e4m3
+for activations and weights, and e5m2, which has more range, for gradients. The scales are computed each time from the
+current values. The stored weights and their gradients keep their precision. This is torchao's "tensorwise" recipe.
 
 Shapes: N tokens, I and O widths. I, O and N must be multiples of 16, as `torch._scaled_mm` requires.
 """
@@ -18,7 +18,7 @@ _E4M3, _E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., I] @ weight [O, I] transposed -> [..., O] in the dtype of x, as F.linear."""
+    """x [..., I] @ weight [O, I] transposed -> [..., O] in the dtype of x, like F.linear."""
     return _Product.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
 
 
@@ -57,7 +57,7 @@ def _multiplied(
 
     `torch._scaled_mm` needs a in row-major and b in column-major order.
     """
-    # Both scales are passed as one product. Where they are applied one after the other, a large one alone can overflow
+    # The scales are passed as one product, because when they are applied one after the other, the first can overflow
     # (seen with oneDNN on a CPU with AMX).
     return torch._scaled_mm(
         a.contiguous(),

@@ -27,7 +27,7 @@ DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precisi
 
 
 class Capability(NamedTuple):
-    """What a device and its installation support, as far as the choice of kernels depends on it."""
+    """Properties of a device and of the installation that determine the choice of kernels and precision."""
 
     device: str
     """`cpu` or `cuda`."""
@@ -60,7 +60,7 @@ def capability_of(device: torch.device) -> Capability:
 
 
 def least_capable(capabilities: Sequence[Capability]) -> Capability:
-    """What the devices of all ranks support. `host` is the one whose device limits the precision."""
+    """The capability that the devices of all ranks share. `host` is the host whose device limits the precision."""
     return Capability(
         device=capabilities[0].device,
         compute=min(c.compute for c in capabilities),
@@ -79,7 +79,7 @@ def resolve(config: TrainConfig, capability: Capability) -> TrainConfig:
     precision = resolve_precision(config.engine.precision, capability.bf16)
     try:
         config = replace(config, engine=replace(config.engine, precision=precision))
-    except ConfigError as error:  # another key needs a different precision
+    except ConfigError as error:  # a key that requires a particular precision
         raise ConfigError(
             f"{error} (engine.precision=auto is {precision.value} on {capability.host})"
         ) from error

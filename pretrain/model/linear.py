@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., I] @ weight [O, I] transposed -> [..., O], as `F.linear`. Keeps x and the weight itself, not a view."""
+    """x [..., I] @ weight [O, I] transposed -> [..., O], like `F.linear`. Keeps x and the weight, not a view."""
     return _Linear.apply(x, weight)
 
 

@@ -1,4 +1,4 @@
-"""Which processors compute bf16 in hardware, and the precision of a run that follows from it. Imports no torch.
+"""Whether a CPU computes bf16 in hardware, and the precision that a run uses as a result. Imports no torch.
 
 A CPU without bf16 instructions emulates a bf16 matrix product, which is many times slower than one in fp32.
 """
@@ -14,8 +14,8 @@ from pretrain.config import Precision
 from pretrain.errors import ConfigError
 
 _CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
-"""CPU flags in /proc/cpuinfo, in this order: Intel and AMD since 2020, Intel since Sapphire Rapids, Arm since Neoverse
-V1."""
+"""CPU flags in /proc/cpuinfo for bf16: those of Intel and AMD since 2020, Intel since Sapphire Rapids, and Arm since
+Neoverse V1, in this order."""
 _ISAS_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
 """Values of the environment variable ONEDNN_MAX_CPU_ISA that keep oneDNN from using bf16 instructions."""
 
@@ -28,8 +28,8 @@ def resolve_precision(asked: Precision, has_bf16: bool) -> Precision:
 
 
 def precision_of(state: RunState) -> Precision:
-    """The precision in which the run that wrote a state.json computed. Raises ConfigError where it is not stated."""
-    # States from before `engine.precision=auto` existed state it only in their configuration.
+    """The precision of the run that wrote a state.json. Raises ConfigError where the file does not state it."""
+    # State files older than `engine.precision=auto` have the precision only in their configuration.
     try:
         return Precision(state.get("precision") or state["config"]["engine"]["precision"])
     except (KeyError, TypeError, ValueError) as error:

@@ -31,9 +31,9 @@ def recomputed(mode: Recompute, function: Callable[..., Tensor], *args: Any) -> 
     return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
 
-# Selective mode keeps the operators that cost most to recompute per byte kept: products with weights, and attention.
-# Everything else (norms, rotary embedding, SwiGLU) is cheap. The names are those of torch's dispatcher, as strings,
-# because some of these operators exist only after an import.
+# Selective mode keeps the results of the operators that cost the most to recompute per byte: products with weights, and
+# attention. Everything else (norms, rotary embedding, SwiGLU) is cheap. The names are those of torch's dispatcher. They
+# are strings because some of these operators exist only after an import.
 _KEPT = {
     "aten::mm",
     "aten::_scaled_mm",

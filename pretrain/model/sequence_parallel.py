@@ -20,7 +20,7 @@ from pretrain.distributed import World
 
 
 class SequenceGroup:
-    """The P ranks that share sequences with this one. They have neighboring ranks, so they are on one node."""
+    """The group of P ranks that share sequences. Their rank numbers are consecutive, so they are on one node."""
 
     def __init__(self, world: World) -> None:
         """Create a process group for each group of ranks. All ranks of the world must call this together."""
@@ -56,7 +56,7 @@ class SequenceGroup:
         widths = [part.shape[2] for part in parts]
         traded = self._trade(
             torch.cat(parts, dim=2).transpose(0, 1)
-        )  # [P, B, heads / P of all three, T / P, K]
+        )  # [P, B, heads / P of q, k and v together, T / P, K]
         return traded.permute(1, 2, 0, 3, 4).flatten(2, 3).split(widths, dim=1)  # type: ignore[return-value]
 
     def to_tokens(self, y: Tensor) -> Tensor:

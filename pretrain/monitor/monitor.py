@@ -38,7 +38,7 @@ from pretrain.reliability.processes import own_memory_bytes
 WANDB_INIT_TIMEOUT_S = 30.0
 WANDB_FINISH_TIMEOUT_S = 30.0  # less than srun's --wait, so that a slow upload never looks like a hung rank
 WANDB_QUEUE_RECORDS = 10_000
-# The hosts for which `wandb login` writes netrc, old and new.
+# The old and the new host for which `wandb login` writes netrc.
 WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 
 
@@ -64,12 +64,12 @@ class StepRecord:
     step_time_s: float
     """Wall time in seconds since the previous step, including the wait for data."""
     data_wait_s: float
-    """Seconds of it that training waited for data."""
+    """Seconds of `step_time_s` for which training waited for data."""
     cut_documents_frac: float
     """Fraction of the document pieces in the step's sequences that are not whole documents; 0 without document
     masking."""
     padding_tokens: int
-    """Number of `step_tokens` that are padding, over all ranks."""
+    """Number of padding tokens among `step_tokens`, over all ranks."""
     substituted_chunks: int
     """Number of chunks, in the run so far, that could not be read and were replaced by others."""
     skipped: bool
@@ -111,7 +111,7 @@ class _WandbWriter:
     """Sends records to W&B from a separate thread, so that no call of W&B can block training.
 
     An online run that cannot be opened is recorded offline instead (`wandb sync` uploads it later). Any other failure
-    ends W&B for this attempt. `on_failure` is called with one sentence for each of these.
+    ends W&B for this attempt. Each failure is reported by calling `on_failure` with one sentence.
     """
 
     def __init__(self, arguments: dict[str, Any], on_failure: Callable[[str], None]) -> None:
@@ -123,11 +123,11 @@ class _WandbWriter:
         self._thread.start()
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Queue one record. A full queue, because W&B is too slow, ends W&B for this attempt."""
+        """Queue one record. If the queue is full because W&B is too slow, W&B ends for this attempt."""
         self._put((step, values))
 
     def close(self, exit_code: int) -> None:
-        """Finish the W&B run, and wait for it for a limited time."""
+        """Finish the W&B run. Waits for at most WANDB_INIT_TIMEOUT_S + WANDB_FINISH_TIMEOUT_S."""
         self._put(exit_code)
         if not self._ended:
             self._thread.join(WANDB_INIT_TIMEOUT_S + WANDB_FINISH_TIMEOUT_S)
@@ -156,7 +156,7 @@ class _WandbWriter:
             if item == ExitCode.STOPPED:
                 run.mark_preempting()  # W&B then shows it as preempted, not as failed; the next attempt resumes it
             run.finish(exit_code=item)
-            # This ends W&B's own process, which first writes the last records to the run's file.
+            # This ends W&B's own process, which first writes the remaining records to the run's file.
             wandb.teardown(item)
         except Exception as error:
             self._fail(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
@@ -309,8 +309,10 @@ class Monitor:
             )
 
     def rolled_back(self, step: int, **facts: Any) -> None:
-        """Record that the run returned to its state after `step`, so that later metrics and ledger lines do not
-        count."""
+        """Record that the run returned to its state after `step`.
+
+        Metrics and ledger lines of later steps that are already written then no longer count.
+        """
         undone = {"kind": ROLLBACK, "attempt": self._attempt, "step": step + 1}
         if self._ledger is not None:
             self._ledger.append(undone)

@@ -1,6 +1,6 @@
-"""Accelerators as their makers describe them: the constants of `pretrain.plan.planner`. Imports no torch.
+"""The accelerators that `pretrain.plan.planner` knows, with figures from their makers. Imports no torch.
 
-A figure comes from a data sheet, or is marked as assumed. Prices are the list prices of one vendor on one day; set
+Every figure comes from a data sheet or is marked as assumed. Prices are the list prices of one vendor on one day; set
 your own with `cluster.usd_per_gpu_hour`.
 """
 
@@ -17,28 +17,28 @@ GIB = 2.0**30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """One kind of accelerator, and what usually surrounds it."""
+    """One kind of accelerator and the system that it is usually part of."""
 
     name: str
     """Its name in `cluster.gpu`."""
     label: str
-    """Its name in `pretrain.gpus`, which has its peak in 16-bit precisions."""
+    """Its name in `pretrain.gpus`, which lists its peak FLOP/s in 16-bit precisions."""
     fp32_flops: float
     """Peak in FLOP/s of fp32 products without tensor cores, which is what torch uses by default."""
     memory_bytes: float
     """Device memory in decimal bytes, as sold."""
     hbm_bytes_per_s: float
-    """Bandwidth of the device memory."""
+    """Bandwidth of the device memory, in bytes per second."""
     link_bytes_per_s: float
-    """Rate to the other devices of the node in one direction: half of the data sheet's NVLink figure, or PCIe."""
+    """Bytes per second in one direction to the node's other devices: half of the sheet's NVLink figure, or PCIe."""
     pcie_bytes_per_s: float
-    """Rate to the host in one direction."""
+    """Bytes per second to the host, in one direction."""
     nic_bits_per_s: float
-    """Network rate per device in the maker's own system, in one direction."""
+    """Network rate per device in the maker's own system, in bits per second and in one direction."""
     host_bytes: float
-    """Host memory per device in the maker's own system."""
+    """Host memory per device in the maker's own system, in bytes."""
     usd_per_hour: float | None
-    """List price on demand in a node of 8; None if no price was found."""
+    """On-demand list price in USD per device and hour, in a node of 8; None if no price was found."""
     calibrated_as: str
     """The device whose fitted constants are used: `a100` or `h100`, the only two with published runs."""
 
@@ -55,7 +55,7 @@ class Gpu:
 
 # These sheets were compared with a second source: H200 and B200 (memory, NVLink, PCIe, network; system descriptions in
 #   https://github.com/mlcommons/inference_results_v4.1 and _v6.0), L40S (a reseller's copy), H100 (bandwidth, NVLink).
-#   V100, A100, RTX 4090, PCIe rates and DGX networks rest on the sheet that is named; check before you buy by them.
+#   V100, A100, RTX 4090, PCIe rates and DGX networks have only the named sheet as source; check before a purchase.
 # Host memory: DGX-1 512 GB (2017), DGX A100 1 TB and 2 TB (2020, 2021), DGX H100, H200 and B200 2 TB, each for 8 GPUs;
 #   L40S and RTX 4090: assumed.
 # V100: "NVIDIA V100 Tensor Core GPU" data sheet (2020): 125 TFLOP/s tensor (fp16 only), 15.7 fp32, 32 GB, 900 GB/s,
@@ -66,7 +66,7 @@ class Gpu:
 #   3.35 TB/s, NVLink 900 GB/s both ways; PCIe 5.0 x16: 63 GB/s. DGX H100 (2023): 8 x 400 Gb/s.
 # H200 SXM: "NVIDIA H200 Tensor Core GPU" data sheet (2024): as H100, 141 GB, 4.8 TB/s. DGX H200: 8 x 400 Gb/s.
 # B200: "NVIDIA DGX B200" data sheet (2024): for 8 GPUs 36 PFLOP/s sparse bf16, 1,440 GB, 64 TB/s, NVLink 14.4 TB/s
-#   both ways; 8 x 400 Gb/s. fp32: no sheet at hand; 75 TFLOP/s assumed. A driver was seen to report 7.67 TB/s:
+#   both ways; 8 x 400 Gb/s. fp32: assumed 75 TFLOP/s, without a sheet. A driver reported 7.67 TB/s:
 #   https://github.com/pytorch/ao/pull/4002
 # L40S: "NVIDIA L40S" data sheet (2023): 362.05 TFLOP/s dense bf16, 91.6 fp32, 48 GB, 864 GB/s, PCIe 4.0 x16, no
 #   NVLink. Network: assumed, 100 Gb/s.

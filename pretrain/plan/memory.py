@@ -1,8 +1,8 @@
-"""What a rank holds: bytes by part, as a pure function of the configuration and the number of ranks. Imports no torch.
+"""The memory of a rank in bytes, by part: a pure function of configuration and number of ranks. Imports no torch.
 
 There are P parameters, of which S are small enough to stay whole under ZeRO stage 3, and N ranks over which the state
-is cut. These are the bytes per parameter that DeepSpeed 0.19 holds, w being the width of a working parameter. They
-were found by counting the storages of real runs (test_planner.py):
+is partitioned. The table shows the bytes per parameter that DeepSpeed 0.19 holds, where w is the width in bytes of a
+working parameter. They were found by counting the storages of real runs (test_planner.py):
 
               parameters    masters   moments   gradients
     stage 0   4             0         8         4            fp32 only
@@ -11,8 +11,8 @@ were found by counting the storages of real runs (test_planner.py):
     stage 3   w/N + w S/P   4/N       8/N       4/N
 
 In bf16, stages 1 and 2 also convert their share of the gradients to fp32 during the update, which takes 4/N more.
-ZeRO: Rajbhandari et al., 2020. Activations are what autograd keeps of each operation of `pretrain.model.decoder`;
-compare Korthikanti et al., 2022.
+ZeRO: Rajbhandari et al., 2020. Activations are the tensors that autograd keeps for each operation of
+`pretrain.model.decoder`; compare Korthikanti et al., 2022.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from pretrain.config.engine import NVME_SUB_GROUP_ELEMENTS, EngineConfig
 from pretrain.plan.hardware import GIB
 
 CONTEXT_BYTES = 1.5 * GIB
-"""Memory for the CUDA context and the buffers of NCCL and cuBLAS; assumed."""
+"""Bytes for the CUDA context and the buffers of NCCL and cuBLAS (assumed)."""
 FRAGMENTATION_FRAC = 0.06
-"""What the allocator reserves beyond what it serves, as a share of that; assumed."""
+"""Memory that the allocator reserves but does not hand out, as a fraction of the memory handed out (assumed)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Partitioning:
-    """The number of ranks over which the state of a model is cut. In plain ZeRO it is all of them."""
+    """The number of ranks over which the state of a model is partitioned. In plain ZeRO these are all ranks."""
 
     n_ranks: int
     """Number of ranks of the job."""
     ranks_per_copy: int
-    """Number of ranks that hold one copy of the state together; the job has n_ranks / ranks_per_copy copies."""
+    """Number of ranks that together hold one copy of the state; the job has n_ranks / ranks_per_copy copies."""
 
 
 def persistent_elements(model: ModelConfig, engine: EngineConfig) -> int:
@@ -57,11 +57,11 @@ def element_bytes(engine: EngineConfig) -> int:
 
 
 def kept_elements(model: ModelConfig, engine: EngineConfig) -> int:
-    """Under ZeRO stage 3, the gathered elements that are kept between the forward and the backward pass.
+    """Number of gathered elements that ZeRO stage 3 keeps between the forward and the backward pass.
 
-    When a module is done, DeepSpeed 0.19 looks `max_live_elements` elements ahead and keeps what will be used again
-    within them. A block, which is gathered as a whole, is kept if the backward pass reaches it within this number.
-    When DeepSpeed looks ahead from the embedding, it counts the norm and the head, but not the blocks.
+    When a module is done, DeepSpeed 0.19 looks `max_live_elements` elements ahead and keeps the parameters that will be
+    used again within them. A block, which is gathered as a whole, is kept if the backward pass reaches it within this
+    number. When DeepSpeed looks ahead from the embedding, it counts the norm and the head, but not the blocks.
     """
     if engine.zero_stage != 3:
         return 0
@@ -76,7 +76,7 @@ def kept_elements(model: ModelConfig, engine: EngineConfig) -> int:
 
 
 def state_bytes(model: ModelConfig, engine: EngineConfig, partitioning: Partitioning) -> dict[str, int]:
-    """Bytes of the weights, masters, moments and gradients that one rank holds between steps, on any medium."""
+    """Bytes of weights, masters, moments and gradients that a rank holds between steps, in memory or on disk."""
     n, zero_stage = partitioning.ranks_per_copy, engine.zero_stage
     total, width = count_parameters(model), element_bytes(engine)
     cut = sum(count * -(-size // n) for size, count in parameter_sizes(model))
@@ -97,7 +97,7 @@ def state_bytes(model: ModelConfig, engine: EngineConfig, partitioning: Partitio
                 "parameters": width * share,
                 "persistent parameters": width * small
                 if n > 1
-                else 0,  # a single rank holds everything whole anyway
+                else 0,  # a single rank already holds everything whole
                 "masters": 4 * share,
                 "moments": 8 * share,
                 "gradients": 4 * share,
@@ -112,9 +112,9 @@ class Pass:
     """The input of one forward and backward pass of a rank."""
 
     sequences: int
-    """B."""
+    """B: number of sequences."""
     sequence_length: int
-    """T, tokens."""
+    """T: tokens per sequence."""
     masked: bool
     """Whether attention gets a mask [B, 1, T, T], which only document masking with kernels.attention=sdpa needs."""
 
@@ -127,10 +127,10 @@ class Pass:
 def saved_bytes_per_token(model: ModelConfig, width: int, sequence_length: int, masked: bool) -> int:
     """Bytes per token that autograd keeps of one block for its backward pass, with fused norms as on a GPU.
 
-    With `width` bytes per element these are the residual stream twice and what the norms make of it (4 D), queries
-    and the output of attention (2 H K), keys and values (2 G K, or 2 H K if they are repeated because of a mask), and
-    gate, up, silu(gate) and their product (4 F). In fp32 there are two inverse norms, and the log-sum-exp of each
-    head. With a mask, the kernel also keeps its row of T elements in each layer.
+    With `width` bytes per element, it keeps the residual stream twice and the outputs of the norms (4 D), queries and
+    the output of attention (2 H K), keys and values (2 G K, or 2 H K if they are repeated because of a mask), and
+    gate, up, silu(gate) and their product (4 F). In fp32 it keeps two inverse norms, and the log-sum-exp of
+    each head. With a mask, the kernel also keeps the token's mask row of T elements in each layer.
     """
     q, kv = model.n_heads * model.head_width, model.kv_heads * model.head_width
     elements = 4 * model.d_model + 2 * q + 2 * (q if masked else kv) + 4 * model.d_ff
@@ -143,9 +143,9 @@ def saved_bytes_per_token(model: ModelConfig, width: int, sequence_length: int, 
 def selected_bytes_per_token(model: ModelConfig, width: int) -> int:
     """Bytes per token that selective activation checkpointing keeps of one block.
 
-    These are the block's input (D), the results of products (queries, keys, values, the attention layer's output (D),
-    gate and up (2 F), the feed-forward layer's output (D)), and of attention itself its result (H K) and a log-sum-exp
-    in fp32 for each head.
+    It keeps the block's input (D), the results of products (queries, keys, values, the attention layer's output (D),
+    gate and up (2 F), the feed-forward layer's output (D)), the result of attention itself (H K), and one fp32
+    log-sum-exp per head.
     """
     q, kv = model.n_heads * model.head_width, model.kv_heads * model.head_width
     return width * (3 * model.d_model + 2 * q + 2 * kv + 2 * model.d_ff) + 4 * model.n_heads
@@ -164,9 +164,9 @@ def activation_bytes(model: ModelConfig, engine: EngineConfig, each: Pass) -> di
         case Recompute.full:
             kept, at_work = model.n_layers * stream, block
     assert model.vocab_size is not None
-    # Log-probabilities, their gradient and the gradient of the logits, in fp32, of one chunk of the loss.
+    # One chunk of the loss holds log-probabilities, their gradient and the gradient of the logits, all in fp32.
     logits = 12 * model.vocab_size * min(tokens, model.loss_chunk_tokens)
-    # While the head runs, no block is recomputed, so that the larger of the two counts.
+    # While the head runs, no block is recomputed, so only the larger of the two counts.
     tables = 8 * tokens * model.head_width + (each.sequence_length * tokens if each.masked else 0)
     # The workspace holds gradients of a block's widest intermediate, or rotary positions in fp32.
     workspace = tokens * max(3 * width * model.d_ff, 12 * model.n_heads * model.head_width)
@@ -205,7 +205,7 @@ def memory_bytes(
         for part in ("masters", "moments", "gradients"):
             if part != "gradients" or engine.zero_stage > 1:
                 host[part] = device.pop(part)
-    if engine.nvme_path is not None:  # gradients stay in memory, with four buffers of a sub-group
+    if engine.nvme_path is not None:  # gradients stay in memory, and so do four buffers of one sub-group
         del host["masters"], host["moments"]
         share = -(-count_parameters(model) // partitioning.ranks_per_copy)
         host["buffers for NVMe"] = 4 * 4 * min(NVME_SUB_GROUP_ELEMENTS, share)

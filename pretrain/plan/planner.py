@@ -1,8 +1,8 @@
 """Memory, time and cost of a run before it is launched: pure functions of a configuration and a cluster.
 
-Imports no torch, so that it answers at once. Nothing here has been measured on a GPU of this project. A figure is
+Imports no torch, so that it answers quickly. Nothing here has been measured on GPUs of this project. Every figure is
 `measured` (counted in real runs of this program), `fitted` (to published runs of others) or `projected` (neither).
-docs/planning.md says how to read a plan.
+docs/planning.md explains how to read a plan.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CALIBRATED = ("a100", "a100_40", "h100")
 """Devices of the published runs that the constants were fitted to; these runs had 8 to 64 devices."""
 OTHER_STACKS = 0.15
-"""Largest error of the logarithm of the step time on runs that were not fitted: torchtitan on 8 to 128 GPUs."""
+"""Largest error of ln(step time) on runs that were not used for the fit: torchtitan on 8 to 128 GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Site:
-    """Everything about a cluster but its devices: price, storage, failures, host memory."""
+    """Properties of a cluster apart from its devices: price, storage rate, restart time and host memory."""
 
     usd_per_gpu_hour: float | None
-    """Price of a device; None if it is not known."""
+    """Price of one device per hour in USD; None if it is not known."""
     storage_bytes_per_s: float
-    """Rate at which all ranks together write a checkpoint."""
+    """Rate at which all ranks together write a checkpoint, in bytes per second."""
     restart_s: float
-    """Time from a failure until training goes on: detection, start, loading."""
+    """Seconds from a failure until training continues: detection, start, loading."""
     host_bytes_per_node: float
-    """Host memory of a node."""
+    """Host memory of a node, in bytes."""
 
 
 _CHECKPOINTING = {
@@ -72,7 +72,7 @@ class Option:
     engine: EngineConfig
     """The engine, with this option's ZeRO stage and offloads."""
     partitioning: Partitioning
-    """How the state is cut over the ranks."""
+    """How the state is partitioned over the ranks."""
     each: Pass
     """The input of each forward and backward pass."""
     accum_steps: int
@@ -80,7 +80,7 @@ class Option:
 
     @property
     def name(self) -> str:
-        """The ZeRO stage, the micro batch, and what is switched on."""
+        """The ZeRO stage, the micro batch, and the features that are enabled."""
         extra = [
             _CHECKPOINTING[self.model.activation_checkpointing],
             "offload optimizer" if self.engine.offload_optimizer else "",
@@ -114,13 +114,13 @@ class AssessedOption(NamedTuple):
     """An option with the memory and time that it takes."""
 
     option: Option
-    """The option."""
+    """The option that was assessed."""
     device: dict[str, int]
     """Bytes of device memory per rank, by part."""
     host: dict[str, int]
     """Bytes of host memory per rank, by part."""
     step: StepTime
-    """The time of a step."""
+    """The time of one step."""
     problem: str | None
     """Why the option cannot run; None if it fits."""
 
@@ -131,7 +131,7 @@ class AssessedOption(NamedTuple):
 
 
 def options(config: TrainConfig, cluster: Cluster, search: bool = True) -> Iterator[Option]:
-    """All ways to run the configuration on the cluster, or without `search` only the one that it asks for.
+    """All ways to run the configuration on the cluster, or without `search` only the configured one.
 
     ZeRO stage 0 is tried only in fp32, the only precision in which this program runs it, and offloaded parameters only
     with an offloaded optimizer.
@@ -179,7 +179,7 @@ def options(config: TrainConfig, cluster: Cluster, search: bool = True) -> Itera
 
 
 def _with(engine: EngineConfig, zero_stage: int, optimizer: bool, params: bool) -> EngineConfig:
-    """The configured engine with another ZeRO stage and offload. What these do not allow is switched off."""
+    """The configured engine with another ZeRO stage and offload. Features that these do not allow are disabled."""
     return replace(
         engine,
         zero_stage=zero_stage,
@@ -224,7 +224,10 @@ def assess(
 def rank_options(
     config: TrainConfig, cluster: Cluster, site: Site, search: bool = True
 ) -> list[AssessedOption]:
-    """All options: those that fit, the fastest first and with less memory among equals, then those that do not fit."""
+    """All options in order: those that fit, by step time and then by memory, followed by those that do not fit.
+
+    Raises ConfigError if there is no option because the micro batch does not divide a rank's sequences.
+    """
     assessed = [assess(option, cluster, site) for option in options(config, cluster, search)]
     if not assessed:
         raise ConfigError(
@@ -235,7 +238,7 @@ def rank_options(
 
 
 def advised_interval_s(save_cost_s: float, mtbf_s: float) -> float:
-    """The interval between saves that loses the least (Young, 1974), as in `pretrain.checkpoint.saver`."""
+    """Seconds between saves that lose the least time (Young, 1974), as in `pretrain.checkpoint.saver`."""
     return math.sqrt(2 * save_cost_s * mtbf_s)
 
 
@@ -244,17 +247,17 @@ class Goodput:
     """The time that saves and failures take from a run."""
 
     checkpoint_bytes: int
-    """Size of a checkpoint."""
+    """Size of a checkpoint in bytes."""
     stall_s: float
-    """Time for which training stands still for a save, which is the copy to host memory."""
+    """Seconds that training pauses for a save, which is the time of the copy to host memory."""
     write_s: float
-    """Time to write a checkpoint, while training goes on."""
+    """Seconds to write a checkpoint while training continues."""
     mtbf_s: float
-    """Mean time between failures of the whole job."""
+    """Mean time in seconds between failures of the whole job."""
     interval_s: float
-    """The advised interval between saves, but no shorter than a write takes."""
+    """Advised seconds between saves, at least as long as a write takes."""
     frac: float
-    """Share of wall time that trains: all but the stalls, and half an interval and a restart for each failure."""
+    """Fraction of wall time spent in training. The rest is stalls, plus half an interval and a restart per failure."""
 
 
 def goodput(
@@ -280,16 +283,16 @@ def goodput(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A run on a cluster, with the option that was chosen."""
+    """A run on a cluster with its assessed options."""
 
     config: TrainConfig
     """The configuration of the run."""
     cluster: Cluster
     """The devices and their network."""
     site: Site
-    """Everything else about the cluster."""
+    """The other properties of the cluster."""
     ranked: list[AssessedOption]
-    """All options, the best first."""
+    """All options, with the best one first."""
     goodput: Goodput
     """The time that saves and failures take."""
 
@@ -300,12 +303,12 @@ class Plan:
 
     @property
     def days(self) -> float:
-        """Wall time of all steps in days, failures included."""
+        """Wall time of all steps in days, including saves and failures."""
         return self.config.n_steps * self.best.step.total_s / self.goodput.frac / 86400
 
     @property
     def usd(self) -> float | None:
-        """Price of the run; None if no price is known."""
+        """Price of the run in USD; None if no price is known."""
         if self.site.usd_per_gpu_hour is None:
             return None
         return self.days * 24 * self.cluster.n_ranks * self.site.usd_per_gpu_hour
@@ -330,7 +333,7 @@ def make_plan(config: TrainConfig, cluster: Cluster, site: Site, search: bool = 
 
 
 def uncertainties(plan: Plan) -> list[tuple[str, float]]:
-    """What is not known, each with the fraction by which the run is longer or dearer at worst; the largest first."""
+    """The unknowns of a plan, largest first, each with the fraction by which time or cost grows in the worst case."""
     constants = CALIBRATIONS[plan.cluster.gpu.calibrated_as]
     option, total = plan.best.option, plan.best.step.total_s
 
@@ -355,25 +358,25 @@ def uncertainties(plan: Plan) -> list[tuple[str, float]]:
 
 
 def data_bytes_per_s(plan: Plan) -> float:
-    """The rate at which the whole job reads its corpus."""
+    """Bytes per second that the whole job reads from its corpus."""
     return token_bytes(plan.config.model) * plan.best.step.tokens_per_second
 
 
 def token_bytes(model: ModelConfig) -> int:
-    """Bytes of a token on disk: 2 up to a vocabulary of 65,536, else 4."""
+    """Bytes of a token on disk: 2 for a vocabulary of up to 65,536 entries, otherwise 4."""
     assert model.vocab_size is not None
     return 2 if model.vocab_size <= 65_536 else 4
 
 
 def checkpoints_kept(config: TrainConfig) -> int:
-    """The largest number of checkpoints on disk at the end of the run, with one that is being written."""
+    """Largest number of checkpoints on disk at the end of the run, including one that is being written."""
     policy = config.checkpoint
     permanent = config.n_steps // policy.keep_every_steps if policy.keep_every_steps else 0
     return policy.keep_last + policy.keep_best + permanent + 1
 
 
 def sent_bytes(assessed: AssessedOption, cluster: Cluster) -> list[tuple[str, float, float]]:
-    """For each collective its kind and time, the bytes that a rank sends per step, and those that enter a node."""
+    """For each collective: its kind and phase, the bytes that a rank sends per step, and those that enter a node."""
     option = assessed.option
     micro, once = collectives(option.model, option.engine, option.partitioning, cluster)
     return [

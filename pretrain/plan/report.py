@@ -1,4 +1,4 @@
-"""A plan as text and as JSON-ready values. Each figure says how it is known: measured, fitted or projected."""
+"""A plan as text and as JSON-ready values. Each figure is marked as measured, fitted or projected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pretrain.plan.planner import (
     uncertainties,
 )
 
-# For these parts the formulas give the sums of storages that were counted in real runs (test_planner.py).
+# For these parts, the formulas match the storages that were counted in real runs (test_planner.py).
 COUNTED = {
     "parameters",
     "persistent parameters",
@@ -50,7 +50,7 @@ def memory_figures(assessed: AssessedOption) -> dict[str, Figure]:
 
 
 def time_figures(plan: Plan) -> dict[str, Figure]:
-    """The time of a step by part, and what follows from it: duration, cost, saves, storage."""
+    """The time of a step by part, and the figures that follow from it: duration, cost, saves and storage."""
     best, step, good = plan.best, plan.best.step, plan.goodput
     calibrated = plan.cluster.gpu.name in CALIBRATED and plan.cluster.n_ranks <= 64
     known = FITTED if calibrated else PROJECTED
@@ -125,7 +125,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """The plan for a person."""
+    """The plan as lines of text."""
     config, cluster, best = plan.config, plan.cluster, plan.best
     lines = [
         f"{cluster.nodes} nodes x {cluster.gpus_per_node} {cluster.gpu.label}, "
@@ -174,7 +174,7 @@ def _shown(figure: Figure) -> str:
 
 
 def ranked_lines(ranked: list[AssessedOption]) -> list[str]:
-    """The best options, and the options that are left out, with the reasons."""
+    """Lines for the best options, and for the options that do not fit, with the reasons."""
     fits, rest = [j for j in ranked if j.problem is None], [j for j in ranked if j.problem]
     lines = [f"options, the fastest first ({len(fits)} fit, {len(rest)} are left out)"]
     for one in fits[:RANKED_LINES]:

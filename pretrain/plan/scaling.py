@@ -11,7 +11,7 @@ from pretrain.plan.time import Cluster, StepTime, mfu_frac, step_time
 
 SEQUENCE_LENGTH = 4096
 GLOBAL_BATCH_SEQUENCES = 4096
-"""The batch is the same for all numbers of GPUs, 16.8 million tokens, so that each GPU has at least one sequence."""
+"""Sequences per step, 16.8 million tokens. It is the same for every number of GPUs, and gives each at least one."""
 GPU_COUNTS = (8, 32, 128, 512, 1024, 4096)
 GPUS_PER_NODE = 8
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -27,12 +27,12 @@ ZEROPP = replace(ENGINE, hpz_partition_ranks=GPUS_PER_NODE, quantized_weights=Tr
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scheme:
-    """One way to cut the state under ZeRO stage 3."""
+    """One way to partition the state under ZeRO stage 3."""
 
     name: str
     """Name of the column in the table."""
     engine: EngineConfig
-    """The engine."""
+    """The engine configuration."""
     hybrid: bool = False
     """Whether groups of ranks hold copies of the state."""
 

@@ -1,6 +1,6 @@
-"""How long a step takes: bytes on the wire and seconds by part, as pure functions. Imports no torch.
+"""The time of a step: bytes sent and seconds by part, as pure functions. Imports no torch.
 
-The volumes are those that DeepSpeed 0.19 moves; they were counted in real runs (test_planner.py). The times are
+The byte counts are those of DeepSpeed 0.19; they were counted in real runs (test_planner.py). The times are
 computed from the peaks in data sheets and the constants in CALIBRATIONS, which benchmarks/fit_planner.py fits to
 published runs.
 """
@@ -31,16 +31,16 @@ from pretrain.plan.memory import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """The constants that no data sheet says. benchmarks/fit_planner.py fits them."""
+    """Constants that are in no data sheet. benchmarks/fit_planner.py fits them."""
 
     matmul_frac: float
     """Share of the peak that matrix products reach."""
     attention_frac: float
     """Share of the peak that attention reaches if its operations are counted as if all tokens saw each other."""
     passes: float
-    """Number of times that what a block keeps for its backward pass goes through device memory in both passes."""
+    """Device memory traffic of both passes, as a multiple of the bytes that a block keeps for its backward pass."""
     exposed_frac: float
-    """Share of the communication that could hide behind computation, but does not."""
+    """Fraction of the communication that could overlap with computation but does not."""
     link_frac: float
     """Share of the link's rate that collectives within a node reach."""
     network_frac: float
@@ -59,21 +59,21 @@ CALIBRATIONS: dict[str, Calibration] = {
     for gpu, matmul_frac, attention_frac in (("a100", 0.933, 0.553), ("h100", 0.847, 0.317))
 }
 HOP_S = 1e-5
-"""Latency of a collective per node of its ring; assumed, because runs of up to 8 nodes are too few to fit it."""
+"""Latency in seconds of a collective per node of its ring (assumed: runs of up to 8 nodes are too small to fit it)."""
 HBM_FRAC = 0.8
-"""Share of the memory bandwidth that the kernel of an optimizer reaches; assumed."""
+"""Fraction of the memory bandwidth that an optimizer kernel reaches (assumed)."""
 HOST_BYTES_PER_S = 30e9
-"""Memory rate of one rank that updates on the host; AdamW moved 28 bytes for each of 57.7 million values in 54 ms."""
+"""Memory rate of a rank that updates on the host: AdamW moved 28 bytes for each of 57.7 million values in 54 ms."""
 NVME_BYTES_PER_S = 1e9
-"""Rate at which one rank reads or writes if the ranks of a host share a disk; assumed."""
+"""Rate at which a rank reads or writes if the ranks of a host share a disk (assumed)."""
 HOST_S_PER_BLOCK = {0: 4.8e-3, 1: 4.8e-3, 2: 4.8e-3, 3: 14.8e-3}
-"""By ZeRO stage, the time of the host's main thread for one block and micro batch, forward and backward. It launches
-operations and, under stage 3, runs DeepSpeed's hooks; a device that is done sooner waits for it. This is the CPU time
+"""Seconds of the host's main thread per block and micro batch, forward and backward, by ZeRO stage. The thread launches
+operations and, under stage 3, runs DeepSpeed's hooks; a device that finishes earlier waits for it. This is the CPU time
 of 12 blocks minus that of 4 in 2-rank runs in which the computation itself takes almost no time. It is assumed to be
-the same beside a GPU."""
+the same with a GPU."""
 MASK_FACTOR = 2.0
-"""Factor of the time of attention with a mask: the kernel does not skip later tokens, and so computes twice as much;
-assumed."""
+"""Factor by which a mask slows down attention, since the kernel does not skip later tokens and computes twice as much
+(assumed)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +87,7 @@ class Cluster:
     gpus_per_node: int
     """Number of devices in each node."""
     nic_bits_per_s: float
-    """Network rate per device in one direction."""
+    """Network rate per device in one direction, in bits per second."""
 
     @property
     def n_ranks(self) -> int:
@@ -119,7 +119,7 @@ class Collective:
 
     @property
     def rounds(self) -> int:
-        """Number of times that the payload goes around; an all-reduce is a reduce-scatter and an all-gather."""
+        """Number of passes around the ring: 2 for an all-reduce (a reduce-scatter and an all-gather), otherwise 1."""
         return 2 if self.kind == "all-reduce" else 1
 
     @property
@@ -183,7 +183,7 @@ def collectives(
 
 
 def collective_s(collective: Collective, cluster: Cluster, constants: Calibration) -> float:
-    """The time of a collective on a ring with one rail per device: the slower of link and network, plus latency."""
+    """Seconds of a collective on a ring with one rail per device: the slower of link and network, plus latency."""
     if collective.n_ranks == 1:
         return 0.0
     link = cluster.gpu.link_bytes_per_s * constants.link_frac
@@ -210,7 +210,7 @@ def peak_flops(gpu: Gpu, precision: Precision) -> float:
 def compute_s(
     model: ModelConfig, engine: EngineConfig, each: Pass, gpu: Gpu, constants: Calibration
 ) -> tuple[float, float]:
-    """The times of the forward and the backward pass of one micro batch, recomputation included."""
+    """Seconds of the forward and the backward pass of one micro batch, including recomputation."""
     peak = peak_flops(gpu, engine.precision)
     dense, attention = matmul_flops_per_token(model), attention_flops_per_token(model, each.sequence_length)
     if each.masked:
@@ -230,9 +230,10 @@ def compute_s(
 
 
 def optimizer_s(model: ModelConfig, engine: EngineConfig, partitioning: Partitioning, gpu: Gpu) -> float:
-    """The time of AdamW: it reads weight, gradient and two moments, and writes three of them and the bf16 weight.
+    """Seconds of an AdamW update.
 
-    These are 28 + 2 bytes per parameter.
+    It reads weight, gradient and two moments, and writes weight, moments and the bf16 weight: 28 + 2 bytes per
+    parameter.
     """
     share = count_parameters(model) / (partitioning.ranks_per_copy if engine.zero_stage else 1)
     if not engine.offload_optimizer:
@@ -246,16 +247,16 @@ def optimizer_s(model: ModelConfig, engine: EngineConfig, partitioning: Partitio
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
-    """The time of one step by part: computing, exposed communication and the optimizer add up to `total_s`."""
+    """The time of one step by part, in seconds. Compute, exposed communication and optimizer add up to `total_s`."""
 
     compute_s: float
     """Time of the forward and backward passes on the device, or on the host where that is slower."""
     exposed_communication_s: float
-    """Time of the communication that does not hide behind computation."""
+    """Time of the communication that does not overlap with computation."""
     optimizer_s: float
     """Time of the optimizer's update."""
     communication_s: float
-    """Time of all communication, hidden or not."""
+    """Time of all communication, overlapped or not."""
     tokens: int
     """Number of tokens in the global batch."""
     model_flops: float
@@ -263,7 +264,7 @@ class StepTime:
 
     @property
     def total_s(self) -> float:
-        """Time of the step."""
+        """Total time of the step in seconds."""
         return self.compute_s + self.exposed_communication_s + self.optimizer_s
 
     @property
@@ -285,10 +286,10 @@ def step_time(
 ) -> StepTime:
     """The time of one step of `accum_steps` micro batches.
 
-    In each pass communication hides behind computation, so that the pass takes max(compute, communication) plus
-    exposed_frac of the smaller of the two. Communication at the update hides behind nothing, except for the reduction
-    of the gradients in ZeRO stage 1, which overlaps the last backward pass. `host_s_per_block` is HOST_S_PER_BLOCK by
-    default.
+    In each pass communication overlaps with computation, so the pass takes max(compute, communication) plus
+    exposed_frac of the smaller of the two. Communication at the update overlaps with nothing, except for the reduction
+    of the gradients in ZeRO stage 1, which overlaps with the last backward pass. `host_s_per_block` is HOST_S_PER_BLOCK
+    by default.
     """
     fitted = constants or CALIBRATIONS[cluster.gpu.calibrated_as]
     micro, once = collectives(model, engine, partitioning, cluster)

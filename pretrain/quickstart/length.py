@@ -1,4 +1,4 @@
-"""The length of the quickstart's training run. It is chosen after the first half has been timed, and saved.
+"""Chooses the length of the quickstart's training run after timing its first half, and saves the choice.
 
 This module uses only the standard library, because the quickstart may have to create its environment first.
 """
@@ -12,18 +12,18 @@ from pathlib import Path
 from pretrain.files import write_atomically
 
 LONGEST_STEPS = 800
-"""Length of a run that the time limit does not shorten: total_steps of conf/experiment/quickstart.yaml."""
+"""Steps of a run that the time limit does not shorten: total_steps of conf/experiment/quickstart.yaml."""
 FEWEST_STEPS = 200
-"""Shortest run that may be chosen. After 150 steps the held-out loss was 6% below the unigram entropy."""
+"""Steps of the shortest run that may be chosen. After 150 steps the held-out loss was 6% below the unigram entropy."""
 WARMUP_STEPS = 20
 FIRST_HALF_FRAC = 0.4
 """Fraction of the remaining time that the first half may take. The second half and the later stages need the rest."""
 SHORTEST_HALF_S = 60.0
-"""Time that each half gets in any case, enough for some steps after a slow start."""
+"""Seconds that each half gets in any case, which are enough for some steps after a slow start."""
 USABLE_FRAC = 0.9
-"""Fraction of the remaining time that is planned, because the speed of a shared machine varies."""
+"""Fraction of the remaining time that may be planned. The rest is reserve, since a shared machine's speed varies."""
 AFTER_STARTS, AFTER_STEPS = 2.0, 35.0
-"""Time of the evaluation, the export and the sample: as long as this number of starts plus this number of steps."""
+"""The evaluation, the export and the sample together take as long as this number of starts and of steps."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Length:
-    """The length of the run, and the reason for it."""
+    """The length of the run and the reason for choosing it."""
 
     steps: int
     """Number of steps of the whole run."""
@@ -67,7 +67,7 @@ class Length:
         )
 
     def save(self, path: Path) -> None:
-        """Save it for later starts of the quickstart in the same folder."""
+        """Save the length for later starts of the quickstart in the same folder."""
         write_atomically(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
     @staticmethod
@@ -77,9 +77,10 @@ class Length:
 
 
 def choose_length(measured: Measured, left_s: float, minutes: float) -> Length:
-    """The longest run, from FEWEST_STEPS to LONGEST_STEPS, with which the job ends in `left_s` seconds.
+    """The longest run, from FEWEST_STEPS to LONGEST_STEPS, with which the job ends within `left_s` seconds.
 
-    It has at least one more step than are done. `minutes` is the time that the user gave for the whole job.
+    It has at least one step more than the steps already completed. `minutes` is the time that the user gave for the
+    whole job.
     """
     after_s = AFTER_STARTS * measured.start_s + AFTER_STEPS * measured.step_s
     rest_s = measured.start_s + after_s

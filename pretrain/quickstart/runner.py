@@ -25,7 +25,7 @@ POLL_S = 0.1
 GRACE_S = 20.0
 """Seconds that a command other than a training run gets to end after SIGTERM."""
 CHATTER = re.compile(r'\[[0-9-]+ [0-9:,]+\] \[(INFO|WARNING|ERROR)\] \[[a-z_]+\.py|\[W[0-9]{3,}|\{"run_dir"')
-"""Lines that are meant for programs. They go to the log but not to the screen."""
+"""Matches lines that are meant for programs. They are written to the log but not shown on the screen."""
 
 
 class Failed(Exception):
@@ -130,7 +130,7 @@ class CommandRunner:
         return self._asked
 
     def _heed(self) -> None:
-        """Raise Stopped where a stop was requested."""
+        """Raise Stopped if a stop was requested."""
         if asked := self._asked_by():
             self._stop_file.unlink(missing_ok=True)
             raise Stopped(asked)
@@ -146,7 +146,7 @@ def _signal_group(child: subprocess.Popen[bytes], number: signal.Signals) -> Non
 
 
 def _show(written: IO[str]) -> None:
-    """Print the complete lines that are new, except those that are meant for programs."""
+    """Print the new complete lines, except those that are meant for programs."""
     while True:
         at = written.tell()
         line = written.readline()

@@ -1,7 +1,7 @@
 """The training loop: one optimizer step after another, and what happens between them.
 
 `_stretch` is the outline: get batches, update the weights, agree with the other ranks, record, save. All decisions
-that change training (stop, skip, roll back) are taken from the sums over the ranks, so that all ranks decide alike.
+that change training (stop, skip, roll back) use only sums over the ranks, so that all ranks decide the same.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ from pretrain.train.run import Run, assemble, restore, state_of
 
 
 def train(inputs: Inputs, world: World, watchdog: Watchdog) -> ExitCode:
-    """Train until the last step or a request to stop. All ranks call this together."""
+    """Train until the last step or a request to stop. All ranks call this together.
+
+    Raises ConfigError where the configuration cannot start or continue the run, or where the run diverges too often,
+    and RunError where a disk, a checkpoint, data or a rank fails.
+    """
     config = inputs.config
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -57,13 +61,13 @@ def train(inputs: Inputs, world: World, watchdog: Watchdog) -> ExitCode:
 
 
 def _reason(run: Run) -> str:
-    """Why the run stops. Any rank may know; the loss of the launcher is named only where nobody asked for a stop."""
+    """Why the run stops, as far as any rank knows. A lost launcher is the reason only if no stop was requested."""
     known = [reason for reason in gather_objects(run.stop.reason, run.world) if reason is not None]
     return min(known, key=lambda reason: reason == LAUNCHER_LOST, default=f"stop_at_step={run.step}")
 
 
 def _loop(run: Run) -> ExitCode:
-    """Train from the checkpoint, or from the start, and after each rollback from an older checkpoint again."""
+    """Train from the current state, and after each rollback again from the older checkpoint."""
     if run.stop_vote.now():  # a stop was requested during startup: there is nothing to save
         return ExitCode.STOPPED
     while True:
@@ -73,7 +77,7 @@ def _loop(run: Run) -> ExitCode:
 
 
 def _stretch(run: Run) -> ExitCode | None:
-    """Train until the run ends or stops, which gives its exit code, or until it rolls back, which gives None."""
+    """Train until the run ends or stops, and return its exit code, or until it rolls back, and return None."""
     timer = StepTimer()
     for batches in run.loader.steps(run.step + 1):
         timer.data_arrived()
@@ -97,21 +101,21 @@ def _stretch(run: Run) -> ExitCode | None:
 
 
 class StepTimer:
-    """The wall time of the current step: from `restart` over `data_arrived` to `step_done`. Monotonic, seconds."""
+    """Measures the current step in seconds on the monotonic clock: `restart`, then `data_arrived`, then `step_done`."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
         self.data_wait_s = 0.0
-        """Time from the beginning of the step until its batches arrived."""
+        """Seconds from the beginning of the step until its batches arrived."""
         self.step_time_s = 0.0
-        """Time from the beginning of the step until it was done, the wait for data included."""
+        """Seconds from the beginning of the step until it was done, including the wait for data."""
 
     def data_arrived(self) -> None:
-        """Note that the loader has given the batches of the step."""
+        """Record that the loader has returned the batches of the step."""
         self.data_wait_s = time.monotonic() - self._began
 
     def step_done(self) -> None:
-        """Note that the step is completed. What follows, such as a save, belongs to no step."""
+        """Record that the step is completed. Work after it, such as a save, does not count toward any step."""
         self.step_time_s = time.monotonic() - self._began
 
     def restart(self) -> None:
@@ -128,9 +132,9 @@ class Update(NamedTuple):
     lr: float
     """Learning rate."""
     loss_limit: float
-    """Loss (nats) above which the engine leaves the update out."""
+    """Loss in nats above which the engine skips the update."""
     result: StepResult
-    """What the engine reports of it."""
+    """The engine's result of the step."""
 
 
 def _update_weights(run: Run, batches: list[Batch]) -> Update | None:
@@ -148,15 +152,15 @@ class CompletedStep(NamedTuple):
     """A step on which all ranks agree."""
 
     update: Update
-    """This rank's part of it."""
+    """The update as made by this rank."""
     sums: Sums
     """The sums over all ranks."""
     loss: float
     """Mean nats per predicted token over the global batch."""
     loss_scale: float | None
-    """What the loss was multiplied by; None where the precision is not fp16."""
+    """Factor by which the loss was multiplied; None if the precision is not fp16."""
     rescaled: bool
-    """Whether the update was left out only because the loss scale was too large, which is no fault of the loss."""
+    """Whether the update was skipped only because the loss scale was too large, which says nothing about the loss."""
 
 
 def _complete(run: Run, update: Update, sums: Sums) -> CompletedStep:
@@ -172,7 +176,7 @@ def _complete(run: Run, update: Update, sums: Sums) -> CompletedStep:
 
 
 def _record_of(run: Run, done: CompletedStep, timer: StepTimer) -> StepRecord:
-    """What metrics.jsonl, W&B and the progress line say of a completed step."""
+    """The record of a completed step for metrics.jsonl, W&B and the progress line."""
     (step, lr, _, result), sums = done.update, done.sums
     plan = run.loader.plan[step]
     return StepRecord(
@@ -197,10 +201,10 @@ def _record_of(run: Run, done: CompletedStep, timer: StepTimer) -> StepRecord:
 
 
 class Sums(NamedTuple):
-    """What each rank knows after a step, summed over all ranks."""
+    """Values of a step, summed over all ranks. Every rank has the same sums."""
 
     nll: float
-    """Sum of the negative log-likelihoods of the predicted tokens, nats."""
+    """Sum of the negative log-likelihoods of the predicted tokens, in nats."""
     z: float
     """Sum of the squared log-partitions."""
     asked: float
@@ -208,9 +212,9 @@ class Sums(NamedTuple):
     busy: float
     """Number of ranks that are still writing the previous checkpoint."""
     due: float
-    """1 if a save is due because `checkpoint.every_minutes` have passed, which rank 0 decides."""
+    """1 if `checkpoint.every_minutes` have passed since the last save, as rank 0 decides; otherwise 0."""
     compare: float
-    """1 if the speeds of the ranks should be compared, which rank 0 decides."""
+    """1 if the speeds of the ranks should be compared, as rank 0 decides; otherwise 0."""
     changed: float
     """Number of ranks whose memory has changed between two updates."""
     replica: float
@@ -226,7 +230,7 @@ class Sums(NamedTuple):
 
 
 def _agree(run: Run, update: Update, batches: list[Batch]) -> Sums:
-    """Exchange everything that the ranks must decide alike, in one collective call per step.
+    """Exchange all values on which the ranks must agree, in one collective call per step.
 
     Raises RunError on all ranks if the memory of one has changed between two updates.
     """
@@ -259,7 +263,7 @@ def _agree(run: Run, update: Update, batches: list[Batch]) -> Sums:
 
 
 def _after_step(run: Run, sums: Sums) -> ExitCode | None:
-    """Stop, save or evaluate, alike on all ranks; the exit code if the run ends with this step."""
+    """Stop, save or evaluate, on all ranks alike. Returns the exit code if the run ends with this step."""
     config, step = run.config, run.step
     _collect(run)
     if sums.compare:
@@ -298,7 +302,7 @@ def _note_substitutions(run: Run, batches: list[Batch], sums: Sums) -> None:
 
 
 def _compare_ranks(run: Run) -> None:
-    """Report the ranks that hold up the others; if steps are slow and no rank is to blame, report that."""
+    """Report the ranks that slow down the others. If steps are slow but no rank is the cause, report that."""
     mark("comparison")
     stragglers = run.pace.find_stragglers(run.world)
     for straggler in stragglers:
@@ -307,11 +311,11 @@ def _compare_ranks(run: Run) -> None:
         run.monitor.event(Event.SLOW_STEPS, step=run.step, reason="no rank is slower than the others")
 
 
-# ---- a loss that goes wrong ------------------------------------------------------------------------------------------
+# ---- rollbacks -------------------------------------------------------------------------------------------------------
 
 
 def _roll_back_if_needed(run: Run, done: CompletedStep) -> bool:
-    """Let the loss guard decide about the step; True if the run was rolled back."""
+    """Let the loss guard judge the step, and roll back if it says so. Returns whether the run was rolled back."""
     loss, limit, skipped = done.loss, done.update.loss_limit, done.update.result.skipped and not done.rescaled
     decision = run.guard.decide(loss, limit, applied=not skipped)
     if loss > limit:
@@ -323,13 +327,16 @@ def _roll_back_if_needed(run: Run, done: CompletedStep) -> bool:
         if loss > limit
         else f"{run.guard.skips_in_a_row} updates left out in a row"
     )
-    # Updates that were left out changed nothing: the state before the first of them is the one to go back to.
+    # Skipped updates changed nothing, so the state before the first of them is the one to return to.
     _roll_back(run, first_bad_step=run.step - run.guard.skips_in_a_row + 1, reason=reason)
     return True
 
 
 def _roll_back(run: Run, first_bad_step: int, reason: str) -> None:
-    """Load the newest checkpoint before `first_bad_step`, and pass over the samples of that step and some after it."""
+    """Load the newest checkpoint before `first_bad_step`, and skip the samples of that step and of some later ones.
+
+    Raises ConfigError if no rollback is left or no checkpoint is old enough.
+    """
     guard = run.config.loss_guard
     advice = "lower optim.lr or lengthen schedule.warmup_steps, and look at the data"
     if len(run.loader.state.passed_over) == guard.max_rollbacks:
@@ -374,7 +381,7 @@ def _write_ledger(run: Run, batches: list[Batch]) -> None:
 
 
 def _evaluate(run: Run) -> None:
-    """Compute the loss of the held-out text and record it, if there is any."""
+    """Compute and record the held-out loss, if a held-out corpus is configured."""
     config = run.config
     if config.evaluation.manifest is None:
         return
@@ -407,14 +414,14 @@ def _minutes_are_over(run: Run) -> bool:
 
 
 def _begin_save(run: Run) -> None:
-    """Copy the state to host memory, and let the saver write it while training goes on."""
+    """Copy the state to host memory, and let the saver write it while training continues."""
     mark("save")
     run.saved_at = time.monotonic()
     run.saver.start(run.step, run.engine.state.snapshot, state_of(run))
 
 
 def _collect(run: Run, *, wait: bool = False) -> Saved | None:
-    """Report the save in flight once it is done. A failed save is reported too, and training goes on."""
+    """Report the save in flight once it is done. A failed save is also only reported, and training continues."""
     saved = run.saver.finished(wait=wait)
     if saved is not None:
         run.monitor.checkpoint(saved)
@@ -430,7 +437,7 @@ def _advise(run: Run, saved: Saved) -> None:
         return
     run.advised = True
     policy = run.config.checkpoint
-    # A save costs the time for which training stands still: the copy, and without a background save the write too.
+    # A save costs the time that training pauses: for the copy and, without a background save, also for the write.
     cost_s = saved.stall_s + (0.0 if policy.background else saved.write_s)
     run.monitor.event(
         Event.CHECKPOINT_INTERVAL_ADVISED,
@@ -441,7 +448,7 @@ def _advise(run: Run, saved: Saved) -> None:
 
 
 def _save_now(run: Run) -> None:
-    """Publish a checkpoint of this step before going on. It is the last one of this start: a failure ends the run."""
+    """Publish a checkpoint of this step and wait for it. It is the last one of this start: a failure ends the run."""
     _collect(run, wait=True)
     _begin_save(run)
     saved = _collect(run, wait=True)

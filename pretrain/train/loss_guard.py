@@ -1,4 +1,4 @@
-"""Guards a run against a loss that goes wrong: bad updates are skipped, and too many of them cause a rollback."""
+"""Guards a run against divergence: bad updates are skipped, and too many of them in a row cause a rollback."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pretrain.config import LossGuardConfig, SpikeAction
 
 
 class GuardDecision(Enum):
-    """What the loss guard makes of a step."""
+    """The loss guard's decision about a step."""
 
     GOOD = "good"
     SKIPPED = "skipped"
@@ -21,20 +21,19 @@ class GuardDecision(Enum):
 
 
 class LossGuard:
-    """Decides by its loss what becomes of a step. Given the same numbers, it decides alike on all ranks.
+    """Decides whether a step was good, based on its loss. Given the same numbers, all ranks decide the same.
 
-    `state` is what `state()` returned when the checkpoint was written, so that a resumed run decides as the run
-    without an interruption would have.
+    `state` is the value of `state()` from the checkpoint, so a resumed run decides as an uninterrupted one would.
     """
 
     def __init__(self, config: LossGuardConfig, state: Mapping[str, Any] | None = None) -> None:
         self._config = config
         self._losses: deque[float] = deque(state["losses"] if state else [], config.window_steps)
         self._skips: int = state["skips"] if state else 0
-        """Number of updates left out in a row."""
+        """Number of consecutive skipped updates."""
 
     def state(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The state as plain JSON values."""
         return {"losses": list(self._losses), "skips": self._skips}
 
     def limit(self) -> float:
@@ -49,12 +48,12 @@ class LossGuard:
         deviation = statistics.median(abs(loss - median) for loss in self._losses)
         return (
             median + sigmas * 1.4826 * deviation
-        )  # with the factor 1.4826 it estimates the standard deviation of a normal sample
+        )  # times 1.4826, the deviation estimates the standard deviation of a normal distribution
 
     def decide(self, loss: float, limit: float, *, applied: bool) -> GuardDecision:
-        """What to do after a step with this loss. `limit` is what `limit()` returned before it.
+        """What to do after a step with this loss. `limit` is the value of `limit()` before the step.
 
-        `applied` says whether the update was applied or left out.
+        `applied` says whether the update was applied or skipped.
         """
         if applied:
             self._losses.append(loss)
@@ -68,5 +67,5 @@ class LossGuard:
 
     @property
     def skips_in_a_row(self) -> int:
-        """Number of updates left out in a row, the last step included."""
+        """Number of consecutive skipped updates, including the last step."""
         return self._skips

@@ -1,4 +1,4 @@
-"""Assembles everything that a run consists of, and converts its state to what a checkpoint holds, and back."""
+"""Assembles the parts of a run, and converts its state to the content of a checkpoint and back."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ class Run:
     """A run at one moment: everything the loop needs, on one rank."""
 
     config: TrainConfig
-    """The configuration, with the micro batch found if it was `auto`."""
+    """The configuration. If the micro batch was `auto`, this has the size that was found."""
     manifests: dict[str, Manifest]
     """The manifest of each corpus that the configuration names, by its path or URL there."""
     world: World
-    """The ranks of the run, and which of them this process is."""
+    """The ranks of the run, and this process's place among them."""
     run_dir: Path
     """The run folder."""
     root: Path
     """The folder or URL that holds `checkpoints/`."""
     identity: dict[str, Any]
-    """What run.json says: run_id, wandb_run_id, attempt."""
+    """The content of run.json: run_id, wandb_run_id and attempt."""
     loader: TrainLoader
     """The batches of this rank, and the order state."""
     engine: Engine
@@ -84,11 +84,12 @@ class Run:
     advised: bool = False
     """Whether the advice on the interval between saves has been given."""
     saved_at: float = field(default_factory=time.monotonic)
-    """When the last save began, s on the monotonic clock."""
+    """Time at which the last save began, in seconds on the monotonic clock."""
 
 
 def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) -> Run:
-    """Find the newest checkpoint, build the parts of the run, and put the state in place. All ranks together."""
+    """Find the newest checkpoint, build the parts of the run, and load the state. All ranks call this together. Raises
+    ConfigError where the configuration does not fit, and CheckpointError where there are only damaged checkpoints."""
     config, manifests = inputs
     root = root_of(run_dir, config.checkpoint.target)
     found = _newest_checkpoint(root, world)
@@ -148,7 +149,7 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
 
 
 def _newest_checkpoint(root: Path, world: World) -> FoundCheckpoint:
-    """The newest checkpoint to be trusted. Raises CheckpointError where there are some and none can be trusted."""
+    """The newest intact checkpoint, if any. Raises CheckpointError where there are checkpoints but none is intact."""
     found = checkpoint.find_latest(root, world)
     if found.path is None and found.passed_over:
         raise CheckpointError(
@@ -184,7 +185,7 @@ def _monitor(
 def _search_micro_batch(
     config: TrainConfig, world: World, engine: Engine, loader: TrainLoader, monitor: Monitor
 ) -> TrainConfig:
-    """Find the largest micro batch that fits; engine and loader use it from now on. Returns the new configuration."""
+    """Find the largest micro batch that fits, and set it in engine and loader. Returns the new configuration."""
     found = batch_search.find_micro_batch(engine, config, world)
     config = replace(config, micro_batch_sequences=found.micro_batch_sequences)
     engine.set_micro_batch(config)
@@ -194,7 +195,7 @@ def _search_micro_batch(
 
 
 def _begin(run: Run, found: FoundCheckpoint, changed: list[str]) -> None:
-    """Load the state of a checkpoint or the weights of another run, or keep the initial weights; record which."""
+    """Load the state of a checkpoint or the weights of another run, or keep the initial weights. Records which."""
     config, world = run.config, run.world
     chosen = run.engine.config
     facts: dict[str, Any] = {"world_size": world.size, "precision": chosen.engine.precision.value}
@@ -234,9 +235,9 @@ def _init_from(run_dir: str, engine: Engine, world: World, tokenizer_sha256: str
 
 
 def restore(run: Run, verified: Verified) -> None:
-    """Set weights, moments, loss scale and step to those of a checkpoint; the place in the data follows from the step.
+    """Set weights, moments, loss scale and step to those of a checkpoint; the data position follows from the step.
 
-    Held-out losses of later steps are forgotten: these steps are undone.
+    Held-out losses of later steps are dropped, because these steps are undone.
     """
     mark("load")
     state, held = verified.state, run.engine.state
@@ -251,9 +252,9 @@ def restore(run: Run, verified: Verified) -> None:
 
 
 def state_of(run: Run) -> dict[str, Any]:
-    """The content of state.json: everything but the tensors that a resumed run needs.
+    """The content of state.json: everything that a resumed run needs, except the tensors.
 
-    There is no random state in it, because that is a function of (seed, step, rank).
+    It contains no random state, because that is a function of (seed, step, rank).
     """
     config, plan = run.config, run.loader.plan[run.step]
     return {

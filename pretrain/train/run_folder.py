@@ -1,4 +1,4 @@
-"""The files by which a run folder explains itself, and whether a configuration may continue the run in it."""
+"""Writes the files that describe a run, and checks whether a configuration may continue the run in a folder."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from pretrain.stored import parse
 
 _MAX_RUN_JSON_BYTES = 1 << 16
 NOT_OF_THE_RUN = ("run_dir", "stop_at_step", "stop_after_s")
-"""Keys that do not affect the training, and so may differ between starts without being reported."""
+"""Keys that do not affect training. Changes to these keys between starts are not reported."""
 
 
 def check_resumable(config: TrainConfig, state: RunState) -> list[str]:
-    """The changed keys that a resumed run may have. Raises ConfigError for those that would make it another run."""
+    """The changed keys, each as `key: old -> new`. Raises ConfigError for a change that a resumed run may not make."""
     old, new = _flat(_with_defaults(state["config"])), _flat(to_dict(config))
     if state.get("micro_batch_found"):
         old["micro_batch_sequences"] = AUTO
@@ -42,7 +42,7 @@ def check_resumable(config: TrainConfig, state: RunState) -> list[str]:
 
 
 def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
-    """A stored configuration, and the defaults of keys that did not exist yet when it was written."""
+    """A stored configuration, with the defaults of keys that did not exist when it was written."""
     filled = dict(stored)
     for name, kind in get_type_hints(TrainConfig).items():
         if is_dataclass(kind):
@@ -54,13 +54,13 @@ def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shapes_the_run(key: str) -> bool:
-    """Whether a key of the model or of masking must stay as it was."""
+    """Whether a key determines the model or the masking, and so must not change when the run resumes."""
     free = ("model.activation_checkpointing", "model.loss_chunk_tokens", "model.dropout", "model.z_loss")
     return (key.startswith("model.") and key not in free) or key == "data.document_masking"
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by their dotted keys."""
+    """The nested values as a flat dict with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -74,7 +74,7 @@ def write_run_files(
     tokenizer = Tokenizer(tokenizer_path(config.data.corpora()[0].manifest), tokenizer_sha256)
     path = run_dir / "run.json"
     identity: dict[str, Any] = {"run_id": new_run_id(), "attempt": 0}
-    with suppress(FileNotFoundError, ConfigError):  # if run.json is damaged, the checkpoint says the same
+    with suppress(FileNotFoundError, ConfigError):  # the checkpoint has the same values
         identity |= parse(
             Identity, read_capped(path, _MAX_RUN_JSON_BYTES), str(path), "the identity of a run"
         )

@@ -1,8 +1,8 @@
 """Finds ranks that slow down all the others.
 
-Ranks wait for each other, so that one slow rank slows them all alike, and step times do not tell which it is. So when
-steps have become slow, and once near the start, every rank computes on its own for COMPARISON_S. A rank that computes
-much less than the others in this time is named.
+Ranks wait for each other, so one slow rank slows down all of them equally, and step times do not show which one it is.
+Therefore, once near the start and whenever steps have become slow, every rank computes on its own for COMPARISON_S. A
+rank that computes much less than the others in this time is reported.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from pretrain.distributed import World, gather_objects
 
 WINDOW_STEPS = 10
 SLOW_FACTOR = 1.5
-"""Steps are slow when the median of the last WINDOW_STEPS steps is more than this factor times the smallest one."""
+"""Steps are slow when the median of the last WINDOW_STEPS steps exceeds the smallest median so far by this factor."""
 PAUSE_WINDOWS = 10
 """Number of windows between two comparisons while steps stay slow."""
 COMPARISON_S = 0.2
-"""Time for which each rank computes by itself in a comparison."""
+"""Seconds for which each rank computes on its own in a comparison."""
 STRAGGLER_FRAC = 2 / 3
-"""A rank that computes below this share of the upper median of all is named."""
+"""A rank is a straggler if its speed is below this fraction of the upper median speed of all ranks."""
 
 
 @dataclass(frozen=True)
 class Straggler:
-    """A rank that holds up the others."""
+    """A rank that slows down the others."""
 
     rank: int
-    """Number of the rank."""
+    """Number of the slow rank."""
     host: str
     """Name of its host."""
     cause: str
     """`compute`, or `data` if the rank waits for its loader."""
     share: float
-    """For `compute` its speed relative to the upper median; for `data` the share of step time that it waits."""
+    """For `compute`, its speed relative to the upper median; for `data`, the fraction of step time that it waits."""
 
 
 class Pace:
@@ -57,13 +57,13 @@ class Pace:
         """Whether the steps were slow at the last call of `wants_comparison`."""
 
     def note(self, step_time_s: float, data_wait_s: float) -> None:
-        """Note the times of one more step of this rank."""
+        """Add the times, in seconds, of one more step of this rank."""
         self._times_s.append(step_time_s)
         self._waits_s.append(data_wait_s)
         self._steps += 1
 
     def wants_comparison(self) -> bool:
-        """Whether the ranks should be compared now: after the first window, and when steps are slow. Rank 0 asks."""
+        """Whether to compare the ranks now: after the first window, and when steps are slow. False unless `watch`."""
         if not self._watch or len(self._times_s) < WINDOW_STEPS:
             return False
         median_s = statistics.median(self._times_s)
