@@ -1,8 +1,8 @@
 """Saves checkpoints on request, each in a new process that a tracer may stop.
 
-Reads lines `RUN_DIR STEP KEEP_LAST TRACED` from stdin. Each is served by a fork, so that a hundred saves cost one import
-of torch: this process has only one thread and no process group. It answers `pid N` immediately and `exit CODE` at the
-end, where CODE is 0 (saved), 1 (refused; RUN_DIR.error says why) or minus the number of the signal that ended it.
+Reads lines `RUN_DIR STEP KEEP_LAST TRACED` from stdin. Each is served by a fork, so that a hundred saves cost one
+import of torch: this process has only one thread and no process group. It answers `pid N` immediately and `exit CODE`
+at the end, where CODE is 0 (saved), 1 (refused; RUN_DIR.error says why) or minus the signal that ended it.
 """
 
 from __future__ import annotations
