@@ -2,7 +2,7 @@
 
 Measures local random access to sequences of 2,048 tokens, whole batches, a seek to any of 10^9 samples, 1,000 ranks
 over 100,000 shards, and the first batch at 0%, 50% and 99% of a run. With --peers, webdataset, litdata and
-mosaicml-streaming read the same tokens where they are installed, in turns with ours. Rates are per second of CPU time
+mosaicml-streaming read the same tokens where they are installed, in turn with ours. Rates are per second of CPU time
 on one core.
 """
 
@@ -204,7 +204,7 @@ def _one_of_1000(manifest: Path) -> TrainLoader:
 
 
 def measure_scale() -> None:
-    """Measure the start and memory of one of 1,000 ranks over 100,000 shards: the manifest and the order, no shards."""
+    """Measure the start time and memory of one of 1,000 ranks over 100,000 shards. No shard is read."""
     from pretrain.corpus.manifest import CorpusSource, Manifest, ShardInfo
 
     shards = [

@@ -4,7 +4,7 @@ Trains the quickstart's model on 2 processes of this machine, in turns with chec
 saving every --every-steps, and prints the median and the range of all saves except the first of each run:
 
 - stall: time that training paused (for the copy to host memory, or without the background for the whole write);
-- slowed: time by which the steps during the write were longer than the median step;
+- slowed: total time by which the steps during the write exceeded the median step;
 - share: stall + slowed, relative to the time of the steps between two saves at an interval of --interval steps.
 """
 

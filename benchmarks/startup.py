@@ -45,7 +45,7 @@ KINDS = {  # kind of a process, by a part of its command line; the first match c
 }
 PER_RANK = ("watcher", "loader worker", "loader worker of torch", "resource tracker")
 TOTALS = ("rank, all phases (each)", "all but the launcher", "all")
-# Byte code may be written, as on a user's machine, so that only the first start of a checkout compiles it.
+# Python may write byte code, as on a user's machine, so that only the first start of a checkout compiles it.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 TRAINER_IMPORTS = "import pretrain.train.loop"
 
@@ -108,7 +108,7 @@ def measure_start(checkout: Path, corpus: TinyCorpus, run_dir: Path) -> dict[str
         )
     phases: dict[
         int, tuple[str, float]
-    ] = {}  # per rank, its phase and its CPU time when it was last looked at
+    ] = {}  # phase and CPU time in seconds of each rank at its last measurement
     used: dict[str, float] = defaultdict(float)
     processes: dict[int, tuple[str, float]] = {}
     until = time.monotonic() + SLOWEST_START_S

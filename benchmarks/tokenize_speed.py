@@ -70,7 +70,7 @@ def gather_text(files: list[Path], work: Path) -> Text:
 
 
 def plain(text: Text, model: Path) -> None:
-    """The straightforward loop with which ours is compared."""
+    """The plain loop that our code is compared with."""
     processor = SentencePieceProcessor(model_file=str(model))
     tokens = array.array("H")
     with text.lines.open(encoding="utf-8") as lines:

@@ -46,7 +46,7 @@ class TokenizerConfig:
     """Fraction of the text whose characters get entries of their own; other characters are written as bytes.
     null: 0.9995 for text in Chinese, Japanese or Korean, 0.9999 for other text."""
     sample_bytes: int = 100_000_000
-    """Largest amount of text to train on, taken evenly from the training documents."""
+    """Largest amount of text to train on, in bytes, taken evenly from the training documents."""
     source_weights: Any = None  # dict[str, float]: Hydra adds no key to a map with that type
     """Weight of each source in that sample, as a multiple of its share of the text: {wiki: 2, code: 0.5}. A source that
     is not named has weight 1; weight 0 leaves it out. Where there is less text than `sample_bytes`, a source of weight
@@ -133,15 +133,16 @@ class PrepareConfig:
     require_licenses: bool = False
     """Refuse documents whose license is not known."""
     python_max_bytes: int | None = None
-    """Largest amount of text to take for `python`, chosen evenly from all there is; null: all of it."""
+    """Largest amount of text to take for `python`, in bytes, chosen evenly from all of it; null: all of it."""
     max_bad_records: int = 0
-    """Number of bad records (no JSON, no text) that are skipped before the preparation is given up."""
+    """Number of bad records (no JSON, no text) that are skipped before the preparation gives up."""
     max_record_bytes: int = RECORD_BYTES
-    """Larger records (lines, rows of Parquet, samples of a tar) are bad; no more than this is decoded at a time."""
+    """Largest size in bytes of a record (line, Parquet row, sample of a tar), and of what is decoded at a time; larger
+    records are bad."""
     min_chars: int = 8
-    """Shorter documents are dropped; for a dialogue, its contents count together."""
+    """Shortest allowed document in characters; for a dialogue, its contents count together."""
     max_chars: int = 5_000_000
-    """Longer documents are dropped."""
+    """Longest allowed document in characters."""
     heldout_frac: float = 0.01
     """Fraction of the documents that is held out of training, chosen by the hash of their text."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -151,9 +152,9 @@ class PrepareConfig:
     chunk_tokens: int | None = None
     """Tokens per chunk; null: 262144, halved until there are 512 chunks, but not below 4096."""
     shard_bytes: int = 1 << 30
-    """Largest size of a shard, which holds at least one chunk."""
+    """Largest size of a shard in bytes; every shard holds at least one chunk."""
     part_bytes: int = 8 << 20
-    """Text that one process tokenizes at a time; an interruption loses at most this much work per process."""
+    """Bytes of text that one process tokenizes at a time; an interruption loses at most this much work per process."""
     workers: int | None = None
     """Number of processes that tokenize; null: one per available core."""
 

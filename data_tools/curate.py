@@ -51,7 +51,7 @@ from pretrain.printing import print_error
 from pretrain.remote import open_file
 
 CURATION_VERSION = 1
-"""To be raised with each change of the program that gives other bytes for the same input."""
+"""Raise this with every change of the program that gives different bytes for the same input."""
 WORK = ".work"
 _PRODUCTS = (DOCUMENTS, "rejected", REPORT)
 
@@ -79,7 +79,7 @@ class CurateConfig:
     unit_bytes: int = 64 << 20
     """Bytes of input per task; an interruption loses at most this much work per task."""
     max_bad_frac: float = 0.001
-    """Fraction of bad records beyond which the curation is given up."""
+    """Fraction of bad records (0 to 1) above which the curation gives up."""
     read: ReadConfig = field(default_factory=ReadConfig)
     """Fields of records, and bounds on reading."""
     curation: CurationConfig = field(default_factory=CurationConfig)
@@ -213,7 +213,7 @@ def _recipe(config: CurateConfig, units: list[Unit]) -> dict[str, Any]:
         "options": options,
         "files": _hashes_of_files(config.curation),
         "input": {"units": len(units), "sha256": hashlib.sha256(listing.encode()).hexdigest()},
-        # Packages on whose results ours depend.
+        # Versions of these packages decide the text.
         "packages": {name: _version(name) for name in ("ftfy", "py3langid", "trafilatura")},
     }
 

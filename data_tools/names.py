@@ -1,7 +1,7 @@
 """Names of the files beside a corpus, and limits shared by several stages."""
 
 RECORD_BYTES = 64 << 20
-"""Default limit on the decoded bytes of one record: a line, text, row, page or sample of a tar."""
+"""Default limit on the decoded size of one record (line, text, row, page or sample of a tar), in bytes."""
 REPORT_NAME = "prepare.json"
 CARD_NAME = "README.md"
 STATISTICS_NAME = "statistics.json"

@@ -1,7 +1,7 @@
 """Prepare a corpus: python -m data_tools.prepare input=[PATH,...] output=DIR [KEY=VALUE ...]
 
 Reads text (JSONL, plain text, Parquet, tars of text, folders of them, or `input=[python]` for the code and
-documentation that every machine has) or, with `format=chat`, dialogues. Cleans it, holds some documents out for
+documentation that every machine has) or, with `format=chat`, dialogues. Cleans it, holds out some documents for
 evaluation, trains a tokenizer, tokenizes in parallel, and writes token shards, a manifest and a card. Run again after
 an interruption, it continues where it stopped.
 """

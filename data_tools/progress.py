@@ -1,4 +1,4 @@
-"""Shows the progress of long stages on stderr: a bar on a terminal, else a plain line every ten seconds."""
+"""Shows the progress of long stages on stderr: a bar on a terminal, otherwise a plain line every ten seconds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ByteProgress:
         self._task: TaskID | None = bar.add_task(self._name, total=total_bytes) if bar else None
 
     def skip(self, done_bytes: int) -> None:
-        """Count work that an earlier, interrupted call did, without using it for the rate."""
+        """Count work that an earlier, interrupted call has done, but do not include it in the rate."""
         self._first_done += done_bytes
         self.advance(done_bytes)
 
@@ -73,7 +73,7 @@ def stage(name: str, total_bytes: int) -> Iterator[ByteProgress]:
 
 @contextmanager
 def waiting(name: str) -> Iterator[None]:
-    """Show that work is going on whose progress is not known."""
+    """Show that work of unknown length is in progress."""
     start, over = time.monotonic(), threading.Event()
 
     def tick() -> None:

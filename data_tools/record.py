@@ -16,7 +16,7 @@ class Record:
     """One document. Stages change its text, add to its signals, and say why it is dropped."""
 
     id: str
-    """The id that the input gives, or the file and the place in it."""
+    """The id that the input states, or else the file and the place in it."""
     text: str
     """The text, as the stages so far have left it."""
     source: str

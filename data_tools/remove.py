@@ -165,7 +165,7 @@ class _Removal:
 
 
 def _spans(is_target: np.ndarray) -> list[int]:
-    """Starts and stops of the runs of true values: [start, stop, start, stop, ...]."""
+    """Start and stop offsets of the runs of true values: [start, stop, start, stop, ...]."""
     return np.flatnonzero(np.diff(is_target, prepend=False, append=False)).tolist()
 
 

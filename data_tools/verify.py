@@ -46,7 +46,7 @@ def _n_bytes(manifest_path: Path) -> int:
     try:
         manifest = load_manifest(manifest_path)
     except ConfigError:
-        return 0  # verify_corpus says what is wrong with it
+        return 0  # verify_corpus reports what is wrong with it
     return sum(shard.bytes for shard in manifest.shards) + sum(file.bytes for file in manifest.files)
 
 

@@ -1,8 +1,8 @@
 """Compare the speed of training with other programs: `python launch/bench.py bench.output=DIR model=125m bench.ranks=2`
 
 Runs several variants on this machine, each in new processes and in alternating order (A B C, C B A, ...), and prints
-tokens per second, MFU, memory, the parts of a step, and the bytes that its collectives move. A variant is the name of a
-runner, followed by overrides for this variant only:
+tokens per second, MFU, memory, the time of each part of a step, and the bytes that its collectives move. A variant is
+the name of a runner, followed by overrides for this variant only:
 
     'bench.variants=[pretrain, "pretrain engine=zero1 kernels=compiled", pytorch, olmo_core_fsdp]'
 
@@ -67,7 +67,7 @@ ONE_PROCESS = ("litgpt", "litgpt_bf16_true")
 
 @dataclass(kw_only=True, slots=True)
 class BenchSettings:
-    """What is measured, and how often."""
+    """Settings of the benchmark itself."""
 
     variants: list[str] = field(default_factory=lambda: ["pretrain", "pytorch"])
     """The variants: each is a runner and overrides for it alone, separated by spaces. Ratios are relative to the

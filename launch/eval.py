@@ -2,7 +2,8 @@
 
 Prints the loss, perplexity and bits per byte of each source and of all text. With json=true the last line on stdout is
 the same as JSON. An input is a file or folder of text as for data_tools.prepare (.jsonl, .jsonl.gz, .parquet, .txt,
-.md), or a prepared corpus (its folder or manifest.json). Exit codes: 0 done, 2 the input or configuration is wrong.
+.md, .tar), or a prepared corpus (its folder or manifest.json). Exit codes: 0 done, 2 the input or configuration is
+wrong.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Work:
 
 
 def main(config: EvalConfig) -> None:
-    """Load the model, score every document, print the table."""
+    """Load the model, score every document, and print the table."""
     from data_tools.progress import stage
     from pretrain.device import own_device
     from pretrain.evaluate.heldout import score_documents

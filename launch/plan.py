@@ -48,7 +48,7 @@ class Table(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class PlanDataConfig(DataConfig):
-    """The data that would be read."""
+    """The data that the planned run would read."""
 
     tokens: int | None = None
     """Length of the run in tokens; an alias of total_tokens."""

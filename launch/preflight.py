@@ -399,7 +399,7 @@ def unfit_nodes(names: list[str], starts: list[dict[str, Any]], refused: list[st
 def report_unfit_nodes(job: Preflight) -> int:
     """Report what is wrong with the nodes, and return the exit code that the module's docstring describes."""
     names, here = job.nodes.split(), job.reports
-    here.mkdir(parents=True, exist_ok=True)  # it does not exist where no node has written a report
+    here.mkdir(parents=True, exist_ok=True)  # it does not exist if no node has written a report
     folders = sorted((p for p in here.parent.iterdir() if p != here), key=lambda p: p.stat().st_mtime)
     starts = [
         {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}

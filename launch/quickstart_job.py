@@ -92,7 +92,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         type=existing_path,
         default=[],
         metavar="PATH",
-        help="your text: folders or files (.jsonl, .txt, .md, .parquet, also compressed). "
+        help="your text: folders or files (.jsonl, .jsonl.gz, .parquet, .txt, .md, .tar). "
         "Default: the Python code and documentation installed on this machine",
     )
     parser.add_argument(
@@ -314,7 +314,8 @@ class Job:
         return None
 
     def generate(self) -> None:
-        prompt = [] if self.corpus_paths else ["prompt='def '"]  # the user's text gets a new document instead
+        # With the user's text, the model starts a new document instead.
+        prompt = [] if self.corpus_paths else ["prompt='def '"]
         command = ["python", "launch/generate.py", f"run_dir={hydra_quoted(self.run_dir)}", *prompt]
         self.stages.run("generate", [*command, "max_new_tokens=64", "seed=1"])
 

@@ -3,7 +3,7 @@
 All keys of launch/train.py are accepted, so that the test reads what the run will read. Nothing is trained. The first
 `steps` steps are read by the launched number of ranks, by half and by twice that number, without loader workers, and by
 readers that are killed (SIGKILL) partway and start again. All must give the same samples, each once, with the same
-content. Exit codes: 0 they do, 1 they do not, 2 the configuration is wrong.
+content. Exit codes: 0 the test passed, 1 it failed, 2 the configuration is wrong.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_CUDA126_INDEX=https://download.pytorch.org/whl/cu126
 LOG=$VENV.log
 
-# Run pip without questions, progress bars and advice, and keep a user's settings from changing what it installs where.
+# Run pip without questions, progress bars and advice. The user's settings must not change what it installs or where.
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off PIP_ROOT_USER_ACTION=ignore
 unset PIP_USER PIP_TARGET PIP_PREFIX PIP_CONSTRAINT PYTHONHOME PYTHONPATH
 
@@ -90,7 +90,7 @@ cuda_build() {
 
 decimal() { echo "${1%?}.${1: -1}"; }
 
-# pip ARGUMENTS...: run pip with its output in the log, and print a progress line now and then.
+# pip ARGUMENTS...: run pip with its output in the log, and print a progress line from time to time.
 pip() {
     local seen=0 line started=$SECONDS
     "$VENV/bin/python" -m pip "$@" 2>&1 | tee -a "$LOG" | while IFS= read -r line; do
@@ -191,7 +191,7 @@ EOF
 make_overlay() {
     say "making $VENV over $1, which stays as it is"
     "$1" -m venv --clear --system-site-packages "$VENV"
-    pip uninstall -y setuptools # Python 3.11 adds an old one, which would hide the other Python's
+    pip uninstall -y setuptools # Python 3.11 adds an old setuptools, which would hide that of the other Python
     "$1" - "$VENV" <<'EOF'
 import glob, site, sys
 

@@ -22,7 +22,7 @@ from pretrain.reliability.supervisor import Supervisor, run_dir_of
 
 
 def main(words: list[str]) -> int:
-    """Parse, supervise, return the exit code."""
+    """Parse the arguments and supervise the command. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="supervise.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Objects made by imports live as long as the process. Searching them for garbage again and again costs 0.3 s of CPU
+# Objects made by imports live as long as the process, and searching them repeatedly for garbage costs 0.3 s of CPU
 # time.
 gc.disable()
-# numpy's matrix products are not used here, and the threads for them cost each process 0.06 s of CPU time.
+# Training does not use numpy's matrix products, and starting their threads costs each process 0.06 s of CPU time.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 if not __package__:  # run as a script

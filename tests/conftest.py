@@ -1,8 +1,8 @@
-"""What every test shares: no network, no W&B account, private caches, quick tests before slow ones.
+"""Settings for all tests: no network, no W&B account, private caches, and quick tests before slow ones.
 
-The markers `integration`, `cluster` and `container` select tests. The folders are for readers: a file that holds both
-quick tests and marked ones lies where most of it belongs, in unit/ (by package), in integration/ (real processes that
-train) or in cluster/. File names are unique, since pytest imports each file by its name alone.
+The markers `integration`, `cluster` and `container` select tests. The folders are only for readers: unit/ (by package),
+integration/ (real processes that train) and cluster/. A file that holds both quick and marked tests is in the folder
+that suits most of them. File names are unique, because pytest imports each file by its name alone.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ os.environ.update(
     PYTHONUNBUFFERED="1",
 )
 os.environ.pop("WANDB_API_KEY", None)
-# Where the tests run in the background of a shell, it has made them ignore Ctrl-C, and every process that they start.
+# A shell makes its background jobs ignore Ctrl-C, and the processes started by the tests would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Timing on a shared machine says nothing. The same examples on every run make a failure repeatable; "explore" tries
-# others, which --hypothesis-seed repeats. tests/run.sh runs the property tests once with it and prints the seed.
+# There is no deadline, because times on a shared machine vary too much. The same examples in every run make a failure
+# repeatable. "explore" tries other examples, which --hypothesis-seed repeats; tests/run.sh runs the property tests once
+# with it and prints the seed.
 settings.register_profile("pretrain", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile("pretrain")
@@ -42,13 +43,13 @@ settings.load_profile("pretrain")
 
 @pytest.fixture(scope="session", autouse=True)
 def private_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Compiled extensions of this test run only: a stale lock file in a shared folder hangs every later load."""
+    """Use caches of this test run only, because a stale lock file in a shared folder would hang every later load."""
     os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("torch_extensions"))
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
-    """A small real corpus, not to be changed."""
+    """A small real corpus, which tests must not change."""
     from support.tiny import make_corpus
 
     return make_corpus(tmp_path_factory.mktemp("corpus"))
@@ -56,7 +57,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
 
 @pytest.fixture(scope="session")
 def straight(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing disturbed, on 2 ranks."""
+    """The undisturbed run on 2 ranks."""
     from support.launching import run_ranks
     from support.tiny import run_arguments
 
@@ -67,7 +68,7 @@ def straight(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def staged_run(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run on 2 ranks whose sequence length and batch change on the way."""
+    """An undisturbed run on 2 ranks, whose sequence length and batch change between stages."""
     from support.launching import run_ranks
     from support.training import TRAIN, staged
 
@@ -78,7 +79,7 @@ def staged_run(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a corpus of random tokens, to be read from a server and not to be changed."""
+    """The folder of a corpus of random tokens, which tests read from a server and must not change."""
     from support.served_corpus import write_corpus
 
     return write_corpus(tmp_path_factory.mktemp("corpus"))
@@ -86,7 +87,7 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def raw_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of text to curate, not to be changed."""
+    """A file of text to curate, which tests must not change."""
     from support.curating import write_text
 
     return write_text(tmp_path_factory.mktemp("input") / "text.jsonl")
@@ -94,7 +95,7 @@ def raw_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of an empty bucket on a real server; the environment says how to reach it while the module runs."""
+    """URL of an empty bucket on a real server. Environment variables tell how to reach it while the module runs."""
     from support.object_store import s3_server
 
     with s3_server(tmp_path_factory.mktemp("s3")) as bucket:
@@ -112,6 +113,6 @@ def process_group() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Quick tests first, then `integration`, `cluster`, `container`; the order within each is kept."""
+    """Put quick tests first, then `integration`, `cluster` and `container`, keeping the order within each."""
     slow = ("integration", "cluster", "container")
     items.sort(key=lambda item: [item.get_closest_marker(marker) is not None for marker in reversed(slow)])

@@ -40,7 +40,7 @@ WATCHED = {
     "isend": "tensor",
 }
 """For each collective, the torch name of the argument whose bytes are counted."""
-_SECOND_ARGUMENT = ("input", "input_list")  # these are second arguments; the others are first arguments
+_SECOND_ARGUMENT = ("input", "input_list")  # names of second arguments; all other names are first arguments
 _FORMER_NAMES = {
     "all_gather_single": "all_gather_into_tensor",
     "reduce_scatter_single": "reduce_scatter_tensor",
@@ -61,7 +61,7 @@ class Traffic:
     """The calls, bytes and time of collectives while this was active."""
 
     def __init__(self, device: torch.device | None = None) -> None:
-        """With a CUDA `device`, each collective is waited for to know its time, so nothing overlaps with it."""
+        """With a CUDA `device`, each call waits for its collective, to measure it, so nothing overlaps with it."""
         self.calls: Counter[Kind] = Counter()
         self.bytes: Counter[Kind] = Counter()
         self.seconds = 0.0

@@ -41,9 +41,9 @@ def done(runs: Sequence[dict[str, Any]], variant: str) -> dict[int, dict[str, An
 def paired_ratios(
     runs: Sequence[dict[str, Any]], variant: str, reference: str, *, in_turns: bool = False
 ) -> list[float]:
-    """Speed relative to the reference's for each repeat that both have done, because runs close in time compare best.
+    """Speed relative to the reference for each repeat that both have done, because runs close in time compare best.
 
-    With `in_turns` it is given for each step, since both did each step directly one after the other.
+    With `in_turns` there is a ratio for each step, because both did each step directly one after the other.
     """
     ours, theirs = done(runs, variant), done(runs, reference)
     both = [(ours[repeat], theirs[repeat]) for repeat in sorted(ours) if repeat in theirs]

@@ -53,7 +53,7 @@ class Session:
         self._taken_s: dict[str, list[float]] = {}
 
     def run(self, say: Callable[[str], None]) -> None:
-        """Do all missing runs. A variant that fails is not tried in later repeats."""
+        """Do all missing runs. A variant that fails is not run again in later repeats."""
         wanted = [(repeat, group) for repeat in range(self._repeats) for group in self._groups(repeat)]
         known = {(run["variant"], run["repeat"]) for run in self.runs}
         todo = [
@@ -146,7 +146,7 @@ class Session:
 
     @property
     def problems(self) -> dict[str, str]:
-        """Why a variant has failed, by variant."""
+        """The reason for each failure, by variant."""
         return {run["variant"]: run["problem"] for run in self.runs if "problem" in run}
 
     def tables(self) -> list[tuple[str, tuple[list[str], list[list[str]]]]]:

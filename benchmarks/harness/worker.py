@@ -156,7 +156,7 @@ class Meter:
         return self._step >= self.job.warmup_steps + self.job.steps
 
     def part(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that calls `call` and adds its time, without that in collectives, to the part `name` of a step.
+        """A function that calls `call` and adds its time, except for time in collectives, to the part `name` of a step.
 
         Only instrumented steps are counted, and of nested parts only the outer one.
         """
@@ -210,7 +210,7 @@ def device_name(device: torch.device) -> str:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start to measure the peak memory anew, without what was used before (compilation, initial weights)."""
+    """Restart the measurement of peak memory, so that it excludes compilation and the initial weights."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return

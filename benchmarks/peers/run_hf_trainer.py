@@ -124,7 +124,7 @@ def training_arguments(job: Job) -> TrainingArguments:
 
 def main() -> None:
     job, shape = JOB, JOB.model
-    # This must come before the model, which is then created in ZeRO-3 partitions.
+    # These arguments must exist before the model is created, so that it is created in ZeRO-3 partitions.
     arguments = training_arguments(job)
     set_seed(job.seed)
     model = LlamaForCausalLM(

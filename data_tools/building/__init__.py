@@ -1,4 +1,4 @@
-"""Text to shards, in stages that go on where they stopped: gather, train a vocabulary, encode, pack.
+"""Turns text into shards in four stages, each of which can be resumed: gather, train a vocabulary, encode, pack.
 
 `workspace` holds the output folder, and `lineage` records where a corpus came from.
 """

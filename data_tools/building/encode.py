@@ -1,6 +1,6 @@
 """The third step of a preparation: tokenize the parts in parallel processes.
 
-Each part gives a file tokens-00000.npz, complete or absent:
+The tokens of each part are written to a file tokens-00000.npz, which is either complete or absent:
 
     tokens     [tokens of all its documents], uint16 or uint32
     starts     int64 [documents + 1], where each document begins in `tokens`
@@ -149,7 +149,7 @@ def _run(jobs: dict[int, _Job], workers: int) -> Iterator[int]:
 
 @contextmanager
 def _holding_interrupts() -> Iterator[None]:
-    """Block Ctrl-C for a moment. Processes that start meanwhile never receive it, and their parent handles it."""
+    """Block Ctrl-C while processes are started. They never receive it, because their parent handles it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -204,7 +204,7 @@ def _encode_part(job: _Job) -> None:
 def _encode_dialogues(
     tokenizer: Tokenizer, dialogues: list[str]
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """Fields of the held-out documents, and the arrays of tokens and targets."""
+    """Encode dialogues. Returns the fields of the held-out documents, and the arrays of tokens and targets."""
     all_messages = [dialogue.load(text) for text in dialogues]
     encoded = [encode_dialogue(tokenizer, messages) for messages in all_messages]
     starts = np.cumsum([0, *(len(one.tokens) for one in encoded)], dtype=np.int64)

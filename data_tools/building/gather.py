@@ -34,7 +34,7 @@ from pretrain.stored import parse
 
 GATHERED_NAME = "gathered.json"
 _MAX_U64 = (1 << 64) - 1
-_PROBE_CHARS = 1000  # of each document, to detect its script
+_PROBE_CHARS = 1000  # characters at the beginning of each document from which its script is detected
 _NAMED_SOURCES = 12
 
 
@@ -44,7 +44,7 @@ class SourceSample(NamedTuple):
     times: int
     """Number of times that every document is in the sample."""
     below: int
-    """Documents whose `order` is below this bound are in the sample once more."""
+    """Documents whose `order` is below this bound are in the sample one more time."""
     text_bytes: int
     """Bytes of text that the sample takes from the source."""
 
@@ -143,7 +143,7 @@ def gather(config: PrepareConfig, files: list[InputFile], work: Path) -> Gathere
 
 
 class _Gatherer:
-    """Reads documents into parts, starting behind the last complete part."""
+    """Reads documents into parts, starting after the last complete part."""
 
     def __init__(self, config: PrepareConfig, work: Path) -> None:
         self._config, self._work = config, work
@@ -193,7 +193,7 @@ class _Gatherer:
         if isinstance(item, Rejected):
             self._reject(item)
             return
-        if self._config.format is DocumentFormat.chat:  # its messages have been cleaned one by one
+        if self._config.format is DocumentFormat.chat:  # messages have already been cleaned one by one
             text, plain = item.text, dialogue.plain(dialogue.load(item.text))
         else:
             text = plain = clean.clean(item.text)
@@ -299,7 +299,7 @@ class _Gatherer:
 
 
 def is_known(license: str) -> bool:
-    """Whether a license is known; of several, joined by semicolons, all must be."""
+    """Whether a license is known. If there are several, joined by semicolons, all must be known."""
     return not {"unknown", ""} & {part.strip() for part in license.split(";")}
 
 
@@ -316,7 +316,7 @@ def heldout_bound(splits: np.ndarray, heldout_frac: float) -> int:
 
 
 def sample_bound(digests: np.ndarray, sample_bytes: int) -> tuple[int, int]:
-    """The bound of `order` that takes at least `sample_bytes` of text, or all, and the bytes that it takes.
+    """The bound of `order` that takes at least `sample_bytes` of text, or all of it, and the bytes that it takes.
 
     `digests` is uint64 [documents, 3 or more]: (order, split, bytes, ...).
     """

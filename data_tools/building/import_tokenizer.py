@@ -1,7 +1,7 @@
-"""Imports an existing tokenizer, so that its file alone says all that a corpus needs to know of it.
+"""Imports an existing tokenizer. Afterward its file alone defines everything that a corpus needs from it.
 
 A sentencepiece model is used as it is. A Hugging Face `tokenizer.json` is rewritten: its post-processor puts bos before
-a text and eos after it, and truncation, dropout and padding are removed. No code of it is run.
+a text and eos after it, and truncation, dropout and padding are removed. Code that comes with a tokenizer is never run.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _read(path: Path) -> bytes:
 
 
 def _rewritten(path: Path, content: bytes, config: TokenizerConfig) -> bytes:
-    """The tokenizer.json for a corpus. All else stays as it is, and a second import changes nothing."""
+    """The tokenizer.json for a corpus. Other settings stay as they are, and a second import changes nothing."""
     parsed, description = parse_tokenizer_json(content, path)
     description.setdefault("added_tokens", [])
     bos, eos, pad = _special_tokens(path, description, config)
@@ -94,7 +94,7 @@ def _rewritten(path: Path, content: bytes, config: TokenizerConfig) -> bytes:
         added[name]["special"] = True
     _make_certain(description)
     description["truncation"] = None
-    # Nothing is padded here, but such a file names its padding token in this place.
+    # This project pads nothing, but other programs look for the padding token in this place.
     description["padding"] = None
     if pad in added:
         description["padding"] = {
@@ -112,7 +112,8 @@ def _rewritten(path: Path, content: bytes, config: TokenizerConfig) -> bytes:
 def _special_tokens(
     path: Path, description: dict[str, Any], config: TokenizerConfig
 ) -> tuple[str, str, str | None]:
-    """bos, eos and pad, from the options, else from tokenizer_config.json beside the file, else from the file."""
+    """bos, eos and pad: from the options, otherwise from the tokenizer_config.json beside the file, otherwise from the
+    file."""
     beside = _config_beside(path)
     inside = frame_of(description) or (None, None)
     bos = config.bos_token or beside.get("bos_token") or inside[0]
@@ -148,20 +149,20 @@ def _config_beside(path: Path) -> dict[str, str]:
 
 
 def _named(description: dict[str, Any]) -> str:
-    """The special tokens of a tokenizer.json, as part of a message."""
+    """The special tokens of a tokenizer.json, in words for an error message."""
     special = [token["content"] for token in description["added_tokens"] if token["special"]]
     more = " and others" if len(special) > _NAMED_SPECIAL_TOKENS else ""
     return f" (it has {', '.join(special[:_NAMED_SPECIAL_TOKENS]) or 'none'}{more})"
 
 
 def _make_certain(description: dict[str, Any]) -> None:
-    """Remove settings that would give other tokens at each call, or special tokens for ordinary text."""
+    """Remove settings that would give different tokens at each call, or special tokens for ordinary text."""
     model = description["model"]
     if model.get("dropout") is not None:
         model["dropout"] = None
     if not isinstance(model["vocab"], list):
         return
-    # A unigram model matches all of its pieces in a text, also special ones, unless others are more probable.
+    # A unigram model matches any of its pieces in a text, even special ones, unless other pieces are more probable.
     for token in description["added_tokens"]:
         number, name = token["id"], token["content"]
         if token["special"] and number < len(model["vocab"]):

@@ -2,7 +2,7 @@
 
 Documents are ordered by the hashes of their texts, so that every chunk is a fair sample of all sources. At most
 GROUP_PARTS parts are in memory at a time: documents of a larger corpus are ordered within groups of parts, and the
-parts are distributed to the groups by a hash too.
+parts are also assigned to the groups by a hash.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pretrain.files import create_file
 
 LARGEST_CHUNK_TOKENS = 1 << 18
 SMALLEST_CHUNK_TOKENS = 1 << 12
-CHUNKS_WANTED = 512  # enough to shuffle a small corpus well
+CHUNKS_WANTED = 512  # enough chunks to shuffle a small corpus well
 GROUP_PARTS = 64
 
 
@@ -148,7 +148,8 @@ def _placed_within(parts: list[EncodedPart]) -> Iterator[_PlacedDocument]:
     row_of = np.concatenate([np.arange(len(part.ids)) for part in parts])[place]
     # Converted to lists, because single elements of arrays are slow to read.
     starts, documents = ([getattr(part, name).tolist() for part in parts] for name in ("starts", "documents"))
-    text_of = [(np.cumsum(part.documents[:, 2]) - 1).tolist() for part in parts]  # index into heldout
+    # For each held-out document, the index of its fields in `heldout` of its part.
+    text_of = [(np.cumsum(part.documents[:, 2]) - 1).tolist() for part in parts]
     for number, row in zip(part_of.tolist(), row_of.tolist(), strict=True):
         part = parts[number]
         source, text_bytes, held_out = documents[number][row]

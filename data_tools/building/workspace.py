@@ -50,7 +50,7 @@ PRODUCTS = (
     MANIFEST_NAME,
 )  # published in this order, so the manifest must stay last
 
-# To be raised with each change of the program that gives other bytes for the same input.
+# Raise this with every change of the program that gives different bytes for the same input.
 PIPELINE_VERSION = 2
 
 # Options that do not change the corpus. The input is represented by its files.
@@ -72,7 +72,7 @@ class Recipe:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, other: Recipe) -> list[str]:
-        """What differs in `other`, in words."""
+        """The differences between this recipe and `other`, in words."""
         found = [
             f"{name} was {self.options.get(name)} and is {other.options.get(name)}"
             for name in sorted({*self.options, *other.options})
@@ -94,7 +94,7 @@ def make_recipe(config: PrepareConfig, files: list[InputFile], tokenizer_sha256:
             options.update({f"{name}.{inner}": inner_value for inner, inner_value in value.items()})
         else:
             options[name] = value
-    # The content of the tokenizer counts, not its path, nor where its special tokens were stated.
+    # The content of the tokenizer counts, not its path or where its special tokens were stated.
     options["tokenizer.path"] = tokenizer_sha256
     del options["tokenizer.bos_token"], options["tokenizer.eos_token"]
     # Defaults that were once the only choice are left out, so that older recipes stay the same.
@@ -122,7 +122,7 @@ def check_places(config: PrepareConfig) -> None:
 
 
 def is_finished(output: Path, recipe: Recipe, overwrite: bool) -> bool:
-    """Whether `output` holds the corpus of this recipe already.
+    """Whether `output` already holds the corpus of this recipe.
 
     Raises ConfigError where it holds another corpus and `overwrite` is not set. Raises it also where it holds
     anything else, which is never overwritten.

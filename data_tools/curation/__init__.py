@@ -1,1 +1,1 @@
-"""The phases of a curation over all documents: on which executor they run, what is a duplicate, and what is kept."""
+"""The phases of a curation: where they run, which documents are duplicates, and which documents are kept."""

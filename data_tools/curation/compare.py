@@ -63,7 +63,7 @@ def compare_task(dedup: DedupConfig, layout: Layout, n_ranks: int) -> tuple[Comp
 
 
 def decide(task: CompareTask) -> dict[str, Any]:
-    """Join pairs to clusters, and write which documents the last phase removes. Returns statistics of the clusters."""
+    """Join pairs into clusters, and write which documents the last phase removes. Returns statistics on clusters."""
     layout, dedup = task.layout, task.dedup
     none = np.zeros((0, 2), dtype=np.uint64)
     found = {"exact": [none], "near": [none], "lines": [none]}

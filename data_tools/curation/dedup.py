@@ -5,7 +5,7 @@ have Jaccard similarity s share a band with probability 1 - (1 - s^r)^b. With b 
 (Penedo et al., 2024), that is 0.92 at s = 0.8 and one half at s = 0.69.
 
 Every task of the first phase writes the `Signatures` of its documents. Then each band, and the hash of the whole text,
-is compared separately, in ranges of the hash, which bounds the memory. The pairs that are found are joined to
+is compared separately, in ranges of the hash, which bounds the memory. The pairs that are found are joined into
 clusters, and one document of each cluster is kept. A document is identified by (task << 32 | its number in the task).
 """
 
@@ -46,7 +46,7 @@ class DedupConfig:
     shingle_words: int = 5
     """Words per shingle."""
     shingle_chars: int = 8
-    """Characters per shingle where most of a text is Chinese; five words have about eight characters."""
+    """Characters per shingle of a text that is mostly Chinese; five words have about eight characters."""
     priority: list[str] = field(default_factory=list)
     """Sources in order of preference: of duplicates, the document of the earliest source in this list is kept."""
     repeated_lines: bool = True
@@ -54,7 +54,7 @@ class DedupConfig:
     max_line_documents: int = 10
     """Largest number of documents in which a line may occur."""
     min_line_chars: int = 40
-    """Shorter lines may be repeated; a Chinese character counts as three."""
+    """Smallest length in characters of a line that counts as repeated; a Chinese character counts as three."""
 
     def __post_init__(self) -> None:
         for name in ("bands", "band_hashes", "shingle_words", "shingle_chars", "max_line_documents"):
@@ -66,7 +66,7 @@ class DedupConfig:
 
 
 def exact_hash(text: str) -> int:
-    """xxh3-64 of a text in which each run of white space counts as one blank."""
+    """xxh3-64 of a text, with each run of white space replaced by one blank."""
     return xxhash.xxh3_64_intdigest(" ".join(text.split()).encode())
 
 

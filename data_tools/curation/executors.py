@@ -70,7 +70,7 @@ class ExecutorConfig:
 
 
 class Task(Protocol):
-    """The work of a phase, called once for each rank."""
+    """The work of a phase, which is called once for each task number (rank)."""
 
     def run(self, rank: int, progress: TaskProgress) -> None: ...
 
@@ -175,7 +175,7 @@ def _executor(step: _Step, n_tasks: int, folder: Path, config: ExecutorConfig) -
         from loguru import logger
     except ImportError as error:
         raise ConfigError("curation needs datatrove: pip install 'pretrain[data]'") from error
-    logger.disable("datatrove")  # it logs every task; errors arrive as exceptions anyway
+    logger.disable("datatrove")  # it would log every task, and errors are raised as exceptions anyway
     common = {"pipeline": [step], "tasks": n_tasks, "logging_dir": str(folder), "skip_completed": True}
     workers = config.workers or -1
     match config.kind:
@@ -247,7 +247,7 @@ def _start_ray(address: str | None) -> None:
 
 
 def _run_here(executor: Any, name: str) -> None:
-    """Run tasks in processes here. datatrove's own pool would wait forever once a worker is killed."""
+    """Run tasks in processes of this machine. datatrove's own pool would wait forever if a worker were killed."""
     # Spawned, because a fork of a process with threads may hang.
     context = multiprocessing.get_context("spawn")
     ranks = executor.get_incomplete_ranks()

@@ -105,7 +105,7 @@ class Tally:
     language_bytes: Counter[str] = field(default_factory=Counter)
     """Bytes of kept documents, by language."""
     lengths: Counter[str] = field(default_factory=Counter)
-    """Kept documents, by the number of bits of their length in characters."""
+    """Kept documents, by the number of bits (4 to 24) of their length in characters."""
     counts: Counter[str] = field(default_factory=Counter)
     """Changes that stages made to texts, by `stage.what`."""
     contaminated: Counter[str] = field(default_factory=Counter)
@@ -252,7 +252,7 @@ class CleanTask:
         signatures, tally = Signatures(self.curation.dedup), Tally()
         rejects = _Rejects(
             self.layout.rejected, rank
-        )  # written to disk at once, because most of the documents may be dropped
+        )  # written to disk immediately, because most of the documents may be dropped
         order = {name: place for place, name in enumerate(self.curation.dedup.priority)}
         source_ranks: list[int] = []
         texts = hashlib.sha256()

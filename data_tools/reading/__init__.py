@@ -1,1 +1,1 @@
-"""Files to records. Every record, page, row and line is bounded in size before memory is taken for it."""
+"""Reads records from files. Every record, page, row and line is bounded in size before memory is allocated for it."""

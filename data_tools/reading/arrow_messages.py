@@ -21,7 +21,7 @@ _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
 
 @dataclass(slots=True)
 class _Body:
-    """What the header of a message says about its body."""
+    """The description of a message's body in its header."""
 
     kind: int = 0
     """Type of the message, as in Arrow's Message.fbs."""

@@ -1,4 +1,4 @@
-"""Decompression and lines of untrusted files: each line is bounded in size before memory is taken for it.
+"""Decompresses untrusted files and splits them into lines, bounding each line before memory is allocated for it.
 
 Raises only OSError and ValueError. `reader.py` turns lines into records.
 """
@@ -19,9 +19,9 @@ from pretrain.errors import ConfigError
 from pretrain.stored import has_more_values
 
 BOMB_FREE_BYTES = 16 << 20
-"""Up to this many unpacked bytes, any ratio is allowed: a page of blanks is no attack."""
+"""Largest number of unpacked bytes for which any ratio is allowed, because a page of blanks is not an attack."""
 BROKEN = (OSError, EOFError, zlib.error)
-"""What is raised by reading a file that ends too early or is no archive."""
+"""Errors raised by reading a file that is truncated or not an archive."""
 
 PACKED_RATIO = 32
 """Largest number of unpacked bytes per packed byte of one block above BOMB_FREE_BYTES; text never packs so tightly."""
@@ -33,7 +33,7 @@ _BUFFER_BYTES = 1 << 20
 _FREE_VALUES = 1 << 20
 # Packed bytes per call: zstd can turn 1 KB into 32 MB, so this bounds what one call unpacks.
 _ZST_BYTES = 1024
-# The largest window that the zstd command accepts by default.
+# The largest window that the zstd command accepts by default, which bounds the memory of decompression.
 _ZST_WINDOW_BYTES = 128 << 20
 _MANY_VALUES = 500_000
 # Values are counted only in longer JSON: shorter JSON takes little memory, whatever it holds.
@@ -72,12 +72,12 @@ def check_values(what: str, packed_bytes: int, n_values: int) -> None:
 
 
 def unpacked(raw: IO[bytes], suffix: str, bounds: Bounds) -> IO[bytes]:
-    """The unpacked bytes of a file whose name ends with `suffix`, unpacked piece by piece up to a break."""
+    """Unpack a file whose name ends with `suffix`, piece by piece. A damaged file can be read up to the damage."""
     suffix = suffix.lower()
     if suffix.endswith(".zst"):
         return io.BufferedReader(_Unpacker(raw, _unzstd(raw), bounds), _BUFFER_BYTES)
     is_gzip = suffix.endswith(".gz")
-    if suffix.endswith(".warc"):  # often compressed in spite of the name
+    if suffix.endswith(".warc"):  # often compressed despite its name
         is_gzip = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
     if is_gzip:
@@ -153,12 +153,12 @@ class Line:
         self.number = number
         """Number of the line in what is read, from 1."""
         self.begin, self.end = begin, end
-        """Offsets in the unpacked file: the line's first byte, and the byte behind its end."""
+        """Offsets in the unpacked file of the line's first byte and of the byte after its last."""
         self.content = content
         """The bytes of the line; None where it is longer than allowed."""
 
     def json(self) -> Any:
-        """The value that the line holds. Its bytes are given up for it. Raises ValueError."""
+        """The JSON value of the line, whose bytes are released. Raises ValueError."""
         return parse_json(self._give_up())
 
     def _give_up(self) -> bytes:

@@ -33,9 +33,9 @@ class Row(NamedTuple):
     """One row of a table."""
 
     fields: dict[str, Any] | None
-    """Values by column; None where the row is bad."""
+    """Values by column; None for a bad row."""
     problem: str = ""
-    """What is wrong with a bad row."""
+    """The problem of a bad row."""
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def _is_name(kind: Any) -> bool:
 
 
 def name_columns(schema: Any, names: Sequence[str]) -> list[str]:
-    """The names that are columns of text or integers."""
+    """Those of the names that are columns of text or integers."""
     return [name for name in dict.fromkeys(names) if name in schema.names and _is_name(kind_of(schema, name))]
 
 

@@ -83,5 +83,5 @@ def load(text: str) -> list[Message]:
 
 
 def plain(messages: list[Message]) -> str:
-    """The contents, one after another: what counts as the text of the dialogue."""
+    """The contents, one after another, which count as the text of the dialogue."""
     return "\n".join(message.content for message in messages)

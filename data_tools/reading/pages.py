@@ -63,7 +63,7 @@ class PageReader:
         self._process: subprocess.Popen[bytes] | None = None
 
     def read(self, answer: bytes, max_bytes: int) -> tuple[str, str | None]:
-        """The main text of an HTTP answer, and what is wrong with it, or None."""
+        """The main text of an HTTP response, and its problem or None."""
         if self._process is None:
             self._process = self._started()
         try:
@@ -92,7 +92,7 @@ class PageReader:
         return f"is a page at which its reader ends (exit code {code})"
 
     def close(self) -> int:
-        """End the process; its exit code."""
+        """End the process. Returns its exit code."""
         process, self._process = self._process, None
         if process is None:
             return 0
@@ -131,7 +131,7 @@ def read_frame(file: IO[bytes] | None) -> bytes:
     return content
 
 
-# ---- in the process --------------------------------------------------------------------------------------------------
+# ---- in the separate process -----------------------------------------------------------------------------------------
 
 
 def read_answer(answer: bytes, max_bytes: int) -> str:
@@ -145,11 +145,11 @@ def read_answer(answer: bytes, max_bytes: int) -> str:
 
 
 def http_headers(stream: IO[bytes]) -> Any:
-    """Status and headers of an HTTP response, read up to its content; None where it is no response."""
+    """Status and headers of an HTTP response, read up to its content; None if it is not a response."""
     from warcio.statusandheaders import StatusAndHeadersParser
 
     try:
-        return StatusAndHeadersParser([], verify=False).parse(stream)  # of any version: 2 and 3 occur too
+        return StatusAndHeadersParser([], verify=False).parse(stream)  # archives also have HTTP/2 and 3
     except EOFError:
         return None
 
@@ -239,5 +239,5 @@ def serve(requests: IO[bytes], replies: IO[bytes], page_cpu_s: int) -> None:
 def main(page_cpu_s: int) -> None:
     """Read pages from stdin."""
     with os.fdopen(os.dup(1), "wb") as replies:
-        os.dup2(2, 1)  # so that nothing printed by a library is taken for a reply
+        os.dup2(2, 1)  # so that nothing that a library prints is mistaken for a reply
         serve(sys.stdin.buffer, replies, page_cpu_s)

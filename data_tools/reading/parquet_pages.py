@@ -1,7 +1,6 @@
 """Reads the headers of a Parquet file's columns and pages, which decide how much memory pyarrow takes for each.
 
-pyarrow reports a part of them too, but ends the process where the metadata of a column is broken.
-
+pyarrow reports part of them, but it ends the process if the metadata of a column is broken, so it is not used here.
 The headers are in Thrift's compact protocol. Raises only OSError and ValueError.
 """
 
@@ -21,11 +20,11 @@ class Page(NamedTuple):
     kind: int
     """Type of the page, as in parquet.thrift."""
     at: int
-    """Offset of the page in the file, behind its header."""
+    """Offset of the page in the file, after its header."""
     packed_bytes: int
-    """Size of the page in the file."""
+    """Size of the page in the file, in bytes."""
     unpacked_bytes: int
-    """Size of the page once it is unpacked."""
+    """Size of the unpacked page in bytes."""
     n_values: int
     """Number of values."""
     encodings: tuple[int, ...]
@@ -50,7 +49,7 @@ _KIND, _UNPACKED, _PACKED, _DATA, _DICTIONARY, _DATA_V2 = 1, 2, 3, 5, 7, 8
 _N_VALUES = 1
 _ENCODING = {_DATA: 2, _DICTIONARY: 2, _DATA_V2: 4}
 _LEVELS_OF_V2, _IS_PACKED_OF_V2 = (5, 6), 7
-# Writers use 32.
+# Largest number of values in a miniblock. Writers use 32.
 _PART_VALUES = 4096
 _CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
 
@@ -61,7 +60,7 @@ class Chunk(NamedTuple):
     start: int
     """Offset of its first page in the file."""
     n_bytes: int
-    """Size of its pages in the file."""
+    """Size of its pages in the file, in bytes."""
     n_values: int
     """Number of values that the metadata states."""
     codec: int
@@ -74,7 +73,7 @@ class Group(NamedTuple):
     n_rows: int
     """Number of rows."""
     n_bytes: int
-    """Size of the row group."""
+    """Size of the row group in bytes."""
     chunks: list[Chunk]
     """Its columns."""
 
@@ -205,7 +204,7 @@ def delta_bytes(raw: IO[bytes], page: Page, codec: int, n_levels: int) -> int:
                 at += 4 + struct.unpack_from("<I", values, at)[0]
         at, total = _lengths(values, at, page.n_values)
         if DELTA_BYTE_ARRAY in page.encodings:
-            # The first lengths were those of prefixes shared with the text before, these are of the rest.
+            # The first lengths are those of prefixes shared with the previous text; these are those of the rest.
             at, rest = _lengths(values, at, page.n_values)
             total += rest
         return total
@@ -228,7 +227,7 @@ def _lengths(data: bytes, at: int, n_values: int) -> tuple[int, int]:
 
     Raises ValueError where there are more lengths than values, or a negative one.
     """
-    reader = _Thrift(data, at)  # the numbers are written in the same way
+    reader = _Thrift(data, at)  # Parquet writes these numbers in the same way as Thrift
     block_values, n_parts, count = reader.varint(), reader.varint(), reader.varint()
     total = value = reader.number()
     if not 0 < n_parts <= block_values or count > n_values:

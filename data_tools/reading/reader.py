@@ -1,8 +1,8 @@
 """The one reader of text: which files an input names, which format each of them has, and the records of a file.
 
-`units.py` turns these records into what a curation reads, and `sources.py` into what a preparation reads: ids, sources
-and the words for a bad record differ there, and nothing else. Whatever a stranger's file holds, each record is bounded
-in size before memory is taken for it.
+`units.py` adapts these records for a curation, and `sources.py` for a preparation. The two differ only in ids, sources
+and the description of a bad record. Files are untrusted, so each record is bounded in size before memory is allocated
+for it.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ FORMATS = {
     ".md": "text",
     ".tar": "tar",
 }
-"""The format of a file by the end of its name."""
+"""The format of a file, by its suffix."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
 _SHARD_NUMBER = re.compile(r"[-_.]?\d+(-of-\d+)?$")
 _MAX_SHARDS = 100_000
-_DATASET_NAME = "dataset_info.json"  # stands beside the Arrow files of a Hugging Face dataset
-_ROWS = 64  # decoded at a time
+_DATASET_NAME = "dataset_info.json"  # is in the same folder as the Arrow files of a Hugging Face dataset
+_ROWS = 64  # largest number of rows that are decoded at a time
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -58,9 +58,9 @@ class FoundFile(NamedTuple):
     suffix: str
     """The key in FORMATS."""
     size_bytes: int | None
-    """None where the store of a URL does not say it."""
+    """Size in bytes; None if the store of a URL does not report it."""
     changed: Any
-    """When the file was changed last, in nanoseconds; for a URL, what its store says instead."""
+    """Time of the last change in nanoseconds; for a URL, the version that its store reports."""
 
 
 def is_url(entry: str) -> bool:
@@ -74,7 +74,7 @@ def suffix_of(name: str) -> str:
 
 
 def expand_ranges(inputs: list[str]) -> list[str]:
-    """The inputs, with `a-{000..099}.tar` replaced by the names that it stands for, padded as the first number is.
+    """The inputs, with `a-{000..099}.tar` expanded to 100 names, whose numbers are padded like the first one.
 
     A name with braces that exists as it is stays as it is. Raises ConfigError for a range that is empty or too long.
     """
@@ -98,7 +98,7 @@ def expand_ranges(inputs: list[str]) -> list[str]:
 
 
 def files_in(entry: str, suffixes: Collection[str], *, follow_links: bool = True) -> list[FoundFile]:
-    """The files that an input names: itself, or what lies below it, hidden files left out, ordered by their paths.
+    """The files of an input, ordered by path: the file itself, or all files below a folder except hidden ones.
 
     With `follow_links`, folders behind links count, and each real folder is entered once. Raises ConfigError where the
     input does not exist, or has no file with one of the suffixes.
@@ -132,7 +132,7 @@ def _files_behind_url(entry: str) -> list[FoundFile]:
     for path, info in listed.items():
         relative = "" if path == root else path.removeprefix(root.rstrip("/") + "/")
         if relative == path or any(part.startswith(".") for part in relative.split("/")):
-            continue  # it lies elsewhere, or is hidden
+            continue  # outside of the input, or hidden
         changed = info.get("ETag") or info.get("mtime") or info.get("created")
         files.append(
             FoundFile(fs.unstrip_protocol(path), relative, suffix_of(path), info.get("size"), changed)
@@ -183,20 +183,20 @@ def _walk(root: str, follow_links: bool) -> list[str]:
 
 
 def readable(name: str) -> str:
-    """A file name as text: bytes that are no UTF-8 and control characters become \\x.., so names stay different."""
+    """A file name as text. Invalid UTF-8 and control characters become \\x.., so that names stay different."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def shard_source(path: str) -> str:
-    """The source of a tar: what the names of a dataset's shards share (`web` for `web-000.tar`), else its folder."""
+    """The source of a tar: its name without the shard number (`web` for `web-000.tar`), or else its folder."""
     name = os.path.basename(path)
     folder = os.path.basename(os.path.dirname(path if is_url(path) else os.path.abspath(path)))
     return _SHARD_NUMBER.sub("", name[: -len(".tar")]) or folder or name
 
 
 def open_file(path: str) -> IO[bytes]:
-    """A file of this machine, which must be a regular one, or one behind a URL."""
+    """Open a regular file of this machine, or a URL."""
     if not is_url(path):
         return open_regular(path)
     fs, at = file_system(path)
@@ -204,7 +204,7 @@ def open_file(path: str) -> IO[bytes]:
 
 
 def reason_of(error: BaseException) -> str:
-    """What went wrong, in one line."""
+    """The message of an error, in one line."""
     return getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
 
 
@@ -223,23 +223,23 @@ class Entry(NamedTuple):
     """One record of a file, or what is wrong with it."""
 
     place: int
-    """The first byte of a line in the unpacked file; of all else the number in the file, from 0."""
+    """Offset in bytes of a line in the unpacked file; for other records, the number in the file, counted from 0."""
     number: int
-    """The number in the file, from 1."""
+    """The number of the record in the file, counted from 1."""
     position_bytes: int
     """How much of the file has been read."""
     fields: dict[str, Any] = {}  # noqa: RUF012 - read only
     """The fields of a record; empty for a format that has none."""
     text: str | None = None
-    """The text, where the format has it outside of the fields."""
+    """The text, if the format stores it outside of the fields."""
     url: str | None = None
-    """The address of a page."""
+    """The address of a web page."""
     problem: str = ""
-    """What is wrong with the record; empty where nothing is."""
+    """What is wrong with the record; empty for a good record."""
     is_too_large: bool = False
-    """The problem is the record's size."""
+    """Whether the problem is the record's size."""
     is_break: bool = False
-    """The problem is the file's: at least a part of what follows cannot be read."""
+    """Whether the problem is in the file, so that at least part of what follows cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,15 +249,18 @@ class Span:
     path: str
     """A path on this machine, or a URL."""
     format: str
-    """A value of FORMATS."""
+    """The format, a value of FORMATS."""
     bounds: Bounds
-    """What the file may cost."""
+    """Limits on the memory and size of what is read."""
     choose_columns: Callable[[Any], list[str]]
-    """The columns of a table to read, by its Arrow schema; where there are none, the table is passed over."""
+    """Chooses the columns to read from the Arrow schema of a table; a table without any is skipped."""
     start: int = 0
-    """The first byte of plain JSONL, whose lines belong to the span in which they begin, or row group of Parquet."""
+    """Where the span begins: a byte offset in plain JSONL, or a row group of Parquet.
+
+    A line belongs to the span in which it begins.
+    """
     stop: int | None = None
-    """Where the span ends; None: at the end of the file."""
+    """Where the span ends, in the same unit; None means the end of the file."""
 
 
 def entries(raw: IO[bytes], span: Span) -> Iterator[Entry]:
@@ -346,7 +349,7 @@ def _rows(raw: IO[bytes], row: int, rows: Iterator[Row]) -> Iterator[Entry]:
 
 
 def text_problem(schema: Any, name: str) -> str | None:
-    """Why a table has no text in the column of that name, or None where it has."""
+    """The reason why a table has no text in the column of this name, or None if it has."""
     if name not in schema.names:
         return f"has no column {name!r} (it has {', '.join(schema.names[:8])})"
     kind = kind_of(schema, name)
@@ -354,7 +357,7 @@ def text_problem(schema: Any, name: str) -> str | None:
 
 
 def read_whole(raw: IO[bytes], max_bytes: int) -> bytes:
-    """All of a file. Raises ValueError where it is larger."""
+    """The whole content of a file. Raises ValueError if it is larger than `max_bytes`."""
     data = read_at_most(raw, max_bytes + 1)
     if len(data) > max_bytes:
         raise ValueError(f"it has more than {max_bytes} bytes")

@@ -1,4 +1,4 @@
-"""What a preparation reads: the files of its inputs, and the documents in each."""
+"""Finds the files that a preparation reads, and yields the documents of each."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from pretrain.errors import ConfigError
 from pretrain.files import open_regular
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".md", ".tar")
-"""Of FORMATS, those that a preparation reads."""
+"""Suffixes of the files that a preparation reads."""
 PYTHON = "python"
 UTF8_BYTES_PER_CHAR = 4
 
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """One file to read. `name` is the same wherever the input lies, and begins each document's id."""
+    """One file to read. `name` does not depend on where the input is stored, and begins each document's id."""
 
     name: str
     path: Path
@@ -45,27 +45,27 @@ class InputFile:
     license: str
     size_bytes: int
     version: int
-    """Changes when the file does."""
+    """A number that changes when the file changes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text as it was read."""
+    """One text before cleaning."""
 
     id: str
     source: str
     license: str
     text: str
-    """Of a dialogue, what `dialogue.dump` makes of it."""
+    """The text; for a dialogue, the result of `dialogue.dump`."""
     position_bytes: int
-    """How much of the file has been read."""
+    """Number of bytes of the file that have been read so far."""
     language: str = ""
-    """As data_tools.curate writes it; empty where it is not known."""
+    """Language code that data_tools.curate has written; empty if it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A record that gives no document. `is_error`: the file is not as it should be."""
+    """A record that gives no document. `is_error` tells whether the record is bad, rather than dropped by a rule."""
 
     reason: str
     where: str
@@ -92,10 +92,10 @@ def find_files(config: PrepareConfig) -> list[InputFile]:
         root = Path(entry).expanduser()
         label = root.resolve().name or "input"
         labels[label] = labels.get(label, 0) + 1
-        if labels[label] > 1:  # another input of that name: their documents' ids must differ
+        if labels[label] > 1:  # two inputs have this name, but the ids of their documents must differ
             label = f"{label}~{labels[label]}"
         found = files_in(str(root), suffixes, follow_links=False)
-        # Corpora name their sources in this order, folder by folder.
+        # Existing corpora list their sources in this order, folder by folder, so it must stay.
         found = sorted(found, key=lambda file: Path(file.path))
         files += [_input_file(file, label, config.license) for file in found]
     return files
@@ -114,13 +114,13 @@ def _input_file(file: FoundFile, label: str, license: str) -> InputFile:
 
 
 def _readable(name: str) -> str:
-    """A name without the bytes that are no UTF-8."""
+    """A name with bytes that are not valid UTF-8 replaced."""
     return name.encode("utf-8", "replace").decode()
 
 
 def read_documents(file: InputFile, config: PrepareConfig) -> Iterator[Document | Rejected]:
     """Every record of a file. Raises ConfigError where the file cannot be read, or only a part of it."""
-    kind = FORMATS.get(suffix_of(file.path.name), "text")  # Python's own files have other suffixes
+    kind = FORMATS.get(suffix_of(file.path.name), "text")  # files of the input `python` have other suffixes
     try:
         if kind == "text":
             yield _read_text(file, config.max_chars)
@@ -161,7 +161,7 @@ def _read_text(file: InputFile, max_chars: int) -> Document | Rejected:
 
 
 def _columns(file: InputFile, schema: Any, config: PrepareConfig) -> list[str]:
-    """The columns of a table to read. Raises ConfigError where none of them holds what is wanted."""
+    """The columns of a table to read. Raises ConfigError if none of them holds text or dialogues, as required."""
     names = schema.names
     if config.format is DocumentFormat.chat:
         content = [name for name in dialogue.FIELDS if name in names]
@@ -207,7 +207,7 @@ def _document(file: InputFile, entry: Entry, config: PrepareConfig) -> Document 
 
 
 def _text_of(record: dict[str, Any], text_field: str) -> str:
-    """The text of a record. Raises ValueError, whose text says what is wrong with it."""
+    """The text of a record. Raises ValueError, whose message says what is wrong with the record."""
     text = record.get(text_field)
     if isinstance(text, str):
         return text

@@ -1,11 +1,11 @@
 """Tars of text in webdataset's conventions, read sample by sample.
 
-The members of a sample stand together and share their names up to the first dot: `000001.txt` is its text,
-`000001.json` or `000001.json.gz` its fields; other members are passed over. Headers are read here: tarfile takes as
-much memory as a header asks for, and it, like webdataset's reader on top of it, ends without a word where a tar was
-cut off between two members.
+The members of a sample are consecutive and share their names up to the first dot: `000001.txt` is its text, and
+`000001.json` or `000001.json.gz` has its fields. Other members are skipped. This module reads the headers itself,
+because tarfile allocates as much memory as a header asks for. Neither tarfile nor webdataset's reader, which uses it,
+reports a tar that was truncated between two members.
 
-Raises OSError, EOFError, zlib.error and ValueError alone.
+Raises only OSError, EOFError, zlib.error and ValueError.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from data_tools.reading.bounded import BOMB_FREE_BYTES, BROKEN, Bounds, parse_js
 
 BLOCK_BYTES = 512
 _ZEROS = bytes(BLOCK_BYTES)
-_EXTENSION_BYTES = 64 << 10  # of a header that only names the next member
+_EXTENSION_BYTES = 64 << 10  # largest size of an extended header, which only describes the next member
 _READ_BYTES = 1 << 20
 _TEXT, _JSON, _JSON_GZ = "txt", "json", "json.gz"
 _READ = (_TEXT, _JSON, _JSON_GZ)
@@ -31,7 +31,7 @@ _OTHERS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4":
 _SPARSE = b"S"
 _PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK = b"x", b"g", b"L", b"K"
 
-_META = re.compile(r"__[^/]*__(/|$)")  # what webdataset passes over
+_META = re.compile(r"__[^/]*__(/|$)")  # members that webdataset skips
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -39,24 +39,24 @@ class Sample(NamedTuple):
     """One sample, or what is wrong with it."""
 
     fields: dict[str, Any]
-    """The object of its JSON member; empty where it has none."""
+    """The object in its JSON member; empty if it has none."""
     text: str | None
-    """The content of its text member; None where it has none."""
+    """The content of its text member; None if it has none."""
     problem: str = ""
-    """What is wrong with it; empty where nothing is."""
+    """What is wrong with the sample; empty for a good one."""
     is_too_large: bool = False
-    """The problem is the sample's size."""
+    """Whether the problem is the sample's size."""
 
 
 class Member(NamedTuple):
     """The header of one file in a tar."""
 
     name: str
-    """As it is written; bytes that are no UTF-8 are surrogates."""
+    """The name as the tar has it; bytes that are not UTF-8 are surrogates."""
     kind: bytes
-    """The type flag."""
+    """The type flag of the header."""
     n_bytes: int
-    """Size of the content."""
+    """Size of the content in bytes."""
 
 
 class _Tar:
@@ -69,7 +69,7 @@ class _Tar:
         self.at = 0
 
     def members(self) -> Iterator[Member]:
-        """Each member, whose content can be read until the next one is asked for."""
+        """Yield each member, whose content can be read until the next one is requested."""
         long_name: str | None = None
         pax: dict[str, str] = {}
         while (header := self._header()) is not None:
@@ -100,11 +100,11 @@ class _Tar:
             self.at, long_name, pax = end, None, {}
 
     def content(self, member: Member) -> bytes:
-        """The content of the member that was given last."""
+        """The content of the member that was yielded last."""
         return self._exactly(member.n_bytes)
 
     def _header(self) -> Member | None:
-        """The next header, or None behind the last member."""
+        """The next header, or None after the last member."""
         block = self._exactly(BLOCK_BYTES)
         if block == _ZEROS:
             self._check_end()
@@ -116,12 +116,12 @@ class _Tar:
         if sum(block) - sum(block[148:156]) + 8 * ord(" ") != expected:
             raise ValueError(f"there is no header of a tar at byte {self.at - BLOCK_BYTES}")
         name = _decoded(block[:100])
-        if block[257:263] == b"ustar\0" and block[345]:  # GNU's own format has other things there
+        if block[257:263] == b"ustar\0" and block[345]:  # GNU's own format uses this field differently
             name = f"{_decoded(block[345:500])}/{name}"
         return Member(name, block[156:157], _number(block[124:136]))
 
     def _check_end(self) -> None:
-        """Two blocks of zeros end a tar, and only more of them may follow."""
+        """Check the end of the tar: two blocks of zeros, after which only more zeros may follow."""
         if self._exactly(BLOCK_BYTES) != _ZEROS:
             raise ValueError(f"something follows the end of the tar, which is at byte {self.at}")
         while rest := self._file.read(_READ_BYTES):
@@ -154,7 +154,7 @@ def _decoded(name: bytes) -> str:
 
 
 def _number(field: bytes) -> int:
-    """A number of a header: octal digits, or the bytes of the number itself. Raises ValueError."""
+    """A number in a header, written as octal digits or in binary. Raises ValueError."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.split(b"\0", 1)[0].strip(b" ")
@@ -206,11 +206,11 @@ class _Draft:
         self.is_too_large = False
 
     def refuse(self, problem: str) -> None:
-        """Note what is wrong, unless something was before."""
+        """Record a problem, unless the sample already has one."""
         self.problem = self.problem or problem
 
     def finished(self) -> Sample:
-        """What its members say."""
+        """The sample that its members describe."""
         if not self.problem and not self.parts:
             others = ", ".join(f".{suffix[:20]}" for suffix in self.others[:8])
             self.refuse(f"has no member .txt, .json or .json.gz (it has {others})")
@@ -239,7 +239,7 @@ class _Draft:
 
 
 def samples(file: IO[bytes], bounds: Bounds) -> Iterator[Sample]:
-    """The samples of a tar. Where it breaks off, the sample that was being read is left out, and an error raised."""
+    """The samples of a tar. If it is truncated, the sample that was being read is left out, and an error is raised."""
     tar = _Tar(file)
     unpacked_bytes = 0
     draft: _Draft | None = None
@@ -270,7 +270,7 @@ def samples(file: IO[bytes], bounds: Bounds) -> Iterator[Sample]:
 
 
 def _member_problem(member: Member) -> str | None:
-    """Why a member is refused, or None. Nothing is written under its name, but an honest tar has no such names."""
+    """The reason for refusing a member, or None. No file gets its name, but a valid tar has no such names."""
     name = member.name
     if member.kind in _OTHERS:
         return f"has the member {_shown(name)}, which is {_OTHERS[member.kind]}"
@@ -282,7 +282,7 @@ def _member_problem(member: Member) -> str | None:
 
 
 def _take(draft: _Draft, suffix: str, member: Member, tar: _Tar, bounds: Bounds) -> int:
-    """Read a member into the draft, unless the sample is too large with it; how many bytes were unpacked."""
+    """Read a member into the draft, unless it makes the sample too large. Returns the number of unpacked bytes."""
     room = bounds.record_bytes - sum(map(len, draft.parts.values()))
     content, n_unpacked = b"", 0
     if member.n_bytes <= room:
@@ -301,7 +301,7 @@ def _take(draft: _Draft, suffix: str, member: Member, tar: _Tar, bounds: Bounds)
 
 
 def _unzipped(packed: bytes, max_bytes: int, bounds: Bounds) -> tuple[bytes, str]:
-    """The first bytes of a gzip file, and what is wrong with it."""
+    """The first bytes of a gzip file, and its problem; empty if it has none."""
     file = unpacked(io.BytesIO(packed), ".gz", bounds)
     blocks: list[bytes] = []
     left = max_bytes

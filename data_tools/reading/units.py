@@ -1,6 +1,6 @@
-"""What a curation reads: the files of its inputs, cut into units of work, and the records of a unit.
+"""Finds the files that a curation reads, cuts them into units of work, and reads the records of a unit.
 
-What is wrong with a record or a file is told to the caller, with its place; reading goes on.
+Problems with a record or a file are reported to the caller with their place, and reading continues.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ from pretrain.errors import ConfigError
 
 Records = Iterator[Record]
 OnBad = Callable[[str, str], None]
-"""Told of what cannot be read: where (`<file>` or `<file>:<number>`) and why. May raise ConfigError to stop."""
+"""Is called for what cannot be read, with the place (`<file>` or `<file>:<number>`) and the reason. It may raise
+ConfigError to stop."""
 
-# Half of a surrogate pair: JSON may hold it, UTF-8 may not.
+# Half of a surrogate pair, which JSON can contain but UTF-8 cannot.
 _HALF = re.compile(r"[\ud800-\udfff]")
 _NAMES = ("id", "source", "url", "license")
 
@@ -58,11 +59,11 @@ class ReadConfig:
     license_field: str = "license"
     """Field of the document's license."""
     max_line_bytes: int = 32 << 20
-    """Longer lines, texts, rows, pages and samples of a tar are bad records."""
+    """Largest size in bytes of a line, text, row, page or sample of a tar; larger ones are bad records."""
     max_ratio: int = 200
-    """Largest number of unpacked bytes per packed byte; a file, or a row group of Parquet, is given up beyond it."""
+    """Largest number of unpacked bytes per packed byte; reading a file, or a row group of Parquet, stops beyond it."""
     max_unpacked_bytes: int = 64 << 30
-    """Largest number of unpacked bytes of one compressed file, which is given up beyond it."""
+    """Largest number of unpacked bytes of one compressed file; reading stops beyond it."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -82,34 +83,39 @@ class Unit:
     path: str
     """A path on this machine, or a URL of fsspec."""
     name: str
-    """The same wherever the input lies; it begins the ids of records that have none."""
+    """Name that does not depend on where the input is stored; it begins the ids of records that have none."""
     source: str
     """The source of records that name none."""
     kind: str
     """The format, a value of FORMATS."""
     start: int = 0
-    """The first byte of plain JSONL, whose lines belong to the unit in which they begin, or row group of Parquet."""
+    """Where the unit begins: a byte offset in plain JSONL, or a row group of Parquet.
+
+    A line belongs to the unit in which it begins.
+    """
     stop: int | None = None
-    """Where the unit ends; None: at the end of the file."""
+    """Where the unit ends, in the same unit of measure; None means the end of the file."""
     version: str = ""
-    """Changes when the file does."""
+    """A value that changes when the file changes."""
     size_bytes: int = 0
-    """About how much there is to read, for the display of progress."""
+    """Approximate number of bytes to read, for the display of progress."""
 
 
 def units_of(inputs: list[str], unit_bytes: int) -> list[Unit]:
-    """All of the inputs' text, in a fixed order. Each real file is there once, however many links lead to it.
+    """The units of all inputs, in a fixed order. Each real file is read once, however many links lead to it.
 
     Raises ConfigError where an input does not exist, or has no file that can be read.
     """
     units: list[Unit] = []
     labels, taken = dict[str, int](), set[str]()
     for entry in expand_ranges(inputs):
-        # A file's own name goes before that of a link to it.
+        # A file is listed under its own name rather than that of a link to it.
         files = sorted(files_in(_root(entry), FORMATS), key=lambda file: os.path.islink(file.path))
         label = os.path.basename((entry if is_url(entry) else os.path.abspath(entry)).rstrip("/"))
         number = labels[label] = labels.get(label, 0) + 1
-        label += f"~{number}" if number > 1 else ""  # inputs of one name: their records' ids must differ
+        label += (
+            f"~{number}" if number > 1 else ""
+        )  # for inputs with the same name, so that ids of records differ
         for file in files:
             real = file.path if is_url(file.path) else os.path.realpath(file.path)
             if real not in taken:
@@ -129,7 +135,7 @@ def _cut(file: FoundFile, label: str, unit_bytes: int) -> list[Unit]:
     kind = FORMATS[file.suffix]
     name = readable(f"{label}/{file.relative}" if file.relative else label)
     folder = os.path.basename(os.path.dirname(name))
-    # Text files of a folder are one source, and so are the parts of a dataset; other files are one each.
+    # The text files of a folder are one source, and so are the parts of a dataset. Every other file is its own source.
     if kind == "tar":
         source = readable(shard_source(file.path))
     elif file.relative and kind in ("text", "arrow"):
@@ -152,7 +158,7 @@ def _row_group_borders(path: str, unit_bytes: int) -> list[int | None]:
         with closing(open_file(path)) as raw:
             file = ParquetFile(raw)
             sizes = [group.n_bytes for group in file.groups]
-    except (OSError, ValueError):  # reading the unit will name the file
+    except (OSError, ValueError):  # the error is reported when the unit is read
         return [0, None]
     borders: list[int | None] = [0]
     for group in range(1, len(sizes)):
@@ -164,8 +170,8 @@ def _row_group_borders(path: str, unit_bytes: int) -> list[int | None]:
 def read_unit(unit: Unit, options: ReadConfig, on_bad: OnBad) -> Records:
     """The unit's records, a few in memory at a time.
 
-    The number in an id does not depend on how files are cut: it is the line's first byte in the unpacked JSONL, and
-    the number, from 0, of the row, the record of a WARC file or the sample of a tar.
+    The number in an id does not depend on how files are cut into units. For JSONL it is the byte offset of the line in
+    the unpacked file; otherwise it is the number of the row, WARC record or sample of a tar, counted from 0.
     """
 
     def choose_columns(schema: Any) -> list[str]:
@@ -185,7 +191,7 @@ def read_unit(unit: Unit, options: ReadConfig, on_bad: OnBad) -> Records:
                     on_bad(where, entry.problem)
                 else:
                     yield from _record(unit, where, entry, options, on_bad)
-    except ConfigError:  # the caller has had enough, or a package is missing
+    except ConfigError:  # the caller wants to stop, or a package is missing
         raise
     except (*BROKEN, ValueError) as error:
         on_bad(unit.name, f"cannot be read: {reason_of(error)}")

@@ -44,7 +44,9 @@ class WarcRecord:
     @property
     def url(self) -> str | None:
         url = self.fields.get("warc-target-uri")
-        if url is not None and url.startswith("<") and url.endswith(">"):  # as wget 1.19 writes it
+        if (
+            url is not None and url.startswith("<") and url.endswith(">")
+        ):  # wget 1.19 writes URLs in angle brackets
             url = url[1:-1]
         return None if url is None else url.replace(" ", "%20")
 

@@ -1,1 +1,1 @@
-"""What is said of a corpus: its statistics, funnel, card, plots and Croissant file, and the schemas of these files."""
+"""Describes a corpus: its statistics, funnel, card, plots and Croissant file, and the schemas of these files."""

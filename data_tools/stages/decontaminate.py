@@ -68,7 +68,8 @@ class DecontaminateConfig:
     ngram_chars: int = 20
     """Length of a shared run in characters, for items that are at least half in a script without spaces."""
     min_words: int = 8
-    """An item shorter than ngram_words is looked for as a whole if it has at least this many words, else not at all."""
+    """An item shorter than ngram_words is looked for as a whole if it has at least this many words; otherwise it is
+    ignored."""
     min_chars: int = 12
     """Same as min_words in characters, for items in a script without spaces."""
     margin_chars: int = 200
@@ -103,7 +104,7 @@ class Index(NamedTuple):
     """Hashes of all runs of the evaluation sets."""
 
     hashes: Hashes
-    """Hashes of the runs, sorted; a run of two sets is there twice."""
+    """Hashes of the runs, sorted; a run that two sets share is listed twice."""
     sets: NDArray[np.uint16]
     """Set of each hash, as an index into the names."""
     names: list[str]
@@ -184,7 +185,7 @@ class DecontaminateStage:
             (config.min_words, index.lengths[0], True),
             (config.min_chars, index.lengths[1], tokens.unspaced),
         ):
-            # Few runs begin like one of the index, so this table rules out nearly all of them.
+            # Few runs have the beginning of a run in the index, so this table rules out nearly all of them.
             hashes = tokens.runs(opening) if lengths and present else index.hashes[:0]
             maybe = np.flatnonzero(self._table[hashes >> shift])
             found = np.searchsorted(index.openings, hashes[maybe]).clip(max=len(index.openings) - 1)

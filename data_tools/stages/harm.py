@@ -1,4 +1,4 @@
-"""Drops sexual spam, hate and scams, by word lists, lists of blocked addresses, and a classifier of the user.
+"""Drops sexual spam, hate and scams, by word lists, lists of blocked addresses, and the user's own classifier.
 
 A listed word is a sign, not a proof: an encyclopedia names what it describes. So a document is dropped for the density
 of listed words or for the number of different ones, never for a single mention.
@@ -54,7 +54,7 @@ class HarmConfig:
     classifier_label: str = "__label__harmful"
     """Label whose probability counts."""
     classifier_threshold: float = 0.5
-    """Documents are dropped from this probability on."""
+    """Smallest probability (0 to 1) at which a document is dropped."""
 
     def __post_init__(self) -> None:
         for name in ("max_share", "classifier_threshold"):
@@ -110,7 +110,7 @@ class HarmStage:
         language = record.language
         if language == CHINESE_TRADITIONAL and language not in self._words:
             language = CHINESE
-        # every list is tried where languages are not detected
+        # if no language was detected, every list is tried
         patterns = self._words.values() if language == UNKNOWN else [self._words.get(language)]
         text = record.text.lower()
         return [entry for pattern in patterns if pattern for entry in pattern.findall(text)]

@@ -16,7 +16,7 @@ from pretrain.errors import ConfigError
 Identified = tuple[str, float]
 
 _CODE_KEY = re.compile(r"[a-z]{2,3}|zh-hant|code")
-# The language is detected from the beginning and the middle, so that long documents cost no more.
+# The language is detected from the beginning and the middle, so that long documents take no more time.
 _PIECE_CHARS = 1000
 # Code is detected from more text, because a source file may begin with pages of license and documentation.
 _CODE_PIECE_CHARS = 3000

@@ -60,12 +60,12 @@ _INLINE_WORDS = (
     "picture q s small source sub sup u video".split()
 )
 _WORDS = _BLOCK_WORDS.union(_INLINE_WORDS)
-# The first attribute has a value: `<meta path finder>` is no tag.
+# The first attribute must have a value, because `<meta path finder>` is not a tag.
 _VALUE = r"\s*=\s*(?:\"[^\"<>]*\"|'[^'<>]*'|[^\s\"'<>=]+)"
 _ATTRIBUTES = rf"(?:\s+[\w:@.-]+{_VALUE}(?:\s+[\w:@.-]+(?:{_VALUE})?){{0,20}})?"
 _TAG = re.compile(rf"<(/?)({'|'.join(sorted(_WORDS.union(_BLOCKS, _INLINE)))})({_ATTRIBUTES})\s*/?>", re.I)
 _CLOSING = re.compile(r"</([a-z]{1,10})\s*>", re.I)
-# Parts of a page that readers do not see.
+# Parts of a page that are invisible to readers.
 _UNSEEN = re.compile(r"<(script|style)\b[^<>]{0,500}>|<(!)--", re.I)
 _UNSEEN_END = {
     "script": re.compile(r"</script\s*>", re.I),

@@ -136,7 +136,7 @@ def placeholder(form: str, value: str, salt: bytes) -> str:
 
 # --- text ---
 
-# The full-width dot is left out: numbers with it are values in tables, never addresses.
+# The full-width dot is left out, because numbers with it are values in tables, never addresses.
 _FULL_WIDTH = re.compile("[０-９＠＋－（）]")
 _FOLD = {ord(wide): ord(wide) - 0xFEE0 for wide in "０１２３４５６７８９＠＋－（）"}
 
@@ -148,7 +148,7 @@ def _fold_width(text: str) -> str:
 
 # --- keys and tokens ---
 
-# A string that must be in the text, the pattern, and the placeholder.
+# Each entry has a string that the text must contain, the pattern, and the placeholder.
 _KEYS = (
     (("AKIA", "ASIA"), r"A[KS]IA[A-Z2-7]{16}(?![A-Za-z0-9])", "YOUR_AWS_ACCESS_KEY"),
     (("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), r"gh[pousr]_[A-Za-z0-9]{36,251}", "YOUR_GITHUB_TOKEN"),
@@ -301,7 +301,7 @@ def _find_ipv6(text: str, private: bool) -> Iterator[PiiMatch]:
 
 # --- numbers: identity, cards, phones ---
 
-# Seven digits and more, with at most two signs between them: nothing below is shorter.
+# Seven or more digits with at most two signs between them. No number that is looked for below is shorter.
 _CLUSTER = re.compile(r"[0-9](?:[ ().\-]{0,2}[0-9]){6,}")
 _BEFORE = r"(?<![0-9A-Za-z_])(?<![0-9][.,\-])(?<![0-9] )"
 _AFTER = r"(?![0-9A-Za-z_]|[.,\-][0-9]| [0-9])"
@@ -340,7 +340,7 @@ _INTERNATIONAL = re.compile(
     r"(?<![0-9A-Za-z_+)\]])\+([1-9][0-9]{0,3})((?:[ -]?\(0\))?(?:[ -]?\(?[0-9]{1,5}\)?){2,6}|[0-9]{7,12})"
     + _AFTER
 )
-# ITU-T E.164 (list of 2016): one digit, two digits, else three.
+# Calling codes of ITU-T E.164 (list of 2016), which have one, two or three digits.
 _CALLING_CODE = re.compile(
     r"1|7|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]"
     r"|2[1-69][0-9]|3[578][0-9]|42[013]|5[09][0-9]|6[789][0-9]|8[0578][0-9]|9[679][0-9]"

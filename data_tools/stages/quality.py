@@ -314,7 +314,7 @@ def _line_signals(text: str, lines: list[str], short_chars: int) -> dict[str, fl
 
 
 def _again(parts: list[str]) -> tuple[int, int]:
-    """Number of parts that repeat an earlier one, and their characters."""
+    """Number of parts that repeat an earlier one, and number of their characters."""
     distinct = set(parts)
     return len(parts) - len(distinct), sum(map(len, parts)) - sum(map(len, distinct))
 

@@ -1,4 +1,4 @@
-"""Small files that become gigabytes, and a process that reads each of them in a child of its own.
+"""Small files that unpack to gigabytes, and a script that reads each of them in its own child process.
 
 As a script: python tests/support/bombs.py FOLDER READER..., which prints a line of JSON for each file of the folder.
 """
@@ -28,7 +28,7 @@ DIALOGUE = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content"
 
 
 def gzipped(head: bytes, piece: bytes, times: int, tail: bytes = b"") -> bytes:
-    """Compressed, without being in memory as a whole: in many members, which are one file."""
+    """A large file compressed as many gzip members, so that it is never in memory as a whole."""
     members = gzip.compress(piece * 16, 9, mtime=0) * (times // 16)
     return gzip.compress(head, 9, mtime=0) + members + gzip.compress(tail, 9, mtime=0)
 
@@ -65,7 +65,7 @@ def parquet(columns: dict[str, Any], **options: Any) -> bytes:
 
 
 def same(value: str, times: int) -> Any:
-    """A column of one value, which is in memory once."""
+    """A column that repeats one value, which is in memory only once."""
     import pyarrow
 
     return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * times, pyarrow.int32()), [value])
@@ -77,7 +77,7 @@ def struct_before_text() -> bytes:
 
 
 def one_dialogue() -> bytes:
-    """A single row, whose turns all say the same, and that is long."""
+    """A single row with a dialogue of 500 turns, all with the same text of 15 MB."""
     import pyarrow
 
     turns = pyarrow.StructArray.from_arrays(
@@ -98,9 +98,9 @@ def arrow(columns: dict[str, Any], **options: Any) -> bytes:
 
 
 def arrow_claim() -> bytes:
-    """The message with the rows says that a terabyte belongs to it."""
+    """An Arrow file whose record batch claims a body of one terabyte."""
     whole = bytearray(arrow({"text": ["a" * 1000] * 10}))
-    at = 8 + struct.unpack_from("<i", whole, 4)[0]  # behind the schema
+    at = 8 + struct.unpack_from("<i", whole, 4)[0]  # after the schema
     body_bytes = len(whole) - 8 - (at + 8 + struct.unpack_from("<i", whole, at + 4)[0])
     place = whole.index(struct.pack("<q", body_bytes), at)
     whole[place : place + 8] = struct.pack("<q", 1 << 40)
@@ -142,14 +142,14 @@ def tar(*members: tuple[str, bytes]) -> bytes:
 
 
 def tar_claim() -> bytes:
-    """A pax header says that a terabyte belongs to it."""
+    """A tar whose pax header claims a size of one terabyte."""
     header = tarfile.TarInfo("0.txt")
     header.type, header.size = tarfile.XHDTYPE, 1 << 40
     return header.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 20)
 
 
 def bombs() -> Iterator[tuple[str, str, Callable[[], bytes]]]:
-    """Name, end of the file's name, and content."""
+    """Name, file name extension and content of each bomb."""
     blanks, start = b"a" * (1 << 20), b'{"text": "'
     yield "gzip, one line of 1 GiB", ".jsonl.gz", lambda: gzipped(start, blanks, 1024)
     yield "gzip, empty values", ".jsonl.gz", many_values
@@ -197,12 +197,12 @@ def bombs() -> Iterator[tuple[str, str, Callable[[], bytes]]]:
 
 
 def chat_bombs() -> Iterator[tuple[str, str, Callable[[], bytes]]]:
-    """The same of dialogues."""
+    """Bombs that are dialogues, in the same form as those of `bombs`."""
     yield "Parquet, one dialogue", ".parquet", one_dialogue
 
 
 def honest() -> Iterator[tuple[str, str, Callable[[], bytes]]]:
-    """Files of each kind that are as they should be."""
+    """A valid file of each kind, in the same form as `bombs`."""
     lines = "".join(json.dumps(row) + "\n" for row in HONEST).encode()
     columns = {"text": [row["text"] for row in HONEST], "id": [row["id"] for row in HONEST]}
     yield "honest gzip", ".jsonl.gz", lambda: gzip.compress(lines)
@@ -215,7 +215,7 @@ def honest() -> Iterator[tuple[str, str, Callable[[], bytes]]]:
 
 
 def write(folder: Path, made: Iterator[tuple[str, str, Callable[[], bytes]]]) -> None:
-    """Each in a folder of its own, named after it."""
+    """Write each file into its own folder, which has its name."""
     for name, suffix, content in made:
         inner = folder / name.replace("/", " ")
         inner.mkdir(parents=True)
@@ -225,7 +225,7 @@ def write(folder: Path, made: Iterator[tuple[str, str, Callable[[], bytes]]]) ->
 
 
 def curate(folder: Path) -> tuple[int, list[str]]:
-    """Records, and what is wrong."""
+    """Read as a curation does. Returns the number of records and the problems that were found."""
     from data_tools.reading.units import ReadConfig, read_unit, units_of
 
     bad: list[str] = []
@@ -263,7 +263,7 @@ def chat(folder: Path) -> tuple[int, list[str]]:
 def read_in_child(
     reader: Callable[[Path], tuple[int, list[str]]], folder: Path, limit_bytes: int
 ) -> dict[str, Any]:
-    """Fork, read there, and tell what came of it and how much memory it took."""
+    """Read in a forked process. Returns the result and the memory that it took."""
     begin = time.monotonic()
     out, into = os.pipe()
     pid = os.fork()
@@ -290,7 +290,7 @@ def read_in_child(
 
 def main(folder: str, *readers: str) -> None:
     sys.path.insert(0, os.environ.get("BOMBS_ROOT", str(ROOT)))
-    import pyarrow.compute  # what every reader needs is there before the memory is counted
+    import pyarrow.compute  # imported before the measurement, so that only the memory of reading counts
     import pyarrow.ipc
     import pyarrow.parquet
     import zstandard

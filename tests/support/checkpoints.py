@@ -1,4 +1,4 @@
-"""Checkpoints, read with nothing but stock safetensors and compared."""
+"""Reads checkpoints with only the stock safetensors package, and compares them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, whole, with nothing but stock safetensors."""
+    """All tensors of a checkpoint, each joined from its slices."""
     pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

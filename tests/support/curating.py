@@ -1,4 +1,4 @@
-"""Text that data_tools.curate goes through: English and Chinese prose, code, copies and dirt."""
+"""Text for tests of data_tools.curate: English and Chinese prose, code, duplicates and damaged text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def report(number: int) -> str:
 
 
 def documents() -> list[dict[str, Any]]:
-    """English and Chinese prose, copies of it, dirt, and modules of the standard library."""
+    """English and Chinese prose, duplicates of it, damaged text, and modules of the standard library."""
     records: list[dict[str, Any]] = []
 
     def add(source: str, text: str) -> None:

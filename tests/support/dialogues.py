@@ -1,4 +1,4 @@
-"""Dialogues, and the configuration that makes a corpus of them."""
+"""Dialogues, and the configuration that prepares a corpus from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from data_tools.config import PrepareConfig, TokenizerConfig
 from pretrain.config import load_config
 
-# From the FAQ of Perl and from a corpus of small talk: real questions, answers of one line and of many.
+# Real questions from the Perl FAQ and from a corpus of small talk, with answers of one line and of many lines.
 PERL = [
     (
         "What is Perl?",
@@ -33,7 +33,7 @@ def turns(*pairs: tuple[str, str], system: str | None = None) -> list[dict[str, 
 
 
 def dialogues(count: int) -> list[dict[str, Any]]:
-    """Each different, one or two questions long, every third with a system message."""
+    """Different dialogues of one or two questions each. Every third one has a system message."""
     records = []
     for number in range(count):
         pairs = [

@@ -1,11 +1,12 @@
-"""A Docker engine of the tests' own: Debian's dockerd on a private socket, and the project's CPU image built in it.
+"""Runs a private Docker engine for tests, Debian's dockerd on its own socket, and builds the project's CPU image in it.
 
-Needs root and the Debian packages docker.io, debootstrap and docker-compose. No image is pulled: the base is made here
-by debootstrap and given to the Dockerfile as CPU_BASE. So what stands for `python:3.11-slim` in these tests is Debian's
-bookworm with Debian's python3.11; all above FROM is the product's own.
+Needs root and the Debian packages docker.io, debootstrap and docker-compose. No image is pulled: debootstrap makes the
+base image here, and the Dockerfile gets it as CPU_BASE. So these tests use Debian bookworm with its python3.11 in place
+of `python:3.11-slim`; everything after FROM is as in the product.
 
-Images and build layers stay in $XDG_CACHE_HOME/pretrain-tests, or /var/cache/pretrain-tests, for the next time. Docker
-itself finds out what changed; the base is remade when its recipe changed. Delete the folder to start cold.
+Images and build layers stay in $XDG_CACHE_HOME/pretrain-tests, or /var/cache/pretrain-tests, for the next test run.
+Docker detects what has changed, and the base image is made again when its recipe changes. Delete the folder to start
+without a cache.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from urllib.parse import urlsplit
 from support import ROOT
 
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
-DOCKER = "/usr/bin/docker"  # Debian's: another client may come first on the path
+DOCKER = "/usr/bin/docker"  # Debian's client, because another one may come first on the path
 IMAGE = "pretrain:cpu"
-BASE = "pretrain-base:debian"  # in place of the base that the Dockerfile names by digest, which is not pulled here
+BASE = "pretrain-base:debian"  # replaces the base that the Dockerfile names by digest
 TOOLS = {"dockerd": "docker.io", "debootstrap": "debootstrap", "docker-compose": "docker-compose"}
 SUITE = "bookworm"
 MIRROR = "http://deb.debian.org/debian"
@@ -40,12 +41,12 @@ CERTIFICATES = "etc/ssl/certs/of-the-host.crt"
 
 
 class Unavailable(Exception):
-    """No engine can be had on this machine; the message says why."""
+    """This machine cannot run an engine; the message says why."""
 
 
 @dataclass(kw_only=True, frozen=True)
 class Engine:
-    """A running engine; `docker` talks to it."""
+    """A running engine, which the method `docker` talks to."""
 
     socket: Path
 
@@ -54,7 +55,7 @@ class Engine:
         return {**os.environ, "DOCKER_HOST": f"unix://{self.socket}", "DOCKER_BUILDKIT": "1"}
 
     def docker(self, *arguments: str | Path, timeout_s: float = 240) -> str:
-        """Run one docker command, which must succeed; what it printed, stderr included."""
+        """Run one docker command, which must succeed. Returns its output, including stderr."""
         done = subprocess.run(
             [DOCKER, *map(str, arguments)],
             env=self.environment,
@@ -67,7 +68,7 @@ class Engine:
         return done.stdout.strip()
 
     def inspect(self, name: str, template: str) -> str:
-        """One value of a container's or image's description, by a Go template."""
+        """One value from the description of a container or image, selected by a Go template."""
         return self.docker("inspect", "-f", template, name)
 
 
@@ -88,16 +89,16 @@ def require_tools() -> None:
 
 @contextmanager
 def running_engine() -> Iterator[Engine]:
-    """An engine with nothing running in it; it leaves no process, mount or network. Raises Unavailable."""
+    """An engine without containers, which leaves no process, mount or network behind. Raises Unavailable."""
     require_tools()
     cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-    state = Path(tempfile.mkdtemp(prefix="pretrain-docker-"))  # a socket's path must be short
+    state = Path(tempfile.mkdtemp(prefix="pretrain-docker-"))  # the path of a socket has a length limit
     with (cache / "lock").open("w") as lock, (state / "dockerd.log").open("w") as log:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests of another checkout wait here
         command = ["dockerd", "-H", f"unix://{state}/docker.sock", "--data-root", cache / "data"]
         command += ["--exec-root", state / "exec", "-p", state / "pid"]
-        # No bridge and no rule in the host's tables: a test makes the one network it needs, and removes it.
+        # The engine adds no bridge and no firewall rule to the host. A test makes and removes the one network it needs.
         command += ["--bridge=none", *(f"--{name}=false" for name in ("iptables", "ip6tables", "ip-masq"))]
         daemon = subprocess.Popen(
             [*map(str, command), "--ip-forward=false"], stdout=log, stderr=log, start_new_session=True
@@ -105,7 +106,7 @@ def running_engine() -> Iterator[Engine]:
         try:
             engine = Engine(socket=state / "docker.sock")
             wait_until_up(engine, daemon, state / "dockerd.log")
-            remove_containers(engine)  # of a test run that was killed
+            remove_containers(engine)  # left by a test run that was killed
             try:
                 yield engine
             finally:
@@ -132,7 +133,7 @@ def remove_containers(engine: Engine) -> None:
 
 
 def stop_daemon(daemon: subprocess.Popen, *folders: Path) -> None:
-    """dockerd ends containerd and unmounts; what it cannot is ended here, so that a failed test leaves nothing."""
+    """Stop dockerd, which stops containerd and unmounts. Clean up the rest, so that a failed test leaves nothing."""
     daemon.terminate()
     try:
         daemon.wait(60)
@@ -168,7 +169,7 @@ def assert_nothing_left(*folders: Path) -> None:
 
 
 def pip_settings() -> dict[str, str]:
-    """How pip finds packages on this machine, from its configuration and the environment."""
+    """The settings by which pip finds packages on this machine, from its configuration and the environment."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     ).stdout
@@ -179,7 +180,7 @@ def pip_settings() -> dict[str, str]:
 
 
 def local_wheels(settings: dict[str, str]) -> list[Path]:
-    """The torch wheels that lie on this machine: the only packages that its package index need not have."""
+    """The torch wheels on this machine. All other packages must be in its package index."""
     folders = [
         Path(urlsplit(word).path) for word in settings.get("find-links", "").split() if "http" not in word
     ]
@@ -187,7 +188,7 @@ def local_wheels(settings: dict[str, str]) -> list[Path]:
 
 
 def make_base(engine: Engine) -> None:
-    """The image that the tests build on, unless this recipe's is there already."""
+    """Make the base image of the tests, unless it exists already for this recipe."""
     settings = pip_settings()
     wheels = local_wheels(settings)
     certificates = Path(settings.get("cert") or os.environ.get("SSL_CERT_FILE") or "/nonexistent")
@@ -225,7 +226,7 @@ def make_base(engine: Engine) -> None:
 
 
 def build_image(engine: Engine) -> None:
-    """`docker build` of the CPU target, as documented; only the network differs, as there is no bridge."""
+    """Build the CPU target with `docker build` as documented, but on the host network, because there is no bridge."""
     make_base(engine)
     proxies = [
         f"--build-arg={name}" for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY") if name in os.environ

@@ -1,7 +1,7 @@
-"""A real HTTP server on loopback that goes wrong as told: it serves a folder, or stands in front of another server.
+"""A real HTTP server on loopback that fails on request. It serves a folder, or forwards to another server.
 
-Which request fails is a function of what is asked for and how often it was asked for before, so that a test meets
-the same faults in every run, however its threads and processes take turns.
+Whether a request fails depends only on what it asks for and how often that was asked for before. So a test meets the
+same faults in every run, however its threads and processes are scheduled.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 Script = Callable[[str, int], str | None]
-"""(path, how often this part of it was asked for before) -> fault, or None."""
+"""Maps a path, and the number of earlier requests for the same part of it, to a fault or None."""
 FAULTS = ("503", "429", "hang", "short", "cut", "wrong", "drip", "reset")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for, and how it was answered."""
+    """One request and its answer."""
 
     path: str
     range: str
@@ -35,7 +35,7 @@ class Request:
 
 
 def at_rate(rate: float, *kinds: str, seed: int = 0, at_most: int = 4) -> Script:
-    """Each request fails with this probability, in one of these ways; no part of a file more than `at_most` times."""
+    """A script that fails requests with this probability, but at most `at_most` times for each part of a file."""
 
     def script(path: str, before: int) -> str | None:
         numbers = random.Random(f"{seed} {path} {before}")
@@ -49,13 +49,13 @@ def always(fault: str, pattern: str = "") -> Script:
 
 
 class FaultyServer:
-    """Serves `source`, a folder or the URL of a server, until the block ends."""
+    """Serves `source`, which is a folder or the URL of another server, until the block ends."""
 
     def __init__(self, source: Path | str, script: Script | None = None) -> None:
         self.source, self.script = source, script
         self.requests: list[Request] = []
         self.redirects: dict[str, str] = {}
-        """Path -> where a request for it is sent on to."""
+        """Maps a path to the URL that a request for it is redirected to."""
         self.n_answers = 0
         self.done = threading.Event()
         self._asked: Counter[tuple[str, str]] = Counter()
@@ -74,7 +74,7 @@ class FaultyServer:
         self._server.server_close()
 
     def choose(self, path: str, range_: str) -> str | None:
-        """Count a request, and say how it is to fail."""
+        """Count a request. Returns the fault that it gets, or None."""
         with self._lock:
             before = self._asked[path, range_]
             self._asked[path, range_] += 1
@@ -100,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self._sent_on():
             return
         fault = self.owner.choose(urlsplit(self.path).path, self.headers.get("Range", ""))
-        if self.owner.done.is_set():  # on a connection that was kept
+        if self.owner.done.is_set():  # the request came over a connection that was kept open
             self._break()
         elif fault == "hang":
             self.owner.done.wait(60)
@@ -160,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "wrong" and body:
             at = len(body) // 3
             body = body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
-        if fault == "short":  # and says so
+        if fault == "short":  # with a Content-Length that matches
             body = body[: len(body) // 2]
         self.owner.n_answers += 1
         self.send_response(status)
@@ -168,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if fault == "cut":  # says another length
+        if fault == "cut":  # with the Content-Length of the whole
             self.wfile.write(body[: len(body) // 2])
             self._break()
         elif fault == "drip":

@@ -1,4 +1,4 @@
-"""Hold real ranks at a place until the test has done what it wants to do there."""
+"""Hold real ranks at a place in the program until the test has acted."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from support import ROOT
 
 
 class Gate:
-    """Ranks started with `env` wait at each place until it is opened.
+    """Makes ranks that are started with `env` wait at each place until the test opens it.
 
-    A place is `step-6`, before the first micro batch of step 6, when step 5 is recorded; or `rename-NAME`, before a
-    file or folder gets its final name.
+    The place `step-6` is before the first micro batch of step 6, after step 5 has been recorded. The place
+    `rename-NAME` is before a file or folder is renamed to NAME.
     """
 
     def __init__(self, folder: Path, *places: str) -> None:
@@ -27,9 +27,9 @@ class Gate:
         self.env = {"PYTHONPATH": path, "GATE_FOLDER": str(folder), "GATE_PLACES": ",".join(places)}
 
     def reached(self, place: str, n_ranks: int = 2) -> bool:
-        """Whether this number of ranks waits there."""
+        """Whether this number of ranks has arrived at the place."""
         return len(list(self._folder.glob(f"{place}-reached-*"))) == n_ranks
 
     def open(self, place: str) -> None:
-        """Ranks go on from there, those that come later too."""
+        """Let ranks continue from the place, including ranks that arrive later."""
         self._closed.pop(place).close()

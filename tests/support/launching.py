@@ -16,7 +16,7 @@ from support import ROOT
 
 
 def free_port() -> int:
-    """A port that no other test of this machine gets: they are handed out in turn, by a counter in a file."""
+    """A port that no other test on this machine gets. A counter in a file hands out ports in turn."""
     with open(Path(tempfile.gettempdir()) / "pretrain-tests-port", "a+") as counter:
         fcntl.flock(counter, fcntl.LOCK_EX)
         counter.seek(0)
@@ -24,7 +24,7 @@ def free_port() -> int:
         while True:
             port = port + 1 if port + 1 in PORTS else PORTS.start
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) != 0:  # nothing listens there
+                if probe.connect_ex(("127.0.0.1", port)) != 0:  # no process listens on it
                     break
         counter.truncate(0)
         counter.write(str(port))
@@ -47,7 +47,7 @@ def loader_workers(process: int) -> list[int]:
 
 
 class Ranks:
-    """The processes of one world; killed when the block ends, whatever happened."""
+    """The processes of one world, which are killed when the block ends for any reason."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Ranks:
         env: dict[str, str] | None = None,
         env_of: dict[int, dict[str, str]] | None = None,
     ) -> None:
-        """`env`: variables of all ranks; `env_of`: of one."""
+        """`env` has environment variables for all ranks, and `env_of` those for single ranks."""
         port = str(free_port())
         log_dir.mkdir(parents=True, exist_ok=True)
         self.logs = [log_dir / f"rank-{rank}.log" for rank in range(n_ranks)]
@@ -93,7 +93,7 @@ class Ranks:
             process.wait()
 
     def wait(self, timeout_s: float = 240) -> list[int]:
-        """Exit codes by rank. As a launcher does, the others are ended soon after the first failure."""
+        """Wait for the exit codes, by rank. Like a launcher, end the other ranks soon after the first failure."""
         deadline = time.monotonic() + timeout_s
         while any(process.poll() is None for process in self.processes):
             failed = any(process.poll() not in (None, 0) for process in self.processes)
@@ -114,7 +114,7 @@ class Ranks:
 def run_ranks(
     n_ranks: int, script: str, *args: str, log_dir: Path, timeout_s: float = 240, expect: int = 0
 ) -> None:
-    """Run to the end; every rank must exit with the code that is expected."""
+    """Run ranks to the end. Every rank must exit with the expected code."""
     with Ranks(n_ranks, script, *args, log_dir=log_dir) as ranks:
         codes = ranks.wait(timeout_s)
     assert codes == [expect] * n_ranks, f"exit codes {codes}\n{ranks.output()}"

@@ -1,4 +1,4 @@
-"""For a loader worker, which can say only what an importable function says: the modules loaded after a read."""
+"""Reports the modules that a loader worker has loaded. A worker can call only importable functions."""
 
 import sys
 from collections.abc import Callable
@@ -6,6 +6,6 @@ from typing import Any
 
 
 def after(read: Callable[[Any], Any], item: Any) -> list[str]:
-    """Read, and name them."""
+    """Read an item, and return the names of all loaded modules."""
     read(item)
     return sorted(sys.modules)

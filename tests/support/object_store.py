@@ -22,12 +22,12 @@ KEYS = {
     "AWS_DEFAULT_REGION": "us-east-1",
 }
 OFF = ["-s3.port.iceberg=0", "-s3.port.lance=0"]
-"""Services beside S3, which would listen on ports that are the same for every server."""
+"""Services of the server besides S3. They are off, because their ports would be the same for every server."""
 
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[str]:
-    """URL of an empty bucket; the environment says how to reach it. What it holds lies in `folder`."""
+    """URL of an empty bucket, which is stored in `folder`. Environment variables tell clients how to reach it."""
     (folder / "data").mkdir()
     credentials = {
         "accessKey": KEYS["AWS_ACCESS_KEY_ID"],
@@ -59,11 +59,11 @@ def s3_server(folder: Path) -> Iterator[str]:
     os.environ.update(variables)
     try:
         _wait_until_it_answers(f"http://127.0.0.1:{port}/healthz", server, folder / "log")
-        s3fs.S3FileSystem.clear_instance_cache()  # what another test connected
+        s3fs.S3FileSystem.clear_instance_cache()  # drop connections that another test has opened
         s3fs.S3FileSystem().mkdir("bucket")
         yield "s3://bucket"
     finally:
-        server.kill()  # asked politely it takes 25 s
+        server.kill()  # not terminate(), after which it takes 25 s to end
         server.wait()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

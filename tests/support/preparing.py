@@ -1,4 +1,4 @@
-"""Text that data_tools.prepare makes a corpus of, and what the corpus then holds."""
+"""Text for tests of data_tools.prepare, and functions that read the resulting corpus."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def numbered(count: int, text: str = ENGLISH) -> list[dict[str, object]]:
 
 
 def documents_of(manifest_path: Path, tokenizer: Path) -> dict[str, tuple[str, str, str]]:
-    """id -> (source, license, text) of every document in a corpus, from its tokens."""
+    """Source, license and text of every document in a corpus, by id. The text is decoded from the tokens."""
     corpus, model = Corpus(manifest_path), Tokenizer.trusted(tokenizer)
     found: dict[str, list[int]] = {}
     origin: dict[str, tuple[str, str]] = {}
@@ -61,7 +61,7 @@ def all_documents(output: Path) -> dict[str, tuple[str, str, str]]:
 
 
 def content(folder: Path, *without: str) -> dict[str, str]:
-    """Hash of every file of a folder."""
+    """Hash of every file in a folder, by its path, except for the files in `without`."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""Monitors and records for tests of what a run records."""
+"""Monitors and step records for tests of the files that a run writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""state.json for tests that save checkpoints without a run."""
+"""Content of state.json for tests that save checkpoints without a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pretrain.data.state import OrderState
 
 
 def run_state(step: int, shapes: Mapping[str, Sequence[int]], **given: Any) -> dict[str, Any]:
-    """Everything that a checkpoint's state must have, of a run with these parameters; `given` is put in its place."""
+    """A complete checkpoint state for a run with these parameters. Values in `given` replace the defaults."""
     order = OrderState(
         manifest_sha=["0" * 64],
         seed=1,

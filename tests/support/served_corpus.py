@@ -38,7 +38,7 @@ def options(cache: Path, **more: object) -> ReadOptions:
 
 
 def everything(corpus: Corpus) -> tuple[np.ndarray, list[str]]:
-    """All tokens and all documents' ids of a corpus, in order."""
+    """All tokens and all document ids of a corpus, in order."""
     tokens = [corpus.read(chunk, 0, CHUNK_TOKENS) for chunk in range(corpus.n_chunks)]
     return np.concatenate(tokens), [
         i for chunk in range(corpus.n_chunks) for i in corpus.documents(chunk).ids
@@ -46,7 +46,7 @@ def everything(corpus: Corpus) -> tuple[np.ndarray, list[str]]:
 
 
 def assert_same(found: Corpus, folder: Path) -> None:
-    """Every token and document is that of the corpus in the folder."""
+    """Check that every token and document is that of the corpus in the folder."""
     (tokens, ids), (expected, expected_ids) = everything(found), everything(Corpus(folder / "manifest.json"))
     np.testing.assert_array_equal(tokens, expected)
     assert ids == expected_ids

@@ -1,4 +1,4 @@
-"""Six small shell programs that do what a batch script needs of Slurm. Real Slurm is for tests/cluster."""
+"""Six small shell programs that replace the Slurm commands of a batch script. tests/cluster uses real Slurm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ STAND_INS = {
     "sbatch": 'echo "$@" >>"$SLURM_LOG/sbatch"; n=$(wc -l <"$SLURM_LOG/sbatch")\n'
     'if [ -n "${SBATCH_FAILS:-}" ]; then echo "sbatch: error: $SBATCH_FAILS" >&2; exit 1; fi\n'
     'echo "$((4241 + n));cluster"',
-    # One process per node; the highest exit code.
+    # Starts one process per node, and exits with the highest of their exit codes.
     "srun": 'echo "$@" >>"$SLURM_LOG/srun"; nodes=${1#--nodes=}; pids=(); while [[ $1 == --* ]]; do shift; done\n'
     'for ((i = 0; i < nodes; i++)); do SLURM_NODEID=$i "$@" & pids+=($!); done; worst=0\n'
     'for pid in "${pids[@]}"; do wait "$pid"; c=$?; [ "$c" -le "$worst" ] || worst=$c; done; exit "$worst"',
@@ -22,7 +22,7 @@ STAND_INS = {
 
 
 def install(folder: Path) -> dict[str, str]:
-    """An environment in which the stand-ins are found; they log their arguments to $SLURM_LOG."""
+    """An environment whose path has the stand-ins first. They log their arguments to $SLURM_LOG."""
     for name, body in STAND_INS.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
@@ -31,7 +31,7 @@ def install(folder: Path) -> dict[str, str]:
 
 
 def start_batch(script: Path, slurm: dict[str, str], **variables: str) -> subprocess.Popen[str]:
-    """The batch script as Slurm starts it."""
+    """Start the batch script as Slurm does."""
     for name in ("scontrol", "srun"):
         (Path(slurm["SLURM_LOG"]) / name).unlink(missing_ok=True)
     env = slurm | {"SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "n[1-2]"} | variables
@@ -46,6 +46,6 @@ def start_batch(script: Path, slurm: dict[str, str], **variables: str) -> subpro
 
 
 def requests(slurm: dict[str, str]) -> list[str]:
-    """What the batch script asked of Slurm: requeue, update, scancel."""
+    """The commands that the batch script gave to Slurm: requeue, update, scancel."""
     log = Path(slurm["SLURM_LOG"]) / "scontrol"
     return log.read_text().splitlines() if log.exists() else []

@@ -1,4 +1,4 @@
-"""TCP sockets that listen, and the processes that hold them."""
+"""Finds listening TCP sockets and the processes that hold them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def listening_sockets() -> dict[str, str]:
-    """Inode -> local address of every listening TCP socket of this network namespace."""
+    """Local address of every listening TCP socket in this network namespace, by inode."""
     found = {}
     for table in ("tcp", "tcp6"):
         for line in Path("/proc/net", table).read_text().splitlines()[1:]:
@@ -25,6 +25,6 @@ def sockets_of(process: int, listeners: dict[str, str]) -> set[tuple[str, str]]:
             target = os.readlink(descriptor)
             if target.startswith("socket:[") and target[8:-1] in listeners:
                 seen.add((name, listeners[target[8:-1]]))
-    except OSError:  # it ended meanwhile
+    except OSError:  # the process has ended in the meantime
         pass
     return seen

@@ -1,4 +1,4 @@
-"""Stand-ins for programs of machines with a GPU."""
+"""Stand-ins for programs that exist only on machines with a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_nvidia_smi(folder: Path, text: str, status: int = 0) -> Path:
-    """A stand-in for nvidia-smi that lists a GPU and answers any query with this text; the folder to put on PATH."""
+    """Write a stand-in for nvidia-smi that lists a GPU and answers any query with `text`. Returns its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     script = folder / "nvidia-smi"
     script.write_text(

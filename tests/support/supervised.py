@@ -1,4 +1,4 @@
-"""A supervised run in processes of its own, and a look at those processes; for tests and chaos runs."""
+"""Starts a supervised run for tests and chaos runs, and finds its processes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from support import ROOT
 from support.launching import free_port
 
 CANARY = "canary-4711"
-"""In the environment of every supervised command; nothing may write it down."""
+"""A secret in the environment of every supervised command, which no file or message may contain."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """A living process."""
+    """A process that is not a zombie."""
 
     pid: int
     parent: int
     state: str
     command: str
     started: int
-    """Clock ticks since boot: with the pid, what makes it this process and no later one."""
+    """Start time in clock ticks since boot, which distinguishes it from a later process with the same pid."""
 
 
 def processes() -> list[Process]:
@@ -58,7 +58,7 @@ def below(pid: int) -> list[Process]:
 
 
 def role(process: Process, table: list[Process]) -> str:
-    """What a process of an attempt is: deepspeed, launcher, rank, or something that a rank has started."""
+    """The role of a process in an attempt: deepspeed, launcher, rank, or a process that a rank has started."""
     if "launch/supervise.py" in process.command:
         return "guard"
     if "deepspeed.launcher.launch" in process.command:
@@ -74,7 +74,7 @@ def role(process: Process, table: list[Process]) -> str:
 
 
 def kill_tree(pid: int) -> None:
-    """End a process and all below it."""
+    """Kill a process and all of its descendants."""
     for process in [*below(pid), *(p for p in processes() if p.pid == pid)]:
         try:
             os.kill(process.pid, signal.SIGKILL)
@@ -83,13 +83,13 @@ def kill_tree(pid: int) -> None:
 
 
 def deepspeed(n_ranks: int, *arguments: str) -> list[str]:
-    """The README's command."""
+    """The training command, in the form that the README documents."""
     port = str(free_port())
     return ["deepspeed", "--num_gpus", str(n_ranks), "--master_port", port, "launch/train.py", *arguments]
 
 
 class Supervised:
-    """`launch/supervise.py` over a command; all of it ended when the block ends."""
+    """`launch/supervise.py` with a command. Both are killed when the block ends."""
 
     def __init__(
         self, run_dir: Path, *command: str, options: tuple[str, ...] = (), env: dict[str, str] | None = None
@@ -117,11 +117,11 @@ class Supervised:
         self.process.wait()
 
     def wait(self, timeout_s: float = 240) -> int:
-        """The supervisor's exit code."""
+        """Wait for the supervisor's exit code."""
         return self.process.wait(timeout=timeout_s)
 
     def wait_for(self, condition: Callable[[], bool], timeout_s: float = 120, poll_s: float = 0.02) -> None:
-        """Until something has happened, while the supervisor lives."""
+        """Wait until a condition is true, which must happen while the supervisor lives."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, f"it did not happen\n{self.text()}"
@@ -136,16 +136,16 @@ class Supervised:
         return found[index]
 
     def text(self) -> str:
-        """What the supervisor printed, the command's output in it."""
+        """The output of the supervisor, including that of the command."""
         return self.output.read_text(errors="replace")
 
     def attempts(self) -> list[dict]:
-        """Every attempt.json, oldest first."""
+        """The content of every attempt.json, oldest first."""
         paths = sorted((self.run_dir / "attempts").glob("*/attempt.json"))
         return [json.loads(path.read_text()) for path in paths]
 
     def causes(self) -> list[str]:
-        """Of every attempt, oldest first."""
+        """The cause of each attempt's end, oldest first."""
         return [attempt["cause"] for attempt in self.attempts()]
 
 

@@ -1,4 +1,4 @@
-"""Tables of strangers as bytes, and the bounded readers of them."""
+"""Untrusted Parquet and Arrow tables as bytes, and functions that read them within bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small corpora of random tokens with an obviously right reference, and loaders that read them."""
+"""Small corpora of random tokens with a reference that is easy to check by eye, and loaders that read them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BOS, EOS = 1, 2
 
 
 class Text:
-    """A corpus on disk, and what was put into it."""
+    """A corpus on disk, and the tokens and documents that were written to it."""
 
     def __init__(
         self,
@@ -29,8 +29,8 @@ class Text:
     ) -> None:
         self.manifest = str(folder / "manifest.json")
         self.stream: list[int] = []
-        self.starts: list[int] = []  # of documents, in the stream
-        self.ignored: set[int] = set()  # tokens that the loss mask leaves out, in the stream
+        self.starts: list[int] = []  # offset of each document in the stream of tokens
+        self.ignored: set[int] = set()  # offsets in that stream of tokens that the loss mask leaves out
         writer = CorpusWriter(
             folder,
             tokenizer_sha256=sha,
@@ -59,7 +59,7 @@ class Text:
         writer.finish()
 
     def sequences(self, sequence_length: int) -> list[tuple[int, int]]:
-        """(chunk, sequence) of the whole corpus."""
+        """(chunk, sequence) for each sequence of the corpus."""
         return [
             (at // CHUNK, at % CHUNK // sequence_length) for at in range(0, len(self.stream), sequence_length)
         ]

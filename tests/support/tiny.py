@@ -52,7 +52,7 @@ def train_tokenizer(folder: Path, texts: list[str], vocab_size: int) -> Tokenize
 
 
 def python_documents() -> dict[str, str]:
-    """Python source by file name, 650 KB of it: this project as it once was, so that no later edit changes a test."""
+    """650 KB of Python source by file name: an old state of this project, so that no later edit changes a test."""
     lines = (
         (ROOT / "tests" / "support" / "python_documents.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     )
@@ -62,8 +62,7 @@ def python_documents() -> dict[str, str]:
 def make_corpus(
     folder: Path, vocab_size: int = 512, documents: list[tuple[str, str]] | None = None
 ) -> TinyCorpus:
-    """Documents, as (id, text), in chunks of 1,024 tokens: by default those of
-    `python_documents`."""
+    """Make a corpus of documents (id, text) in chunks of 1,024 tokens, by default from `python_documents`."""
     if documents is None:
         documents = list(python_documents().items())
     texts = [text for _, text in documents]
@@ -90,7 +89,7 @@ def make_corpus(
 
 
 def run_arguments(corpus: TinyCorpus, run_dir: Path, *more: str) -> list[str]:
-    """Hydra overrides of a run of 12 steps of 512 tokens, checkpoints every 4."""
+    """Hydra overrides for a run of 12 steps of 512 tokens each, with a checkpoint every 4 steps."""
     return [
         f"run_dir={run_dir}",
         f"data.manifest={corpus.manifest}",
@@ -110,7 +109,7 @@ def run_arguments(corpus: TinyCorpus, run_dir: Path, *more: str) -> list[str]:
         "schedule.warmup_steps=2",
         "checkpoint.every_steps=4",
         "checkpoint.keep_last=9",
-        "checkpoint.keep_every_steps=4",  # so that none is left out because the one before takes long
+        "checkpoint.keep_every_steps=4",  # so that no save is skipped because the previous one is slow
         "watchdog.step_s=60",
         "logging.every_steps=4",
         "logging.wandb=disabled",

@@ -1,4 +1,4 @@
-"""A run folder with a real checkpoint and tokenizer, made in a second, for the tests of what reads runs."""
+"""Makes a run folder with a real checkpoint and tokenizer in about a second, for tests of programs that read runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from pretrain.model.decoder import Decoder
 from support import ROOT
 from support.run_states import run_state
 
-torch.set_num_threads(1)  # for tensors this small more threads gain nothing, and lose much on a busy machine
+torch.set_num_threads(
+    1
+)  # more threads gain nothing for such small tensors, and cost much time on a busy machine
 
 TEXTS = [
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in "
@@ -41,7 +43,7 @@ SMALL = ModelConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
 def train_tokenizer(
     path: Path, model_type: str = "bpe", vocab_size: int = 400, character_coverage: float = 0.98
 ) -> Tokenizer:
-    """A sentencepiece model with this project's settings; by default many characters are left to bytes."""
+    """Train a sentencepiece model with this project's settings. By default it writes many characters as bytes."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([line for text in TEXTS for line in text.split("\n") if line] * 3),
@@ -69,7 +71,7 @@ def train_tokenizer(
 def make_run(
     run_dir: Path, model: ModelConfig = SMALL, *, step: int = 3, sequence_length: int = 64
 ) -> Decoder:
-    """Write a run folder as training leaves it; returns its model, with weights that tell all tensors apart."""
+    """Write a run folder like that of a training run. Returns its model, in which no two tensors are equal."""
     run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(run_dir / "tokenizer.model")
     if model.vocab_size is None:
@@ -91,14 +93,14 @@ def make_run(
         for weight in decoder.parameters():
             if weight.dim() > 1:
                 weight.mul_(4)
-            else:  # no two norms alike
+            else:  # gives each norm different weights
                 weight.copy_(0.5 + torch.rand(weight.shape, generator=generator))
     _save(run_dir, config, decoder, tokenizer, step)
     return decoder.eval()
 
 
 def script(name: str) -> ModuleType:
-    """A script of launch/ as a module, to be called without a process of its own."""
+    """A script of launch/ as a module, so that tests can call it in their own process."""
     spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -110,7 +112,7 @@ def script(name: str) -> ModuleType:
 def run_script(
     name: str, *arguments: str, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """A script of launch/ as a person runs it. `env` is added to the environment."""
+    """Run a script of launch/ as a user would. `env` is added to the environment."""
     command = [sys.executable, str(ROOT / "launch" / f"{name}.py"), *arguments]
     variables = {**os.environ, **(env or {})}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=variables)

@@ -1,4 +1,4 @@
-"""What runs of launch/train.py leave behind, compared bit by bit, and waiting for them."""
+"""Waits for runs of launch/train.py, and compares their results bit by bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ N_STEPS = 12
 
 
 def losses(run_dir: Path) -> list[str]:
-    """The loss stream as hexadecimal floats: equal means bit-identical."""
+    """The loss of each step as a hexadecimal float, so that equal texts mean identical bits."""
     return [record["loss"].hex() for record in read_metrics(run_dir)]
 
 
@@ -34,7 +34,7 @@ def assert_each_sample_once(run_dir: Path) -> None:
 
 
 def assert_equals_undisturbed(run_dir: Path, straight: Path) -> None:
-    """The oracle: losses, parameters, moments bit-identical; the ledger of samples exact, tokens included."""
+    """Check that losses, parameters and moments are identical to the bit, and samples and tokens are the same."""
     assert losses(run_dir) == losses(straight)
     assert_same_state(
         checkpoint.checkpoint_path(run_dir, N_STEPS), checkpoint.checkpoint_path(straight, N_STEPS)
@@ -57,7 +57,7 @@ def steps_done(run_dir: Path) -> int:
     return path.read_text().count('"kind": "step"') if path.exists() else 0
 
 
-# 4 steps of 8 x 64 tokens, 4 of 4 x 128, 4 of 8 x 128: the batch in sequences goes down and up again.
+# 4 steps of 8 x 64 tokens, then 4 of 4 x 128, then 4 of 8 x 128, so the batch in sequences gets smaller and larger.
 STAGES = (
     "data.stages=[{start_tokens: 2048, sequence_length: 128, global_batch_sequences: 4}, "
     "{start_tokens: 4096, global_batch_sequences: 8}]"

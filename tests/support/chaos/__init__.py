@@ -1,1 +1,1 @@
-"""Runs that are disturbed at random moments, and the oracle that checks what is left of them: run.py."""
+"""Disturbs runs at random moments and checks the result with an oracle. The script is run.py."""

@@ -1,4 +1,4 @@
-"""What a chaos run does to a run: the plan of faults, their victims, the causes they may have, the damage to disks."""
+"""The faults of a chaos run: their plan, their victims, the causes that may be reported, and damage to the disk."""
 
 from __future__ import annotations
 
@@ -25,46 +25,46 @@ VICTIMS = {
     "supervisor": 2,
     "everything": 3,
 }
-# Stopped, it would be continued by the one who stopped it.
+# SIGSTOP is left out, because whoever stops a supervisor also continues it.
 SUPERVISOR_KINDS = {"SIGKILL", "SIGTERM", "SIGUSR1"}
 DAMAGES = ("bit flip", "truncation", "missing file", "empty COMPLETE")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is to be done next, before it is known what lives then."""
+    """A planned fault. The victim is chosen only when the fault is delivered, from the processes that live then."""
 
     kind: str
     moment: float
-    """Share of an attempt's expected length."""
+    """When it is delivered, as a fraction of the attempt's expected length."""
     aim: str
-    """uniform; or loading, saving: the next of these after the moment; or recovery: within the start-up;
-    or trained: after two checkpoints and two steps."""
+    """When exactly to deliver it: `uniform` at `moment`; `loading` or `saving` at the next such phase after it;
+    `recovery` during startup; `trained` after two checkpoints and two steps."""
     victim: float
-    """Picks among the kinds of process that live then, by weight."""
+    """Random number from 0 to 1 that picks the kind of process, by weight."""
     index: float
-    """Picks among those of a kind."""
+    """Random number from 0 to 1 that picks a process of that kind."""
     damage: str | None
-    """To the newest checkpoint, where the victim is everything and there is an older one."""
+    """Damage to the newest checkpoint. It is done only if the victim is `everything` and an older checkpoint exists."""
     dice: float
-    """Picks the file and place of a damage."""
+    """Random number from 0 to 1 that picks the damaged file and the place in it."""
 
 
 def plan(seed: int, number: int, broken: str) -> Fault:
-    """Fault `number` of a seed."""
+    """The fault with this number in the sequence that follows from a seed."""
     dice = random.Random(f"{seed}/{number}")
     kind = dice.choices(list(KINDS), list(KINDS.values()))[0]
     aim = dice.choices(["uniform", "loading", "saving", "recovery"], [16, 1, 2, 1])[0]
     damage = dice.choice([*DAMAGES, None, None])
     fault = Fault(kind, dice.random(), aim, dice.random(), dice.random(), damage, dice.random())
-    if broken:  # power cuts with checkpoints to lose; the newest damaged where the hash is missing
+    if broken:  # only a power cut after two checkpoints shows what a missing protection loses
         damage = "bit flip" if broken == "hash" else None
         return Fault("SIGKILL", 0.0, "trained", 1.0, 0.0, damage, fault.dice)
     return fault
 
 
 def choose(fault: Fault, by_role: dict[str, list[int]], supervisor: int) -> tuple[str | None, int]:
-    """The victim: kind of process and process id; None where a fault fits none that lives."""
+    """The kind and process id of the victim; the kind is None if no living process suits the fault."""
     living = {name: pids for name, pids in by_role.items() if name in VICTIMS}
     living["everything"] = [0]
     if fault.kind in SUPERVISOR_KINDS:
@@ -81,7 +81,7 @@ def choose(fault: Fault, by_role: dict[str, list[int]], supervisor: int) -> tupl
 
 
 def harmless(fault: dict) -> bool:
-    """Whether the attempt goes on: loader workers and watchers obey no request, and a stopped launcher only waits."""
+    """Whether the attempt continues: loader workers and watchers ignore requests, and a stopped launcher only waits."""
     number, victim = signal.Signals[fault["kind"]], fault["victim"]
     if number == signal.SIGSTOP:
         return victim in ("launcher", "deepspeed", "guard")
@@ -89,7 +89,7 @@ def harmless(fault: dict) -> bool:
 
 
 def expected_causes(faults: list[dict]) -> set[str]:
-    """What the supervisor may call the end of an attempt that did not finish, after these faults."""
+    """The causes that the supervisor may report for an unfinished attempt after these faults."""
     allowed: set[Cause] = set()
     for fault in faults:
         number, victim = signal.Signals[fault["kind"]], fault["victim"]
@@ -111,7 +111,7 @@ def expected_causes(faults: list[dict]) -> set[str]:
                 allowed |= {Cause.STOPPED if stopping else Cause.LAUNCHER_LOST}
         if (
             fault["phase"] == "start-up"
-        ):  # nothing of the run may be there yet to say more than how the launcher ended
+        ):  # the run may not have started, and then only the exit of the launcher is known
             allowed |= {Cause.NOT_STARTED, Cause.KILLED, Cause.CRASH, Cause.LAUNCHER_LOST, Cause.HOST_LOST}
             allowed |= {Cause.FROZEN, Cause.HANG} if number == signal.SIGSTOP else set()
             allowed |= {Cause.STOPPED, Cause.UNSAVED_STOP} if stopping else set()
@@ -122,7 +122,7 @@ def expected_causes(faults: list[dict]) -> set[str]:
 
 
 def kill_all() -> None:
-    """End every process below this one and collect those that came here."""
+    """Kill all descendants of this process, and reap those that it has inherited."""
     while left := below(os.getpid()):
         for process in left:
             with suppress(ProcessLookupError):
@@ -134,7 +134,7 @@ def kill_all() -> None:
 
 
 def forget_unsynced(run_dir: Path) -> None:
-    """Cut every file under checkpoints/ to the length that was synced, as a power failure may."""
+    """Truncate every file under checkpoints/ to its synced length, as a power failure may."""
     log = run_dir.with_suffix(".synced")
     synced = {}
     for line in log.read_text().splitlines() if log.exists() else []:
@@ -148,7 +148,7 @@ def forget_unsynced(run_dir: Path) -> None:
 
 
 def damage(checkpoint: Path, fault: Fault) -> None:
-    """To one file of a complete checkpoint."""
+    """Damage one file of a complete checkpoint."""
     if fault.damage == "empty COMPLETE":
         os.truncate(checkpoint / "COMPLETE", 0)
         return
@@ -160,7 +160,7 @@ def damage(checkpoint: Path, fault: Fault) -> None:
         os.truncate(path, int(path.stat().st_size * fault.dice))
     else:
         content = bytearray(path.read_bytes())
-        # The exponent of a number in the last quarter: data, not the header.
+        # The flipped bit is in the exponent of a number in the last quarter of the file, so it is never in the header.
         at = len(content) * 3 // 4 // 4 * 4 + 3
         content[at] ^= 0x02
         path.write_bytes(content)

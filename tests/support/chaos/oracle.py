@@ -1,4 +1,4 @@
-"""What must hold of a run however it is disturbed, checked while it goes on and when it has finished."""
+"""Checks what must be true of a run however it is disturbed, both while it runs and after it has finished."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from pretrain.reliability.journal import read_ledger, read_lines, read_metrics
 from pretrain.reliability.supervisor import Tail
 
 LOSS_TOLERANCE = 2e-2
-"""Between different numbers of ranks: sums run in another order, in bf16. test_training saw 2e-3 over 8 steps."""
+"""Largest difference in loss between runs on different numbers of ranks, in nats per token.
+
+bf16 sums are then computed in another order. test_training saw a difference of 2e-3 over 8 steps.
+"""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The run that nothing disturbed."""
+    """The results of the undisturbed run."""
 
     losses: dict[int, str]
-    """By step, as hexadecimal floats."""
+    """Loss of each step, as a hexadecimal float."""
     ledger: dict[tuple[int, int], tuple[list[int], str]]
-    """(rank, step) -> samples, hash of their tokens."""
+    """For each (rank, step), the samples that were read and the hash of their tokens."""
     state_sha256: str
 
     @classmethod
     def read(cls, run_dir: Path, n_steps: int) -> Reference:
-        """Of a finished run."""
+        """Read the results of a finished run."""
         losses = {record["step"]: record["loss"].hex() for record in read_metrics(run_dir)}
         assert sorted(losses) == list(range(1, n_steps + 1)), f"{run_dir} has not finished"
         ledger = {(e["rank"], e["step"]): (e["samples"], e["tokens_xxh3"]) for e in read_ledger(run_dir)}
@@ -37,7 +40,7 @@ class Reference:
 
 
 def state_sha256(run_dir: Path, step: int) -> str:
-    """Of all parameters and moments of a checkpoint."""
+    """Hash of all parameters and moments in a checkpoint."""
     tensors = {}
     for path in (run_dir / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"):
         with safe_open(str(path), framework="numpy") as file:
@@ -51,7 +54,7 @@ def state_sha256(run_dir: Path, step: int) -> str:
 
 
 class Oracle:
-    """Watches one run folder and complains about what differs from the reference."""
+    """Watches one run folder and reports what differs from the reference."""
 
     def __init__(
         self,
@@ -70,18 +73,18 @@ class Oracle:
         self._metrics = Tail(run_dir / "metrics.jsonl", from_start=True)
         self._ledgers: dict[Path, Tail] = {}
         self.reached = 0
-        """Steps done since the last resume, and those it began from."""
+        """Last step that has been done since the last resume."""
         self.saved: set[int] = set()
         """Steps whose checkpoint the run has reported as saved."""
         self.skipped: set[int] = set()
-        """Steps whose checkpoint the run said it left out, the one before being still under way."""
+        """Steps whose checkpoint the run skipped because the previous save was still in progress."""
         self.damaged: set[int] = set()
         """Steps whose checkpoint was damaged on purpose, until it is written again."""
         self.lost_steps: int | None = None
-        """Of the last resume."""
+        """Number of steps that were lost at the last resume."""
 
     def look(self) -> int:
-        """Check the new lines of metrics and ledger: every step that was ever done. How many steps are new."""
+        """Check the new lines of metrics and ledger, which hold every step ever done; return how many are new."""
         new = [line for line in self._metrics.read() if line["kind"] == "step"]
         for line in new:
             self.reached = line["step"]
@@ -104,9 +107,9 @@ class Oracle:
                 self._complain(f"rank {rank} trained step {line['step']} on other samples: {line['samples']}")
 
     def resumed(self, step: int, complete: list[int], *, was_saved: bool) -> None:
-        """A new attempt goes on from `step`; `complete` are the checkpoints that stood there when it began.
+        """Check a new attempt that resumes from `step`; `complete` are the steps of the checkpoints that existed then.
 
-        `was_saved`: the attempt before had been asked to save and said that it had.
+        `was_saved` tells whether the previous attempt was asked to save and reported that it had.
         """
         good = max((s for s in complete if s not in self.damaged), default=0)
         if step != good:
@@ -116,7 +119,7 @@ class Oracle:
         if not self.damaged:
             if step < due[-1] and due[-1] in self.saved:
                 self._complain(f"the checkpoint of step {due[-1]} was reported as saved; resumed from {step}")
-            # One save may be under way when the fault comes; the one before it must be there.
+            # One save may be in progress when the fault comes; the checkpoint before it must exist.
             if step < due[-2:][0]:
                 self._complain(f"{self.lost_steps} steps lost, checkpoints were due at {due}")
             if was_saved and self.lost_steps:
@@ -124,7 +127,7 @@ class Oracle:
         self.reached = step
 
     def finished(self, n_steps: int, global_batch_sequences: int) -> None:
-        """The whole history of the finished run."""
+        """Check the whole history of the finished run."""
         self.look()
         losses = {record["step"]: record["loss"] for record in read_metrics(self._run_dir)}
         if sorted(losses) != list(range(1, n_steps + 1)):
@@ -144,12 +147,12 @@ class Oracle:
 
 
 def quantile(values: list[float], share: float) -> float:
-    """Nearest rank."""
+    """The quantile by the nearest-rank method."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
 
 
 def summarize(log: Path) -> str:
-    """The closing report over a whole log."""
+    """The final report on a whole log."""
     lines = read_lines(log)
     faults = [line for line in lines if line["type"] == "fault"]
     violations = [line for line in lines if line["type"] == "violation"]
@@ -189,6 +192,6 @@ def summarize(log: Path) -> str:
 
 
 def append(log: Path, record: dict) -> None:
-    """One line, on disk at once."""
+    """Append one line to the log and sync it to disk."""
     with log.open("a") as file:
         file.write(json.dumps(record) + "\n")

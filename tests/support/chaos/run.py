@@ -2,16 +2,16 @@
 
     python tests/support/chaos/run.py --kills 300 --seed 1
 
-Runs of a tiny model under the real launcher and the real supervisor, in run folders of --out. Processes of every kind
-get signals at uniformly random moments of an attempt: start-up, loading, training, saving, ending. After every
-resume the oracle (oracle.py) compares all that was done with an undisturbed run at the same number of ranks.
---resize changes the number of ranks between attempts instead; then samples are exact and losses within a tolerance.
+Trains a tiny model under the real launcher and the real supervisor, in run folders below --out. Processes of every kind
+get signals at uniformly random moments of an attempt: startup, loading, training, saving, ending. After every resume,
+the oracle (oracle.py) compares every step with an undisturbed run on the same number of ranks. --resize changes the
+number of ranks between attempts instead; samples must then be exact, and losses agree within a tolerance.
 
-The plan follows from the seed; what a signal hits also depends on the clock. The log goes on where it stopped: the same
-command again adds what is missing. Exit codes: 0 no violation, 1 violations.
+The seed determines the plan; what a signal hits also depends on timing. The same command again continues the log and
+adds the missing faults. Exit codes: 0 no violation, 1 violations.
 
-The machine's power is cut by killing everything at once; files under checkpoints/ that were not synced are cut to
-the length that was. Lost directory entries and the run's journals, which are not synced, are not played.
+A power cut is simulated by killing everything at once and truncating files under checkpoints/ to their synced length.
+Lost directory entries, and losses in the run's journals, which are never synced, are not simulated.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ from support.tiny import TinyCorpus, make_corpus, run_arguments
 N_STEPS = 60
 SAVE_EVERY_STEPS = 5
 FAULTS_PER_RUN = 6
-"""Then the run is left alone, so that it finishes and can be compared."""
+"""Number of faults per run. After them the run is left alone, so that it finishes and can be compared."""
 LIMIT_S = 240
-"""An attempt that lasts longer, or has not ended so long after a fault, hangs."""
+"""An attempt counts as hung after this many seconds, counted from its start and again from a fault."""
 GRACE_S = 60
 ENDING_S = 1.5
-"""The last save and what follows it, as part of an attempt's length."""
+"""Seconds that the last save and the end of the run add to the expected length of an attempt."""
 ENOUGH = 5
-"""Violations of one run that are recorded; the first mostly brings many."""
+"""Largest number of violations recorded per run, because the first one usually causes many more."""
 
 
 class ShownEnough(Exception):
-    """A negative control has failed, as it must."""
+    """A negative control has shown a violation, as it must."""
 
 
 class Chaos:
@@ -101,7 +101,7 @@ class Chaos:
             raise ShownEnough
 
     def arguments(self, run_dir: Path, n_ranks: int) -> list[str]:
-        """The run on so many ranks."""
+        """The training command for this number of ranks."""
         more = [
             f"total_steps={N_STEPS}",
             f"checkpoint.every_steps={SAVE_EVERY_STEPS}",
@@ -117,7 +117,7 @@ class Chaos:
         return run_arguments(self.corpus, run_dir, *more)
 
     def environment(self, run_dir: Path, broken: str) -> dict[str, str]:
-        """With the shim of tests/support/chaos/shim/ first on the path."""
+        """The environment of the run, with tests/support/chaos/shim/ first on Python's path."""
         return {
             "PYTHONPATH": str(ROOT / "tests/support/chaos/shim"),
             "CHAOS_BREAK": broken,
@@ -127,7 +127,7 @@ class Chaos:
         }
 
     def reference(self, n_ranks: int) -> Reference:
-        """The undisturbed run, made once per number of ranks."""
+        """The undisturbed run, which is done once for each number of ranks."""
         run_dir = self.out / f"undisturbed-{n_ranks}"
         if not (run_dir / "attempts/summary.json").exists():
             shutil.rmtree(run_dir, ignore_errors=True)
@@ -141,10 +141,10 @@ class Chaos:
         return Reference.read(run_dir, N_STEPS)
 
     def run(self) -> int:
-        """All faults that are still to be delivered. The exit code."""
+        """Deliver all faults that are still missing. Returns the exit code."""
         ctypes.CDLL(None).prctl(
             36, 1, 0, 0, 0
-        )  # PR_SET_CHILD_SUBREAPER: what a killed supervisor leaves comes here
+        )  # PR_SET_CHILD_SUBREAPER: this process inherits the children of a killed supervisor
         sizes = self.options.ranks
         while self.number < self.options.kills:
             self.n_runs += 1
@@ -163,14 +163,14 @@ class Chaos:
         return 1 if self.violations else 0
 
     def progress(self) -> str:
-        """Faults so far, seconds per fault, time to go."""
+        """Number of faults so far, seconds per fault, and remaining time."""
         each = (time.monotonic() - self.began) / max(1, self.number - self.first_number)
         eta_s = each * (self.options.kills - self.number)
         return f"fault {self.number}/{self.options.kills}, {each:.1f} s each, ETA {eta_s / 60:.0f} min"
 
 
 def batch_sequences(n_ranks: int) -> int:
-    """Divisible by the ranks."""
+    """A global batch size that is divisible by the number of ranks."""
     return 12 if n_ranks == 3 else 8
 
 
@@ -181,7 +181,7 @@ class Run:
         self.chaos = chaos
         self.n_ranks = n_ranks
         self.run_dir = chaos.out / chaos.run_name
-        for process in processes_of(self.run_dir):  # of an invocation that was cut off
+        for process in processes_of(self.run_dir):  # left by an invocation that was killed
             kill_tree(process.pid)
         shutil.rmtree(self.run_dir, ignore_errors=True)
         self.run_dir.with_suffix(".synced").unlink(missing_ok=True)
@@ -195,15 +195,15 @@ class Run:
         self.supervised: Supervised | None = None
         self.n_faults = 0
         self.dead = False
-        """A violation made going on pointless."""
+        """Whether a violation has made it pointless to continue."""
         self.ended_at: float | None = None
         self.was_saved = False
         self.gave_up_after: list[int] = []
         self.seen: set[tuple[int, int]] = set()
-        """(process, start) of the attempt before."""
+        """(process id, start time) of every process of the previous attempt."""
 
     def go(self) -> None:
-        """To the end."""
+        """Disturb the run, then let it finish, and check it."""
         number = 0
         try:
             while not self.dead:
@@ -221,7 +221,7 @@ class Run:
             shutil.rmtree(self.run_dir)
 
     def supervise(self) -> Supervised:
-        """The living supervisor, started where there is none."""
+        """The living supervisor. A new one is started if there is none."""
         if self.supervised is None:
             n_ranks = self.n_ranks
             if self.chaos.options.resize:
@@ -237,7 +237,7 @@ class Run:
         return self.supervised
 
     def end_supervisor(self) -> None:
-        """Kill it and all below it, and collect what is left."""
+        """Kill the supervisor and its descendants, and reap them."""
         if self.supervised is not None and self.supervised.process.poll() is None:
             self.supervised.process.kill()
             self.supervised.process.wait()
@@ -246,7 +246,7 @@ class Run:
 
 
 class Attempt:
-    """One start of the launcher: its faults, its end, and what must hold then."""
+    """One start of the launcher: its faults, its end, and the checks that follow."""
 
     def __init__(self, run: Run, number: int) -> None:
         self.run, self.chaos, self.oracle = run, run.chaos, run.oracle
@@ -258,11 +258,11 @@ class Attempt:
         self.first_step_at: float | None = None
         self.supervisor_code: int | None = None
         self.members: set[tuple[int, int]] = set()
-        """(process, start) of all that were seen."""
+        """(process id, start time) of every process that was seen."""
         self.next_census = 0.0
 
     def go(self) -> int | None:
-        """Start or find it, disturb it, see it end, check it. Returns the supervisor's exit code if it ended."""
+        """Start or find the attempt, disturb it, and check it. Returns the supervisor's exit code if that has ended."""
         supervised = self.run.supervise()
         limit = time.monotonic() + LIMIT_S
         if not self.wait(lambda: self.path.exists() or supervised.process.poll() is not None, limit):
@@ -284,7 +284,7 @@ class Attempt:
         return self.check()
 
     def fail(self, text: str) -> None:
-        """Give this run up; its folder stays."""
+        """Give up this run and keep its folder."""
         output = self.run.supervised.text() if self.run.supervised else ""
         table = [f"{p.pid} {p.state} {p.command[:80]}" for p in below(os.getpid())]
         self.chaos.complain(f"{text}; processes: {table}; output: ...{output[-1500:]}")
@@ -308,7 +308,7 @@ class Attempt:
             self.chaos.startup_s = 0.5 * (self.chaos.startup_s + self.first_step_at - self.began)
 
     def wait(self, condition, deadline: float, poll_s: float = 0.03) -> bool:
-        """Until it holds; False where it does not in time."""
+        """Wait until the condition is true. Returns False if it is not by the deadline."""
         while not condition():
             if time.monotonic() > deadline:
                 return False
@@ -321,7 +321,7 @@ class Attempt:
         return True
 
     def processes(self) -> list[Process]:
-        """Those of the attempt: all below this process but the supervisor."""
+        """The processes of the attempt: all descendants of this process except the supervisor."""
         own = self.run.supervised.process.pid if self.run.supervised else 0
         return [process for process in below(os.getpid()) if process.pid != own]
 
@@ -329,7 +329,7 @@ class Attempt:
         supervised = self.run.supervised
         assert supervised is not None
         if supervised.process.poll() is not None and supervised.process.returncode < 0:
-            return not self.processes()  # a killed supervisor: its run has to end by itself
+            return not self.processes()  # after its supervisor was killed, a run must end by itself
         with suppress(ValueError):
             return json.loads(self.path.read_text())["ended"] is not None
         return False
@@ -341,7 +341,7 @@ class Attempt:
         return self.has_event("started", "resumed") and self.oracle.reached >= step
 
     def phase(self) -> str:
-        """Where the attempt stands."""
+        """The phase that the attempt is in."""
         if self.has_event("finished", "stopped", "rank_failed"):
             return "ending"
         if not self.events:
@@ -356,11 +356,11 @@ class Attempt:
     # ---- disturbing ----------------------------------------------------------------------------------------------
 
     def wait_for_the_moment(self, fault: Fault) -> bool:
-        """False where the attempt ended before."""
+        """Wait for the moment of a fault. Returns False if the attempt ends before it."""
         if fault.aim == "trained":
             steps = 2 * SAVE_EVERY_STEPS + 2
 
-            def enough() -> bool:  # two saves, which go on beside training
+            def enough() -> bool:  # two saves have finished, which run in the background of training
                 return self.trained(steps) and len(complete_checkpoints(self.run.run_dir)) >= 2
 
             self.wait(lambda: enough() or self.has_ended(), time.monotonic() + LIMIT_S)
@@ -370,7 +370,8 @@ class Attempt:
         at_s = fault.moment * (self.chaos.startup_s + train_s)
         over = self.wait(self.has_ended, self.began + min(at_s, self.chaos.startup_s))
         if at_s > self.chaos.startup_s and not over:
-            # From the first step on by steps: their pace varies too much, and the end must not come before the moment.
+            # After the first step, the moment is counted in steps. Their pace varies too much for a clock, and the
+            # attempt must not end before its fault.
             steps, rest_s = divmod(at_s - self.chaos.startup_s, self.chaos.step_s)
             step = min(first + int(steps), N_STEPS)
             rest_s += max(0, first + int(steps) - N_STEPS) * self.chaos.step_s
@@ -385,7 +386,7 @@ class Attempt:
         return not self.has_ended()
 
     def deliver(self, fault: Fault) -> bool:
-        """Send the signal. False where the attempt goes on as if nothing had been: it can take the next fault."""
+        """Send the signal. Returns False if the attempt continues unharmed and can take another fault."""
         supervised = self.run.supervised
         assert supervised is not None
         self.look()
@@ -428,7 +429,7 @@ class Attempt:
         return not harmless(record)
 
     def cut_the_power(self, fault: Fault) -> str | None:
-        """Kill everything, lose what was not synced, damage the newest checkpoint. Returns the damage done."""
+        """Kill everything, drop what was not synced, and damage the newest checkpoint. Returns the damage."""
         assert self.run.supervised is not None
         self.run.supervised.process.kill()
         self.run.supervised.process.wait()
@@ -445,13 +446,13 @@ class Attempt:
     # ---- checking ------------------------------------------------------------------------------------------------
 
     def check_nothing_is_left(self) -> None:
-        """No process of the attempt before may live beside this one."""
+        """Check that no process of the previous attempt still lives."""
         left = [p for p in below(os.getpid()) if (p.pid, p.started) in self.run.seen]
         if left:
             self.chaos.complain(f"two attempts at once: {[p.command[:80] for p in left]}")
 
     def check(self) -> int | None:
-        """Cause, exit code, orphans; then what the next attempt needs to know."""
+        """Check the cause, exit code and orphans, and note what the next attempt needs. Returns the exit code."""
         supervised, run = self.run.supervised, self.run
         assert supervised is not None
         attempt = json.loads(self.path.read_text())
@@ -474,7 +475,7 @@ class Attempt:
         return code
 
     def exit_code(self, supervised: Supervised, cause: str | None) -> int | None:
-        """The supervisor's, where this attempt ends it."""
+        """The supervisor's exit code if this attempt ends it."""
         if cause is None:
             return supervised.process.returncode
         last = cause in (Cause.FINISHED, Cause.STOPPED, Cause.UNSAVED_STOP, Cause.CONFIG_ERROR)
@@ -491,7 +492,7 @@ class Attempt:
         return code
 
     def check_progress(self, code: int | None, cause: str | None, attempt: dict) -> None:
-        """The exit code fits the cause, and giving up the attempts without progress."""
+        """Check that the exit code fits the cause, and that giving up fits the number of attempts without progress."""
         run = self.run
         before = max(attempt["checkpoints_before"], default=0)
         after = max(attempt["checkpoints_after"], default=0)
@@ -518,7 +519,7 @@ class Attempt:
             did = [(f["kind"], f["victim"], f["phase"]) for f in self.faults]
             self.chaos.complain(f"cause {cause!r} ({reason}) after {did}; expected one of {sorted(allowed)}")
             if not self.faults:
-                self.run.dead = True  # it cannot go on even undisturbed
+                self.run.dead = True  # it cannot continue even undisturbed
 
     def record(self, attempt: dict) -> None:
         run = self.run
@@ -560,7 +561,9 @@ def main() -> int:
     parser.add_argument("--break", dest="broken", default="", choices=["", "fsync", "hash", "loader"])
     options = parser.parse_args()
     options.out = options.out.resolve()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what it has started is ended on the way out
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(1)
+    )  # leaving this way ends the processes that it has started
     return Chaos(options).run()
 
 

@@ -1,1 +1,1 @@
-"""Several hosts on one machine with real sshd and Slurm, and runs on them."""
+"""Simulates several hosts with real sshd and Slurm on one machine, and starts runs on them."""

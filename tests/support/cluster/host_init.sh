@@ -1,7 +1,7 @@
 #!/bin/bash
-# Process 1 of a host: its own /run, /dev/shm and /tmp, the files of /etc that make it a member, its daemons.
-# Arguments: the cluster's folder, the host's name, what else it runs (slurmctld or slurmd).
-# Everything mounted here lives in the host's own mount namespace and goes with it.
+# The first process of a host. It mounts the host's own /run, /dev/shm and /tmp and its files of /etc, and starts its
+# daemons. Arguments: the cluster's folder, the host's name, and the Slurm daemon to run (slurmctld or slurmd).
+# Everything is mounted in the host's own mount namespace, and so disappears with it.
 set -eu
 folder=$1 name=$2 daemon=$3
 

@@ -1,9 +1,9 @@
-"""Several hosts on one machine: real sshd, munge, slurmctld and slurmd, each host in namespaces of its own.
+"""Simulates several hosts on one machine, each in its own namespaces, with real sshd, munge, slurmctld and slurmd.
 
-A host has its own network, host name, processes, shared memory and mounts; its disk is the machine's, as a shared
-file system would be. Its processes see nothing of the machine's network: hosts are joined by a bridge inside the head's
-namespace, with no way out. Nothing needs cleaning up by name: namespaces, mounts and network cards go with a host's
-first process, and that one is killed with the process that made the Cluster, however that ends.
+A host has its own network, host name, processes, shared memory and mounts. All hosts use the machine's disk, like a
+shared file system. Their processes cannot see the machine's network: a bridge inside the head's namespace joins the
+hosts and has no way out. Nothing has to be cleaned up by name. Namespaces, mounts and network cards disappear with a
+host's first process, which is killed when the process that made the Cluster ends, for whatever reason.
 
     with Cluster(folder, n_nodes=2) as cluster:
         cluster.head.run("srun", "--nodes=2", "hostname")
@@ -89,7 +89,7 @@ PartitionName=urgent Nodes=node[1-{n_nodes}] PriorityTier=10 PreemptMode=OFF
 
 
 def unavailable() -> str | None:
-    """Why no hosts can be had on this machine; None where they can."""
+    """The reason why this machine cannot run such hosts, or None if it can."""
     if os.geteuid() != 0:
         return "hosts in namespaces need root"
     missing = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
@@ -103,7 +103,7 @@ def unavailable() -> str | None:
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60) -> float:
-    """Wait for something to become true; the seconds it took. Raises TimeoutError saying what did not happen."""
+    """Wait until a condition is true. Returns the seconds it took. Raises TimeoutError, which names the condition."""
     started = time.monotonic()
     while not condition():
         if time.monotonic() - started > timeout_s:
@@ -113,7 +113,7 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60) 
 
 
 class Host:
-    """One host, on or off."""
+    """One host, which can be switched on and off."""
 
     def __init__(self, cluster: Cluster, name: str, number: int, daemon: str) -> None:
         self.name = name
@@ -122,15 +122,15 @@ class Host:
         self._number = number
         self._daemon = daemon
         self._holder: subprocess.Popen[bytes] | None = None  # `unshare`, parent of the host's first process
-        self._init = 0  # that process, as the machine numbers it
+        self._init = 0  # id of the first process in the machine's namespace
 
     def boot(self) -> None:
-        """Switch on. Returns when the host answers to ssh from the head."""
+        """Switch the host on. Returns when it answers ssh from the head."""
         folder = self._cluster.folder
         namespaces = "--net --uts --ipc --pid --mount --fork --kill-child --mount-proc".split()
         with (folder / "log" / f"{self.name}.log").open("ab") as log:
             self._holder = subprocess.Popen(
-                # setpriv: if this process dies, whatever way, so do its hosts.
+                # setpriv makes the kernel kill the host when this process dies, for whatever reason.
                 ["setpriv", "--pdeathsig", "KILL", "unshare", *namespaces, *self._first_process()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -141,7 +141,7 @@ class Host:
         children = Path(f"/proc/{self._holder.pid}/task/{self._holder.pid}/children")
         wait_until(lambda: bool(children.read_text().split()), f"{self.name} has a first process", 10)
         self._init = int(children.read_text().split()[0])
-        # Until the first process has left the machine's namespaces, what is done to "its" network is done to ours.
+        # Until the first process has left the machine's namespaces, changing its network would change the machine's.
         ours = os.readlink("/proc/self/ns/net")
         wait_until(
             lambda: os.readlink(f"/proc/{self._init}/ns/net") != ours, f"{self.name} has a network", 10
@@ -159,10 +159,10 @@ class Host:
             self._ip("link add eth0 type bridge")
         else:
             port = f"port{self._number}"
-            if head._has_port(port):  # of a boot before, perhaps still going away
+            if head._has_port(port):  # left from an earlier boot, and perhaps still being removed
                 head._ip(f"link delete {port}", check=False)
                 wait_until(lambda: not head._has_port(port), f"{port} is free", 20)
-            # The same hardware address after every boot, as peers remember it.
+            # The hardware address is the same after every boot, because peers remember it.
             card = f"address 02:00:00:00:77:{self._number:02x}"
             head._ip(f"link add {port} type veth peer name eth0 {card} netns {self._init}")
             head._ip(f"link set {port} master eth0 up")
@@ -187,7 +187,7 @@ class Host:
         return self._holder is not None and self._holder.poll() is None
 
     def unplug(self) -> None:
-        """Take the network cable out: nothing is heard of the host any more, and it hears nothing."""
+        """Pull the network cable: the host can neither send nor receive."""
         self._cluster.head._ip(f"link set port{self._number} down")
 
     def plug(self) -> None:
@@ -195,7 +195,7 @@ class Host:
         self._cluster.head._ip(f"link set port{self._number} up")
 
     def limit_network(self, megabits_per_second: int | None) -> None:
-        """Send no faster than this; None: as fast as it goes. Stretches a run without changing it."""
+        """Limit the rate at which the host sends; None means no limit. A limit prolongs a run without changing it."""
         subprocess.run(self._tc("del", "dev", "eth0", "root"), check=False, capture_output=True)
         if megabits_per_second is not None:
             rate = f"tbf rate {megabits_per_second}mbit burst 64kb latency 400ms"
@@ -205,7 +205,7 @@ class Host:
         return ["nsenter", "--target", str(self._init), "--net", "tc", "qdisc", *words]
 
     def power_off(self, *, silent: bool = False) -> None:
-        """Every process dies at once. `silent`: the cable goes first, so that peers see no closed connection."""
+        """Kill every process at once. With `silent`, pull the cable first, so that peers see no closed connection."""
         if silent:
             self.unplug()
         if self._holder is not None:
@@ -216,15 +216,15 @@ class Host:
 
     def _kill(self) -> None:
         if self._holder is not None:
-            self._holder.kill()  # and, by --kill-child, the first process with all the others
+            self._holder.kill()  # --kill-child then kills the first process, and with it all others
 
     def reboot(self) -> None:
-        """Off and on."""
+        """Switch the host off and on again."""
         self.power_off()
         self.boot()
 
     def command(self, *words: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> list[str]:
-        """The command line that runs `words` on this host with this environment and no other."""
+        """The command line that runs `words` on this host with exactly this environment."""
         enter = ["nsenter", "--target", str(self._init), "--mount", "--uts", "--ipc", "--net", "--pid"]
         variables = {"PATH": PATH, "HOME": "/root", "USER": "root", "LANG": "C.UTF-8", **(env or {})}
         settings = [f"{name}={value}" for name, value in variables.items()]
@@ -238,7 +238,7 @@ class Host:
         check: bool = True,
         timeout_s: float = 120,
     ) -> subprocess.CompletedProcess[str]:
-        """Run to the end; the output of both streams is in `stdout`."""
+        """Run a command and wait for its end. `stdout` of the result has the output of both streams."""
         done = subprocess.run(
             self.command(*words, cwd=cwd, env=env),
             stdin=subprocess.DEVNULL,
@@ -256,7 +256,7 @@ class Host:
     def start(
         self, *words: str, log: Path, cwd: Path | None = None, env: dict[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """Start, with the output of both streams going to a file."""
+        """Start a command whose output of both streams goes to a file."""
         with log.open("ab") as output:
             return subprocess.Popen(
                 self.command(*words, cwd=cwd, env=env), stdin=subprocess.DEVNULL, stdout=output, stderr=output
@@ -264,7 +264,7 @@ class Host:
 
 
 class Cluster:
-    """A head, where slurmctld runs and people log in, and nodes with slurmd."""
+    """A head, which runs slurmctld and accepts logins, and nodes, which run slurmd."""
 
     def __init__(
         self, folder: Path, *, n_nodes: int, warn_of_preemption: bool = True, slurmd_timeout_s: int = 15
@@ -312,7 +312,7 @@ class Cluster:
         self.close()
 
     def close(self) -> None:
-        """Switch everything off."""
+        """Switch off all hosts."""
         hosts = [*self.nodes, self.head]
         for host in hosts:
             host._kill()
@@ -326,16 +326,16 @@ class Cluster:
         return sorted(set(listed.stdout.split())) if listed.returncode == 0 else []
 
     def wait_idle(self, n_nodes: int, timeout_s: float = 60) -> None:
-        """Wait until so many nodes are idle."""
+        """Wait until this number of nodes is idle."""
         wait_until(lambda: len(self.idle_nodes()) >= n_nodes, f"{n_nodes} idle nodes", timeout_s)
 
     def job(self, job_id: str) -> dict[str, str]:
-        """What Slurm says of a job: JobState, ExitCode, NodeList, Restarts, Reason, ExcNodeList and so on."""
+        """Slurm's description of a job: JobState, ExitCode, NodeList, Restarts, Reason, ExcNodeList and so on."""
         shown = self.head.run("scontrol", "--oneliner", "show", "job", job_id, check=False).stdout
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
     def restart_slurmctld(self, down_s: float = 0) -> None:
-        """Kill the controller as a crash would, leave it dead for a while, start it again."""
+        """Kill the controller, as a crash would, and start it again after `down_s` seconds."""
         self.head.run("bash", "-c", "kill -9 $(cat /run/slurm/slurmctld.pid)")
         time.sleep(down_s)
         self.head.run("slurmctld")

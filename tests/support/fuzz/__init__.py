@@ -1,1 +1,1 @@
-"""Every parser of what others wrote, fed with what it was not made for: run.py."""
+"""Fuzzes every parser of untrusted input. The script is run.py."""

@@ -1,8 +1,8 @@
-"""One harness for each thing that parses what others wrote: what it does with any bytes, and honest examples.
+"""One harness for each parser of untrusted input: a function that takes any bytes, and valid examples.
 
-A harness may let nothing out: the errors that a parser is allowed are named and caught, every other exception is a
-finding, as are a crash, too much memory and too much time. It may write files, in the current folder. Packages are
-imported where they are used, so that each process holds those of its own harness alone.
+A harness catches the errors that its parser is allowed to raise. Every other exception is a finding, and so are a
+crash, too much memory and too much time. A harness may write files in the current folder. Packages are imported where
+they are used, so that each process loads only those of its own harness.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from typing import Any
 from pretrain.errors import ConfigError, RunError
 
 CANARY = "canary-3b1f"
-os.environ["CANARY"] = CANARY  # a secret that no stored file may get at
+os.environ["CANARY"] = CANARY  # a secret that no stored file may read
 
 
 @dataclass(frozen=True)
 class Harness:
-    """`one` takes any bytes; `seeds` are examples as honest writers make them."""
+    """A parser to fuzz: `one` passes it any bytes, and `seeds` returns valid examples."""
 
     one: Callable[[bytes], None]
     seeds: Callable[[], list[bytes]]
     is_json: bool = False
-    """Whether inputs are changed as JSON too: value by value."""
+    """Whether inputs are also mutated as JSON, value by value."""
     words: tuple[bytes, ...] = ()
-    """What is put into inputs now and then."""
+    """Words that are sometimes inserted into inputs."""
 
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """What is refused is refused with one of the two errors, whose text tells no secret."""
+    """Accept ConfigError and RunError, whose text must not reveal the secret."""
     try:
         yield
     except (ConfigError, RunError) as error:
@@ -70,7 +70,7 @@ def as_object(data: bytes) -> dict[str, Any] | None:
 
 @cache
 def corpus_files() -> dict[str, bytes]:
-    """A corpus of two chunks; its files by name."""
+    """The files of a corpus of two chunks, by name."""
     from pretrain.corpus.writer import CorpusWriter
 
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +92,7 @@ def manifest(data: bytes) -> None:
     from pretrain.corpus.manifest import load_manifest
 
     raw = as_object(data)
-    if raw is not None:  # who can write a manifest can write hashes that fit
+    if raw is not None:  # an attacker who writes a manifest can also write matching hashes
         content = {key: value for key, value in raw.items() if key != "root_sha256"}
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         raw["root_sha256"] = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
@@ -139,7 +139,7 @@ def tar_header(data: bytes) -> None:
 
 @cache
 def run_files() -> dict[str, bytes]:
-    """A run folder with one checkpoint; its files by path."""
+    """The files of a run folder with one checkpoint, by path."""
     import torch
 
     from pretrain.checkpoint import tensors as checkpoint
@@ -178,7 +178,7 @@ def run_file(end: str) -> bytes:
 
 
 def write_run(end: str, data: bytes) -> Path:
-    """The run with one of its files replaced, and COMPLETE as it should be, where it is not the file itself."""
+    """Write the run with one of its files replaced. COMPLETE matches it, unless COMPLETE is the replaced file."""
     import xxhash
 
     files = {name: data if name.endswith(end) else content for name, content in run_files().items()}
@@ -208,7 +208,7 @@ def complete(data: bytes) -> None:
 
 
 def stored_config(data: bytes) -> None:
-    """What a checkpoint or a run folder says of its configuration."""
+    """Read the configuration that a checkpoint or a run folder stores."""
     from pretrain.checkpoint.folder import root_of_run
     from pretrain.config import stored_config as read_config
     from pretrain.config import to_dict
@@ -232,7 +232,7 @@ def safetensors_header(data: bytes) -> None:
 
 
 def journal(data: bytes) -> None:
-    """What a run writes while it goes on, each file with the same lines."""
+    """Read the files that a run appends to, each with the same lines."""
     from pretrain.reliability.journal import read_ledger, read_metrics
 
     for name in ("events.jsonl", "metrics.jsonl", "ledger/rank-00000.jsonl"):
@@ -362,7 +362,7 @@ def tokenizer(data: bytes) -> None:
     from pretrain.corpus.tokenizer import Tokenizer
     from pretrain.corpus.tokenizer_trial import use
 
-    try:  # what fails in the process that tries it is not opened
+    try:  # a tokenizer that fails in its trial process is not opened
         use(data)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | MemoryError):
@@ -382,7 +382,7 @@ def models() -> list[bytes]:
     sentences = ["a few words of text to learn from", "and some more words", "12 34"] * 20
     rule = write(
         "rule.tsv", b"41\t61\nC4\t41 308\nAC00\t1100 1161\n"
-    )  # the usual rules would make the file large
+    )  # the default rules would make the file large
     made = []
     for kind in ("bpe", "unigram"):
         SentencePieceTrainer.train(
@@ -424,7 +424,7 @@ def tokenizer_jsons() -> list[bytes]:
 
 
 def hub(data: bytes) -> None:
-    """A peer that may know the password, at the hub of three ranks."""
+    """Let a peer that may know the password talk to the hub of three ranks."""
     from pretrain.reliability.hub import Hub
 
     with (
@@ -452,7 +452,7 @@ def hub(data: bytes) -> None:
 
 
 def overrides(data: bytes) -> None:
-    """What a user gives on the command line, one argument a line; the environment is the user's own."""
+    """Parse the arguments of a command line, one per line."""
     from pretrain.config import TrainConfig, load_config, to_dict
 
     arguments = data.decode("utf-8", "surrogateescape").split("\n")

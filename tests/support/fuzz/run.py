@@ -1,10 +1,9 @@
-"""Feeds every parser with what it was not made for: python tests/support/fuzz/run.py [--seconds S] [NAME...]
+"""Fuzz every parser of untrusted input: python tests/support/fuzz/run.py [--seconds S] [NAME...]
 
-Guided by coverage (atheris, that is libFuzzer). Each harness of harnesses.py runs in a process of its own, with limits
-of memory and time. Prints a table, and every finding once, with its input; the exit code is 1 where there is one.
-What was found to reach new code is kept in .found beside this file for the next time, inputs of findings in
-.found/NAME-findings. An input that showed a fault is made small and put into crashers/NAME: it is then a seed, and a
-test.
+The fuzzer is atheris (libFuzzer), which is guided by coverage. Each harness of harnesses.py runs in its own process,
+with limits on memory and time. Prints a table and each distinct finding with its input. The exit code is 1 if there is
+a finding. Inputs that reach new code are kept in .found beside this file for the next run, and inputs of findings in
+.found/NAME-findings. To turn a finding into a seed and a test, reduce its input and put it into crashers/NAME.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ ROOT = Path(__file__).resolve().parents[3]
 FOUND = HERE / ".found"
 MAX_INPUT_BYTES = 1 << 14
 MAX_MEMORY_BYTES = 512 << 20
-"""What one input may take beyond what the process had before."""
+"""Memory in bytes that one input may use beyond what the process used before."""
 MAX_CPU_S = 3.0
-"""For one input, with the code instrumented."""
+"""CPU time in seconds for one input, with instrumented code."""
 MAX_WALL_S = 20
 MAX_RESTARTS = 20
 ODD_VALUES: list[Any] = [
@@ -46,7 +45,7 @@ ODD_VALUES: list[Any] = [
 
 @dataclass
 class Result:
-    """What came out for one harness."""
+    """The result of fuzzing one harness."""
 
     name: str
     seconds: float = 0.0
@@ -59,7 +58,7 @@ class Result:
 
 
 def changed_json(data: bytes, rng: random.Random) -> bytes | None:
-    """One value of a JSON text, or of one of its lines, replaced, removed, doubled or moved; None: it is none."""
+    """Replace, remove, double or move one value of a JSON text or of one of its lines. None if it is not JSON."""
     lines = data.split(b"\n")
     row = rng.randrange(len(lines))
     whole = b"\n" not in data.strip() or rng.random() < 0.5
@@ -93,13 +92,13 @@ def changed_json(data: bytes, rng: random.Random) -> bytes | None:
                     node[key] = rng.choice(ODD_VALUES)
     try:
         text = json.dumps(value).encode()
-    except (ValueError, RecursionError):  # it now holds itself
+    except (ValueError, RecursionError):  # the value now contains itself
         return None
     return text if whole else b"\n".join([*lines[:row], text, *lines[row + 1 :]])
 
 
 def fault_of(error: BaseException) -> tuple[str, str]:
-    """What tells a finding from others: the error, and the last line of this project's code."""
+    """What identifies a finding: the error, and the last line of this project's code in its traceback."""
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(str(ROOT))
     ]
@@ -109,7 +108,7 @@ def fault_of(error: BaseException) -> tuple[str, str]:
 
 
 class Checked:
-    """A harness that writes down its findings, the smallest input of each kind, and goes on."""
+    """A harness that records the smallest input of each kind of finding, and continues."""
 
     def __init__(self, one: Any, folder: Path) -> None:
         self.one, self.folder = one, folder
@@ -123,7 +122,7 @@ class Checked:
             raise
         except (
             BaseException
-        ) as error:  # not all are an Exception: not the panics of Rust's parsers, nor torch's
+        ) as error:  # panics of Rust's parsers are not subclasses of Exception, nor are some errors of torch
             self.keep(fault_of(error), data, "".join(traceback.format_exception(error)[-8:]))
         if (took_s := time.process_time() - started) > MAX_CPU_S:
             self.keep(("slow", ""), data, f"it took {took_s:.1f} s")
@@ -144,7 +143,7 @@ def peak_bytes() -> int:
 
 
 def fuzz_here(name: str, folder: Path, arguments: list[str]) -> None:
-    """Fuzz in this process, which ends with it."""
+    """Fuzz in this process. This call does not return, because the fuzzer ends the process."""
     import atheris
 
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -156,7 +155,7 @@ def fuzz_here(name: str, folder: Path, arguments: list[str]) -> None:
         crashers = sorted((HERE / "crashers" / name).glob("*"))
         for number, seed in enumerate([*seeds, *(path.read_bytes() for path in crashers)]):
             Path(folder / "corpus" / f"seed-{number}").write_bytes(seed)
-        harness.one(seeds[0])  # so that what it imports is there, and instrumented
+        harness.one(seeds[0])  # so that the modules that it imports are loaded and instrumented
 
         def mutate(data: bytes, max_size: int, seed: int) -> bytes:
             rng = random.Random(seed)
@@ -180,8 +179,8 @@ def fuzz_here(name: str, folder: Path, arguments: list[str]) -> None:
 
 
 def fuzz(name: str, seconds: float, folder: Path) -> Result:
-    """Run one harness for so long; inputs stay in `folder`."""
-    shutil.rmtree(folder / "findings", ignore_errors=True)  # of an earlier run
+    """Run one harness for this number of seconds. Inputs stay in `folder`."""
+    shutil.rmtree(folder / "findings", ignore_errors=True)  # left by an earlier run
     for part in ("corpus", "findings"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     result = Result(name)
@@ -213,7 +212,7 @@ def fuzz(name: str, seconds: float, folder: Path) -> Result:
 
 
 def start(name: str, folder: Path, seconds: float, seed: int, log: Path) -> int:
-    """One process; its exit code. It works in a folder in memory."""
+    """Run one process, whose working folder is in memory. Returns its exit code."""
     arguments = [
         f"-max_total_time={int(seconds)}", f"-seed={seed}", f"-max_len={MAX_INPUT_BYTES}", f"-timeout={MAX_WALL_S}",
         "-rss_limit_mb=4096", f"-artifact_prefix={folder}/findings/", "-print_final_stats=1", "-reload=0",

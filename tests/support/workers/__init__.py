@@ -1,1 +1,1 @@
-"""Programs that tests start by path, mostly one process per rank."""
+"""Programs that tests start by their paths, usually one process per rank."""

@@ -1,7 +1,8 @@
 """One rank of the tests of the batch search. Argument: a JSON object {cases, out}.
 
-For each case, stage-precision or stage-precision-offload: what is found without a limit and with one between two
-candidates; then losses, norms and state of a run with the number found, and of one with the same number given.
+A case is named stage-precision or stage-precision-offload. For each, this records the batch sizes that are found
+without a memory limit and with one between two candidates, then losses, norms and state of a run with the size that was
+found, and of a run with the same size given.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pretrain.errors import ConfigError
 from support.workers.engine_worker import LR, batches_of_step, small_config
 
 GLOBAL = 16
-# Wide enough that the activations of one sequence, some 10 MiB, stand out from what an allocator rounds.
+# Wide enough that the activations of one sequence, about 10 MiB, are much larger than the rounding of an allocator.
 WIDE = ["data.sequence_length=256", "model.d_model=128", "model.d_ff=512", f"global_batch_sequences={GLOBAL}"]
 
 
@@ -34,7 +35,7 @@ def config_with(case: str, micro: int | str) -> TrainConfig:
 
 
 def trained(engine: Engine, micro: int, world: World) -> dict:
-    """What some steps leave, to the bit."""
+    """Train a few steps. Returns their exact results."""
     losses, norms = [], []
     for step in (1, 2):
         result = engine.train_step(batches_of_step(step, world, micro), step, lr=LR)
@@ -61,7 +62,8 @@ def run(case: str, world: World) -> dict:
 
     free = search(2**50)
     peak = {probe.sequences: probe.peak_bytes for probe in free.probes}
-    # Memory is affine: half the largest lies 0.43 of the way from 2 to the largest (of 16; of 8: 0.33).
+    # Memory is affine in the number of sequences, and half of the largest number lies 0.43 of the way from 2 to the
+    # largest, if that is 16 (0.33 if it is 8).
     tight = search(peak[2] + 0.65 * (peak[max(peak)] - peak[2]))
     refused = ""
     try:

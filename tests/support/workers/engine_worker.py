@@ -1,9 +1,9 @@
-"""One rank of the engine tests: train on fixed batches, write losses, optionally save and load a checkpoint.
+"""One rank of the engine tests. Trains on fixed batches and writes losses, and can save and load a checkpoint.
 
 Argument: a JSON list of jobs {stage, precision, steps, out, load?, save?, overrides?, micro?, nothing_to_predict?,
-before_load?, loss_scale?}, done in turn. `micro` is the number of sequences per forward pass in each step, 2 by
-default. `nothing_to_predict` names steps all of whose labels are ignored. `before_load` is a number of steps of other
-data before the checkpoint is loaded. `loss_scale` is the one of the first step.
+before_load?, loss_scale?}, done one after another. `micro` is the number of sequences per forward pass in each step,
+2 by default. `nothing_to_predict` lists steps whose labels are all ignored. `before_load` is the number of steps on
+other data before the checkpoint is loaded. `loss_scale` is the loss scale of the first step.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def small_config(stage: int, precision: str, overrides: list[str]) -> TrainConfi
 
 
 def batch_of(samples: np.ndarray) -> Batch:
-    """Predictable sequences with unevenly many ignored labels, so that a wrong mean shows; of some samples all are
-    ignored, which leave whole micro batches with nothing to predict."""
+    """Predictable sequences with different numbers of ignored labels, so that a wrong mean shows. In some samples all
+    labels are ignored, so some micro batches have nothing to predict."""
     rows = [torch.Generator().manual_seed(int(s)) for s in samples]
     start = torch.stack([torch.randint(0, VOCAB, (1,), generator=g) for g in rows])
     tokens = (start + torch.arange(T) * 3) % VOCAB
@@ -76,7 +76,7 @@ def run(job: dict, world: World) -> None:
     config = small_config(job["stage"], job["precision"], job.get("overrides", []))
     engine = Engine(config, world)
     first = 1
-    for step in range(90, 90 + job.get("before_load", 0)):  # what a rollback finds
+    for step in range(90, 90 + job.get("before_load", 0)):  # as before a rollback
         batches = batches_of_step(step, world)
         engine.train_step(batches, step, lr=LR)
         engine.evaluate(batches[0])
@@ -99,7 +99,7 @@ def run(job: dict, world: World) -> None:
             batches = [batch._replace(labels=torch.full_like(batch.labels, -100)) for batch in batches]
         result = engine.train_step(batches, step, lr=LR)
         assert not result.memory_changed, "nothing flips bits here"
-        engine.evaluate(batches[0])  # between two updates it may change nothing either
+        engine.evaluate(batches[0])  # an evaluation between two updates must not change the training
         (nll,) = sum_over_ranks([float(result.nll_sum)], world)
         losses.append(nll / max(1, result.n_predicted))
         norms.append(result.grad_norm)
@@ -133,7 +133,7 @@ def main() -> None:
 
 
 def losses(root: Path, name: str) -> list[float]:
-    """What the job whose `out` is `name`.json in `root` wrote: its losses by step."""
+    """The losses by step that a job wrote to `root`/`name`.json, its `out`."""
     return json.loads((root / f"{name}.json").read_text())["losses"]
 
 

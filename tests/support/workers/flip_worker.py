@@ -1,7 +1,8 @@
-"""Training in which one bit flips: `flip_worker.py KIND RANK STEP ...`, then the words for launch/train.py.
+"""Train with one flipped bit: `flip_worker.py KIND RANK STEP ...`, followed by the arguments of launch/train.py.
 
-KIND: master, exp_avg, working (this rank's part, before the update of STEP), replica (a parameter that every rank holds
-whole, likewise) or copy (the same, as the update of STEP leaves it, so that from then on the ranks differ).
+KIND says where the bit is flipped. `master`, `exp_avg` and `working` are this rank's part of these tensors, and
+`replica` is a parameter that every rank holds whole; all of these are changed before the update of STEP. `copy` is the
+same parameter as `replica`, but after the update of STEP, so that the ranks differ from then on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def flip(tensor) -> None:
     import torch
 
     octets = tensor.detach().reshape(-1).view(torch.uint8)
-    octets[1] ^= 1  # the second byte of an element: a small change, finite
+    octets[1] ^= 1  # a bit in the second byte of an element changes it little and keeps it finite
 
 
 def tensor_of(engine, kind: str):

@@ -1,7 +1,7 @@
-"""One rank that counts: bytes of collectives per step, and bytes of state held, of a real run of the engine.
+"""One rank that counts the bytes of collectives per step, and of stored state, in a real run of the engine.
 
-Argument: a JSON list of jobs {stage, precision, overrides, out}. Each job is one engine,
-two steps, of which the second is counted.
+Argument: a JSON list of jobs {stage, precision, overrides, out}. Each job makes an engine and does two steps, of which
+the second is counted.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from support.workers.engine_worker import batches_of_step, small_config
 
 
 def storage_bytes(tensors: list[torch.Tensor]) -> int:
-    """Bytes of the different storages behind some tensors."""
+    """Total bytes of the storages of some tensors, each storage counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 
 def held(engine: Engine, stage: int) -> dict[str, int]:
-    """Bytes that this rank holds between two updates, by part; `state`: of all together, each storage once."""
+    """Bytes that this rank holds between two updates, by part. `state` is all of it, each storage counted once."""
     masters, parameters = list(engine.state._placements), list(engine._parameters.values())
     found = {
         "moments": [t for s in engine._optimizer.state.values() for kind, t in s.items() if kind != "step"],
@@ -46,7 +46,7 @@ def held(engine: Engine, stage: int) -> dict[str, int]:
 
 
 def gradients_at_rest(engine: Engine) -> list[int]:
-    """Fills with the bytes of gradients at rest after each micro batch, before the update (stages 0 to 2)."""
+    """A list that gets the bytes of stored gradients after each micro batch, before the update (stages 0 to 2)."""
     seen: list[int] = []
     inner = engine._deepspeed.step
 
@@ -62,7 +62,7 @@ def gradients_at_rest(engine: Engine) -> list[int]:
 
 
 def phased(traffic: Traffic, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function; what is moved within it is of this phase."""
+    """A function that does the same, but counts the bytes that it moves for this phase."""
 
     def inner(*args: Any, **kwargs: Any) -> Any:
         traffic.phase = phase

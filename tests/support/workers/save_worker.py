@@ -1,8 +1,8 @@
-"""Saves checkpoints on request, each in a fresh process that a tracer may hold.
+"""Saves checkpoints on request, each in a new process that a tracer may stop.
 
 Reads lines `RUN_DIR STEP KEEP_LAST TRACED` from stdin. Each is served by a fork, so that a hundred saves cost one
-import of torch: this process has only one thread and no process group. Answers `pid N` at once and `exit CODE` at the
-end, where CODE is 0 (saved), 1 (refused; RUN_DIR.error says why) or minus the number of the signal that ended it.
+import of torch: this process has only one thread and no process group. It answers `pid N` immediately and `exit CODE`
+at the end, where CODE is 0 (saved), 1 (refused; RUN_DIR.error says why) or minus the signal that ended it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
-import torch._dynamo  # a save imports it, which would take most of its time
+import torch._dynamo  # imported before the fork, because importing it would take most of the time of a save
 import torch.distributed as dist
 
 from pretrain.checkpoint import tensors as checkpoint
@@ -30,7 +30,7 @@ SHAPES = {"a": (30,), "b": (7,)}
 
 
 def save(run_dir: Path, step: int, keep_last: int) -> None:
-    """A checkpoint whose every value tells its step; then older ones go."""
+    """Save a checkpoint in which every value depends on the step, then delete older ones."""
     partitions = {
         f"weight.{name}": Partition(torch.full(shape, float(step)), shape[0])
         for name, shape in SHAPES.items()
@@ -40,11 +40,11 @@ def save(run_dir: Path, step: int, keep_last: int) -> None:
 
 
 def serve(run_dir: Path, step: int, keep_last: int, traced: bool) -> int:
-    """In the fork: wait for the tracer, save, and answer."""
+    """Wait for the tracer, save, and answer. This runs in the forked process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     while traced and "TracerPid:\t0\n" in Path("/proc/self/status").read_text():
         time.sleep(0.002)
-    time.sleep(0.05 if traced else 0)  # until it has stopped this process once, and watches it
+    time.sleep(0.05 if traced else 0)  # gives the tracer time to attach and stop this process once
     if "NO_FSYNC" in os.environ:
         os.fsync = lambda descriptor: None
     try:

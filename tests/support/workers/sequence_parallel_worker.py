@@ -1,6 +1,6 @@
-"""One rank of the tests of sequence parallelism. Argument: a JSON list of jobs, done in turn.
+"""One rank of the tests of sequence parallelism. Argument: a JSON list of jobs, which are done one after another.
 
-A job: {stage, precision, shared_by, steps, out, load?, save?, overrides?}.
+A job is an object {stage, precision, shared_by, steps, out, load?, save?, overrides?}.
 
 Each job trains on sequences of several documents that cross the borders between the ranks' parts, and writes losses,
 gradient norms and the evaluated loss.
@@ -30,7 +30,7 @@ HEADS = ["model.n_heads=8", "model.n_kv_heads=4", "model.d_head=4"]
 
 
 def documents_of(samples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Document ids and positions within them: borders at odd places, which differ between samples."""
+    """Document ids, and positions within the documents. Borders are at odd places and differ between samples."""
     borders = torch.tensor([[5 + int(s) % 7, 15 + int(s) % 3, 17 + int(s) % 9] for s in samples])
     at = torch.arange(T)
     ids = (at[None, None] >= borders[..., None]).sum(1)
@@ -44,9 +44,11 @@ def batches_of_step(step: int, world: World) -> list[Batch]:
     batches = []
     for samples in (mine[i : i + 2] for i in range(0, share, 2)):
         batch, (ids, positions) = batch_of(samples), documents_of(samples)
-        labels = (batch.tokens + 3) % VOCAB  # the rule by which batch_of makes them
+        labels = (batch.tokens + 3) % VOCAB  # the rule of `batch_of`
         labels[:, :-1][ids[:, :-1] != ids[:, 1:]] = -100
-        labels[torch.from_numpy(samples % 3 == 0), T // 2 :] = -100  # so that ranks predict unevenly many
+        labels[
+            torch.from_numpy(samples % 3 == 0), T // 2 :
+        ] = -100  # so that ranks predict different numbers of tokens
         batches.append(batch._replace(labels=labels, positions=positions, document_ids=ids))
     return batches
 

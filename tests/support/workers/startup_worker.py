@@ -1,4 +1,4 @@
-"""`launch/train.py`, but once the first step is done it leaves the names of all modules imported so far in a file."""
+"""Runs launch/train.py, and writes the names of all modules that are loaded after the first step to a file."""
 
 import os
 import runpy
@@ -14,7 +14,7 @@ _started = Watchdog.started
 
 
 def started(self: Watchdog) -> None:
-    """Note the modules, at the first step only."""
+    """Write the names of the modules, at the first step only."""
     if not self._started:
         path = Path(os.environ["MODULES_OF_RANK"] + os.environ["RANK"])
         path.write_text("\n".join(sorted(sys.modules)))

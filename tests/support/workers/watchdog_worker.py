@@ -1,6 +1,7 @@
-"""One rank that is watched, does steps with collectives, and gets into the trouble named on the command line.
+"""One watched rank that does steps with collectives, and fails in the way that the command line names.
 
-Arguments: run folder, trouble, rank that has it. No DeepSpeed, so that the tests start quickly.
+Arguments: the run folder, the kind of failure, and the rank that fails. DeepSpeed is not used, so that the tests start
+quickly.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def get_into(trouble: str) -> None:
         case "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
         case "holds the interpreter lock":
-            while True:  # the signal that asks for the stacks ends a sleep
+            while True:  # loops because the signal that requests the stacks ends a sleep
                 ctypes.PyDLL(None).sleep(120)
         case "sleeps":
             time.sleep(120)
@@ -41,7 +42,7 @@ def get_into(trouble: str) -> None:
             mark("failed", last_words="RunError: the disk is gone")
             os._exit(1)
         case "is slow but gets on":
-            for _ in range(14):  # s, longer than step_s
+            for _ in range(14):  # seconds; longer than step_s
                 time.sleep(1)
                 touch()
         case "its watcher is killed":

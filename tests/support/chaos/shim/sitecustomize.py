@@ -1,8 +1,8 @@
-"""Runs first in every Python process of a chaos run: a disk that forgets, and faults put in on purpose.
+"""Runs first in every Python process of a chaos run. Records what was synced, and disables protections on request.
 
-CHAOS_SYNCED: file that gets (device, inode, bytes) of every file that was synced. When run.py plays a power failure,
-it cuts what is not in it. CHAOS_BREAK: switches off a protection, so that it can be seen to be needed: `fsync` (files
-are never synced), `hash` (every checkpoint counts as good), `loader` (a resumed run reads from the beginning).
+CHAOS_SYNCED names a file that gets (device, inode, bytes) of every synced file. To simulate a power failure, run.py
+truncates files to what it lists. CHAOS_BREAK disables a protection, to show that it is needed: `fsync` (files are never
+synced), `hash` (every checkpoint counts as good) or `loader` (a resumed run reads from the beginning).
 """
 
 import importlib.abc

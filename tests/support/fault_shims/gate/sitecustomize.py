@@ -1,6 +1,7 @@
-"""Put on PYTHONPATH by a test: ranks wait at chosen places until the test lets them go on. See tests/support/gate.py.
+"""Makes ranks wait at chosen places until the test lets them continue. Tests put this folder on PYTHONPATH.
 
-A test that acts "after step 5" then acts there on any machine, however busy it is and however short the steps are.
+A test that acts "after step 5" then does so on any machine, however busy it is and however short the steps are. See
+tests/support/gate.py.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def _wait_at(place: str) -> None:
         return
     (_FOLDER / f"{place}-reached-{os.environ.get('RANK', '0')}").touch()
     with (_FOLDER / place).open() as file:
-        fcntl.flock(file, fcntl.LOCK_SH)  # the test holds it; no clock, since some tests move the clock
+        fcntl.flock(
+            file, fcntl.LOCK_SH
+        )  # held by the test; a clock would not do, because some tests change it
 
 
 def _gated_mark(phase: str, step: int | None = None, last_words: str = "") -> None:

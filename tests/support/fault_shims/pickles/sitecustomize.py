@@ -1,6 +1,6 @@
-"""Put on PYTHONPATH by a test: every load of a pickle, and every call of torch.load, is written to $PICKLE_LOG.
+"""Writes every load of a pickle and every call of torch.load to $PICKLE_LOG. Tests put this folder on PYTHONPATH.
 
-One JSON line each: what was called, whether it read a file on disk, and the files of the callers, innermost first.
+Each line is JSON: the function, whether it read a file on disk, and the files of its callers, innermost first.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _PythonUnpickler(pickle._Unpickler):
 
 
 class _TorchLoad:
-    """A finder that records torch.load, which has an unpickler of its own for weights_only=True."""
+    """Import hook that records torch.load, which uses its own unpickler with weights_only=True."""
 
     @staticmethod
     def find_spec(name: str, path: Any, target: Any = None) -> Any:
