@@ -30,6 +30,8 @@ os.environ.update(
     PYTHONUNBUFFERED="1",
 )
 os.environ.pop("WANDB_API_KEY", None)
+# Otherwise each process that a test starts would compile every file of this project again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # A shell makes its background jobs ignore Ctrl-C, and the processes started by the tests would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
