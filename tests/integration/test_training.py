@@ -62,7 +62,7 @@ def test_straight_run_learns_and_leaves_what_it_should(straight: Path) -> None:
     assert [e["interval_s"] for e in advice] == [pytest.approx((2 * stall_s * 25_000 * 3600) ** 0.5)]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])  # long: the other rank
 def test_kill_9_mid_step_then_resume(corpus: TinyCorpus, straight: Path, tmp_path: Path, victim: int) -> None:
     run_dir = tmp_path / "run"
     arguments = run_arguments(corpus, run_dir)
@@ -114,7 +114,8 @@ def test_2_to_1_to_2_ranks(corpus: TinyCorpus, straight: Path, tmp_path: Path) -
     assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], abs=2e-2)
 
 
-@pytest.mark.parametrize("request_by", ["SIGTERM", "stop file"])
+# long: the quickstart's test stops a run by the file
+@pytest.mark.parametrize("request_by", ["SIGTERM", pytest.param("stop file", marks=pytest.mark.long)])
 def test_stop_on_request_saves_and_exits_75(
     corpus: TinyCorpus, straight: Path, tmp_path: Path, request_by: str
 ) -> None:

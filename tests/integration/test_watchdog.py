@@ -62,7 +62,9 @@ def run_into(trouble: str, victim: int, tmp_path: Path, n_ranks: int = 3) -> tup
         ("its watcher is killed", "lost"),
     ],
 )
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    "victim", [0, pytest.param(1, marks=pytest.mark.long)]
+)  # long: the hub hears of it likewise
 def test_the_rank_in_trouble_is_named(trouble: str, cause: str, victim: int, tmp_path: Path) -> None:
     if trouble == "its watcher is killed" and victim == 0:
         victim = 2  # without the hub nobody knows more than that rank 0's watcher is gone: the test below

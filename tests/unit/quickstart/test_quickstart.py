@@ -559,3 +559,7 @@ def test_requests_to_stop_are_heeded_in_both_halves(tmp_path: Path) -> None:
     assert reasons == ["file stop", "stop_at_step=8", "file stop"]
     evaluated = json.loads((out / "evaluation.json").read_text())
     assert evaluated["tokens"] <= evaluated["max_tokens"] == job.EVALUATED_TOKENS
+
+    assert start(4).wait(120) == 0, (tmp_path / "4.log").read_text()  # all but the sample is there
+    stages = (out / "stages.tsv").read_text().splitlines()
+    assert sum(line.endswith("\t") for line in stages) == 5, stages

@@ -115,7 +115,7 @@ def check_supervised(arguments: list[str]) -> None:
 
 
 def check_bash(arguments: list[str]) -> None:
-    """The script exists and knows the flags. Run by: .ci/run (quickstart), every test run (run.sh, setup_env.sh)."""
+    """The script exists and knows the flags. Run by: test_quickstart.py, every test run (run.sh, setup_env.sh)."""
     script = ROOT / arguments[0]
     for flag in arguments[1:]:
         if flag.startswith("--"):
