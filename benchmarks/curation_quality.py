@@ -19,7 +19,11 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.curation.figures import Figure
 
-TOPICS = sorted(path.stem for path in (ROOT / "benchmarks/curation").glob("*.py") if path.stem not in ("__init__", "figures"))
+TOPICS = sorted(
+    path.stem
+    for path in (ROOT / "benchmarks/curation").glob("*.py")
+    if path.stem not in ("__init__", "figures")
+)
 _COMPARE = {"<=": operator.le, ">=": operator.ge}
 
 
@@ -39,9 +43,13 @@ def _row(figure: Figure) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("corpora", type=Path)
-    parser.add_argument("--topic", action="append", choices=TOPICS, help="may be repeated; without it, all topics")
+    parser.add_argument(
+        "--topic", action="append", choices=TOPICS, help="may be repeated; without it, all topics"
+    )
     parser.add_argument("--json", type=Path, help="also write all values to this file")
     args = parser.parse_args()
     figures: list[Figure] = []
@@ -51,7 +59,9 @@ def main() -> int:
             figures.append(figure)
             print(_row(figure), flush=True)
     if args.json:
-        args.json.write_text(json.dumps([figure._asdict() for figure in figures], ensure_ascii=False, indent=1))
+        args.json.write_text(
+            json.dumps([figure._asdict() for figure in figures], ensure_ascii=False, indent=1)
+        )
     return 0 if all(map(is_met, figures)) else 1
 
 
