@@ -141,7 +141,7 @@ def test_another_recipe_is_refused_until_told(raw_text: Path, curated: Path, tmp
     output = tmp_path / "out"
     few = ("executor.workers=1", "curation.stages=[normalize]", "curation.dedup.near=false")
     assert curate(config(raw_text, output, *few)) == 0
-    with pytest.raises(ConfigError, match=r"was curated from another recipe \(options differ\)"):
+    with pytest.raises(ConfigError, match=r"\(options differ\)"):
         curate(config(raw_text, output, *few, "curation.dedup.exact=false"))
     other = tmp_path / "other.jsonl"
     other.write_text(raw_text.read_text(encoding="utf-8") + '{"text": "one more"}\n', encoding="utf-8")
@@ -179,7 +179,7 @@ def test_bad_records_are_counted_and_kept_aside(raw_text: Path, tmp_path: Path) 
     dirty = tmp_path / "dirty.jsonl"
     dirty.write_bytes(raw_text.read_bytes() + b'{"text": "no end\n{"no": "text"}\n\xff\xfe\n')
     few = ("executor.workers=1", "curation.stages=[normalize]")
-    with pytest.raises(ConfigError, match=r"3 of 70 records cannot be read, more than max_bad_frac=0.001"):
+    with pytest.raises(ConfigError, match=r"3 of 70 .*max_bad_frac=0.001"):
         curate(config(dirty, tmp_path / "out", *few))
     assert curate(config(dirty, tmp_path / "out", *few, "max_bad_frac=0.1")) == 0
     bad = [where for where, (stage, _) in rejected(tmp_path / "out").items() if stage == "read"]
@@ -203,7 +203,7 @@ def test_wrong_options_are_one_sentence(more: str, words: str, tmp_path: Path) -
 
 def test_a_folder_of_something_else_is_refused(raw_text: Path, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(ConfigError, match="is not empty and holds no curated text"):
+    with pytest.raises(ConfigError, match=r"output=.* is not empty"):
         curate(config(raw_text, tmp_path))
 
 
