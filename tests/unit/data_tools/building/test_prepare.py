@@ -674,6 +674,25 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
     assert content(tmp_path / "out") == content(prepared)
 
 
+def test_ctrl_c_while_the_tokenizer_is_trained(stdlib_jsonl: Path, tmp_path: Path) -> None:
+    """The trainer is C++ code that knows nothing of the signal."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "data_tools.prepare", f"input=[{stdlib_jsonl}]", f"output={tmp_path}/out"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    assert any("training the tokenizer" in line for line in process.stderr)
+    os.killpg(process.pid, signal.SIGINT)
+    stderr = process.stderr.read()
+    assert process.wait(20) == 130
+    assert stderr.splitlines()[-1].startswith("interrupted; ") and "Traceback" not in stderr
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
 # --- the commands ---
 
 
