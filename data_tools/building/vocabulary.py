@@ -99,8 +99,8 @@ def _train(config: TokenizerConfig, vocab_size: int, coverage: float, lines: Ite
             result.append(error)
 
     thread = threading.Thread(target=work, daemon=True)
-    thread.start()
     try:
+        thread.start()
         thread.join()
     except KeyboardInterrupt:
         atexit.register(_end_at_once, 128 + signal.SIGINT)
