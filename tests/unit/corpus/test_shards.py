@@ -381,6 +381,9 @@ def test_tokens_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
     for tokens in ([1000], [-1], [], [[1]]):
         with pytest.raises(ValueError, match="文 0"):
             write(tmp_path, [np.array(tokens)])
+    documents = [*random_documents(3), np.array([5, 1000, 6], np.uint16), *random_documents(3)]
+    with pytest.raises(ValueError, match="文 3'"):  # of the stored type, so checked when its chunk is written
+        write(tmp_path / "stored", documents)
 
 
 def test_a_corpus_without_documents_is_refused(tmp_path: Path) -> None:
