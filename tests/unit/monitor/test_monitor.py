@@ -23,8 +23,10 @@ from pretrain.engine.peak import measure_matmul_flops, rank_peak_flops
 from pretrain.gpus import known_peak
 from pretrain.monitor import monitor
 from pretrain.monitor.monitor import wandb_mode
+from pretrain.printing import say
 from pretrain.reliability.events import Event
-from pretrain.reliability.journal import read_lines, read_metrics, say
+from pretrain.reliability.journal import read_metrics
+from pretrain.reliability.json_lines import read_lines
 from support import ROOT
 from support.recording import TOKENS_PER_STEP, a_config, a_monitor, a_record
 

@@ -40,7 +40,8 @@ from pretrain.quickstart.length import (
     length_overrides,
 )
 from pretrain.quickstart.runner import CommandRunner, Failed, Stopped
-from pretrain.reliability.journal import read_lines, read_metrics
+from pretrain.reliability.journal import read_metrics
+from pretrain.reliability.json_lines import read_lines
 from support import ROOT
 
 QUICKSTART = ROOT / "launch" / "quickstart.sh"

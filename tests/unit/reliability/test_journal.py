@@ -31,7 +31,8 @@ from pretrain.reliability.events import (
     finished_pattern,
     read_events,
 )
-from pretrain.reliability.journal import JsonLines, read_ledger, read_lines, read_metrics
+from pretrain.reliability.journal import read_ledger, read_metrics
+from pretrain.reliability.json_lines import JsonLines, read_lines
 from pretrain.reliability.processes import status_of
 from pretrain.reliability.watcher import Watcher
 from pretrain.train.stragglers import Straggler
