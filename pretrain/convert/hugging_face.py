@@ -93,7 +93,7 @@ def export(
     """
     require_transformers()
     check_output(output, overwrite)
-    with _published_together(output) as folder:
+    with published_together(output) as folder:
         try:
             write_model(trained, folder, dtype, max_shard_bytes, progress)
             write_tokenizer(trained.tokenizer, folder, trained.sequence_length)
@@ -111,7 +111,7 @@ def export(
 
 
 @contextmanager
-def _published_together(output: Path) -> Iterator[Path]:
+def published_together(output: Path) -> Iterator[Path]:
     """A temporary folder beside `output`, which replaces `output` when the block ends without an error."""
     output = output.absolute()
     temporary = output.with_name(f".{output.name}.tmp")
@@ -122,7 +122,8 @@ def _published_together(output: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in temporary.iterdir():
-            let_umask_decide(path)
+            if path.is_file():
+                let_umask_decide(path)
         for path in [*temporary.iterdir(), temporary]:
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
