@@ -22,6 +22,7 @@ from types import TracebackType
 
 LAUNCH = (
     "train",
+    "average",
     "eval",
     "export",
     "generate",

@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from pretrain.checkpoint import tensors as checkpoint
-from pretrain.config import ModelConfig, TrainConfig, load_config, to_dict
-from pretrain.convert.hugging_face import Parity, compare_logits, hugging_face_names, published_together
+from pretrain.config import ModelConfig, Precision, TrainConfig, load_config
+from pretrain.convert.hugging_face import Parity, compare_logits, hugging_face_names
+from pretrain.convert.weights_only import save_weights
 from pretrain.corpus.tokenizer import Tokenizer
-from pretrain.distributed import Partition, World
 from pretrain.errors import ConfigError, RunError
-from pretrain.files import read_capped, write_atomically
+from pretrain.files import published_together, read_capped
 from pretrain.model.decoder import Decoder
 from pretrain.stored import is_file_name
 from pretrain.trained import TrainedModel, load_trained
@@ -60,8 +58,7 @@ def import_model(folder: Path, tokenizer: Tokenizer, output: Path) -> tuple[Trai
     model, sequence_length = model_of(raw, folder / "config.json")
     weights = _weights(folder, model)
     with published_together(output) as temporary:
-        write_atomically(temporary / tokenizer.file_name, tokenizer.content)
-        _save(temporary, model, sequence_length, tokenizer, weights)
+        save_weights(temporary, _untrained(model, sequence_length, tokenizer, weights))
         del weights
         imported = load_trained(temporary)
         parity = compare_logits(imported, folder, torch.float32)
@@ -188,14 +185,10 @@ def _weights(folder: Path, model: ModelConfig) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _save(
-    run_dir: Path,
-    model: ModelConfig,
-    sequence_length: int,
-    tokenizer: Tokenizer,
-    weights: dict[str, torch.Tensor],
-) -> None:
-    """Save the weights as the checkpoint of step 0. It holds no moments and no position in a corpus."""
+def _untrained(
+    model: ModelConfig, sequence_length: int, tokenizer: Tokenizer, weights: dict[str, torch.Tensor]
+) -> TrainedModel:
+    """The model at step 0 of a run with default options."""
     given = [
         "run_dir=imported",
         "total_steps=1",
@@ -204,26 +197,12 @@ def _save(
     ]
     config = load_config(TrainConfig, given, "config")
     config.model = model
-    state = {
-        "step": 0,
-        "tokens_seen": 0,
-        "sequence_length": sequence_length,
-        "optimizer_step": 0,
-        "order": {},
-        "tokenizer_sha256": tokenizer.sha256,
-        "run_id": "imported",
-        "wandb_run_id": "imported",
-        "attempt": 0,
-        "world_size": 1,
-        "precision": "fp32",
-        "config": to_dict(config),
-        "tensors": {name: list(weight.shape) for name, weight in weights.items()},
-    }
-    partitions = {
-        f"weight.{name}": Partition(weight.flatten(), weight.numel()) for name, weight in weights.items()
-    }
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        checkpoint.save(run_dir, 0, partitions, state, World(0, 1, 0, torch.device("cpu")))
-    finally:
-        dist.destroy_process_group()
+    return TrainedModel(
+        config=config,
+        weights=weights,
+        tokenizer=tokenizer,
+        step=0,
+        tokens_seen=0,
+        sequence_length=sequence_length,
+        precision=Precision.fp32,
+    )
