@@ -28,6 +28,7 @@ from omegaconf import MISSING
 
 from pretrain.config import ClusterConfig, DataConfig, TrainConfig, run_command
 from pretrain.config.checks import check_positive
+from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 from pretrain.model.precision import resolve_precision
 from pretrain.plan.hardware import GIB, known_gpu
@@ -89,7 +90,7 @@ class PlanClusterConfig(ClusterConfig):
 class PlanConfig(TrainConfig):
     """A training run that is planned."""
 
-    run_dir: str = "unused"
+    run_dir: PathText = "unused"
     """Not used; nothing is written there."""
     global_batch_sequences: int | None = None  # type: ignore[assignment]
     """Sequences per optimizer update; null means about 4 million tokens, and at least one sequence per rank."""

@@ -176,8 +176,8 @@ def _checks(config: SubmitConfig, folder: Path) -> list[str]:
     cluster = config.cluster
     limits = {f.name: getattr(cluster.preflight, f.name) for f in fields(cluster.preflight)}
     known = {
-        "folder": _hydra_value(str(folder / "preflight")),
-        "run_dir": _hydra_value(str(folder.parent.parent)),
+        "folder": folder / "preflight",
+        "run_dir": folder.parent.parent,
         "gpus_per_node": cluster.gpus_per_node,
         "network_interface": cluster.network_interface or "null",
     }
@@ -240,31 +240,22 @@ def _train_overrides(arguments: list[str], config: SubmitConfig) -> list[str]:
         key = argument.lstrip("+~").split("=")[0].split("@")[0]
         if key.split(".")[0] not in ("cluster", "dry_run", "run_dir"):
             kept.append(argument)
-    return [f"run_dir={_hydra_value(str(Path(config.run_dir).absolute()))}", *kept]
-
-
-def _hydra_value(text: str) -> str:
-    """A string quoted so that Hydra's override grammar reads it unchanged."""
-    if re.fullmatch(r"[\w./-]+", text):
-        return text
-    return "'" + text.replace("'", r"\'") + "'"
+    return [f"run_dir={Path(config.run_dir).absolute()}", *kept]
 
 
 def _check(config: SubmitConfig) -> None:
     """Raise ConfigError for everything that would fail on the cluster and can be checked here."""
     from pretrain.data.inputs import resolve_inputs
 
-    if "\\" in config.run_dir or "${" in config.run_dir:
+    if "${" in config.run_dir:
         raise ConfigError(
-            f"run_dir={config.run_dir} has a backslash or ${{, which Hydra would change; rename it"
+            f"run_dir={config.run_dir} has ${{, which the job would take for a variable; rename it"
         )
     if config.stop_at_step is not None:
         raise ConfigError(
             f"stop_at_step={config.stop_at_step} is for trials by hand: the job would requeue itself forever; "
             "leave it out, or shorten the run with total_steps"
         )
-    if config.init_from is not None and not Path(config.init_from).is_dir():
-        raise ConfigError(f"init_from={config.init_from} does not exist; give the run_dir of a trained run")
     resolve_inputs(config, config.cluster.world_size)
     config.engine.check_ranks(config.cluster.world_size, config.cluster.world_size // config.cluster.nodes)
 
