@@ -1,4 +1,4 @@
-"""Plan a run: `python launch/plan.py model=7b cluster.nodes=16 cluster.gpu=h100 data.tokens=10_000_000_000`
+"""Plan a run: `python launch/plan.py model=7b cluster.nodes=16 cluster.gpu=h100 total_tokens=10_000_000_000`
 
 Prints the memory per rank by part, step time, MFU, days, cost, checkpoints, goodput, and the engine options that fit,
 the fastest first. All keys of launch/train.py (run_dir and data.manifest are optional) and of the cluster are accepted.
@@ -131,7 +131,7 @@ class PlanConfig(TrainConfig):
                 )
             self.total_tokens = data.tokens
         if self.total_tokens is None and self.total_steps is None:
-            raise ConfigError("the length of the run is missing; give data.tokens=N")
+            raise ConfigError("the length of the run is missing; give total_tokens=N")
         if self.model.vocab_size is None:
             self.model.vocab_size = ASSUMED_VOCABULARY
         if self.global_batch_sequences is None:

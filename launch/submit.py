@@ -67,6 +67,23 @@ DIRECTIVES = """\
 #SBATCH --export=ALL
 """
 
+REFUSALS = {
+    r"contact slurm controller|slurmctld|configuration source|controller_addr": "the Slurm controller does not answer; "
+    "submit on a login node where `sinfo` works, or use dry_run=true to see the script",
+    r"accounting/qos policy": "Slurm refuses the job because of a limit of your account or QOS; `squeue --me` shows "
+    "what you have submitted",
+    r"account": "Slurm refuses cluster.account={cluster.account}; `sacctmgr show associations user=$USER` lists yours",
+    r"partition": "Slurm refuses cluster.partition={cluster.partition}; `sinfo` lists the partitions",
+    r"qos": "Slurm refuses cluster.qos={cluster.qos}",
+    r"time limit": "Slurm refuses cluster.time_limit={cluster.time_limit}; `sinfo --format='%P %l'` shows the limits",
+    r"node name": "Slurm does not know a node of cluster.exclude={cluster.exclude}",
+    r"feature": "Slurm refuses cluster.constraint={cluster.constraint}; `sinfo --format='%P %f'` lists the features",
+    r"memory": "no node has the memory of cluster.memory_per_node_gib={cluster.memory_per_node_gib}",
+    r"node configuration|node count|gres|cpu count": "no nodes of the cluster fit cluster.nodes={cluster.nodes}, "
+    "cluster.gpus_per_node={cluster.gpus_per_node} and cluster.cpus_per_rank={cluster.cpus_per_rank}",
+}
+"""What to say for a reason of sbatch, by a pattern of its text; the first that is found counts."""
+
 RECHECK = """\
     # Long before Slurm gives up on a node that died, a command cannot be started there.
     if [ -n "$asked" ] || preflight "$start-after"; then end_chain; fi"""
@@ -93,7 +110,7 @@ def submit(config: SubmitConfig) -> None:
     try:
         _freeze(config, folder)
         (folder / "train.sbatch").write_text(script, encoding="utf-8")
-        jobs = _submit_chain(config.cluster.chain_jobs, folder)
+        jobs = _submit_chain(config.cluster, folder)
     except BaseException:
         shutil.rmtree(folder)  # every folder here must belong to a submitted job
         raise
@@ -289,14 +306,15 @@ def _git(*arguments: str) -> str:
     return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
 
 
-def _submit_chain(n_jobs: int, folder: Path) -> list[str]:
-    """Submit `n_jobs` jobs with the same script and return their ids. Each starts when the previous one has ended."""
+def _submit_chain(cluster: ClusterConfig, folder: Path) -> list[str]:
+    """Submit the jobs of a chain, all with the same script, and return their ids. Each waits for the one before it."""
+    n_jobs = cluster.chain_jobs
     jobs: list[str] = []
     try:
         while len(jobs) < n_jobs:
             # With afterok, a job would stay pending forever after one that failed.
             after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
-            jobs.append(_sbatch([*after, str(folder / "train.sbatch")]))
+            jobs.append(_sbatch([*after, str(folder / "train.sbatch")], cluster))
             if n_jobs > 1:
                 (folder / "chain").write_text("\n".join(jobs) + "\n", encoding="utf-8")
     except RunError:
@@ -306,13 +324,22 @@ def _submit_chain(n_jobs: int, folder: Path) -> list[str]:
     return jobs
 
 
-def _sbatch(arguments: list[str]) -> str:
+def _sbatch(arguments: list[str], cluster: ClusterConfig) -> str:
     """Submit a job and return its id. Raises RunError."""
     done = subprocess.run(["sbatch", "--parsable", *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        reason = " ".join(done.stderr.replace("sbatch: error: ", "").split())
-        raise RunError(f"sbatch refused the job: {reason}")
+        raise RunError(_refusal(done.stderr, cluster))
     return done.stdout.strip().split(";")[0]
+
+
+def _refusal(text: str, cluster: ClusterConfig) -> str:
+    """Why sbatch has refused the job, from what it says on stderr."""
+    for pattern, said in REFUSALS.items():
+        if re.search(pattern, text, re.IGNORECASE):
+            return said.format(cluster=cluster)
+    lines = [line.removeprefix("sbatch: error: ") for line in text.splitlines() if line.strip()]
+    reason = lines[-1].removeprefix("Batch job submission failed: ") if lines else "it gives no reason"
+    return f"Slurm refuses the job: {reason}"
 
 
 if __name__ == "__main__":

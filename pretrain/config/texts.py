@@ -9,6 +9,7 @@ A configuration declares them where it declares the key:
 from __future__ import annotations
 
 import os
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -50,6 +51,9 @@ def expanded_path(key: str, text: str) -> str:
 
 def manifest_in(path: str) -> str:
     """The manifest of a corpus: `path` itself, or manifest.json in it where it is a folder, or a URL like one."""
-    if "://" in path:
-        return path if path.endswith(".json") else f"{path.rstrip('/')}/manifest.json"
+    if (
+        "://" in path
+    ):  # what has no dot in its last part is taken for a folder, since asking the store takes time
+        is_folder = re.fullmatch(r"[^?#]+/([^/.?#]+/?)?", path) is not None
+        return f"{path.rstrip('/')}/manifest.json" if is_folder else path
     return str(Path(path, "manifest.json")) if Path(path).is_dir() else path

@@ -658,7 +658,7 @@ def test_the_planned_option_is_one_that_training_takes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["model=7b"], ["length of the run", "data.tokens=N"]),
+        (["model=7b"], ["length of the run", "total_tokens=N"]),
         ([*EXAMPLE, "cluster.gpu=tpu"], ["cluster.gpu=tpu"]),
         ([*EXAMPLE, "total_steps=7"], ["total_steps=7"]),
         ([*EXAMPLE, "global_batch_sequences=100"], ["global_batch_sequences=100", "128 ranks"]),
