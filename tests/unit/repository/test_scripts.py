@@ -163,13 +163,14 @@ def test_set_up_says_what_is_missing(tmp_path: Path, setting: dict[str, str], se
     assert not (tmp_path / "venv").exists()
 
 
-@pytest.mark.parametrize(
-    "script", [*sorted(ROOT.glob("launch/*.sh")), *sorted(ROOT.glob("tests/*.sh"))], ids=lambda p: p.name
-)
+WITH_HELP = [*sorted(ROOT.glob("launch/*.sh")), *sorted(ROOT.glob("tests/*.sh"))]
+
+
+@pytest.mark.parametrize("script", WITH_HELP, ids=lambda path: path.name)
 def test_help_is_printed_and_nothing_is_begun(script: Path, tmp_path: Path) -> None:
-    """With an empty PATH but for what prints: an installation could not even begin."""
-    (tmp_path / "sed").symlink_to(shutil.which("sed") or "sed")
-    (tmp_path / "python3").symlink_to(sys.executable)
+    """With a PATH of what prints alone, so that an installation could not even begin."""
+    for name in ("sed", "dirname", "python3"):
+        (tmp_path / name).symlink_to(shutil.which(name) or name)
     env = {"PATH": str(tmp_path), "PRETRAIN_VENV": str(tmp_path / "venv")}
     done = run(shutil.which("bash") or "bash", script, "--help", env=env)
     assert done.returncode == 0, done.stderr
