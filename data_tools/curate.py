@@ -9,6 +9,12 @@ with the options prepare.*. Run again after an interruption, it continues where 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script, which works in every folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from pretrain.command import begin
 
 begin(__name__)
@@ -17,11 +23,9 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import MISSING

@@ -13,7 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from functools import cache
 from pathlib import Path
@@ -22,8 +22,11 @@ import numpy as np
 import pytest
 import yaml
 
+from data_tools.config import PrepareConfig
+from data_tools.curate import CurateConfig
 from pretrain.command import COMMANDS
 from pretrain.config import SubmitConfig, TrainConfig, load_config
+from pretrain.config.words.kinds import find_kind
 from pretrain.data.inputs import check_lengths
 from pretrain.errors import ConfigError
 from support import ROOT
@@ -404,6 +407,33 @@ def test_every_fault_has_a_named_test() -> None:
         assert cited, f"row {number}"
         for test in cited:
             assert any(name.startswith(test) for name in names), f"row {number}: {test}"
+
+
+def texts_of_the_program() -> Iterator[tuple[Path, str]]:
+    """Every text in the program's code, with its file."""
+    files = [*ROOT.glob("launch/*.py"), *ROOT.glob("pretrain/**/*.py"), *ROOT.glob("data_tools/**/*.py")]
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield path, node.value
+
+
+def test_messages_recommend_only_what_exists() -> None:
+    """Files, modules and keys in the texts of the program, which a user reads as advice."""
+    schemas = (SubmitConfig, CurateConfig, PrepareConfig)
+    groups = {name for schema in schemas for name in schema.__dataclass_fields__}
+    of_plan = {"cluster.gpu", "data.tokens"}
+    seen = 0
+    for path, text in texts_of_the_program():
+        for name in re.findall(r"(?<![/\w])(?:launch|data_tools|docs|conf|benchmarks)/[\w./-]*\w", text):
+            assert (ROOT / name).exists() or "://" in text, f"{path}: {name}"
+        for name in re.findall(r"-m (data_tools\.\w+)", text):
+            assert (ROOT / f"{name.replace('.', '/')}.py").exists(), f"{path}: {name}"
+        for key in re.findall(r"(?<![\w./])(?:[a-z_]+\.)+[a-z_0-9]+(?==)", text):
+            seen += 1
+            if key.split(".")[0] in groups and key not in of_plan:
+                assert any(find_kind(schema, key) for schema in schemas), f"{path}: {key}"
+    assert seen > 50
 
 
 # --- and the checks see what is wrong ---
