@@ -103,10 +103,13 @@ class TrainConfig(_Planned):
         self.kernels.check(
             self.model, self.engine.precision, {stage.sequence_length for stage in self.stages}
         )
-        warmup, total = self.schedule.warmup_steps, self.n_steps
+        total = self.n_steps
+        warmup = self.schedule.warmup_in(total)
         if warmup >= total and self.schedule.name is not ScheduleName.constant:
             raise ConfigError(
                 f"schedule.warmup_steps={warmup} leaves none of the run's {total} steps for the decay; use fewer"
+                if self.schedule.warmup_frac is None
+                else f"schedule.warmup_frac={self.schedule.warmup_frac} leaves no step for the decay; use a smaller one"
             )
 
     @property

@@ -38,9 +38,8 @@ OF_OTHERS = {
     "num_warmup_steps": "schedule.warmup_steps",
     "lr_warmup_iters": "schedule.warmup_steps",
     "lr_warmup_steps": "schedule.warmup_steps",
-    "warmup_ratio": "schedule.warmup_steps",
-    "warmup_frac": "schedule.warmup_steps",
-    "lr_warmup_fraction": "schedule.warmup_steps",
+    "warmup_ratio": "schedule.warmup_frac",
+    "lr_warmup_fraction": "schedule.warmup_frac",
     # batch and length
     "batch_size": "global_batch_sequences",
     "train_batch_size": "global_batch_sequences",

@@ -80,6 +80,12 @@ def test_every_experiment_composes(name: str) -> None:
         (["global_batch_sequences=10"], ["global_batch_sequences=10", "micro_batch_sequences=4"]),
         (["optim.lr=0"], ["optim.lr=0", "greater than 0"]),
         (["schedule.warmup_steps=100"], ["schedule.warmup_steps=100", "100 steps"]),
+        (["schedule.warmup_frac=1"], ["schedule.warmup_frac=1.0", "smaller"]),
+        (["schedule.warmup_frac=2"], ["schedule.warmup_frac=2.0", "0 to 1"]),
+        (
+            ["schedule.warmup_frac=0.1", "schedule.warmup_steps=2"],
+            ["schedule.warmup_frac=0.1", "schedule.warmup_steps=2"],
+        ),
         (["data.manifest=null"], ["data.manifest", "manifest.json"]),
         (["data.stages=[{start_tokens: 5, weights: {web: 1}}]"], ["unknown sources ['web']", "corpus"]),
         (["run_dir=???"], ["run_dir is missing"]),
