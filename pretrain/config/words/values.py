@@ -10,6 +10,8 @@ from pretrain.errors import ConfigError
 
 _ANY = kind_of(Any)
 _PAIRS = {"[": "]", "{": "}"}
+_QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+"""A text in quotes. A backslash before a quote, and before the backslashes that stand before one, is not part of it."""
 
 
 def read_value(key: str, text: str, kind: Kind) -> Any:
@@ -33,13 +35,10 @@ def read_value(key: str, text: str, kind: Kind) -> Any:
 
 def unquoted(text: str) -> str:
     """The text without the quotes around it, or as it is where they do not enclose all of it."""
-    inner = text[1:-1]
-    quote = text[:1]
-    if len(text) < 2 or quote not in "'\"" or not text.endswith(quote):
+    if _QUOTED.fullmatch(text) is None:
         return text
-    if quote in inner.replace(f"\\{quote}", "") or inner.endswith("\\"):
-        return text
-    return inner.replace(f"\\{quote}", quote)
+    before_quote = rf"(\\+)(?={text[0]}|\Z)"
+    return re.sub(before_quote, lambda match: match[1][: len(match[1]) // 2], text[1:-1])
 
 
 def _guessed(text: str) -> Any:
@@ -125,10 +124,11 @@ class _Reader:
     def _scalar(self, ends: str) -> str:
         """The text up to one of the characters `ends` that is in no quotes and in no brackets of its own."""
         start, depth = self._at, 0
-        quoted = re.compile(r"\s*('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")\s*").match(self._text, start)
-        if quoted and self._text[quoted.end() : quoted.end() + 1] in ends:
+        quoted = _QUOTED.match(self._text, start)
+        if quoted and (self._text[quoted.end() :].lstrip() or " ")[0] in ends:
             self._at = quoted.end()
-            return quoted[1]
+            self._skip_blanks()
+            return quoted[0]
         while self._at < len(self._text):
             character = self._text[self._at]
             if depth == 0 and character in ends:

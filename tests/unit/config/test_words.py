@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -72,10 +73,14 @@ def test_any_path_comes_back(path: str) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.text(st.characters(exclude_characters="\n\\'$", exclude_categories=["Cs"])), min_size=1))
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("'\"\\, []")), min_size=1))
 def test_any_paths_in_quotes_come_back_in_a_list(paths: list[str]) -> None:
-    quoted = ", ".join(f"'./{path}'" for path in paths)
-    assert prepare(f"input=[{quoted}]").input == [f"./{path}" for path in paths]
+    """As launch/quickstart_job.py quotes those of its user."""
+    paths = [f"/{path}" for path in paths if "${" not in path]
+    text = ", ".join(
+        "'" + re.sub(r"(\\+)(?='|\Z)", r"\1\1", path).replace("'", "\\'") + "'" for path in paths
+    )
+    assert prepare(f"input=[{text}, x]").input == [*paths, "x"]
 
 
 @pytest.mark.parametrize(
