@@ -30,6 +30,7 @@ import data_tools
 import pretrain
 from pretrain.config import ClusterConfig, SubmitConfig, run_command, to_dict
 from pretrain.config.load import CONF_DIR
+from pretrain.config.words.arguments import is_own_file, path_in
 from pretrain.errors import ConfigError, RunError
 from pretrain.files import refuse_links
 from pretrain.printing import visible
@@ -91,11 +92,11 @@ RECHECK = """\
 
 def submit(config: SubmitConfig) -> None:
     """Check the configuration, copy the code, write the script and submit it; with `dry_run` only check and print."""
-    overrides = _train_overrides(sys.argv[1:], config)
     _check(config)
     run_dir = Path(config.run_dir).absolute()
     refuse_links(run_dir, run_dir, LINK_ADVICE, leave_out=WANDB_STARTS)
     folder = _next_folder(run_dir / "submit")
+    overrides = _train_overrides(sys.argv[1:], config, folder)
     script = batch_script(config, overrides, folder)
     if config.dry_run:
         print(visible(script, keep="\n\t"), end="")
@@ -250,10 +251,17 @@ def _sbatch_value(text: str) -> str:
     return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
-def _train_overrides(arguments: list[str], config: SubmitConfig) -> list[str]:
-    """The arguments for launch/train.py: the given ones without those of the cluster, and with an absolute run_dir."""
+def _train_overrides(arguments: list[str], config: SubmitConfig, folder: Path) -> list[str]:
+    """The arguments for launch/train.py: the given ones without those of the cluster, and with an absolute run_dir.
+
+    Files of the configuration that are not in conf/ are those that `_freeze` copies.
+    """
+    own = _own_files(arguments, folder)
     kept = []
     for argument in arguments:
+        if argument in own:
+            kept.append(f"{argument.partition('=')[0]}={own[argument][1]}")
+            continue
         key = argument.lstrip("+~").split("=")[0].split("@")[0]
         if key.split(".")[0] not in ("cluster", "dry_run", "run_dir"):
             kept.append(argument)
@@ -283,8 +291,21 @@ def _next_folder(parent: Path) -> Path:
     return parent / f"{max(taken, default=0) + 1:03d}"
 
 
+def _own_files(arguments: list[str], folder: Path) -> dict[str, tuple[Path, Path]]:
+    """Each argument that chooses a file outside conf/, with the file and its copy in the folder of the submission."""
+    found = {}
+    for argument in arguments:
+        group, _, text = argument.partition("=")
+        if is_own_file(text) and (CONF_DIR / group.lstrip("+")).is_dir():
+            found[argument] = Path(path_in(argument)), folder / "own" / f"{group.lstrip('+')}.yaml"
+    return found
+
+
 def _freeze(config: SubmitConfig, folder: Path) -> None:
     """Copy the code that will run, with its commit and diff, so that a later edit or pull does not change the job."""
+    for source, copy in _own_files(sys.argv[1:], folder).values():
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, copy)
     for name, path in CODE_FOLDERS.items():
         shutil.copytree(path, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(to_dict(config)), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from pretrain.config.run import TrainConfig
 from pretrain.config.texts import Mark, expanded_path, manifest_in
-from pretrain.config.words.arguments import Arguments, parse_arguments
+from pretrain.config.words.arguments import Arguments, is_own_file, parse_arguments
 from pretrain.config.words.build import build
 from pretrain.config.words.kinds import Kind, kinds_of
 from pretrain.errors import ConfigError
@@ -20,7 +22,8 @@ from pretrain.errors import ConfigError
 _PACKAGE = Path(__file__).resolve().parent.parent
 # In an installed package conf/ lies inside the package; in a source checkout it lies beside it.
 CONF_DIR = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
-
+PACKAGES = {"experiment": "_global_", "recompute": "model"}
+"""Where the keys of a group's files belong, for groups that are not named like it."""
 
 T = TypeVar("T")
 
@@ -70,22 +73,49 @@ def _defaults_of(schema: Any) -> dict[str, Any]:
 
 @cache
 def _composed_files(config_name: str, choices: tuple[tuple[str, str], ...]) -> DictConfig:
-    """What Hydra composes of the files in conf/."""
-    from hydra import (
-        compose,
-        initialize_config_dir,
-    )  # takes 0.1 s to import, and many commands do not need it
+    """What Hydra composes of the files in conf/, and of files elsewhere that are chosen by their path."""
+    # Hydra takes 0.1 s to import, and many commands do not need it.
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
+    overrides = []
+    for group, name in choices:
+        if is_own_file(name):
+            content = _own_file(group, name)
+            ConfigStore.instance().store("own_file", content, group, PACKAGES.get(group, group))
+        overrides.append(f"{group}={'own_file' if is_own_file(name) else name}")
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-            files = compose(config_name=config_name, overrides=[f"{group}={name}" for group, name in choices])
+            files = compose(config_name=config_name, overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"the files of conf/ cannot be composed: {' '.join(str(error).split())}") from error
+        named = ", ".join(f"{group}={name}" for group, name in choices)
+        missing = re.search(r"Could not find '([^']+)'|Could not override '([^']+)'", str(error))
+        what = f"{missing[1] or missing[2]} is not there" if missing else "a value or a name in them is wrong"
+        raise ConfigError(
+            f"the files of {named or 'conf/'} do not fit together: {what}; compare conf/experiment/1b_one_node.yaml"
+        ) from error
     OmegaConf.set_struct(files, False)
     return files
+
+
+def _own_file(group: str, path: str) -> dict[str, Any]:
+    """The content of a file like those in conf/<group>/. Raises ConfigError where it is none."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except OSError as error:
+        raise ConfigError(f"{group}={path} cannot be read: {error.strerror}") from error
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"{group}={path} is not YAML{where}; write KEY: VALUE, as in conf/{group}/"
+        ) from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{group}={path} holds no keys; write KEY: VALUE, as in conf/{group}/")
+    return content  # type: ignore[return-value]
 
 
 def validate(schema: type[T], values: Any) -> T:

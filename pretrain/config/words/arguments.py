@@ -119,13 +119,20 @@ def _is_group(schema: type, key: str, folder: Path) -> bool:
 
 
 def _choice(key: str, name: str, folder: Path) -> str:
-    """The name of a file of a group. Raises ConfigError where there is none."""
+    """The name of a file of a group, or the path of one elsewhere. Raises ConfigError where there is none."""
     known = presets(folder)
     if name in known:
         return name
+    if is_own_file(name):
+        return expanded_path(key, name)
     raise ConfigError(
-        f"{key}={name} does not name a file of conf/{folder.name}; known are {', '.join(known)}"
+        f"{key}={name} does not name a file of conf/{folder.name}; known are {', '.join(known)}, or give PATH.yaml"
     )
+
+
+def is_own_file(name: str) -> bool:
+    """Whether the choice of a group is the path of a file outside conf/."""
+    return name.endswith((".yaml", ".yml"))
 
 
 def presets(folder: Path) -> list[str]:

@@ -284,6 +284,47 @@ def test_a_name_is_recommended_only_where_the_command_has_it() -> None:
     assert "did you mean dry_run=true?" in refused(SubmitConfig, "--dry-run")
 
 
+# ---- files outside conf/ ---------------------------------------------------------------------------------------------
+
+
+def test_a_file_outside_conf_is_chosen_by_its_path(tmp_path: Path) -> None:
+    own = tmp_path / "my run (1).yaml"
+    own.write_text(
+        "# @package _global_\ndefaults:\n  - override /model: 125m\n"
+        "total_tokens: 20B\noptim:\n  lr: 1e-4\nlogging:\n  wandb_tags: [a]\n"
+    )
+    config = load_config(
+        TrainConfig, ["run_dir=r", "data.manifest=m", f"experiment={own}", "optim.lr=2e-4"], "config"
+    )
+    assert (config.model.n_layers, config.total_tokens, config.optim.lr) == (12, 20_000_000_000, 2e-4)
+    assert config.logging.wandb_tags == ["a"]
+    shape = tmp_path / "shape.yaml"
+    shape.write_text("n_layers: 3\nd_model: 64\nn_heads: 2\nd_ff: 128\n")
+    assert train(f"model={shape}").model.n_layers == 3
+    assert train().model.n_layers == 8
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "No such file"),
+        ("optim: [", "is not YAML in line 1"),
+        ("- 1", "holds no keys"),
+        ("text", "text is not a key"),
+        ("optim:\n  lrr: 1\n", "optim.lrr"),
+        ("optim:\n  lr: fast\n", "optim.lr=fast is not a number"),
+        ("defaults:\n  - override /model: 2b\n", "model/2b is not there"),
+        ("defaults:\n  - override /modle: 1b\n", "modle"),
+        ("total_steps: ${oops\n", "experiment="),
+    ],
+)
+def test_a_wrong_file_is_one_sentence(content: str | None, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    if content is not None:
+        path.write_text(content)
+    assert said in refused(TrainConfig, f"experiment={path}")
+
+
 # ---- help ------------------------------------------------------------------------------------------------------------
 
 

@@ -335,6 +335,21 @@ def test_submitting_takes_the_groups_of_training() -> None:
 # ---- submitted ----
 
 
+def test_a_file_outside_conf_is_frozen_too(
+    submit: Submit, corpus: TinyCorpus, tmp_path: Path, slurm: dict[str, str]
+) -> None:
+    own = tmp_path / "my run.yaml"
+    own.write_text("optim:\n  lr: 1e-4\n")
+    done = submit(*a_run(corpus, f"experiment={own}"), env=slurm)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run" / "submit" / "001"
+    own.write_text("optim:\n  lr: 5\n")  # while the job waits
+    words = train_command((folder / "train.sbatch").read_text())
+    config = load_config(TrainConfig, words[words.index("run_node") + 1 :], "config")
+    assert config.optim.lr == 1e-4
+    assert f"experiment={folder}/own/experiment.yaml" in words
+
+
 def test_code_and_configuration_are_frozen(
     submit: Submit, corpus: TinyCorpus, tmp_path: Path, slurm: dict[str, str]
 ) -> None:
