@@ -102,6 +102,7 @@ def _check_init_from(init_from: str, config: TrainConfig) -> None:
         return
     folder = Path(as_path(init_from))
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    advice = "give the run_dir of a run that this program has trained"
     if not folder.exists():
         what = "does not exist"
     elif not folder.is_dir():
@@ -114,13 +115,14 @@ def _check_init_from(init_from: str, config: TrainConfig) -> None:
         what = "is a part of a run"
     elif MANIFEST_NAME in names:
         what = "is a corpus"
-    elif "config.json" in names or any(name.endswith((".safetensors", ".bin", ".gguf")) for name in names):
-        what = "is a model of Hugging Face or another program, which cannot be read"
+    elif "config.json" in names:
+        what = "is the folder of a Hugging Face model"
+        advice = (
+            f"import it (python launch/import_model.py input={init_from} output=DIR) and give init_from=DIR"
+        )
     else:
         what = "is not the folder of a run"
-    raise ConfigError(
-        f"init_from={init_from} {what}; give the run_dir of a run that this program has trained"
-    )
+    raise ConfigError(f"init_from={init_from} {what}; {advice}")
 
 
 def tokenizer_path(manifest_path: str) -> str | Path:

@@ -77,8 +77,8 @@ def folders_that_are_no_runs(root: Path, corpus: TinyCorpus) -> dict[str, str]:
     return {
         str(root / "typo"): "does not exist",
         str(root / "file"): "is a file",
-        str(root / "hf"): "Hugging Face",
-        str(root / "gguf"): "Hugging Face or another program",
+        str(root / "hf"): f"import it (python launch/import_model.py input={root / 'hf'} output=DIR)",
+        str(root / "gguf"): "is not the folder of a run",
         str(root / "empty"): "is not the folder of a run",
         str(root / "begun"): "has no checkpoint yet",
         str(root / "part"): "is a part of a run",
