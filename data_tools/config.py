@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from data_tools.names import RECORD_BYTES
+from pretrain.config.texts import PathText
 from pretrain.corpus.manifest import MAX_CHUNK_TOKENS
 from pretrain.errors import ConfigError
 
@@ -31,7 +32,7 @@ class DocumentFormat(Enum):
 class TokenizerConfig:
     """An existing tokenizer, or how to train a sentencepiece model on the corpus."""
 
-    path: str | None = None
+    path: PathText | None = None
     """An existing sentencepiece model, a Hugging Face tokenizer.json, or the folder that holds it; null: train one."""
     bos_token: str | None = None
     """Entry of that tokenizer.json that begins a document; null: the one in the tokenizer_config.json beside it. Where
@@ -116,10 +117,10 @@ class CardConfig:
 class PrepareConfig:
     """Options of a preparation. The same input and options give the same corpus on every machine."""
 
-    input: list[str] = MISSING
+    input: list[PathText] = MISSING
     """Files (.jsonl, .jsonl.gz, .parquet, .txt, .md, .tar), folders of them, or `python`: the Python code and
     documentation installed on this machine. `a-{000..099}.tar` stands for 100 files."""
-    output: str = MISSING
+    output: PathText = MISSING
     """Folder for the corpus."""
     overwrite: bool = False
     """Replace a corpus in `output` that was prepared from other text or with other options."""

@@ -9,6 +9,12 @@ with the options prepare.*. Run again after an interruption, it continues where 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script, which works in every folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from pretrain.command import begin
 
 begin(__name__)
@@ -17,11 +23,9 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import MISSING
@@ -45,6 +49,7 @@ from data_tools.report.schemas import read_curation_report, read_digest
 from data_tools.stages.decontaminate import build_index
 from pretrain import __version__
 from pretrain.config import run_command, to_dict
+from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError, RunError
 from pretrain.files import sync_folder
 from pretrain.printing import print_error
@@ -70,9 +75,9 @@ class CorpusConfig(PrepareConfig):
 class CurateConfig:
     """Options of a curation. The same input and options give the same bytes, wherever it runs."""
 
-    input: list[str] = MISSING
+    input: list[PathText] = MISSING
     """Files, folders of them, or URLs; `a-{000..099}.tar` stands for 100 files."""
-    output: str = MISSING
+    output: PathText = MISSING
     """Folder for the result."""
     overwrite: bool = False
     """Replace a result in `output` that was curated from other input or with other options."""
@@ -86,7 +91,7 @@ class CurateConfig:
     """Stages and their rules."""
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     """Where the tasks run."""
-    corpus: str | None = None
+    corpus: PathText | None = None
     """Folder of a corpus to prepare from the curated text; null: none."""
     prepare: CorpusConfig = field(default_factory=CorpusConfig)
     """Options of that preparation."""

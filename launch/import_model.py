@@ -22,6 +22,7 @@ begin(__name__)
 from omegaconf import MISSING
 
 from pretrain.config import run_command
+from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 
 
@@ -29,9 +30,9 @@ from pretrain.errors import ConfigError
 class ImportConfig:
     """What to import, and to which folder."""
 
-    input: str = MISSING
+    input: PathText = MISSING
     """Folder with config.json, the weights and the tokenizer."""
-    output: str = MISSING
+    output: PathText = MISSING
     """Folder to write."""
     bos_token: str | None = None
     """Token that begins a document; null takes it from tokenizer_config.json, as data_tools.prepare does."""

@@ -23,6 +23,7 @@ import numpy as np
 from omegaconf import MISSING
 
 from pretrain.config import run_command
+from pretrain.config.texts import PathText
 from pretrain.corpus.shards import Corpus
 from pretrain.errors import ConfigError, RunError
 from pretrain.reliability.journal import read_metrics
@@ -37,7 +38,7 @@ CLEARLY_BELOW_FRAC = 0.05
 class SummaryConfig:
     """Which quickstart to summarize."""
 
-    output: str = MISSING
+    output: PathText = MISSING
     """Folder that launch/quickstart.sh has written (its --out)."""
 
 

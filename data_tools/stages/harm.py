@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data_tools.record import CHINESE, CHINESE_TRADITIONAL, CODE, UNKNOWN, Record
+from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 from pretrain.files import read_lines
 
@@ -39,18 +40,18 @@ class HarmConfig:
     """Which documents are dropped for their content or their address."""
 
     mode: HarmMode = HarmMode.drop
-    word_lists: dict[str, str] = field(default_factory=dict)
+    word_lists: dict[str, PathText] = field(default_factory=dict)
     """File of words for each language (UTF-8, an entry per line, # comments). Other languages use the list that comes
     with data_tools (en, zh); an empty name switches a language off."""
     max_share: float = 0.02
     """Largest fraction of the words (for Chinese, of the characters) that may belong to listed entries."""
     max_entries: int = 4
     """Largest number of different entries in a document, however long it is."""
-    blocked_domains: list[str] = field(default_factory=list)
+    blocked_domains: list[PathText] = field(default_factory=list)
     """Files of host names, one per line; their subdomains are blocked too."""
-    blocked_url_parts: list[str] = field(default_factory=list)
+    blocked_url_parts: list[PathText] = field(default_factory=list)
     """Files of parts of addresses, one per line; case does not count."""
-    classifier: str | None = None
+    classifier: PathText | None = None
     """A fastText model file; null: none."""
     classifier_label: str = "__label__harmful"
     """Label whose probability counts."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.record import CHINESE, CHINESE_TRADITIONAL, CODE, UNKNOWN, Record
+from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 
 Identified = tuple[str, float]
@@ -81,7 +82,7 @@ _CHINESE_LABELS = frozenset({"zh", "zho", "cmn", "yue", "wuu", "lzh"})
 class LanguageConfig:
     """Which languages are kept, and how they are detected."""
 
-    model_path: str | None = None
+    model_path: PathText | None = None
     """Path of a fastText model such as lid.176.bin; null: count scripts, then use the model of py3langid."""
     keep: list[str] = field(default_factory=list)
     """Codes of languages to keep (`zh` is simplified Chinese, `zh-hant` traditional, `code`, `und` where there

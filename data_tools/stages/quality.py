@@ -20,6 +20,7 @@ import numpy as np
 
 from data_tools.record import CHINESE, CHINESE_TRADITIONAL, CODE, ENGLISH, Record, Signal
 from data_tools.stages import words as text_of
+from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 
 _STOP_WORDS = {
@@ -196,11 +197,11 @@ class QualityConfig:
     """Smallest number of words (Chinese: characters) in a line; C4 drops shorter lines."""
     max_line_word_chars: int = 1000
     """Largest number of characters in a word; C4 drops lines with a longer word."""
-    classifier_path: str | None = None
+    classifier_path: PathText | None = None
     """Path of your fastText model, which reads the text as one line; null: none."""
     classifier_label: str = "__label__hq"
     """The label whose probability is the score."""
-    perplexity_path: str | None = None
+    perplexity_path: PathText | None = None
     """Path of your KenLM model (ARPA or binary), over lower-case words as `words.py` splits them; null: none."""
 
     def __post_init__(self) -> None:

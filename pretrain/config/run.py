@@ -14,6 +14,7 @@ from pretrain.config.engine import EngineConfig
 from pretrain.config.model import KernelsConfig, ModelConfig, Precision
 from pretrain.config.optimizer import OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
 from pretrain.config.records import EvaluationConfig, LoggingConfig
+from pretrain.config.texts import PathText
 from pretrain.config.upkeep import CheckpointConfig, LossGuardConfig, WatchdogConfig
 from pretrain.errors import ConfigError
 
@@ -33,7 +34,7 @@ class _Planned:
 class TrainConfig(_Planned):
     """A training run. The same config gives the same run on any number of ranks."""
 
-    run_dir: str = MISSING
+    run_dir: PathText = MISSING
     """Folder of the run's configuration, metrics, events and checkpoints. An existing run resumes from its newest good
     checkpoint."""
     seed: int = 1234
@@ -52,7 +53,7 @@ class TrainConfig(_Planned):
     micro_batch_sequences: int | str = 4
     """Sequences per rank and forward pass; the number of gradient accumulation steps follows from it. auto finds the
     largest number that fits before the first step."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Run folder whose newest good checkpoint gives the initial weights; nothing else is taken from it."""
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
@@ -102,10 +103,13 @@ class TrainConfig(_Planned):
         self.kernels.check(
             self.model, self.engine.precision, {stage.sequence_length for stage in self.stages}
         )
-        warmup, total = self.schedule.warmup_steps, self.n_steps
+        total = self.n_steps
+        warmup = self.schedule.warmup_in(total)
         if warmup >= total and self.schedule.name is not ScheduleName.constant:
             raise ConfigError(
                 f"schedule.warmup_steps={warmup} leaves none of the run's {total} steps for the decay; use fewer"
+                if self.schedule.warmup_frac is None
+                else f"schedule.warmup_frac={self.schedule.warmup_frac} leaves no step for the decay; use a smaller one"
             )
 
     @property

@@ -39,6 +39,8 @@ from pretrain.reliability.processes import own_memory_bytes
 WANDB_INIT_TIMEOUT_S = 30.0
 WANDB_FINISH_TIMEOUT_S = 30.0  # less than srun's --wait, so that a slow upload never looks like a hung rank
 WANDB_QUEUE_RECORDS = 10_000
+WANDB_PROJECT = "pretrain"
+"""Project of a run where neither the configuration nor WANDB_PROJECT names one."""
 # The old and the new host for which `wandb login` writes netrc.
 WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 
@@ -90,10 +92,38 @@ def new_run_id() -> str:
 
 
 def wandb_mode(config: LoggingConfig) -> WandbMode:
-    """The effective mode: `auto` and `online` become offline where neither WANDB_API_KEY nor netrc has an API key."""
-    if config.wandb in (WandbMode.auto, WandbMode.online):
-        return WandbMode.online if _has_wandb_key() else WandbMode.offline
-    return config.wandb
+    """The effective mode. `auto` is what W&B's own variables say; `online` needs an API key, and is offline without."""
+    mode = _mode_of_environment() if config.wandb is WandbMode.auto else config.wandb
+    if mode is WandbMode.online and not _has_wandb_key():
+        return WandbMode.offline
+    return mode
+
+
+def _mode_of_environment() -> WandbMode:
+    """The mode that WANDB_DISABLED or WANDB_MODE states; online without them."""
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+        return WandbMode.disabled
+    match os.environ.get("WANDB_MODE", "").lower():
+        case "disabled":
+            return WandbMode.disabled
+        case "" | "online" | "run" | "shared":
+            return WandbMode.online
+        case _:  # offline, dryrun, or a word that W&B does not know: nothing leaves the machine
+            return WandbMode.offline
+
+
+def wandb_arguments(config: TrainConfig, run_dir: Path, run_id: str, mode: WandbMode) -> dict[str, Any]:
+    """The arguments of wandb.init. What the configuration does not state is left out, so that W&B's variables count."""
+    logging, environment = config.logging, os.environ
+    stated: dict[str, Any] = {
+        "project": logging.wandb_project or (None if environment.get("WANDB_PROJECT") else WANDB_PROJECT),
+        "entity": logging.wandb_entity,
+        "name": logging.wandb_name or (None if environment.get("WANDB_NAME") else run_dir.resolve().name),
+        "tags": logging.wandb_tags or None,
+    }
+    arguments = {"id": run_id, "resume": "allow", "mode": mode.name, "dir": str(run_dir)}
+    arguments |= {name: value for name, value in stated.items() if value is not None}
+    return arguments | {"config": to_dict(config)}
 
 
 def _has_wandb_key() -> bool:
@@ -238,17 +268,7 @@ class Monitor:
             wandb_run_id=wandb_run_id,
         )
         if mode is not WandbMode.disabled:
-            arguments = {
-                "id": wandb_run_id,
-                "resume": "allow",
-                "mode": mode.name,
-                "dir": str(run_dir),
-                "project": config.logging.wandb_project,
-                "entity": config.logging.wandb_entity,
-                "name": config.logging.wandb_name or run_dir.resolve().name,
-                "tags": config.logging.wandb_tags,
-                "config": to_dict(config),
-            }
+            arguments = wandb_arguments(config, run_dir, wandb_run_id, mode)
             self._wandb = _WandbWriter(arguments, self._on_wandb_failure)
 
     def step(self, record: StepRecord) -> None:

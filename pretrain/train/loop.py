@@ -29,6 +29,7 @@ from pretrain.engine.optim import learning_rate
 from pretrain.errors import ConfigError, ExitCode
 from pretrain.evaluate.heldout import evaluate_loss
 from pretrain.monitor.monitor import StepRecord
+from pretrain.printing import say
 from pretrain.reliability.events import Event
 from pretrain.reliability.heartbeat import LAUNCHER_LOST, mark
 from pretrain.reliability.run_lock import lock_run
@@ -51,7 +52,14 @@ def train(inputs: Inputs, world: World, watchdog: Watchdog) -> ExitCode:
     folder = None if target is None or is_url(target) else Path(as_path(target))
     on_main(lambda: lock_run(run_dir, folder), world)
     run = assemble(inputs, world, run_dir, watchdog)
-    code = ExitCode.FINISHED if run.step >= run.loader.n_steps else _loop(run)
+    if run.step >= run.loader.n_steps:
+        code = ExitCode.FINISHED
+        if world.is_main:
+            say(
+                f"already finished at step {run.step}; to train on, give a larger total_steps or total_tokens"
+            )
+    else:
+        code = _loop(run)
     if code is ExitCode.STOPPED:
         run.monitor.event(Event.STOPPED, step=run.step, reason=_reason(run))
     else:

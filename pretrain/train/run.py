@@ -210,6 +210,10 @@ def _begin(run: Run, found: FoundCheckpoint, changed: list[str]) -> None:
         if before is not chosen.engine.precision:
             facts["precision_before"] = before.value
         run.monitor.event(Event.RESUMED, step=run.step, path=str(found.path), config_changed=changed, **facts)
+        if changed and world.is_main:
+            say("the configuration has changed since this checkpoint:")
+            for change in changed:
+                say(f"  {change}")
         return
     if config.init_from is not None:
         _init_from(config.init_from, run.engine, world, run.loader.tokenizer_sha256)
