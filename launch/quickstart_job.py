@@ -92,8 +92,16 @@ def parse(words: list[str]) -> argparse.Namespace:
         type=existing_path,
         default=[],
         metavar="PATH",
-        help="your text: folders or files (.jsonl, .jsonl.gz, .parquet, .txt, .md, .tar). "
+        help="your text: folders or files (JSON lines, JSON, CSV, Parquet, text, tar; docs/corpus.md). "
         "Default: the Python code and documentation installed on this machine",
+    )
+    parser.add_argument(
+        "--ignore",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="files in these folders that are to be left out, such as '*.pdf'; any other file that cannot be read ends "
+        "the quickstart",
     )
     parser.add_argument(
         "--out",
@@ -123,7 +131,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 # ---- the job ---------------------------------------------------------------------------------------------------------
 
 
-def hydra_quoted(path: Path) -> str:
+def hydra_quoted(path: Path | str) -> str:
     """A path as a quoted value for Hydra, whatever characters it has."""
     return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
@@ -133,6 +141,7 @@ class Job:
 
     def __init__(self, options: argparse.Namespace, out: Path, started: float) -> None:
         self.corpus_paths: list[Path] = options.corpus
+        self.ignore: list[str] = options.ignore
         self.steps: int | None = options.steps
         self.minutes: float = options.minutes
         self.out, self.run_dir = out, out / "run"
@@ -177,7 +186,8 @@ class Job:
     def prepare_corpus(self) -> None:
         corpus = self.out / "corpus"
         if self.corpus_paths:
-            inputs, options = ",".join(map(hydra_quoted, self.corpus_paths)), []
+            inputs = ",".join(map(hydra_quoted, self.corpus_paths))
+            options = [f"ignore=[{','.join(map(hydra_quoted, self.ignore))}]"] if self.ignore else []
         else:
             max_bytes = os.environ.get("QUICKSTART_MAX_BYTES", DEFAULT_MAX_BYTES)
             inputs = "python"

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
 from data_tools.reading.bounded import BOMB_FREE_BYTES, BROKEN, Bounds, parse_json, unpacked
+from data_tools.reading.listing import is_companion
 
 BLOCK_BYTES = 512
 _ZEROS = bytes(BLOCK_BYTES)
@@ -246,7 +247,14 @@ def samples(file: IO[bytes], bounds: Bounds) -> Iterator[Sample]:
     for member in tar.members():
         folder, slash, file_name = member.name.rpartition("/")
         stem, dot, suffix = file_name.partition(".")
-        if member.kind == _FOLDER or not (stem and dot) or _META.match(member.name):
+        if member.kind == _FOLDER or not stem or _META.match(member.name):
+            continue
+        if not dot:
+            if is_companion(file_name):
+                continue
+            yield Sample(
+                {}, None, f"(member {_shown(member.name)}) has no suffix, so it belongs to no sample"
+            )
             continue
         key, suffix = f"{folder}{slash}{stem}", suffix.lower()
         if draft is None or draft.key != key:
