@@ -177,7 +177,8 @@ def _cut(file: FoundFile, label: str, unit_bytes: int, options: ReadConfig) -> l
     else:
         source = os.path.basename(name[: -len(file.suffix)]) or label
     borders: list[int | None] = [0, None]
-    if file.suffix in (".jsonl", ".ndjson") and file.size_bytes and _has_lines(file, unit_bytes, options):
+    is_plain = file.suffix in (".jsonl", ".ndjson") and file.size_bytes is not None
+    if is_plain and _has_lines(file, unit_bytes, options):
         borders = [*range(0, file.size_bytes, max(1, unit_bytes)), file.size_bytes]
     elif kind == "parquet":
         borders = _row_group_borders(file.path, unit_bytes)

@@ -627,6 +627,36 @@ def test_bad_records_pass_where_that_is_allowed(tmp_path: Path, capsys: pytest.C
     assert json.loads((tmp_path / "out/prepare.json").read_text())["funnel"]["dropped"] == {"bad_record": 2}
 
 
+def test_files_that_are_left_out_are_named_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = numbered(20)
+    source = write_jsonl(tmp_path / "in/a.jsonl", records)
+    size = source.stat().st_size
+    (tmp_path / "in/b.jsonl.lz4").write_bytes(bytes(size // 2))  # as much as ten documents take
+    (tmp_path / "in/LICENSE").write_text("mine")
+    (tmp_path / "in/c.jsonl.gz").write_bytes(gzip.compress(source.read_bytes())[:-9])
+    for limit, what in (
+        (0, r"in/b\.jsonl\.lz4 is of an unknown kind; "),
+        (9, r"c\.jsonl\.gz:21 cannot be read"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            prepare(config(tmp_path / "out", source.parent, max_bad_records=limit))
+    assert prepare(config(tmp_path / "out", source.parent, max_bad_records=100)) == 0
+    unread = json.loads((tmp_path / "out/prepare.json").read_text())["funnel"]["unread"]
+    assert unread["files"] == 3
+    assert [*unread["named"]] == ["in/c.jsonl.gz:21", "in/LICENSE", "in/b.jsonl.lz4"]
+    assert 25 <= unread["documents"] <= 40  # 20 and 10, judged by a mean of packed and plain bytes
+    told = capsys.readouterr()
+    for text in (told.out, (tmp_path / "out/README.md").read_text()):
+        assert "3 files not read, or only in part, with about" in text
+        assert "in/b.jsonl.lz4 is of an unknown kind (about 1" in text
+    assert "not read: in/b.jsonl.lz4 is of an unknown kind" in told.err
+    # A limit below what the files hold ends the preparation even if each file alone would pass.
+    with pytest.raises(ConfigError, match=r"is of an unknown kind \(about \d+ documents are bad so far\)"):
+        prepare(config(tmp_path / "two", source.parent, max_bad_records=25))
+
+
 def test_a_vocabulary_too_large_for_the_text_says_the_largest(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", numbered(30))
 
