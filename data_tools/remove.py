@@ -50,7 +50,7 @@ from pretrain.corpus.shards import Corpus, documents_of
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.corpus.writer import CorpusWriter
 from pretrain.errors import ConfigError, ExitCode
-from pretrain.files import refuse_links, write_atomically
+from pretrain.files import read_lines, refuse_links, write_atomically
 from pretrain.printing import print_error, visible
 
 
@@ -202,7 +202,7 @@ def _without(
 def read_ids(path: Path) -> set[str]:
     """The ids of a file, one per line. Raises ConfigError."""
     try:
-        ids = {line.strip() for line in path.read_text(encoding="utf-8").splitlines()} - {""}
+        ids = {line.strip() for line in read_lines(path)} - {""}
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"--ids {path} cannot be read: {getattr(error, 'strerror', None) or error}"

@@ -68,7 +68,7 @@ def describe_chunk(corpus: Corpus, tokenizer: Tokenizer, chunk: int) -> str:
     if corpus.manifest.loss_mask:
         n_targets = int(corpus.is_target(chunk, 0, corpus.tokens_in(chunk)).sum())
         head += f"\nto be predicted, in ⟦ ⟧: {n_targets:,} of its tokens"
-    lines = (visible(line[:_LINE_CHARS], keep="\t") for line in text.splitlines()[:_TEXT_LINES])
+    lines = (visible(line[:_LINE_CHARS], keep="\t") for line in text.split("\n")[:_TEXT_LINES])
     return "\n".join([head, *(f"| {line}" for line in lines)])
 
 

@@ -21,10 +21,13 @@ def shown(text: str) -> str:
 
 def plain_table(rows: Sequence[tuple[str, ...]], headers: Sequence[str]) -> str:
     """A table as text with aligned columns."""
+    from rich.cells import cell_len, set_cell_size  # a Chinese character is two columns wide
+
     table = [tuple(headers), *(tuple(map(shown, row)) for row in rows)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(headers))]
+    widths = [max(cell_len(row[column]) for row in table) for column in range(len(headers))]
     return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table
+        "  ".join(set_cell_size(cell, w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in table
     )
 
 

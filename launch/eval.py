@@ -154,6 +154,7 @@ def read_text(entry: str, config: EvalConfig, trained: TrainedModel) -> tuple[It
 
     from data_tools.config import PrepareConfig
     from data_tools.reading.sources import Document, find_files, read_documents
+    from data_tools.text import clean
     from pretrain.evaluate.heldout import TokenDocument
 
     options = PrepareConfig(input=[entry], output="", text_field=config.text_field, max_chars=MAX_CHARS)
@@ -163,8 +164,8 @@ def read_text(entry: str, config: EvalConfig, trained: TrainedModel) -> tuple[It
             for document in read_documents(file, options):
                 if not isinstance(document, Document):
                     raise ConfigError(f"input={entry}: {document.where} ({document.reason})")
-                if document.text:
-                    yield document.source, document.text
+                if text := clean(document.text):  # the form in which the model has seen text
+                    yield document.source, text
 
     found = list(islice(texts(), config.max_documents))
     if not found:
@@ -197,7 +198,11 @@ def print_table(
         numbers = (f"{scores.loss:.4f}", f"{scores.perplexity:,.2f}", f"{scores.bits_per_byte:.4f}")
         counts = (f"{scores.tokens:,}", f"{scores.text_bytes:,}", f"{scores.documents:,}")
         table.add_row(Text(visible(name, limit=200)), *numbers, *counts, end_section=number == len(rows))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.width = max(
+        console.width, console.measure(table).minimum
+    )  # a narrow terminal wraps lines; nothing is cut
+    console.print(table)
 
 
 def as_json(

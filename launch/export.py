@@ -45,7 +45,8 @@ class ExportConfig:
 
 def main(config: ExportConfig) -> None:
     """Load the model, export and check it, and print how well the exported model agrees."""
-    from pretrain.convert.hugging_face import check_output, export, require_transformers
+    from data_tools.progress import stage, waiting
+    from pretrain.convert.hugging_face import check_output, export, exported_bytes, require_transformers
 
     require_transformers()
     output = Path(config.output).expanduser()
@@ -54,11 +55,14 @@ def main(config: ExportConfig) -> None:
     from pretrain.model.kernels import DTYPES
     from pretrain.trained import load_trained
 
-    print(f"reading {config.run_dir}", file=sys.stderr, flush=True)
-    trained = load_trained(config.run_dir, config.step, config.checkpoint_target)
+    with waiting(f"reading {config.run_dir}"):
+        trained = load_trained(config.run_dir, config.step, config.checkpoint_target)
     dtype = trained.precision if config.dtype is Precision.auto else config.dtype
-    print(f"writing step {trained.step} as {dtype.value}, then checking it", file=sys.stderr, flush=True)
-    parity = export(trained, output, dtype=DTYPES[dtype], overwrite=config.overwrite)
+    name = f"writing step {trained.step} as {dtype.value}, and checking it"
+    with stage(name, exported_bytes(trained, DTYPES[dtype])) as progress:
+        parity = export(
+            trained, output, dtype=DTYPES[dtype], overwrite=config.overwrite, progress=progress.advance
+        )
     print(
         f"transformers agrees on {parity.tokens} tokens: logits differ by at most {parity.max_difference:.2g} "
         f"(allowed {parity.tolerance:.2g}), the most probable token is the same at {parity.argmax_agreement:.1%}; "

@@ -1,7 +1,8 @@
 """Generate text with a model: `python launch/generate.py run_dir=DIR prompt="Once upon a time"`
 
-`prompt=` may be given several times; its text is used literally, whatever characters it has. `prompt_file=PATH` reads
-one prompt per line or, from a .jsonl file, the field `prompt` of each line. A continuation depends on its prompt, the
+`prompt=` may be given several times; its text is used literally, whatever characters it has, in the Unicode form that
+training text has (NFC). `prompt_file=PATH` reads one prompt per line or, from a .jsonl file, the field `prompt` of each
+line. A continuation depends on its prompt, the
 seed and its number, and not on what else is generated. With json=true the last line on stdout is JSON.
 Exit codes: 0 done, 2 the input or configuration is wrong.
 """
@@ -26,6 +27,7 @@ from omegaconf import MISSING
 
 from pretrain.config import Precision, run_command
 from pretrain.errors import ConfigError
+from pretrain.files import read_lines
 from pretrain.printing import visible
 
 REPORT_EVERY_S = 5.0
@@ -74,10 +76,12 @@ class GenerateConfig:
 
 def main(config: GenerateConfig) -> None:
     """Read the prompts, load the model, and generate and print the continuations."""
+    from data_tools.text import clean
     from pretrain.evaluate.generation import Sampling, prompt_seed
 
     sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-    texts = config.prompt + read_prompts(config.prompt_file) or [""]
+    # Text is normalized as in training, where the model has seen no other form of it.
+    texts = list(map(clean, config.prompt + read_prompts(config.prompt_file))) or [""]
 
     from pretrain.device import own_device
     from pretrain.evaluate.generation import Prompt, generate
@@ -134,7 +138,7 @@ def read_prompts(path: str | None) -> list[str]:
     if path is None:
         return []
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = read_lines(Path(path).expanduser())
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise ConfigError(f"prompt_file={path} cannot be read: {reason}") from error

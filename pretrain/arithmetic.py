@@ -1,6 +1,6 @@
-"""Counts a decoder's parameters and training FLOPs from its configuration. Imports no torch.
+"""Counts a decoder's parameters and training FLOPs from its configuration, and the best time between saves.
 
-The trainer uses the counts to report MFU, and the planner uses them without importing torch. Tests compare the
+The trainer and the planner use them, the planner without importing torch. Tests compare the
 parameter counts with `pretrain.model.decoder.Decoder`, and the FLOPs with those that torch counts in it.
 
 >>> small = ModelConfig(n_layers=2, d_model=64, n_heads=2, n_kv_heads=1, d_ff=160, vocab_size=512)
@@ -12,7 +12,12 @@ parameter counts with `pretrain.model.decoder.Decoder`, and the FLOPs with those
 
 from __future__ import annotations
 
+import math
+
 from pretrain.config import ModelConfig
+
+HOURS_BETWEEN_FAILURES_PER_RANK = 50_000.0
+"""The rate that the Llama 3 paper (2024) reports: 419 unexpected interruptions in 54 days on 16,384 GPUs."""
 
 
 def parameter_sizes(model: ModelConfig) -> list[tuple[int, int]]:
@@ -70,3 +75,18 @@ def matmul_flops_per_token(model: ModelConfig) -> float:
 def attention_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """The part of `flops_per_token` that is spent in attention, which grows with the sequence length."""
     return 12.0 * model.n_layers * model.n_heads * model.head_width * sequence_length
+
+
+def between_failures_s(n_ranks: int, mtbf_hours: float | None) -> float:
+    """Mean time in seconds between failures of the whole job: `mtbf_hours`, or an estimate from the number of ranks."""
+    hours = mtbf_hours if mtbf_hours is not None else HOURS_BETWEEN_FAILURES_PER_RANK / n_ranks
+    return hours * 3600
+
+
+def advised_interval_s(save_cost_s: float, mtbf_s: float) -> float:
+    """Seconds between saves that lose the least time: sqrt(2 x cost of a save x mean time between failures).
+
+    The formula is from Young, "A first order approximation to the optimum checkpoint interval", 1974. `save_cost_s` is
+    the time that training pauses for a save.
+    """
+    return math.sqrt(2 * save_cost_s * mtbf_s)

@@ -16,6 +16,7 @@ import stat
 import sys
 import threading
 import traceback
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -26,8 +27,8 @@ COMMANDS.update({f"pretrain-{name}": f"data_tools.{name}" for name in DATA_TOOLS
 """The module of each installed command. pyproject.toml lists the same names."""
 OURS = {"pretrain", "data_tools"}
 OLDEST_PYTHON = (3, 11)
-MISSING_PACKAGE, READER_LEFT = 2, 128 + signal.SIGPIPE
-"""Exit codes: that of a wrong configuration, and the one that a shell reports for a tool that SIGPIPE ended."""
+MISSING_PACKAGE, INTERRUPTED, READER_LEFT = 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE
+"""Exit codes: that of a wrong configuration, and those that a shell reports for a tool that SIGINT or SIGPIPE ended."""
 
 
 def main() -> None:
@@ -43,12 +44,13 @@ def main() -> None:
         runpy.run_module(f"{package}.{name}", run_name="__main__", alter_sys=True)
 
 
-def begin(name: str, goes_on: bool = False) -> None:
+def begin(name: str, goes_on: bool = False, interrupted: str = "nothing was written") -> None:
     """Set up error handling for a command; its file calls this with `__name__` before any import that may fail.
 
     From then on a missing package gives a one-sentence error with exit code 2, and the command ends quietly when the
     reader of its output closes the pipe (as `| head` does). With `goes_on`, it keeps running without a reader, as a
-    training run must. When the file is imported instead of run, this does nothing.
+    training run must. Ctrl-C gives one sentence, which ends with `interrupted`, and exit code 130. Characters that the
+    terminal's encoding lacks are printed as escapes. When the file is imported instead of run, this does nothing.
     """
     if name != "__main__":
         return
@@ -59,8 +61,10 @@ def begin(name: str, goes_on: bool = False) -> None:
             file=sys.stderr,
         )
         sys.exit(MISSING_PACKAGE)
-    sys.excepthook = _on_failure
+    sys.excepthook = partial(_on_failure, interrupted)
     for stream in ("stdout", "stderr"):
+        if isinstance(getattr(sys, stream), io.TextIOWrapper):
+            getattr(sys, stream).reconfigure(errors="backslashreplace")
         _watch_reader(stream, goes_on)
     atexit.register(_flush)
 
@@ -81,8 +85,14 @@ def print_failure(error: BaseException) -> int:
     return MISSING_PACKAGE
 
 
-def _on_failure(_kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
+def _on_failure(
+    interrupted: str, _kind: type[BaseException], error: BaseException, _trace: TracebackType | None
+) -> None:
     # The interpreter takes the exit code from an exception in the hook.
+    if isinstance(error, KeyboardInterrupt):
+        if os.environ.get("RANK", "0") == "0":  # a launcher interrupts all ranks
+            print(f"interrupted; {interrupted}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED)
     raise SystemExit(print_failure(error))
 
 

@@ -68,6 +68,18 @@ def read_at_most(file: IO[bytes], n_bytes: int) -> bytes:
     return b"".join(blocks)
 
 
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 file, without their ends and without a byte-order mark.
+
+    Only \\n and \\r\\n end a line. `str.splitlines` also splits at characters that may stand within a line, such as
+    U+2028. Raises OSError and UnicodeDecodeError.
+    """
+    lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether a path leads to a place within a folder once all links are followed."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))

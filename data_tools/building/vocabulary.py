@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import io
+import os
 import re
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
@@ -80,6 +85,40 @@ def _bounds(message: str) -> tuple[int | None, int | None]:
 
 
 def _train(config: TokenizerConfig, vocab_size: int, coverage: float, lines: Iterator[str]) -> bytes:
+    """Train a model in a thread, so that Ctrl-C ends the command at once.
+
+    The trainer releases the interpreter lock. If it ran in the main thread, KeyboardInterrupt would be raised only
+    after it ends, or the trainer would turn it into an error of its own.
+    """
+    result: list[bytes | Exception] = []
+
+    def work() -> None:
+        try:
+            result.append(_trained(config, vocab_size, coverage, lines))
+        except Exception as error:
+            result.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    try:
+        thread.start()
+        thread.join()
+    except KeyboardInterrupt:
+        atexit.register(_end_at_once, 128 + signal.SIGINT)
+        raise
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]
+
+
+def _end_at_once(exit_code: int) -> None:
+    """End the process without the interpreter's own cleanup, which aborts while the trainer's threads run."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(exit_code)
+
+
+def _trained(config: TokenizerConfig, vocab_size: int, coverage: float, lines: Iterator[str]) -> bytes:
+    """The trained model."""
     model = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=lines,

@@ -18,6 +18,10 @@ PAIR_INPUT = "input"
 """Optional input that follows an instruction, in a paragraph of its own."""
 FIELDS = (MESSAGES, *(name for pair in PAIRS for name in pair), PAIR_INPUT)
 NEEDED = "messages, prompt and response, or instruction and output"
+UNREAD = ("system", "history", "tools", "functions", "conversations", "completion", "chosen", "rejected")
+"""Fields in which other programs keep parts of a dialogue. A record whose text is there is refused, because leaving it
+out in silence would train on another dialogue."""
+_UNREAD_IN_TURN = ("tool_calls", "function_call", "reasoning_content", "thinking", "weight", "train")
 
 
 class NoDialogueError(ValueError):
@@ -27,9 +31,15 @@ class NoDialogueError(ValueError):
 def parse(record: dict[str, Any]) -> list[Message]:
     """The dialogue of a record, with cleaned contents and without blank turns. Raises NoDialogueError."""
     if record.get(MESSAGES) is not None:
-        found = _messages(record[MESSAGES])
+        found, read = _messages(record[MESSAGES]), {MESSAGES}
     else:
-        found = _pair(record)
+        found, read = _pair(record)
+    unread = [name for name in (*UNREAD, *FIELDS) if name not in read and _says_something(record.get(name))]
+    if unread:
+        raise NoDialogueError(
+            f"has text in the field {unread[0]!r} beside {' and '.join(sorted(read))}, which would be left out; turn "
+            f"it into {MESSAGES}, or remove it"
+        )
     cleaned = [Message(message.role, clean.clean(message.content)) for message in found]
     return [message for message in cleaned if message.content.strip()]
 
@@ -46,11 +56,22 @@ def _messages(value: Any) -> list[Message]:
             raise NoDialogueError(f"has in {where} the role {turn['role']!r}; known are {', '.join(ROLES)}")
         if not isinstance(turn["content"], str):
             raise NoDialogueError(f"has in {where} {type(turn['content']).__name__} as content, not text")
+        unread = [name for name in _UNREAD_IN_TURN if _says_something(turn.get(name))]
+        if unread:
+            raise NoDialogueError(
+                f"has {unread[0]!r} in {where}, which would be left out; remove it, or this record"
+            )
         found.append(Message(turn["role"], turn["content"]))
     return found
 
 
-def _pair(record: dict[str, Any]) -> list[Message]:
+def _says_something(value: Any) -> bool:
+    """Whether a field that is not read holds something: false for an empty value, and for a weight of 1."""
+    return value not in (None, "", [], {}, 1) and not (isinstance(value, str) and not value.strip())
+
+
+def _pair(record: dict[str, Any]) -> tuple[list[Message], set[str]]:
+    """The dialogue of a record without messages, and the names of the fields that were read."""
     pair = next((pair for pair in PAIRS if all(record.get(name) is not None for name in pair)), None)
     if pair is None:
         names = ", ".join(map(str, list(record)[:8])) or "none"
@@ -61,10 +82,11 @@ def _pair(record: dict[str, Any]) -> list[Message]:
         if not isinstance(text, str):
             raise NoDialogueError(f"has {type(text).__name__} in the field {name!r}, not text")
     question, given, answer = texts.values()
-    return [
+    turns = [
         Message(USER, f"{question}\n\n{given}" if given.strip() else question),
         Message(ASSISTANT, answer),
     ]
+    return turns, {pair[0], pair[1], *({PAIR_INPUT} if pair == PAIRS[1] else ())}
 
 
 def has_answer(messages: list[Message]) -> bool:

@@ -186,6 +186,9 @@ def _columns(schema: Any, config: PrepareConfig) -> list[str]:
             raise NoTextError(
                 f"has no column of a dialogue (it has {', '.join(names)}); needed are {dialogue.NEEDED}"
             )
+        content += [
+            name for name in dialogue.UNREAD if name in names
+        ]  # which parse() refuses unless they are empty
     else:
         content = [config.text_field]
         if problem := text_problem(schema, config.text_field):

@@ -24,6 +24,8 @@ _PERCENTILES = (5, 50, 95)
 # First UTF-8 bytes of U+3000 to U+DFFF, which are Chinese, Japanese and Korean except for a few hundred signs.
 _CJK_BYTES = range(0xE3, 0xEE)
 _FIRST_BYTES = (*range(0x21, 0x7F), *range(0xC2, 0xF5))
+_COUNTED_TOKENS = 1 << 18
+"""Number of tokens of documents that are counted together."""
 _PROBE_TOKENS = 512  # decoded to detect a document's script where the pieces of a vocabulary are not text
 
 
@@ -39,22 +41,51 @@ class DocumentCounts:
                 self._characters[special] = 0
         self._lengths: Counter[int] = Counter()
         self._scripts: dict[str, Counter[str]] = {}
+        self._waiting: list[
+            tuple[np.ndarray, int]
+        ] = []  # documents that are not counted yet, since many cost less
+        self._waiting_tokens = 0
 
     def add(self, tokens: np.ndarray, text_bytes: int) -> None:
-        """Add one document. `tokens` includes bos and eos: int [length]."""
-        self._lengths[len(tokens)] += 1
+        """Add one document. `tokens` includes bos and eos: int [length], and must not change afterwards."""
+        self._waiting.append((tokens, text_bytes))
+        self._waiting_tokens += len(tokens)
+        if self._waiting_tokens >= _COUNTED_TOKENS:
+            self._count()
+
+    def _count(self) -> None:
+        """Count the documents that are waiting."""
+        if not self._waiting:
+            return
+        lengths = np.array([len(tokens) for tokens, _ in self._waiting], np.int64)
+        text_bytes = np.array([size for _, size in self._waiting], np.int64)
         if self._tokenizer.is_sentencepiece:
+            tokens = np.concatenate([tokens for tokens, _ in self._waiting])
+            starts = np.cumsum(lengths) - lengths
             n_characters, n_cjk = (
-                int(counts[tokens].sum(dtype=np.int64)) for counts in (self._characters, self._cjk)
+                np.add.reduceat(counts[tokens], starts, dtype=np.int64)
+                for counts in (self._characters, self._cjk)
             )
         else:
-            n_characters, n_cjk = count_cjk(self._tokenizer.decode(tokens[:_PROBE_TOKENS].tolist()))
-        script = "cjk" if 2 * n_cjk > n_characters else "other"
-        counts = {"documents": 1, "tokens": len(tokens), "text_bytes": text_bytes}
-        self._scripts.setdefault(script, Counter()).update(counts)
+            texts = (self._tokenizer.decode(tokens[:_PROBE_TOKENS].tolist()) for tokens, _ in self._waiting)
+            n_characters, n_cjk = np.array([count_cjk(text) for text in texts], np.int64).T
+        self._lengths.update(lengths.tolist())
+        is_cjk = 2 * n_cjk > n_characters
+        for script, chosen in (("cjk", is_cjk), ("other", ~is_cjk)):
+            if chosen.any():
+                counts = {
+                    "documents": chosen.sum(),
+                    "tokens": lengths[chosen].sum(),
+                    "text_bytes": text_bytes[chosen].sum(),
+                }
+                self._scripts.setdefault(script, Counter()).update(
+                    {name: int(n) for name, n in counts.items()}
+                )
+        self._waiting, self._waiting_tokens = [], 0
 
     def to_json(self) -> dict[str, Any]:
         """`lengths`, in tokens, and `scripts` (`cjk`: most characters are Chinese, Japanese or Korean)."""
+        self._count()
         return {
             "lengths": length_statistics(self._lengths),
             "scripts": {name: dict(counts) for name, counts in sorted(self._scripts.items())},

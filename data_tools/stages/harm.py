@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from data_tools.record import CHINESE, CHINESE_TRADITIONAL, CODE, UNKNOWN, Record
 from pretrain.errors import ConfigError
+from pretrain.files import read_lines
 
 _SHIPPED = Path(__file__).parent / "word_lists"
 _LISTED_ENTRIES = 10
@@ -174,7 +175,7 @@ class HarmStage:
 def read_list(path: str) -> list[str]:
     """Entries of a list in lower case: one per line, comments after #, single spaces. Raises ConfigError."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the list {path} of curation.harm cannot be read: {error}") from error
     entries = [" ".join(line.split("#")[0].lower().split()) for line in lines]

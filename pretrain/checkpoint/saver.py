@@ -6,7 +6,6 @@ one is due before it ends, all ranks first wait for it, at the same step.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -27,8 +26,6 @@ from pretrain.config import CheckpointConfig
 from pretrain.distributed import Partition, World, gather_objects, with_own_group
 from pretrain.reliability.heartbeat import touch
 
-HOURS_BETWEEN_FAILURES_PER_RANK = 50_000.0
-"""The rate that the Llama 3 paper (2024) reports: 419 unexpected interruptions in 54 days on 16,384 GPUs."""
 IO_POLL_S = 1.0
 IO_NOISE_BYTES = 1 << 16
 """A process may read and write this number of bytes between two polls for reasons other than a save."""
@@ -157,14 +154,3 @@ def io_bytes() -> int:
     """Bytes that this process has read and written so far, except on sockets. This call itself reads a few bytes."""
     read, written = Path("/proc/self/io").read_text().splitlines()[:2]
     return int(read.split()[1]) + int(written.split()[1])
-
-
-def advised_interval_s(save_cost_s: float, world_size: int, mtbf_hours: float | None) -> float:
-    """Seconds between saves that lose the least time: sqrt(2 x cost of a save x mean time between failures).
-
-    The formula is from Young, "A first order approximation to the optimum checkpoint interval", 1974. `save_cost_s` is
-    the time that training pauses for a save. `mtbf_hours` is the mean time between failures of the whole job; None
-    estimates it from the number of ranks.
-    """
-    hours = mtbf_hours if mtbf_hours is not None else HOURS_BETWEEN_FAILURES_PER_RANK / world_size
-    return math.sqrt(2 * save_cost_s * hours * 3600)

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from safetensors.torch import save_file
 
 from pretrain.config import ModelConfig, TrainConfig
 from pretrain.corpus.tokenizer import CHECK_TEXT, SPACE_SYMBOL, Tokenizer, frame
 from pretrain.errors import ConfigError, RunError
-from pretrain.files import let_umask_decide, sync_folder
+from pretrain.files import let_umask_decide, sync_folder, write_atomically
 from pretrain.model.decoder import build_decoder
 from pretrain.trained import TrainedModel
 
@@ -82,8 +82,11 @@ def export(
     dtype: torch.dtype,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Callable[[int], None] = lambda n_bytes: None,
 ) -> Parity:
     """Write the folder `output`, which appears complete and checked or not at all.
+
+    `progress` is called with the bytes of weights that have been written since its last call.
 
     Raises ConfigError where `output` may not be replaced or the tokenizer cannot be converted, RunError where the
     exported model or tokenizer differs from the trained one, and OSError or RunError where writing fails.
@@ -92,7 +95,7 @@ def export(
     check_output(output, overwrite)
     with _published_together(output) as folder:
         try:
-            write_model(trained, folder, dtype, max_shard_bytes)
+            write_model(trained, folder, dtype, max_shard_bytes, progress)
             write_tokenizer(trained.tokenizer, folder, trained.sequence_length)
         except SafetensorError as error:
             raise RunError(f"{output} cannot be written: {error}") from error
@@ -194,29 +197,48 @@ def hugging_face_names(model: ModelConfig) -> dict[str, str]:
     return names
 
 
-def write_model(trained: TrainedModel, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
-    """Write config.json, generation_config.json and the weights, in files of at most `max_shard_bytes`."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    config = hugging_face_config(trained.config, trained.tokenizer, dtype)
-    names = hugging_face_names(trained.config.model)
-    weights: dict[str, Tensor] = {
-        theirs: trained.weights[ours].to(dtype).contiguous() for ours, theirs in names.items()
-    }
-    if trained.config.model.tie_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(weights, assign=True)
-    model.tie_weights()
-    filling = list(range(trained.tokenizer.vocab_size, config.vocab_size))  # embedding rows without a token
-    model.generation_config = GenerationConfig(
-        bos_token_id=trained.tokenizer.bos_id,
-        eos_token_id=trained.tokenizer.eos_id,
-        pad_token_id=trained.tokenizer.pad_id,
-        suppress_tokens=filling or None,
+def exported_bytes(trained: TrainedModel, dtype: torch.dtype) -> int:
+    """Size in bytes of the weights that `export` writes."""
+    return (
+        sum(trained.weights[name].numel() for name in hugging_face_names(trained.config.model))
+        * dtype.itemsize
     )
-    model.save_pretrained(folder, max_shard_size=max_shard_bytes)
+
+
+def write_model(
+    trained: TrainedModel,
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Write config.json, generation_config.json and the weights, in files of at most `max_shard_bytes`.
+
+    Weights are converted one file at a time. `progress` is called with the bytes of each file.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from transformers import GenerationConfig
+
+    tokenizer, names = trained.tokenizer, hugging_face_names(trained.config.model)
+    config = hugging_face_config(trained.config, tokenizer, dtype)
+    config.save_pretrained(folder)
+    filling = list(range(tokenizer.vocab_size, config.vocab_size))  # embedding rows without a token
+    GenerationConfig(
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+        suppress_tokens=filling or None,
+    ).save_pretrained(folder)
+    ours_of = {theirs: ours for ours, theirs in names.items()}
+    sizes = {theirs: trained.weights[ours].to("meta", dtype) for theirs, ours in ours_of.items()}
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_bytes)
+    for file, members in split.filename_to_tensors.items():
+        weights = {theirs: trained.weights[ours_of[theirs]].to(dtype).contiguous() for theirs in members}
+        save_file(weights, folder / file, {"format": "pt"})
+        progress(sum(weight.nbytes for weight in weights.values()))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
 
 
 @torch.no_grad()

@@ -110,7 +110,8 @@ class CorpusWriter:
 
         With a loss mask, `targets` are the tokens that count in the loss, as [start, stop, start, stop, ...] in
         ascending order, and `target_bytes` is the size of their text in UTF-8. Raises ValueError for token ids outside
-        the vocabulary, for malformed targets, and where targets are given without a loss mask or missing with one.
+        the vocabulary (those of the stored type only when their chunk is written), for malformed targets, and where
+        targets are given without a loss mask or missing with one.
         """
         row = np.asarray(tokens)
         if row.ndim != 1 or not len(row):
@@ -119,15 +120,17 @@ class CorpusWriter:
             raise ValueError(
                 f"document {document_id[:60]!r}... has an id of more than {MAX_ID_CHARS} characters"
             )
-        smallest = 0 if row.dtype.kind == "u" else np.minimum.reduce(row)
-        if smallest < 0 or np.maximum.reduce(row) >= self._vocab_size:
-            raise ValueError(f"document {document_id!r} has token ids outside 0 to {self._vocab_size - 1}")
+        # Tokens of the stored type are checked a chunk at a time, when it is written, which costs far less.
+        if row.dtype != self._dtype and (
+            np.minimum.reduce(row) < 0 or np.maximum.reduce(row) >= self._vocab_size
+        ):
+            raise self._unknown_token(document_id)
         if (targets is not None) is not self._loss_mask:
             raise ValueError(
                 f"document {document_id!r} must have targets exactly if the corpus has a loss mask"
             )
-        spans = np.asarray([] if targets is None else targets, np.int64)
         if targets is not None:
+            spans = np.asarray(targets, np.int64)
             bounds = np.concatenate([[0], spans, [len(row)]])
             if len(spans) % 2 or (np.diff(bounds) < 0).any() or (spans[::2] == spans[1::2]).any():
                 raise ValueError(
@@ -151,7 +154,15 @@ class CorpusWriter:
             if self._filled == self._chunk_tokens:
                 self._flush_chunk()
 
+    def _unknown_token(self, document_id: str) -> ValueError:
+        return ValueError(f"document {document_id!r} has token ids outside 0 to {self._vocab_size - 1}")
+
     def _flush_chunk(self) -> None:
+        unknown = np.flatnonzero(self._buffer[: self._filled] >= self._vocab_size)
+        if len(unknown):
+            raise self._unknown_token(
+                next(piece[2] for piece in reversed(self._pieces) if piece[0] <= unknown[0])
+            )
         tokens = self._buffer[: self._filled].tobytes()
         columns: dict[str, Any] = dict(zip(_PIECE_KEYS, zip(*self._pieces, strict=True), strict=True))
         if self._loss_mask:

@@ -27,12 +27,13 @@ from pretrain.checkpoint.saver import Saved
 from pretrain.config import LoggingConfig, TrainConfig, WandbMode, to_dict
 from pretrain.errors import ExitCode
 from pretrain.gpus import PeakFlops
+from pretrain.monitor.event_lines import event_line
 from pretrain.printing import say
 from pretrain.reliability.events import Event, EventLog
 from pretrain.reliability.journal import HELDOUT_PREFIX, LEDGER_FOLDER, METRICS_FILE, ROLLBACK
 from pretrain.reliability.journal import read_ledger as read_ledger
 from pretrain.reliability.journal import read_metrics as read_metrics
-from pretrain.reliability.json_lines import JsonLines, jsonable, utc_now
+from pretrain.reliability.json_lines import JsonLines, utc_now
 from pretrain.reliability.processes import own_memory_bytes
 
 WANDB_INIT_TIMEOUT_S = 30.0
@@ -325,8 +326,7 @@ class Monitor:
         if self._rank != 0:
             return
         self._events.append(event, self._attempt, **facts)
-        shown = (f"{key}={jsonable(value)}" for key, value in facts.items() if value not in (None, []))
-        say("  ".join((event, *shown)))
+        say(event_line(event, facts))
 
     def _on_wandb_failure(self, reason: str) -> None:
         self.event(Event.WANDB_FAILED, reason=reason)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from pretrain.arithmetic import count_parameters
+from pretrain.arithmetic import advised_interval_s, between_failures_s, count_parameters
 from pretrain.config import AUTO, AttentionKernel, ModelConfig, Precision, Recompute, TrainConfig
 from pretrain.config.engine import EngineConfig
 from pretrain.errors import ConfigError
@@ -32,8 +32,6 @@ from pretrain.plan.time import (
 MEASURED, FITTED, PROJECTED = "measured", "fitted", "projected"
 BYTES_PER_PARAMETER_SAVED = 12
 """Bytes per parameter in a checkpoint: a weight and two moments in fp32."""
-HOURS_BETWEEN_FAILURES_PER_RANK = 50_000.0
-"""The same as in `pretrain.checkpoint.saver`; Llama 3 (2024): 419 interruptions in 54 days on 16,384 GPUs."""
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 """Micro batches that a search tries."""
 CALIBRATED = ("a100", "a100_40", "h100")
@@ -237,11 +235,6 @@ def rank_options(
     return sorted(assessed, key=lambda j: (j.problem is not None, j.step.total_s, j.device_total))
 
 
-def advised_interval_s(save_cost_s: float, mtbf_s: float) -> float:
-    """Seconds between saves that lose the least time (Young, 1974), as in `pretrain.checkpoint.saver`."""
-    return math.sqrt(2 * save_cost_s * mtbf_s)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Goodput:
     """The time that saves and failures take from a run."""
@@ -266,8 +259,7 @@ def goodput(
     """The expected goodput of a long run. `failures` multiplies the rate of failures."""
     saved = BYTES_PER_PARAMETER_SAVED * count_parameters(model)
     stall = saved / cluster.n_ranks / cluster.gpu.pcie_bytes_per_s
-    hours = mtbf_hours if mtbf_hours is not None else HOURS_BETWEEN_FAILURES_PER_RANK / cluster.n_ranks
-    mtbf = hours * 3600 / failures
+    mtbf = between_failures_s(cluster.n_ranks, mtbf_hours) / failures
     write = saved / site.storage_bytes_per_s
     interval = max(advised_interval_s(stall, mtbf), write)
     lost = stall / interval + (interval / 2 + site.restart_s) / mtbf

@@ -19,10 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import ConfigError
-from pretrain.printing import say as say
 from pretrain.reliability.events import EVENTS_FILE, Event, read_events
-from pretrain.reliability.json_lines import JsonLines as JsonLines
-from pretrain.reliability.json_lines import jsonable as jsonable
 from pretrain.reliability.json_lines import read_lines
 
 METRICS_FILE = "metrics.jsonl"

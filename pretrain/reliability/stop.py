@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -30,7 +33,13 @@ def listen_for_signals() -> None:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    _signals.append(LAUNCHER_LOST if number == LAUNCHER_LOST_SIGNAL else signal.Signals(number).name)
+    name = LAUNCHER_LOST if number == LAUNCHER_LOST_SIGNAL else signal.Signals(number).name
+    _signals.append(name)
+    if os.environ.get("RANK", "0") == "0":  # at once, because the current step or the startup may take long
+        with suppress(OSError):  # the terminal or the reader of the pipe is gone
+            os.write(
+                sys.stderr.fileno(), f"stop requested ({name}): the run saves its state and ends\n".encode()
+            )
 
 
 class StopRequest:

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 import xxhash
 
+from pretrain.arithmetic import advised_interval_s, between_failures_s
 from pretrain.batch import Batch, Counts
 from pretrain.checkpoint import tensors as checkpoint
-from pretrain.checkpoint.saver import Saved, advised_interval_s
+from pretrain.checkpoint.saver import Saved
 from pretrain.checkpoint.tensors import CheckpointError
 from pretrain.corpus.shards import Corpus
 from pretrain.data.inputs import Inputs
@@ -441,7 +442,7 @@ def _advise(run: Run, saved: Saved) -> None:
     cost_s = saved.stall_s + (0.0 if policy.background else saved.write_s)
     run.monitor.event(
         Event.CHECKPOINT_INTERVAL_ADVISED,
-        interval_s=advised_interval_s(cost_s, run.world.size, policy.mtbf_hours),
+        interval_s=advised_interval_s(cost_s, between_failures_s(run.world.size, policy.mtbf_hours)),
         cost_s=cost_s,
         mtbf="given" if policy.mtbf_hours is not None else "estimated: 50,000 h / ranks",
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.checkpoint.tensors import checkpoint_path, list_checkpoints
-from pretrain.reliability.journal import read_lines
+from pretrain.reliability.json_lines import read_lines
 from support.cluster.hosts import Cluster
 from support.cluster.runs import (
     N_STEPS,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.reliability.journal import read_lines
+from pretrain.reliability.json_lines import read_lines
 from support import ROOT
 from support.chaos.faults import DAMAGES, KINDS, VICTIMS, choose, plan
 

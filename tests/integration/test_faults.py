@@ -29,7 +29,8 @@ from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.tensors import find_latest
 from pretrain.config import TrainConfig, load_config
 from pretrain.corpus.manifest import load_manifest
-from pretrain.reliability.journal import read_ledger, read_lines, read_metrics
+from pretrain.reliability.journal import read_ledger, read_metrics
+from pretrain.reliability.json_lines import read_lines
 from pretrain.train.run_folder import write_run_files
 from support import ROOT
 from support.gate import Gate

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from pretrain.reliability.journal import read_ledger, read_lines, read_metrics
+from pretrain.reliability.journal import read_ledger, read_metrics
+from pretrain.reliability.json_lines import read_lines
 from pretrain.reliability.supervisor import Tail
 
 LOSS_TOLERANCE = 2e-2

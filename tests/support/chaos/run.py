@@ -31,7 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from pretrain.reliability.journal import read_lines
+from pretrain.reliability.json_lines import read_lines
 from pretrain.reliability.starts import Cause
 from pretrain.reliability.supervisor import Tail, complete_checkpoints
 from support.chaos.faults import (

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pretrain.checkpoint import tensors as checkpoint
-from pretrain.reliability.journal import read_ledger, read_lines, read_metrics
+from pretrain.reliability.journal import read_ledger, read_metrics
+from pretrain.reliability.json_lines import read_lines
 from support import ROOT
 from support.checkpoints import assert_same_state
 from support.cluster.hosts import Cluster, wait_until

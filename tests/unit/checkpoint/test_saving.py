@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.arithmetic import advised_interval_s, between_failures_s
 from pretrain.checkpoint import saver as saving
 from pretrain.checkpoint import tensors as checkpoint
-from pretrain.checkpoint.saver import Saver, advised_interval_s
+from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.tensors import ALONE
 from pretrain.config import CheckpointConfig
 from pretrain.distributed import Partition
@@ -118,6 +119,8 @@ def test_large_ranks_write_several_files(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_advised_interval() -> None:
-    assert advised_interval_s(2.0, 8, mtbf_hours=10.0) == pytest.approx((2 * 2 * 36000) ** 0.5)
+    assert advised_interval_s(2.0, between_failures_s(8, 10.0)) == pytest.approx((2 * 2 * 36000) ** 0.5)
     # 16,384 ranks: 50,000 h / 16,384 = 3.05 h, which is what Llama 3 saw
-    assert advised_interval_s(1.0, 16384, None) == pytest.approx((2 * 50000 / 16384 * 3600) ** 0.5)
+    assert advised_interval_s(1.0, between_failures_s(16384, None)) == pytest.approx(
+        (2 * 50000 / 16384 * 3600) ** 0.5
+    )

@@ -145,14 +145,14 @@ def test_options_say_what_no_file_says(tmp_path: Path) -> None:
     folder = save(byte_level(["<a>", "<b>", "<c>"]), tmp_path)
     with pytest.raises(
         ConfigError,
-        match=r"special tokens ends a document \(it has <a>, <b>, <c>\); name it with tokenizer\.eos",
+        match=r"<a>, <b>, <c>.*tokenizer\.eos",
     ):
         imported(folder)
     assert (imported(folder, eos_token="<b>").bos_id, imported(folder, eos_token="<b>").eos_id) == (1, 1)
     both = imported(folder, bos_token="<c>", eos_token="<b>")
     assert (both.bos_id, both.eos_id) == (2, 1)
     for name in ("<d>", "Ġthe"):  # what was learned could come from a text
-        with pytest.raises(ConfigError, match=f"'{name}' is no special token of"):
+        with pytest.raises(ConfigError, match=f"'{name}' "):
             imported(folder, eos_token=name)
 
 
@@ -162,7 +162,7 @@ def test_a_special_token_that_the_model_finds_in_a_text_is_refused(tmp_path: Pat
     theirs.train_from_iterator(
         SAMPLE, trainers.WordLevelTrainer(special_tokens=["[UNK]", END], show_progress=False)
     )
-    with pytest.raises(ConfigError, match=r"reads '<\|endoftext\|>' in a text as its special token"):
+    with pytest.raises(ConfigError, match=r"'<\|endoftext\|>' "):
         imported(save(theirs, tmp_path), eos_token=END)
 
 
@@ -266,7 +266,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path, content: bytes) -> None
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     for read in (Tokenizer.trusted, imported):
-        with pytest.raises(ConfigError, match=r"tokenizer\.json is not a tokenizer\.json: ") as caught:
+        with pytest.raises(ConfigError, match=r"tokenizer\.json ") as caught:
             read(path)
         assert "\n" not in str(caught.value)
 
@@ -277,7 +277,7 @@ def test_what_makes_the_parser_panic_is_refused(gpt2: Path, tmp_path: Path) -> N
 
     path = tmp_path / "tokenizer.json"
     path.write_bytes(edited(gpt2, edit))
-    with pytest.raises(ConfigError, match=r"is not a tokenizer\.json: Precompiled"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: Precompiled"):
         Tokenizer.trusted(path)
 
 
@@ -289,12 +289,12 @@ def test_an_enormous_id_is_refused(gpt2: Path, tmp_path: Path) -> None:
 
 
 def test_one_that_was_not_imported_is_refused_where_a_corpus_should_have_it(gpt2: Path) -> None:
-    with pytest.raises(ConfigError, match=r"import it with data_tools\.prepare tokenizer\.path="):
+    with pytest.raises(ConfigError, match=r"data_tools\.prepare tokenizer\.path="):
         Tokenizer.trusted(gpt2 / "tokenizer.json")
 
 
 def test_a_folder_without_a_tokenizer_and_a_wrong_config_are_one_sentence(gpt2: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds neither tokenizer\.model nor tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.model .*tokenizer\.json"):
         imported(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes((gpt2 / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text("{")
@@ -313,7 +313,7 @@ def test_a_text_that_the_package_cannot_encode_is_one_sentence(gpt2: Path, tmp_p
     (tmp_path / "tokenizer.json").write_text(json.dumps(description))
     tokenizer = Tokenizer.trusted(tmp_path / "tokenizer.json")
     assert tokenizer.encode("a a") == [1, 1]
-    with pytest.raises(ConfigError, match=r"tokenizer\.json cannot encode a text: WordLevel"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json .*WordLevel"):
         tokenizer.encode("a b")
 
 

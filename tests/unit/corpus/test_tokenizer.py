@@ -218,7 +218,7 @@ def test_special_ids_are_those_of_the_model(
 
 def test_a_model_without_bos_and_eos_is_refused(tmp_path: Path) -> None:
     path = train(tmp_path / "other.model", bos_id=-1, eos_id=-1)
-    with pytest.raises(ConfigError, match=r"other\.model has neither bos nor eos"):
+    with pytest.raises(ConfigError, match=r"other\.model .*bos.*eos"):
         Tokenizer.trusted(path)
 
 
@@ -244,5 +244,5 @@ def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_missing_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.model cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"none\.model .*: No such file"):
         Tokenizer.trusted(tmp_path / "none.model")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import unicodedata
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -449,6 +450,30 @@ def test_the_script_scores_text_and_corpora_alike(tmp_path: Path, capsys: pytest
         evaluate_script.EvalConfig(run_dir=str(tmp_path / "run"), input=[str(tmp_path / "corpus")], json=True)
     )
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+
+
+def test_a_text_scores_alike_in_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it stands, from Windows, from macOS, with a byte-order mark, and with characters that no text has."""
+    make_run(tmp_path / "run")
+    text = "A man went out.\nCaf\u00e9 \u9053, and so on.\n"
+    forms = {
+        "lf.jsonl": text,
+        "crlf.jsonl": text.replace("\n", "\r\n"),
+        "nfd.jsonl": unicodedata.normalize("NFD", text),
+        "surrogate.jsonl": text.replace("out", "o\ud83dut"),
+        "control.jsonl": text.replace("out", "o\x07ut"),
+    }
+    for name, form in forms.items():
+        (tmp_path / name).write_text(json.dumps({"text": form}) + "\n")
+    (tmp_path / "bom.txt").write_text("\ufeff" + text, encoding="utf-8")
+    evaluate_script = script("eval")
+    found = []
+    for name in [*forms, "bom.txt"]:
+        options = {"run_dir": str(tmp_path / "run"), "input": [str(tmp_path / name)], "json": True}
+        evaluate_script.main(evaluate_script.EvalConfig(**options))
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert [scores["tokens"] for scores in found] == [found[0]["tokens"]] * len(found)
+    assert [scores["bits_per_byte"] for scores in found] == [found[0]["bits_per_byte"]] * len(found)
 
 
 def test_the_script_reads_no_more_than_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +28,7 @@ from pretrain.evaluate.generation import (
     token_probabilities,
 )
 from pretrain.model.decoder import Decoder
+from support import ROOT
 from support.trained_run import SMALL, make_run, run_script, script
 
 logit_rows = st.lists(st.floats(-8, 8), min_size=1, max_size=40).map(torch.tensor)
@@ -279,6 +284,55 @@ def test_the_script_writes_the_same_in_any_batch(tmp_path: Path, capsys: pytest.
     assert found[0] == found[1] == found[2]
     prompts = ["A man", "It is a truth", "道可道", "A man", "def f():\n"]
     assert [sample["prompt"] for sample in found[0]] == prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "prompts"),
+    [
+        ("a.txt", "one\u2028two\x0cthree\n", ["one\u2028two\x0cthree"]),
+        ("a.txt", "\ufeffone\r\n\r\ntwo", ["one", "two"]),
+        ("a.txt", "one\x85two\x1cthree\rfour\n", ["one\x85two\x1cthree\rfour"]),
+        ("a.jsonl", '\ufeff{"prompt": "one\u2029two\\n"}\r\n', ["one\u2029two\n"]),
+    ],
+)
+def test_only_line_feeds_separate_prompts(
+    tmp_path: Path, name: str, content: str, prompts: list[str]
+) -> None:
+    (tmp_path / name).write_bytes(content.encode())
+    assert script("generate").read_prompts(str(tmp_path / name)) == prompts
+
+
+def test_prompts_have_the_form_of_training_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "run")
+    generate_script = script("generate")
+    samples = []
+    for prompt in ("caf\u00e9\nbar", "cafe\u0301\r\nbar", "\ufeffcaf\u00e9\n\ud83dbar", "caf\u00e9\n\x07bar"):
+        config = generate_script.GenerateConfig(
+            run_dir=str(tmp_path / "run"), prompt=[prompt], max_new_tokens=4, json=True
+        )
+        generate_script.main(config)
+        samples.append(json.loads(capsys.readouterr().out.splitlines()[-1])["samples"])
+    assert all(sample == samples[0] for sample in samples)
+
+
+def test_any_terminal_and_ctrl_c(tmp_path: Path) -> None:
+    """A terminal without UTF-8 gets escapes; Ctrl-C gets one sentence and exit code 130."""
+    make_run(tmp_path / "run")
+    command = [sys.executable, ROOT / "launch/generate.py", f"run_dir={tmp_path / 'run'}", "prompt=道 – é"]
+    process = subprocess.Popen(
+        [*command, "max_new_tokens=2", "n_samples=1000000", "batch_sequences=1"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    shown = [process.stdout.readline() for _ in range(2)]
+    assert shown[1].startswith("\\u9053 \\u2013 \\xe9")
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1].startswith("interrupted; ") and "Traceback" not in stderr
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ import yaml
 
 from pretrain.config import ClusterConfig, SubmitConfig, TrainConfig, load_config, run_command
 from pretrain.errors import ConfigError
-from pretrain.reliability.journal import JsonLines
+from pretrain.reliability.json_lines import JsonLines
 from support import ROOT
 from support.slurm_stand_ins import install, requests, start_batch
 from support.tiny import TinyCorpus

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from rich.cells import cell_len
 
 from data_tools.tables import code_block, code_span, markdown, plain_table
 from pretrain.printing import ERROR_CHARS, print_error, visible
@@ -117,3 +118,9 @@ def test_a_table_has_one_line_per_row_of_bounded_width() -> None:
     assert len(table.splitlines()) == 3
     assert is_harmless(table.replace("\n", ""))
     assert max(map(len, table.splitlines())) < 300
+
+
+def test_columns_of_wide_characters_stay_aligned() -> None:
+    """A Chinese character takes two columns of a terminal, a combining mark none."""
+    table = plain_table([("维基百科", "1"), ("cafe\u0301s", "2"), ("wiki", "3")], ("source", "n"))
+    assert {cell_len(line) for line in table.splitlines()} == {len("维基百科") * 2 + 3}

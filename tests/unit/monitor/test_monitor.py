@@ -23,7 +23,10 @@ from pretrain.engine.peak import measure_matmul_flops, rank_peak_flops
 from pretrain.gpus import known_peak
 from pretrain.monitor import monitor
 from pretrain.monitor.monitor import wandb_mode
-from pretrain.reliability.journal import read_lines, read_metrics, say
+from pretrain.printing import say
+from pretrain.reliability.events import Event
+from pretrain.reliability.journal import read_metrics
+from pretrain.reliability.json_lines import read_lines
 from support import ROOT
 from support.recording import TOKENS_PER_STEP, a_config, a_monitor, a_record
 
@@ -89,14 +92,14 @@ def test_other_ranks_write_their_ledger_only(tmp_path: Path, capfd: pytest.Captu
 
 def test_events_say_what_happened(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     m = a_monitor(tmp_path)
-    m.event("checkpoint_saved", step=100, path=tmp_path / "c", time_s=0.5, reason=None)
+    m.event(Event.CHECKPOINT_DELETED, step=100, path=tmp_path / "c", reason=None)
     m.close(0)
     first, second = read_lines(tmp_path / "events.jsonl")
     assert first["event"] == "monitoring"
     assert first["peak_source"] == "measured peak"
-    assert (second["event"], second["attempt"], second["step"]) == ("checkpoint_saved", 1, 100)
+    assert (second["event"], second["attempt"], second["step"]) == ("checkpoint_deleted", 1, 100)
     assert second["path"] == str(tmp_path / "c")
-    assert f"checkpoint_saved  step=100  path={tmp_path / 'c'}  time_s=0.5\n" in capfd.readouterr().err
+    assert f"checkpoint deleted  step 100  path {tmp_path / 'c'}\n" in capfd.readouterr().err
 
 
 # ---- nothing stops training ----

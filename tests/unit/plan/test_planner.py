@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 
 from pretrain import arithmetic
 from pretrain.arithmetic import block_parameters, count_parameters, flops_per_token, parameter_sizes
-from pretrain.checkpoint import saver as saving
 from pretrain.config import (
     AttentionKernel,
     EngineConfig,
@@ -48,10 +47,8 @@ from pretrain.plan.memory import (
     state_bytes,
 )
 from pretrain.plan.planner import (
-    HOURS_BETWEEN_FAILURES_PER_RANK,
     OTHER_STACKS,
     Site,
-    advised_interval_s,
     make_plan,
     options,
     uncertainties,
@@ -274,14 +271,6 @@ def test_gpus_have_their_peaks() -> None:
     assert GPUS["v100"].bf16_flops is None and GPUS["v100"].fp16_flops == 125e12
     assert GPUS["h100"].bf16_flops == GPUS["h100"].fp16_flops == 989e12
     assert {"v100", "a100", "a100_40", "h100", "h200", "b200", "l40s", "rtx4090"} == set(GPUS)
-
-
-@given(st.floats(1e-3, 1e3), st.integers(1, 10_000))
-def test_advised_interval_equals_the_one_of_saving(cost: float, ranks: int) -> None:
-    mtbf = HOURS_BETWEEN_FAILURES_PER_RANK / ranks * 3600
-    assert advised_interval_s(cost, mtbf) == pytest.approx(
-        saving.advised_interval_s(cost, ranks, None), rel=1e-12
-    )
 
 
 # ---- properties ----

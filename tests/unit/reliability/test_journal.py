@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from pretrain.data.state import Substitution
 from pretrain.engine.micro_batch import FoundMicroBatch
-from pretrain.reliability import journal, json_lines
+from pretrain.reliability import json_lines
 from pretrain.reliability.events import (
     EVENTS_FILE,
     Event,
@@ -31,7 +31,8 @@ from pretrain.reliability.events import (
     finished_pattern,
     read_events,
 )
-from pretrain.reliability.journal import JsonLines, read_ledger, read_lines, read_metrics
+from pretrain.reliability.journal import read_ledger, read_metrics
+from pretrain.reliability.json_lines import JsonLines, jsonable, read_lines
 from pretrain.reliability.processes import status_of
 from pretrain.reliability.watcher import Watcher
 from pretrain.train.stragglers import Straggler
@@ -49,7 +50,7 @@ def test_floats_come_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, 
         raise AssertionError(constant)
 
     record = {str(i): value for i, value in enumerate(values)}
-    text = json.dumps(journal.jsonable(record), allow_nan=False)
+    text = json.dumps(jsonable(record), allow_nan=False)
     json.loads(text, parse_constant=refuse)
     path = tmp_path_factory.getbasetemp() / "floats.jsonl"
     path.write_text(text + "\n")

@@ -29,10 +29,20 @@ def handlers() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_is_a_request(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_is_a_request(
+    tmp_path: Path,
+    number: signal.Signals,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     stop = StopRequest(tmp_path, watch_file=False)
     assert not stop.asked()
+    monkeypatch.delenv("RANK", raising=False)
     os.kill(os.getpid(), number)
+    assert f"({number.name})" in capfd.readouterr().err, "said before the current step is over"
+    monkeypatch.setenv("RANK", "1")
+    os.kill(os.getpid(), number)
+    assert capfd.readouterr().err == "", "one rank speaks for all"
     assert stop.asked()
     assert stop.reason == number.name
 

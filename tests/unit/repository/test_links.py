@@ -20,7 +20,7 @@ from pretrain.corpus.node_cache import NodeCache
 from pretrain.errors import ConfigError
 from pretrain.files import let_umask_decide, open_lock, refuse_links, touch
 from pretrain.reliability import heartbeat
-from pretrain.reliability.journal import JsonLines
+from pretrain.reliability.json_lines import JsonLines
 from pretrain.reliability.run_lock import lock_run
 from pretrain.reliability.starts import write_json
 from pretrain.reliability.supervisor import Supervisor, _start

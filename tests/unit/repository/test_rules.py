@@ -98,9 +98,10 @@ def test_ruff_sees_a_breach(source: str, rule: str, where: str) -> None:
 
 
 def test_no_rule_on_safety_is_switched_off() -> None:
+    """But for one: a user's own stage runs their code, when their command line allows it."""
     switched = re.compile(r"noqa(?!:)|noqa:[^#]*\b(S\d+|TID251|FIX\d*)")
     found = [name(path) for path in CODE if switched.search(path.read_text())]
-    assert not found
+    assert found == ["data_tools/stages/own.py"]
 
 
 # --- what no tool sees ---

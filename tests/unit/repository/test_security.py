@@ -514,20 +514,20 @@ def set_at(*where: int, value: int) -> Callable[[np.ndarray], None]:
     [
         (
             set_at(0, 0, 1, value=1 << 40),
-            r"says that 000000\.tok has 1099511627776 bytes, its manifest says 128",
+            r"000000\.tok has 1099511627776 bytes.* 128",
         ),
-        (set_at(0, 0, 1, value=2), r"says that 000000\.tok has 2 bytes"),
+        (set_at(0, 0, 1, value=2), r"000000\.tok has 2 bytes"),
         (
             set_at(1, 1, 1, value=1 << 40),
-            r"says that 000001\.doc has 1099511627776 bytes, more than 67,108,864",
+            r"000001\.doc has 1099511627776 bytes.* 67,108,864",
         ),
-        (set_at(1, 1, 1, value=(1 << 64) - 1), r"says that 000001\.doc has 18446744073709551615 bytes"),
+        (set_at(1, 1, 1, value=(1 << 64) - 1), r"000001\.doc has 18446744073709551615 bytes"),
         (set_at(1, 0, 0, value=0), "members that do not follow one another"),
         (set_at(2, 0, 0, value=1 << 63), "members that do not follow one another"),
         (set_at(2, 1, 1, value=1 << 20), "does not fill the"),
         (lambda index: index[:2], "index of 3 chunks"),
         (lambda index: index.astype(np.float64), "index of 3 chunks"),
-        (lambda index: np.zeros((300, 2, 3), "<u8"), r"has 14,528 bytes, where at most 272 are expected"),
+        (lambda index: np.zeros((300, 2, 3), "<u8"), r"14,528 bytes.* 272 "),
     ],
 )
 def test_an_index_that_claims_what_cannot_be_is_refused(folder: Path, change: Any, words: str) -> None:
@@ -580,7 +580,7 @@ def test_documents_that_are_none_are_refused(folder: Path, content: str) -> None
 @pytest.mark.parametrize("name", ["n_chunks", "chunk_tokens", "n_tokens", "vocab_size"])
 def test_a_count_that_is_none_is_refused(folder: Path, name: str, value: Any) -> None:
     forge(folder, lambda read: setattr(read, name, value))
-    with pytest.raises(ConfigError, match=f"is not a corpus manifest: {name} is "):
+    with pytest.raises(ConfigError, match=f"manifest\\.json .*: {name} is "):
         load_manifest(folder / "manifest.json")
 
 
@@ -676,10 +676,10 @@ def changed(*where: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
         (changed("wandb_run_id", value="a\x1b[2J"), "wandb_run_id is "),
         (changed("order", value=[]), r"order is \[\]"),
         (changed("config", value=[]), r"config is \[\]"),
-        (changed("config", value={}), "the stored configuration is wrong"),
-        (changed("config", "model", "n_layers", value=3_000_000), r"n_layers=3000000 is more than 10,000"),
+        (changed("config", value={}), "the stored configuration "),
+        (changed("config", "model", "n_layers", value=3_000_000), r"n_layers=3000000 .*10,000"),
         (changed("config", "model", "n_layers", value=9_999), "does not match the weights"),
-        (changed("config", "model", "d_model", value=1 << 40), "d_model=1099511627776 is more than"),
+        (changed("config", "model", "d_model", value=1 << 40), "d_model=1099511627776 "),
         (changed("config", "model", "vocab_size", value=None), "does not match the weights"),
         (
             changed("config", "data", "manifest", value="${oc.env:HOME}"),
@@ -687,7 +687,7 @@ def changed(*where: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
         ),
         (changed("config", "seed", value="${oc.env:HOME}"), "in seed"),
         (changed("config", "${oc.env:HOME}", value=1), "in a key"),
-        (changed("config", "_target_", value="os.system"), "the stored configuration is wrong: .*_target_"),
+        (changed("config", "_target_", value="os.system"), "the stored configuration .*_target_"),
         (changed("more", value=1), "more is unknown"),
         ("[" * 50_000, "recursion limit"),
         ("{", "EOF while parsing"),
@@ -861,7 +861,7 @@ def test_a_file_of_absurd_size_is_refused(tmp_path: Path, read: Any, name: str, 
     path = tmp_path / name
     path.touch()
     os.truncate(path, 10 << 30)  # takes no space; reading it would
-    with pytest.raises(ConfigError, match=rf"{name} has 10,737,418,240 bytes, where at most {limit:,} are"):
+    with pytest.raises(ConfigError, match=rf"{name} has 10,737,418,240 bytes, .*{limit:,} "):
         read(path)
 
 

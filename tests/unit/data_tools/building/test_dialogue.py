@@ -171,6 +171,42 @@ def test_the_funnel_names_what_was_dropped(
     assert report["recipe"]["options"]["format"] == "chat"
 
 
+PAIR = {"instruction": "What is a shard?", "input": "", "output": "A tar file."}
+TALK = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+
+
+@pytest.mark.parametrize(
+    ("record", "named"),
+    [
+        (PAIR | {"system": "You answer shortly."}, "system"),
+        (PAIR | {"history": [["Hi", "Hello there"]]}, "history"),
+        (TALK | {"system": "You answer shortly."}, "system"),
+        (TALK | {"tools": [{"name": "search"}]}, "tools"),
+        (TALK | {"prompt": "Another question"}, "prompt"),
+        ({"prompt": "a", "response": "b", "input": "and this"}, "input"),
+        ({"prompt": "a", "response": "b", "rejected": "c"}, "rejected"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]}, "tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "x", "weight": 0}]}, "weight"),
+        ({"messages": [{"role": "assistant", "content": "x", "train": False}]}, "train"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "reasoning_content": "Hm."}]},
+            "reasoning_content",
+        ),
+    ],
+)
+def test_a_field_that_would_be_left_out_is_an_error(record: dict[str, object], named: str) -> None:
+    with pytest.raises(NoDialogueError, match=f"'{named}'"):
+        dialogue.parse(record)
+
+
+def test_empty_fields_and_other_facts_leave_nothing_out() -> None:
+    assert len(dialogue.parse(PAIR | {"system": " ", "history": [], "category": "qa"})) == 2
+    turns = [
+        {"role": "assistant", "content": "x", "weight": 1, "train": True, "tool_calls": None, "name": "bot"}
+    ]
+    assert len(dialogue.parse({"messages": turns, "tools": [], "prompt": "", "score": 0.5})) == 1
+
+
 def test_parquet_holds_dialogues_too(model: Path, tmp_path: Path) -> None:
     table = pyarrow.table(
         {"messages": [r["messages"] for r in dialogues(6)], "id": [str(n) for n in range(6)]}
@@ -190,6 +226,9 @@ def test_parquet_holds_dialogues_too(model: Path, tmp_path: Path) -> None:
     assert (
         texts["pairs.parquet:2"].tokens.tolist() == encode_dialogue(Tokenizer.trusted(model), expected).tokens
     )
+    parquet.write_table(pyarrow.table(pairs | {"system": ["", "Be brief."]}), tmp_path / "system.parquet")
+    with pytest.raises(ConfigError, match=r"system\.parquet:2 .*'system'"):
+        prepare(chat_config(tmp_path / "one", tmp_path / "system.parquet", model=model))
     parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "other.parquet")
     with pytest.raises(
         ConfigError, match=r"has no column of a dialogue \(it has body\); needed are messages"

@@ -141,7 +141,7 @@ def test_another_recipe_is_refused_until_told(raw_text: Path, curated: Path, tmp
     output = tmp_path / "out"
     few = ("executor.workers=1", "curation.stages=[normalize]", "curation.dedup.near=false")
     assert curate(config(raw_text, output, *few)) == 0
-    with pytest.raises(ConfigError, match=r"was curated from another recipe \(options differ\)"):
+    with pytest.raises(ConfigError, match="options differ"):
         curate(config(raw_text, output, *few, "curation.dedup.exact=false"))
     other = tmp_path / "other.jsonl"
     other.write_text(raw_text.read_text(encoding="utf-8") + '{"text": "one more"}\n', encoding="utf-8")
@@ -216,7 +216,7 @@ def test_wrong_options_are_one_sentence(more: str, words: str, tmp_path: Path) -
 
 def test_a_folder_of_something_else_is_refused(raw_text: Path, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(ConfigError, match="is not empty and holds no curated text"):
+    with pytest.raises(ConfigError, match=r"output=.* is not empty"):
         curate(config(raw_text, tmp_path))
 
 

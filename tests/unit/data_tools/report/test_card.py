@@ -387,10 +387,10 @@ def test_a_wrong_statement_is_one_sentence(options: dict[str, Any], words: str) 
 def test_a_complete_card_needs_licenses(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", numbered(20))
     complete = CardConfig(name="a", description="b", creator="c", date_published="2026-01-01", required=True)
-    with pytest.raises(ConfigError, match="the license of a is not known"):
+    with pytest.raises(ConfigError, match="license of a "):
         prepare(config(tmp_path / "out", source, card=complete))
     assert prepare(config(tmp_path / "out", source)) == 0
-    with pytest.raises(ConfigError, match=r"card\.required=true, and .* has sources of unknown license: a;"):
+    with pytest.raises(ConfigError, match=r"card\.required=true.*: a;"):
         prepare(config(tmp_path / "out", source, card=complete))
     assert prepare(config(tmp_path / "known", source, card=complete, license="MIT")) == 0
 
@@ -453,7 +453,7 @@ def test_a_corpus_of_an_older_program_can_be_cut_too(prepared: Path, curated: Pa
     (folder / "prepare.json").write_text(json.dumps(report))
     (folder / "statistics.json").unlink()
     (folder / "croissant.json").unlink()
-    with pytest.raises(ConfigError, match=r"was prepared by an older program, without statistics\.json"):
+    with pytest.raises(ConfigError, match=r"statistics\.json"):
         prepare(options_of(curated, folder, card=STATED))
     assert prepare(options_of(curated, folder)) == 0
     gone = next(documents_of(Corpus(folder / "manifest.json"))).id
