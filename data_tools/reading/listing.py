@@ -48,6 +48,9 @@ _COMPANION = re.compile(
              |png|jpe?g|gif|webp|svg|bmp|ico|tiff?|mp3|wav|flac|ogg|mp4|mkv|avi|mov|webm)""",
     re.I | re.X,
 )
+_PART = re.compile(
+    r"part-\d+.*"
+)  # of a result that several tasks wrote, some of which may have had nothing to write
 _SHOWN = 10
 
 
@@ -256,6 +259,13 @@ class _Listing:
         described = {os.path.dirname(file.path) for file in self.files if _name(file) == _DATASET_NAME}
         kept = []
         for file in self.files:
+            if (
+                file.size_bytes == 0
+                and file.suffix in _PLAIN
+                and file.relative
+                and _PART.fullmatch(_name(file))
+            ):
+                continue
             is_described = os.path.dirname(file.path) in described
             reason, holds_documents = self._reason_against(file, is_described)
             if reason:

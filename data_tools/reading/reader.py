@@ -344,7 +344,7 @@ def _warc(raw: IO[bytes], span: Span, at: _Place) -> Iterator[Entry]:
 
 def _tar(raw: IO[bytes], span: Span, at: _Place) -> Iterator[Entry]:
     at.set(0, 1)
-    for sample in samples(unpacked(raw, span.path, span.bounds), span.bounds):
+    for sample in samples(unpacked(raw, span.path, span.bounds), span.bounds, span.encoding):
         head = (at.place, at.number, raw.tell())
         at.set(at.place + 1, at.number + 1)
         yield Entry(*head, sample.fields, sample.text, None, sample.problem, sample.is_too_large)

@@ -169,6 +169,7 @@ def test_what_is_not_read_is_named_with_its_reason(
     (tmp_path / "gone.jsonl").symlink_to("nowhere")
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "empty.jsonl.gz").touch()
+    (tmp_path / "part-00001.jsonl").touch()  # as tasks write that had nothing to write: nothing to tell
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "loop").symlink_to(tmp_path)
@@ -271,6 +272,17 @@ def test_advice_is_only_given_where_it_is_right(tmp_path: Path) -> None:
     _, bad, _ = curated(tmp_path)
     assert bad[0].why == "is not UTF-8 at byte 2"
     assert "looks like UTF-16, which read.encoding=utf-16-le reads" in bad[1].why
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-16"])
+def test_texts_in_tars_are_decoded_too(tmp_path: Path, encoding: str) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+        for name, text in (("0.txt", CHINESE), ("1.json", json.dumps({"text": CHINESE}, ensure_ascii=False))):
+            info = tarfile.TarInfo(name)
+            info.size = len(text.encode(encoding))
+            file.addfile(info, io.BytesIO(text.encode(encoding)))
+    found, bad, _ = curated(tmp_path, encoding="gb18030")
+    assert ([one.text for one in found], bad) == ([CHINESE] * 2, [])
 
 
 def test_a_character_that_pieces_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
