@@ -118,15 +118,15 @@ class PrepareConfig:
     """Options of a preparation. The same input and options give the same corpus on every machine."""
 
     input: list[PathText] = MISSING
-    """Files (.jsonl, .jsonl.gz, .parquet, .txt, .md, .tar), folders of them, or `python`: the Python code and
-    documentation installed on this machine. `a-{000..099}.tar` stands for 100 files."""
+    """Files (JSON lines, JSON, CSV, Parquet, Arrow, text, WARC, tar; docs/corpus.md), folders of them, or `python`:
+    the Python code and documentation installed on this machine. `a-{000..099}.tar` stands for 100 files."""
     output: PathText = MISSING
     """Folder for the corpus."""
     overwrite: bool = False
     """Replace a corpus in `output` that was prepared from other text or with other options."""
     format: DocumentFormat = DocumentFormat.text
-    """chat: each record (.jsonl, .jsonl.gz, .parquet, .tar) is a dialogue, as `messages` of role and content, `prompt`
-    and `response`, or `instruction`, `input` and `output`; the corpus gets a loss mask, for fine-tuning."""
+    """chat: each record (of all kinds of files but text and WARC) is a dialogue, as `messages` of role and content,
+    `prompt` and `response`, or `instruction`, `input` and `output`; the corpus gets a loss mask, for fine-tuning."""
     text_field: str = "text"
     """Field of a JSON line, or column of a Parquet file, that holds the text."""
     license: str = "unknown"
@@ -135,8 +135,13 @@ class PrepareConfig:
     """Refuse documents whose license is not known."""
     python_max_bytes: int | None = None
     """Largest amount of text to take for `python`, in bytes, chosen evenly from all of it; null: all of it."""
+    encoding: str = "utf-8"
+    """Encoding of text that has no byte-order mark and is not UTF-8: gb18030, utf-16 or utf-16-be."""
+    ignore: list[PathText] = field(default_factory=list)
+    """Patterns of names of files, or of their paths within an input, that are not to be read, such as '*.html'."""
     max_bad_records: int = 0
-    """Number of bad records (no JSON, no text) that are skipped before the preparation gives up."""
+    """Number of bad records (no JSON, no text) that are skipped before the preparation gives up. A file that cannot be
+    read counts by an estimate of the documents in it."""
     max_record_bytes: int = RECORD_BYTES
     """Largest size in bytes of a record (line, Parquet row, sample of a tar), and of what is decoded at a time; larger
     records are bad."""

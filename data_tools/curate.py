@@ -19,18 +19,19 @@ from pretrain.command import begin
 
 begin(__name__)
 
+import gzip
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any
 
 from omegaconf import MISSING
 
-from data_tools.building.workspace import locked
+from data_tools.building.workspace import locked, write_problem
 from data_tools.config import PrepareConfig
 from data_tools.curation.compare import compare_task, decide
 from data_tools.curation.executors import ExecutorConfig, run_phase
@@ -43,8 +44,10 @@ from data_tools.curation.phases import (
     Tally,
     write_json,
 )
+from data_tools.reading.encodings import UTF_8
+from data_tools.reading.listing import LeftOut, print_left_out
 from data_tools.reading.units import ReadConfig, Unit, units_of
-from data_tools.report.funnel import DOCUMENTS, REPORT, funnel_table
+from data_tools.report.funnel import DOCUMENTS, REPORT, Unread, estimated_documents, funnel_table
 from data_tools.report.schemas import read_curation_report, read_digest
 from data_tools.stages.decontaminate import build_index
 from pretrain import __version__
@@ -84,7 +87,8 @@ class CurateConfig:
     unit_bytes: int = 64 << 20
     """Bytes of input per task; an interruption loses at most this much work per task."""
     max_bad_frac: float = 0.001
-    """Fraction of bad records (0 to 1) above which the curation gives up."""
+    """Fraction of bad records (0 to 1) above which the curation gives up. A file that cannot be read, or only in part,
+    counts by an estimate of the documents that are lost."""
     read: ReadConfig = field(default_factory=ReadConfig)
     """Fields of records, and bounds on reading."""
     curation: CurationConfig = field(default_factory=CurationConfig)
@@ -119,14 +123,16 @@ def _curate(config: CurateConfig) -> int:
     output = Path(config.output).expanduser().resolve()
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output={config.output} is a file; give a folder")
-    units = units_of(config.input, config.unit_bytes)
+    left_out: list[LeftOut] = []
+    units = units_of(config.input, config.unit_bytes, config.read, left_out.extend)
+    print_left_out(left_out)
     recipe = _recipe(config, units)
     if _is_finished(output, recipe, config.overwrite):
         print(f"already curated: {output / REPORT} was made from this input with these options")
         return 0
     try:
         with _work(output, recipe) as layout:
-            report = _run(config, units, layout)
+            report = _run(config, units, left_out, layout)
             write_json(layout.work / REPORT, report | {"recipe": recipe})
             _publish(layout.work, output)
     except KeyboardInterrupt:
@@ -135,11 +141,14 @@ def _curate(config: CurateConfig) -> int:
     except RunError as error:
         print_error("error", error)
         return 1
+    except OSError as error:
+        print_error("error", write_problem(config.output, error))
+        return 1
     print(funnel_table(read_curation_report(output / REPORT)))
     return 0
 
 
-def _run(config: CurateConfig, units: list[Unit], layout: Layout) -> dict[str, Any]:
+def _run(config: CurateConfig, units: list[Unit], left_out: list[LeftOut], layout: Layout) -> dict[str, Any]:
     """Run all phases. Returns the report."""
     n_units, curation, executor = len(units), config.curation, config.executor
     if "decontaminate" in curation.stages and not layout.index.exists():
@@ -148,7 +157,7 @@ def _run(config: CurateConfig, units: list[Unit], layout: Layout) -> dict[str, A
     total_bytes = sum(unit.size_bytes for unit in units)
     run_phase("cleaning", clean, n_units, layout.work / "phases" / "clean", executor, total_bytes)
     cleaned = _summed(layout, "clean", n_units)
-    _check_bad(config, cleaned, layout)
+    unread = _check_bad(config, cleaned, left_out, total_bytes, layout)
     compare, n_bytes = compare_task(curation.dedup, layout, n_units)
     run_phase("comparing", compare, len(compare.jobs), layout.work / "phases" / "compare", executor, n_bytes)
     clusters = decide(compare)
@@ -168,6 +177,7 @@ def _run(config: CurateConfig, units: list[Unit], layout: Layout) -> dict[str, A
         "clusters": clusters,
         "stages": [name for name in STAGES if name in curation.stages],
         "units": n_units,
+        "unread": asdict(unread),
         "texts_read": _digest(layout, "clean", n_units),
         "output": _digest(layout, "filter", n_units),
     }
@@ -190,16 +200,46 @@ def _summed(layout: Layout, phase: str, n_units: int) -> Tally:
     return total
 
 
-def _check_bad(config: CurateConfig, tally: Tally, layout: Layout) -> None:
-    bad = tally.dropped["read/bad_record"]
-    n_records = bad + sum(tally.read.values())
-    if n_records == 0:
+def _check_bad(
+    config: CurateConfig, tally: Tally, left_out: list[LeftOut], total_bytes: int, layout: Layout
+) -> Unread:
+    """The files that were not read, or only in part. Raises ConfigError where too much is lost."""
+    n_read, n_bad = sum(tally.read.values()), tally.dropped["read/bad_record"]
+    files = [(file, *_lost(file)) for file in _bad_records(layout) if "read.lost" in file["signals"]]
+    lost_bytes = sum(n_bytes for _, _, n_bytes in files)
+    unread = Unread()
+    for file, lost, n_bytes in files:
+        documents = estimated_documents(lost, n_bytes, total_bytes - lost_bytes, n_read)
+        unread.add(file["id"], file["text"], documents)
+    n_bad += unread.documents - len(files)
+    for one in left_out:
+        lost, n_bytes = (1, one.size_bytes) if one.holds_documents else (0, 0)
+        documents = estimated_documents(lost, n_bytes, total_bytes - lost_bytes, n_read)
+        unread.add(one.name, one.reason, documents)
+        n_bad += documents
+    first = next((f"{bad['id']} {bad['text']}" for bad in _bad_records(layout)), None)
+    first = first or next((f"{one.name} {one.reason}" for one in left_out if one.holds_documents), "none")
+    if n_read + n_bad == 0:
         raise ConfigError(f"input={','.join(config.input)} holds no record")
-    if bad > config.max_bad_frac * n_records:
+    if n_bad > config.max_bad_frac * (n_read + n_bad):
         raise ConfigError(
-            f"{bad} of {n_records} records cannot be read, more than max_bad_frac={config.max_bad_frac} allows; "
-            f"{layout.rejected}/read/*.jsonl.gz names each with the reason"
+            f"{n_bad} of {n_read + n_bad} records cannot be read, more than max_bad_frac={config.max_bad_frac} allows; "
+            f"the first: {first}; {layout.rejected}/read/*.jsonl.gz names each with the reason, and "
+            "read.ignore=['NAME'] leaves a file out"
         )
+    return unread
+
+
+def _bad_records(layout: Layout) -> Iterator[dict[str, Any]]:
+    """What the first phase could not read, in order."""
+    for path in sorted((layout.rejected / "read").glob("*.jsonl.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
+
+def _lost(file: dict[str, Any]) -> tuple[int, int]:
+    """The number of documents that are lost with a file, as far as it is known, and of bytes where it is not."""
+    return file["signals"]["read.lost"], file["signals"]["read.lost_bytes"]
 
 
 # ---- the output folder -----------------------------------------------------------------------------------------------
@@ -210,6 +250,9 @@ def _recipe(config: CurateConfig, units: list[Unit]) -> dict[str, Any]:
     options = to_dict(config)
     for name in ("input", "output", "overwrite", "executor", "max_bad_frac", "corpus", "prepare"):
         del options[name]
+    del options["read"]["ignore"]  # the files that are left say it
+    if options["read"]["encoding"] == UTF_8:  # once the only one
+        del options["read"]["encoding"]
     # Everything that decides the content of the input, but not its location.
     facts = [(u.name, u.source, u.kind, u.start, u.stop, u.version) for u in units]
     listing = json.dumps(facts, ensure_ascii=False)

@@ -18,7 +18,6 @@ from pretrain.command import begin
 
 begin(__name__)
 
-import errno
 import os
 import shutil
 from typing import Any
@@ -37,6 +36,7 @@ from data_tools.building.workspace import (
     open_work,
     publish,
     remove_work,
+    write_problem,
     write_report,
 )
 from data_tools.config import CardConfig, PrepareConfig
@@ -48,6 +48,7 @@ from data_tools.names import (
     REPORT_NAME,
     STATISTICS_NAME,
 )
+from data_tools.reading.listing import LeftOut, print_left_out
 from data_tools.reading.sources import find_files
 from data_tools.report.card import HEADERS, describe, source_rows
 from data_tools.report.fertility import heldout_texts, measure
@@ -63,13 +64,6 @@ from pretrain.files import write_atomically
 from pretrain.printing import print_error, visible
 
 _SOURCES_SHOWN = 12
-_CANNOT_WRITE = {
-    errno.ENOSPC: "no space is left on its disk",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file is larger than allowed there",
-    errno.EROFS: "it is read-only",
-    errno.EACCES: "permission is denied",
-}
 
 
 def prepare(config: PrepareConfig) -> int:
@@ -83,13 +77,7 @@ def prepare(config: PrepareConfig) -> int:
         print("interrupted; run the same command again to continue from here", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
-            raise
-        print(
-            f"error: output={config.output} cannot be written: {_CANNOT_WRITE[error.errno]}; once that is "
-            "fixed, run the same command again to continue from here",
-            file=sys.stderr,
-        )
+        print_error("error", write_problem(config.output, error))
         return 1
 
 
@@ -97,7 +85,9 @@ def _prepare(config: PrepareConfig) -> int:
     check_places(config)
     output = Path(config.output).expanduser().resolve()
     given = import_tokenizer(config.tokenizer) if config.tokenizer.path is not None else None
-    files = find_files(config)
+    left_out: list[LeftOut] = []
+    files = find_files(config, left_out.extend)
+    print_left_out(left_out)
     recipe = make_recipe(config, files, given.sha256 if given is not None else None)
     if is_finished(output, recipe, config.overwrite):
         remove_work(output)
@@ -107,7 +97,7 @@ def _prepare(config: PrepareConfig) -> int:
     with open_work(output, recipe) as work:
         corpus = work / CORPUS_FOLDER
         if not (work / "packed").exists():
-            gathered = gather(config, files, work)
+            gathered = gather(config, files, work, left_out)
             model = work / (given.file_name if given is not None else SENTENCEPIECE_NAME)
             if not model.exists() and given is not None:
                 write_atomically(model, given.content)

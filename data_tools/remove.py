@@ -102,7 +102,7 @@ def _rewrite(
     if not removal.found:
         return
     report |= _without(removal.found, report, manifest, heldout)
-    funnel = Funnel(**report["funnel"])
+    funnel = Funnel.of_dict(report["funnel"])
     statistics = statistics or drop_figures([], 0, funnel)
     statistics |= corpus_figures(manifest, heldout, counts)
     statistics["funnel"][-1] = preparation_counts(funnel)
@@ -185,7 +185,7 @@ def _without(
     found: Counter[str], report: dict[str, Any], manifest: Manifest, heldout: Manifest | None
 ) -> dict[str, Any]:
     """The parts of the report that differ for the new corpus."""
-    funnel = Funnel(**report["funnel"])
+    funnel = Funnel.of_dict(report["funnel"])
     n_removed, bytes_before = found.total(), funnel.kept_bytes
     funnel.dropped["removed_later"] = funnel.dropped.get("removed_later", 0) + n_removed
     funnel.kept -= n_removed

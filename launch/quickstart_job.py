@@ -92,8 +92,16 @@ def parse(words: list[str]) -> argparse.Namespace:
         type=existing_path,
         default=[],
         metavar="PATH",
-        help="your text: folders or files (.jsonl, .jsonl.gz, .parquet, .txt, .md, .tar). "
+        help="your text: folders or files (JSON lines, JSON, CSV, Parquet, text, tar; docs/corpus.md). "
         "Default: the Python code and documentation installed on this machine",
+    )
+    parser.add_argument(
+        "--ignore",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="files in these folders that are to be left out, such as '*.pdf'; any other file that cannot be read ends "
+        "the quickstart",
     )
     parser.add_argument(
         "--out",
@@ -123,10 +131,10 @@ def parse(words: list[str]) -> argparse.Namespace:
 # ---- the job ---------------------------------------------------------------------------------------------------------
 
 
-def quoted(path: Path) -> str:
-    """A path as an item of a list, whatever characters it has. Backslashes are doubled where a quote follows them."""
-    text = re.sub(r"(\\+)(?='|\Z)", r"\1\1", str(path))
-    return "'" + text.replace("'", "\\'") + "'"
+def quoted(text: Path | str) -> str:
+    """A path or a pattern as an item of a list, whatever its characters. Backslashes before a quote are doubled."""
+    escaped = re.sub(r"(\\+)(?='|\Z)", r"\1\1", str(text))
+    return "'" + escaped.replace("'", "\\'") + "'"
 
 
 class Job:
@@ -134,6 +142,7 @@ class Job:
 
     def __init__(self, options: argparse.Namespace, out: Path, started: float) -> None:
         self.corpus_paths: list[Path] = options.corpus
+        self.ignore: list[str] = options.ignore
         self.steps: int | None = options.steps
         self.minutes: float = options.minutes
         self.out, self.run_dir = out, out / "run"
@@ -176,7 +185,8 @@ class Job:
     def prepare_corpus(self) -> None:
         corpus = self.out / "corpus"
         if self.corpus_paths:
-            inputs, options = ",".join(map(quoted, self.corpus_paths)), []
+            inputs = ",".join(map(quoted, self.corpus_paths))
+            options = [f"ignore=[{','.join(map(quoted, self.ignore))}]"] if self.ignore else []
         else:
             max_bytes = os.environ.get("QUICKSTART_MAX_BYTES", DEFAULT_MAX_BYTES)
             inputs = "python"

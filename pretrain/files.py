@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import IO, BinaryIO, TextIO
 
 from pretrain.errors import ConfigError
 
@@ -59,7 +59,7 @@ def read_capped(path: str | Path, max_bytes: int, inside: Path | None = None) ->
     return content
 
 
-def read_at_most(file: BinaryIO, n_bytes: int) -> bytes:
+def read_at_most(file: IO[bytes], n_bytes: int) -> bytes:
     """The next `n_bytes` of a file, or fewer at its end. Unlike `read`, allocates memory only for bytes that exist."""
     blocks: list[bytes] = []
     left = n_bytes

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -22,8 +22,9 @@ from data_tools import text as clean
 from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.progress import stage
 from data_tools.reading import dialogue
+from data_tools.reading.listing import LeftOut
 from data_tools.reading.sources import Document, InputFile, Rejected, read_documents
-from data_tools.report.funnel import Funnel
+from data_tools.report.funnel import Funnel, estimated_documents
 from data_tools.report.schemas import MAX_REPORT_BYTES, MAX_REPORT_VALUES
 from data_tools.tables import shown
 from pretrain.corpus.chunk_documents import MAX_ID_CHARS
@@ -109,6 +110,8 @@ class _State:
     """Number of these that are Chinese, Japanese or Korean."""
     read_sha256: str = ""
     """Chained hash over the hashes of all texts."""
+    read_bytes: int = 0
+    """Size of the finished files that held documents, which tells how much an unread file holds."""
 
 
 def part_path(work: Path, number: int) -> Path:
@@ -130,11 +133,16 @@ def read_part(path: Path, wanted: np.ndarray | None = None) -> Iterator[PartDocu
                 yield PartDocument(*json.loads(line))
 
 
-def gather(config: PrepareConfig, files: list[InputFile], work: Path) -> Gathered:
-    """Run the step, continue it, or load its result. Raises ConfigError where no document is left."""
+def gather(
+    config: PrepareConfig, files: list[InputFile], work: Path, left_out: Sequence[LeftOut] = ()
+) -> Gathered:
+    """Run the step, continue it, or load its result. `left_out` are the files of the input that are not read.
+
+    Raises ConfigError where no document is left, or too much cannot be read.
+    """
     result = work / GATHERED_NAME
     if not result.exists():
-        gatherer = _Gatherer(config, work)
+        gatherer = _Gatherer(config, work, left_out)
         gatherer.run(files)
         gathered = gatherer.result()
         write_atomically(result, json.dumps(asdict(gathered)).encode())
@@ -145,8 +153,8 @@ def gather(config: PrepareConfig, files: list[InputFile], work: Path) -> Gathere
 class _Gatherer:
     """Reads documents into parts, starting after the last complete part."""
 
-    def __init__(self, config: PrepareConfig, work: Path) -> None:
-        self._config, self._work = config, work
+    def __init__(self, config: PrepareConfig, work: Path, left_out: Sequence[LeftOut]) -> None:
+        self._config, self._work, self._left_out = config, work, left_out
         self._state = _State()
         self._seen: set[int] = set()  # about 100 bytes of memory per document
         self._source_index: dict[str, int] = {}
@@ -172,27 +180,36 @@ class _Gatherer:
     def run(self, files: list[InputFile]) -> None:
         sizes = [file.size_bytes for file in files]
         first_file, skipped_records = self._state.next_file, self._state.next_record
+        if not self._config.max_bad_records:
+            for file in (file for file in self._left_out if file.holds_documents):
+                self._refuse(f"{file.name} {file.reason}", is_file=True)
         with stage("reading and cleaning", sum(sizes)) as progress:
             progress.skip(sum(sizes[:first_file]))
             for number in range(first_file, len(files)):
-                position = 0
+                position, has_documents = 0, False
                 for record, item in enumerate(read_documents(files[number], self._config), 1):
                     progress.advance(item.position_bytes - position)
                     position = item.position_bytes
+                    has_documents = has_documents or not isinstance(item, Rejected)
                     if number == first_file and record <= skipped_records:
                         continue
                     self._state.next_file, self._state.next_record = number, record
                     self._take(item)
                 progress.advance(sizes[number] - position)
+                self._state.read_bytes += sizes[number] if has_documents else 0
         if self._rows:
             self._finish_part()
+        for file in self._left_out:
+            lost, lost_bytes = (1, file.size_bytes) if file.holds_documents else (0, 0)
+            self._lose(file.name, file.reason, lost, lost_bytes)
+            self._check_bad(f"{file.name} {file.reason}", is_file=True)
 
     def _take(self, item: Document | Rejected) -> None:
-        funnel = self._state.funnel
-        funnel.read += 1
         if isinstance(item, Rejected):
             self._reject(item)
             return
+        funnel = self._state.funnel
+        funnel.read += 1
         if self._config.format is DocumentFormat.chat:  # messages have already been cleaned one by one
             text, plain = item.text, dialogue.plain(dialogue.load(item.text))
         else:
@@ -227,17 +244,36 @@ class _Gatherer:
             self._finish_part()
 
     def _reject(self, item: Rejected) -> None:
-        self._state.funnel.drop(item.reason)
-        limit = self._config.max_bad_records
-        if item.is_error and self._state.funnel.dropped[item.reason] > limit:
-            allowed = (
-                f", and max_bad_records={limit} allows no more"
-                if limit
-                else "; max_bad_records=N lets N pass"
-            )
-            raise ConfigError(f"{item.where}{allowed}")
+        if item.file:
+            self._lose(item.file, item.problem, item.lost, item.lost_bytes)
+        else:
+            self._state.funnel.read += 1
+            self._state.funnel.drop(item.reason)
         if item.is_error:
+            self._check_bad(item.where, is_file=bool(item.file))
             print_error("passed over", item.where)
+
+    def _lose(self, name: str, reason: str, lost: int, lost_bytes: int) -> None:
+        """Count a file, or the part of one, that is not read."""
+        funnel = self._state.funnel
+        documents = estimated_documents(lost, lost_bytes, self._state.read_bytes, funnel.read)
+        funnel.unread.add(name, reason, documents)
+
+    def _check_bad(self, where: str, is_file: bool) -> None:
+        """Raise ConfigError where more is bad than the configuration allows."""
+        funnel, limit = self._state.funnel, self._config.max_bad_records
+        n_bad = funnel.dropped.get("bad_record", 0) + funnel.unread.documents
+        if n_bad > limit:
+            more = f" (about {n_bad:,} documents are bad so far)" if n_bad > limit + 1 else ""
+            self._refuse(f"{where}{more}", is_file)
+
+    def _refuse(self, problem: str, is_file: bool) -> NoReturn:
+        limit = self._config.max_bad_records
+        allowed = (
+            f", and max_bad_records={limit} allows no more" if limit else "; max_bad_records=N lets N pass"
+        )
+        remedy = ", and ignore=['NAME'] leaves a file out" if is_file else ""
+        raise ConfigError(f"{problem}{allowed}{remedy}")
 
     def _finish_part(self) -> None:
         number = len(self._digests)

@@ -6,6 +6,7 @@ The finished corpus is moved into OUTPUT, manifest.json last.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from data_tools.names import (
     STATISTICS_NAME,
     WORK_FOLDER,
 )
-from data_tools.reading.reader import expand_ranges
+from data_tools.reading.listing import expand_ranges
 from data_tools.reading.sources import PYTHON, InputFile
 from data_tools.report.schemas import read_recipe
 from pretrain.config import to_dict
@@ -54,7 +55,25 @@ PRODUCTS = (
 PIPELINE_VERSION = 2
 
 # Options that do not change the corpus. The input is represented by its files.
-_NOT_IN_KEY = ("input", "output", "overwrite", "workers", "max_bad_records", "card")
+_NOT_IN_KEY = ("input", "output", "overwrite", "workers", "max_bad_records", "card", "ignore")
+
+_CANNOT_WRITE = {
+    errno.ENOSPC: "no space is left on its disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file is larger than allowed there",
+    errno.EROFS: "it is read-only",
+    errno.EACCES: "permission is denied",
+}
+
+
+def write_problem(output: str, error: OSError) -> str:
+    """The sentence on an error while an output folder is written. Raises the error again if it has another cause."""
+    if error.errno not in _CANNOT_WRITE:
+        raise error
+    return (
+        f"output={output} cannot be written: {_CANNOT_WRITE[error.errno]}; once that is fixed, run the same command "
+        "again to continue from here"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +121,8 @@ def make_recipe(config: PrepareConfig, files: list[InputFile], tokenizer_sha256:
         del options["format"]
     if config.max_record_bytes == RECORD_BYTES:
         del options["max_record_bytes"]
+    if config.encoding == "utf-8":
+        del options["encoding"]
     listing = [(file.name, file.source, file.license, file.size_bytes, file.version) for file in files]
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
     total = sum(file.size_bytes for file in files)

@@ -15,6 +15,7 @@ import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import xxhash
@@ -170,7 +171,8 @@ def save_array(path: Path, array: np.ndarray) -> None:
     """Write one array atomically, and so that it survives a power cut: its task may already count as done."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_atomically(path, durable=True) as file:
-        np.save(file, array, allow_pickle=False)
+        # numpy would write to the descriptor itself, and its error on a full disk has no errno.
+        np.save(SimpleNamespace(write=file.write), array, allow_pickle=False)
 
 
 def load_array(path: Path, *, mapped: bool = False) -> np.ndarray:

@@ -22,7 +22,7 @@ import numpy as np
 from data_tools.curation.dedup import DedupConfig, Signatures, line_hashes, load_array, save_array
 from data_tools.curation.executors import TaskProgress
 from data_tools.gzipped import Gzipped
-from data_tools.reading.units import ReadConfig, Unit, read_unit
+from data_tools.reading.units import Bad, ReadConfig, Unit, read_unit
 from data_tools.record import CurationStage, Record
 from data_tools.report.schemas import MAX_REPORT_BYTES, MAX_REPORT_VALUES
 from data_tools.stages.boilerplate import BoilerplateConfig, BoilerplateStage
@@ -257,8 +257,10 @@ class CleanTask:
         source_ranks: list[int] = []
         texts = hashlib.sha256()
 
-        def on_bad(where: str, why: str) -> None:
-            record = Record(id=where, text=why, source=READ)
+        def on_bad(bad: Bad) -> None:
+            record = Record(id=bad.where, text=bad.why, source=READ)
+            if not bad.is_record:
+                record.signals = {"read.lost": bad.lost, "read.lost_bytes": bad.lost_bytes}
             tally.drop(record, READ, "bad_record", 0)
             rejects.add(READ, "bad_record", record)
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import lzma
 import sys
 import zlib
-from collections.abc import Iterator
+from bz2 import BZ2Decompressor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
 from data_tools.names import RECORD_BYTES
+from data_tools.reading.encodings import UTF_8, decode
 from pretrain.errors import ConfigError
 from pretrain.stored import has_more_values
 
@@ -35,9 +38,14 @@ _FREE_VALUES = 1 << 20
 _ZST_BYTES = 1024
 # The largest window that the zstd command accepts by default, which bounds the memory of decompression.
 _ZST_WINDOW_BYTES = 128 << 20
+_XZ_MEMORY_BYTES = 128 << 20  # the highest preset of xz needs 65 MiB
 _MANY_VALUES = 500_000
 # Values are counted only in longer JSON: shorter JSON takes little memory, whatever it holds.
 _COUNTED_LINE_BYTES = 1 << 20
+
+
+class CutOffError(OSError):
+    """A file ends too early, so that nobody knows how much of it is missing."""
 
 
 class TooManyValuesError(ValueError):
@@ -76,6 +84,9 @@ def unpacked(raw: IO[bytes], suffix: str, bounds: Bounds) -> IO[bytes]:
     suffix = suffix.lower()
     if suffix.endswith(".zst"):
         return io.BufferedReader(_Unpacker(raw, _unzstd(raw), bounds), _BUFFER_BYTES)
+    if suffix.endswith((".xz", ".bz2")):
+        pieces = _unpacked_streams(raw, _xz if suffix.endswith(".xz") else BZ2Decompressor)
+        return io.BufferedReader(_Unpacker(raw, pieces, bounds), _BUFFER_BYTES)
     is_gzip = suffix.endswith(".gz")
     if suffix.endswith(".warc"):  # often compressed despite its name
         is_gzip = raw.read(2) == b"\x1f\x8b"
@@ -85,7 +96,41 @@ def unpacked(raw: IO[bytes], suffix: str, bounds: Bounds) -> IO[bytes]:
         pieces = iter(lambda: file.read1(_BUFFER_BYTES), b"")
         return io.BufferedReader(_Unpacker(raw, pieces, bounds), _BUFFER_BYTES)
     # Files of fsspec cannot read a line of limited length.
-    return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw, _BUFFER_BYTES)  # type: ignore[type-var]
+    return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(_Borrowed(raw), _BUFFER_BYTES)
+
+
+def head_of(file: Any, n_bytes: int) -> bytes:
+    """The first bytes of an unpacked file, fewer where it is damaged there."""
+    blocks: list[bytes] = []
+    try:
+        while n_bytes and (block := file.read1(n_bytes)):
+            blocks.append(block)
+            n_bytes -= len(block)
+    except BROKEN:  # reading the records will come to this place again
+        pass
+    return b"".join(blocks)
+
+
+class _Borrowed(io.RawIOBase):
+    """A file that stays open when this object, or a buffer around it, is closed."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._file.readinto(buffer)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 class _Unpacker(io.RawIOBase):
@@ -103,10 +148,9 @@ class _Unpacker(io.RawIOBase):
         if not self._left:
             try:
                 self._left = memoryview(next(self._pieces, b""))
-            except (
-                EOFError,
-                zlib.error,
-            ) as error:  # callers would take EOFError for the regular end of the file
+            except EOFError as error:  # callers would take it for the regular end of the file
+                raise CutOffError(str(error)) from error
+            except zlib.error as error:
                 raise OSError(str(error)) from error
             self._size_bytes += len(self._left)
             ratio, most = self._bounds.ratio, self._bounds.unpacked_bytes
@@ -141,6 +185,38 @@ def _unzstd(raw: IO[bytes]) -> Iterator[bytes]:
         raise EOFError("the compressed file ends too early")
 
 
+def _xz() -> lzma.LZMADecompressor:
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY_BYTES)
+
+
+def _unpacked_streams(raw: IO[bytes], new: Callable[[], Any]) -> Iterator[bytes]:
+    """Unpack the streams of a file of xz or bz2 one after another, in pieces of bounded size.
+
+    The standard library's own file objects take bytes that follow the last stream for its end, and say nothing.
+    """
+    stream: Any = None
+    packed = b""
+    try:
+        while True:
+            if not packed and (stream is None or stream.needs_input):
+                packed = raw.read(_BUFFER_BYTES)
+                if not packed:
+                    break
+            if stream is None:
+                if not (packed := packed.lstrip(b"\0")):  # xz pads its streams
+                    continue
+                stream = new()
+            if piece := stream.decompress(packed, _BUFFER_BYTES):
+                yield piece
+            packed = b""
+            if stream.eof:
+                stream, packed = None, stream.unused_data
+    except (lzma.LZMAError, MemoryError) as error:
+        raise OSError(str(error)) from error
+    if stream is not None:
+        raise EOFError("the compressed file ends too early")
+
+
 # ---- lines -----------------------------------------------------------------------------------------------------------
 
 
@@ -157,9 +233,9 @@ class Line:
         self.content = content
         """The bytes of the line; None where it is longer than allowed."""
 
-    def json(self) -> Any:
+    def json(self, encoding: str = UTF_8) -> Any:
         """The JSON value of the line, whose bytes are released. Raises ValueError."""
-        return parse_json(self._give_up())
+        return parse_json(self._give_up(), encoding)
 
     def _give_up(self) -> bytes:
         assert self.content is not None
@@ -167,14 +243,15 @@ class Line:
         return content
 
 
-def parse_json(content: bytes) -> Any:
+def parse_json(content: bytes, encoding: str = UTF_8) -> Any:
     """A JSON value of bounded cost. Raises ValueError, of which UnicodeDecodeError is one.
 
-    Where the caller keeps no reference to `content`, the bytes and their text are not in memory together.
+    Text that is not UTF-8 is in `encoding`. Where the caller keeps no reference to `content`, the bytes and their text
+    are not in memory together.
     """
     if len(content) > _COUNTED_LINE_BYTES and has_more_values(content, _MANY_VALUES):
         raise TooManyValuesError(f"holds more than {_MANY_VALUES:,} values")
-    text = content.decode("utf-8-sig")
+    text = decode(content, encoding)
     del content
     try:
         return json.loads(text)
@@ -203,7 +280,9 @@ def lines(file: IO[bytes], max_bytes: int, start: int = 0, stop: int = sys.maxsi
             elif not content.isspace():
                 content = None
                 yield line
-    except (EOFError, zlib.error) as error:
+    except EOFError as error:
+        raise CutOffError(str(error)) from error
+    except zlib.error as error:
         raise OSError(str(error)) from error
 
 

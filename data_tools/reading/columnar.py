@@ -68,9 +68,28 @@ def _is_name(kind: Any) -> bool:
     return is_text(kind) or types.is_integer(kind.value_type if types.is_dictionary(kind) else kind)
 
 
+class Header(NamedTuple):
+    """The schema of a CSV file, whose columns all hold text."""
+
+    names: list[str]
+
+
 def name_columns(schema: Any, names: Sequence[str]) -> list[str]:
-    """Those of the names that are columns of text or integers."""
-    return [name for name in dict.fromkeys(names) if name in schema.names and _is_name(kind_of(schema, name))]
+    """Those of the names that are columns of text or integers. `schema` is an Arrow schema or a `Header`."""
+    return [
+        name
+        for name in dict.fromkeys(names)
+        if name in schema.names and (isinstance(schema, Header) or _is_name(kind_of(schema, name)))
+    ]
+
+
+def text_problem(schema: Any, name: str) -> str | None:
+    """The reason why a table has no text in the column of this name, or None if it has."""
+    if name not in schema.names:
+        return f"has no column {name!r} (it has {', '.join(schema.names[:8])})"
+    if isinstance(schema, Header) or is_text(kind := kind_of(schema, name)):
+        return None
+    return f"holds {kind} in the column {name!r}, no text"
 
 
 def kind_of(schema: Any, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The one reader of text: which files an input names, which format each of them has, and the records of a file.
+"""The one reader of text: the records of a file of any format.
 
 `units.py` adapts these records for a curation, and `sources.py` for a preparation. The two differ only in ids, sources
 and the description of a bad record. Files are untrusted, so each record is bounded in size before memory is allocated
@@ -9,190 +9,23 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import sys
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import IO, Any, NamedTuple
 
-from data_tools.reading.bounded import BROKEN, Bounds, Line, lines, unpacked
-from data_tools.reading.columnar import ArrowStream, ParquetFile, Row, is_text, kind_of
+from data_tools.reading.bounded import BROKEN, Bounds, CutOffError, Line, head_of, lines, unpacked
+from data_tools.reading.columnar import ArrowStream, Header, ParquetFile, Row
+from data_tools.reading.encodings import HEAD_BYTES, UTF_8, advice, decode, encoding_of, is_wide, recoded
+from data_tools.reading.listing import is_url, reason_of
+from data_tools.reading.spanning import JsonForm, csv_rows, json_form, json_values
 from data_tools.reading.tars import samples
 from data_tools.reading.warc import pages
 from pretrain.errors import ConfigError
 from pretrain.files import open_regular, read_at_most
-from pretrain.remote import check_url, file_system
+from pretrain.remote import file_system
 
-FORMATS = {
-    ".jsonl": "jsonl",
-    ".jsonl.gz": "jsonl",
-    ".jsonl.zst": "jsonl",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".warc": "warc",
-    ".warc.gz": "warc",
-    ".txt": "text",
-    ".md": "text",
-    ".tar": "tar",
-}
-"""The format of a file, by its suffix."""
-
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-_RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
-_SHARD_NUMBER = re.compile(r"[-_.]?\d+(-of-\d+)?$")
-_MAX_SHARDS = 100_000
-_DATASET_NAME = "dataset_info.json"  # is in the same folder as the Arrow files of a Hugging Face dataset
 _ROWS = 64  # largest number of rows that are decoded at a time
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
-class FoundFile(NamedTuple):
-    """A file that an input names."""
-
-    path: str
-    """A path on this machine, or a URL."""
-    relative: str
-    """The path below the input; empty where the file is the input itself."""
-    suffix: str
-    """The key in FORMATS."""
-    size_bytes: int | None
-    """Size in bytes; None if the store of a URL does not report it."""
-    changed: Any
-    """Time of the last change in nanoseconds; for a URL, the version that its store reports."""
-
-
-def is_url(entry: str) -> bool:
-    """Whether an input is a URL."""
-    return _URL.match(entry) is not None
-
-
-def suffix_of(name: str) -> str:
-    """The key in FORMATS for a file's name; empty where the format is not known."""
-    return next((suffix for suffix in FORMATS if name.lower().endswith(suffix)), "")
-
-
-def expand_ranges(inputs: list[str]) -> list[str]:
-    """The inputs, with `a-{000..099}.tar` expanded to 100 names, whose numbers are padded like the first one.
-
-    A name with braces that exists as it is stays as it is. Raises ConfigError for a range that is empty or too long.
-    """
-    expanded: list[str] = []
-    for entry in inputs:
-        found = _RANGE.search(entry)
-        if found is None or os.path.exists(os.path.expanduser(entry)):
-            expanded.append(entry)
-            continue
-        first, last = int(found[1]), int(found[2])
-        if not 0 <= last - first < _MAX_SHARDS:
-            raise ConfigError(
-                f"input={entry}: the range {found[0]} must ascend and hold {_MAX_SHARDS:,} numbers at most"
-            )
-        width = len(found[1]) if found[1].startswith("0") else 0
-        head, tail = entry[: found.start()], entry[found.end() :]
-        expanded += expand_ranges([f"{head}{number:0{width}}{tail}" for number in range(first, last + 1)])
-        if len(expanded) > _MAX_SHARDS:
-            raise ConfigError(f"input={entry} stands for more than {_MAX_SHARDS:,} files")
-    return expanded
-
-
-def files_in(entry: str, suffixes: Collection[str], *, follow_links: bool = True) -> list[FoundFile]:
-    """The files of an input, ordered by path: the file itself, or all files below a folder except hidden ones.
-
-    With `follow_links`, folders behind links count, and each real folder is entered once. Raises ConfigError where the
-    input does not exist, or has no file with one of the suffixes.
-    """
-    found = _files_behind_url(entry) if is_url(entry) else _local_files(entry, suffixes, follow_links)
-    described = {os.path.dirname(file.path) for file in found if _name(file) == _DATASET_NAME}
-
-    def is_wanted(file: FoundFile) -> bool:
-        # Arrow files are read where they are the data of a Hugging Face dataset, but not its caches.
-        is_cache = os.path.dirname(file.path) not in described or _name(file).startswith("cache-")
-        return file.suffix in suffixes and not (file.suffix == ".arrow" and is_cache)
-
-    wanted = sorted(filter(is_wanted, found), key=lambda file: os.fsencode(file.path))
-    if not wanted:
-        raise ConfigError(f"input={entry} has no file that can be read; known are {', '.join(suffixes)}")
-    return wanted
-
-
-def _name(file: FoundFile) -> str:
-    return os.path.basename(file.path)
-
-
-def _files_behind_url(entry: str) -> list[FoundFile]:
-    check_url("input", entry)
-    fs, root = file_system(entry)
-    try:
-        listed = {root: fs.info(root)} if fs.isfile(root) else fs.find(root, detail=True)
-    except OSError as error:
-        raise ConfigError(f"input={entry} cannot be listed: {reason_of(error)}") from error
-    files = []
-    for path, info in listed.items():
-        relative = "" if path == root else path.removeprefix(root.rstrip("/") + "/")
-        if relative == path or any(part.startswith(".") for part in relative.split("/")):
-            continue  # outside of the input, or hidden
-        changed = info.get("ETag") or info.get("mtime") or info.get("created")
-        files.append(
-            FoundFile(fs.unstrip_protocol(path), relative, suffix_of(path), info.get("size"), changed)
-        )
-    return files
-
-
-def _local_files(root: str, suffixes: Collection[str], follow_links: bool) -> list[FoundFile]:
-    if not os.path.exists(root):
-        raise ConfigError(f"input={readable(root)} does not exist")
-    is_folder = os.path.isdir(root)
-    if not is_folder and suffix_of(root) not in suffixes:
-        raise ConfigError(f"input={readable(root)} is of an unknown kind; known are {', '.join(suffixes)}")
-    if not is_folder and not os.path.isfile(root):
-        raise ConfigError(f"input={readable(root)} cannot be read: it is not a regular file")
-    try:
-        paths = _walk(root, follow_links) if is_folder else [root]
-    except OSError as error:
-        raise ConfigError(f"input={readable(root)} cannot be listed: {reason_of(error)}") from error
-    files = []
-    for path in paths:
-        if (suffix := suffix_of(path)) or os.path.basename(path) == _DATASET_NAME:
-            stat = os.stat(path)
-            relative = "" if path == root else os.path.relpath(path, root)
-            files.append(FoundFile(path, relative, suffix, stat.st_size, stat.st_mtime_ns))
-    return files
-
-
-def _walk(root: str, follow_links: bool) -> list[str]:
-    """The files below a folder that are not hidden. Each real folder is entered once; links to folders come last."""
-    paths, seen = list[str](), set[str]()
-    folders, links = [root], list[str]()
-    while folders or links:
-        folder = folders.pop() if folders else links.pop(0)
-        if (real := os.path.realpath(folder)) in seen:
-            continue
-        seen.add(real)
-        names = [name for name in os.listdir(folder) if not name.startswith(".")]
-        for path in (os.path.join(folder, name) for name in sorted(names, key=os.fsencode)):
-            if os.path.isdir(path):
-                if not os.path.islink(path):
-                    folders.append(path)
-                elif follow_links:
-                    links.append(path)
-            elif os.path.isfile(path):
-                paths.append(path)
-    return paths
-
-
-def readable(name: str) -> str:
-    """A file name as text. Invalid UTF-8 and control characters become \\x.., so that names stay different."""
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", text)
-
-
-def shard_source(path: str) -> str:
-    """The source of a tar: its name without the shard number (`web` for `web-000.tar`), or else its folder."""
-    name = os.path.basename(path)
-    folder = os.path.basename(os.path.dirname(path if is_url(path) else os.path.abspath(path)))
-    return _SHARD_NUMBER.sub("", name[: -len(".tar")]) or folder or name
 
 
 def open_file(path: str) -> IO[bytes]:
@@ -201,11 +34,6 @@ def open_file(path: str) -> IO[bytes]:
         return open_regular(path)
     fs, at = file_system(path)
     return fs.open(at, "rb")
-
-
-def reason_of(error: BaseException) -> str:
-    """The message of an error, in one line."""
-    return getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
 
 
 def require(module: str, path: str) -> Any:
@@ -239,7 +67,13 @@ class Entry(NamedTuple):
     is_too_large: bool = False
     """Whether the problem is the record's size."""
     is_break: bool = False
-    """Whether the problem is in the file, so that at least part of what follows cannot be read."""
+    """Whether the problem is in the file, so that at least part of it cannot be read."""
+    is_file: bool = False
+    """Whether the entry stands for the whole file, which its place need not tell."""
+    lost: int = 1
+    """The number of documents that the problem takes away, as far as that is known."""
+    lost_bytes: int = 0
+    """Where it is not known: the number of bytes of the file that hold these documents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +87,7 @@ class Span:
     bounds: Bounds
     """Limits on the memory and size of what is read."""
     choose_columns: Callable[[Any], list[str]]
-    """Chooses the columns to read from the Arrow schema of a table; a table without any is skipped."""
+    """Chooses the columns of a table by its Arrow schema, or by the header of CSV. Raises NoTextError."""
     start: int = 0
     """Where the span begins: a byte offset in plain JSONL, or a row group of Parquet.
 
@@ -261,139 +95,256 @@ class Span:
     """
     stop: int | None = None
     """Where the span ends, in the same unit; None means the end of the file."""
+    encoding: str = UTF_8
+    """The encoding of text that has no byte-order mark and is not UTF-8."""
+    encoding_key: str = "encoding"
+    """The option that sets it."""
+
+
+class NoTextError(ValueError):
+    """A table has no column of text. The message continues a sentence that begins with the name of the file."""
+
+
+@dataclass(slots=True)
+class _Place:
+    """The place up to which a file has been read."""
+
+    place: int
+    """The place of the next record."""
+    number: int
+    """The number of the next record; 0 until the file is open."""
+    records: int = 0
+    """Number of records before it."""
+
+    def set(self, place: int, number: int) -> None:
+        self.place, self.number = place, number
 
 
 def entries(raw: IO[bytes], span: Span) -> Iterator[Entry]:
-    """The records of a file, a few in memory at a time.
+    """The records of a file, a few in memory at a time. The last one may say why the rest cannot be read.
 
-    Raises OSError and ValueError where the file as a whole cannot be read, and ConfigError where a package is missing.
+    Raises ConfigError where a package is missing.
     """
     readers = {
         "jsonl": _jsonl,
+        "json": _json,
+        "csv": _csv,
         "parquet": _parquet,
         "arrow": _arrow,
         "text": _text,
         "warc": _warc,
         "tar": _tar,
     }
-    return readers[span.format](raw, span)
-
-
-def _broken(place: int, number: int, position_bytes: int, error: BaseException) -> Entry:
-    problem = f"cannot be read from here on: {reason_of(error)}"
-    return Entry(place, number, position_bytes, problem=problem, is_break=True)
-
-
-def _jsonl(raw: IO[bytes], span: Span) -> Iterator[Entry]:
-    stop = sys.maxsize if span.stop is None else span.stop
-    at, number = span.start, 1
-    file = unpacked(raw, span.path, span.bounds)
-    found = lines(file, span.bounds.record_bytes, span.start, stop)
+    at = _Place(0, 0)
+    found = readers[span.format](raw, span, at)
     while True:
         try:
-            line = next(found, None)
-        except BROKEN as error:
-            yield _broken(at, number, raw.tell(), error)
+            entry = next(found, None)
+        except ConfigError:
+            raise
+        except (*BROKEN, ValueError) as error:
+            yield _broken(raw, span, at, error)
             return
-        if line is None:
-            return
-        at, number = line.end, line.number + 1
-        yield _entry_of_line(line, raw.tell(), span.bounds.record_bytes)
+        if entry is None:
+            break
+        at.records += 1
+        yield entry
+    if not at.records and span.start == 0 and span.stop is None:
+        problem = "holds no record"
+        yield Entry(0, 0, _size(raw), problem=problem, is_break=True, is_file=True, lost=0)
 
 
-def _entry_of_line(line: Line, position_bytes: int, max_bytes: int) -> Entry:
+def _broken(raw: IO[bytes], span: Span, at: _Place, error: BaseException) -> Entry:
+    """The entry for the part of a file that cannot be read, with an estimate of what it holds."""
+    if isinstance(error, NoTextError):
+        problem = str(error)
+    else:
+        problem = f"cannot be read{' from here on' if at.number else ''}: {reason_of(error)}"
+    entry = Entry(at.place, at.number, raw.tell(), problem=problem, is_break=True, is_file=not at.number)
+    if span.format == "text":
+        return entry
+    begin = span.start if span.format == "jsonl" else 0
+    read_bytes = raw.tell() - begin
+    all_bytes = _size(raw) - begin
+    if not at.records or not read_bytes:
+        return entry._replace(lost_bytes=max(1, all_bytes))
+    # A file that was cut off at a random place has lost, in the median, as much as is left of it.
+    is_cut = isinstance(error, (EOFError, CutOffError))
+    lost_bytes = read_bytes if is_cut else all_bytes - read_bytes
+    return entry._replace(lost=max(1, round(at.records * lost_bytes / read_bytes)))
+
+
+def _size(raw: IO[bytes]) -> int:
+    return raw.seek(0, os.SEEK_END)
+
+
+def _opened(raw: IO[bytes], span: Span) -> tuple[IO[bytes], str]:
+    """The unpacked file, and the encoding of those of its lines that are not UTF-8. UTF-16 and UTF-32 are recoded."""
+    if span.start:  # such a file is read from its beginning
+        return unpacked(raw, span.path, span.bounds), span.encoding
+    encoding = encoding_of(head_of(unpacked(raw, span.path, span.bounds), HEAD_BYTES), span.encoding)
+    raw.seek(0)
+    file = unpacked(raw, span.path, span.bounds)
+    return (recoded(file, encoding), UTF_8) if is_wide(encoding) else (file, encoding)
+
+
+def _jsonl(raw: IO[bytes], span: Span, at: _Place) -> Iterator[Entry]:
+    at.set(span.start, 1)
+    stop = sys.maxsize if span.stop is None else span.stop
+    file, encoding = _opened(raw, span)
+    for line in lines(file, span.bounds.record_bytes, span.start, stop):
+        at.set(line.end, line.number + 1)
+        yield _entry_of_line(line, raw.tell(), span, encoding)
+
+
+def _entry_of_line(line: Line, position_bytes: int, span: Span, encoding: str) -> Entry:
     head = (line.begin, line.number, position_bytes)
     if line.content is None:
-        return Entry(*head, problem=f"is a line of more than {max_bytes} bytes", is_too_large=True)
+        problem = f"is a line of more than {span.bounds.record_bytes} bytes"
+        return Entry(*head, problem=problem, is_too_large=True)
+    begin, is_open = line.content[:HEAD_BYTES], not line.content.endswith(b"\n")
     try:
-        fields = line.json()
+        fields = line.json(encoding)
+    except UnicodeDecodeError as error:
+        remedy = advice(begin, span.encoding_key)
+        return Entry(*head, problem=f"is not {error.encoding.upper()} at byte {error.start}{remedy}")
     except ValueError as error:
-        return Entry(*head, problem=f"is no JSON: {reason_of(error)}")
+        problem = f"is no JSON: {reason_of(error)}{advice(begin, span.encoding_key) if 0 in begin else ''}"
+        if is_open and span.format == "jsonl":
+            problem += "; as it has no line break either, the file was perhaps cut off here"
+            lost = (max(1, line.number - 1), line.begin if span.start else 0)
+            return Entry(*head, problem=problem, is_break=True, lost=lost[0], lost_bytes=lost[1])
+        return Entry(*head, problem=problem)
     if not isinstance(fields, dict):
         return Entry(*head, problem=f"is a JSON {type(fields).__name__}, no object")
     return Entry(*head, fields)
 
 
-def _parquet(raw: IO[bytes], span: Span) -> Iterator[Entry]:
+def _json(raw: IO[bytes], span: Span, at: _Place) -> Iterator[Entry]:
+    """JSON lines, an array of objects, or objects that may span lines; the content decides."""
+    at.set(0, 1)
+    max_bytes = span.bounds.record_bytes
+    head = head_of(_recoded(raw, span), HEAD_BYTES)
+    raw.seek(0)
+    form = json_form(head, _recoded(raw, span), max_bytes)
+    raw.seek(0)
+    if form is JsonForm.lines:
+        yield from _jsonl(raw, replace(span, format="jsonl"), at)
+        return
+    for value in json_values(_recoded(raw, span), max_bytes):
+        at.set(value.end, value.number + 1)
+        entry = _entry_of_line(value, raw.tell(), span, UTF_8)
+        # An object of a file of its own may hold many documents, so if it gives none, it counts by its size.
+        is_alone = form is JsonForm.values
+        yield entry._replace(lost_bytes=value.end - value.begin) if is_alone else entry
+
+
+def _recoded(raw: IO[bytes], span: Span) -> IO[bytes]:
+    """As `_opened`, for formats whose signs may be part of a character in another encoding."""
+    file, encoding = _opened(raw, span)
+    return file if encoding == UTF_8 else recoded(file, encoding)
+
+
+def _csv(raw: IO[bytes], span: Span, at: _Place) -> Iterator[Entry]:
+    delimiter = "\t" if ".tsv" in span.path.lower()[-9:] else ","
+    rows = csv_rows(_recoded(raw, span), span.bounds.record_bytes, delimiter)
+    header = next(rows, None)
+    if header is None or header.problem:
+        raise ValueError(f"its header {header.problem}" if header else "it has no header")
+    wanted = span.choose_columns(Header(header.values))
+    columns = {name: header.values.index(name) for name in wanted}
+    for number, row in enumerate(rows, 1):
+        at.set(row.begin, number + 1)
+        head = (row.begin, number, raw.tell())
+        if row.problem:
+            yield Entry(*head, problem=row.problem)
+        elif len(row.values) != len(header.values):
+            yield Entry(*head, problem=f"has {len(row.values)} values, the header {len(header.values)}")
+        else:
+            yield Entry(*head, {name: row.values[column] for name, column in columns.items()})
+
+
+def _parquet(raw: IO[bytes], span: Span, at: _Place) -> Iterator[Entry]:
     require("pyarrow.parquet", span.path)
     file = ParquetFile(raw)
-    columns = span.choose_columns(file.schema)
+    try:
+        columns = span.choose_columns(file.schema)
+    except NoTextError as error:
+        if span.start == 0:  # once per file
+            n_rows = sum(group.n_rows for group in file.groups)
+            yield _broken(raw, span, at, error)._replace(lost=max(1, n_rows), lost_bytes=0)
+        return
     row = 0
-    for number, group in enumerate(file.groups if columns else ()):
+    for number, group in enumerate(file.groups):
         if number >= span.start and (span.stop is None or number < span.stop):
-            yield from _rows(raw, row, file.rows(number, columns, _ROWS, span.bounds))
+            yield from _rows_of_group(
+                raw, span, row, group.n_rows, file.rows(number, columns, _ROWS, span.bounds)
+            )
         row += group.n_rows
 
 
-def _arrow(raw: IO[bytes], span: Span) -> Iterator[Entry]:
+def _rows_of_group(raw: IO[bytes], span: Span, row: int, n_rows: int, rows: Iterator[Row]) -> Iterator[Entry]:
+    """The rows of a row group, of which the first has the number `row`. Other groups can be read if this one cannot."""
+    at, stop = _Place(row, row + 1), row + n_rows
+    try:
+        yield from _rows(raw, at, rows)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        yield _broken(raw, span, at, error)._replace(lost=max(1, stop - at.place), lost_bytes=0)
+
+
+def _arrow(raw: IO[bytes], span: Span, at: _Place) -> Iterator[Entry]:
     require("pyarrow.ipc", span.path)
     file = ArrowStream(raw, span.bounds)
     columns = span.choose_columns(file.schema)
-    if columns:
-        yield from _rows(raw, 0, file.rows(columns))
+    at.set(0, 1)
+    try:
+        yield from _rows(raw, at, file.rows(columns))
+    except (OSError, ValueError) as error:
+        if raw.tell() >= _size(raw):
+            raise CutOffError(reason_of(error)) from error
+        raise
 
 
-def _rows(raw: IO[bytes], row: int, rows: Iterator[Row]) -> Iterator[Entry]:
-    while True:
-        try:
-            found = next(rows, None)
-        except ConfigError:
-            raise
-        except (OSError, ValueError) as error:
-            yield _broken(row, row + 1, raw.tell(), error)
-            return
-        if found is None:
-            return
-        yield Entry(row, row + 1, raw.tell(), found.fields or {}, problem=found.problem)
-        row += 1
+def _rows(raw: IO[bytes], at: _Place, rows: Iterator[Row]) -> Iterator[Entry]:
+    for found in rows:
+        entry = Entry(at.place, at.number, raw.tell(), found.fields or {}, problem=found.problem)
+        at.set(at.place + 1, at.number + 1)
+        yield entry
 
 
-def text_problem(schema: Any, name: str) -> str | None:
-    """The reason why a table has no text in the column of this name, or None if it has."""
-    if name not in schema.names:
-        return f"has no column {name!r} (it has {', '.join(schema.names[:8])})"
-    kind = kind_of(schema, name)
-    return None if is_text(kind) else f"its column {name!r} holds {kind}, no text"
-
-
-def read_whole(raw: IO[bytes], max_bytes: int) -> bytes:
-    """The whole content of a file. Raises ValueError if it is larger than `max_bytes`."""
-    data = read_at_most(raw, max_bytes + 1)
+def _text(raw: IO[bytes], span: Span, at: _Place) -> Iterator[Entry]:
+    max_bytes = span.bounds.record_bytes
+    data = read_at_most(unpacked(raw, span.path, span.bounds), max_bytes + 1)
     if len(data) > max_bytes:
-        raise ValueError(f"it has more than {max_bytes} bytes")
-    return data
+        yield Entry(
+            0, 1, raw.tell(), problem=f"has more than {max_bytes} bytes", is_too_large=True, is_file=True
+        )
+        return
+    encoding = encoding_of(data[:HEAD_BYTES], span.encoding)
+    try:
+        yield Entry(0, 1, raw.tell(), text=decode(data, encoding), is_file=True)
+    except UnicodeDecodeError as error:
+        remedy = advice(data, span.encoding_key)
+        problem = f"is not {encoding.upper()} at byte {error.start}{remedy}"
+        yield Entry(0, 1, raw.tell(), problem=problem, is_break=True, is_file=True)
 
 
-def _text(raw: IO[bytes], span: Span) -> Iterator[Entry]:
-    data = read_whole(raw, span.bounds.record_bytes)
-    yield Entry(0, 1, len(data), text=data.decode("utf-8-sig"))
-
-
-def _warc(raw: IO[bytes], span: Span) -> Iterator[Entry]:
+def _warc(raw: IO[bytes], span: Span, at: _Place) -> Iterator[Entry]:
+    at.set(0, 1)
     for page in pages(unpacked(raw, span.path, span.bounds), span.bounds.record_bytes):
+        if page.error is not None:
+            at.set(page.number, page.number + 1)
+            raise page.error
+        at.set(page.number + 1, page.number + 2)
         head = (page.number, page.number + 1, raw.tell())
         yield Entry(*head, text=page.text, url=page.url, problem=page.problem or "")
 
 
-def _tar(raw: IO[bytes], span: Span) -> Iterator[Entry]:
-    number = 0
-    found = samples(unpacked(raw, span.path, span.bounds), span.bounds)
-    while True:
-        try:
-            sample = next(found, None)
-        except (*BROKEN, ValueError) as error:
-            yield _broken(number, number + 1, raw.tell(), error)
-            return
-        if sample is None:
-            return
-        yield Entry(
-            number,
-            number + 1,
-            raw.tell(),
-            sample.fields,
-            sample.text,
-            None,
-            sample.problem,
-            sample.is_too_large,
-        )
-        number += 1
+def _tar(raw: IO[bytes], span: Span, at: _Place) -> Iterator[Entry]:
+    at.set(0, 1)
+    for sample in samples(unpacked(raw, span.path, span.bounds), span.bounds, span.encoding):
+        head = (at.place, at.number, raw.tell())
+        at.set(at.place + 1, at.number + 1)
+        yield Entry(*head, sample.fields, sample.text, None, sample.problem, sample.is_too_large)

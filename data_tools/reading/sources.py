@@ -4,33 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.reading import dialogue
-from data_tools.reading.bounded import BROKEN, Bounds
-from data_tools.reading.columnar import name_columns
-from data_tools.reading.python_text import python_files
-from data_tools.reading.reader import (
+from data_tools.reading.bounded import Bounds
+from data_tools.reading.columnar import name_columns, text_problem
+from data_tools.reading.encodings import known_encoding
+from data_tools.reading.listing import (
     FORMATS,
-    Entry,
     FoundFile,
-    Span,
-    entries,
+    LeftOut,
+    OnLeftOut,
     expand_ranges,
     files_in,
-    read_whole,
+    is_url,
+    print_left_out,
     reason_of,
     shard_source,
     suffix_of,
-    text_problem,
 )
+from data_tools.reading.python_text import python_files
+from data_tools.reading.reader import Entry, NoTextError, Span, entries
 from pretrain.errors import ConfigError
 from pretrain.files import open_regular
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".md", ".tar")
-"""Suffixes of the files that a preparation reads."""
+_NO_DIALOGUES = {"text", "warc"}
 PYTHON = "python"
 UTF8_BYTES_PER_CHAR = 4
 
@@ -65,20 +66,33 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A record that gives no document. `is_error` tells whether the record is bad, rather than dropped by a rule."""
+    """A record that gives no document, or a file, or a part of one, that cannot be read."""
 
     reason: str
+    """A word for the funnel."""
     where: str
+    """The path of the file and the place in it, and what is wrong there."""
     position_bytes: int
+    """Number of bytes of the file that have been read so far."""
     is_error: bool
+    """Whether the record is bad, rather than dropped by a rule."""
+    file: str = ""
+    """For a file, or a part of one: its name, and the place in it. Empty for a record."""
+    problem: str = ""
+    """For a file, or a part of one: what is wrong with it. It continues a sentence that begins with `file`."""
+    lost: int = 1
+    """The number of documents that are lost, as far as that is known."""
+    lost_bytes: int = 0
+    """Where it is not known: the number of bytes of the file that hold these documents."""
 
 
-def find_files(config: PrepareConfig) -> list[InputFile]:
+def find_files(config: PrepareConfig, on_left_out: OnLeftOut = print_left_out) -> list[InputFile]:
     """The files that `config.input` names, in a fixed order. Raises ConfigError."""
-    files: list[InputFile] = []
+    known_encoding("encoding", config.encoding)
+    files, left_out = list[InputFile](), list[LeftOut]()
     labels: dict[str, int] = {}
     is_chat = config.format is DocumentFormat.chat
-    suffixes = [suffix for suffix in SUFFIXES if not (is_chat and FORMATS[suffix] == "text")]
+    formats = {*FORMATS.values()} - (_NO_DIALOGUES if is_chat else set())
     for entry in expand_ranges(config.input):
         if entry == PYTHON and is_chat:
             raise ConfigError(f"input=[{PYTHON}] holds no dialogues; give files for format=chat")
@@ -89,15 +103,21 @@ def find_files(config: PrepareConfig) -> list[InputFile]:
                 for f in python_files(config.python_max_bytes, limit)
             ]
             continue
+        if is_url(entry):
+            raise ConfigError(
+                f"input={entry} is a URL, which only data_tools.curate reads; download it, or curate it"
+            )
         root = Path(entry).expanduser()
         label = root.resolve().name or "input"
         labels[label] = labels.get(label, 0) + 1
         if labels[label] > 1:  # two inputs have this name, but the ids of their documents must differ
             label = f"{label}~{labels[label]}"
-        found = files_in(str(root), suffixes, follow_links=False)
+        found, others = files_in(str(root), formats, config.ignore)
         # Existing corpora list their sources in this order, folder by folder, so it must stay.
         found = sorted(found, key=lambda file: Path(file.path))
         files += [_input_file(file, label, config.license) for file in found]
+        left_out += [file._replace(name=_readable(f"{label}/{file.name}")) for file in others]
+    on_left_out(left_out)
     return files
 
 
@@ -106,7 +126,7 @@ def _input_file(file: FoundFile, label: str, license: str) -> InputFile:
     name = _readable(f"{label}/{file.relative}" if file.relative else label)
     if file.suffix == ".tar":  # shards of one dataset are one source
         source = shard_source(file.path)
-    elif file.relative and path.suffix == file.suffix and FORMATS[file.suffix] == "text":
+    elif file.relative and path.name.endswith(file.suffix) and FORMATS[file.suffix] == "text":
         source = label  # each text file of a folder is one document
     else:
         source = path.name.removesuffix(file.suffix)
@@ -119,55 +139,52 @@ def _readable(name: str) -> str:
 
 
 def read_documents(file: InputFile, config: PrepareConfig) -> Iterator[Document | Rejected]:
-    """Every record of a file. Raises ConfigError where the file cannot be read, or only a part of it."""
+    """Every record of a file, and what cannot be read of it. Raises ConfigError where a package is missing."""
     kind = FORMATS.get(suffix_of(file.path.name), "text")  # files of the input `python` have other suffixes
+    most_bytes = config.max_chars * UTF8_BYTES_PER_CHAR if kind == "text" else config.max_record_bytes
+    if kind == "text" and file.size_bytes > most_bytes and file.path.name.endswith((".txt", ".md")):
+        yield Rejected("too_long", str(file.path), file.size_bytes, is_error=False)
+        return
+    encoding = known_encoding("encoding", config.encoding)
+    columns = partial(_columns, config=config)
+    span = Span(str(file.path), kind, Bounds(most_bytes), columns, encoding=encoding)
     try:
-        if kind == "text":
-            yield _read_text(file, config.max_chars)
-            return
-        bounds = Bounds(config.max_record_bytes)
-        span = Span(str(file.path), kind, bounds, lambda schema: _columns(file, schema, config))
-        with open_regular(file.path) as raw:
-            for entry in entries(raw, span):
-                where = f"{file.path}:{entry.number}"
-                if entry.is_break:
-                    raise ConfigError(f"{where} {entry.problem}")
-                if entry.problem:
-                    yield _bad_record(where, entry, config)
-                else:
-                    yield _document(file, entry, config)
-    except ConfigError:
-        raise
-    except (*BROKEN, ValueError) as error:
-        raise ConfigError(f"{file.path} cannot be read: {reason_of(error)}") from error
+        raw = open_regular(file.path)
+    except (ConfigError, OSError) as error:
+        problem = f"cannot be read: {reason_of(error)}"
+        where = f"{file.path} {problem}"
+        yield Rejected("unread", where, 0, True, file.name, problem, lost_bytes=file.size_bytes)
+        return
+    with raw:
+        for entry in entries(raw, span):
+            if entry.problem:
+                yield _rejected(file, entry, kind, config)
+            else:
+                yield _document(file, entry, config)
 
 
-def _bad_record(where: str, entry: Entry, config: PrepareConfig) -> Rejected:
-    most = config.max_record_bytes
-    allowed = f", and max_record_bytes={most} allows no more" if entry.is_too_large else ""
-    return Rejected("bad_record", f"{where} {entry.problem}{allowed}", entry.position_bytes, is_error=True)
+def _rejected(file: InputFile, entry: Entry, kind: str, config: PrepareConfig) -> Rejected:
+    place = "" if entry.is_file else f":{entry.number}"
+    where = f"{file.path}{place} {entry.problem}"
+    if entry.is_break or entry.lost_bytes:
+        lost = (entry.lost, entry.lost_bytes)
+        return Rejected(
+            "unread", where, entry.position_bytes, True, f"{file.name}{place}", entry.problem, *lost
+        )
+    if kind == "text":  # a rule on documents, which the bound on the file stands for
+        return Rejected("too_long", where, entry.position_bytes, is_error=False)
+    allowed = f", and max_record_bytes={config.max_record_bytes} allows no more" if entry.is_too_large else ""
+    return Rejected("bad_record", f"{where}{allowed}", entry.position_bytes, is_error=True)
 
 
-def _read_text(file: InputFile, max_chars: int) -> Document | Rejected:
-    most_bytes = max_chars * UTF8_BYTES_PER_CHAR
-    if file.size_bytes > most_bytes:
-        return Rejected("too_long", str(file.path), file.size_bytes, is_error=False)
-    try:
-        with open_regular(file.path) as raw:
-            text = read_whole(raw, most_bytes).decode("utf-8")
-    except UnicodeDecodeError:
-        return Rejected("not_utf8", str(file.path), file.size_bytes, is_error=False)
-    return Document(file.name, file.source, file.license, text, file.size_bytes)
-
-
-def _columns(file: InputFile, schema: Any, config: PrepareConfig) -> list[str]:
-    """The columns of a table to read. Raises ConfigError if none of them holds text or dialogues, as required."""
+def _columns(schema: Any, config: PrepareConfig) -> list[str]:
+    """The columns of a table to read. Raises NoTextError if none of them holds text or dialogues, as required."""
     names = schema.names
     if config.format is DocumentFormat.chat:
         content = [name for name in dialogue.FIELDS if name in names]
         if not content:
-            raise ConfigError(
-                f"{file.path} has no column of a dialogue (it has {', '.join(names)}); needed are {dialogue.NEEDED}"
+            raise NoTextError(
+                f"has no column of a dialogue (it has {', '.join(names)}); needed are {dialogue.NEEDED}"
             )
         content += [
             name for name in dialogue.UNREAD if name in names
@@ -175,7 +192,7 @@ def _columns(file: InputFile, schema: Any, config: PrepareConfig) -> list[str]:
     else:
         content = [config.text_field]
         if problem := text_problem(schema, config.text_field):
-            raise ConfigError(f"{file.path}: {problem}; set text_field")
+            raise NoTextError(f"{problem}; set text_field")
     more = name_columns(schema, ("id", "source", "license", "language"))
     return list(dict.fromkeys((*content, *more)))
 
@@ -191,6 +208,12 @@ def _document(file: InputFile, entry: Entry, config: PrepareConfig) -> Document 
         else:
             text = _text_of(record, config.text_field) if entry.text is None else entry.text
     except ValueError as error:
+        if entry.lost_bytes:
+            lost = (entry.lost, entry.lost_bytes)
+            place = f"{file.name}:{entry.number}"
+            return Rejected(
+                "unread", f"{where} {error}", entry.position_bytes, True, place, str(error), *lost
+            )
         return Rejected("bad_record", f"{where} {error}", entry.position_bytes, is_error=True)
     given = {
         key: _readable(value)
@@ -200,7 +223,7 @@ def _document(file: InputFile, entry: Entry, config: PrepareConfig) -> Document 
     own_id = record.get("id")
     is_id = isinstance(own_id, str | int) and not isinstance(own_id, bool) and own_id != ""
     return Document(
-        id=_readable(str(own_id)) if is_id else f"{file.name}:{entry.number}",
+        id=_readable(str(own_id)) if is_id else file.name if entry.is_file else f"{file.name}:{entry.number}",
         source=given.get("source") or file.source,
         license=given.get("license") or file.license,
         text=text,

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
 from data_tools.reading.bounded import BOMB_FREE_BYTES, BROKEN, Bounds, parse_json, unpacked
+from data_tools.reading.encodings import HEAD_BYTES, UTF_8, decode, encoding_of
+from data_tools.reading.listing import is_companion
 
 BLOCK_BYTES = 512
 _ZEROS = bytes(BLOCK_BYTES)
@@ -209,8 +211,8 @@ class _Draft:
         """Record a problem, unless the sample already has one."""
         self.problem = self.problem or problem
 
-    def finished(self) -> Sample:
-        """The sample that its members describe."""
+    def finished(self, encoding: str) -> Sample:
+        """The sample that its members describe. Text without a byte-order mark that is not UTF-8 is in `encoding`."""
         if not self.problem and not self.parts:
             others = ", ".join(f".{suffix[:20]}" for suffix in self.others[:8])
             self.refuse(f"has no member .txt, .json or .json.gz (it has {others})")
@@ -223,10 +225,11 @@ class _Draft:
         suffix = ""
         try:
             for suffix in list(self.parts):
+                own = encoding_of(self.parts[suffix][:HEAD_BYTES], encoding)
                 if suffix == _TEXT:
-                    text = self.parts.pop(suffix).decode("utf-8-sig")
+                    text = decode(self.parts.pop(suffix), own)
                 else:
-                    fields = parse_json(self.parts.pop(suffix))
+                    fields = parse_json(self.parts.pop(suffix), own)
         except ValueError as error:
             what = "UTF-8" if suffix == _TEXT else "JSON"
             self.refuse(f"has a member .{suffix} that is no {what}: {str(error).splitlines()[0]}")
@@ -238,7 +241,7 @@ class _Draft:
         return Sample({}, None, f"(sample {_shown(self.key)}) {self.problem}", self.is_too_large)
 
 
-def samples(file: IO[bytes], bounds: Bounds) -> Iterator[Sample]:
+def samples(file: IO[bytes], bounds: Bounds, encoding: str = UTF_8) -> Iterator[Sample]:
     """The samples of a tar. If it is truncated, the sample that was being read is left out, and an error is raised."""
     tar = _Tar(file)
     unpacked_bytes = 0
@@ -246,12 +249,19 @@ def samples(file: IO[bytes], bounds: Bounds) -> Iterator[Sample]:
     for member in tar.members():
         folder, slash, file_name = member.name.rpartition("/")
         stem, dot, suffix = file_name.partition(".")
-        if member.kind == _FOLDER or not (stem and dot) or _META.match(member.name):
+        if member.kind == _FOLDER or not stem or _META.match(member.name):
+            continue
+        if not dot:
+            if is_companion(file_name):
+                continue
+            yield Sample(
+                {}, None, f"(member {_shown(member.name)}) has no suffix, so it belongs to no sample"
+            )
             continue
         key, suffix = f"{folder}{slash}{stem}", suffix.lower()
         if draft is None or draft.key != key:
             if draft is not None:
-                yield draft.finished()
+                yield draft.finished(encoding)
             draft = _Draft(key)
         if (problem := _member_problem(member)) is not None:
             draft.refuse(problem)
@@ -266,7 +276,7 @@ def samples(file: IO[bytes], bounds: Bounds) -> Iterator[Sample]:
             if unpacked_bytes > max(BOMB_FREE_BYTES, bounds.ratio * tar.at):
                 raise ValueError(f"its members unpack to more than {bounds.ratio} times their size")
     if draft is not None:
-        yield draft.finished()
+        yield draft.finished(encoding)
 
 
 def _member_problem(member: Member) -> str | None:

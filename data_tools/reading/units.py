@@ -9,35 +9,51 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
-from data_tools.reading.bounded import BROKEN, Bounds
-from data_tools.reading.columnar import ParquetFile, name_columns
-from data_tools.reading.reader import (
+from data_tools.reading.bounded import Bounds
+from data_tools.reading.columnar import ParquetFile, name_columns, text_problem
+from data_tools.reading.encodings import HEAD_BYTES, UTF_8, encoding_of, is_wide, known_encoding
+from data_tools.reading.listing import (
     FORMATS,
-    Entry,
     FoundFile,
-    Span,
-    entries,
+    LeftOut,
+    OnLeftOut,
     expand_ranges,
     files_in,
     is_url,
-    open_file,
+    print_left_out,
     readable,
     reason_of,
-    require,
     shard_source,
-    text_problem,
 )
+from data_tools.reading.reader import Entry, NoTextError, Span, entries, open_file, require
 from data_tools.record import Record
+from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 
 Records = Iterator[Record]
-OnBad = Callable[[str, str], None]
-"""Is called for what cannot be read, with the place (`<file>` or `<file>:<number>`) and the reason. It may raise
-ConfigError to stop."""
+
+
+class Bad(NamedTuple):
+    """A record, a file or a part of one that cannot be read."""
+
+    where: str
+    """`<file>` or `<file>:<number>`."""
+    why: str
+    """The reason. It continues a sentence that begins with the place."""
+    is_record: bool = True
+    """Whether it is a single record of a file that can be read."""
+    lost: int = 1
+    """The number of documents that are lost, as far as that is known."""
+    lost_bytes: int = 0
+    """Where it is not known: the number of bytes of the file that hold these documents."""
+
+
+OnBad = Callable[[Bad], None]
+"""Is called for what cannot be read. It may raise ConfigError to stop."""
 
 # Half of a surrogate pair, which JSON can contain but UTF-8 cannot.
 _HALF = re.compile(r"[\ud800-\udfff]")
@@ -64,8 +80,13 @@ class ReadConfig:
     """Largest number of unpacked bytes per packed byte; reading a file, or a row group of Parquet, stops beyond it."""
     max_unpacked_bytes: int = 64 << 30
     """Largest number of unpacked bytes of one compressed file; reading stops beyond it."""
+    encoding: str = UTF_8
+    """Encoding of text that has no byte-order mark and is not UTF-8: gb18030, utf-16 or utf-16-be."""
+    ignore: list[PathText] = field(default_factory=list)
+    """Patterns of names of files, or of their paths within an input, that are not to be read, such as '*.html'."""
 
     def __post_init__(self) -> None:
+        known_encoding("read.encoding", self.encoding)
         for name in self.__slots__:
             value = getattr(self, name)
             if value == "" or (isinstance(value, int) and value < 1):
@@ -74,6 +95,11 @@ class ReadConfig:
     @property
     def bounds(self) -> Bounds:
         return Bounds(self.max_line_bytes, self.max_ratio, self.max_unpacked_bytes)
+
+    @property
+    def codec(self) -> str:
+        """`encoding` as Python calls it."""
+        return known_encoding("read.encoding", self.encoding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +127,23 @@ class Unit:
     """Approximate number of bytes to read, for the display of progress."""
 
 
-def units_of(inputs: list[str], unit_bytes: int) -> list[Unit]:
+def units_of(
+    inputs: list[str],
+    unit_bytes: int,
+    options: ReadConfig | None = None,
+    on_left_out: OnLeftOut = print_left_out,
+) -> list[Unit]:
     """The units of all inputs, in a fixed order. Each real file is read once, however many links lead to it.
 
     Raises ConfigError where an input does not exist, or has no file that can be read.
     """
-    units: list[Unit] = []
+    options = options or ReadConfig()
+    units, left_out = list[Unit](), list[LeftOut]()
     labels, taken = dict[str, int](), set[str]()
     for entry in expand_ranges(inputs):
+        found, others = files_in(_root(entry), {*FORMATS.values()}, options.ignore)
         # A file is listed under its own name rather than that of a link to it.
-        files = sorted(files_in(_root(entry), FORMATS), key=lambda file: os.path.islink(file.path))
+        files = sorted(found, key=lambda file: os.path.islink(file.path))
         label = os.path.basename((entry if is_url(entry) else os.path.abspath(entry)).rstrip("/"))
         number = labels[label] = labels.get(label, 0) + 1
         label += (
@@ -120,7 +153,9 @@ def units_of(inputs: list[str], unit_bytes: int) -> list[Unit]:
             real = file.path if is_url(file.path) else os.path.realpath(file.path)
             if real not in taken:
                 taken.add(real)
-                units += _cut(file, label, unit_bytes)
+                units += _cut(file, label, unit_bytes, options)
+        left_out += [file._replace(name=readable(f"{label}/{file.name}")) for file in others]
+    on_left_out(left_out)
     return units
 
 
@@ -131,7 +166,7 @@ def _root(entry: str) -> str:
     return os.path.abspath(os.path.expanduser(entry.removeprefix("file://")))
 
 
-def _cut(file: FoundFile, label: str, unit_bytes: int) -> list[Unit]:
+def _cut(file: FoundFile, label: str, unit_bytes: int, options: ReadConfig) -> list[Unit]:
     kind = FORMATS[file.suffix]
     name = readable(f"{label}/{file.relative}" if file.relative else label)
     folder = os.path.basename(os.path.dirname(name))
@@ -143,13 +178,25 @@ def _cut(file: FoundFile, label: str, unit_bytes: int) -> list[Unit]:
     else:
         source = os.path.basename(name[: -len(file.suffix)]) or label
     borders: list[int | None] = [0, None]
-    if file.suffix == ".jsonl" and file.size_bytes is not None:
+    is_plain = file.suffix in (".jsonl", ".ndjson") and file.size_bytes is not None
+    if is_plain and _has_lines(file, unit_bytes, options):
         borders = [*range(0, file.size_bytes, max(1, unit_bytes)), file.size_bytes]
     elif kind == "parquet":
         borders = _row_group_borders(file.path, unit_bytes)
     head, version = (file.path, name, source, kind), f"{file.size_bytes} {file.changed}"
     size_bytes = (file.size_bytes or 0) // max(1, len(borders) - 1)
     return [Unit(*head, start or 0, stop, version, size_bytes) for start, stop in pairwise(borders)]
+
+
+def _has_lines(file: FoundFile, unit_bytes: int, options: ReadConfig) -> bool:
+    """Whether lines of a file of JSON lines can be found from any place in it, as they cannot in UTF-16."""
+    if (file.size_bytes or 0) <= unit_bytes:
+        return True
+    try:
+        with closing(open_file(file.path)) as raw:
+            return not is_wide(encoding_of(raw.read(HEAD_BYTES), options.codec))
+    except (OSError, ValueError, ConfigError):  # the error is reported when the unit is read
+        return True
 
 
 def _row_group_borders(path: str, unit_bytes: int) -> list[int | None]:
@@ -176,25 +223,26 @@ def read_unit(unit: Unit, options: ReadConfig, on_bad: OnBad) -> Records:
 
     def choose_columns(schema: Any) -> list[str]:
         if problem := text_problem(schema, options.text_field):
-            if unit.start == 0:  # once per file
-                on_bad(unit.name, problem)
-            return []
+            raise NoTextError(problem)
         names = (getattr(options, f"{name}_field") for name in _NAMES)
         return name_columns(schema, [options.text_field, *names])
 
-    span = Span(unit.path, unit.kind, options.bounds, choose_columns, unit.start, unit.stop)
+    place = (unit.start, unit.stop)
+    span = Span(unit.path, unit.kind, options.bounds, choose_columns, *place, options.codec, "read.encoding")
     try:
-        with closing(open_file(unit.path)) as raw:
-            for entry in entries(raw, span):
-                where = unit.name if unit.kind == "text" else f"{unit.name}:{entry.place}"
-                if entry.problem:
-                    on_bad(where, entry.problem)
-                else:
-                    yield from _record(unit, where, entry, options, on_bad)
-    except ConfigError:  # the caller wants to stop, or a package is missing
-        raise
-    except (*BROKEN, ValueError) as error:
-        on_bad(unit.name, f"cannot be read: {reason_of(error)}")
+        raw = open_file(unit.path)
+    except (ConfigError, OSError, ValueError) as error:
+        why = f"cannot be read: {reason_of(error)}"
+        on_bad(Bad(unit.name, why, is_record=False, lost_bytes=unit.size_bytes))
+        return
+    with closing(raw):
+        for entry in entries(raw, span):
+            where = unit.name if entry.is_file else f"{unit.name}:{entry.place}"
+            if entry.problem:
+                is_record = not entry.is_break and not entry.lost_bytes
+                on_bad(Bad(where, entry.problem, is_record, entry.lost, entry.lost_bytes))
+            else:
+                yield from _record(unit, where, entry, options, on_bad)
 
 
 def _record(unit: Unit, where: str, entry: Entry, options: ReadConfig, on_bad: OnBad) -> Records:
@@ -203,8 +251,10 @@ def _record(unit: Unit, where: str, entry: Entry, options: ReadConfig, on_bad: O
         text = entry.fields.get(options.text_field)
         if not isinstance(text, str):
             is_there = options.text_field in entry.fields
-            what = f"holds {type(text).__name__}, no text" if is_there else "is missing"
-            on_bad(where, f"its field {options.text_field!r} {what}")
+            names = ", ".join(map(str, list(entry.fields)[:8])) or "none"
+            what = f"holds {type(text).__name__}, no text" if is_there else f"is missing (it has {names})"
+            is_record, lost_bytes = not entry.lost_bytes, entry.lost_bytes
+            on_bad(Bad(where, f"its field {options.text_field!r} {what}", is_record, lost_bytes=lost_bytes))
             return
         text = _HALF.sub("\ufffd", text)
 

@@ -30,6 +30,8 @@ class Page(NamedTuple):
     """Main text; empty where the page has none."""
     problem: str | None
     """What is wrong with the page; None where nothing is."""
+    error: Exception | None = None
+    """The error for which the file cannot be read any further, from this page on."""
 
 
 @dataclass(slots=True)
@@ -74,7 +76,8 @@ def pages(file: IO[bytes], max_bytes: int) -> Iterator[Page]:
                 yield Page(number, record.url, *page_reader().read(block, max_bytes))
             number += 1
     except (OSError, EOFError, ValueError) as error:
-        yield Page(number, None, "", f"cannot be read from here on: {str(error) or type(error).__name__}")
+        problem = f"cannot be read from here on: {str(error) or type(error).__name__}"
+        yield Page(number, None, "", problem, error)
 
 
 def read_header(file: IO[bytes]) -> WarcRecord | None:

@@ -13,6 +13,45 @@ from data_tools.tables import plain_table, shown
 DOCUMENTS, REPORT = "documents", "report.json"
 """Names in the folder of a curation: the folder of its text, and its report."""
 _SHOWN = 12
+_NAMED = 1000  # files that a report names
+_TYPICAL_DOCUMENT_BYTES = 2000  # of a file, where none could be read that would tell
+
+
+@dataclass(kw_only=True, slots=True)
+class Unread:
+    """The files of the input that were not read, or only in part."""
+
+    files: int = 0
+    """Number of files."""
+    documents: int = 0
+    """Number of documents that are lost with them, as an estimate."""
+    named: dict[str, str] = field(default_factory=dict)
+    """Why each of the first thousand was not read. The reason continues a sentence that begins with the name."""
+
+    def add(self, name: str, reason: str, documents: int) -> None:
+        self.files += 1
+        self.documents += documents
+        if len(self.named) < _NAMED:
+            about = f" (about {documents:,} documents)" if documents > 1 else ""
+            self.named[name] = f"{reason}{about}"
+
+    def lines(self) -> list[str]:
+        """What was not read, as a few lines of text."""
+        if not self.files:
+            return []
+        lost = f"with about {self.documents:,} documents" if self.documents else "which hold no documents"
+        lines = [f"{self.files:>12,} files not read, or only in part, {lost}:"]
+        shown_names = list(self.named.items())[:_SHOWN]
+        lines += [f"{'':13}{shown(name)} {shown(reason)}" for name, reason in shown_names]
+        if self.files > len(shown_names):
+            lines.append(f"{'':13}and {self.files - len(shown_names):,} more")
+        return lines
+
+
+def estimated_documents(lost: int, lost_bytes: int, read_bytes: int, documents: int) -> int:
+    """The number of documents that are lost: `lost`, or what `lost_bytes` hold, judged by all that was read."""
+    document_bytes = read_bytes / documents if documents and read_bytes > 0 else _TYPICAL_DOCUMENT_BYTES
+    return max(lost, round(lost_bytes / document_bytes))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -22,13 +61,20 @@ class Funnel:
     read: int = 0
     """Documents that were read, bad ones included."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Dropped documents by reason: bad_record, not_utf8, too_short, too_long, duplicate; for dialogues, no_answer."""
+    """Dropped documents by reason: bad_record, too_short, too_long, duplicate; for dialogues, no_answer."""
     kept: int = 0
     """Documents that were kept, held-out ones included."""
     kept_bytes: int = 0
     """UTF-8 bytes of the kept documents."""
     heldout: int = 0
     """Kept documents that are held out of training."""
+    unread: Unread = field(default_factory=Unread)
+    """Files that were not read. Their documents are not in the other counts."""
+
+    @classmethod
+    def of_dict(cls, counts: Mapping[str, Any]) -> Funnel:
+        """The inverse of `as_dict`, also for reports of older programs, which did not count unread files."""
+        return cls(**{**counts, "unread": Unread(**counts.get("unread", {}))})
 
     def drop(self, reason: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -46,7 +92,7 @@ class Funnel:
         lines.append(
             f"{self.kept:>12,} kept ({self.kept_bytes / 1e6:.1f} MB), {self.heldout:,} of them held out"
         )
-        return lines
+        return lines + self.unread.lines()
 
 
 def curations_of(inputs: Iterable[str]) -> list[tuple[str, dict[str, Any]]]:
@@ -115,7 +161,9 @@ def funnel_table(report: Mapping[str, Any]) -> str:
     parts = [plain_table(funnel_rows(report), ("stage", "documents", "dropped", "MB of input", "why"))]
     bad = tally["dropped"].get("read/bad_record", 0)
     if bad:
-        parts.append(f"{bad:,} records could not be read: rejected/read")
+        parts.append(f"{bad:,} records or files could not be read: rejected/read")
+    if unread := Unread(**(report.get("unread") or {})).lines():
+        parts.append("\n".join(unread))
     kept = sum(tally["kept"].values())
     rows = []
     for source, n_read in sorted(tally["read"].items(), key=lambda item: (-item[1], item[0]))[:_SHOWN]:

@@ -86,6 +86,18 @@ class BegunReport:
 
 
 @dataclass(kw_only=True, slots=True)
+class UnreadFacts:
+    """`funnel.Unread`."""
+
+    files: Count = 0
+    """Number of files of the input that were not read, or only in part."""
+    documents: Count = 0
+    """Number of documents that were lost with them, as an estimate."""
+    named: dict[Text, Text] = field(default_factory=dict)
+    """The reason for each of the first files."""
+
+
+@dataclass(kw_only=True, slots=True)
 class FunnelFacts:
     """`gather.Funnel`."""
 
@@ -99,6 +111,8 @@ class FunnelFacts:
     """UTF-8 bytes of the kept documents."""
     heldout: Count
     """Number of kept documents that are held out of training."""
+    unread: UnreadFacts = field(default_factory=UnreadFacts)
+    """Files that were not read."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -487,6 +501,8 @@ class CurationReport:
     """Size and hash of all texts that were read."""
     output: DigestFacts | None = None
     """Size and hash of all files that were written."""
+    unread: UnreadFacts | None = None
+    """Files that were not read; null in reports of older programs."""
     recipe: CurationRecipe
     """Everything that decides the bytes of the result."""
 

@@ -20,7 +20,11 @@ pytestmark = pytest.mark.integration
 
 MOST_MB = 200
 TEXT = {name: suffix for name, suffix, _ in bombs.bombs()}
-PREPARED = [name for name, suffix in TEXT.items() if suffix in (".jsonl.gz", ".parquet", ".tar")]
+PREPARED = [
+    name
+    for name, suffix in TEXT.items()
+    if suffix in (".jsonl.gz", ".json.gz", ".csv.gz", ".parquet", ".tar")
+]
 
 
 def read(folder: Path, *readers: str) -> dict[tuple[str, str], dict[str, Any]]:

@@ -5,9 +5,11 @@ As a script: python tests/support/bombs.py FOLDER READER..., which prints a line
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import random
 import resource
@@ -42,6 +44,11 @@ def zst(head: bytes, piece: bytes, times: int) -> bytes:
         for _ in range(times):
             file.write(piece)
     return packed.getvalue()
+
+
+def streams(compress: Callable[[bytes], bytes], head: bytes, piece: bytes, times: int) -> bytes:
+    """A large file of xz or bz2, as many streams."""
+    return compress(head) + compress(piece * 16) * (times // 16)
 
 
 def many_values() -> bytes:
@@ -154,6 +161,13 @@ def bombs() -> Iterator[tuple[str, str, Callable[[], bytes]]]:
     yield "gzip, one line of 1 GiB", ".jsonl.gz", lambda: gzipped(start, blanks, 1024)
     yield "gzip, empty values", ".jsonl.gz", many_values
     yield "zstd, one line of 1 GiB", ".jsonl.zst", lambda: zst(start, blanks, 1024)
+    yield "xz, one line of 1 GiB", ".jsonl.xz", lambda: streams(lzma.compress, start, blanks, 1024)
+    yield "bz2, one line of 1 GiB", ".jsonl.bz2", lambda: streams(bz2.compress, start, blanks, 1024)
+    yield "JSON, an array of 1 GiB", ".json.gz", lambda: gzipped(b'[{"text": "', blanks, 1024)
+    yield "JSON, an object of 1 GiB", ".json.gz", lambda: gzipped(b'{\n"text": "', blanks, 1024)
+    yield "CSV, a value of 1 GiB", ".csv.gz", lambda: gzipped(b'text\n"', blanks, 1024)
+    yield "CSV, empty values", ".csv.gz", lambda: gzipped(b"text\n", b"," * (1 << 20), 15)
+    yield "UTF-16, one line of 1 GiB", ".jsonl.gz", lambda: gzipped(b"\xff\xfe" + start, blanks, 1024)
     big = "a" * 15_000_000
     packed = {"compression": "zstd", **LARGE_DICTIONARY}
     yield "Parquet, dictionary", ".parquet", lambda: parquet({"text": same(big, 256)}, **packed)
@@ -207,6 +221,10 @@ def honest() -> Iterator[tuple[str, str, Callable[[], bytes]]]:
     columns = {"text": [row["text"] for row in HONEST], "id": [row["id"] for row in HONEST]}
     yield "honest gzip", ".jsonl.gz", lambda: gzip.compress(lines)
     yield "honest zstd", ".jsonl.zst", lambda: zst(b"", lines, 1)
+    yield "honest xz", ".jsonl.xz", lambda: lzma.compress(lines)
+    yield "honest JSON", ".json.bz2", lambda: bz2.compress(json.dumps(HONEST, indent=1).encode())
+    rows = "id,text\n" + "".join(f"{row['id']},{row['text']}\n" for row in HONEST)
+    yield "honest CSV", ".csv", lambda: rows.encode()
     yield "honest Parquet", ".parquet", lambda: parquet(columns)
     yield "honest Arrow", ".arrow", lambda: arrow(columns)
     samples = [(f"{row['id']}.json", json.dumps(row).encode()) for row in HONEST]
@@ -231,7 +249,7 @@ def curate(folder: Path) -> tuple[int, list[str]]:
     bad: list[str] = []
     count = 0
     for unit in units_of([str(folder)], 64 << 20):
-        for _ in read_unit(unit, ReadConfig(), lambda where, why: bad.append(f"{where} {why}")):
+        for _ in read_unit(unit, ReadConfig(), lambda one: bad.append(f"{one.where} {one.why}")):
             count += 1
     return count, bad
 
@@ -303,8 +321,10 @@ def main(folder: str, *readers: str) -> None:
     for reader in readers:
         for inner in sorted(Path(folder).iterdir()):
             [file] = inner.glob("bomb*")
-            if reader != "curate" and file.name.endswith((".zst", ".arrow", ".warc", ".warc.gz")):
-                continue
+            if reader != "curate" and file.name.endswith(
+                (".zst", ".xz", ".bz2", ".arrow", ".warc", ".warc.gz")
+            ):
+                continue  # the reader is the same
             told = read_in_child(globals()[reader], inner, limit)
             print(
                 json.dumps({"name": inner.name, "reader": reader, "bytes": file.stat().st_size, **told}),

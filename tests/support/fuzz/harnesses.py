@@ -7,10 +7,12 @@ they are used, so that each process loads only those of its own harness.
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import selectors
 import socket
@@ -252,11 +254,12 @@ JOURNAL = b"""{"event": "started", "attempt": 1, "step": 0}
 # --- texts ---
 
 
-def read(data: bytes, name: str, kind: str) -> None:
+def read(data: bytes, name: str, kind: str, encoding: str = "utf-8") -> None:
     from data_tools.reading.units import ReadConfig, Unit, read_unit
 
     write(name, data)
-    for record in read_unit(Unit(path=name, name=name, source="s", kind=kind), ReadConfig(), lambda *_: None):
+    unit = Unit(path=name, name=name, source="s", kind=kind)
+    for record in read_unit(unit, ReadConfig(encoding=encoding), lambda _: None):
         for text in (record.id, record.text, record.source, record.url or "", record.license or ""):
             text.encode()
 
@@ -264,6 +267,15 @@ def read(data: bytes, name: str, kind: str) -> None:
 def json_lines() -> bytes:
     lines = [{"text": "a b", "id": 1}, {"text": "\u4e2d", "url": "http://a/", "license": None, "source": "s"}]
     return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+def json_of_any_form() -> list[bytes]:
+    values = [json.loads(line) for line in json_lines().splitlines()]
+    one = json.dumps(values[1], indent=1)
+    return [json_lines(), json.dumps(values).encode(), json.dumps(values, indent=1).encode(), one.encode()]
+
+
+CSV = b'id,text\r\n1,"a ""b"",\n c"\r\n2,d\n'
 
 
 def zst() -> bytes:
@@ -487,6 +499,18 @@ HARNESSES = {
     "dialogues": Harness(dialogues, lambda: DIALOGUES, is_json=True),
     "jsonl": Harness(lambda data: read(data, "x.jsonl", "jsonl"), lambda: [json_lines()], is_json=True),
     "gzip": Harness(lambda data: read(data, "x.jsonl.gz", "jsonl"), lambda: [gzip.compress(json_lines())]),
+    "json": Harness(lambda data: read(data, "x.json", "json"), json_of_any_form, is_json=True),
+    "csv": Harness(lambda data: read(data, "x.csv", "csv"), lambda: [CSV, CSV.replace(b",", b"\t")]),
+    "xz": Harness(lambda data: read(data, "x.json.xz", "json"), lambda: [lzma.compress(json_lines())]),
+    "bz2": Harness(lambda data: read(data, "x.csv.bz2", "csv"), lambda: [bz2.compress(CSV)]),
+    "gb18030": Harness(
+        lambda data: read(data, "x.json", "json", "gb18030"),
+        lambda: [json.dumps([{"text": "图书馆 é"}], ensure_ascii=False).encode("gb18030"), *json_of_any_form()],
+    ),
+    "utf_16": Harness(
+        lambda data: read(data, "x.jsonl", "jsonl", "utf-16"),
+        lambda: [json_lines().decode().encode(encoding) for encoding in ("utf-16", "utf-16-le", "utf-32")],
+    ),
     "zst": Harness(lambda data: read(data, "x.jsonl.zst", "jsonl"), lambda: [zst()]),
     "parquet": Harness(lambda data: read(data, "x.parquet", "parquet"), parquet),
     "arrow": Harness(lambda data: read(data, "x.arrow", "arrow"), lambda: [arrow()]),

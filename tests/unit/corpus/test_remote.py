@@ -345,7 +345,7 @@ def test_text_is_not_read_from_another_host_either(tmp_path: Path) -> None:
         server.redirects["/a.jsonl"] = f"{other.url}/a.jsonl"
         unit = Unit(f"{server.url}/a.jsonl", "a", "a", "jsonl")
         problems: list[str] = []
-        assert list(read_unit(unit, ReadConfig(), lambda where, why: problems.append(why))) == []
+        assert list(read_unit(unit, ReadConfig(), lambda one: problems.append(one.why))) == []
         assert len(problems) == 1
         with pytest.raises(ConfigError, match="input="):
             units_of([f"{server.url}/a.jsonl"], 1 << 20)

@@ -22,6 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_tools.config import PrepareConfig
 from pretrain.config import TrainConfig, load_config
 from pretrain.corpus.shards import Corpus
 from pretrain.corpus.writer import CorpusWriter
@@ -345,6 +346,19 @@ def quick_job(tmp_path: Path, runner: CommandRunner, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     (tmp_path / "out").mkdir()
     return job.Job(job.parse([]), tmp_path / "out", time.monotonic())
+
+
+def test_files_to_be_left_out_are_told_to_the_preparation(
+    tmp_path: Path, quick_job: job.Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = job.parse(["--corpus", str(tmp_path), "--ignore", "*.pdf", "it's"])
+    asked = job.Job(given, tmp_path / "out", time.monotonic())
+    commands: list[list[str]] = []
+    monkeypatch.setattr(asked.stages, "run", lambda _, command: commands.append(command))
+    with pytest.raises(Failed):  # nothing was prepared
+        asked.prepare_corpus()
+    config = load_config(PrepareConfig, commands[0][3:])
+    assert (config.input, config.ignore) == ([str(tmp_path)], ["*.pdf", "it's"])
 
 
 def plan(folder: Path, *starts: tuple[int, float, str | None]) -> None:

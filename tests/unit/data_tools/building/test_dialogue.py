@@ -239,7 +239,9 @@ def test_parquet_holds_dialogues_too(model: Path, tmp_path: Path) -> None:
 def test_what_cannot_hold_dialogues_is_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/README.md").write_text("About these dialogues.")
-    with pytest.raises(ConfigError, match=r"known are \.jsonl, \.jsonl\.gz, \.parquet, \.tar$"):
+    with pytest.raises(
+        ConfigError, match=r"README\.md is of the kind \.md, which holds no dialogues\); known are \.jsonl"
+    ):
         prepare(chat_config(tmp_path / "out", tmp_path / "in", model=model))
     with pytest.raises(ConfigError, match="holds no dialogues; give files for format=chat"):
         prepare(chat_config(tmp_path / "out", Path("python"), model=model))

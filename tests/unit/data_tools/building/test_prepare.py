@@ -216,7 +216,9 @@ def test_a_column_that_is_no_text_is_named_or_passed_over(tmp_path: Path, column
         assert prepare(config(tmp_path / "out", tmp_path / "a.parquet")) == 0
         assert "a.parquet:1" in all_documents(tmp_path / "out")
     else:
-        with pytest.raises(ConfigError, match=r"a\.parquet: its column 'text' holds list<"):
+        with pytest.raises(
+            ConfigError, match=r"a\.parquet holds list<.* in the column 'text', no text; set text_field"
+        ):
             prepare(config(tmp_path / "out", tmp_path / "a.parquet"))
 
 
@@ -277,14 +279,28 @@ def test_the_funnel_accounts_for_every_document(tmp_path: Path, capsys: pytest.C
     records = [*numbered(20), {"text": ENGLISH.format(3) + "\x00"}, {"text": "e"}, {"text": "x" * 300}]
     source = write_jsonl(tmp_path / "in/a.jsonl", records)
     (tmp_path / "in/latin.txt").write_bytes("Größe und Länge".encode("latin-1"))
-    assert prepare(config(tmp_path / "out", source.parent, max_chars=200)) == 0
+    with pytest.raises(
+        ConfigError, match=r"latin\.txt is not UTF-8 at byte 2; max_bad_records=N lets N pass"
+    ):
+        prepare(config(tmp_path / "out", source.parent, max_chars=200))
+    assert prepare(config(tmp_path / "out", source.parent, max_chars=200, max_bad_records=1)) == 0
     report = json.loads((tmp_path / "out/prepare.json").read_text())
-    assert report["funnel"]["read"] == 24
-    assert report["funnel"]["dropped"] == {"duplicate": 1, "too_short": 1, "too_long": 1, "not_utf8": 1}
+    assert report["funnel"]["read"] == 23
+    assert report["funnel"]["dropped"] == {"duplicate": 1, "too_short": 1, "too_long": 1}
+    assert report["funnel"]["unread"] == {
+        "files": 1, "documents": 1, "named": {"in/latin.txt": "is not UTF-8 at byte 2"}
+    }  # fmt: skip
     assert report["funnel"]["kept"] == 20
     assert report["funnel"]["kept_bytes"] == sum(len(str(record["text"])) for record in records[:20])
     printed = capsys.readouterr().out
-    for line in ("24 documents read", "-1 duplicate", "-1 too long", "20 kept (0.0 MB), 1 of them held out"):
+    for line in (
+        "23 documents read",
+        "-1 duplicate",
+        "-1 too long",
+        "20 kept (0.0 MB), 1 of them held out",
+        "1 files not read, or only in part, with about 1 documents:",
+        "in/latin.txt is not UTF-8 at byte 2",
+    ):
         assert line in printed
         assert line in (tmp_path / "out/README.md").read_text()
     assert len(all_documents(tmp_path / "out")) == 20
@@ -557,7 +573,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
     (folder / "nothing").mkdir()
     expected = {
         "broken.jsonl": "broken.jsonl:3 is no JSON: ",
-        "latin.jsonl": "latin.jsonl:1 is no JSON: 'utf-8' codec",
+        "latin.jsonl": "latin.jsonl:1 is not UTF-8 at byte 10",
         "list.jsonl": "list.jsonl:1 is a JSON list",
         "field.jsonl": "field.jsonl:1 has no field 'text' (its fields: content, n); set text_field",
         "number.jsonl": "number.jsonl:1 has int in the field 'text', not text",
@@ -611,6 +627,36 @@ def test_bad_records_pass_where_that_is_allowed(tmp_path: Path, capsys: pytest.C
     assert prepare(config(tmp_path / "out", source, max_bad_records=2)) == 0
     assert capsys.readouterr().err.count("passed over: ") == 3
     assert json.loads((tmp_path / "out/prepare.json").read_text())["funnel"]["dropped"] == {"bad_record": 2}
+
+
+def test_files_that_are_left_out_are_named_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = numbered(20)
+    source = write_jsonl(tmp_path / "in/a.jsonl", records)
+    size = source.stat().st_size
+    (tmp_path / "in/b.jsonl.lz4").write_bytes(bytes(size // 2))  # as much as ten documents take
+    (tmp_path / "in/LICENSE").write_text("mine")
+    (tmp_path / "in/c.jsonl.gz").write_bytes(gzip.compress(source.read_bytes())[:-9])
+    for limit, what in (
+        (0, r"in/b\.jsonl\.lz4 is of an unknown kind; "),
+        (9, r"c\.jsonl\.gz:21 cannot be read"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            prepare(config(tmp_path / "out", source.parent, max_bad_records=limit))
+    assert prepare(config(tmp_path / "out", source.parent, max_bad_records=100)) == 0
+    unread = json.loads((tmp_path / "out/prepare.json").read_text())["funnel"]["unread"]
+    assert unread["files"] == 3
+    assert [*unread["named"]] == ["in/c.jsonl.gz:21", "in/LICENSE", "in/b.jsonl.lz4"]
+    assert 25 <= unread["documents"] <= 40  # 20 and 10, judged by a mean of packed and plain bytes
+    told = capsys.readouterr()
+    for text in (told.out, (tmp_path / "out/README.md").read_text()):
+        assert "3 files not read, or only in part, with about" in text
+        assert "in/b.jsonl.lz4 is of an unknown kind (about 1" in text
+    assert "not read: in/b.jsonl.lz4 is of an unknown kind" in told.err
+    # A limit below what the files hold ends the preparation even if each file alone would pass.
+    with pytest.raises(ConfigError, match=r"is of an unknown kind \(about \d+ documents are bad so far\)"):
+        prepare(config(tmp_path / "two", source.parent, max_bad_records=25))
 
 
 def test_a_vocabulary_too_large_for_the_text_says_the_largest(tmp_path: Path) -> None:

@@ -176,12 +176,25 @@ def test_another_content_of_a_named_file_is_noticed(
 
 
 def test_bad_records_are_counted_and_kept_aside(raw_text: Path, tmp_path: Path) -> None:
-    dirty = tmp_path / "dirty.jsonl"
-    dirty.write_bytes(raw_text.read_bytes() + b'{"text": "no end\n{"no": "text"}\n\xff\xfe\n')
+    dirty = tmp_path / "in"
+    dirty.mkdir()
+    (dirty / "page.html").write_text("x")
+    (dirty / "LICENSE").write_text("x")
+    (dirty / "a.dirty.jsonl").write_bytes(
+        raw_text.read_bytes() + b'{"text": "no end\n{"no": "text"}\n\xff\xfe\n'
+    )
     few = ("executor.workers=1", "curation.stages=[normalize]")
-    with pytest.raises(ConfigError, match=r"3 of 70 .*max_bad_frac=0.001"):
+    too_many = (
+        r"4 of 71 records cannot be read, more than max_bad_frac=0.001 allows; "
+        r"the first: in/a\.dirty\.jsonl:\d+ is no JSON: "
+    )
+    with pytest.raises(ConfigError, match=too_many):
         curate(config(dirty, tmp_path / "out", *few))
     assert curate(config(dirty, tmp_path / "out", *few, "max_bad_frac=0.1")) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    named = {"in/LICENSE": "is no text", "in/page.html": "is of an unknown kind"}
+    assert report["unread"] == {"files": 2, "documents": 1, "named": named}
+    assert "in/page.html is of an unknown kind" in funnel_table(report)
     bad = [where for where, (stage, _) in rejected(tmp_path / "out").items() if stage == "read"]
     assert len(bad) == 3
     assert all("dirty.jsonl" in where for where in bad)

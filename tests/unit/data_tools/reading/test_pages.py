@@ -57,7 +57,7 @@ def test_pages_without_text(html: bytes) -> None:
 def test_a_file_that_is_no_archive_is_one_problem() -> None:
     pytest.importorskip("warcio")
     pytest.importorskip("trafilatura", exc_type=ImportError)
-    [(number, url, text, problem)] = pages(io.BytesIO(b"no archive\n" * 9), 1000)
+    [(number, url, text, problem, _)] = pages(io.BytesIO(b"no archive\n" * 9), 1000)
     assert (number, url, text) == (0, None, "")
     assert problem.startswith("cannot be read from here on: ")
 
