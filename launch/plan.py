@@ -29,6 +29,9 @@ from omegaconf import MISSING
 from pretrain.config import ClusterConfig, DataConfig, TrainConfig, run_command
 from pretrain.config.checks import check_positive
 from pretrain.config.texts import PathText
+from pretrain.corpus.manifest import load_manifest
+from pretrain.data.lanes import sequences_of
+from pretrain.data.order import SourceSize
 from pretrain.errors import ConfigError
 from pretrain.model.precision import resolve_precision
 from pretrain.plan.hardware import GIB, known_gpu
@@ -130,6 +133,8 @@ class PlanConfig(TrainConfig):
                     "give one of them"
                 )
             self.total_tokens = data.tokens
+        if self.total_epochs is not None and self.total_tokens is None and self.total_steps is None:
+            self.total_tokens, self.total_epochs = _tokens_of_epochs(data, self.total_epochs), None
         if self.total_tokens is None and self.total_steps is None:
             raise ConfigError("the length of the run is missing; give total_tokens=N")
         if self.model.vocab_size is None:
@@ -143,6 +148,16 @@ class PlanConfig(TrainConfig):
             self.micro_batch_sequences = TRAINED_MICRO_BATCH
         TrainConfig.__post_init__(self)
         self.engine.check_ranks(ranks, self.cluster.gpus_per_node)
+
+
+def _tokens_of_epochs(data: DataConfig, n_epochs: int) -> int:
+    """Number of tokens that `n_epochs` epochs of the corpora have, padding included. Raises ConfigError without any."""
+    if data.manifest == "unused":
+        raise ConfigError(
+            f"total_epochs={n_epochs} needs the corpora; give data.manifest, or data.tokens=N instead"
+        )
+    sizes = [SourceSize.of(load_manifest(source.manifest)) for source in data.corpora()]
+    return n_epochs * data.sequence_length * sum(sequences_of(size, data.sequence_length) for size in sizes)
 
 
 def main(config: PlanConfig) -> None:

@@ -8,9 +8,12 @@ from typing import NamedTuple
 
 from pretrain.checkpoint.folder import COMPLETE, list_checkpoints, root_of_run
 from pretrain.config import TrainConfig
+from pretrain.config.data_stages import plan_stages
 from pretrain.config.launched import launched_local_size
 from pretrain.corpus.manifest import MANIFEST_NAME, Manifest, load_manifest
 from pretrain.corpus.tokenizer import TOKENIZER_NAMES
+from pretrain.data.lanes import choose_lanes, end_with_epoch, steps_until_epoch, weighted_by_size
+from pretrain.data.order import Order, SourceSize
 from pretrain.errors import ConfigError
 from pretrain.remote import as_path, check_url, exists, folder_of, is_url
 
@@ -45,6 +48,8 @@ def resolve_inputs(config: TrainConfig, world_size: int) -> Inputs:
     }
     for path, manifest in manifests.items():
         check_lengths([stage.sequence_length for stage in config.stages], manifest.chunk_tokens, path)
+    if config.total_epochs is not None:
+        config.plan_epochs(steps_of_epochs(config, list(manifests.values())))
     if config.evaluation.manifest is not None:
         manifests[config.evaluation.manifest] = load_manifest(config.evaluation.manifest, patience)
     first_path, first = next(iter(manifests.items()))
@@ -63,6 +68,16 @@ def resolve_inputs(config: TrainConfig, world_size: int) -> Inputs:
             f"({first.vocab_size}); leave it out or give at least {needed}"
         )
     return Inputs(config, manifests)
+
+
+def steps_of_epochs(config: TrainConfig, manifests: Sequence[Manifest]) -> int:
+    """Number of steps of a new run of `total_epochs` epochs of these corpora. Raises ConfigError as the run would."""
+    assert config.total_epochs is not None
+    sizes = [SourceSize.of(manifest) for manifest in manifests]
+    stages = plan_stages(weighted_by_size(config.data, sizes), config.global_batch_sequences)
+    lanes = config.data.lanes or choose_lanes(sizes, config.global_batch_sequences)
+    order = Order(sizes, stages, lanes=lanes, window_chunks=config.data.window_chunks, seed=config.seed)
+    return steps_until_epoch(end_with_epoch(order, sizes, config.total_epochs, 0), [], config.total_epochs)
 
 
 def check_lengths(lengths: Sequence[int], chunk_tokens: int, manifest_path: str) -> None:

@@ -56,12 +56,14 @@ class StepRecord:
     """Number of tokens in this step, over all ranks."""
     sequence_length: int
     """Tokens per sequence."""
-    loss: float
-    """Mean nats per predicted token over the global batch, without z-loss."""
+    predicted_tokens: int
+    """Number of tokens, over all ranks, whose prediction the loss counts. If it is 0, the step trained on nothing."""
+    loss: float | None
+    """Mean nats per predicted token over the global batch, without z-loss; None if there is no such token."""
     z_loss: float | None
-    """Mean squared log-partition; None where the model has no z-loss."""
+    """Mean squared log-partition; None where the model has no z-loss, or there is no token to predict."""
     grad_norm: float | None
-    """Global L2 norm of the gradient before clipping; None where the engine does not compute it."""
+    """Global L2 norm of the gradient before clipping; None if there is no token to predict."""
     lr: float
     """Learning rate of this step."""
     step_time_s: float
@@ -76,7 +78,7 @@ class StepRecord:
     substituted_chunks: int
     """Number of chunks, in the run so far, that could not be read and were replaced by others."""
     skipped: bool
-    """Whether the update was skipped, because the gradient was not finite or the loss was a spike."""
+    """Whether no update was made: the gradient was not finite, the loss a spike, or no token was to predict."""
     loss_scale: float | None = None
     """Factor by which the loss was scaled in this step; None where the precision is not fp16."""
     epochs: dict[str, float] = field(default_factory=dict)
@@ -246,7 +248,8 @@ class Monitor:
         self._flops_per_token = flops_per_token
         self._peak = peak_flops_per_second
         self._first_step = first_step
-        self._n_steps = n_steps
+        self.n_steps = n_steps
+        """Number of steps of the whole run; a rollback may change it."""
         self._started: float | None = None
         self._since_line = (0, 0.0)  # tokens, seconds
         self._newest_step = first_step - 1
@@ -277,22 +280,24 @@ class Monitor:
             return
         self._newest_step = record.step
         time_s = max(record.step_time_s, 1e-9)
-        rate = record.step_tokens / time_s
+        # A step that predicts nothing computes nothing, so its speed is not a training speed.
+        rate = record.step_tokens / time_s if record.predicted_tokens else None
         epochs = {f"epochs/{name}": value for name, value in record.epochs.items()}
         line = {key: value for key, value in asdict(record).items() if key != "epochs"} | epochs
         line |= {
             "tokens_per_second": rate,
-            "tokens_per_second_per_rank": rate / self._world_size,
-            "mfu_frac": self._mfu_frac(rate, record.sequence_length),
+            "tokens_per_second_per_rank": None if rate is None else rate / self._world_size,
+            "mfu_frac": None if rate is None else self._mfu_frac(rate, record.sequence_length),
             "eta_s": self._eta_s(record),
             "peak_memory_bytes": _peak_memory_bytes(),
         }
         self._metrics.append({"kind": "step", "attempt": self._attempt, "time": utc_now()} | line)
-        tokens, seconds = self._since_line
-        self._since_line = (tokens + record.step_tokens, seconds + time_s)
+        if rate is not None:
+            tokens, seconds = self._since_line
+            self._since_line = (tokens + record.step_tokens, seconds + time_s)
         if record.step % self._config.logging.every_steps == 0 or record.step in (
             self._first_step,
-            self._n_steps,
+            self.n_steps,
         ):
             self._log_wandb(record.step, line)
             self._progress(record, line["eta_s"])
@@ -307,7 +312,7 @@ class Monitor:
             {"kind": "evaluation", "attempt": self._attempt, "time": utc_now(), "step": step} | named
         )
         self._log_wandb(step, named)
-        say(f"step {step}/{self._n_steps}  " + "  ".join(f"{k} {v:,.4g}" for k, v in named.items()))
+        say(f"step {step}/{self.n_steps}  " + "  ".join(f"{k} {v:,.4g}" for k, v in named.items()))
 
     def checkpoint(self, saved: Saved) -> None:
         """Record the result of a save. W&B gets its figures under the names checkpoint/<name>."""
@@ -387,21 +392,22 @@ class Monitor:
         if self._started is None:
             self._started = now - record.step_time_s
         done = max(1, record.step - self._first_step + 1)
-        return (now - self._started) / done * (self._n_steps - record.step)
+        return (now - self._started) / done * (self.n_steps - record.step)
 
     def _progress(self, record: StepRecord, eta_s: float) -> None:
         tokens, seconds = self._since_line
-        rate = tokens / seconds
-        mfu = self._mfu_frac(rate, record.sequence_length)
-        parts = [f"step {record.step}/{self._n_steps}", f"loss {record.loss:.4f}", f"lr {record.lr:.1e}"]
+        loss = "no token to predict" if record.loss is None else f"loss {record.loss:.4f}"
+        parts = [f"step {record.step}/{self.n_steps}", loss, f"lr {record.lr:.1e}"]
         if record.grad_norm is not None:
             parts.append(f"grad {record.grad_norm:.2f}")
-        parts.append(f"{rate:,.0f} tok/s in {self._config.engine.precision.value}")
-        parts.append(
-            f"MFU {mfu:.1%} ({self._peak.source})" if mfu is not None and self._peak else "MFU unknown"
-        )
+        if tokens:
+            mfu = self._mfu_frac(tokens / seconds, record.sequence_length)
+            parts.append(f"{tokens / seconds:,.0f} tok/s in {self._config.engine.precision.value}")
+            parts.append(
+                f"MFU {mfu:.1%} ({self._peak.source})" if mfu is not None and self._peak else "MFU unknown"
+            )
         parts.append(f"ETA {timedelta(seconds=round(eta_s))}")
-        if record.skipped:
+        if record.skipped and record.loss is not None:
             why = "" if record.loss_scale is None else f" at a loss scale of {record.loss_scale:,.0f}"
             parts.append(f"SKIPPED: gradient not finite{why}")
         say("  ".join(parts))

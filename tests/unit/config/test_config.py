@@ -66,6 +66,30 @@ def test_every_experiment_composes(name: str) -> None:
         (["schedule.name=cosin"], ["schedule.name", "cosin", "cosine"]),
         (["total_steps=1.5"], ["total_steps=1.5", "whole number"]),
         (["total_tokens=5"], ["total_steps=100", "total_tokens=5", "exactly one"]),
+        (["total_epochs=2"], ["total_steps=100", "total_epochs=2", "exactly one"]),
+        (["total_steps=null", "total_epochs=0"], ["total_epochs=0", "greater than 0"]),
+        (
+            [
+                "total_steps=null",
+                "total_epochs=2",
+                "data.manifest=null",
+                "data.sources=[{name: a, manifest: x, weight: 3}]",
+            ],
+            ["weight=3.0", "'a'", "total_epochs=2"],
+        ),
+        (
+            [
+                "total_steps=null",
+                "total_epochs=2",
+                "data.manifest=null",
+                "data.sources=[{name: a, manifest: x, max_epochs: 3}]",
+            ],
+            ["max_epochs=3", "'a'", "total_epochs=2"],
+        ),
+        (
+            ["total_steps=null", "total_epochs=2", "data.stages=[{start_tokens: 9, weights: {corpus: 1}}]"],
+            ["data.stages", "'corpus': 1.0", "total_epochs=2"],
+        ),
         (["total_steps=null"], ["total_steps=None", "exactly one"]),
         (["model.n_heads=3"], ["model.d_model=256", "model.n_heads=3"]),
         (["model.n_kv_heads=3"], ["model.n_kv_heads=3", "model.n_heads=4"]),

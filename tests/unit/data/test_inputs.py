@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import TrainConfig, load_config
+from pretrain.corpus.shards import Corpus
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.data.inputs import resolve_inputs, tokenizer_path
 from pretrain.data.loader import TrainLoader
@@ -44,6 +45,17 @@ def test_vocabulary_is_rounded_up_to_a_multiple_of_64(corpus: TinyCorpus, foreig
 def test_misfits_are_named(corpus: TinyCorpus, overrides: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         resolve_inputs(configure(corpus, *overrides), 2)
+
+
+def test_epochs_are_counted_in_steps_once_the_corpus_is_known(corpus: TinyCorpus) -> None:
+    config = configure(corpus, "total_steps=null", "total_epochs=3")
+    with pytest.raises(ConfigError, match=r"total_epochs=3: .* total_steps or total_tokens"):
+        _ = config.n_steps
+    n_tokens = Corpus(corpus.manifest).manifest.n_tokens
+    assert resolve_inputs(config, 1).config.n_steps == -(-3 * -(-n_tokens // 64) // 8)
+    warmup = configure(corpus, "total_steps=null", "total_epochs=1", "schedule.warmup_steps=100000")
+    with pytest.raises(ConfigError, match=r"schedule\.warmup_steps=100000 "):
+        resolve_inputs(warmup, 1)
 
 
 def test_heldout_text_of_another_tokenizer_is_refused(corpus: TinyCorpus, foreign: TinyCorpus) -> None:

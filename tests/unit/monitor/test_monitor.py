@@ -79,6 +79,29 @@ def test_without_a_peak_mfu_is_unknown(tmp_path: Path, capfd: pytest.CaptureFixt
     assert "SKIPPED" in line
 
 
+def test_a_step_with_nothing_to_predict_is_in_no_figure(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has neither loss nor speed: W&B gets no value, and the speed of the progress line is that of the others."""
+    sent: dict[int, dict[str, Any]] = {}
+    m = a_monitor(tmp_path, "logging.every_steps=2")
+    monkeypatch.setattr(m, "_log_wandb", lambda step, line: sent.update({step: line}))
+    nothing = {"loss": None, "grad_norm": None, "predicted_tokens": 0, "skipped": True, "step_time_s": 1e-4}
+    m.step(a_record(1, step_time_s=0.5))
+    m.step(a_record(2, **nothing))
+    m.step(a_record(3, step_time_s=0.5))
+    m.step(a_record(4, **nothing))
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("step ")]
+    assert "no token to predict" in lines[1] and "tok/s" not in lines[1] and "SKIPPED" not in lines[1]
+    assert f"{TOKENS_PER_STEP / 0.5:,.0f} tok/s" in lines[2]
+    records = read_metrics(tmp_path)
+    for name in ("loss", "grad_norm", "tokens_per_second", "tokens_per_second_per_rank", "mfu_frac"):
+        assert records[1][name] is records[3][name] is sent[2][name] is None
+        assert records[0][name] is not None
+    assert [record["predicted_tokens"] for record in records] == [TOKENS_PER_STEP, 0] * 2
+    assert records[3]["tokens_seen"] == 4 * TOKENS_PER_STEP
+
+
 def test_other_ranks_write_their_ledger_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     m = a_monitor(tmp_path, "logging.sample_ledger=true", rank=1)
     m.step(a_record(10))
