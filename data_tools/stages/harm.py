@@ -16,14 +16,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data_tools.record import CHINESE, CHINESE_TRADITIONAL, CODE, UNKNOWN, Record
+from data_tools.text import UNSPACED, WORD, WORD_END, WORD_START
 from pretrain.errors import ConfigError
 
 _SHIPPED = Path(__file__).parent / "word_lists"
 _LISTED_ENTRIES = 10
 # Scripts without spaces, in which an entry is found anywhere and shares count characters.
-_UNSPACED = re.compile(
-    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
+_UNSPACED = re.compile(rf"[{UNSPACED}]")
+_WORD = re.compile(rf"[{WORD}]")
 
 
 class HarmMode(Enum):
@@ -198,13 +198,18 @@ def entry_pattern(entries: Iterable[str], *, whole_words: bool = True) -> re.Pat
     tree: dict[str, Any] = {}
     for entry in entries:
         bounded = whole_words and not _UNSPACED.search(entry)
-        before = r"\b" if bounded and entry[0].isalnum() else ""
-        after = r"\b" if bounded and entry[-1].isalnum() else ""
+        before = WORD_START if bounded and _WORD.match(entry[0]) else ""
+        after = WORD_END if bounded and _WORD.match(entry[-1]) else ""
         node = tree
         for piece in [before, *entry, after]:
             if piece:
                 node = node.setdefault(
-                    r"\s+" if piece == " " else piece if piece == r"\b" else re.escape(piece), {}
+                    r"\s+"
+                    if piece == " "
+                    else piece
+                    if piece in (WORD_START, WORD_END)
+                    else re.escape(piece),
+                    {},
                 )
         node[""] = {}
     return re.compile(_alternatives(tree)) if tree else None
