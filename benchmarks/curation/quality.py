@@ -21,7 +21,14 @@ _TEXTS = Path(__file__).parent / "quality_texts.json"
 _ARTICLES = 1000
 _LEAST_WORDS = 50
 # datatrove's names of the languages for which its word splitters need no model.
-_SCRIPTS = {"en": "eng_Latn", "de": "deu_Latn", "es": "spa_Latn", "fr": "fra_Latn", "ru": "rus_Cyrl", "el": "ell_Grek"}
+_SCRIPTS = {
+    "en": "eng_Latn",
+    "de": "deu_Latn",
+    "es": "spa_Latn",
+    "fr": "fra_Latn",
+    "ru": "rus_Cyrl",
+    "el": "ell_Grek",
+}
 
 
 def measure(corpora: Path) -> list[Figure]:

@@ -24,6 +24,7 @@ _LISTED_ENTRIES = 10
 # Scripts without spaces, in which an entry is found anywhere and shares count characters.
 _UNSPACED = re.compile(rf"[{UNSPACED}]")
 _WORD = re.compile(rf"[{WORD}]")
+_EDGES = (r"\b", WORD_START, WORD_END)
 
 
 class HarmMode(Enum):
@@ -198,17 +199,17 @@ def entry_pattern(entries: Iterable[str], *, whole_words: bool = True) -> re.Pat
     tree: dict[str, Any] = {}
     for entry in entries:
         bounded = whole_words and not _UNSPACED.search(entry)
-        before = WORD_START if bounded and _WORD.match(entry[0]) else ""
-        after = WORD_END if bounded and _WORD.match(entry[-1]) else ""
+        # no mark stands beside a letter of ASCII in NFC, but for rare languages, and `\b` is quicker
+        before, after = (
+            r"\b" if entry[end].isascii() else edge for end, edge in ((0, WORD_START), (-1, WORD_END))
+        )
+        before = before if bounded and _WORD.match(entry[0]) else ""
+        after = after if bounded and _WORD.match(entry[-1]) else ""
         node = tree
         for piece in [before, *entry, after]:
             if piece:
                 node = node.setdefault(
-                    r"\s+"
-                    if piece == " "
-                    else piece
-                    if piece in (WORD_START, WORD_END)
-                    else re.escape(piece),
+                    r"\s+" if piece == " " else piece if piece in _EDGES else re.escape(piece),
                     {},
                 )
         node[""] = {}
