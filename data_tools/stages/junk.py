@@ -58,9 +58,13 @@ _FUNCTION = _LEFT | frozenset(
 )
 # Words that occur in too many texts to point to a phrase.
 _FREQUENT = _FUNCTION | frozenset(
-    "work found best back order important language home general human only could process performance recent special "
-    "today free real able again know support start act date problem feel right off complete per per provide cannot "
-    "money natural limited coming previous personal information available call page".split()
+    "work found best back order important language home general human only process performance recent special "
+    "today free real able again know support start act date problem feel right off complete per provide cannot "
+    "money natural limited coming previous personal information available call page now time make could am "
+    "actually let place places sorry nothing wait later large try friends looking started ask run soon exactly "
+    "longer check amazing computer m answer fast don t experience join questions miss knowledge waiting choice "
+    "team 100 step events consider necessary welcome buy sign save allow certainly get things here any need "
+    "more".split()
 )
 _LEAST_PAIRS = 3
 
@@ -74,11 +78,10 @@ _HOST = re.compile(
 
 @functools.cache
 def _latin() -> tuple[re.Pattern[str], frozenset[str]]:
-    """The phrases of scripts with spaces, and a rare word of each, as it may be written."""
+    """The phrases of scripts with spaces, and a rare word of each that has one, as it may be written."""
     phrases = read_list(str(_PHRASES / "latin.txt"))
-    words = {
-        max(re.findall(r"\w+", phrase), key=lambda w: (w not in _FREQUENT, len(w))) for phrase in phrases
-    }
+    rare = [[word for word in re.findall(r"\w+", phrase) if word not in _FREQUENT] for phrase in phrases]
+    words = {max(found, key=len) for found in rare if found}
     pattern = entry_pattern(phrases)
     assert pattern is not None
     return pattern, frozenset(form for word in words for form in (word, word.capitalize(), word.upper()))

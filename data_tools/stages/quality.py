@@ -123,7 +123,7 @@ class ThresholdsConfig:
     """Largest number per word of lines without such a form. FineWeb, which counts all line ends."""
     max_template_line_chars: float | None = 0.5
     """Largest fraction of characters in lines that repeat an earlier line but for its numbers: logs, lists of hosts."""
-    max_stock_phrases: float | None = 1.0
+    max_stock_phrases: float | None = 1.5
     """Largest number of different stock phrases beyond the third, per 100 words (Chinese: characters): cookie notices,
     error pages, tests for robots, offers, refusals of assistants."""
     max_garbled: float | None = 0.015
@@ -194,7 +194,7 @@ def formed_thresholds() -> ThresholdsConfig:
         max_short_lines=0.67,
         max_duplicate_line_chars=0.3,
         max_template_line_chars=0.5,
-        max_stock_phrases=1.0,
+        max_stock_phrases=1.5,
         max_garbled=0.015,
         max_odd_pairs=0.15,
         max_address_words=0.2,
