@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data_tools.record import CHINESE, CHINESE_TRADITIONAL, CODE, UNKNOWN, Record
+from data_tools.text import UNSPACED, WORD, WORD_END, WORD_START
 from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 from pretrain.files import read_lines
@@ -23,9 +24,9 @@ from pretrain.files import read_lines
 _SHIPPED = Path(__file__).parent / "word_lists"
 _LISTED_ENTRIES = 10
 # Scripts without spaces, in which an entry is found anywhere and shares count characters.
-_UNSPACED = re.compile(
-    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
+_UNSPACED = re.compile(rf"[{UNSPACED}]")
+_WORD = re.compile(rf"[{WORD}]")
+_EDGES = (r"\b", WORD_START, WORD_END)
 
 
 class HarmMode(Enum):
@@ -200,13 +201,18 @@ def entry_pattern(entries: Iterable[str], *, whole_words: bool = True) -> re.Pat
     tree: dict[str, Any] = {}
     for entry in entries:
         bounded = whole_words and not _UNSPACED.search(entry)
-        before = r"\b" if bounded and entry[0].isalnum() else ""
-        after = r"\b" if bounded and entry[-1].isalnum() else ""
+        # no mark stands beside a letter of ASCII in NFC, but for rare languages, and `\b` is quicker
+        before, after = (
+            r"\b" if entry[end].isascii() else edge for end, edge in ((0, WORD_START), (-1, WORD_END))
+        )
+        before = before if bounded and _WORD.match(entry[0]) else ""
+        after = after if bounded and _WORD.match(entry[-1]) else ""
         node = tree
         for piece in [before, *entry, after]:
             if piece:
                 node = node.setdefault(
-                    r"\s+" if piece == " " else piece if piece == r"\b" else re.escape(piece), {}
+                    r"\s+" if piece == " " else piece if piece in _EDGES else re.escape(piece),
+                    {},
                 )
         node[""] = {}
     return re.compile(_alternatives(tree)) if tree else None
