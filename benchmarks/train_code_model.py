@@ -35,7 +35,7 @@ from data_tools.stages.code_text import WEIGHT_SCALE, grams
 FEATURES = 3000
 _CANDIDATES, _FEWEST_TEXTS = 12_000, 8
 _PENALTY = 1e-4
-_PROSE_WEIGHT = 2
+_PROSE_WEIGHT = 1.3
 _COMMENT = re.compile(r'"""(?:.|\n)*?"""|/\*(?:.|\n)*?\*/|(?:#|//|--|;;) [^\n]*')
 _WORDS = re.compile(r"[A-Za-z]{2,}(?: [A-Za-z]{2,})*")
 _CYRILLIC = str.maketrans(

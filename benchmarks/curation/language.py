@@ -39,7 +39,6 @@ _OTHER_PROSE = (
     "brown",
     "fortunes",
     "spam_mail",
-    "shakespeare_milton",
     "factbook",
     "chitchat",
     "zh_reviews_raw",

@@ -111,7 +111,7 @@ def _shared_lines(corpora: Path) -> list[Figure]:
         hashes = []
         for found in list(records(corpora / f"train/{source}.jsonl"))[:_SHARED_BY]:
             text = f"{form(found['text'])}\n{_SHARED[kind]}"
-            record = Record("1", text, source, url="https://example.org/")
+            record = Record(found["id"], text, source, url="https://example.org/")
             hashes.append(
                 {value for value, line in line_hashes(record, DedupConfig()) if line == _SHARED[kind]}
             )

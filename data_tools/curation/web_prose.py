@@ -7,7 +7,6 @@ refrains.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from fnmatch import fnmatchcase
 
 from data_tools.record import Record
@@ -26,8 +25,8 @@ _CLAUSE = re.compile(
 _TURN = re.compile(r"^[ \t]*([^\W\d_][\w .'’-]{0,24}|Q|A)\s?[:：]", re.M)
 _FEWEST_CLAUSES = 3
 _FEWEST_TURNS = 4
-_TURN_SHARE = 0.3
-_MOST_SPEAKERS_SHARE = 0.5
+_SHARE = 1 / 3
+"""Fraction of the lines that begin with a clause's number or a speaker's name, in a law or dialogue that is short."""
 
 
 def is_web_prose(record: Record, web_sources: list[str]) -> bool:
@@ -40,15 +39,19 @@ def is_web_prose(record: Record, web_sources: list[str]) -> bool:
 
 
 def is_law(text: str) -> bool:
-    """Whether several lines begin with the number of a clause."""
-    return sum(1 for _ in _CLAUSE.finditer(text)) >= _FEWEST_CLAUSES
+    """Whether three lines, or a third of the lines, begin with the number of a clause."""
+    n_clauses = sum(1 for _ in _CLAUSE.finditer(text))
+    return n_clauses >= _FEWEST_CLAUSES or n_clauses > _SHARE * _n_lines(text)
 
 
 def is_dialogue(text: str) -> bool:
-    """Whether many lines begin with the name of a speaker, and the speakers take turns."""
-    turns = _TURN.findall(text)
-    if len(turns) < _FEWEST_TURNS:
-        return False
-    n_lines = sum(1 for line in text.split("\n") if line.strip())
-    speakers = Counter(turns)
-    return len(turns) >= _TURN_SHARE * n_lines and len(speakers) <= _MOST_SPEAKERS_SHARE * len(turns)
+    """Whether the lines begin with names of speakers: all of them, or a third, where speakers have several turns."""
+    turns, n_lines = _TURN.findall(text), _n_lines(text)
+    if len(turns) == n_lines > 1:
+        return True
+    has_turns = len(turns) >= _FEWEST_TURNS and 2 * len(set(turns)) <= len(turns)
+    return has_turns and len(turns) > _SHARE * n_lines
+
+
+def _n_lines(text: str) -> int:
+    return sum(1 for line in text.split("\n") if line.strip())

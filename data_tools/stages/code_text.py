@@ -26,8 +26,10 @@ _ADDRESS = re.compile(r"https?://[!-~]+")
 # Nearly all prose has fewer of these signs, and is ruled out by counting them.
 _SIGN = re.compile(r"[=(){}\[\];<>@#/_|$*+\\~&%`:\"]|\n[ \t]")
 _CHARS_PER_SIGN = 60
-# A text whose id is the name of a source file is code at a lower score: it may be a page of comments.
+# A text whose id is the name of a source file is code at a lower score, and also where it begins with such a comment:
+# it may hold nothing but documentation.
 _NAMED_SCORE = -1.5
+_COMMENTS = ("//", "/*", '"""', "'''", "--", "(*", "{-", "#!")
 
 _NAME = re.compile(r"[^\s]*\w\.(\w{1,5})(?::\d+)?")
 _SUFFIXES = frozenset(
@@ -62,10 +64,13 @@ def is_code_text(text: str, id: str = "") -> bool:
     Prose on programming, with examples in it, is not. An id that is the name of a source file counts only where the
     text agrees: a host name or a title may end in `.pl` or `.js` too.
     """
+    is_named = is_code_name(id)
+    if is_named and text.lstrip("\ufeff \t\r\n").startswith(_COMMENTS):
+        return True
     piece = piece_of(text)
     if len(_SIGN.findall(piece)) * _CHARS_PER_SIGN < len(piece) or not any(map(str.isalpha, piece)):
         return False
-    return score(piece) > (_NAMED_SCORE if is_code_name(id) else 0)
+    return score(piece) > (_NAMED_SCORE if is_named else 0)
 
 
 def is_code_name(id: str) -> bool:

@@ -24,9 +24,9 @@ _MOST_ROUNDS = 8
 # Bytes of Windows-1252, such as quotation marks and dashes, that were decoded as if they were Latin-1.
 _WINDOWS_SIGN = re.compile("[\x80-\x9f]")
 _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[@-~]")
-# In code, a line separator stands within a string, which must not become two lines.
+# In code, line separators, invisible characters and special spaces stand within strings, which must not change.
 _LINE_END = re.compile(r"[\x0b\x0c\u2028\u2029]")
-# Soft hyphens, direction marks and overrides, word joiners and byte-order marks are removed everywhere.
+# Soft hyphens, direction marks and overrides, word joiners and byte-order marks are removed from prose.
 _INVISIBLE = re.compile(
     "[\u00ad\u061c\u180e\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb]"
 )
@@ -41,10 +41,17 @@ _STRAY_SPACE = re.compile("(?<![\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u
 _ZERO_WIDTH = re.compile("[\u200b-\u200d]")
 
 _SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
+_INDENTATION = re.compile(r"^[\s\xa0]+", re.M)
 _BLANKS = " \t\u3000"
 # Ideographic spaces indent Chinese paragraphs and separate halves of verses; among Latin words they are blanks.
 _EAST_ASIAN = re.compile(
     "[\u2e80-\u2fdf\u3001-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
+)
+
+_SPECIAL = re.compile(
+    "["
+    + "".join(p.pattern[1:-1] for p in (_LINE_END, _WINDOWS_SIGN, _INVISIBLE, _ZERO_WIDTH, _SPACE))
+    + "\u3000]"
 )
 
 _ENTITY = re.compile(r"&(?:amp;|#38;|#x26;)*(#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
@@ -113,7 +120,7 @@ class NormalizeStage:
 
     Counts: `normalize.mojibake` repaired lines, `normalize.windows_signs` signs that were control characters,
     `normalize.html` entities and tags, `normalize.invisible` invisible characters, `normalize.blank_lines` lines
-    removed from long runs. Code keeps its tags, entities and separators.
+    removed from long runs. Code keeps its tags, entities and special characters.
     """
 
     name = "normalize"
@@ -124,10 +131,12 @@ class NormalizeStage:
     def process(self, record: Record) -> str | None:
         """Returns `empty` where only white space is left."""
         text = _TERMINAL.sub("", record.text)
-        may_change = bool(_LINE_END.search(text) or _WINDOWS_SIGN.search(text)) or self._is_suspicious(text)
-        if may_change and not _is_source(record):
+        # Most texts have nothing to repair, and need not be told from code.
+        if (_SPECIAL.search(text) or self._is_suspicious(text)) and not _is_source(record):
             text = self._repaired(text, record)
-        record.text = self._plain(text, record)
+        else:
+            text = self._plain(_in_indentation(text))
+        record.text = self._bounded(text, record)
         return None if record.text.strip() else "empty"
 
     def _repaired(self, text: str, record: Record) -> str:
@@ -141,7 +150,7 @@ class NormalizeStage:
             if self._config.mojibake:
                 text, n_signs = _WINDOWS_SIGN.subn(_windows_sign, text)
                 record.count("normalize.windows_signs", n_signs)
-            text = self._plain(_LINE_END.sub("\n", text), record)
+            text = self._plain(_visible(_LINE_END.sub("\n", text), record))
             if self._config.html and not is_on_markup(text):
                 # What an entity stands for is text: `&lt;p&gt;` names a tag, and does not become one.
                 text, undone = undo_entities(text) if number else undo_html(text)
@@ -158,28 +167,38 @@ class NormalizeStage:
         in_tags = self._config.html and "<" in text and (_TAG.search(text) or _UNSEEN.search(text))
         return bool(in_tags or (self._config.html and "&" in text and _ENTITY.search(text)))
 
-    def _plain(self, text: str, record: Record) -> str:
+    def _plain(self, text: str) -> str:
         """Make the repairs that apply to all text, also to code."""
-        if not text.isascii():
-            length = len(text)
-            text = _INVISIBLE.sub("", text)
-            if _ZERO_WIDTH.search(text):
-                text = _STRAY_JOINER.sub("", _STRAY_SPACE.sub("", text))
-            record.count("normalize.invisible", length - len(text))
         text = clean(text)
-        if not text.isascii():
-            text = _SPACE.sub(" ", text)
-            if "\u3000" in text:
-                text = "\n".join(map(_without_ideographic_spaces, text.split("\n")))
         if any(f"{blank}\n" in text for blank in _BLANKS):
             text = "\n".join([line.rstrip(_BLANKS) for line in text.split("\n")])
-        text = text.rstrip(_BLANKS + "\n").lstrip("\n")
+        return text.rstrip(_BLANKS + "\n").lstrip("\n")
+
+    def _bounded(self, text: str, record: Record) -> str:
         most = self._config.max_blank_lines + 1
         if "\n" * (most + 1) in text:
             lines = text.count("\n")
             text = re.sub(rf"\n{{{most + 1},}}", "\n" * most, text)
             record.count("normalize.blank_lines", lines - text.count("\n"))
         return text
+
+
+def _in_indentation(text: str) -> str:
+    """Code with its no-break spaces replaced by blanks in indentation; elsewhere they stand in strings."""
+    return text if text.isascii() else _INDENTATION.sub(lambda found: _SPACE.sub(" ", found[0]), text)
+
+
+def _visible(text: str, record: Record) -> str:
+    """Prose without invisible characters, and with one kind of blank."""
+    if text.isascii():
+        return text
+    length = len(text)
+    text = _INVISIBLE.sub("", text)
+    if _ZERO_WIDTH.search(text):
+        text = _STRAY_JOINER.sub("", _STRAY_SPACE.sub("", text))
+    record.count("normalize.invisible", length - len(text))
+    text = _SPACE.sub(" ", text)
+    return "\n".join(map(_without_ideographic_spaces, text.split("\n"))) if "\u3000" in text else text
 
 
 def _without_ideographic_spaces(line: str) -> str:

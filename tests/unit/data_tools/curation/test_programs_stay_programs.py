@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import ast
+import json
 import sysconfig
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("py3langid")
 
+from data_tools.curate import curate
 from data_tools.curation.dedup import DedupConfig, line_hashes
 from data_tools.curation.phases import CurationConfig, build_stages
 from data_tools.curation.web_prose import is_dialogue, is_law, is_web_prose
 from data_tools.record import Record
-from support.curating import PROSE
+from data_tools.report.funnel import funnel_table
+from support.curating import PROSE, config
 from support.short_programs import PROGRAMS
 
 LIBRARY = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
@@ -73,7 +77,9 @@ def test_shared_lines_are_looked_for_in_web_prose_only() -> None:
 def test_laws_and_dialogues_are_told_by_their_lines() -> None:
     assert [is_law(text) for text in (LAW, CONTRACT, DIALOGUE, PROSE)] == [True, True, False, False]
     assert [is_dialogue(text) for text in (LAW, CONTRACT, DIALOGUE, PROSE)] == [False, False, True, False]
-    assert not is_dialogue("Price: 3\nColor: red\nSize: 4\nWeight: 5\n")  # nobody speaks twice
+    assert is_dialogue("A: Hello\nB: I cannot help with that.")
+    assert not is_dialogue("It is cheap.\nPrice: 3\nColor: red\nSize: 4\nWeight: 5\n")  # nobody speaks twice
+    assert is_law("中华人民共和国义务教育法\n\n第六十三条　本法自2006年9月1日起施行。")
 
 
 def test_lines_of_other_documents_have_no_hashes() -> None:
@@ -81,3 +87,39 @@ def test_lines_of_other_documents_have_no_hashes() -> None:
     assert len(line_hashes(page(PROSE, url="https://example.org/"), config)) == 1
     assert line_hashes(page(PROSE), config) == []
     assert line_hashes(page(PROSE, url="https://example.org/"), DedupConfig(repeated_lines=False)) == []
+
+
+class Ignored:
+    """Takes the place of the display of progress."""
+
+    def advance(self, n_bytes: int) -> None: ...
+    def finish(self, n_bytes: int) -> None: ...
+
+
+def run_here(name: str, task: Any, n_tasks: int, *more: object) -> None:
+    """All tasks of a phase, in this process: three phases would start three."""
+    for rank in range(n_tasks):
+        task.run(rank, Ignored())
+
+
+def test_the_funnel_says_how_many_lines_went_from_how_many_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_tools.curate.run_phase", run_here)
+    line = "Please accept our cookies, so that we can show you what you would like."
+    texts = {"web": [f"Page {number} of the town.\n{line}\n{line}" for number in range(12)]}
+    texts["book"] = [f"Page {number} of the book.\n{line}" for number in range(12)]
+    with (tmp_path / "text.jsonl").open("w") as file:
+        for source, of_source in texts.items():
+            for number, text in enumerate(of_source):
+                url = {"url": f"https://example.org/{number}"} if source == "web" else {}
+                file.write(json.dumps({"source": source, "text": text} | url) + "\n")
+    options = ("curation.stages=[language]", "curation.dedup.near=false")
+    assert curate(config(tmp_path / "text.jsonl", tmp_path / "out", *options)) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["tally"]["counts"]["dedup.repeated_lines"] == 22
+    assert report["tally"]["changed"]["dedup.repeated_lines"] == 11
+    rows = [row.split() for row in funnel_table(report).split("\n")]
+    assert ["dedup.repeated_lines", "22", "11"] in rows
+    kept = (tmp_path / "out/documents/part-00000.jsonl").read_text()
+    assert kept.count(line) == 2 + 12

@@ -64,6 +64,12 @@ def test_names_of_source_files(id: str, expected: bool) -> None:
 def test_a_name_counts_only_together_with_the_text() -> None:
     notice = "# Copyright (c) 2001 Us. All rights reserved.\n# See LICENSE.\n"
     assert is_code_text(notice, "src/a.py")
+    package = (
+        "/*\nVet examines source code and reports what is suspicious.\n\nIt is run by the go command.\n*/\n"
+    )
+    assert is_code_text(package, "src/cmd/vet/doc.go")
+    assert not is_code_text(package, "vet")
+    assert not is_code_text("# Node.js\n\nA program that runs scripts on a server, begun in 2009.", "Node.js")
     assert not is_code_text("We meet at noon (in the garden) and eat. " * 5, "about.py")
 
 

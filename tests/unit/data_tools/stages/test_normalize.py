@@ -96,10 +96,11 @@ def test_signs_of_windows_are_not_deleted() -> None:
     assert normalized("COTE D\u0092IVOIRE").counts == {"normalize.windows_signs": 1}
 
 
-def test_code_keeps_its_separators_within_strings() -> None:
-    text = "import re\n\n\ndef lines(text):\n    return re.split('[\u2028\u2029]', text)\n"
-    assert normalized(text).text == text.rstrip()
-    assert normalized("one\u2028two").text == "one\ntwo"
+@pytest.mark.parametrize("sign", ["\u2028", "\u00a0", "\u00ad", "\u200b", "\u3000", "\u202e"])
+def test_code_keeps_special_characters_within_strings(sign: str) -> None:
+    text = f"import re\n\n\ndef pieces(text):\n    return re.split('[{sign}]', text)\n"
+    assert normalized(text) == Record("1", text.rstrip(), "s")
+    assert sign not in normalized(f"one{sign}two").text
 
 
 @pytest.mark.parametrize("style", ["html", "diff", "makefile", "python_docstring", "perl"])
