@@ -34,7 +34,16 @@ from omegaconf import MISSING
 
 from data_tools.building.workspace import locked, write_problem
 from data_tools.config import PrepareConfig
-from data_tools.curation.compare import compare_task, decide
+from data_tools.curation.collection import (
+    INDEX,
+    SIGNATURES,
+    Collection,
+    PartFacts,
+    earlier_parts,
+    index_of,
+    read_index,
+)
+from data_tools.curation.compare import compare_task, decide, settle
 from data_tools.curation.executors import ExecutorConfig, run_phase
 from data_tools.curation.phases import (
     STAGES,
@@ -60,10 +69,10 @@ from pretrain.files import sync_folder, written_atomically
 from pretrain.printing import print_error
 from pretrain.remote import open_file
 
-CURATION_VERSION = 2
+CURATION_VERSION = 3
 """Raise this with every change of the program that gives different bytes for the same input."""
 WORK = ".work"
-_PRODUCTS = (DOCUMENTS, "rejected", REPORT)
+_PRODUCTS = (DOCUMENTS, SIGNATURES, "rejected", REPORT)
 SAMPLE = "sample.txt"
 _SAMPLE_LINES = 40  # number of lines of a change that are printed; the file has all
 
@@ -161,13 +170,15 @@ def _curate(config: CurateConfig) -> int:
     left_out: list[LeftOut] = []
     units = units_of(config.input, config.unit_bytes, config.read, left_out.extend)
     print_left_out(left_out)
+    earlier = earlier_parts(config.curation.dedup, output)
     recipe = _recipe(config, units)
     if _is_finished(output, recipe, config.overwrite):
         print(f"already curated: {output / REPORT} was made from this input with these options")
         return 0
     try:
         with _work(output, recipe) as layout:
-            report = _run(config, units, left_out, layout)
+            collection = Collection(config.curation.dedup, layout.work, len(units), earlier)
+            report = _run(config, units, left_out, collection, layout)
             write_json(layout.work / REPORT, report | {"recipe": recipe})
             _publish(layout.work, output)
     except KeyboardInterrupt:
@@ -183,21 +194,24 @@ def _curate(config: CurateConfig) -> int:
     return 0
 
 
-def _run(config: CurateConfig, units: list[Unit], left_out: list[LeftOut], layout: Layout) -> dict[str, Any]:
+def _run(
+    config: CurateConfig, units: list[Unit], left_out: list[LeftOut], collection: Collection, layout: Layout
+) -> dict[str, Any]:
     """Run all phases. Returns the report."""
     n_units, curation, executor = len(units), config.curation, config.executor
     if "decontaminate" in curation.stages and not layout.index.exists():
         build_index(curation.decontaminate, layout.index)
-    clean = CleanTask(units, config.read, curation, layout)
-    total_bytes = sum(unit.size_bytes for unit in units)
-    run_phase("cleaning", clean, n_units, layout.work / "phases" / "clean", executor, total_bytes)
+    clean = CleanTask(units, config.read, curation, layout, collection.earlier)
+    total_bytes = sum(part.size_bytes for part in (*units, *collection.earlier))
+    run_phase("cleaning", clean, collection.n_ranks, layout.work / "phases" / "clean", executor, total_bytes)
     cleaned = _summed(layout, "clean", n_units)
-    unread = _check_bad(config, cleaned, left_out, total_bytes, layout)
-    compare, n_bytes = compare_task(curation.dedup, layout, n_units)
+    unread = _check_bad(config, cleaned, left_out, sum(unit.size_bytes for unit in units), layout)
+    settle(collection, layout)
+    compare, n_bytes = compare_task(collection, layout)
     run_phase("comparing", compare, len(compare.jobs), layout.work / "phases" / "compare", executor, n_bytes)
     clusters = decide(compare)
     kept_bytes = sum(layout.kept(rank).stat().st_size for rank in range(n_units))
-    last = FilterTask(curation, layout)
+    last = FilterTask(curation, layout, collection)
     run_phase("filtering", last, n_units, layout.work / "phases" / "filter", executor, kept_bytes)
     filtered = _summed(layout, "filter", n_units)
     if not filtered.kept:
@@ -206,6 +220,8 @@ def _run(config: CurateConfig, units: list[Unit], left_out: list[LeftOut], layou
         )
         raise ConfigError(f"input={','.join(config.input)} leaves no document; dropped: {dropped or 'none'}")
     cleaned.add(filtered)
+    digest = _digest(layout, "filter", n_units)
+    _write_index(config, layout, n_units, digest["sha256"])
     return {
         "created_by": f"pretrain {__version__}",
         "tally": cleaned.to_json(),
@@ -214,8 +230,18 @@ def _run(config: CurateConfig, units: list[Unit], left_out: list[LeftOut], layou
         "units": n_units,
         "unread": asdict(unread),
         "texts_read": _digest(layout, "clean", n_units),
-        "output": _digest(layout, "filter", n_units),
+        "output": digest,
     }
+
+
+def _write_index(config: CurateConfig, layout: Layout, n_units: int, output_sha256: str) -> None:
+    """Describe the signatures of the output, so that later curations can be compared with it."""
+    parts = []
+    for rank in range(n_units):
+        path, kept = layout.documents(rank), Tally.of_file(layout.tally("filter", rank)).kept
+        parts.append(PartFacts(name=path.name, bytes=path.stat().st_size, documents=sum(kept.values())))
+    index = index_of(config.curation.dedup, parts, output_sha256, f"pretrain {__version__}")
+    write_json(layout.work / SIGNATURES / INDEX, index)
 
 
 def _digest(layout: Layout, phase: str, n_units: int) -> dict[str, Any]:
@@ -297,7 +323,7 @@ def _recipe(config: CurateConfig, units: list[Unit]) -> dict[str, Any]:
         "files": _hashes_of_files(config.curation),
         "input": {"units": len(units), "sha256": hashlib.sha256(listing.encode()).hexdigest()},
         # Versions of these packages decide the text.
-        "packages": {name: _version(name) for name in ("ftfy", "py3langid", "trafilatura")},
+        "packages": {name: _version(name) for name in ("courlan", "ftfy", "py3langid", "trafilatura")},
     }
 
 
@@ -317,6 +343,9 @@ def _hashes_of_files(curation: CurationConfig) -> dict[str, str]:
             if "://" in path or (path and Path(path).expanduser().is_file()):
                 with open_file(f"curation.{name}", path) as file:
                     hashes[path] = _sha256(file)
+    for path in curation.dedup.against:
+        folder = Path(path).expanduser().resolve()
+        hashes[path] = read_index(folder, f"curation.dedup.against={path}").output_sha256
     return hashes
 
 
