@@ -34,6 +34,7 @@ from omegaconf import MISSING
 
 from data_tools.building.workspace import locked, write_problem
 from data_tools.config import PrepareConfig
+from data_tools.curation.choice import CurationConfig, stage_names
 from data_tools.curation.collection import (
     INDEX,
     SIGNATURES,
@@ -45,15 +46,7 @@ from data_tools.curation.collection import (
 )
 from data_tools.curation.compare import compare_task, decide, settle
 from data_tools.curation.executors import ExecutorConfig, run_phase
-from data_tools.curation.phases import (
-    STAGES,
-    CleanTask,
-    CurationConfig,
-    FilterTask,
-    Layout,
-    Tally,
-    write_json,
-)
+from data_tools.curation.phases import CleanTask, FilterTask, Layout, Tally, write_json
 from data_tools.curation.sample import shown, summary, try_stages
 from data_tools.reading.encodings import UTF_8
 from data_tools.reading.listing import LeftOut, print_left_out
@@ -61,12 +54,13 @@ from data_tools.reading.units import ReadConfig, Unit, units_of
 from data_tools.report.funnel import DOCUMENTS, REPORT, Unread, estimated_documents, funnel_table
 from data_tools.report.schemas import read_curation_report, read_digest
 from data_tools.stages.decontaminate import build_index
+from data_tools.stages.own import pinned
 from pretrain import __version__
 from pretrain.config import run_command, to_dict
 from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError, RunError
 from pretrain.files import sync_folder, written_atomically
-from pretrain.printing import print_error
+from pretrain.printing import print_error, visible
 from pretrain.remote import open_file
 
 CURATION_VERSION = 3
@@ -74,6 +68,7 @@ CURATION_VERSION = 3
 WORK = ".work"
 _PRODUCTS = (DOCUMENTS, SIGNATURES, "rejected", REPORT)
 SAMPLE = "sample.txt"
+_SOURCES_SHOWN = 12
 _SAMPLE_LINES = 40  # number of lines of a change that are printed; the file has all
 
 
@@ -127,6 +122,8 @@ class CurateConfig:
 
 def curate(config: CurateConfig) -> int:
     """Curate the text, then prepare a corpus where one is wanted. Returns the exit code."""
+    own = [pinned(stage) for stage in config.curation.own_stages]
+    config = replace(config, curation=replace(config.curation, own_stages=own))
     if config.sample is not None:
         return _try(config, config.sample)
     code = _curate(config)
@@ -199,12 +196,13 @@ def _run(
 ) -> dict[str, Any]:
     """Run all phases. Returns the report."""
     n_units, curation, executor = len(units), config.curation, config.executor
-    if "decontaminate" in curation.stages and not layout.index.exists():
+    if any("decontaminate" in one.stages for one in curation.configs()) and not layout.index.exists():
         build_index(curation.decontaminate, layout.index)
     clean = CleanTask(units, config.read, curation, layout, collection.earlier)
     total_bytes = sum(part.size_bytes for part in (*units, *collection.earlier))
     run_phase("cleaning", clean, collection.n_ranks, layout.work / "phases" / "clean", executor, total_bytes)
     cleaned = _summed(layout, "clean", n_units)
+    _check_sources(curation, cleaned)
     unread = _check_bad(config, cleaned, left_out, sum(unit.size_bytes for unit in units), layout)
     settle(collection, layout)
     compare, n_bytes = compare_task(collection, layout)
@@ -226,7 +224,7 @@ def _run(
         "created_by": f"pretrain {__version__}",
         "tally": cleaned.to_json(),
         "clusters": clusters,
-        "stages": [name for name in STAGES if name in curation.stages],
+        "stages": stage_names(curation),
         "units": n_units,
         "unread": asdict(unread),
         "texts_read": _digest(layout, "clean", n_units),
@@ -303,6 +301,15 @@ def _lost(file: dict[str, Any]) -> tuple[int, int]:
     return file["signals"]["read.lost"], file["signals"]["read.lost_bytes"]
 
 
+def _check_sources(curation: CurationConfig, tally: Tally) -> None:
+    """Raise ConfigError where options are given for a source that the input does not have."""
+    for source in (curation.per_source or {}).keys() - tally.read.keys():
+        known = ", ".join(visible(name) for name in sorted(tally.read)[:_SOURCES_SHOWN])
+        raise ConfigError(
+            f"curation.per_source names {source!r}, which is no source of the input; it has {known}"
+        )
+
+
 # ---- the output folder -----------------------------------------------------------------------------------------------
 
 
@@ -338,11 +345,12 @@ def _hashes_of_files(curation: CurationConfig) -> dict[str, str]:
                 yield from strings(inner)
 
     hashes = {}
-    for name in curation.stages:
-        for path in strings(to_dict(getattr(curation, name))):
-            if "://" in path or (path and Path(path).expanduser().is_file()):
-                with open_file(f"curation.{name}", path) as file:
-                    hashes[path] = _sha256(file)
+    for one in curation.configs():
+        for name in one.stages:
+            for path in strings(to_dict(getattr(one, name))):
+                if path not in hashes and ("://" in path or (path and Path(path).expanduser().is_file())):
+                    with open_file(f"curation.{name}", path) as file:
+                        hashes[path] = _sha256(file)
     for path in curation.dedup.against:
         folder = Path(path).expanduser().resolve()
         hashes[path] = read_index(folder, f"curation.dedup.against={path}").output_sha256

@@ -11,18 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from data_tools.curation.choice import CurationConfig, StagesOf
 from data_tools.curation.collection import SIGNATURES, Collection, EarlierPart, rows_name
 from data_tools.curation.dedup import (
     NO_DOCUMENT,
-    DedupConfig,
     Signatures,
     line_hashes,
     load_array,
@@ -33,58 +33,10 @@ from data_tools.gzipped import Gzipped
 from data_tools.reading.units import Bad, ReadConfig, Unit, read_unit
 from data_tools.record import CurationStage, Record
 from data_tools.report.schemas import MAX_REPORT_BYTES, MAX_REPORT_VALUES
-from data_tools.stages.boilerplate import BoilerplateConfig, BoilerplateStage
-from data_tools.stages.decontaminate import DecontaminateConfig, DecontaminateStage
-from data_tools.stages.harm import HarmConfig, HarmStage
-from data_tools.stages.language import LanguageConfig, LanguageStage
-from data_tools.stages.normalize import NormalizeConfig, NormalizeStage
-from data_tools.stages.pii import PiiConfig, PiiStage
-from data_tools.stages.quality import QualityConfig, QualityStage
-from pretrain.errors import ConfigError
 from pretrain.files import read_capped, written_atomically
 from pretrain.stored import parse
 
-# pii comes last: its placeholders would hide text that is shared with an evaluation set.
-STAGES = ("normalize", "language", "boilerplate", "quality", "harm", "decontaminate", "pii")
 READ, DECONTAMINATE, DEDUP = "read", "decontaminate", "dedup"
-
-
-@dataclass(kw_only=True, slots=True)
-class CurationConfig:
-    """The stages to run, and the rules of each."""
-
-    stages: list[str] = field(default_factory=lambda: list(STAGES))
-    """Stages to run: normalize, language, boilerplate, quality, harm, decontaminate, pii, always in this order."""
-    normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
-    language: LanguageConfig = field(default_factory=LanguageConfig)
-    boilerplate: BoilerplateConfig = field(default_factory=BoilerplateConfig)
-    quality: QualityConfig = field(default_factory=QualityConfig)
-    harm: HarmConfig = field(default_factory=HarmConfig)
-    pii: PiiConfig = field(default_factory=PiiConfig)
-    decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
-    dedup: DedupConfig = field(default_factory=DedupConfig)
-    """Removal of duplicates, which runs last, over all documents."""
-
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.stages if name not in STAGES]
-        if unknown or len(set(self.stages)) != len(self.stages):
-            raise ConfigError(
-                f"curation.stages={self.stages} must name each stage once; known are {', '.join(STAGES)}"
-            )
-
-
-def build_stages(config: CurationConfig, index: Path) -> list[CurationStage]:
-    """The configured stages in their order. `index` is the path of the index of the evaluation sets."""
-    builders: dict[str, Callable[[], CurationStage]] = {
-        "normalize": lambda: NormalizeStage(config.normalize),
-        "language": lambda: LanguageStage(config.language),
-        "boilerplate": lambda: BoilerplateStage(config.boilerplate),
-        "quality": lambda: QualityStage(config.quality),
-        "harm": lambda: HarmStage(config.harm),
-        "decontaminate": lambda: DecontaminateStage(replace(config.decontaminate, index=str(index))),
-        "pii": lambda: PiiStage(config.pii),
-    }
-    return [builders[name]() for name in STAGES if name in config.stages]
 
 
 # ---- what a task writes ----------------------------------------------------------------------------------------------
@@ -282,7 +234,7 @@ class CleanTask:
             write_tables(self.layout.work, rank, part.rows(dedup), dedup)
             progress.finish(part.size_bytes)
             return
-        stages = build_stages(self.curation, self.layout.index)
+        stages_of = StagesOf(self.curation, self.layout.index)
         signatures, tally = Signatures(self.curation.dedup), Tally()
         rejects = _Rejects(
             self.layout.rejected, rank
@@ -304,7 +256,7 @@ class CleanTask:
                 progress.advance(n_bytes)
                 tally.read[record.source] += 1
                 tally.read_bytes[record.source] += n_bytes
-                if self._dropped(record, stages, tally, rejects, n_bytes):
+                if self._dropped(record, stages_of(record.source), tally, rejects, n_bytes):
                     continue
                 signatures.add(record, n_written)
                 line = to_line(record)

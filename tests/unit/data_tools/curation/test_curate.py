@@ -21,10 +21,11 @@ import pytest
 
 from data_tools.config import PrepareConfig, TokenizerConfig
 from data_tools.curate import curate
+from data_tools.curation.choice import STAGES, CurationConfig
 from data_tools.curation.collection import Collection, earlier_parts
 from data_tools.curation.dedup import DedupConfig, row_type
 from data_tools.curation.executors import TaskProgress
-from data_tools.curation.phases import STAGES, CleanTask, CurationConfig, Layout
+from data_tools.curation.phases import CleanTask, Layout
 from data_tools.prepare import prepare
 from data_tools.reading.units import ReadConfig, units_of
 from data_tools.report.funnel import funnel_rows, funnel_table

@@ -20,8 +20,9 @@ from pyarrow import parquet
 
 from data_tools.config import PrepareConfig
 from data_tools.curate import CurateConfig, _check_bad
+from data_tools.curation.choice import CurationConfig
 from data_tools.curation.executors import TaskProgress
-from data_tools.curation.phases import CleanTask, CurationConfig, Layout, Tally
+from data_tools.curation.phases import CleanTask, Layout, Tally
 from data_tools.reading.evaluation_sets import read_items
 from data_tools.reading.listing import LeftOut
 from data_tools.reading.sources import Document, Rejected, find_files, read_documents
