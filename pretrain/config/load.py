@@ -40,7 +40,7 @@ def load_config(schema: type[T], words: list[str], config_name: str | None = Non
         values = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(_unresolved(composed, error)) from error
-    config = validate(schema, values)
+    config = build(schema, values, written=OmegaConf.to_container(composed, resolve=False))
     _resolve_paths(config)
     for key, texts in given.verbatim.items():
         setattr(config, key, texts if kinds_of(schema)[key].is_list else texts[0])

@@ -6,7 +6,7 @@ import difflib
 import re
 from decimal import Decimal, InvalidOperation
 from enum import Enum
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from omegaconf import MISSING
 
@@ -20,17 +20,28 @@ _UNITS = {"": 0, "m": 6, "b": 9, "t": 12}
 _MAX_EXPONENT = 30
 
 
-def build(schema: type[T], values: Any) -> T:
+class _Root(NamedTuple):
+    """The whole configuration, of which an error shows a part."""
+
+    schema: type
+    written: Any
+    """The values as they were written."""
+
+
+def build(schema: type[T], values: Any, written: Any = None) -> T:
     """An object of `schema` with these values; keys that are not given keep their defaults.
+
+    `written` has the values before interpolations were resolved: an error shows `${oc.env:NAME}` and not what the
+    environment has, which may be a secret.
 
     Raises ConfigError for a key that the schema does not have, a required key that is not given, and a value of the
     wrong kind.
     """
-    return cast(T, _group(schema, schema, values, ""))
+    return cast(T, _group(schema, _Root(schema, values if written is None else written), values, ""))
 
 
-def _group(schema: type, root: type, values: Any, prefix: str) -> Any:
-    """An object of the dataclass `schema`, which is the group `prefix` of the whole schema `root`."""
+def _group(schema: type, root: _Root, values: Any, prefix: str) -> Any:
+    """An object of the dataclass `schema`, which is the group `prefix` of the whole configuration `root`."""
     if not isinstance(values, dict):
         raise ConfigError(
             f"{prefix}={values} is a group of keys; give them one by one, as {prefix}.KEY=VALUE"
@@ -39,7 +50,7 @@ def _group(schema: type, root: type, values: Any, prefix: str) -> Any:
     for name in values:
         if name not in kinds:
             full = f"{prefix}.{name}" if prefix else str(name)
-            raise ConfigError(unknown_key(root, full, schema))
+            raise ConfigError(unknown_key(root.schema, full, schema))
     arguments = {}
     for name, kind in kinds.items():
         key = f"{prefix}.{name}" if prefix else name
@@ -58,7 +69,7 @@ def _has_no_default(schema: type, name: str) -> bool:
     return _is_missing(schema.__dataclass_fields__[name].default)  # type: ignore[attr-defined]
 
 
-def _value(kind: Kind, root: type, value: Any, key: str) -> Any:
+def _value(kind: Kind, root: _Root, value: Any, key: str) -> Any:
     """`value` as `kind` wants it."""
     if kind.type is Any or (value is None and kind.optional):
         return value
@@ -72,9 +83,18 @@ def _value(kind: Kind, root: type, value: Any, key: str) -> Any:
     if found is None:
         close = difflib.get_close_matches(str(value), getattr(kind.type, "__members__", ()), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        shown = "null" if value is None else value
+        shown = "null" if value is None else _as_written(root.written, key, value)
         raise ConfigError(f"{key}={shown} is not {kind.expected()}{hint}")
     return found
+
+
+def _as_written(written: Any, key: str, value: Any) -> Any:
+    """What was written for a key, where that was an interpolation; otherwise its value."""
+    for part in key.split("."):
+        if isinstance(written, list):  # the items of a list share their key
+            return "${...}" if "${" in str(written) else value
+        written = written.get(part) if isinstance(written, dict) else None
+    return written if "${" in str(written) else value
 
 
 def _scalar(wanted: Any, value: Any) -> Any:

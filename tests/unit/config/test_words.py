@@ -149,6 +149,8 @@ def test_interpolations_are_those_of_the_command_line_alone(monkeypatch: pytest.
     assert train("run_dir=${oc.env:SOME_FOLDER}/a (${seed})").run_dir == "/scratch/我/a (1234)"
     assert "run_dir=${HOME}/x" in refused(TrainConfig, "run_dir=${HOME}/x")
     assert "oc.env:NAME" in refused(TrainConfig, "seed=${seed}")
+    for word in ("seed=${oc.env:SOME_FOLDER}", "data.sources=[{name: a, weight: '${oc.env:SOME_FOLDER}'}]"):
+        assert "scratch" not in refused(TrainConfig, word, "data.manifest=null")
     with pytest.raises(ConfigError, match="not resolved"):
         stored_config(to_dict(train()) | {"run_dir": "${oc.env:SOME_FOLDER}"}, "config.json")
 
