@@ -216,7 +216,7 @@ def _is_reserved(text: str, private: bool) -> bool:
 
 def _is_address(match: re.Match[str], octets: list[int], is_code: bool) -> bool:
     text, (start, end) = match.string, match.span()
-    before, after = text[max(0, start - 40) : start].lower(), text[end : end + 16].lower()
+    before, after = text[max(0, start - 32) : start].lower(), text[end : end + 16].lower()
     if _NO_ADDRESS_BEFORE.search(before[-24:]) or _NO_ADDRESS_AFTER.match(after):
         return False
     if before[-1:] in ("", "\n") and _HEADING_AFTER.match(text, end):

@@ -189,11 +189,12 @@ _NO_DIGITS = re.compile(r"(?:[^\d\n]*(?:\b[1-9]\b|\[\d{1,3}\]))?[^\d\n]*\Z")
 def _line_before(match: re.Match[str], limit: int) -> str:
     """The line up to the number, with the label on the line before it: `Phone:`."""
     text, start = match.string, match.start()
-    line = text.rfind("\n", 0, start) + 1
-    if start - line <= 8 and text.endswith(":\n", 0, line) and _NO_WORDS.fullmatch(text, line, start):
-        label = text.rfind("\n", 0, line - 1) + 1
-        return text[max(0, start - limit, label) : line - 1] + " " + text[line:start]
-    return text[max(0, start - limit, line) : start]
+    first = max(0, start - limit)
+    line = text.rfind("\n", first, start) + 1 or first
+    if start - line <= 8 and text.endswith(":\n", first, line) and _NO_WORDS.fullmatch(text, line, start):
+        label = text.rfind("\n", first, line - 1) + 1 or first
+        return text[label : line - 1] + " " + text[line:start]
+    return text[line:start]
 
 
 def _after_digits(before: str) -> str:
