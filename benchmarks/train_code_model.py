@@ -5,9 +5,9 @@
 Records have `text` and `kind` (the language, or the origin); those of --test also `label` (1 is code). Kinds count
 equally, however many texts they have: each text has the weight 1 / sqrt(texts of its kind).
 
-The shipped model was trained on 2,640 programs (the example files of the Pygments 2.18 source package, files of
+The shipped model was trained on 1,823 programs (the example files of the Pygments 2.18 source package, files of
 Debian 12 packages in 22 formats, Go, three.js, Django and SymPy, functions of half of the modules of Python's
-standard library) and on 8,200 texts of prose (news, encyclopedias, fiction, verse, laws, reviews, mail, dialogues,
+standard library) and on 12,727 texts of prose (news, encyclopedias, fiction, verse, laws, reviews, mail, dialogues,
 dictionaries in four languages; manuals, man pages, READMEs, changelogs, license texts and docstrings). Each is read
 whole and as a few of its lines. Copies are added in which the comments are Chinese, the prose is Cyrillic, or the
 prose has remains of HTML.

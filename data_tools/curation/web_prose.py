@@ -41,7 +41,7 @@ def is_web_prose(record: Record, web_sources: list[str]) -> bool:
 def is_law(text: str) -> bool:
     """Whether three lines, or a third of the lines, begin with the number of a clause."""
     n_clauses = sum(1 for _ in _CLAUSE.finditer(text))
-    return n_clauses >= _FEWEST_CLAUSES or n_clauses > _SHARE * _n_lines(text)
+    return n_clauses >= _FEWEST_CLAUSES or n_clauses >= max(1, _SHARE * _n_lines(text))
 
 
 def is_dialogue(text: str) -> bool:

@@ -79,7 +79,9 @@ def test_laws_and_dialogues_are_told_by_their_lines() -> None:
     assert [is_dialogue(text) for text in (LAW, CONTRACT, DIALOGUE, PROSE)] == [False, False, True, False]
     assert is_dialogue("A: Hello\nB: I cannot help with that.")
     assert not is_dialogue("It is cheap.\nPrice: 3\nColor: red\nSize: 4\nWeight: 5\n")  # nobody speaks twice
-    assert is_law("中华人民共和国义务教育法\n\n第六十三条　本法自2006年9月1日起施行。")
+    assert is_law(
+        "中华人民共和国义务教育法\n\n第六十三条　本法自2006年9月1日起施行。\n违反的，依法追究责任。"
+    )
 
 
 def test_lines_of_other_documents_have_no_hashes() -> None:
