@@ -591,8 +591,8 @@ def test_a_substitute_is_kept_from_its_first_sample_on(tmp_path: Path) -> None:
 def test_ranks_that_can_read_different_chunks_agree_on_a_substitute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chunk 0 is bad. Rank 1 reads it first. A step later both do, where rank 0 cannot read the substitute, and rank 1 not
-    the next one."""
+    """Chunk 0 is bad. Rank 1 reads it first. A step later both do: rank 0 cannot read the substitute, and rank 1 cannot
+    read the one after it."""
     text = Text(tmp_path / "c", 20 * CHUNK, seed=4)
     data = data_config([text], lanes=1, on_bad_chunk=BadChunk.substitute)
     where = make_loader(data, seed=14).order.locate(np.arange(84))
