@@ -29,9 +29,6 @@ from omegaconf import MISSING
 from pretrain.config import ClusterConfig, DataConfig, TrainConfig, run_command
 from pretrain.config.checks import check_positive
 from pretrain.config.texts import PathText
-from pretrain.corpus.manifest import load_manifest
-from pretrain.data.lanes import sequences_of
-from pretrain.data.order import SourceSize
 from pretrain.errors import ConfigError
 from pretrain.model.precision import resolve_precision
 from pretrain.plan.hardware import GIB, known_gpu
@@ -152,6 +149,10 @@ class PlanConfig(TrainConfig):
 
 def _tokens_of_epochs(data: DataConfig, n_epochs: int) -> int:
     """Number of tokens that `n_epochs` epochs of the corpora have, padding included. Raises ConfigError without any."""
+    from pretrain.corpus.manifest import load_manifest
+    from pretrain.data.lanes import sequences_of
+    from pretrain.data.order import SourceSize
+
     if data.manifest == "unused":
         raise ConfigError(
             f"total_epochs={n_epochs} needs the corpora; give data.manifest, or data.tokens=N instead"

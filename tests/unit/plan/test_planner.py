@@ -33,6 +33,7 @@ from pretrain.config import (
     TrainConfig,
     load_config,
 )
+from pretrain.corpus.shards import Corpus
 from pretrain.errors import ConfigError
 from pretrain.model.attention import Documents, visibility
 from pretrain.model.decoder import Block, Decoder, _rotary_tables
@@ -66,6 +67,7 @@ from pretrain.plan.time import (
 )
 from support import ROOT
 from support.launching import run_ranks
+from support.tiny import TinyCorpus
 from support.workers.engine_worker import small_config
 
 PLAN = ROOT / "launch" / "plan.py"
@@ -674,6 +676,16 @@ def test_what_is_wrong_is_one_sentence_and_exit_2(arguments: list[str], named: l
     assert done.returncode == 2
     assert [word for word in named if word not in done.stderr] == [], done.stderr
     assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_epochs_are_counted_in_the_tokens_of_the_corpora(corpus: TinyCorpus) -> None:
+    schema = load(PLAN).PlanConfig
+    given = ["model=7b", "total_epochs=3", "data.sequence_length=64"]
+    n_sequences = -(-Corpus(corpus.manifest).manifest.n_tokens // 64)
+    planned = load_config(schema, [*given, f"data.manifest={corpus.manifest}"], "plan")
+    assert planned.total_tokens == 3 * n_sequences * 64
+    with pytest.raises(ConfigError, match=r"total_epochs=3 needs the corpora; give data\.manifest"):
+        load_config(schema, given, "plan")
 
 
 def test_groups_are_those_of_training() -> None:
