@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from data_tools.names import RECORD_BYTES
+from pretrain.config.texts import PathText
 from pretrain.corpus.manifest import MAX_CHUNK_TOKENS
 from pretrain.errors import ConfigError
 
@@ -31,7 +32,7 @@ class DocumentFormat(Enum):
 class TokenizerConfig:
     """An existing tokenizer, or how to train a sentencepiece model on the corpus."""
 
-    path: str | None = None
+    path: PathText | None = None
     """An existing sentencepiece model, a Hugging Face tokenizer.json, or the folder that holds it; null: train one."""
     bos_token: str | None = None
     """Entry of that tokenizer.json that begins a document; null: the one in the tokenizer_config.json beside it. Where
@@ -116,10 +117,10 @@ class CardConfig:
 class PrepareConfig:
     """Options of a preparation. The same input and options give the same corpus on every machine."""
 
-    input: list[str] = MISSING
+    input: list[PathText] = MISSING
     """Files (JSON lines, JSON, CSV, Parquet, Arrow, text, WARC, tar; docs/corpus.md), folders of them, or `python`:
     the Python code and documentation installed on this machine. `a-{000..099}.tar` stands for 100 files."""
-    output: str = MISSING
+    output: PathText = MISSING
     """Folder for the corpus."""
     overwrite: bool = False
     """Replace a corpus in `output` that was prepared from other text or with other options."""
@@ -136,7 +137,7 @@ class PrepareConfig:
     """Largest amount of text to take for `python`, in bytes, chosen evenly from all of it; null: all of it."""
     encoding: str = "utf-8"
     """Encoding of text that has no byte-order mark and is not UTF-8: gb18030, utf-16 or utf-16-be."""
-    ignore: list[str] = field(default_factory=list)
+    ignore: list[PathText] = field(default_factory=list)
     """Patterns of names of files, or of their paths within an input, that are not to be read, such as '*.html'."""
     max_bad_records: int = 0
     """Number of bad records (no JSON, no text) that are skipped before the preparation gives up. A file that cannot be

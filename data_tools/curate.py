@@ -3,11 +3,18 @@
 Reads text (JSONL, Parquet, text folders, tars of text, WARC, Hugging Face dataset folders; local or behind a URL),
 normalizes it, detects its language, judges its quality, drops harmful text, replaces personal data, and removes
 evaluation sets and duplicates. Writes DIR/documents/part-NNNNN.jsonl, which data_tools.prepare takes as its input,
-what was dropped under DIR/rejected/<stage>/, and DIR/report.json. With corpus=DIR2 it then prepares the corpus there,
-with the options prepare.*. Run again after an interruption, it continues where it stopped.
+what was dropped under DIR/rejected/<stage>/, and DIR/report.json. With corpus=DIR2 it then prepares the corpus
+there, with the options prepare.*. sample=N shows what the stages do to N documents, in DIR/sample.txt, and curates
+nothing. Run again after an interruption, it continues where it stopped.
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script, which works in every folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from pretrain.command import begin
 
@@ -18,11 +25,9 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import MISSING
@@ -40,6 +45,7 @@ from data_tools.curation.phases import (
     Tally,
     write_json,
 )
+from data_tools.curation.sample import shown, summary, try_stages
 from data_tools.reading.encodings import UTF_8
 from data_tools.reading.listing import LeftOut, print_left_out
 from data_tools.reading.units import ReadConfig, Unit, units_of
@@ -48,15 +54,18 @@ from data_tools.report.schemas import read_curation_report, read_digest
 from data_tools.stages.decontaminate import build_index
 from pretrain import __version__
 from pretrain.config import run_command, to_dict
+from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError, RunError
-from pretrain.files import sync_folder
+from pretrain.files import sync_folder, written_atomically
 from pretrain.printing import print_error
 from pretrain.remote import open_file
 
-CURATION_VERSION = 1
+CURATION_VERSION = 2
 """Raise this with every change of the program that gives different bytes for the same input."""
 WORK = ".work"
 _PRODUCTS = (DOCUMENTS, "rejected", REPORT)
+SAMPLE = "sample.txt"
+_SAMPLE_LINES = 40  # number of lines of a change that are printed; the file has all
 
 
 @dataclass(kw_only=True, slots=True)
@@ -73,9 +82,9 @@ class CorpusConfig(PrepareConfig):
 class CurateConfig:
     """Options of a curation. The same input and options give the same bytes, wherever it runs."""
 
-    input: list[str] = MISSING
+    input: list[PathText] = MISSING
     """Files, folders of them, or URLs; `a-{000..099}.tar` stands for 100 files."""
-    output: str = MISSING
+    output: PathText = MISSING
     """Folder for the result."""
     overwrite: bool = False
     """Replace a result in `output` that was curated from other input or with other options."""
@@ -90,7 +99,10 @@ class CurateConfig:
     """Stages and their rules."""
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     """Where the tasks run."""
-    corpus: str | None = None
+    sample: int | None = None
+    """Curate nothing, but run the stages over this number of documents, spread over the input, and show in
+    `output`/sample.txt what each stage changed or dropped; null: curate."""
+    corpus: PathText | None = None
     """Folder of a corpus to prepare from the curated text; null: none."""
     prepare: CorpusConfig = field(default_factory=CorpusConfig)
     """Options of that preparation."""
@@ -98,12 +110,16 @@ class CurateConfig:
     def __post_init__(self) -> None:
         if self.unit_bytes < 1:
             raise ConfigError(f"unit_bytes={self.unit_bytes} must be 1 or more")
+        if self.sample is not None and self.sample < 1:
+            raise ConfigError(f"sample={self.sample} must be 1 or more")
         if not 0 <= self.max_bad_frac <= 1:
             raise ConfigError(f"max_bad_frac={self.max_bad_frac} is outside 0 to 1")
 
 
 def curate(config: CurateConfig) -> int:
     """Curate the text, then prepare a corpus where one is wanted. Returns the exit code."""
+    if config.sample is not None:
+        return _try(config, config.sample)
     code = _curate(config)
     if code or config.corpus is None:
         return code
@@ -114,10 +130,34 @@ def curate(config: CurateConfig) -> int:
     return prepare(replace(config.prepare, input=[documents], output=config.corpus))
 
 
-def _curate(config: CurateConfig) -> int:
+def _try(config: CurateConfig, n: int) -> int:
+    """Show what the stages do to a few documents."""
+    path = _output(config) / SAMPLE
+    trials = []
+    for trial in try_stages(config.input, config.read, config.curation, n):
+        trials.append(trial)
+        if trial.steps:
+            print(shown(trial, _SAMPLE_LINES), flush=True)
+    if not trials:
+        raise ConfigError(f"input={','.join(config.input)} holds no record")
+    parts = [summary(trials) + "\n", *(shown(trial) for trial in trials if trial.steps)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_atomically(path, durable=False) as file:
+        file.write("\n".join(parts).encode())
+    print(parts[0])
+    print(f"all of it: {path}; nothing was curated")
+    return 0
+
+
+def _output(config: CurateConfig) -> Path:
     output = Path(config.output).expanduser().resolve()
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output={config.output} is a file; give a folder")
+    return output
+
+
+def _curate(config: CurateConfig) -> int:
+    output = _output(config)
     left_out: list[LeftOut] = []
     units = units_of(config.input, config.unit_bytes, config.read, left_out.extend)
     print_left_out(left_out)
@@ -243,7 +283,7 @@ def _lost(file: dict[str, Any]) -> tuple[int, int]:
 def _recipe(config: CurateConfig, units: list[Unit]) -> dict[str, Any]:
     """Everything that decides the bytes of the result."""
     options = to_dict(config)
-    for name in ("input", "output", "overwrite", "executor", "max_bad_frac", "corpus", "prepare"):
+    for name in ("input", "output", "overwrite", "executor", "max_bad_frac", "sample", "corpus", "prepare"):
         del options[name]
     del options["read"]["ignore"]  # the files that are left say it
     if options["read"]["encoding"] == UTF_8:  # once the only one
@@ -304,7 +344,7 @@ def _is_finished(output: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
     """Whether the folder holds the result of this recipe. Raises ConfigError where it holds anything else."""
     report = output / REPORT
     if not report.exists():
-        if output.is_dir() and any(path.name not in (WORK, *_PRODUCTS) for path in output.iterdir()):
+        if output.is_dir() and any(path.name not in (WORK, SAMPLE, *_PRODUCTS) for path in output.iterdir()):
             raise ConfigError(
                 f"output={output} is not empty and holds no curated text; choose another output"
             )

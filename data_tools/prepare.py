@@ -8,14 +8,18 @@ an interruption, it continues where it stopped.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script, which works in every folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from pretrain.command import begin
 
 begin(__name__)
 
 import os
 import shutil
-import sys
-from pathlib import Path
 from typing import Any
 
 from data_tools.building.encode import WorkerDiedError, encode_parts

@@ -8,16 +8,20 @@ shard is damaged.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script, which works in every folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from pretrain.command import begin
 
 begin(__name__)
 
 import argparse
 import shutil
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np

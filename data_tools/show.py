@@ -6,14 +6,18 @@ the corpus has a loss mask, ⟦ ⟧ enclose the tokens to be predicted, and a li
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script, which works in every folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from pretrain.command import begin
 
 begin(__name__)
 
 import argparse
 import random
-import sys
-from pathlib import Path
 
 import numpy as np
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import xxhash
@@ -12,6 +13,44 @@ import xxhash
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 # Han, kana and hangul, with their punctuation.
 _CJK = re.compile(r"[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
+
+
+def _marks(codes: Iterable[int]) -> str:
+    """The combining marks among ascending code points, as the inside of a character class."""
+    ranges: list[list[int]] = []
+    for code in codes:
+        if unicodedata.category(chr(code)).startswith("M"):
+            if ranges and ranges[-1][1] == code - 1:
+                ranges[-1][1] = code
+            else:
+                ranges.append([code, code])
+    return "".join(f"{chr(first)}-{chr(last)}" for first, last in ranges)
+
+
+_BASIC_MARKS = _marks(range(0x300, 0x10000))
+MARKS = _BASIC_MARKS + _marks([*range(0x10000, 0x20000), *range(0xE0100, 0xE01F0)])
+"""Combining marks, as the inside of a character class: vowel signs of Hindi, points of Hebrew, accents."""
+WORD = rf"\w{MARKS}\u200c\u200d"
+"""What a word may contain, as the inside of a character class: letters, digits, underscores, marks, and the joiners
+that Persian and the scripts of India write inside words. `\\w` alone ends a Hindi word at every vowel sign. A word
+begins with a `\\w`: `rf"\\w[{WORD}]*"`."""
+WORD_START = rf"\b(?<![{_BASIC_MARKS}\u200c\u200d])"
+"""The start of a word; `\\b` also lies between a mark and a letter. Marks beyond the basic plane would cost three times
+as much and are left out."""
+WORD_END = rf"(?![{WORD}])"
+"""The end of a word, after a letter, digit or mark; `\\b` also lies between a letter and its mark."""
+UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9d"
+    r"\U00020000-\U0003ffff"
+)
+"""Scripts without spaces between words, as the inside of a character class: Thai, Lao, Burmese, Khmer, kana, Han."""
+# The exact ranges beyond the basic plane are many, and each is tried for every character: 30 times slower.
+_MAYBE_MARK = re.compile(rf"[{_BASIC_MARKS}\u200c\u200d\U00010000-\U000effff]")
+
+
+def has_marks(text: str) -> bool:
+    """Whether a text may contain marks or joiners. If not, `\\w` is as good as `WORD`, and twice as fast."""
+    return not text.isascii() and _MAYBE_MARK.search(text) is not None
 
 
 class Digest(NamedTuple):

@@ -5,13 +5,17 @@ Exit code 0: the corpus is whole; 1: it has problems, which are listed; 2: there
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script, which works in every folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from pretrain.command import begin
 
 begin(__name__)
 
 import argparse
-import sys
-from pathlib import Path
 
 from data_tools.names import HELDOUT_FOLDER
 from data_tools.progress import stage

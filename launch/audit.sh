@@ -7,6 +7,7 @@
 # not be looked up. Needs the package registry and the service, which is https://api.osv.dev unless PRETRAIN_OSV_URL
 # names another.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^set/{s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 OUTPUT=${1:-$ROOT/dist}

@@ -35,6 +35,7 @@ from omegaconf import MISSING
 
 from pretrain.config import AUTO, Precision, TrainConfig, load_config, run_command, to_dict
 from pretrain.config.checks import check_positive
+from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 
 SYNTHETIC = "synthetic"
@@ -83,9 +84,9 @@ class BenchSettings:
     in_turns: bool = False
     """Start all variants of a repeat at once and let them take turns, one step each. This shows smaller differences,
     but all variants must fit in memory together."""
-    output: str = MISSING
+    output: PathText = MISSING
     """Folder for results.json, table.md and logs. Runs in it with the same settings are reused."""
-    peers_python: str | None = None
+    peers_python: PathText | None = None
     """Python interpreter of the environment with the peers; null means this interpreter."""
     run_timeout_s: float = 3600
     """Seconds after which a run counts as failed."""
@@ -109,7 +110,7 @@ class BenchSettings:
 class BenchConfig(TrainConfig):
     """A training run that is measured."""
 
-    run_dir: str = "unused"
+    run_dir: PathText = "unused"
     """Not used; nothing is written there."""
     bench: BenchSettings = field(default_factory=BenchSettings)
 

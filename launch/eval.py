@@ -26,6 +26,7 @@ begin(__name__)
 from omegaconf import MISSING
 
 from pretrain.config import Precision, run_command
+from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 from pretrain.printing import visible
 
@@ -41,13 +42,13 @@ MAX_CHARS = 1 << 40  # documents of any length are scored
 class EvalConfig:
     """What to score, and how."""
 
-    run_dir: str = MISSING
+    run_dir: PathText = MISSING
     """Folder of the run whose model is scored."""
-    input: list[str] = MISSING
+    input: list[PathText] = MISSING
     """Files or folders of text, or prepared corpora."""
     step: int | None = None
     """Step of the checkpoint to use; null means the newest good checkpoint."""
-    checkpoint_target: str | None = None
+    checkpoint_target: PathText | None = None
     """URL of the run's checkpoints, if they are at a URL. A URL that the run folder names is opened only if it is also
     given here."""
     max_documents: int | None = None

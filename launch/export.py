@@ -21,19 +21,20 @@ begin(__name__)
 from omegaconf import MISSING
 
 from pretrain.config import Precision, run_command
+from pretrain.config.texts import PathText
 
 
 @dataclass(kw_only=True, slots=True)
 class ExportConfig:
     """What to export, and to which folder."""
 
-    run_dir: str = MISSING
+    run_dir: PathText = MISSING
     """Folder of the run."""
-    output: str = MISSING
+    output: PathText = MISSING
     """Folder to write."""
     step: int | None = None
     """Step of the checkpoint to use; null means the newest good checkpoint."""
-    checkpoint_target: str | None = None
+    checkpoint_target: PathText | None = None
     """URL of the run's checkpoints, if they are at a URL. A URL that the run folder names is opened only if it is also
     given here."""
     dtype: Precision = Precision.auto

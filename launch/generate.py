@@ -26,6 +26,7 @@ begin(__name__)
 from omegaconf import MISSING
 
 from pretrain.config import Precision, run_command
+from pretrain.config.texts import PathText, VerbatimText
 from pretrain.errors import ConfigError
 from pretrain.files import read_lines
 from pretrain.printing import visible
@@ -37,15 +38,15 @@ REPORT_EVERY_S = 5.0
 class GenerateConfig:
     """What to generate, and how."""
 
-    run_dir: str = MISSING
+    run_dir: PathText = MISSING
     """Folder of the run."""
-    prompt: list[str] = field(default_factory=list)
+    prompt: list[VerbatimText] = field(default_factory=list)
     """Texts to continue. Without any prompt, the model starts a new document."""
-    prompt_file: str | None = None
+    prompt_file: PathText | None = None
     """File with more prompts."""
     step: int | None = None
     """Step of the checkpoint to use; null means the newest good checkpoint."""
-    checkpoint_target: str | None = None
+    checkpoint_target: PathText | None = None
     """URL of the run's checkpoints, if they are at a URL. A URL that the run folder names is opened only if it is also
     given here."""
     n_samples: int = 1
@@ -198,14 +199,5 @@ class Progress:
 
 
 if __name__ == "__main__":
-    # Hydra would interpret commas, quotes and braces in a prompt as its own syntax.
-    given = [argument.removeprefix("prompt=") for argument in sys.argv[1:] if argument.startswith("prompt=")]
-    sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("prompt=")]
     sys.argv[1:] = ["json=true" if argument == "--json" else argument for argument in sys.argv[1:]]
-
-    def with_prompts(config: GenerateConfig) -> None:
-        """Run with the prompts of the command line."""
-        config.prompt = given
-        main(config)
-
-    run_command(GenerateConfig, with_prompts, doc=__doc__)
+    run_command(GenerateConfig, main, doc=__doc__)

@@ -6,6 +6,7 @@
 # builds. Versions change only where pyproject.toml requires it, or with --upgrade or --upgrade-package NAME. uv is
 # installed into a temporary environment.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^set/{s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 CUDA=$ROOT/requirements.cuda.lock

@@ -1,4 +1,4 @@
-"""Plan a run: `python launch/plan.py model=7b cluster.nodes=16 cluster.gpu=h100 data.tokens=10_000_000_000`
+"""Plan a run: `python launch/plan.py model=7b cluster.nodes=16 cluster.gpu=h100 total_tokens=10_000_000_000`
 
 Prints the memory per rank by part, step time, MFU, days, cost, checkpoints, goodput, and the engine options that fit,
 the fastest first. All keys of launch/train.py (run_dir and data.manifest are optional) and of the cluster are accepted.
@@ -28,6 +28,10 @@ from omegaconf import MISSING
 
 from pretrain.config import ClusterConfig, DataConfig, TrainConfig, run_command
 from pretrain.config.checks import check_positive
+from pretrain.config.texts import PathText
+from pretrain.corpus.manifest import load_manifest
+from pretrain.data.lanes import sequences_of
+from pretrain.data.order import SourceSize
 from pretrain.errors import ConfigError
 from pretrain.model.precision import resolve_precision
 from pretrain.plan.hardware import GIB, known_gpu
@@ -89,7 +93,7 @@ class PlanClusterConfig(ClusterConfig):
 class PlanConfig(TrainConfig):
     """A training run that is planned."""
 
-    run_dir: str = "unused"
+    run_dir: PathText = "unused"
     """Not used; nothing is written there."""
     global_batch_sequences: int | None = None  # type: ignore[assignment]
     """Sequences per optimizer update; null means about 4 million tokens, and at least one sequence per rank."""
@@ -129,8 +133,10 @@ class PlanConfig(TrainConfig):
                     "give one of them"
                 )
             self.total_tokens = data.tokens
+        if self.total_epochs is not None and self.total_tokens is None and self.total_steps is None:
+            self.total_tokens, self.total_epochs = _tokens_of_epochs(data, self.total_epochs), None
         if self.total_tokens is None and self.total_steps is None:
-            raise ConfigError("the length of the run is missing; give data.tokens=N")
+            raise ConfigError("the length of the run is missing; give total_tokens=N")
         if self.model.vocab_size is None:
             self.model.vocab_size = ASSUMED_VOCABULARY
         if self.global_batch_sequences is None:
@@ -142,6 +148,16 @@ class PlanConfig(TrainConfig):
             self.micro_batch_sequences = TRAINED_MICRO_BATCH
         TrainConfig.__post_init__(self)
         self.engine.check_ranks(ranks, self.cluster.gpus_per_node)
+
+
+def _tokens_of_epochs(data: DataConfig, n_epochs: int) -> int:
+    """Number of tokens that `n_epochs` epochs of the corpora have, padding included. Raises ConfigError without any."""
+    if data.manifest == "unused":
+        raise ConfigError(
+            f"total_epochs={n_epochs} needs the corpora; give data.manifest, or data.tokens=N instead"
+        )
+    sizes = [SourceSize.of(load_manifest(source.manifest)) for source in data.corpora()]
+    return n_epochs * data.sequence_length * sum(sequences_of(size, data.sequence_length) for size in sizes)
 
 
 def main(config: PlanConfig) -> None:

@@ -3,7 +3,7 @@
 One process per node checks the node and its links, and writes folder/start/NODE.json. Every check has a time limit, so
 nothing can hang:
 
-    srun --ntasks-per-node=1 python launch/preflight.py folder=DIR start=1 run_dir=DIR nodes="'node1 node2'" ...
+    srun --ntasks-per-node=1 python launch/preflight.py folder=DIR start=1 run_dir=DIR nodes="node1 node2" ...
 
 A single process with `judge=true` then reads the reports of this start and of earlier starts (the other folders),
 reports on stderr what is wrong, and prints the names of the nodes to exclude. Exit codes: 0 every node is fit; 10 some
@@ -39,6 +39,7 @@ begin(__name__)
 from omegaconf import MISSING
 
 from pretrain.config import PreflightConfig, run_command
+from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 from pretrain.files import write_atomically
 
@@ -54,11 +55,11 @@ SIOCGIFADDR = 0x8915
 class Preflight(PreflightConfig):
     """One start of a job, as one of its nodes sees it."""
 
-    folder: str = MISSING
+    folder: PathText = MISSING
     """Folder for the reports of the submission. It has one folder per start of a job."""
     start: str = MISSING
     """Name of this start's folder."""
-    run_dir: str = MISSING
+    run_dir: PathText = MISSING
     """Folder of the run."""
     nodes: str = MISSING
     """Names of all nodes of the job in the order of their ranks, separated by spaces."""

@@ -23,6 +23,7 @@ begin(__name__)
 from omegaconf import MISSING
 
 from pretrain.config import run_command
+from pretrain.config.texts import ManifestText, PathText, VerbatimText
 from pretrain.errors import ConfigError
 from pretrain.printing import visible
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 class ProvenanceConfig:
     """What to look up."""
 
-    run_dir: str = MISSING
+    run_dir: PathText = MISSING
     """Folder of the run."""
     step: int | None = None
     """Number of the optimizer update, counted from 1. Give this or `document`."""
@@ -43,14 +44,14 @@ class ProvenanceConfig:
     """Show only what this rank read; null shows the whole batch."""
     world_size: int | None = None
     """Number of ranks at that step; null means the number of ranks that wrote the newest checkpoint."""
-    document: str | None = None
+    document: VerbatimText | None = None
     """Id of the document to look up."""
     max_chars: int = 300
     """Number of characters that are printed of each piece of text."""
-    manifests: list[str] = field(default_factory=list)
+    manifests: list[ManifestText] = field(default_factory=list)
     """Paths or URLs of the corpora's manifest.json files, in the order of the run's sources. Required where the run
     read a corpus from a URL."""
-    checkpoint_target: str | None = None
+    checkpoint_target: PathText | None = None
     """URL of the run's checkpoints, if they are at a URL. A URL that the run folder names is opened only if it is also
     given here."""
     json: bool = False
@@ -122,15 +123,4 @@ def _print_text(text: str, max_chars: int) -> None:
 
 
 if __name__ == "__main__":
-    # Hydra would interpret commas, brackets and other characters in an id as its own syntax.
-    ids = [
-        argument.removeprefix("document=") for argument in sys.argv[1:] if argument.startswith("document=")
-    ]
-    sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("document=")]
-
-    def with_id(config: ProvenanceConfig) -> None:
-        """Run with the id of the command line."""
-        config.document = ids[-1] if ids else None
-        main(config)
-
-    run_command(ProvenanceConfig, with_id, doc=__doc__)
+    run_command(ProvenanceConfig, main, doc=__doc__)

@@ -131,9 +131,10 @@ def parse(words: list[str]) -> argparse.Namespace:
 # ---- the job ---------------------------------------------------------------------------------------------------------
 
 
-def hydra_quoted(path: Path | str) -> str:
-    """A path as a quoted value for Hydra, whatever characters it has."""
-    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+def quoted(text: Path | str) -> str:
+    """A path or a pattern as an item of a list, whatever its characters. Backslashes before a quote are doubled."""
+    escaped = re.sub(r"(\\+)(?='|\Z)", r"\1\1", str(text))
+    return "'" + escaped.replace("'", "\\'") + "'"
 
 
 class Job:
@@ -165,9 +166,7 @@ class Job:
         self.export(finished)
         say("\n== 6 of 6: a sample")
         self.generate()
-        self.stages.run(
-            "summary", ["python", "launch/quickstart_summary.py", f"output={hydra_quoted(self.out)}"]
-        )
+        self.stages.run("summary", ["python", "launch/quickstart_summary.py", f"output={self.out}"])
 
     def make_environment(self) -> None:
         self.stages.run("environment", ["bash", "launch/setup_env.sh"])
@@ -186,8 +185,8 @@ class Job:
     def prepare_corpus(self) -> None:
         corpus = self.out / "corpus"
         if self.corpus_paths:
-            inputs = ",".join(map(hydra_quoted, self.corpus_paths))
-            options = [f"ignore=[{','.join(map(hydra_quoted, self.ignore))}]"] if self.ignore else []
+            inputs = ",".join(map(quoted, self.corpus_paths))
+            options = [f"ignore=[{','.join(map(quoted, self.ignore))}]"] if self.ignore else []
         else:
             max_bytes = os.environ.get("QUICKSTART_MAX_BYTES", DEFAULT_MAX_BYTES)
             inputs = "python"
@@ -201,7 +200,7 @@ class Job:
                 "-m",
                 "data_tools.prepare",
                 f"input=[{inputs}]",
-                f"output={hydra_quoted(corpus)}",
+                f"output={corpus}",
             ]
             self.stages.run("corpus", [*command, *options])
         if not (self.heldout / "manifest.json").exists():
@@ -290,9 +289,9 @@ class Job:
             "launch/train.py",
         ]
         settings = [
-            f"run_dir={hydra_quoted(self.run_dir)}",
-            f"data.manifest={hydra_quoted(self.out / 'corpus' / 'manifest.json')}",
-            f"evaluation.manifest={hydra_quoted(self.heldout / 'manifest.json')}",
+            f"run_dir={self.run_dir}",
+            f"data.manifest={self.out / 'corpus' / 'manifest.json'}",
+            f"evaluation.manifest={self.heldout / 'manifest.json'}",
             "experiment=quickstart",
         ]
         command += [*settings, *length_overrides(steps), *stop]
@@ -307,8 +306,8 @@ class Job:
         result = self.out / "evaluation.json"
         if is_newer(result, finished):
             return self.stages.reuse("evaluate", str(result))
-        command = ["python", "launch/eval.py", f"run_dir={hydra_quoted(self.run_dir)}"]
-        command += [f"input=[{hydra_quoted(self.heldout)}]", f"max_tokens={EVALUATED_TOKENS}", "json=true"]
+        command = ["python", "launch/eval.py", f"run_dir={self.run_dir}"]
+        command += [f"input=[{quoted(self.heldout)}]", f"max_tokens={EVALUATED_TOKENS}", "json=true"]
         self.stages.run("evaluate", command)
         log = (self.out / "logs" / "evaluate.log").read_text(encoding="utf-8")
         write_atomically(result, (log.splitlines()[-1] + "\n").encode())
@@ -319,14 +318,15 @@ class Job:
         if is_newer(folder / "config.json", finished):
             return self.stages.reuse("export", str(folder))
         shutil.rmtree(folder, ignore_errors=True)
-        run_dir, output = hydra_quoted(self.run_dir), hydra_quoted(folder)
-        self.stages.run("export", ["python", "launch/export.py", f"run_dir={run_dir}", f"output={output}"])
+        self.stages.run(
+            "export", ["python", "launch/export.py", f"run_dir={self.run_dir}", f"output={folder}"]
+        )
         return None
 
     def generate(self) -> None:
         # With the user's text, the model starts a new document instead.
-        prompt = [] if self.corpus_paths else ["prompt='def '"]
-        command = ["python", "launch/generate.py", f"run_dir={hydra_quoted(self.run_dir)}", *prompt]
+        prompt = [] if self.corpus_paths else ["prompt=def "]
+        command = ["python", "launch/generate.py", f"run_dir={self.run_dir}", *prompt]
         self.stages.run("generate", [*command, "max_new_tokens=64", "seed=1"])
 
     def _left_s(self) -> float:

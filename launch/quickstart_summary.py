@@ -8,6 +8,7 @@ learned little more than that, 2 there is no finished quickstart.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import numpy as np
 from omegaconf import MISSING
 
 from pretrain.config import run_command
+from pretrain.config.texts import PathText
 from pretrain.corpus.shards import Corpus
 from pretrain.errors import ConfigError, RunError
 from pretrain.reliability.journal import read_metrics
@@ -37,7 +39,7 @@ CLEARLY_BELOW_FRAC = 0.05
 class SummaryConfig:
     """Which quickstart to summarize."""
 
-    output: str = MISSING
+    output: PathText = MISSING
     """Folder that launch/quickstart.sh has written (its --out)."""
 
 
@@ -55,10 +57,13 @@ def unigram_entropy(corpus: Corpus, n_tokens: int) -> float:
     return float(-(frequencies * np.log(frequencies)).sum())
 
 
-def mean_loss(losses: list[float], step: int) -> float:
-    """Mean training loss of the last AVERAGED_STEPS steps up to `step`, or of all where there are fewer."""
-    window = losses[max(0, step - AVERAGED_STEPS) : step]
-    return sum(window) / len(window)
+def mean_loss(losses: list[float | None], step: int) -> float:
+    """Mean training loss of the last AVERAGED_STEPS steps up to `step`, or of all where there are fewer.
+
+    A step with nothing to predict has no loss and does not count.
+    """
+    window = [loss for loss in losses[max(0, step - AVERAGED_STEPS) : step] if loss is not None]
+    return sum(window) / len(window) if window else math.nan
 
 
 def stage_lines(path: Path) -> list[tuple[str, str]]:
@@ -96,7 +101,7 @@ def heldout_rows(
     ]
 
 
-def training_rows(losses: list[float], stop_step: int) -> list[tuple[str, str]]:
+def training_rows(losses: list[float | None], stop_step: int) -> list[tuple[str, str]]:
     return [
         ("first steps", f"{mean_loss(losses, min(AVERAGED_STEPS, len(losses))):.3f}"),
         (f"stopped at step {stop_step}", f"{mean_loss(losses, stop_step):.3f}"),

@@ -22,6 +22,7 @@ begin(__name__)
 
 from pretrain.config import TrainConfig, run_command
 from pretrain.config.launched import launched_world_size
+from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 
 
@@ -29,7 +30,7 @@ from pretrain.errors import ConfigError
 class SelfTestConfig(TrainConfig):
     """A training run whose reading of data is tested."""
 
-    run_dir: str = "unused"
+    run_dir: PathText = "unused"
     """Not used; nothing is written there."""
     steps: int = 20
     """Number of steps that are read each time."""
@@ -68,4 +69,4 @@ def main(config: SelfTestConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_command(SelfTestConfig, main, config_name="selftest", doc=__doc__)
+    run_command(SelfTestConfig, main, config_name="selftest", doc=__doc__, ranks=True)

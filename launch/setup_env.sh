@@ -9,6 +9,7 @@
 # environment that is up to date is left alone. `bash launch/setup_env.sh --lock` runs launch/lock.sh, which regenerates
 # the lock files.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^set/{s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${PRETRAIN_VENV:-$ROOT/.venv}

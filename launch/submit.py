@@ -30,6 +30,7 @@ import data_tools
 import pretrain
 from pretrain.config import ClusterConfig, SubmitConfig, run_command, to_dict
 from pretrain.config.load import CONF_DIR
+from pretrain.config.words.arguments import is_own_file, path_in
 from pretrain.errors import ConfigError, RunError
 from pretrain.files import refuse_links
 from pretrain.printing import visible
@@ -67,6 +68,23 @@ DIRECTIVES = """\
 #SBATCH --export=ALL
 """
 
+REFUSALS = {
+    r"contact slurm controller|slurmctld|configuration source|controller_addr": "the Slurm controller does not answer; "
+    "submit on a login node where `sinfo` works, or use dry_run=true to see the script",
+    r"accounting/qos policy": "Slurm refuses the job because of a limit of your account or QOS; `squeue --me` shows "
+    "what you have submitted",
+    r"account": "Slurm refuses cluster.account={cluster.account}; `sacctmgr show associations user=$USER` lists yours",
+    r"partition": "Slurm refuses cluster.partition={cluster.partition}; `sinfo` lists the partitions",
+    r"qos": "Slurm refuses cluster.qos={cluster.qos}",
+    r"time limit": "Slurm refuses cluster.time_limit={cluster.time_limit}; `sinfo --format='%P %l'` shows the limits",
+    r"node name": "Slurm does not know a node of cluster.exclude={cluster.exclude}",
+    r"feature": "Slurm refuses cluster.constraint={cluster.constraint}; `sinfo --format='%P %f'` lists the features",
+    r"memory": "no node has the memory of cluster.memory_per_node_gib={cluster.memory_per_node_gib}",
+    r"node configuration|node count|gres|cpu count": "no nodes of the cluster fit cluster.nodes={cluster.nodes}, "
+    "cluster.gpus_per_node={cluster.gpus_per_node} and cluster.cpus_per_rank={cluster.cpus_per_rank}",
+}
+"""What to say for a reason of sbatch, by a pattern of its text; the first that is found counts."""
+
 RECHECK = """\
     # Long before Slurm gives up on a node that died, a command cannot be started there.
     if [ -n "$asked" ] || preflight "$start-after"; then end_chain; fi"""
@@ -74,11 +92,11 @@ RECHECK = """\
 
 def submit(config: SubmitConfig) -> None:
     """Check the configuration, copy the code, write the script and submit it; with `dry_run` only check and print."""
-    overrides = _train_overrides(sys.argv[1:], config)
     _check(config)
     run_dir = Path(config.run_dir).absolute()
     refuse_links(run_dir, run_dir, LINK_ADVICE, leave_out=WANDB_STARTS)
     folder = _next_folder(run_dir / "submit")
+    overrides = _train_overrides(sys.argv[1:], config, folder)
     script = batch_script(config, overrides, folder)
     if config.dry_run:
         print(visible(script, keep="\n\t"), end="")
@@ -93,7 +111,7 @@ def submit(config: SubmitConfig) -> None:
     try:
         _freeze(config, folder)
         (folder / "train.sbatch").write_text(script, encoding="utf-8")
-        jobs = _submit_chain(config.cluster.chain_jobs, folder)
+        jobs = _submit_chain(config.cluster, folder)
     except BaseException:
         shutil.rmtree(folder)  # every folder here must belong to a submitted job
         raise
@@ -176,8 +194,8 @@ def _checks(config: SubmitConfig, folder: Path) -> list[str]:
     cluster = config.cluster
     limits = {f.name: getattr(cluster.preflight, f.name) for f in fields(cluster.preflight)}
     known = {
-        "folder": _hydra_value(str(folder / "preflight")),
-        "run_dir": _hydra_value(str(folder.parent.parent)),
+        "folder": folder / "preflight",
+        "run_dir": folder.parent.parent,
         "gpus_per_node": cluster.gpus_per_node,
         "network_interface": cluster.network_interface or "null",
     }
@@ -233,38 +251,36 @@ def _sbatch_value(text: str) -> str:
     return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
-def _train_overrides(arguments: list[str], config: SubmitConfig) -> list[str]:
-    """The arguments for launch/train.py: the given ones without those of the cluster, and with an absolute run_dir."""
+def _train_overrides(arguments: list[str], config: SubmitConfig, folder: Path) -> list[str]:
+    """The arguments for launch/train.py: the given ones without those of the cluster, and with an absolute run_dir.
+
+    Files of the configuration that are not in conf/ are those that `_freeze` copies.
+    """
+    own = _own_files(arguments, folder)
     kept = []
     for argument in arguments:
+        if argument in own:
+            kept.append(f"{argument.partition('=')[0]}={own[argument][1]}")
+            continue
         key = argument.lstrip("+~").split("=")[0].split("@")[0]
         if key.split(".")[0] not in ("cluster", "dry_run", "run_dir"):
             kept.append(argument)
-    return [f"run_dir={_hydra_value(str(Path(config.run_dir).absolute()))}", *kept]
-
-
-def _hydra_value(text: str) -> str:
-    """A string quoted so that Hydra's override grammar reads it unchanged."""
-    if re.fullmatch(r"[\w./-]+", text):
-        return text
-    return "'" + text.replace("'", r"\'") + "'"
+    return [f"run_dir={Path(config.run_dir).absolute()}", *kept]
 
 
 def _check(config: SubmitConfig) -> None:
     """Raise ConfigError for everything that would fail on the cluster and can be checked here."""
     from pretrain.data.inputs import resolve_inputs
 
-    if "\\" in config.run_dir or "${" in config.run_dir:
+    if "${" in config.run_dir:
         raise ConfigError(
-            f"run_dir={config.run_dir} has a backslash or ${{, which Hydra would change; rename it"
+            f"run_dir={config.run_dir} has ${{, which the job would take for a variable; rename it"
         )
     if config.stop_at_step is not None:
         raise ConfigError(
             f"stop_at_step={config.stop_at_step} is for trials by hand: the job would requeue itself forever; "
             "leave it out, or shorten the run with total_steps"
         )
-    if config.init_from is not None and not Path(config.init_from).is_dir():
-        raise ConfigError(f"init_from={config.init_from} does not exist; give the run_dir of a trained run")
     resolve_inputs(config, config.cluster.world_size)
     config.engine.check_ranks(config.cluster.world_size, config.cluster.world_size // config.cluster.nodes)
 
@@ -275,8 +291,21 @@ def _next_folder(parent: Path) -> Path:
     return parent / f"{max(taken, default=0) + 1:03d}"
 
 
+def _own_files(arguments: list[str], folder: Path) -> dict[str, tuple[Path, Path]]:
+    """Each argument that chooses a file outside conf/, with the file and its copy in the folder of the submission."""
+    found = {}
+    for argument in arguments:
+        group, _, text = argument.partition("=")
+        if is_own_file(text) and (CONF_DIR / group.lstrip("+")).is_dir():
+            found[argument] = Path(path_in(argument)), folder / "own" / f"{group.lstrip('+')}.yaml"
+    return found
+
+
 def _freeze(config: SubmitConfig, folder: Path) -> None:
     """Copy the code that will run, with its commit and diff, so that a later edit or pull does not change the job."""
+    for source, copy in _own_files(sys.argv[1:], folder).values():
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, copy)
     for name, path in CODE_FOLDERS.items():
         shutil.copytree(path, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(to_dict(config)), encoding="utf-8")
@@ -298,14 +327,15 @@ def _git(*arguments: str) -> str:
     return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
 
 
-def _submit_chain(n_jobs: int, folder: Path) -> list[str]:
-    """Submit `n_jobs` jobs with the same script and return their ids. Each starts when the previous one has ended."""
+def _submit_chain(cluster: ClusterConfig, folder: Path) -> list[str]:
+    """Submit the jobs of a chain, all with the same script, and return their ids. Each waits for the one before it."""
+    n_jobs = cluster.chain_jobs
     jobs: list[str] = []
     try:
         while len(jobs) < n_jobs:
             # With afterok, a job would stay pending forever after one that failed.
             after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
-            jobs.append(_sbatch([*after, str(folder / "train.sbatch")]))
+            jobs.append(_sbatch([*after, str(folder / "train.sbatch")], cluster))
             if n_jobs > 1:
                 (folder / "chain").write_text("\n".join(jobs) + "\n", encoding="utf-8")
     except RunError:
@@ -315,13 +345,22 @@ def _submit_chain(n_jobs: int, folder: Path) -> list[str]:
     return jobs
 
 
-def _sbatch(arguments: list[str]) -> str:
+def _sbatch(arguments: list[str], cluster: ClusterConfig) -> str:
     """Submit a job and return its id. Raises RunError."""
     done = subprocess.run(["sbatch", "--parsable", *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        reason = " ".join(done.stderr.replace("sbatch: error: ", "").split())
-        raise RunError(f"sbatch refused the job: {reason}")
+        raise RunError(_refusal(done.stderr, cluster))
     return done.stdout.strip().split(";")[0]
+
+
+def _refusal(text: str, cluster: ClusterConfig) -> str:
+    """Why sbatch has refused the job, from what it says on stderr."""
+    for pattern, said in REFUSALS.items():
+        if re.search(pattern, text, re.IGNORECASE):
+            return said.format(cluster=cluster)
+    lines = [line.removeprefix("sbatch: error: ") for line in text.splitlines() if line.strip()]
+    reason = lines[-1].removeprefix("Batch job submission failed: ") if lines else "it gives no reason"
+    return f"Slurm refuses the job: {reason}"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Train a model: `deepspeed launch/train.py run_dir=DIR data.manifest=DIR/manifest.json total_steps=N ...`
 
-The launcher starts one process per rank; without a launcher there is a single rank. A run folder with a checkpoint
-resumes from it. Keys are Hydra overrides: `model=1b optim.lr=3e-4 engine=zero2 experiment=1b_one_node`. Exit codes:
-0 finished, 2 the configuration is wrong, 75 stopped on request with the state saved, anything else a crash.
+The launcher (`deepspeed`, `torchrun` or `srun` with a task per rank) starts one process per rank; without a launcher
+there is a single rank. A run folder with a checkpoint resumes from it. Options are KEY=VALUE, such as `model=1b
+optim.lr=3e-4 engine=zero2 experiment=1b_one_node`. Exit codes: 0 finished, 2 the configuration is wrong, 75 stopped on
+request with the state saved, anything else a crash.
 """
 
 import gc
@@ -81,7 +82,7 @@ def exit_at_once(code: int) -> None:
 
 if __name__ == "__main__":
     try:
-        run_command(TrainConfig, main, config_name="config", doc=__doc__)
+        run_command(TrainConfig, main, config_name="config", doc=__doc__, ranks=True)
     except SystemExit as ending:
         exit_at_once(int(ending.code or 0))
     except BaseException as failure:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -10,8 +9,6 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from pretrain.data.state import Substitution
 
 IGNORED_LABEL = -100
 """Label of a position that does not count in the loss; it is torch's default `ignore_index`."""
@@ -44,5 +41,3 @@ class Batch(NamedTuple):
     """Global sample index of each sequence: int64 [B]."""
     counts: Counts = Counts()
     """How documents were split over these sequences."""
-    substitutions: Sequence[Substitution] = ()
-    """Bad chunks that were found and replaced while these sequences were read."""

@@ -20,9 +20,21 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-LAUNCH = ("train", "eval", "export", "generate", "plan", "provenance", "selftest", "submit", "supervise")
+LAUNCH = (
+    "train",
+    "average",
+    "eval",
+    "export",
+    "generate",
+    "import_model",
+    "plan",
+    "provenance",
+    "selftest",
+    "submit",
+    "supervise",
+)
 DATA_TOOLS = ("curate", "prepare", "remove", "show", "verify")
-COMMANDS = {f"pretrain-{name}": f"pretrain.launch.{name}" for name in LAUNCH}
+COMMANDS = {f"pretrain-{name.replace('_', '-')}": f"pretrain.launch.{name}" for name in LAUNCH}
 COMMANDS.update({f"pretrain-{name}": f"data_tools.{name}" for name in DATA_TOOLS})
 """The module of each installed command. pyproject.toml lists the same names."""
 OURS = {"pretrain", "data_tools"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -223,3 +224,37 @@ def hold_lock(path: str | Path, busy: str, advice: str) -> TextIO:
         handle.write(f"{os.getpid()} on {os.uname().nodename}\n")
         handle.flush()
     return handle
+
+
+@contextmanager
+def published_together(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output`, which replaces `output` when the block ends without an error."""
+    output = output.absolute()
+    temporary = output.with_name(f".{output.name}.tmp")
+    replaced = output.with_name(f".{output.name}.old")
+    for leftover in (temporary, replaced):
+        _remove(leftover)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in temporary.iterdir():
+            if path.is_file():
+                let_umask_decide(path)
+        for path in [*temporary.iterdir(), temporary]:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if output.exists():
+            output.rename(replaced)
+        temporary.rename(output)
+        sync_folder(output.parent)  # the new folder must be durable before the old one is deleted
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder and its content. Of a link to a folder, only the link is deleted."""
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)

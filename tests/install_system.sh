@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Installs the Debian packages of the tests that need real parts: Slurm, ssh, strace, faketime, libaio, a Docker engine.
+# Installs the Debian packages of the tests that need real parts: bash tests/install_system.sh
 #
-# Needs root and apt-get; quick where everything is there already. Without it those tests are skipped, saying why.
+# Slurm, ssh, strace, faketime, libaio and a Docker engine. Needs root and apt-get; quick where everything is there
+# already. Without it those tests are skipped, saying why.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^set/{s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 
 PACKAGES=(
     # tests/cluster

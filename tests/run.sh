@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Sets up the environment and runs the tests: bash tests/run.sh [pytest arguments]
 #
-# Without arguments: the linters, the type checker and every test, quick ones first (with CI=true, all but the long ones).
-# With arguments: pytest alone, with them. The exit code is that of a failing pytest, or 1 where only a linter failed.
+# Without arguments: the linters, the type checker and every test, quick ones first, which takes half an hour or more (with
+# CI=true, all but the long ones). With arguments: pytest alone, with them, such as `tests/unit/config` or `-k resume`. The
+# exit code is that of a failing pytest, or 1 where only a linter failed. The environment is made first, if it is missing.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^set/{s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"

@@ -31,6 +31,7 @@ def corpus_batches(config: TrainConfig, world: World) -> Iterator[list[Batch]]:
         world_size=world.size,
         total_steps=config.total_steps,
         total_tokens=config.total_tokens,
+        total_epochs=config.total_epochs,
         state=None,
     ).steps(1)
 

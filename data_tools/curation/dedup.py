@@ -20,6 +20,8 @@ from types import SimpleNamespace
 import numpy as np
 import xxhash
 
+from data_tools.curation.web_prose import is_web_prose
+from data_tools.record import Record
 from pretrain.errors import ConfigError
 from pretrain.files import written_atomically
 
@@ -51,9 +53,12 @@ class DedupConfig:
     priority: list[str] = field(default_factory=list)
     """Sources in order of preference: of duplicates, the document of the earliest source in this list is kept."""
     repeated_lines: bool = True
-    """Remove lines that occur in more than `max_line_documents` documents from all of these but the first."""
+    """Remove lines that occur in more than `max_line_documents` web pages from all of these but the first. They are
+    neither looked for in nor removed from code, laws, dialogues, and documents that are no web pages."""
+    web_sources: list[str] = field(default_factory=list)
+    """Sources of web pages, by name or pattern such as `crawl_*`. A document with an address is a web page too."""
     max_line_documents: int = 10
-    """Largest number of documents in which a line may occur."""
+    """Largest number of web pages in which a line may occur."""
     min_line_chars: int = 40
     """Smallest length in characters of a line that counts as repeated; a Chinese character counts as three."""
 
@@ -118,10 +123,12 @@ def band_hashes(text: str, config: DedupConfig) -> np.ndarray | None:
     return np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows], dtype=np.uint64)
 
 
-def line_hashes(text: str, config: DedupConfig) -> list[tuple[int, str]]:
-    """(hash, line) of the lines that are long enough to be compared; white space and case do not count."""
-    found = []
-    for line in text.split("\n"):
+def line_hashes(record: Record, config: DedupConfig) -> list[tuple[int, str]]:
+    """(hash, line) of the lines of web prose that are long enough to be compared; white space and case do not count."""
+    found: list[tuple[int, str]] = []
+    if not config.repeated_lines or not is_web_prose(record, config.web_sources):
+        return found
+    for line in record.text.split("\n"):
         plain = " ".join(line.split()).lower()
         if len(plain) + 2 * len(_HAN.findall(plain)) >= config.min_line_chars:
             found.append((xxhash.xxh3_64_intdigest(plain.encode()), line))
@@ -139,16 +146,15 @@ class Signatures:
         self._tables: list[list[tuple[int, int]]] = [[] for _ in range(n_tables(config))]
         self._lines: list[tuple[int, int]] = []
 
-    def add(self, document: int, text: str) -> None:
+    def add(self, document: int, record: Record) -> None:
         """Add the next document that the stages kept; `document` is its number in the task."""
-        config = self._config
+        config, text = self._config, record.text
         if config.exact:
             self._tables[EXACT].append((exact_hash(text), document))
         if config.near and (bands := band_hashes(text, config)) is not None:
             for table, value in zip(self._tables[EXACT + 1 :], bands.tolist(), strict=True):
                 table.append((value, document))
-        if config.repeated_lines:
-            self._lines += [(value, document) for value in {value for value, _ in line_hashes(text, config)}]
+        self._lines += [(value, document) for value in {value for value, _ in line_hashes(record, config)}]
 
     def write(self, folder: Path, rank: int) -> None:
         """Write one .npy file per table (uint64 [documents, 2]), each atomically."""

@@ -108,6 +108,8 @@ class Tally:
     """Kept documents, by the number of bits (4 to 24) of their length in characters."""
     counts: Counter[str] = field(default_factory=Counter)
     """Changes that stages made to texts, by `stage.what`."""
+    changed: Counter[str] = field(default_factory=Counter)
+    """Documents whose text was changed, by `stage.what`."""
     contaminated: Counter[str] = field(default_factory=Counter)
     """Documents that share text with an evaluation set, dropped or not, by set."""
     licenses: Counter[str] = field(default_factory=Counter)
@@ -117,6 +119,11 @@ class Tally:
         self.dropped[f"{stage}/{reason}"] += 1
         self.dropped_bytes[f"{stage}/{reason}"] += n_bytes
         self.dropped_of[f"{record.source}/{stage}"] += 1
+
+    def change(self, record: Record) -> None:
+        """Add the changes to the text of a document."""
+        self.counts.update(record.counts)
+        self.changed.update(record.counts.keys())
 
     def keep(self, record: Record, n_bytes: int) -> None:
         self.kept[record.source] += 1
@@ -274,7 +281,7 @@ class CleanTask:
                 tally.read_bytes[record.source] += n_bytes
                 if self._dropped(record, stages, tally, rejects, n_bytes):
                     continue
-                signatures.add(len(source_ranks), record.text)
+                signatures.add(len(source_ranks), record)
                 source_ranks.append(order.get(record.source, len(order)))
                 file.write(to_line(record))
         signatures.write(self.layout.work, rank)
@@ -298,7 +305,7 @@ class CleanTask:
                 tally.drop(record, stage.name, reason, n_bytes)
                 rejects.add(stage.name, reason, record)
                 return True
-        tally.counts.update(record.counts)
+        tally.change(record)
         return False
 
 
@@ -338,7 +345,7 @@ class FilterTask:
                     tally.drop(record, DEDUP, reason, n_bytes)
                     rejects.add(DEDUP, reason, record)
                     continue
-                tally.counts.update(record.counts)
+                tally.change(record)
                 tally.keep(record, len(record.text.encode("utf-8", "replace")))
                 out = to_line(record)
                 file.write(out)
@@ -349,10 +356,13 @@ class FilterTask:
         write_json(self.layout.tally("filter", rank), tally.to_json())
 
     def _without_lines(self, record: Record, repeated: np.ndarray, document: int) -> bool:
-        """Remove repeated lines, unless this document is the first that has them. Returns whether nothing is left."""
-        if not len(repeated) or not self.curation.dedup.repeated_lines:
+        """Remove repeated lines, unless this document is the first that has them. Returns whether nothing is left.
+
+        Documents of sources that people chose keep all lines.
+        """
+        if not len(repeated) or self.curation.quality.is_curated(record.source):
             return False
-        found = line_hashes(record.text, self.curation.dedup)
+        found = line_hashes(record, self.curation.dedup)
         hashes = np.array([value for value, _ in found], dtype=np.uint64)
         places = np.minimum(np.searchsorted(repeated[:, 0], hashes), len(repeated) - 1)
         rows = repeated[places]

@@ -31,6 +31,7 @@ from data_tools.reading.listing import (
 )
 from data_tools.reading.reader import Entry, NoTextError, Span, entries, open_file, require
 from data_tools.record import Record
+from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 
 Records = Iterator[Record]
@@ -81,7 +82,7 @@ class ReadConfig:
     """Largest number of unpacked bytes of one compressed file; reading stops beyond it."""
     encoding: str = UTF_8
     """Encoding of text that has no byte-order mark and is not UTF-8: gb18030, utf-16 or utf-16-be."""
-    ignore: list[str] = field(default_factory=list)
+    ignore: list[PathText] = field(default_factory=list)
     """Patterns of names of files, or of their paths within an input, that are not to be read, such as '*.html'."""
 
     def __post_init__(self) -> None:

@@ -155,10 +155,27 @@ def funnel_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
+def _change_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One row per kind of change to texts that were kept, in the order of the stages.
+
+    What decontamination counts are pieces that it found, whether it cut them out or not.
+    """
+    tally, order = report["tally"], [*report["stages"], "dedup"]
+    names = [name for name in tally["counts"] if name.partition(".")[0] in {*order} - {"decontaminate"}]
+    names.sort(key=lambda name: (order.index(name.partition(".")[0]), name))
+    documents = tally.get("changed", {})
+    return [
+        (name, f"{tally['counts'][name]:,}", f"{documents[name]:,}" if name in documents else "")
+        for name in names
+    ]
+
+
 def funnel_table(report: Mapping[str, Any]) -> str:
     """Funnel, languages and sources of a curation, as aligned text."""
     tally = report["tally"]
     parts = [plain_table(funnel_rows(report), ("stage", "documents", "dropped", "MB of input", "why"))]
+    if changes := _change_rows(report):
+        parts.append(plain_table(changes, ("changed text", "changes", "documents")))
     bad = tally["dropped"].get("read/bad_record", 0)
     if bad:
         parts.append(f"{bad:,} records or files could not be read: rejected/read")

@@ -425,6 +425,8 @@ class TallyFacts:
     """Number of kept documents, by the number of bits (4 to 24) of their length in characters."""
     counts: Counts
     """Number of changes to texts, by `stage.what`."""
+    changed: Counts = field(default_factory=dict)
+    """Number of documents whose text was changed, by `stage.what`; empty in reports of earlier versions."""
     contaminated: Counts = field(default_factory=dict)
     """Number of documents that share text with an evaluation set, by name of the set."""
     licenses: Counts = field(default_factory=dict)

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from data_tools.record import Record
-from data_tools.stages.language import is_code
+from data_tools.stages.code_text import is_code
 
 _LONGEST_LINE = 300
 _FEWEST_WORDS_OF_A_MENU = 3

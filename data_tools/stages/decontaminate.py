@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from data_tools.reading.evaluation_sets import read_items
 from data_tools.record import Record
+from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 from pretrain.files import open_regular, written_atomically
 
@@ -55,12 +56,12 @@ class DecontaminateMode(Enum):
 class DecontaminateConfig:
     """Evaluation sets that must not be in the corpus, and when text counts as shared with them."""
 
-    files: list[str] = field(default_factory=list)
+    files: list[PathText] = field(default_factory=list)
     """Files or URLs of JSON lines (.jsonl) or plain text with an item per line, also as .gz or .zst. Each file is a
     set, named by the file name up to its first dot."""
     fields: list[str] = field(default_factory=lambda: ["question", "answer", "text"])
     """Fields of a JSON line whose strings are looked for, also those inside lists and objects."""
-    index: str | None = None
+    index: PathText | None = None
     """File written by build_index; null: every process builds the index at its first document."""
     mode: DecontaminateMode = DecontaminateMode.drop
     ngram_words: int = 13

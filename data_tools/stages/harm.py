@@ -16,15 +16,17 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data_tools.record import CHINESE, CHINESE_TRADITIONAL, CODE, UNKNOWN, Record
+from data_tools.text import UNSPACED, WORD, WORD_END, WORD_START
+from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 from pretrain.files import read_lines
 
 _SHIPPED = Path(__file__).parent / "word_lists"
 _LISTED_ENTRIES = 10
 # Scripts without spaces, in which an entry is found anywhere and shares count characters.
-_UNSPACED = re.compile(
-    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
+_UNSPACED = re.compile(rf"[{UNSPACED}]")
+_WORD = re.compile(rf"[{WORD}]")
+_EDGES = (r"\b", WORD_START, WORD_END)
 
 
 class HarmMode(Enum):
@@ -39,18 +41,18 @@ class HarmConfig:
     """Which documents are dropped for their content or their address."""
 
     mode: HarmMode = HarmMode.drop
-    word_lists: dict[str, str] = field(default_factory=dict)
+    word_lists: dict[str, PathText] = field(default_factory=dict)
     """File of words for each language (UTF-8, an entry per line, # comments). Other languages use the list that comes
     with data_tools (en, zh); an empty name switches a language off."""
     max_share: float = 0.02
     """Largest fraction of the words (for Chinese, of the characters) that may belong to listed entries."""
     max_entries: int = 4
     """Largest number of different entries in a document, however long it is."""
-    blocked_domains: list[str] = field(default_factory=list)
+    blocked_domains: list[PathText] = field(default_factory=list)
     """Files of host names, one per line; their subdomains are blocked too."""
-    blocked_url_parts: list[str] = field(default_factory=list)
+    blocked_url_parts: list[PathText] = field(default_factory=list)
     """Files of parts of addresses, one per line; case does not count."""
-    classifier: str | None = None
+    classifier: PathText | None = None
     """A fastText model file; null: none."""
     classifier_label: str = "__label__harmful"
     """Label whose probability counts."""
@@ -199,13 +201,18 @@ def entry_pattern(entries: Iterable[str], *, whole_words: bool = True) -> re.Pat
     tree: dict[str, Any] = {}
     for entry in entries:
         bounded = whole_words and not _UNSPACED.search(entry)
-        before = r"\b" if bounded and entry[0].isalnum() else ""
-        after = r"\b" if bounded and entry[-1].isalnum() else ""
+        # no mark stands beside a letter of ASCII in NFC, but for rare languages, and `\b` is quicker
+        before, after = (
+            r"\b" if entry[end].isascii() else edge for end, edge in ((0, WORD_START), (-1, WORD_END))
+        )
+        before = before if bounded and _WORD.match(entry[0]) else ""
+        after = after if bounded and _WORD.match(entry[-1]) else ""
         node = tree
         for piece in [before, *entry, after]:
             if piece:
                 node = node.setdefault(
-                    r"\s+" if piece == " " else piece if piece == r"\b" else re.escape(piece), {}
+                    r"\s+" if piece == " " else piece if piece in _EDGES else re.escape(piece),
+                    {},
                 )
         node[""] = {}
     return re.compile(_alternatives(tree)) if tree else None

@@ -1,4 +1,4 @@
-"""Detects the language of a document offline: code by rules, Chinese by its characters, other languages by a model."""
+"""Detects the language of a document offline: code by its form, Chinese by its characters, others by a model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.record import CHINESE, CHINESE_TRADITIONAL, CODE, UNKNOWN, Record
+from data_tools.stages.code_text import is_code_text
+from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 
 Identified = tuple[str, float]
@@ -18,48 +20,8 @@ Identified = tuple[str, float]
 _CODE_KEY = re.compile(r"[a-z]{2,3}|zh-hant|code")
 # The language is detected from the beginning and the middle, so that long documents take no more time.
 _PIECE_CHARS = 1000
-# Code is detected from more text, because a source file may begin with pages of license and documentation.
-_CODE_PIECE_CHARS = 3000
-_CODE_SHARE = 0.45
-_FEWEST_CODE_LINES = 5
-_LONGEST_CODE_LINE = 200
-_CHARS_PER_CODE_SIGN = 80
 _KANA_SHARE = 0.1
 _SCORE_DIGITS = 3
-
-_CODE_SUFFIXES = frozenset(
-    "c cc cpp cs css cu cuh cxx f90 go h hpp hs java jl js jsx kt lua m ml php pl pm ps1 py pyi pyx r rb rs "
-    "scala sh sql swift ts tsx vue zig".split()
-)
-_SUFFIX = re.compile(r"\w\.(\w{1,5})(?::\d+)?$")
-# Lines that only code has. A final comma or semicolon alone is no sign of code: verse and lists have them too.
-_CODE_LINE = re.compile(
-    r"""[ \t]*(?:
-     (?:(?:async\ )?def|class)\ \w+.*[:({,]$
-    |(?:from\ [\w.]+\ import\ |import\ [\w.{*"']+(?:\ as\ \w+|,\ [\w.]+)*;?$)
-    |(?:if|elif|for|while|with|try|except|else|finally|switch|case|catch|do)\b.*[:{(]$
-    |(?:return|raise|yield|assert|del|throw)\ (?:[\w.]+;?$|[^ ]*[(\[{"'=+*/-])
-    |(?:pass|break|continue|return|fi|done|esac|end);?$
-    |@\w+[\w.]*(?:\(.*)?$
-    |\#\ ?(?:include|define|ifn?def|if|endif|else|undef|pragma)\b
-    |(?://|/\*|\*/)
-    |\$?\w+(?:\.\w+|->\w+|\[[^\]]*\])*\s*(?:[-+*/%|&^:]|//|\*\*|<<|>>)?=\s*[^=\s]
-    |(?:public|private|protected|static|const|let|var|void|int|char|unsigned|struct|enum|typedef|template
-       |namespace|using|fn|pub|func|package|export|extern|inline|function)\ .*[;{)(,=]$
-    |[\])}]+[,;:)]*$
-    |.*[{}]$
-    |.*[=(\[<>{].*;$
-    |.*[\w\])]\ ?\(.*\)[;,:)\]}]+$
-    |.*\w\(.*[(,]$
-    |.*(?:[^=]==[^=]|!=|&&|\|\||::\w|\+=|-=|\w\+\+|=>).*[\w\])'"]$
-    |[\w.]+\([^()]*\)$
-    |['"][^'"]*['"]\s*:.*$
-    )""",
-    re.X,
-)
-# Comments of most languages, and console sessions in documentation, which count neither for code nor against it.
-_CODE_SIGN = re.compile(r"[=(){}\[\];<>@#/]")
-_NEUTRAL_LINE = re.compile(r"[ \t]*(?:#|\*|>>>|\.\.\.|\.\. )")
 
 _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _KANA = re.compile(r"[\u3041-\u30fa\u30fd-\u30ff\uff66-\uff9d]")
@@ -81,7 +43,7 @@ _CHINESE_LABELS = frozenset({"zh", "zho", "cmn", "yue", "wuu", "lzh"})
 class LanguageConfig:
     """Which languages are kept, and how they are detected."""
 
-    model_path: str | None = None
+    model_path: PathText | None = None
     """Path of a fastText model such as lid.176.bin; null: count scripts, then use the model of py3langid."""
     keep: list[str] = field(default_factory=list)
     """Codes of languages to keep (`zh` is simplified Chinese, `zh-hant` traditional, `code`, `und` where there
@@ -125,7 +87,7 @@ class LanguageStage:
         return "unsure" if record.signals["language.score"] < self._config.min_score else None
 
     def _language(self, record: Record) -> Identified:
-        if is_code_name(record.id) or is_code_text(record.text):
+        if is_code_text(record.text, record.id):
             return CODE, 1.0
         piece = _pieces(record.text, _PIECE_CHARS)
         if self._identify is None:  # the model is loaded at the first document
@@ -135,41 +97,6 @@ class LanguageStage:
         if language == CHINESE and is_traditional(piece):
             language = CHINESE_TRADITIONAL
         return language, score
-
-
-def is_code(record: Record) -> bool:
-    """Whether a document is program code, also for stages that run before the language is detected."""
-    if record.language != UNKNOWN:
-        return record.language == CODE
-    return is_code_name(record.id) or is_code_text(record.text)
-
-
-def is_code_name(id: str) -> bool:
-    """Whether the id ends like the name of a source file. Addresses do not count: pages end in .php as well."""
-    suffix = _SUFFIX.search(id)
-    return suffix is not None and suffix[1].lower() in _CODE_SUFFIXES and "://" not in id
-
-
-def is_code_text(text: str) -> bool:
-    """Whether at least 45 % of the lines, and at least 5 of them, have a form that only code has.
-
-    Comments and console sessions (`>>>`) do not count: prose on programming with examples in it is prose.
-    """
-    piece = _pieces(text, _CODE_PIECE_CHARS)
-    if (
-        len(_CODE_SIGN.findall(piece)) < len(piece) / _CHARS_PER_CODE_SIGN
-    ):  # most prose is ruled out here, at little cost
-        return False
-    lines = [line for line in map(str.rstrip, piece.split("\n")) if line]
-    if len(lines) < _FEWEST_CODE_LINES:
-        return False
-    code = prose = 0
-    for line in lines:
-        if len(line) <= _LONGEST_CODE_LINE and _CODE_LINE.match(line):
-            code += 1
-        elif not _NEUTRAL_LINE.match(line):
-            prose += 1
-    return code >= _FEWEST_CODE_LINES and code >= _CODE_SHARE * (code + prose)
 
 
 def is_traditional(text: str) -> bool:
@@ -210,7 +137,22 @@ def by_script(text: str) -> Identified | None:
     share = east_asian / words
     if hangul > han + kana:
         return "ko", share
-    return ("ja" if kana >= _KANA_SHARE * (han + kana) else CHINESE), share
+    return ("ja" if _is_japanese(text, han, kana) else CHINESE), share
+
+
+def _is_japanese(text: str, han: int, kana: int) -> bool:
+    """Whether a text of Han characters and kana is Japanese.
+
+    A title or an official text may have less than a tenth of kana. Then it is Japanese if it has no character that
+    Japanese lacks: every longer Chinese text has some, such as 们 or 說.
+    """
+    if not kana or kana >= _KANA_SHARE * (han + kana):
+        return kana > 0
+    try:
+        "".join(_HAN.findall(text)).encode("shift_jis")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _pieces(text: str, chars: int) -> str:
@@ -244,9 +186,8 @@ def _packaged() -> Callable[[str], Identified]:
         if not any(map(str.isalpha, text)):
             return UNKNOWN, 0.0
         encoded = (text.lower() if text.isupper() else text).encode("utf-8", "replace")
-        counts = visit_counts(model.tk_nextmove, rows, model.tk_output, encoded)
-        if not counts:
-            return UNKNOWN, 0.0
+        # A word as short as `No.` may have nothing that the model knows: then the prior decides, with a low score.
+        counts = visit_counts(model.tk_nextmove, rows, model.tk_output, encoded) or {}
         weights = np.array([math.log1p(n) for n in counts.values()])
         # Divide by the square root of the length, as the package does to calibrate probabilities.
         raw = weights @ model.nb_ptc[list(counts)].astype(np.float64) + prior

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import html
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from html.entities import html5
 
-from data_tools.record import CODE, UNKNOWN, Record
-from data_tools.stages.language import is_code_name, is_code_text
+from data_tools.record import UNKNOWN, Record
+from data_tools.stages.code_text import is_code, is_code_text
 from data_tools.text import clean
 from pretrain.errors import ConfigError
 
 # Where the bytes of UTF-8 were decoded one by one, two neighboring characters come from single bytes. This test rules
 # out nearly all texts before ftfy's own test, which is slower. (0xA0 after a letter may have become a blank.)
 _ENCODED_TWICE = re.compile("[\x80-\u06ff\u1ea0-\u1eff\u2010-\u25ff\uf8ff\ufb01\ufb02]{2}|[ÂÃÅàáâãå] ")
-# Undoing an entity can reveal another one (&amp;lt;br&amp;gt;); deeper nesting than this is no accident.
+# Undoing an entity can reveal another one (&amp;amp;); deeper nesting than this is no accident.
 _MOST_ROUNDS = 8
 
+# Bytes of Windows-1252, such as quotation marks and dashes, that were decoded as if they were Latin-1.
+_WINDOWS_SIGN = re.compile("[\x80-\x9f]")
 _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[@-~]")
-_LINE_END = re.compile(r"\r\n?|[\x0b\x0c\u2028\u2029]")
-# Soft hyphens, direction marks and overrides, word joiners and byte-order marks are removed everywhere.
+# In code, line separators, invisible characters and special spaces stand within strings, which must not change.
+_LINE_END = re.compile(r"[\x0b\x0c\u2028\u2029]")
+# Soft hyphens, direction marks and overrides, word joiners and byte-order marks are removed from prose.
 _INVISIBLE = re.compile(
     "[\u00ad\u061c\u180e\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb]"
 )
@@ -37,15 +41,22 @@ _STRAY_SPACE = re.compile("(?<![\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u
 _ZERO_WIDTH = re.compile("[\u200b-\u200d]")
 
 _SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
+_INDENTATION = re.compile(r"^[\s\xa0]+", re.M)
 _BLANKS = " \t\u3000"
 # Ideographic spaces indent Chinese paragraphs and separate halves of verses; among Latin words they are blanks.
 _EAST_ASIAN = re.compile(
     "[\u2e80-\u2fdf\u3001-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
 )
 
+_SPECIAL = re.compile(
+    "["
+    + "".join(p.pattern[1:-1] for p in (_LINE_END, _WINDOWS_SIGN, _INVISIBLE, _ZERO_WIDTH, _SPACE))
+    + "\u3000]"
+)
+
 _ENTITY = re.compile(r"&(?:amp;|#38;|#x26;)*(#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
-# Tags that become line ends, and other tags. A name that is a word may be a placeholder, as in `copy <source> <b>`:
-# such a tag is removed only where it has attributes or is closed somewhere in the text.
+# Tags that become line ends, and other tags. A name may be a placeholder, as in `copy <source> <var>`: a tag is removed
+# only where it has attributes, or its name is closed somewhere in the text, or is one that pages leave unclosed.
 _BLOCKS = frozenset(
     "blockquote br dd div dl dt fieldset figcaption h1 h2 h3 h4 h5 h6 hr iframe li noscript ol p tbody td tfoot th "
     "thead tr ul".split()
@@ -59,12 +70,20 @@ _INLINE_WORDS = (
     "a area audio b base button canvas cite code del embed i input ins label link map mark meta object param "
     "picture q s small source sub sup u video".split()
 )
-_WORDS = _BLOCK_WORDS.union(_INLINE_WORDS)
+_UNCLOSED = frozenset("br dd dt hr li p td th tr wbr".split())
 # The first attribute must have a value, because `<meta path finder>` is not a tag.
 _VALUE = r"\s*=\s*(?:\"[^\"<>]*\"|'[^'<>]*'|[^\s\"'<>=]+)"
 _ATTRIBUTES = rf"(?:\s+[\w:@.-]+{_VALUE}(?:\s+[\w:@.-]+(?:{_VALUE})?){{0,20}})?"
-_TAG = re.compile(rf"<(/?)({'|'.join(sorted(_WORDS.union(_BLOCKS, _INLINE)))})({_ATTRIBUTES})\s*/?>", re.I)
+_TAG = re.compile(
+    rf"<(/?)({'|'.join(sorted({*_BLOCKS, *_INLINE, *_BLOCK_WORDS, *_INLINE_WORDS}))})({_ATTRIBUTES})\s*/?>",
+    re.I,
+)
 _CLOSING = re.compile(r"</([a-z]{1,10})\s*>", re.I)
+# A text has remains of HTML where a tag has attributes, touches a word, stands alone on its line, or occurs three times
+# without attributes. In `mount -o loop <img> /mnt` and `between <p> and </p>`, tags stand like words: they are words.
+_FEWEST_LOOSE = 3
+_AROUND = frozenset(("", *" \t\n([{"))
+_FEWEST_TAG_LINES = 3
 # Parts of a page that are invisible to readers.
 _UNSEEN = re.compile(r"<(script|style)\b[^<>]{0,500}>|<(!)--", re.I)
 _UNSEEN_END = {
@@ -85,7 +104,7 @@ class NormalizeConfig:
     mojibake: bool = True
     """Repair text that was decoded with the wrong encoding, where ftfy is sure of it."""
     html: bool = True
-    """Replace entities and remove tags, except in code and in texts about markup."""
+    """Replace entities and remove tags, except in code, in texts about markup, and where tags stand like words."""
     max_blank_lines: int = 2
     """Largest number of consecutive blank lines; further ones are removed."""
 
@@ -97,10 +116,11 @@ class NormalizeConfig:
 
 
 class NormalizeStage:
-    """Normalizes the text; doing it twice changes nothing more.
+    """Normalizes the text; doing it twice changes nothing more, unless the text has escaped tags.
 
-    Counts: `normalize.mojibake` repaired lines, `normalize.html` entities and tags, `normalize.invisible` invisible
-    characters, `normalize.blank_lines` lines removed from long runs.
+    Counts: `normalize.mojibake` repaired lines, `normalize.windows_signs` signs that were control characters,
+    `normalize.html` entities and tags, `normalize.invisible` invisible characters, `normalize.blank_lines` lines
+    removed from long runs. Code keeps its tags, entities and special characters.
     """
 
     name = "normalize"
@@ -110,17 +130,35 @@ class NormalizeStage:
 
     def process(self, record: Record) -> str | None:
         """Returns `empty` where only white space is left."""
-        text, is_source = record.text, None
-        for _ in range(_MOST_ROUNDS):
+        text = _TERMINAL.sub("", record.text)
+        # Most texts have nothing to repair, and need not be told from code.
+        if (_SPECIAL.search(text) or self._is_suspicious(text)) and not _is_source(record):
+            text = self._repaired(text, record)
+        else:
+            text = self._plain(_in_indentation(text))
+        record.text = self._bounded(text, record)
+        return None if record.text.strip() else "empty"
+
+    def _repaired(self, text: str, record: Record) -> str:
+        """Make the repairs that are for prose alone."""
+        found = 0
+        for number in range(_MOST_ROUNDS):
             before = text
-            if self._is_suspicious(text):
-                is_source = _is_source(record) if is_source is None else is_source
-                text = text if is_source else self._repaired(text, record)
-            text = self._plain(text, record)
-            if text == before or is_source or not self._is_suspicious(text):
+            if self._config.mojibake and _may_be_mojibake(text):
+                text, lines = repair_mojibake(text)
+                record.count("normalize.mojibake", lines)
+            if self._config.mojibake:
+                text, n_signs = _WINDOWS_SIGN.subn(_windows_sign, text)
+                record.count("normalize.windows_signs", n_signs)
+            text = self._plain(_visible(_LINE_END.sub("\n", text), record))
+            if self._config.html and not is_on_markup(text):
+                # What an entity stands for is text: `&lt;p&gt;` names a tag, and does not become one.
+                text, undone = undo_entities(text) if number else undo_html(text)
+                found += undone
+            if text == before:
                 break
-        record.text = text
-        return None if text.strip() else "empty"
+        record.count("normalize.html", found)
+        return text
 
     def _is_suspicious(self, text: str) -> bool:
         """A fast test that rules out most texts, which have nothing to repair."""
@@ -129,23 +167,14 @@ class NormalizeStage:
         in_tags = self._config.html and "<" in text and (_TAG.search(text) or _UNSEEN.search(text))
         return bool(in_tags or (self._config.html and "&" in text and _ENTITY.search(text)))
 
-    def _plain(self, text: str, record: Record) -> str:
+    def _plain(self, text: str) -> str:
         """Make the repairs that apply to all text, also to code."""
-        text = _LINE_END.sub("\n", _TERMINAL.sub("", text))
-        if not text.isascii():
-            length = len(text)
-            text = _INVISIBLE.sub("", text)
-            if _ZERO_WIDTH.search(text):
-                text = _STRAY_JOINER.sub("", _STRAY_SPACE.sub("", text))
-            record.count("normalize.invisible", length - len(text))
         text = clean(text)
-        if not text.isascii():
-            text = _SPACE.sub(" ", text)
-            if "\u3000" in text:
-                text = "\n".join(map(_without_ideographic_spaces, text.split("\n")))
         if any(f"{blank}\n" in text for blank in _BLANKS):
             text = "\n".join([line.rstrip(_BLANKS) for line in text.split("\n")])
-        text = text.rstrip(_BLANKS + "\n").lstrip("\n")
+        return text.rstrip(_BLANKS + "\n").lstrip("\n")
+
+    def _bounded(self, text: str, record: Record) -> str:
         most = self._config.max_blank_lines + 1
         if "\n" * (most + 1) in text:
             lines = text.count("\n")
@@ -153,20 +182,31 @@ class NormalizeStage:
             record.count("normalize.blank_lines", lines - text.count("\n"))
         return text
 
-    def _repaired(self, text: str, record: Record) -> str:
-        if self._config.mojibake and _may_be_mojibake(text):
-            text, lines = repair_mojibake(text)
-            record.count("normalize.mojibake", lines)
-        if self._config.html:
-            undone, found = undo_html(text)
-            if found and not is_on_markup(text):
-                record.count("normalize.html", found)
-                return undone
+
+def _in_indentation(text: str) -> str:
+    """Code with its no-break spaces replaced by blanks in indentation; elsewhere they stand in strings."""
+    return text if text.isascii() else _INDENTATION.sub(lambda found: _SPACE.sub(" ", found[0]), text)
+
+
+def _visible(text: str, record: Record) -> str:
+    """Prose without invisible characters, and with one kind of blank."""
+    if text.isascii():
         return text
+    length = len(text)
+    text = _INVISIBLE.sub("", text)
+    if _ZERO_WIDTH.search(text):
+        text = _STRAY_JOINER.sub("", _STRAY_SPACE.sub("", text))
+    record.count("normalize.invisible", length - len(text))
+    text = _SPACE.sub(" ", text)
+    return "\n".join(map(_without_ideographic_spaces, text.split("\n"))) if "\u3000" in text else text
 
 
 def _without_ideographic_spaces(line: str) -> str:
     return line if _EAST_ASIAN.search(line) else line.replace("\u3000", " ")
+
+
+def _windows_sign(control: re.Match[str]) -> str:
+    return control[0].encode("latin-1").decode("cp1252", "ignore")
 
 
 def _may_be_mojibake(text: str) -> bool:
@@ -194,10 +234,14 @@ def _ftfy() -> tuple[Callable[[str], bool], Callable[[str], str]]:
 
 
 def _is_source(record: Record) -> bool:
-    """Whether a text is code; remains of HTML in it do not make it code."""
-    if record.language != UNKNOWN:
-        return record.language == CODE
-    return is_code_name(record.id) or is_code_text(_ENTITY.sub(" ", _TAG.sub("", record.text)))
+    """Whether a text is code. Tags in it make it code only where most lines, and at least three, begin with one."""
+    if not is_code(record) or record.language != UNKNOWN:
+        return is_code(record)
+    lines = [line for line in record.text.split("\n") if line.strip()]
+    n_tags = sum(line.lstrip().startswith("<") for line in lines)
+    if n_tags >= max(_FEWEST_TAG_LINES, len(lines) / 2):
+        return True
+    return is_code_text(_ENTITY.sub(" ", _TAG.sub("", _without_unseen(record.text)[0])), record.id)
 
 
 def is_on_markup(text: str) -> bool:
@@ -211,22 +255,54 @@ def is_on_markup(text: str) -> bool:
 
 
 def undo_html(text: str) -> tuple[str, int]:
-    """Replace entities by their characters and remove known tags. Returns the text and the number of both.
+    """Remove known tags and replace entities by their characters. Returns the text and the number of both.
 
     Tags of blocks become line ends. Scripts, styles and comments are removed with their content.
     """
     text, found = _without_unseen(text)
-    closed = {name.lower() for name in _CLOSING.findall(text)} if "<" in text else set()
+    for _ in range(_MOST_ROUNDS):  # the parts around a tag may join to another one
+        text, removed = _without_tags(text)
+        found += removed
+        if not removed:
+            break
+    text, undone = undo_entities(text)
+    return text, found + undone
 
-    def without_tag(tag: re.Match[str]) -> str:
-        nonlocal found
+
+def _without_tags(text: str) -> tuple[str, int]:
+    tags = list(_TAG.finditer(text)) if "<" in text else []
+    if not _are_remains(text, tags):
+        return text, 0
+    closed = {name.lower() for name in _CLOSING.findall(text)} | _UNCLOSED
+    parts, at, found = [], 0, 0
+    for tag in tags:
         name = tag[2].lower()
-        if name in _WORDS and name not in closed and not tag[3]:
-            return tag[0]
-        found += 1
-        if name in _BLOCKS or name in _BLOCK_WORDS:
-            return "\n"
-        return "^" if name == "sup" and not tag[1] else ""
+        if name in closed or tag[3]:
+            is_block = name in _BLOCKS or name in _BLOCK_WORDS
+            parts += [
+                text[at : tag.start()],
+                "\n" if is_block else "^" if name == "sup" and not tag[1] else "",
+            ]
+            at = tag.end()
+            found += 1
+    return "".join(parts) + text[at:], found
+
+
+def _are_remains(text: str, tags: list[re.Match[str]]) -> bool:
+    """Whether tags are remains of a page, and not what the text is about."""
+    loose: Counter[str] = Counter()
+    for tag in tags:
+        before, after = text[tag.start() - 1 : tag.start()], text[tag.end() : tag.end() + 1]
+        is_alone = before in ("", "\n") and after in ("", "\n")
+        if tag[3] or is_alone or not (before in _AROUND and (after in _AROUND or not after.isalnum())):
+            return True
+        loose[tag[2].lower()] += not tag[1]
+    return any(name in _UNCLOSED and n >= _FEWEST_LOOSE for name, n in loose.items())
+
+
+def undo_entities(text: str) -> tuple[str, int]:
+    """Replace entities by their characters. Returns the text and their number."""
+    found = 0
 
     def character(entity: re.Match[str]) -> str:
         nonlocal found
@@ -235,7 +311,6 @@ def undo_html(text: str) -> tuple[str, int]:
         found += undone != entity[0]
         return undone
 
-    text = _TAG.sub(without_tag, text)
     return _ENTITY.sub(character, text), found
 
 

@@ -1,5 +1,8 @@
 """Rules on the quality of a document, after Gopher, C4 and FineWeb, which share one split into words.
 
+They were made for flowing text on the web. Where they would drop good text of another form or script, they are changed,
+and each threshold says how; docs/curation.md has what that does.
+
 Sources: Gopher: Rae et al. 2021, appendix A1. C4: Raffel et al. 2020, section 2.2. FineWeb: Penedo et al. 2024,
 section 3.6. Chinese thresholds of repetition: FineWeb2's for cmn_Hani (Penedo et al. 2025).
 """
@@ -14,12 +17,16 @@ from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_tools.record import CHINESE, CHINESE_TRADITIONAL, CODE, ENGLISH, Record, Signal
+from data_tools.stages import junk
 from data_tools.stages import words as text_of
+from data_tools.stages.layout import layout
+from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 
 _STOP_WORDS = {
@@ -27,10 +34,15 @@ _STOP_WORDS = {
     CHINESE: frozenset("的了是在和有不为这就也与以其之对中年"),
     CHINESE_TRADITIONAL: frozenset("的了是在和有不為這就也與以其之對中年"),
 }
-_NONE: frozenset[str] = frozenset()
 _MANY_BLANK = re.compile(r"\n{3,}")
-_BULLETS = "•-*●○▪■◆·‣◦–—"
 _ELLIPSES = ("...", "…", "。。。")
+_LEADERS = re.compile(r"\.{7,}")
+_DIGITS = re.compile(r"\d+")
+# Languages without a sign for the end of a sentence.
+_NO_FULL_STOP = ("th", "lo")
+_FORMED, _PARTLY_FORMED = 0.5, 0.25
+_LEAST_LINES, _MOST_LINES = 10, 100
+_NOTICE_CHARS = 200
 _BAD_PHRASES = (
     "javascript",
     *("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies"),
@@ -62,11 +74,13 @@ class ThresholdsConfig:
     max_bullet_lines: float | None = 0.9
     """Largest fraction of lines that begin with a bullet. Gopher."""
     max_ellipsis_lines: float | None = 0.3
-    """Largest fraction of lines that end with an ellipsis. Gopher."""
-    min_alpha_words: float | None = 0.8
-    """Smallest fraction of words and punctuation that contain a letter. Gopher."""
+    """Largest fraction of lines that end with an ellipsis, of three lines or more. Gopher."""
+    min_alpha_words: float | None = 0.75
+    """Smallest fraction of words that contain a letter; numbers contain none. Gopher has 0.8 and counts signs too."""
     min_stop_words: float | None = 2
-    """Smallest number of different stop words. Gopher."""
+    """Smallest number of different stop words, in languages that have a list (English and Chinese). Gopher."""
+    min_function_words: float | None = 0.12
+    """Smallest fraction of words that are among the 90 most frequent ones (English only): prose has 0.2 to 0.5."""
     max_duplicate_lines: float | None = 0.3
     """Largest fraction of lines that repeat an earlier line. Gopher."""
     max_duplicate_paragraphs: float | None = 0.3
@@ -91,37 +105,62 @@ class ThresholdsConfig:
     """The same for runs of 9 words (Chinese: 18 characters)."""
     max_duplicate_10gram: float | None = 0.10
     """The same for runs of 10 words (Chinese: 20 characters)."""
-    min_sentences: float | None = 5
-    """Smallest number of sentences in the lines that C4 keeps. C4."""
-    max_lorem_ipsum: float | None = 0
-    """0: no text that contains "lorem ipsum"; 1: any text. C4."""
-    max_curly_brackets: float | None = 0
-    """0: no text that contains a curly bracket; 1: any text. C4."""
+    min_sentences: float | None = None
+    """Smallest number of sentences in the lines that C4 keeps. C4 has 5, which would drop half of the paragraphs of
+    encyclopedias."""
+    max_lorem_ipsum: float | None = 0.2
+    """Largest fraction of words that belong to the usual filler (lorem ipsum). C4 allows no "lorem ipsum"."""
+    max_curly_brackets: float | None = 0.1
+    """Largest number of curly brackets per word. C4 allows none, which would drop formulas and manuals."""
     min_terminal_lines: float | None = 0.12
-    """Smallest fraction of lines that end in terminal punctuation. FineWeb."""
+    """Smallest fraction of lines that end in terminal punctuation, go on in the next line, or have the form of verse,
+    lists, tables, formulas or programs. FineWeb, which knows no forms."""
     max_short_lines: float | None = 0.67
-    """Largest fraction of lines of at most 30 characters (Chinese: 12). FineWeb."""
-    max_duplicate_line_chars: float | None = 0.01
-    """Largest fraction of characters in repeated lines. FineWeb; Gopher has 0.2."""
+    """Largest fraction of lines of at most 30 characters and three words (Chinese: 6 characters) that are none of
+    these. FineWeb, which counts all short lines."""
+    max_duplicate_line_chars: float | None = 0.1
+    """Largest fraction of characters in repeated lines. FineWeb has 0.01, Gopher 0.2."""
     max_newline_ratio: float | None = 0.3
-    """Largest number of line ends per word. FineWeb."""
+    """Largest number per word of lines without such a form. FineWeb, which counts all line ends."""
+    max_template_line_chars: float | None = 0.5
+    """Largest fraction of characters in lines that repeat an earlier line but for its numbers: logs, lists of hosts."""
+    max_stock_phrases: float | None = 1.5
+    """Largest number of different stock phrases beyond the third, per 100 words (Chinese: characters): cookie notices,
+    error pages, tests for robots, offers, refusals of assistants."""
+    max_garbled: float | None = 0.015
+    """Largest number per character of letters that a wrong encoding has destroyed."""
+    max_odd_pairs: float | None = 0.06
+    """Largest fraction of articles and prepositions followed by a word that cannot follow them (English only)."""
+    max_noise_words: float | None = 0.08
+    """Largest number per word of signs and digits inside words, as scanners produce."""
+    max_address_words: float | None = 0.2
+    """Largest fraction of words that are names of hosts or pages."""
     min_classifier_score: float | None = None
     """Smallest score of `classifier_label` by the classifier, where one is given."""
     max_perplexity: float | None = None
     """Largest perplexity per word by the language model, where one is given."""
 
 
+def other_thresholds() -> ThresholdsConfig:
+    """Thresholds for other languages that are written with spaces: the English ones but for the lengths of words.
+
+    Korean words have 2 to 3 characters on average, those of Tamil and Malayalam 8 to 11. Languages that write with
+    fewer and longer words need fewer of them to say the same.
+    """
+    return ThresholdsConfig(min_words=40, min_mean_word_length=2, max_mean_word_length=14)
+
+
 def chinese_thresholds() -> ThresholdsConfig:
     """Thresholds for Chinese, where words are characters: about 1.7 to a word, so figures per word are lower.
 
-    Repetition, terminal punctuation and line ends are FineWeb2's. A text with a mean length above 3 is mostly Latin.
-    Sentences are long, so fewer are required; laws and minutes repeat their headings, so more repetition is allowed.
+    Repetition and terminal punctuation are FineWeb2's. A text with a mean length above 4 is mostly Latin. Laws and
+    minutes repeat their headings, so more repetition is allowed.
     """
     return ThresholdsConfig(
         min_words=80,
         max_words=170_000,
         min_mean_word_length=None,
-        max_mean_word_length=3,
+        max_mean_word_length=4,
         max_hash_ratio=0.06,
         max_ellipsis_ratio=0.06,
         max_duplicate_lines=0.287,
@@ -134,10 +173,32 @@ def chinese_thresholds() -> ThresholdsConfig:
         max_duplicate_8gram=0.154,
         max_duplicate_9gram=0.14,
         max_duplicate_10gram=0.127,
-        min_sentences=3,
         min_terminal_lines=0.106,
-        max_duplicate_line_chars=0.1,
-        max_newline_ratio=0.11,
+        max_newline_ratio=0.2,
+    )
+
+
+def formed_thresholds() -> ThresholdsConfig:
+    """Thresholds for verse, lists, tables and formulas, in all languages: texts of which half of the lines have a form.
+
+    Refrains and columns repeat themselves, tables consist of numbers, and a poem may have 20 words. Lines are judged as
+    in prose, so a menu with bullets is still dropped.
+    """
+    return replace(
+        code_thresholds(),
+        min_words=20,
+        max_words=170_000,
+        max_bullet_lines=0.9,
+        min_alpha_words=0.15,
+        max_duplicate_lines=0.3,
+        max_lorem_ipsum=0.2,
+        max_short_lines=0.67,
+        max_duplicate_line_chars=0.3,
+        max_template_line_chars=0.5,
+        max_stock_phrases=1.5,
+        max_garbled=0.015,
+        max_odd_pairs=0.15,
+        max_address_words=0.2,
     )
 
 
@@ -171,16 +232,19 @@ def curated_thresholds() -> ThresholdsConfig:
 
 @dataclass(kw_only=True, slots=True)
 class QualityConfig:
-    """Which documents are good enough. Languages without thresholds of their own use the English ones, except for stop
-    words."""
+    """Which documents are good enough, by thresholds that depend on the source, the script and the form of a text."""
 
     mode: QualityMode = QualityMode.drop
     """drop: drop documents that break a rule, and remove the lines that C4 drops; annotate: store the figures in the
     signals of the document, as `quality.<figure>`, and drop nothing."""
     english: ThresholdsConfig = field(default_factory=ThresholdsConfig)
-    """Thresholds for English and for other languages that are written with spaces."""
+    """Thresholds for English."""
+    other: ThresholdsConfig = field(default_factory=other_thresholds)
+    """Thresholds for other languages that are written with spaces."""
     chinese: ThresholdsConfig = field(default_factory=chinese_thresholds)
-    """Thresholds for Chinese, simplified and traditional."""
+    """Thresholds for Chinese, simplified and traditional, and for other text without spaces between words."""
+    formed: ThresholdsConfig = field(default_factory=formed_thresholds)
+    """Thresholds for texts of which half of the lines have the form of verse, lists, tables or formulas."""
     code: ThresholdsConfig = field(default_factory=code_thresholds)
     """Thresholds for program code."""
     curated: ThresholdsConfig = field(default_factory=curated_thresholds)
@@ -189,25 +253,27 @@ class QualityConfig:
     """Sources that people chose (books, poems, reviews, reference works), by name or pattern such as `zh_*`; `*`: all.
     No lines are removed from their documents."""
     remove_lines: bool = True
-    """Remove the lines that C4 drops from documents that are kept; never from code."""
+    """Remove the lines that C4 drops from documents that are kept; never from code, nor from texts of which a quarter
+    of the lines have the form of verse, lists, tables or formulas."""
     require_terminal_punctuation: bool = False
     """Count lines without terminal punctuation among those that C4 drops; FineWeb found that this removes too much."""
     min_line_words: int = 3
-    """Smallest number of words (Chinese: characters) in a line; C4 drops shorter lines."""
+    """Smallest number of words (text without spaces: characters) in a line that does not end a sentence. C4 drops every
+    shorter line."""
     max_line_word_chars: int = 1000
     """Largest number of characters in a word; C4 drops lines with a longer word."""
-    classifier_path: str | None = None
+    classifier_path: PathText | None = None
     """Path of your fastText model, which reads the text as one line; null: none."""
     classifier_label: str = "__label__hq"
     """The label whose probability is the score."""
-    perplexity_path: str | None = None
+    perplexity_path: PathText | None = None
     """Path of your KenLM model (ARPA or binary), over lower-case words as `words.py` splits them; null: none."""
 
     def __post_init__(self) -> None:
         for key in ("min_line_words", "max_line_word_chars"):
             if (value := getattr(self, key)) < 1:
                 raise ConfigError(f"curation.quality.{key}={value} must be greater than 0")
-        for language in ("english", "chinese", "code", "curated"):
+        for language in ("english", "other", "chinese", "formed", "code", "curated"):
             thresholds = getattr(self, language)
             for rule in RULES:
                 value, highest = getattr(thresholds, rule.field), None if rule.field in _UNBOUNDED else 1
@@ -230,15 +296,19 @@ class QualityConfig:
         """Whether people chose the documents of a source."""
         return any(fnmatchcase(source, pattern) for pattern in self.curated_sources)
 
-    def thresholds(self, language: str, source: str = "") -> ThresholdsConfig:
-        """The thresholds for documents of a language and a source."""
+    def thresholds(
+        self, language: str, source: str = "", figures: Mapping[str, Signal] = MappingProxyType({})
+    ) -> ThresholdsConfig:
+        """The thresholds for a document of a language and a source whose text has these figures."""
         if language == CODE:
             return self.code
         if self.is_curated(source):
             return self.curated
-        if text_of.is_chinese(language):
+        if float(figures.get("quality.formed_lines", 0)) >= _FORMED:
+            return self.formed
+        if text_of.is_chinese(language) or figures.get("quality.unspaced"):
             return self.chinese
-        return self.english if language == ENGLISH else replace(self.english, min_stop_words=None)
+        return self.english if language == ENGLISH else self.other
 
 
 class Rule(NamedTuple):
@@ -260,7 +330,7 @@ def _rule(threshold: str) -> Rule:
 RULES = [_rule(threshold.name) for threshold in fields(ThresholdsConfig)]
 _UNBOUNDED = set(
     "min_words max_words min_mean_word_length max_mean_word_length min_stop_words min_sentences max_hash_ratio "
-    "max_ellipsis_ratio max_newline_ratio max_perplexity".split()
+    "max_ellipsis_ratio max_newline_ratio max_curly_brackets max_stock_phrases max_noise_words max_perplexity".split()
 )
 
 
@@ -274,43 +344,68 @@ def reasons(signals: Mapping[str, Signal], thresholds: ThresholdsConfig) -> list
     return found
 
 
-def _word_signals(text: str, words: text_of.Split, language: str) -> dict[str, float]:
-    """Figures for Gopher's rules on words. Punctuation counts as words in fractions, but not in `words`."""
+def _word_signals(text: str, lower: str, words: text_of.Split, language: str) -> dict[str, float]:
+    """Figures on words. Signs are words where a figure says `per word`, as in datatrove, but not in `words`."""
     n_all = max(1, len(words.numbers))
-    is_alpha = [w.isalpha() or any(map(str.isalpha, w)) for w in words.distinct]
-    is_word = [alpha or any(map(str.isalnum, w)) for alpha, w in zip(is_alpha, words.distinct, strict=True)]
-    counted = np.array(is_word, bool)[words.numbers]
-    n_words = int(counted.sum())
-    n_ellipses = sum(map(text.count, _ELLIPSES)) - text.count(
-        "……"
-    )  # the Chinese ellipsis consists of two signs
-    return {
+    distinct_kinds = junk.kinds_of(words)
+    kinds = distinct_kinds[words.numbers]
+    present = int(np.bitwise_or.reduce(distinct_kinds, initial=0))
+
+    def count(kind: int) -> int:
+        return int(np.count_nonzero(kinds & kind)) if present & kind else 0
+
+    n_words = count(junk.WORD)
+    per_word = 1 / max(1, n_words)
+    n_ellipses = sum(map((_LEADERS.sub("", text) if "......." in text else text).count, _ELLIPSES))
+    figures = {
         "words": n_words,
-        "mean_word_length": int(words.lengths[counted].sum()) / max(1, n_words),
+        "mean_word_length": int(words.lengths[(kinds & junk.WORD) != 0].sum()) * per_word,
         "hash_ratio": text.count("#") / n_all,
-        "ellipsis_ratio": n_ellipses / n_all,
-        "alpha_words": int(np.array(is_alpha, bool)[words.numbers].sum()) / n_all,
-        "stop_words": len(_STOP_WORDS.get(language, _NONE).intersection(words.distinct)),
-        "newline_ratio": text.count("\n") / n_all,
+        # the Chinese ellipsis consists of two signs
+        "ellipsis_ratio": (n_ellipses - text.count("……")) / n_all,
+        "alpha_words": count(junk.ALPHA) * per_word,
+        "curly_brackets": (text.count("{") + text.count("}")) / n_all,
+        "stock_phrases": junk.stock_phrases(lower, words, distinct_kinds, n_words),
+        "lorem_ipsum": count(junk.FILLER) * per_word,
+        "garbled": junk.garbled(text),
+        "noise_words": junk.noise_words(text, n_words, n_all),
+        "address_words": count(junk.HOST) * per_word,
     }
+    if language == ENGLISH:
+        figures["odd_pairs"], figures["function_words"] = (
+            junk.odd_pairs(kinds, count(junk.LEFT)),
+            count(junk.FUNCTION) * per_word,
+        )
+    if language in _STOP_WORDS:
+        figures["stop_words"] = len(_STOP_WORDS[language].intersection(words.table))
+    return figures
 
 
-def _line_signals(text: str, lines: list[str], short_chars: int) -> dict[str, float]:
-    """Figures for Gopher's and FineWeb's rules on lines and paragraphs; blank lines do not count."""
+def _line_signals(text: str, lines: list[str], words: text_of.Split, language: str) -> dict[str, float]:
+    """Figures on lines and paragraphs; blank lines do not count."""
     n_lines, n_chars = max(1, len(lines)), max(1, sum(map(len, lines)))
     paragraphs = text_of.paragraphs_of(text)
     n_again, chars_again = _again(lines)
     n_paragraphs_again, paragraph_chars_again = _again(paragraphs)
-    return {
-        "bullet_lines": sum(line[0] in _BULLETS for line in lines) / n_lines,
-        "ellipsis_lines": sum(line.endswith(_ELLIPSES) for line in lines) / n_lines,
-        "terminal_lines": sum(map(text_of.ends_sentence, lines)) / n_lines,
-        "short_lines": sum(len(line) <= short_chars for line in lines) / n_lines,
+    # A log shows itself in a hundred lines, and fewer than ten are none; this spares most texts the work.
+    head = lines[:_MOST_LINES] if n_lines >= _LEAST_LINES else []
+    numberless = _DIGITS.sub("0", "\n".join(head)).split("\n")
+    forms = layout(lines, words.unspaced)
+    figures = {
+        "formed_lines": forms.formed,
+        "bullet_lines": forms.bullets,
+        "ellipsis_lines": sum(line.endswith(_ELLIPSES) for line in lines) / n_lines if n_lines > 2 else 0,
+        "short_lines": forms.menu,
+        "newline_ratio": forms.loose / max(1, len(words.numbers)),
         "duplicate_lines": n_again / n_lines,
         "duplicate_line_chars": chars_again / n_chars,
+        "template_line_chars": _again(numberless)[1] / max(1, sum(map(len, numberless))),
         "duplicate_paragraphs": n_paragraphs_again / max(1, len(paragraphs)),
         "duplicate_paragraph_chars": paragraph_chars_again / max(1, len(text)),
     }
+    if language not in _NO_FULL_STOP:
+        figures["terminal_lines"] = forms.terminal
+    return figures
 
 
 def _again(parts: list[str]) -> tuple[int, int]:
@@ -324,30 +419,32 @@ def measure(text: str, language: str, config: QualityConfig) -> tuple[dict[str, 
     lines = text_of.lines_of(text)
     lower = text.lower()
     words = text_of.split(text, language)
-    bad = _bad_lines(lines, lower, language, config)
+    bad = _bad_lines(lines, lower, words.unspaced, config)
     kept = [line for line in lines if line not in bad] if bad else lines
     n_chars = max(1, len(text))
-    figures = _word_signals(text, words, language)
-    figures |= _line_signals(text, lines, 12 if text_of.is_chinese(language) else 30)
-    figures |= {name: chars / n_chars for name, chars in text_of.gram_chars(words, language).items()}
-    figures["sentences"] = text_of.count_sentences(kept, language)
-    figures["lorem_ipsum"] = int("lorem ipsum" in lower)
-    figures["curly_brackets"] = int("{" in text or "}" in text)
-    return {f"quality.{name}": round(value, 5) for name, value in figures.items()}, bad
+    figures = _word_signals(text, lower, words, language)
+    figures |= _line_signals(text, lines, words, language)
+    figures |= {name: chars / n_chars for name, chars in text_of.gram_chars(words).items()}
+    figures["sentences"] = text_of.count_sentences(kept, words.unspaced)
+    figures["unspaced"] = int(words.unspaced)
+    return {"quality." + name: round(value, 5) if value else 0 for name, value in figures.items()}, bad
 
 
-def _bad_lines(lines: list[str], lower: str, language: str, config: QualityConfig) -> set[str]:
+def _bad_lines(lines: list[str], lower: str, unspaced: bool, config: QualityConfig) -> set[str]:
     """Lines that C4 drops."""
     least, longest = config.min_line_words, config.max_line_word_chars
-    if text_of.is_chinese(language):
+    if unspaced:
         bad = {line for line in lines if len(line) < least}
     else:
         bad = {line for line in lines if len(line.split(None, least - 1)) < least}
+    bad = {line for line in bad if not text_of.ends_sentence(line)}
     bad |= {line for line in lines if len(line) > longest and max(map(len, line.split())) > longest}
     if config.require_terminal_punctuation:
         bad |= {line for line in lines if not text_of.ends_sentence(line) or line.endswith(_ELLIPSES)}
     if phrases := [phrase for phrase in _BAD_PHRASES if phrase in lower]:
-        bad |= {line for line in lines if any(phrase in line.lower() for phrase in phrases)}
+        # longer ones are paragraphs, which C4 drops for a mention
+        short = (line for line in lines if len(line) <= _NOTICE_CHARS)
+        bad |= {line for line in short if any(phrase in line.lower() for phrase in phrases)}
     return bad
 
 
@@ -379,12 +476,16 @@ class QualityStage:
         if self.config.mode is QualityMode.annotate:
             record.signals.update(signals)
             return None
-        if found := reasons(signals, self.config.thresholds(record.language, record.source)):
+        if found := reasons(signals, self.config.thresholds(record.language, record.source, signals)):
             return found[0]
-        keeps_lines = record.language == CODE or self.config.is_curated(record.source)
-        if bad and self.config.remove_lines and not keeps_lines:
+        if bad and self.config.remove_lines and not self._keeps_lines(record, signals):
             _remove_lines(record, bad)
         return None
+
+    def _keeps_lines(self, record: Record, figures: Mapping[str, Signal]) -> bool:
+        if record.language == CODE or self.config.is_curated(record.source):
+            return True
+        return float(figures["quality.formed_lines"]) >= _PARTLY_FORMED
 
     def _score(self, text: str) -> float:
         """Probability of the label, by the user's classifier."""

@@ -54,6 +54,7 @@ class LossGuardState(TypedDict):
 
     losses: Annotated[list[float], MaxLen(1 << 16)]
     skips: Count
+    pauses: NotRequired[Count]
 
 
 class LossScaleState(TypedDict):

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from pretrain.config.checks import check_positive
+from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 
 
@@ -69,7 +70,7 @@ class ClusterConfig:
     """Name of the job; null means the run folder's name."""
     setup: list[str] = field(default_factory=list)
     """Shell lines to run on each node before training, such as `module load`."""
-    python: str | None = None
+    python: PathText | None = None
     """Python interpreter on the nodes; null means the one that runs `launch/submit.py`."""
     network_interface: str | None = None
     """Network interface for NCCL and gloo; null lets them choose."""

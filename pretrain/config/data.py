@@ -9,6 +9,7 @@ from enum import Enum
 from omegaconf import MISSING
 
 from pretrain.config.checks import check_at_most, check_positive
+from pretrain.config.texts import ManifestText, PathText
 from pretrain.errors import ConfigError
 
 MAX_SEQUENCE_LENGTH = 1 << 24
@@ -22,7 +23,7 @@ class SourceConfig:
 
     name: str = MISSING
     """Name used in stages, metrics and reports."""
-    manifest: str = MISSING
+    manifest: ManifestText = MISSING
     """Path or URL of the corpus's manifest.json."""
     weight: float = 1.0
     """Share of the samples, relative to the other sources' weights."""
@@ -64,7 +65,7 @@ class BadChunk(Enum):
 class DataConfig:
     """What is read, and in which order."""
 
-    manifest: str | None = None
+    manifest: ManifestText | None = None
     """Path or URL (such as s3://bucket/corpus/manifest.json) of one corpus's manifest.json. Give this or `sources`."""
     sources: list[SourceConfig] = field(default_factory=list)
     """The corpora of a mixture, with their weights."""
@@ -87,7 +88,7 @@ class DataConfig:
     """Check the hash of each chunk the first time it is used. Chunks from a URL are always checked."""
     read_timeout_s: float = 300
     """Seconds that training waits for an unreachable object store; a single attempt gets a tenth of this time."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Folder that caches chunks from URLs, shared by all processes of a node; null uses $XDG_CACHE_HOME, or the
     temporary folder where that is not set."""
     cache_gib: float = 16

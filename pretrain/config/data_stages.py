@@ -18,6 +18,7 @@ from pretrain.config.data import MAX_BATCH_SEQUENCES, MAX_SEQUENCE_LENGTH, DataC
 from pretrain.errors import ConfigError
 from pretrain.stored import Annotated, Ge, Le, MinLen
 
+MAX_EPOCHS = 1 << 20
 MAX_SAMPLES = 1 << 48
 """Upper limit of the number of samples in an order: 10^18 tokens in sequences of 4,096."""
 
@@ -39,6 +40,11 @@ class DataStage:
     """T: tokens per sequence."""
     batch_sequences: Annotated[int, Ge(1), Le(MAX_BATCH_SEQUENCES)]
     """Samples per optimizer step."""
+    closes_epochs: Annotated[int, Ge(1), Le(MAX_EPOCHS)] | None = None
+    """N if the stage reads just what is left of the first N epochs of all sources; None for an ordinary stage."""
+    end_sample: Annotated[int, Ge(0), Le(MAX_SAMPLES)] | None = None
+    """Index after the last sample of a stage that closes epochs; its last step may have fewer samples than the others.
+    None for an ordinary stage."""
 
     @property
     def drawn_weights(self) -> list[float]:
@@ -47,7 +53,20 @@ class DataStage:
 
     def to_dict(self) -> dict[str, Any]:
         """The stage as plain JSON values."""
-        return asdict(self) | {"weights": list(self.weights), "ended": list(self.ended)}
+        values = asdict(self) | {"weights": list(self.weights), "ended": list(self.ended)}
+        if self.closes_epochs is None:  # as in states of runs that began before there was such a stage
+            del values["closes_epochs"], values["end_sample"]
+        return values
+
+    @property
+    def n_steps(self) -> int:
+        """Number of steps of a stage that closes epochs."""
+        assert self.end_sample is not None
+        return -(-(self.end_sample - self.first_sample) // self.batch_sequences)
+
+    def filled(self, sample: int) -> int:
+        """The sample, or the end of the stage where it ends before. Samples from there on are empty."""
+        return sample if self.end_sample is None else min(sample, max(self.first_sample, self.end_sample))
 
 
 def plan_stages(
@@ -66,6 +85,11 @@ def plan_stages(
     if begun and current.batch_sequences != stages[-1].batch_sequences:
         last, batch = stages[-1], current.batch_sequences
         stages.append(replace(last, first_sample=fixed_samples, start_tokens=None, batch_sequences=batch))
+    last = stages[-1]
+    if last.closes_epochs is not None:  # a longer run continues after it
+        after = last.first_sample + last.n_steps * last.batch_sequences
+        ordinary = replace(last, closes_epochs=None, end_sample=None, start_tokens=None)
+        stages.append(replace(ordinary, first_sample=after))
     for stage in wanted:
         if stage.start_tokens in known:
             continue
@@ -117,7 +141,7 @@ def tokens_before(stages: Sequence[DataStage], sample: int) -> int:
     """Number of tokens before a sample in the order, including padding and samples that a rollback skipped."""
     total = 0
     for stage, end in zip(stages, [*(s.first_sample for s in stages[1:]), sample], strict=True):
-        total += max(0, min(end, sample) - stage.first_sample) * stage.sequence_length
+        total += max(0, stage.filled(min(end, sample)) - stage.first_sample) * stage.sequence_length
     return total
 
 
@@ -128,6 +152,9 @@ class Step(NamedTuple):
     """Number of the step, counted from 1."""
     first_sample: int
     end_sample: int
+    padded_end: int
+    """`end_sample`, but where the last step before the end of an epoch has fewer samples than the others: then it is
+    filled with empty samples up to here, so that all steps have the same shape."""
     sequence_length: int
     samples_seen: int
     """Number of samples in this step and all earlier ones."""
@@ -140,11 +167,18 @@ class _Span(NamedTuple):
 
     first_sample: int
     end_sample: int | None
-    batch_sequences: int
-    sequence_length: int
+    stage: DataStage
     steps_before: int
     samples_before: int
     tokens_before: int
+
+    def samples(self, end: int) -> int:
+        """Number of samples of the span before `end`, without empty ones."""
+        return max(0, self.stage.filled(end) - self.first_sample)
+
+    def steps(self, end: int) -> int:
+        """Number of steps of the span that begin before `end`."""
+        return -(-(end - self.first_sample) // self.stage.batch_sequences)
 
 
 class Steps:
@@ -160,41 +194,43 @@ class Steps:
             if any(start <= first < stop for start, stop in holes):
                 continue
             stage = stages[stage_at(stages, first)]
-            batch, length = stage.batch_sequences, stage.sequence_length
-            self._spans.append(_Span(first, end, batch, length, steps, samples, tokens))
+            span = _Span(first, end, stage, steps, samples, tokens)
+            self._spans.append(span)
             if end is not None:
-                steps += (end - first) // batch
-                samples += end - first
-                tokens += (end - first) * length
+                steps += span.steps(end)
+                samples += span.samples(end)
+                tokens += span.samples(end) * stage.sequence_length
 
     def __getitem__(self, number: int) -> Step:
         """The step with this number, counted from 1. Step 0 is the empty step before training."""
         if number == 0:
-            return Step(0, 0, 0, self._spans[0].sequence_length, 0, 0)
+            return Step(0, 0, 0, 0, self._spans[0].stage.sequence_length, 0, 0)
         span = self._spans[bisect.bisect_left(self._spans, number, key=lambda s: s.steps_before) - 1]
-        within = number - span.steps_before  # from 1
-        first = span.first_sample + (within - 1) * span.batch_sequences
-        samples = within * span.batch_sequences
-        return Step(
-            number,
-            first,
-            first + span.batch_sequences,
-            span.sequence_length,
-            span.samples_before + samples,
-            span.tokens_before + samples * span.sequence_length,
-        )
+        batch, length = span.stage.batch_sequences, span.stage.sequence_length
+        first = span.first_sample + (number - span.steps_before - 1) * batch
+        end = span.stage.filled(first + batch)
+        samples = span.samples(end)
+        tokens = span.tokens_before + samples * length
+        return Step(number, first, end, first + batch, length, span.samples_before + samples, tokens)
 
     def step_of(self, sample: int) -> int | None:
         """Number of the step that takes a sample; None where a rollback skipped the sample."""
         span = self._spans[bisect.bisect_right(self._spans, sample, key=lambda s: s.first_sample) - 1]
         if sample < span.first_sample or (span.end_sample is not None and sample >= span.end_sample):
             return None
-        return span.steps_before + (sample - span.first_sample) // span.batch_sequences + 1
+        return span.steps_before + (sample - span.first_sample) // span.stage.batch_sequences + 1
+
+    def steps_before(self, end: int) -> int:
+        """Number of steps that begin before the sample `end`, which is the end of the run."""
+        span = self._spans[max(0, bisect.bisect_left(self._spans, end, key=lambda s: s.first_sample) - 1)]
+        return span.steps_before + max(
+            0, span.steps(end if span.end_sample is None else min(end, span.end_sample))
+        )
 
     def steps_for(self, total_tokens: int) -> int:
         """The smallest number of steps that see at least `total_tokens` tokens."""
         span = self._spans[bisect.bisect_left(self._spans, total_tokens, key=lambda s: s.tokens_before) - 1]
-        per_step = span.batch_sequences * span.sequence_length
+        per_step = span.stage.batch_sequences * span.stage.sequence_length
         return span.steps_before + -(-(total_tokens - span.tokens_before) // per_step)
 
     def end_after(self, number: int, n_steps: int, stages: Sequence[DataStage]) -> int:

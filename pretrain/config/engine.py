@@ -7,6 +7,7 @@ from typing import Any
 
 from pretrain.config.checks import check_positive
 from pretrain.config.model import Precision
+from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 
 NVME_SUB_GROUP_ELEMENTS = 100_000_000
@@ -30,7 +31,7 @@ class EngineConfig:
     """Keep the optimizer state and the master weights in host memory (ZeRO stages 1 to 3)."""
     offload_params: bool = False
     """Keep the partitioned compute parameters in host memory (ZeRO stage 3)."""
-    nvme_path: str | None = None
+    nvme_path: PathText | None = None
     """Folder on a fast local disk of each host that holds the offloaded optimizer state, instead of host memory (ZeRO
     stage 3)."""
     hpz_partition_ranks: int = 1

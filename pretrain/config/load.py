@@ -2,82 +2,163 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from pretrain.config.run import TrainConfig
+from pretrain.config.texts import Mark, expanded_path, manifest_in
+from pretrain.config.words.arguments import Arguments, is_own_file, parse_arguments
+from pretrain.config.words.build import build
+from pretrain.config.words.kinds import Kind, kinds_of
 from pretrain.errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # In an installed package conf/ lies inside the package; in a source checkout it lies beside it.
 CONF_DIR = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
-
+PACKAGES = {"experiment": "_global_", "recompute": "model"}
+"""Where the keys of a group's files belong, for groups that are not named like it."""
 
 T = TypeVar("T")
 
 
-def load_config(schema: type[T], overrides: list[str], config_name: str | None = None) -> T:
-    """Compose `conf/<config_name>.yaml` with Hydra overrides and validate it as `schema`.
+def load_config(schema: type[T], words: list[str], config_name: str | None = None) -> T:
+    """The configuration that the words of a command line state, validated as `schema`.
 
-    Without `config_name` the schema's own defaults are the base. Raises ConfigError.
+    Hydra composes `conf/<config_name>.yaml` with the chosen files of groups; without `config_name` the schema's own
+    defaults are the base. Raises ConfigError.
     """
-    from hydra.errors import HydraException  # takes 0.1 s to import, and most processes do not need Hydra
-
+    given = parse_arguments(schema, words, CONF_DIR if config_name else None)
+    composed = compose_config(schema, given, config_name)
     try:
-        _check_group_choices(overrides)
-        return validate(schema, compose_config(schema, overrides, config_name))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, schema)) from error
+        values = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_unresolved(composed, error)) from error
+    config = validate(schema, values)
+    _resolve_paths(config)
+    for key, texts in given.verbatim.items():
+        setattr(config, key, texts if kinds_of(schema)[key].is_list else texts[0])
+    return config
 
 
-def _check_group_choices(overrides: list[str]) -> None:
-    """Raise ConfigError for overrides such as `model=1`, because Hydra fails with a traceback on them.
-
-    That happens where a file in conf/ is chosen by a number, null or a list.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    for override in OverridesParser.create().parse_overrides(overrides):
-        folder = CONF_DIR / override.key_or_group
-        if folder.is_dir() and not override.is_delete() and not isinstance(override.value(), str | dict):
-            known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-            raise ConfigError(
-                f"{override.input_line} does not name a file of conf/{folder.name}; known are {known}"
-            )
+def compose_config(schema: type, given: Arguments, config_name: str | None) -> DictConfig:
+    """The configuration before validation: the schema's defaults, files of conf/, and the values that are given."""
+    composed: Any = OmegaConf.create(_defaults_of(schema))
+    if config_name is not None:
+        composed = OmegaConf.merge(composed, _composed_files(config_name, tuple(given.choices.items())))
+    for key, value in given.values:
+        try:
+            OmegaConf.update(composed, key, value)
+        except OmegaConfBaseException as error:  # an interpolation that cannot be parsed
+            raise ConfigError(_not_an_interpolation(key, value)) from error
+    return composed  # type: ignore[no-any-return]
 
 
-def compose_config(schema: type, overrides: list[str], config_name: str | None) -> DictConfig:
-    """The configuration as composed by Hydra, before validation."""
+@cache
+def _defaults_of(schema: Any) -> dict[str, Any]:
+    """The schema's defaults as plain values; those of a group that files of conf/ fill are there too."""
+    defaults = OmegaConf.to_container(OmegaConf.structured(schema), enum_to_str=True)
+    assert isinstance(defaults, dict)
+    for name, kind in kinds_of(schema).items():
+        if kind.is_group and not isinstance(defaults[name], dict):
+            defaults[name] = _defaults_of(kind.type)
+    return defaults  # type: ignore[return-value]
+
+
+@cache
+def _composed_files(config_name: str, choices: tuple[tuple[str, str], ...]) -> DictConfig:
+    """What Hydra composes of the files in conf/, and of files elsewhere that are chosen by their path."""
+    # Hydra takes 0.1 s to import, and many commands do not need it.
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
 
-    name = f"{schema.__name__}_schema"
-    ConfigStore.instance().store(name=name, node=schema)
+    overrides = []
+    for group, name in choices:
+        if is_own_file(name):
+            content = _own_file(group, name)
+            ConfigStore.instance().store("own_file", content, group, PACKAGES.get(group, group))
+        overrides.append(f"{group}={'own_file' if is_own_file(name) else name}")
     GlobalHydra.instance().clear()
-    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-        return compose(config_name=config_name or name, overrides=overrides)
-
-
-def validate(schema: type[T], composed: DictConfig | dict[str, Any]) -> T:
-    """The composed configuration as an object of `schema`, after all checks. Raises ConfigError."""
     try:
-        plain = (
-            OmegaConf.to_container(composed, resolve=True) if isinstance(composed, DictConfig) else composed
-        )
-        merged = OmegaConf.merge(OmegaConf.structured(schema), plain)
-        for key in sorted(OmegaConf.missing_keys(merged)):
-            raise ConfigError(f"{key} is missing; give {key}=VALUE")
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        raise ConfigError(_explain(error, schema)) from error
+        with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
+            files = compose(config_name=config_name, overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        named = ", ".join(f"{group}={name}" for group, name in choices)
+        missing = re.search(r"Could not find '([^']+)'|Could not override '([^']+)'", str(error))
+        what = f"{missing[1] or missing[2]} is not there" if missing else "a value or a name in them is wrong"
+        raise ConfigError(
+            f"the files of {named or 'conf/'} do not fit together: {what}; compare conf/experiment/1b_one_node.yaml"
+        ) from error
+    OmegaConf.set_struct(files, False)
+    return files
+
+
+def _own_file(group: str, path: str) -> dict[str, Any]:
+    """The content of a file like those in conf/<group>/. Raises ConfigError where it is none."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except OSError as error:
+        raise ConfigError(f"{group}={path} cannot be read: {error.strerror}") from error
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"{group}={path} is not YAML{where}; write KEY: VALUE, as in conf/{group}/"
+        ) from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{group}={path} holds no keys; write KEY: VALUE, as in conf/{group}/")
+    return content  # type: ignore[return-value]
+
+
+def validate(schema: type[T], values: Any) -> T:
+    """Plain values as an object of `schema`, after all checks. Raises ConfigError."""
+    return build(schema, values)
+
+
+def _unresolved(composed: DictConfig, error: OmegaConfBaseException) -> str:
+    """The sentence for an interpolation that names nothing."""
+    key = str(error.full_key or "")
+    raw = OmegaConf.to_container(composed, resolve=False)
+    for part in key.split("."):
+        raw = raw.get(part, raw) if isinstance(raw, dict) else raw
+    return _not_an_interpolation(key, raw if isinstance(raw, str | list) else "${...}")
+
+
+def _not_an_interpolation(key: str, value: Any) -> str:
+    return (
+        f"{key}={value} has an interpolation (${{...}}) that cannot be resolved; variables of the environment are "
+        "replaced by the shell outside single quotes, or by ${oc.env:NAME}"
+    )
+
+
+def _resolve_paths(config: Any, prefix: str = "") -> None:
+    """Expand `~` in every path of a configuration, and put manifest.json behind the folder of a corpus."""
+    for name, kind in kinds_of(type(config)).items():
+        key, value = f"{prefix}{name}", getattr(config, name)
+        if kind.mark in (Mark.path, Mark.manifest) and value is not None:
+            setattr(config, name, _resolved(key, kind, value))
+        elif kind.is_group:
+            _resolve_paths(value, f"{key}.")
+        elif kind.is_list and kind.item.is_group:
+            for item in value:
+                _resolve_paths(item, f"{key}.")
+
+
+def _resolved(key: str, kind: Kind, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_resolved(key, kind, item) for item in value]
+    if isinstance(value, dict):
+        return {name: _resolved(f"{key}.{name}", kind, item) for name, item in value.items()}
+    path = expanded_path(key, value)
+    return manifest_in(path) if kind.mark is Mark.manifest else path
 
 
 def stored_config(values: dict[str, Any], where: str) -> TrainConfig:
@@ -114,37 +195,3 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration object as plain values that JSON can hold."""
     return OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)  # type: ignore
-
-
-def _explain(error: Exception, schema: type) -> str:
-    """A Hydra or OmegaConf error as one sentence with the key, the value, and what is allowed."""
-    text = " ".join(str(error).split())
-    cause = error.__cause__
-    if cause is not None and isinstance(cause, OmegaConfBaseException):
-        text, error = " ".join(str(cause).split()), cause
-    text = re.split(r"full_key:|Config search path:|See https://", text)[0].strip()
-    key = getattr(error, "full_key", None) or ""
-    match = re.search(r"Key '([^']+)' (?:is )?not in", text) or re.search(
-        r"Could not override '([^']+)'", text
-    )
-    if match:
-        wrong = match.group(1).split(".")[-1]
-        full = key if key.endswith(wrong) and key else match.group(1)
-        owner: Any = getattr(error, "object_type", None)  # the dataclass in which the key was looked up
-        allowed = [f.name for f in fields(owner)] if is_dataclass(owner) else _keys_beside(schema, full)
-        close = difflib.get_close_matches(wrong, allowed, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(allowed)}"
-        return f"{full} is not a key of the configuration; {hint}"
-    return f"{key}: {text}" if key and key not in text else text
-
-
-def _keys_beside(schema: type, full_key: str) -> list[str]:
-    """The keys that are allowed in the group to which `full_key` belongs."""
-    here: Any = OmegaConf.structured(schema)
-    for part in full_key.split(".")[:-1]:
-        kind: Any = OmegaConf.get_type(here)
-        target = get_type_hints(kind).get(part) if is_dataclass(kind) else None
-        if not is_dataclass(target):
-            return [f.name for f in fields(schema)]  # type: ignore[arg-type]
-        here = OmegaConf.structured(target)
-    return [f.name for f in fields(OmegaConf.get_type(here))]  # type: ignore[arg-type]

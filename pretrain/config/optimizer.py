@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -68,6 +69,8 @@ class ScheduleConfig:
     """Shape of the schedule after the warm-up."""
     warmup_steps: int = 0
     """Number of steps over which the learning rate rises linearly from 0 to the peak."""
+    warmup_frac: float | None = None
+    """The same as a fraction of the run's steps, instead of warmup_steps; null means that warmup_steps counts."""
     decay_steps: int | None = None
     """Number of steps of the decay; null means all steps after the warm-up, or for wsd the last tenth of the run."""
     min_lr_frac: float = 0.1
@@ -76,6 +79,16 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
             raise ConfigError(f"schedule.warmup_steps={self.warmup_steps} is negative; allowed: 0 or more")
+        if self.warmup_frac is not None:
+            check_fraction(self, "schedule", "warmup_frac")
+            if self.warmup_steps:
+                raise ConfigError(
+                    f"schedule.warmup_steps={self.warmup_steps} and schedule.warmup_frac={self.warmup_frac}: give one"
+                )
         if self.decay_steps is not None:
             check_positive(self, "schedule", "decay_steps")
         check_fraction(self, "schedule", "min_lr_frac")
+
+    def warmup_in(self, n_steps: int) -> int:
+        """Number of steps of the warm-up in a run of `n_steps`."""
+        return self.warmup_steps if self.warmup_frac is None else math.ceil(self.warmup_frac * n_steps)

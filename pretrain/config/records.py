@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from pretrain.config.checks import check_positive
+from pretrain.config.texts import ManifestText
 
 
 class WandbMode(Enum):
     """Where the run is recorded in Weights & Biases."""
 
-    auto = "auto"  # online where an API key is known, otherwise offline
+    auto = "auto"  # what WANDB_MODE and WANDB_DISABLED say; without them online where an API key is known, else offline
     online = "online"
     offline = "offline"
     disabled = "disabled"
@@ -21,7 +22,7 @@ class WandbMode(Enum):
 class EvaluationConfig:
     """How the held-out loss is computed during training."""
 
-    manifest: str | None = None
+    manifest: ManifestText | None = None
     """Path or URL of the manifest.json of a held-out corpus that has the training corpus's tokenizer; null disables
     evaluation."""
     every_steps: int = 1000
@@ -43,14 +44,14 @@ class LoggingConfig:
     """Steps between W&B records and between progress lines. metrics.jsonl gets every step."""
     wandb: WandbMode = WandbMode.auto
     """Where Weights & Biases (W&B) records the run."""
-    wandb_project: str = "pretrain"
-    """Name of the W&B project."""
+    wandb_project: str | None = None
+    """Name of the W&B project; null means WANDB_PROJECT, or `pretrain` where that is not set."""
     wandb_entity: str | None = None
-    """W&B user or team; null means the API key's default."""
+    """W&B user or team; null means WANDB_ENTITY, or the API key's default."""
     wandb_name: str | None = None
-    """Name of the run in W&B; null means the run folder's name."""
+    """Name of the run in W&B; null means WANDB_NAME, or the run folder's name."""
     wandb_tags: list[str] = field(default_factory=list)
-    """Tags of the run in W&B."""
+    """Tags of the run in W&B; an empty list means WANDB_TAGS."""
     peak_flops_per_second: float | None = None
     """Peak FLOP/s of one rank's device, for MFU; null looks it up in the table of known GPUs or, for an unknown device,
     measures it."""

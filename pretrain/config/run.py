@@ -9,11 +9,12 @@ from omegaconf import MISSING
 from pretrain.config.checks import check_at_most, check_positive, missing
 from pretrain.config.cluster import ClusterConfig
 from pretrain.config.data import MAX_BATCH_SEQUENCES, DataConfig
-from pretrain.config.data_stages import DataStage, micro_batch_of, n_steps_of, plan_stages
+from pretrain.config.data_stages import MAX_EPOCHS, DataStage, micro_batch_of, n_steps_of, plan_stages
 from pretrain.config.engine import EngineConfig
 from pretrain.config.model import KernelsConfig, ModelConfig, Precision
 from pretrain.config.optimizer import OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
 from pretrain.config.records import EvaluationConfig, LoggingConfig
+from pretrain.config.texts import PathText
 from pretrain.config.upkeep import CheckpointConfig, LossGuardConfig, WatchdogConfig
 from pretrain.errors import ConfigError
 
@@ -24,24 +25,29 @@ AUTO = "auto"
 class _Planned:
     """Values computed once from a configuration. They are not fields of TrainConfig, where each field is a key."""
 
-    __slots__ = ("stages",)
+    __slots__ = ("epochs_steps", "stages")
     stages: list[DataStage]
-    """The data stages of a new run with this configuration."""
+    """The data stages of a new run with this configuration; with `total_epochs`, without its last one."""
+    epochs_steps: int | None
+    """Number of steps of `total_epochs`, once `plan_epochs` has been called."""
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig(_Planned):
     """A training run. The same config gives the same run on any number of ranks."""
 
-    run_dir: str = MISSING
+    run_dir: PathText = MISSING
     """Folder of the run's configuration, metrics, events and checkpoints. An existing run resumes from its newest good
     checkpoint."""
     seed: int = 1234
     """Seed of the initial weights, the sample order and dropout."""
     total_steps: int | None = None
-    """Length of the run in optimizer updates. Give this or total_tokens."""
+    """Length of the run in optimizer updates. Give this, total_tokens or total_epochs."""
     total_tokens: int | None = None
     """Length of the run in tokens, rounded up to whole steps."""
+    total_epochs: int | None = None
+    """Length of the run in epochs: it reads every sequence of every source exactly this number of times. Sources are
+    drawn in proportion to their sizes."""
     stop_at_step: int | None = None
     """Save a checkpoint after this step and exit with code 75, as for a requested stop. The same command resumes."""
     stop_after_s: float | None = None
@@ -52,7 +58,7 @@ class TrainConfig(_Planned):
     micro_batch_sequences: int | str = 4
     """Sequences per rank and forward pass; the number of gradient accumulation steps follows from it. auto finds the
     largest number that fits before the first step."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Run folder whose newest good checkpoint gives the initial weights; nothing else is taken from it."""
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
@@ -77,11 +83,12 @@ class TrainConfig(_Planned):
                     f"micro_batch_sequences={self.micro_batch_sequences} is not a whole number; give one or auto"
                 )
             check_positive(self, "", "micro_batch_sequences")
-        if (self.total_steps is None) == (self.total_tokens is None):
+        if [self.total_steps, self.total_tokens, self.total_epochs].count(None) != 2:
             raise ConfigError(
-                f"total_steps={self.total_steps} and total_tokens={self.total_tokens}: give exactly one of them"
+                f"total_steps={self.total_steps}, total_tokens={self.total_tokens} and total_epochs="
+                f"{self.total_epochs}: give exactly one of them"
             )
-        for name in ("total_steps", "total_tokens", "stop_at_step", "stop_after_s"):
+        for name in ("total_steps", "total_tokens", "total_epochs", "stop_at_step", "stop_after_s"):
             if getattr(self, name) is not None:
                 check_positive(self, "", name)
         if self.global_batch_sequences % self.micro_batch:
@@ -99,18 +106,44 @@ class TrainConfig(_Planned):
             raise ConfigError("data.manifest is missing; give the manifest.json of a prepared corpus")
         # mypy does not see the slots that a dataclass inherits.
         self.stages = plan_stages(self.data, self.global_batch_sequences)  # type: ignore[misc]
+        self.epochs_steps = None  # type: ignore[misc]
+        if self.total_epochs is not None:
+            check_at_most(self, "", {"total_epochs": MAX_EPOCHS})
+            _check_mixture_of_epochs(self)
         self.kernels.check(
             self.model, self.engine.precision, {stage.sequence_length for stage in self.stages}
         )
-        warmup, total = self.schedule.warmup_steps, self.n_steps
+        if self.total_epochs is None:
+            self._check_warmup()
+
+    def plan_epochs(self, n_steps: int) -> None:
+        """Set the number of steps of `total_epochs`, which depends on the corpora."""
+        self.epochs_steps = n_steps  # type: ignore[misc]
+        self._check_warmup()
+
+    def _check_warmup(self) -> None:
+        total = self.n_steps
+        warmup = self.schedule.warmup_in(total)
         if warmup >= total and self.schedule.name is not ScheduleName.constant:
             raise ConfigError(
                 f"schedule.warmup_steps={warmup} leaves none of the run's {total} steps for the decay; use fewer"
+                if self.schedule.warmup_frac is None
+                else f"schedule.warmup_frac={self.schedule.warmup_frac} leaves no step for the decay; use a smaller one"
             )
 
     @property
     def n_steps(self) -> int:
-        """Number of optimizer updates in a whole run that starts with this configuration."""
+        """Number of optimizer updates in a whole run that starts with this configuration.
+
+        With `total_epochs` it is known only after `plan_epochs`.
+        """
+        if self.total_epochs is not None:
+            if self.epochs_steps is None:
+                raise ConfigError(
+                    f"total_epochs={self.total_epochs}: the number of steps depends on the corpora, which have not "
+                    "been read; give total_steps or total_tokens"
+                )
+            return self.epochs_steps
         return n_steps_of(self.stages, self.total_steps, self.total_tokens)
 
     @property
@@ -161,6 +194,23 @@ class TrainConfig(_Planned):
             )
             for stage in self.stages
         )
+
+
+def _check_mixture_of_epochs(config: TrainConfig) -> None:
+    """Raise ConfigError where the configuration says how often to draw a source, as `total_epochs` does already."""
+    for source in config.data.sources:
+        for key, value, usual in (("weight", source.weight, 1.0), ("max_epochs", source.max_epochs, None)):
+            if value != usual:
+                raise ConfigError(
+                    f"data.sources: {key}={value} of {source.name!r} contradicts total_epochs={config.total_epochs}, "
+                    f"which reads every source equally often; leave one of them out"
+                )
+    for stage in config.data.stages:
+        if stage.weights is not None:
+            raise ConfigError(
+                f"data.stages: weights={dict(stage.weights)} contradicts total_epochs={config.total_epochs}, which "
+                "reads every source equally often; leave one of them out"
+            )
 
 
 def _check_sequence_parallel(config: TrainConfig) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from pretrain.config.checks import check_positive
+from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 
 
@@ -20,7 +21,7 @@ class CheckpointConfig:
     background: bool = True
     """Write checkpoints while training continues, so that it pauses only for the copy to host memory; false pauses
     training until the checkpoint is written."""
-    target: str | None = None
+    target: PathText | None = None
     """Folder or URL (such as s3://bucket/run) for the checkpoints; null means the run folder."""
     keep_last: int = 2
     """Number of newest checkpoints to keep."""

@@ -8,11 +8,8 @@ QK-norm), a tokenizer that `transformers.AutoTokenizer` loads and, for a sentenc
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from safetensors.torch import save_file
 from pretrain.config import ModelConfig, TrainConfig
 from pretrain.corpus.tokenizer import CHECK_TEXT, SPACE_SYMBOL, Tokenizer, frame
 from pretrain.errors import ConfigError, RunError
-from pretrain.files import let_umask_decide, sync_folder, write_atomically
+from pretrain.files import published_together, write_atomically
 from pretrain.model.decoder import build_decoder
 from pretrain.trained import TrainedModel
 
@@ -93,7 +90,7 @@ def export(
     """
     require_transformers()
     check_output(output, overwrite)
-    with _published_together(output) as folder:
+    with published_together(output) as folder:
         try:
             write_model(trained, folder, dtype, max_shard_bytes, progress)
             write_tokenizer(trained.tokenizer, folder, trained.sequence_length)
@@ -108,39 +105,6 @@ def export(
                 f"of {parity.tokens} positions; {output} was not written"
             )
     return parity
-
-
-@contextmanager
-def _published_together(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output`, which replaces `output` when the block ends without an error."""
-    output = output.absolute()
-    temporary = output.with_name(f".{output.name}.tmp")
-    replaced = output.with_name(f".{output.name}.old")
-    for leftover in (temporary, replaced):
-        _remove(leftover)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for path in temporary.iterdir():
-            let_umask_decide(path)
-        for path in [*temporary.iterdir(), temporary]:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        if output.exists():
-            output.rename(replaced)
-        temporary.rename(output)
-        sync_folder(output.parent)  # the new export must be durable before the old one is deleted
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove(path: Path) -> None:
-    """Delete a folder and its content. Of a link to a folder, only the link is deleted."""
-    if path.is_symlink():
-        path.unlink()
-    shutil.rmtree(path, ignore_errors=True)
 
 
 # --- the model ---

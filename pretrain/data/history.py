@@ -21,7 +21,7 @@ from pretrain.corpus.shards import Corpus
 from pretrain.data.lanes import rank_samples
 from pretrain.data.order import Order, SourceSize
 from pretrain.data.packing import best_fit, concat
-from pretrain.data.state import OrderState, Substitution
+from pretrain.data.state import OrderState, chunk_read
 from pretrain.errors import ConfigError
 from pretrain.remote import ReadOptions, is_url, redact
 
@@ -95,7 +95,7 @@ class ReadHistory:
                 raise ConfigError(
                     f"the corpus of {name!r} has root hash {now}, the run has read {then}; put that corpus back"
                 )
-        sizes = [SourceSize(c.n_chunks, c.chunk_tokens, c.last_chunk_tokens) for c in self.corpora]
+        sizes = [SourceSize.of(corpus.manifest) for corpus in self.corpora]
         self._order = Order(
             sizes, state.stages, lanes=state.lanes, window_chunks=state.window_chunks, seed=state.seed
         )
@@ -132,18 +132,20 @@ class ReadHistory:
         if rank is not None:
             n_ranks = world_size or self.world_size
             readers, rest = divmod(n_ranks, self._sequence_ranks)
-            if not 0 <= rank < n_ranks or rest or len(samples) % readers:
+            n_sequences = taken.padded_end - taken.first_sample
+            if not 0 <= rank < n_ranks or rest or n_sequences % readers:
                 raise ConfigError(
-                    f"rank={rank} does not exist where {len(samples)} sequences are split over {n_ranks} ranks"
+                    f"rank={rank} does not exist where {n_sequences} sequences are split over {n_ranks} ranks"
                     + (f", {self._sequence_ranks} to each" if self._sequence_ranks > 1 else "")
                 )
             samples = rank_samples(
                 taken.first_sample,
-                len(samples),
+                n_sequences,
                 lanes=self._state.lanes,
                 rank=rank // self._sequence_ranks,
                 world_size=readers,
             )
+            samples = samples[samples < taken.end_sample]
         where = self._order.locate(samples)
         found = []
         for row, sample in enumerate(samples.tolist()):
@@ -189,27 +191,23 @@ class ReadHistory:
 
     def _readings(self, source: int, chunk: int, end: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
         """(sample, epoch, segments) of all sequences read from a chunk, including those where it was a substitute."""
-        stood_in = [s for s in self._state.substitutions if (s.source, s.substitute) == (source, chunk)]
+        substituted = self._state.substitutions
+        stood_in = {s.chunk for s in substituted if (s.source, s.substitute) == (source, chunk)}
         readings = []
-        for which in [None, *stood_in]:
-            there = self._order.find(source, which.chunk if which else chunk, end)
+        for asked in sorted(stood_in | {chunk}):
+            there = self._order.find(source, asked, end)
             for sample, sequence, epoch, length in zip(*(values.tolist() for values in there), strict=True):
-                asked = which.chunk if which else chunk
-                if (which is None or which.epoch == epoch) and (
-                    self._read_chunk(source, epoch, asked, sample) == chunk
-                ):
+                if self._read_chunk(source, epoch, asked, sample) == chunk:
                     readings.append((sample, epoch, self._segments(source, chunk, sequence, length)))
         return readings
 
     def _read_chunk(self, source: int, epoch: int, chunk: int, sample: int) -> int:
         """The chunk that was actually read where the order says `chunk`."""
 
-        def applies(entry: Substitution) -> bool:
-            return (entry.source, entry.epoch, entry.chunk) == (source, epoch, chunk) and (
-                sample >= entry.first_sample
-            )
-
-        return next((s.substitute for s in self._state.substitutions if applies(s)), chunk)
+        made = [
+            s for s in self._state.substitutions if (s.source, s.epoch, s.chunk) == (source, epoch, chunk)
+        ]
+        return chunk_read(made, chunk, sample)
 
     def _segments(self, source: int, chunk: int, sequence: int, length: int) -> list[tuple[int, int]]:
         corpus = self.corpora[source]

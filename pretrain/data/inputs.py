@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pretrain.checkpoint.folder import COMPLETE, list_checkpoints, root_of_run
 from pretrain.config import TrainConfig
+from pretrain.config.data_stages import plan_stages
 from pretrain.config.launched import launched_local_size
-from pretrain.corpus.manifest import Manifest, load_manifest
+from pretrain.corpus.manifest import MANIFEST_NAME, Manifest, load_manifest
 from pretrain.corpus.tokenizer import TOKENIZER_NAMES
+from pretrain.data.lanes import choose_lanes, end_with_epoch, steps_until_epoch, weighted_by_size
+from pretrain.data.order import Order, SourceSize
 from pretrain.errors import ConfigError
 from pretrain.remote import as_path, check_url, exists, folder_of, is_url
 
@@ -36,12 +40,16 @@ def resolve_inputs(config: TrainConfig, world_size: int) -> Inputs:
     config.grad_accum_steps(world_size)
     config.engine.check_ranks(world_size, launched_local_size())
     _check_urls(config)
+    if config.init_from is not None and not is_url(config.init_from):
+        _check_init_from(config.init_from, config)
     patience = config.data.read_timeout_s
     manifests = {
         source.manifest: load_manifest(source.manifest, patience) for source in config.data.corpora()
     }
     for path, manifest in manifests.items():
         check_lengths([stage.sequence_length for stage in config.stages], manifest.chunk_tokens, path)
+    if config.total_epochs is not None:
+        config.plan_epochs(steps_of_epochs(config, list(manifests.values())))
     if config.evaluation.manifest is not None:
         manifests[config.evaluation.manifest] = load_manifest(config.evaluation.manifest, patience)
     first_path, first = next(iter(manifests.items()))
@@ -60,6 +68,16 @@ def resolve_inputs(config: TrainConfig, world_size: int) -> Inputs:
             f"({first.vocab_size}); leave it out or give at least {needed}"
         )
     return Inputs(config, manifests)
+
+
+def steps_of_epochs(config: TrainConfig, manifests: Sequence[Manifest]) -> int:
+    """Number of steps of a new run of `total_epochs` epochs of these corpora. Raises ConfigError as the run would."""
+    assert config.total_epochs is not None
+    sizes = [SourceSize.of(manifest) for manifest in manifests]
+    stages = plan_stages(weighted_by_size(config.data, sizes), config.global_batch_sequences)
+    lanes = config.data.lanes or choose_lanes(sizes, config.global_batch_sequences)
+    order = Order(sizes, stages, lanes=lanes, window_chunks=config.data.window_chunks, seed=config.seed)
+    return steps_until_epoch(end_with_epoch(order, sizes, config.total_epochs, 0), [], config.total_epochs)
 
 
 def check_lengths(lengths: Sequence[int], chunk_tokens: int, manifest_path: str) -> None:
@@ -87,6 +105,39 @@ def _check_urls(config: TrainConfig) -> None:
             f"data.read_timeout_s={config.data.read_timeout_s} is not less than watchdog.step_s="
             f"{config.watchdog.step_s}, so that the watchdog would end a run that waits for its store; change one"
         )
+
+
+def _check_init_from(init_from: str, config: TrainConfig) -> None:
+    """Raise ConfigError where `init_from` is not the folder of a run with a checkpoint, saying what it is.
+
+    A run that has a checkpoint of its own resumes from that and no longer needs the other run.
+    """
+    own = as_path(config.checkpoint.target or config.run_dir)
+    if isinstance(own, str) or list_checkpoints(own):
+        return
+    folder = Path(as_path(init_from))
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    advice = "give the run_dir of a run that this program has trained"
+    if not folder.exists():
+        what = "does not exist"
+    elif not folder.is_dir():
+        what = "is a file"
+    elif {"run.json", "checkpoints"} & names:
+        if list_checkpoints(root_of_run(folder, key="init_from")):
+            return
+        what = "is a run that has no checkpoint yet"
+    elif COMPLETE in names or any(name.startswith("step-") for name in names):
+        what = "is a part of a run"
+    elif MANIFEST_NAME in names:
+        what = "is a corpus"
+    elif "config.json" in names:
+        what = "is the folder of a Hugging Face model"
+        advice = (
+            f"import it (python launch/import_model.py input={init_from} output=DIR) and give init_from=DIR"
+        )
+    else:
+        what = "is not the folder of a run"
+    raise ConfigError(f"init_from={init_from} {what}; {advice}")
 
 
 def tokenizer_path(manifest_path: str) -> str | Path:

@@ -7,19 +7,26 @@ order and the corpora that this integer refers to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from pretrain.batch import Batch
-from pretrain.config import DataConfig, SourceConfig
+from pretrain.config import BadChunk, DataConfig, SourceConfig
 from pretrain.config.data_stages import Step, Steps, micro_batch_of, n_steps_of, plan_stages
 from pretrain.corpus.manifest import Manifest
 from pretrain.corpus.shards import Corpus
 from pretrain.data.inputs import check_lengths
-from pretrain.data.lanes import choose_lanes, end_sources, rank_samples
+from pretrain.data.lanes import (
+    choose_lanes,
+    end_sources,
+    end_with_epoch,
+    rank_samples,
+    steps_until_epoch,
+    weighted_by_size,
+)
 from pretrain.data.order import Location, Order, SourceSize
 from pretrain.data.permutation import Ints
 from pretrain.data.sequences import SequenceReader, Sequences
@@ -29,6 +36,7 @@ from pretrain.device import device_type
 from pretrain.errors import ConfigError
 from pretrain.remote import ReadOptions
 
+Exchange = Callable[[list[Substitution]], list[Substitution]]
 _STEPS_AHEAD = 16
 """Number of steps by which chunks at a URL are requested before they are read. A window needs all its
 chunks from its first step on."""
@@ -52,7 +60,7 @@ def _to_batch(read: Sequences, samples: Ints) -> Batch:
     """The tensors of a batch. With a GPU they are page-locked, so that they can be copied in the background."""
     tensor = torch.empty(read.packed.shape, dtype=torch.int64, pin_memory=device_type() == "cuda")
     tokens, labels, positions, document_ids = tensor.copy_(torch.from_numpy(read.packed)).unbind(0)
-    return Batch(tokens, labels, positions, document_ids, samples, read.counts, read.substitutions)
+    return Batch(tokens, labels, positions, document_ids, samples, read.counts)
 
 
 class TrainLoader:
@@ -74,6 +82,7 @@ class TrainLoader:
         world_size: int,
         total_steps: int | None = None,
         total_tokens: int | None = None,
+        total_epochs: int | None = None,
         state: OrderState | None,
         manifests: Mapping[str, Manifest] | None = None,
     ) -> None:
@@ -84,7 +93,9 @@ class TrainLoader:
             for s in sources
         ]
         _check_corpora(sources, corpora, data)
-        self._sizes = [SourceSize(c.n_chunks, c.chunk_tokens, c.last_chunk_tokens) for c in corpora]
+        self._sizes = [SourceSize.of(corpus.manifest) for corpus in corpora]
+        if total_epochs is not None:
+            data = weighted_by_size(data, self._sizes)
         lanes = data.lanes or (state.lanes if state else choose_lanes(self._sizes, global_batch_sequences))
         self.state = OrderState(
             manifest_sha=[corpus.manifest.root_sha256 for corpus in corpora],
@@ -104,8 +115,9 @@ class TrainLoader:
             self.state.stages = plan_stages(data, global_batch_sequences, state.begun, state.fixed_samples)
         self._data, self._corpora = data, corpora
         self.names = [source.name for source in sources]
-        self.n_steps = n_steps_of(self.state.stages, total_steps, total_tokens)
-        """Optimizer updates of the whole run."""
+        self._total_epochs = total_epochs
+        self.n_steps = n_steps_of(self.state.stages, total_steps, total_tokens) if total_epochs is None else 0
+        """Optimizer updates of the whole run. With `total_epochs`, a rollback makes them fewer: it skips samples."""
         self._max_epochs = [source.max_epochs for source in sources]
         self._rank, self._world_size = rank, world_size
         self.set_micro_batch(micro_batch_sequences)
@@ -127,11 +139,17 @@ class TrainLoader:
             window_chunks=state.window_chunks,
             seed=state.seed,
         )
-        end = Steps(state.stages, state.passed_over)[self.n_steps].end_sample
-        state.stages = end_sources(order, self._max_epochs, state.fixed_samples, end)
+        if self._total_epochs is not None:
+            state.stages = end_with_epoch(order, self._sizes, self._total_epochs, state.fixed_samples)
+        else:
+            end = Steps(state.stages, state.passed_over)[self.n_steps].end_sample
+            state.stages = end_sources(order, self._max_epochs, state.fixed_samples, end)
         if state.stages is not order.stages:
             order = order.with_stages(state.stages)
+        _check_ends(order)
         self.order, self.plan = order, Steps(state.stages, state.passed_over)
+        if self._total_epochs is not None:
+            self.n_steps = steps_until_epoch(state.stages, state.passed_over, self._total_epochs)
 
     def state_at(self, step: int) -> OrderState:
         """The order state that a checkpoint after this step holds."""
@@ -151,25 +169,36 @@ class TrainLoader:
         self._plan()
         return left_out
 
-    def substituted(self, found: Sequence[Substitution]) -> list[Substitution]:
-        """Add the substitutions that ranks made in a step to the state, and return those that are new.
-
-        All ranks make the same call, with the substitutions of all ranks.
-        """
-        known = {(s.source, s.epoch, s.chunk) for s in self.state.substitutions}
-        new: dict[tuple[int, int, int], Substitution] = {}
-        for entry in sorted(found, key=lambda s: (s.source, s.epoch, s.chunk, s.first_sample)):
-            if (key := (entry.source, entry.epoch, entry.chunk)) not in known:
-                new.setdefault(key, entry)
-        self.state.substitutions = [*self.state.substitutions, *new.values()]
-        return list(new.values())
-
-    def steps(self, first_step: int) -> Iterator[list[Batch]]:
+    def steps(self, first_step: int, exchange: Exchange = list) -> Iterator[list[Batch]]:
         """The micro batches of each optimizer step, from step `first_step` to the last step of the run.
 
-        The iterator owns its worker processes, which end with it; to start at another step, call this again. Raises
-        CorruptShardError, and RunError if a worker process dies.
+        The iterator owns its worker processes, which end with it; to start at another step, call this again. Where
+        `data.on_bad_chunk` substitutes bad chunks, `exchange` is called for each step with the substitutions that this
+        rank proposes, and returns those of all ranks, in the order of the ranks. If there are any, they become part of
+        `state`, from the first sample of the step on, and all ranks read the step again. Raises CorruptShardError, and
+        RunError if a worker process dies.
         """
+        number = first_step
+        while number <= self.n_steps:
+            for found in self._read_steps(number):
+                if self._data.on_bad_chunk is BadChunk.substitute and (
+                    proposed := exchange([entry for read, _ in found for entry in read.proposed])
+                ):
+                    self._substitute(proposed, self.plan[number].first_sample)
+                    break
+                yield [_to_batch(read, samples) for read, samples in found]
+                number += 1
+
+    def _substitute(self, proposed: Sequence[Substitution], first_sample: int) -> None:
+        """Add the first proposal for each chunk to the state. All ranks make the same call."""
+        chosen: dict[tuple[int, int, int], Substitution] = {}
+        for entry in proposed:
+            chosen.setdefault((entry.source, entry.epoch, entry.chunk), entry)
+        new = [replace(chosen[key], first_sample=first_sample) for key in sorted(chosen)]
+        self.state.substitutions = [*self.state.substitutions, *new]
+
+    def _read_steps(self, first_step: int) -> Iterator[list[tuple[Sequences, Ints]]]:
+        """What has been read for each micro batch of each step, and its samples."""
         reader = SequenceReader(self._corpora, self._data, self.state.seed, self.state.substitutions)
         read, wanted = MicroBatches(reader, self.order), self._micro_batches(first_step)
         n_workers = self._data.loader_workers
@@ -179,7 +208,7 @@ class TrainLoader:
             else map(read, wanted)
         )
         for number in range(first_step, self.n_steps + 1):
-            yield [_to_batch(*next(found)) for _ in self._micro_batches_of(self.plan[number])]
+            yield [next(found) for _ in self._micro_batches_of(self.plan[number])]
 
     def _micro_batches(self, first_step: int) -> Iterator[tuple[Ints, Ints]]:
         """For each forward pass, its samples and the samples whose chunks should be requested now."""
@@ -197,12 +226,24 @@ class TrainLoader:
 
     def _micro_batches_of(self, step: Step) -> list[Ints]:
         """The samples of each forward pass of this rank in a step."""
-        count = step.end_sample - step.first_sample
+        count = step.padded_end - step.first_sample
         mine = rank_samples(
             step.first_sample, count, lanes=self.state.lanes, rank=self._rank, world_size=self._world_size
         )
         size = micro_batch_of(count, step.sequence_length, self._world_size, self._micro_batch_tokens)
         return list(mine.reshape(-1, size))
+
+
+def _check_ends(order: Order) -> None:
+    """Raise ConfigError unless the stages that close epochs end where the order says, since a file may have them."""
+    for at, stage in enumerate(order.stages):
+        if stage.closes_epochs is not None and stage.end_sample != stage.first_sample + order.samples_left(
+            at
+        ):
+            raise ConfigError(
+                f"the order in a checkpoint closes epoch {stage.closes_epochs} at sample {stage.end_sample}, which is "
+                "not where its sources end; the checkpoint is damaged, resume from another"
+            )
 
 
 def _check_corpora(sources: list[SourceConfig], corpora: list[Corpus], data: DataConfig) -> None:

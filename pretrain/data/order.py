@@ -43,6 +43,12 @@ A data stage may have longer sequences, T' = m T. For each source, a lane first 
 that it has begun: m short sequences, in their permuted order, make one long sequence, and the last long sequence may be
 padded. From the next window on, the lane reads sequences of T' tokens. So here, too, no token is lost or read twice.
 
+A run that ends with an epoch has a last stage that closes it (`DataStage.closes_epochs`). A source is not drawn after
+the last step before which no lane leaves the epoch in it, and the stage begins where this has happened to all sources.
+What each lane has left of each source is a number, and `Remainder` deals these samples evenly over lanes and sources.
+The stage has no other samples, so each sequence is read exactly as often as there are epochs; the last step may have
+fewer samples than the others. Each lane keeps its own order here too, so a next stage continues as after any other.
+
 **3. Chunks to lanes.** The epochs of a source are concatenated to one stream of chunks, g = e N + ordinal, which
 is dealt round robin: lane g mod V, row g div V. Each chunk thus belongs to one lane per epoch. Lanes that have
 drawn the same number n of samples are in the same row or in adjacent ones, so no lane gets whole epochs ahead of
@@ -75,8 +81,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.config.data_stages import DataStage, stage_at
-from pretrain.data.mixture import PERIOD, interleave, quotas
+from pretrain.config.data_stages import MAX_SAMPLES, DataStage, stage_at
+from pretrain.corpus.manifest import Manifest
+from pretrain.data.mixture import PERIOD, Remainder, interleave, quotas
 from pretrain.data.permutation import Ints, key_of, permute, unpermute
 
 _ROTATION = 40503  # odd, and close to P / golden ratio: lanes start at places that are all different and evenly spread
@@ -93,6 +100,11 @@ class SourceSize:
     """Number of tokens in every chunk except the last one."""
     last_chunk_tokens: int
     """Number of tokens in the last chunk."""
+
+    @classmethod
+    def of(cls, corpus: Manifest) -> SourceSize:
+        """The sizes of a corpus, from its manifest."""
+        return cls(corpus.n_chunks, corpus.chunk_tokens, corpus.last_chunk_tokens)
 
     def sequences_per_chunk(self, sequence_length: int) -> tuple[int, int]:
         """C and C_last: sequences in a full chunk, and in the last one, whose last sequence may be padded."""
@@ -135,7 +147,7 @@ class SamplesOfChunk(NamedTuple):
 class Order:
     """The order of all samples of a run.
 
-    The first stage begins at sample 0. The tables take about (0.4 MB + 40 B x lanes x sources) per stage.
+    The first stage begins at sample 0. The tables take about (0.9 MB + 40 B x lanes x sources) per stage.
     """
 
     def __init__(
@@ -189,26 +201,47 @@ class Order:
         self._skipped = np.empty(
             (n_stages, self.lanes, n_sources), np.int64
         )  # places that the rotation skips
+        self._places: list[list[Ints]] = []
         self._begin: list[_Begin] = []
+        self._remainders: dict[int, Remainder] = {}  # of the stages that close epochs
         begin = _Begin(*np.zeros((4, self.lanes, n_sources), np.int64))
         for s in range(n_stages):
             self._pattern[s] = interleave(self._quotas[s])
-            for k in range(n_sources):
-                mine = np.flatnonzero(self._pattern[s] == k)
+            self._places.append([np.flatnonzero(self._pattern[s] == k) for k in range(n_sources)])
+            for mine in self._places[s]:
                 self._rank[s, mine] = np.arange(len(mine))
             self._skipped[s] = self._places_before(s, self._rotation)
             self._begin.append(begin)
+            if (n_epochs := self._parts[s].closes_epochs) is not None:
+                self._remainders[s] = Remainder(self._left(s, n_epochs).ravel())
             if s + 1 < n_stages:
                 begin = self._next_begin(s)
         self._starts = _Begin(*(np.stack(tables) for tables in zip(*self._begin, strict=True)))  # [S, V, K]
 
     def _places_before(self, stage: int, end: Ints) -> Ints:
         """Number of each source's places in the period that are before `end`: [len(end), K]."""
-        places = [np.flatnonzero(self._pattern[stage] == k) for k in range(self._quotas.shape[1])]
-        return np.stack([np.searchsorted(mine, end) for mine in places], axis=1)
+        return np.stack([np.searchsorted(mine, end) for mine in self._places[stage]], axis=1)
+
+    def _left(self, stage: int, n_epochs: int) -> Ints:
+        """Number of samples of the first `n_epochs` epochs that are left when a stage begins: [V, K]."""
+        begin = self._begin[stage]
+        source, lane = np.broadcast_arrays(np.arange(begin.n.shape[1]), np.arange(self.lanes)[:, None])
+        rows = self._lane_rows(self._length[stage], source, lane)
+        end = rows.samples_before(self._first_row(rows, lane, np.array(n_epochs)))
+        parts = -(-begin.rest // self._parts_per_sample(stage, begin.rest_length))
+        return parts + np.maximum(0, end - begin.n)
+
+    def samples_left(self, stage: int = -1) -> int:
+        """Number of samples in a stage that closes epochs: in `stages[stage]`, which must be such a stage."""
+        first = self.stages[stage].first_sample
+        part = max(s for s in self._remainders if self._first_sample[s] <= first)
+        return self._remainders[part].total + int(self._first_sample[part]) - first
 
     def _drawn(self, stage: int, sample: int) -> Ints:
         """Number of samples that each lane draws from each source between the stage's start and `sample`: [V, K]."""
+        if stage in self._remainders:
+            drawn = self._remainders[stage].drawn_before(sample - int(self._first_sample[stage]))
+            return drawn.reshape(self.lanes, -1)
         position = -((np.arange(self.lanes) - sample) // self.lanes)
         end = self._rotation + position - self._first_position[stage]
         drawn = (end // PERIOD)[:, None] * self._quotas[stage] + self._places_before(stage, end % PERIOD)
@@ -247,12 +280,13 @@ class Order:
         return lengths[self._length[stage]] // lengths[rest_length]
 
     def locate(self, samples: Ints) -> Location:
-        """Where the samples with these global indices (1-D, in any order) are. Exact even for indices above 10^12."""
+        """Where the samples with these global indices (1-D, in any order) are. Exact even for indices above 10^12.
+
+        A sample after the last one of a stage that closes epochs is empty: it has no part.
+        """
         samples = np.asarray(samples, np.int64)
-        request = np.arange(len(samples))
-        lane, position = samples % self.lanes, samples // self.lanes
         stage = np.searchsorted(self._first_sample, samples, side="right") - 1
-        source, drawn = self._draw(stage, lane, position)
+        request, stage, lane, source, drawn = self._dealt(samples, stage)
         begin = _Begin(*(table[stage, lane, source] for table in self._starts))
         length = self._length[stage]
         if not begin.rest.any():
@@ -262,10 +296,25 @@ class Order:
         in_rest = taken < begin.rest
         n_parts = np.where(in_rest, np.minimum(per, begin.rest - taken), 1)
         n = np.where(in_rest, begin.rest_first + taken, begin.n + drawn + -begin.rest // per)
-        request = np.repeat(request, n_parts)
-        within = np.arange(len(request)) - np.repeat(np.cumsum(n_parts) - n_parts, n_parts)
-        length = np.where(in_rest, begin.rest_length, length)[request]
-        return self._place(request, length, source[request], lane[request], n[request] + within)
+        part_of = np.repeat(np.arange(len(request)), n_parts)
+        within = np.arange(len(part_of)) - np.repeat(np.cumsum(n_parts) - n_parts, n_parts)
+        length = np.where(in_rest, begin.rest_length, length)[part_of]
+        return self._place(request[part_of], length, source[part_of], lane[part_of], n[part_of] + within)
+
+    def _dealt(self, samples: Ints, stage: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+        """Which samples are not empty, and of each its stage, lane, source, and earlier draws from it in the stage."""
+        request = np.arange(len(samples))
+        lane, position = samples % self.lanes, samples // self.lanes
+        source, drawn = self._draw(stage, lane, position)
+        is_filled = np.ones(len(samples), np.bool_)
+        for closing, rest in self._remainders.items():
+            mine = np.flatnonzero(stage == closing)
+            index = samples[mine] - self._first_sample[closing]
+            is_filled[mine] = index < rest.total
+            mine, index = mine[index < rest.total], index[index < rest.total]
+            cell, drawn[mine] = rest.dealt(index)
+            lane[mine], source[mine] = np.divmod(cell, self._quotas.shape[1])
+        return request[is_filled], stage[is_filled], lane[is_filled], source[is_filled], drawn[is_filled]
 
     def _place(self, request: Ints, length: Ints, source: Ints, lane: Ints, n: Ints) -> Location:
         """Where the n-th sequence of a source on a lane is. `length` is an index into `_lengths`."""
@@ -384,14 +433,19 @@ class Order:
             ):
                 if s + 1 < len(self._parts):
                     mask &= drawn < self._drawn(s, self._parts[s + 1].first_sample)[lane, source]
+                elif s in self._remainders:
+                    mask &= drawn < self._drawn(s, MAX_SAMPLES)[lane, source]
                 which = np.flatnonzero(mask & (quota > 0))
                 if len(which):
                     yield self._sample(s, source, lane, drawn[which]), which
 
     def _sample(self, stage: int, source: int, lane: int, drawn: Ints) -> Ints:
-        """The inverse of `_draw`."""
+        """The inverse of `_draw`, or in a stage that closes epochs, of how its remainder is dealt."""
+        if stage in self._remainders:
+            cell = lane * self._quotas.shape[1] + source
+            return self._first_sample[stage] + self._remainders[stage].sample(cell, drawn)
         turn, rank = np.divmod(drawn + self._skipped[stage, lane, source], self._quotas[stage, source])
-        place = np.flatnonzero(self._pattern[stage] == source)[rank]
+        place = self._places[stage][source][rank]
         position = turn * PERIOD + place - self._rotation[lane] + self._first_position[stage, lane]
         return position * self.lanes + lane
 
@@ -412,19 +466,23 @@ class Order:
         """Number of epochs of each source read before `sample`, counted in chunks; a short last chunk counts as one."""
         return (self.chunks_read(sample).sum(axis=0) / self._n_chunks).tolist()
 
-    def is_read(self, source: int, n_epochs: int, sample: int) -> bool:
-        """Whether any lane draws from the source more than `n_epochs` epochs before `sample`."""
-        lane = np.arange(self.lanes)
-        end = -((lane - n_epochs * self._n_chunks[source]) // self.lanes)
-        return bool((self.chunks_read(sample)[:, source] > end).any())
+    def read_beyond(self, max_epochs: Sequence[int | None], sample: int) -> list[int]:
+        """The sources from which any lane draws more than `max_epochs` epochs before `sample`; None means no limit."""
+        limited = np.array([source for source, most in enumerate(max_epochs) if most is not None], np.int64)
+        n_chunks = np.array([most for most in max_epochs if most is not None]) * self._n_chunks[limited]
+        end = -((np.arange(self.lanes)[:, None] - n_chunks) // self.lanes)
+        return limited[(self.chunks_read(sample)[:, limited] > end).any(axis=0)].tolist()
 
 
 def _distinct(stages: Sequence[DataStage]) -> list[DataStage]:
     """The stages, except those that change only the batch size, which does not affect the order."""
+
+    def content(stage: DataStage) -> tuple[list[int], int, int | None]:
+        return quotas(stage.drawn_weights), stage.sequence_length, stage.closes_epochs
+
     kept = [stages[0]]
     for stage in stages[1:]:
-        before = quotas(kept[-1].drawn_weights), kept[-1].sequence_length
-        if (quotas(stage.drawn_weights), stage.sequence_length) != before:
+        if content(stage) != content(kept[-1]):
             kept.append(stage)
     return kept
 

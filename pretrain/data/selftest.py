@@ -115,6 +115,7 @@ def _loader(config: TrainConfig, rank: int, n_ranks: int) -> TrainLoader:
         world_size=n_ranks,
         total_steps=config.total_steps,
         total_tokens=config.total_tokens,
+        total_epochs=config.total_epochs,
         state=None,
     )
 

@@ -17,7 +17,7 @@ from pretrain.corpus.shards import Corpus
 from pretrain.data.order import Location
 from pretrain.data.packing import Segments, best_fit, concat
 from pretrain.data.permutation import Ints, key_of
-from pretrain.data.state import Substitution
+from pretrain.data.state import Substitution, chunk_read
 from pretrain.errors import RunError
 
 _PACKED_CHUNKS = 512  # cached packings, 60 KB each; W chunks per lane and source are used at a time
@@ -36,8 +36,9 @@ class Sequences:
     """int32 [4, B, T]: tokens, labels, positions, document ids."""
     counts: Counts
     """How documents were split over the sequences."""
-    substitutions: list[Substitution] = field(default_factory=list)
-    """Chunks that could not be read, found while these sequences were read."""
+    proposed: list[Substitution] = field(default_factory=list)
+    """Chunks that could not be read, each with one that could. If there are any, the sequences are not filled: they are
+    read again once all ranks have agreed on the substitutes."""
 
 
 class _Segment(NamedTuple):
@@ -56,7 +57,11 @@ class _Segment(NamedTuple):
 
 
 class SequenceReader:
-    """Reads sequences from corpora, and replaces bad chunks according to the run's `substitutions` so far."""
+    """Reads sequences from corpora, and replaces bad chunks according to the run's `substitutions` so far.
+
+    It makes no substitution of its own. It proposes one, because another process may find the same chunk bad at another
+    sample, or be unable to read the substitute, and all of them have to read the same.
+    """
 
     def __init__(
         self,
@@ -69,24 +74,26 @@ class SequenceReader:
         self._masking = data.document_masking
         self._best_fit = data.packing is Packing.best_fit
         self._stops = data.on_bad_chunk is BadChunk.stop
-        self._substitutions = {(s.source, s.epoch, s.chunk): s for s in substitutions}
+        self._substitutions: dict[tuple[int, int, int], list[Substitution]] = {}
+        for entry in substitutions:
+            self._substitutions.setdefault((entry.source, entry.epoch, entry.chunk), []).append(entry)
         self._packings: OrderedDict[tuple[int, int, int], Segments] = OrderedDict()
 
     def read(self, where: Location, samples: Ints, sequence_length: int) -> Sequences:
-        """The sequences at `where`, one row per sample.
+        """The sequences at `where`, one row per sample; or, if some chunks are bad, proposals to substitute them.
 
         Raises CorruptShardError or OSError if a chunk cannot be read, and RunError if no other chunk can replace it.
         """
-        found: list[Substitution] = []
         for _ in range(_READ_TRIES):
             try:
                 segments = self._segments(where, samples)
-                return self._fill(segments, len(samples), sequence_length, found)
+                return self._fill(segments, len(samples), sequence_length)
             except (CorruptShardError, OSError) as error:
                 if self._stops:
                     raise
                 problem = error
-            found += self._substitute_bad_chunks(where, samples)
+            if proposed := self._propose_substitutes(where, samples):
+                return Sequences(np.zeros((4, len(samples), 0), np.int32), Counts(), proposed)
         raise problem
 
     def prefetch(self, where: Location) -> None:
@@ -107,9 +114,7 @@ class SequenceReader:
             segments += [_Segment(row, source, chunk, start, stop) for start, stop in ranges]
         return segments
 
-    def _fill(
-        self, segments: list[_Segment], n: int, sequence_length: int, found: list[Substitution]
-    ) -> Sequences:
+    def _fill(self, segments: list[_Segment], n: int, sequence_length: int) -> Sequences:
         packed = np.empty((4, n, sequence_length), np.int32)
         tokens, labels = packed[0], packed[1]
         labels[:] = IGNORED_LABEL
@@ -136,6 +141,9 @@ class SequenceReader:
             if stop < sequence_length:
                 tokens[row, stop:] = eos_id
                 begins[row, stop] = True
+        padding = sum(
+            sequence_length - stop for stop in filled if stop
+        )  # an empty sample is none of the step's
         packed[2] = np.arange(sequence_length, dtype=np.int32)
         if self._masking:
             begins[:, 0] = False  # documents of a row are counted from 0
@@ -143,7 +151,7 @@ class SequenceReader:
             np.cumsum(begins, axis=1, out=packed[3])
         else:
             packed[3] = 0
-        return Sequences(packed, Counts(pieces, cut, n * sequence_length - sum(filled)), found)
+        return Sequences(packed, Counts(pieces, cut, padding))
 
     def _read_tokens(self, segments: list[_Segment]) -> list[NDArray[np.integer]]:
         """The tokens of each segment, plus the token after it if its chunk has one, which is the last label."""
@@ -179,29 +187,29 @@ class SequenceReader:
 
     def _chunk(self, source: int, epoch: int, chunk: int, sample: int) -> int:
         """The chunk to read where the order says `chunk`."""
-        known = self._substitutions.get((source, epoch, chunk))
-        return known.substitute if known is not None and sample >= known.first_sample else chunk
+        return chunk_read(self._substitutions.get((source, epoch, chunk), []), chunk, sample)
 
-    def _substitute_bad_chunks(self, where: Location, samples: Ints) -> list[Substitution]:
+    def _propose_substitutes(self, where: Location, samples: Ints) -> list[Substitution]:
         """Try to read each chunk at these positions separately, and choose substitutes for the unreadable ones."""
-        found = []
+        found: dict[tuple[int, int, int], Substitution] = {}
         for source, epoch, chunk, _, _, row in zip(*(a.tolist() for a in where), strict=True):
-            sample = int(samples[row])
+            sample, key = int(samples[row]), (source, epoch, chunk)
+            if key in found:
+                continue
             reason = self._problem(source, self._chunk(source, epoch, chunk, sample))
             if reason is None:
                 continue
-            candidates = self._substitutes(source, epoch, chunk)
+            used = {entry.substitute for entry in self._substitutions.get(key, [])}
+            candidates = [other for other in self._substitutes(source, epoch, chunk) if other not in used]
             good = next((other for other in candidates if self._problem(source, other) is None), None)
             if good is None:
                 raise RunError(
                     f"{reason}; and {_SUBSTITUTES_TRIED} chunks that would stand in for it cannot be read either"
                 )
-            entry = Substitution(
+            found[key] = Substitution(
                 source=source, epoch=epoch, chunk=chunk, first_sample=sample, substitute=good, reason=reason
             )
-            self._substitutions[source, epoch, chunk] = entry
-            found.append(entry)
-        return found
+        return list(found.values())
 
     def _problem(self, source: int, chunk: int) -> str | None:
         """Why a chunk cannot be read; None if it can."""

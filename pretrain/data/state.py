@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -34,11 +35,17 @@ class Substitution:
     chunk: Chunk
     """The chunk that could not be read."""
     first_sample: Sample
-    """First sample to which the substitution applies; earlier samples were read from the chunk itself."""
+    """First sample to which the substitution applies: the first one of a step. Earlier samples were read from the chunk
+    itself, or from an earlier substitute that has become unreadable too."""
     substitute: Chunk
     """The chunk that is read instead."""
     reason: Text
     """What was wrong with the chunk, in one sentence."""
+
+
+def chunk_read(made: Sequence[Substitution], chunk: int, sample: int) -> int:
+    """The chunk that a sample is read from. `made` are the substitutions of `chunk` in one epoch, oldest first."""
+    return next((s.substitute for s in reversed(made) if sample >= s.first_sample), chunk)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,7 +73,7 @@ class OrderState:
     passed_over: list[Annotated[list[Sample], MinLen(2), MaxLen(2)]] = field(default_factory=list)
     """Ranges [first, end) of sample indices that rollbacks skipped, in the order of the rollbacks."""
     substitutions: list[Substitution] = field(default_factory=list)
-    """Chunks that could not be read, each with the chunk that is read in its place."""
+    """Chunks that could not be read, each with the chunk that is read in its place, in the order of their samples."""
 
     @property
     def fixed_samples(self) -> int:
@@ -102,6 +109,8 @@ class OrderState:
         firsts = [stage.first_sample for stage in self.stages]
         if widths != {n_sources} or firsts[0] != 0 or firsts != sorted(firsts):
             raise ConfigError(f"{where} contradicts itself in its sources or in where its stages begin")
+        if any((stage.closes_epochs is None) != (stage.end_sample is None) for stage in self.stages):
+            raise ConfigError(f"{where} contradicts itself in how a stage ends")
         if len(self.stages) * self.lanes * n_sources > MAX_TABLE_ROWS:
             raise ConfigError(
                 f"{where} has {len(self.stages)} stages, {self.lanes} lanes and {n_sources} sources; their product may "

@@ -59,11 +59,13 @@ class StepResult:
     z_sum: torch.Tensor
     """Sum of the squared log-partitions; a scalar on the device."""
     n_predicted: int
-    """Number of predicted tokens in the global batch."""
-    grad_norm: float
-    """Global L2 norm of the gradient before clipping; not finite if the step was skipped."""
+    """Number of predicted tokens in the global batch. If it is 0, the engine has computed nothing."""
+    grad_norm: float | None
+    """Global L2 norm of the gradient before clipping; not finite if the update was skipped, None if there was nothing
+    to predict."""
     skipped: bool
-    """Whether the update was skipped because the gradient was not finite; weights and moments are then unchanged."""
+    """Whether no update was made, because the gradient was not finite or there was nothing to predict; weights and
+    moments are then unchanged."""
     memory_changed: torch.Tensor
     """1 if this rank's weights or moments had changed since the previous update, else 0; a scalar on the device."""
 
@@ -258,19 +260,25 @@ class Engine:
 
         All ranks skip the update if the gradient is not finite or if the loss (mean nats over the global batch) is
         above `loss_limit`. `give_up` is called before each micro batch and must return the same on all ranks. If it
-        returns True, the result is None, and weights and moments are unchanged.
+        returns True, the result is None, and weights and moments are unchanged. If no rank has a token to predict,
+        nothing is computed: an update without a gradient would still decay weights and apply old momentum.
         """
         if self._sequences is not None:
             batches = [self._sequences.own_part(batch) for batch in batches]
+        predicted = sum(int((batch.labels >= 0).sum()) for batch in batches)
+        n_predicted = torch.tensor(predicted, device=self.world.device)
+        if self.world.size > 1:
+            dist.all_reduce(n_predicted)
+        total = int(n_predicted)  # the device is idle at the start of a step, so this waits for the sum only
+        if total == 0:
+            none = torch.zeros((), device=self.world.device)
+            unchanged = torch.zeros((), dtype=torch.int64)
+            return StepResult(none, none, 0, None, skipped=True, memory_changed=unchanged)
         seed_step(self.config.seed, step, self.world.rank)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         if self.loss_scale is not None:
             self._deepspeed.optimizer.override_loss_scale(self.loss_scale.value)
-        predicted = sum(int((batch.labels >= 0).sum()) for batch in batches)
-        n_predicted = torch.tensor(predicted, device=self.world.device)
-        if self.world.size > 1:
-            dist.all_reduce(n_predicted)  # its value is not read here, so this does not wait for the device
         nll_sum = torch.zeros((), device=self.world.device)
         z_sum = torch.zeros((), device=self.world.device)
         # DeepSpeed averages over accumulation steps and ranks; this factor turns that into the mean over tokens.
@@ -285,7 +293,7 @@ class Engine:
             sums = self._forward(batch)
             nll_sum += sums.nll_sum.detach()
             z_sum += sums.z_sum.detach()
-            loss = training_loss(sums, self.config.model.z_loss, n_predicted.clamp(min=1), scale)
+            loss = training_loss(sums, self.config.model.z_loss, n_predicted, scale)
             if batch is batches[-1] and loss_limit < math.inf:
                 loss = loss * self._factor(nll_sum, n_predicted, loss_limit)
             self._deepspeed.backward(loss)
@@ -299,7 +307,7 @@ class Engine:
             self.state.sums.forget()
         else:
             self.state.sums.remember()
-        return StepResult(nll_sum, z_sum, int(n_predicted), grad_norm, skipped, changed)
+        return StepResult(nll_sum, z_sum, total, grad_norm, skipped, changed)
 
     @property
     def replica_sum(self) -> torch.Tensor:
@@ -315,7 +323,7 @@ class Engine:
         if self.world.size > 1:
             dist.all_reduce(total)
         one = torch.ones((), device=nll_sum.device)
-        return torch.where(total > loss_limit * n_predicted.clamp(min=1), one * math.nan, one)
+        return torch.where(total > loss_limit * n_predicted, one * math.nan, one)
 
     def _update(self) -> tuple[float, bool]:
         """Apply the summed gradient. Returns its norm, and whether the update was skipped."""

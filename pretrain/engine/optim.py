@@ -15,10 +15,10 @@ from pretrain.config import OptimConfig, OptimizerName, ScheduleConfig, Schedule
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int, n_steps: int) -> float:
     """Learning rate of update `step` (1 to n_steps).
 
-    It rises linearly over `warmup_steps`. Then it is constant, or decays to `min_lr_frac` of the peak: linearly, along
+    It rises linearly over the warm-up. Then it is constant, or decays to `min_lr_frac` of the peak: linearly, along
     half a cosine (Loshchilov and Hutter, 2017), or linearly after a constant phase (WSD: Hu et al., 2024).
     """
-    warmup = schedule.warmup_steps
+    warmup = schedule.warmup_in(n_steps)
     if step <= warmup:
         return peak * step / warmup
     floor = peak * schedule.min_lr_frac

@@ -49,6 +49,7 @@ class HeldOutResult:
 
     overall: Scores
     sources: dict[str, Scores]
+    """Scores by source. A source without a token that counts has none."""
 
 
 class TokenDocument(NamedTuple):
@@ -106,11 +107,7 @@ def evaluate_loss(
     The bytes of a document that `max_sequences` cuts off count in proportion to its tokens. Raises CorruptShardError,
     and ConfigError where a loss mask leaves nothing to predict.
     """
-    # A chunk whose size is not a multiple of the sequence length ends in a padded sequence.
-    per_chunk = -(-corpus.chunk_tokens // sequence_length)
-    n_sequences = (corpus.n_chunks - 1) * per_chunk + -(-corpus.last_chunk_tokens // sequence_length)
-    if max_sequences is not None:
-        n_sequences = min(n_sequences, max_sequences)
+    per_chunk, n_sequences = _sequences_of(corpus, sequence_length, max_sequences)
     per_call = micro_batch_sequences * world.n_readers
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     for first in range(0, n_sequences, per_call):
@@ -125,14 +122,41 @@ def evaluate_loss(
         sums += torch.stack([found.nll_sum.double(), found.n_predicted.double()])
     nll_sum, n_predicted = sum_over_ranks(sums.tolist(), world)
     if n_predicted == 0:
-        raise ConfigError(
-            f"the loss mask of {corpus.manifest_path} excludes every token of its first {n_sequences} sequences; "
-            "raise evaluation.max_sequences"
-        )
+        raise _nothing_to_predict(corpus, n_sequences)
     chunk, sequence = divmod(n_sequences - 1, per_chunk)
     in_chunk = min((sequence + 1) * sequence_length, corpus.tokens_in(chunk))
     text_bytes, documents = _text_before(corpus, chunk * corpus.chunk_tokens + in_chunk)
     return HeldOutResult(_scores(nll_sum, n_predicted, text_bytes, documents), sources={})
+
+
+def check_heldout(
+    corpus: Corpus, *, sequence_length: int, max_sequences: int | None, document_masking: bool
+) -> None:
+    """Raise ConfigError if `evaluate_loss` would find no token to predict. Reads only as far as the first one."""
+    per_chunk, n_sequences = _sequences_of(corpus, sequence_length, max_sequences)
+    for first in range(0, n_sequences, per_chunk):
+        sequence = np.arange(min(per_chunk, n_sequences - first))
+        chunk = np.full_like(sequence, first // per_chunk)
+        batch = build_batch(corpus, chunk, sequence, sequence_length, document_masking)
+        if (batch.labels != IGNORED_LABEL).any():
+            return
+    raise _nothing_to_predict(corpus, n_sequences)
+
+
+def _sequences_of(corpus: Corpus, sequence_length: int, max_sequences: int | None) -> tuple[int, int]:
+    """Number of sequences in a full chunk, and in the part of the corpus that is scored."""
+    # A chunk whose size is not a multiple of the sequence length ends in a padded sequence.
+    per_chunk = -(-corpus.chunk_tokens // sequence_length)
+    n_sequences = (corpus.n_chunks - 1) * per_chunk + -(-corpus.last_chunk_tokens // sequence_length)
+    return per_chunk, n_sequences if max_sequences is None else min(n_sequences, max_sequences)
+
+
+def _nothing_to_predict(corpus: Corpus, n_sequences: int) -> ConfigError:
+    remedy = "raise evaluation.max_sequences" if corpus.manifest.loss_mask else "give a longer held-out text"
+    return ConfigError(
+        f"evaluation.manifest={corpus.manifest_path} has no token to predict in its first {n_sequences} sequences; "
+        f"{remedy}"
+    )
 
 
 def _text_before(corpus: Corpus, n_tokens: int) -> tuple[int, int]:
@@ -171,7 +195,7 @@ def score_documents(
     A document longer than `sequence_length` T is read in windows of T tokens. Each window starts T/2 tokens after the
     previous one and scores only the tokens that no earlier window scored, so every token has at least T/2 tokens of
     context, or all that exist. `progress` is called with each document after it is queued. Raises ValueError where
-    there are no documents.
+    there are no documents, and ConfigError where no token counts.
     """
     totals: dict[str, _Totals] = {}
     for document in documents:
@@ -180,9 +204,12 @@ def score_documents(
         )
         if progress is not None:
             progress(document)
-    sources = {name: total.finish() for name, total in sorted(totals.items())}
-    if not sources:
+    found = {name: total.finish() for name, total in sorted(totals.items())}
+    if not found:
         raise ValueError("no documents to score")
+    sources = {name: scores for name, scores in found.items() if scores is not None}
+    if not sources:
+        raise ConfigError("the loss mask excludes every token of the documents, so there is nothing to score")
     sums = np.array([[t.nll_sum, t.n_predicted, t.text_bytes, t.documents] for t in totals.values()]).sum(0)
     return HeldOutResult(_scores(*sums.tolist()), sources)
 
@@ -206,8 +233,11 @@ class _Totals:
         if len(self._windows) >= _BUFFERED_BATCHES * self.batch_size:
             self._flush()
 
-    def finish(self) -> Scores:
+    def finish(self) -> Scores | None:
+        """The scores of the documents; None if none of their tokens counts."""
         self._flush()
+        if self.n_predicted == 0:
+            return None
         return _scores(self.nll_sum, self.n_predicted, self.text_bytes, self.documents)
 
     def _flush(self) -> None:

@@ -12,8 +12,13 @@ _PREFIXES = ("", "k", "M", "G", "T", "P")
 
 
 def event_line(event: Event, facts: dict[str, Any]) -> str:
-    """The event and its facts on one line, with units. Facts without a value are left out."""
-    given = {key: value for key, value in facts.items() if value not in (None, [], {})}
+    """The event and its facts on one line, with units. Facts without a value are left out.
+
+    What has changed in a configuration is left out too, since the run prints it as a list of its own.
+    """
+    given = {
+        key: value for key, value in facts.items() if value not in (None, [], {}) and key != "config_changed"
+    }
     if event is Event.CHECKPOINT_SAVED:
         size, rate = (
             quantity("bytes", given["bytes"]),

@@ -39,6 +39,8 @@ from pretrain.reliability.processes import own_memory_bytes
 WANDB_INIT_TIMEOUT_S = 30.0
 WANDB_FINISH_TIMEOUT_S = 30.0  # less than srun's --wait, so that a slow upload never looks like a hung rank
 WANDB_QUEUE_RECORDS = 10_000
+WANDB_PROJECT = "pretrain"
+"""Project of a run where neither the configuration nor WANDB_PROJECT names one."""
 # The old and the new host for which `wandb login` writes netrc.
 WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 
@@ -54,12 +56,14 @@ class StepRecord:
     """Number of tokens in this step, over all ranks."""
     sequence_length: int
     """Tokens per sequence."""
-    loss: float
-    """Mean nats per predicted token over the global batch, without z-loss."""
+    predicted_tokens: int
+    """Number of tokens, over all ranks, whose prediction the loss counts. If it is 0, the step trained on nothing."""
+    loss: float | None
+    """Mean nats per predicted token over the global batch, without z-loss; None if there is no such token."""
     z_loss: float | None
-    """Mean squared log-partition; None where the model has no z-loss."""
+    """Mean squared log-partition; None where the model has no z-loss, or there is no token to predict."""
     grad_norm: float | None
-    """Global L2 norm of the gradient before clipping; None where the engine does not compute it."""
+    """Global L2 norm of the gradient before clipping; None if there is no token to predict."""
     lr: float
     """Learning rate of this step."""
     step_time_s: float
@@ -74,7 +78,7 @@ class StepRecord:
     substituted_chunks: int
     """Number of chunks, in the run so far, that could not be read and were replaced by others."""
     skipped: bool
-    """Whether the update was skipped, because the gradient was not finite or the loss was a spike."""
+    """Whether no update was made: the gradient was not finite, the loss a spike, or no token was to predict."""
     loss_scale: float | None = None
     """Factor by which the loss was scaled in this step; None where the precision is not fp16."""
     epochs: dict[str, float] = field(default_factory=dict)
@@ -90,10 +94,38 @@ def new_run_id() -> str:
 
 
 def wandb_mode(config: LoggingConfig) -> WandbMode:
-    """The effective mode: `auto` and `online` become offline where neither WANDB_API_KEY nor netrc has an API key."""
-    if config.wandb in (WandbMode.auto, WandbMode.online):
-        return WandbMode.online if _has_wandb_key() else WandbMode.offline
-    return config.wandb
+    """The effective mode. `auto` is what W&B's own variables say; `online` needs an API key, and is offline without."""
+    mode = _mode_of_environment() if config.wandb is WandbMode.auto else config.wandb
+    if mode is WandbMode.online and not _has_wandb_key():
+        return WandbMode.offline
+    return mode
+
+
+def _mode_of_environment() -> WandbMode:
+    """The mode that WANDB_DISABLED or WANDB_MODE states; online without them."""
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+        return WandbMode.disabled
+    match os.environ.get("WANDB_MODE", "").lower():
+        case "disabled":
+            return WandbMode.disabled
+        case "" | "online" | "run" | "shared":
+            return WandbMode.online
+        case _:  # offline, dryrun, or a word that W&B does not know: nothing leaves the machine
+            return WandbMode.offline
+
+
+def wandb_arguments(config: TrainConfig, run_dir: Path, run_id: str, mode: WandbMode) -> dict[str, Any]:
+    """The arguments of wandb.init. What the configuration does not state is left out, so that W&B's variables count."""
+    logging, environment = config.logging, os.environ
+    stated: dict[str, Any] = {
+        "project": logging.wandb_project or (None if environment.get("WANDB_PROJECT") else WANDB_PROJECT),
+        "entity": logging.wandb_entity,
+        "name": logging.wandb_name or (None if environment.get("WANDB_NAME") else run_dir.resolve().name),
+        "tags": logging.wandb_tags or None,
+    }
+    arguments = {"id": run_id, "resume": "allow", "mode": mode.name, "dir": str(run_dir)}
+    arguments |= {name: value for name, value in stated.items() if value is not None}
+    return arguments | {"config": to_dict(config)}
 
 
 def _has_wandb_key() -> bool:
@@ -216,7 +248,8 @@ class Monitor:
         self._flops_per_token = flops_per_token
         self._peak = peak_flops_per_second
         self._first_step = first_step
-        self._n_steps = n_steps
+        self.n_steps = n_steps
+        """Number of steps of the whole run; a rollback may change it."""
         self._started: float | None = None
         self._since_line = (0, 0.0)  # tokens, seconds
         self._newest_step = first_step - 1
@@ -238,17 +271,7 @@ class Monitor:
             wandb_run_id=wandb_run_id,
         )
         if mode is not WandbMode.disabled:
-            arguments = {
-                "id": wandb_run_id,
-                "resume": "allow",
-                "mode": mode.name,
-                "dir": str(run_dir),
-                "project": config.logging.wandb_project,
-                "entity": config.logging.wandb_entity,
-                "name": config.logging.wandb_name or run_dir.resolve().name,
-                "tags": config.logging.wandb_tags,
-                "config": to_dict(config),
-            }
+            arguments = wandb_arguments(config, run_dir, wandb_run_id, mode)
             self._wandb = _WandbWriter(arguments, self._on_wandb_failure)
 
     def step(self, record: StepRecord) -> None:
@@ -257,22 +280,24 @@ class Monitor:
             return
         self._newest_step = record.step
         time_s = max(record.step_time_s, 1e-9)
-        rate = record.step_tokens / time_s
+        # A step that predicts nothing computes nothing, so its speed is not a training speed.
+        rate = record.step_tokens / time_s if record.predicted_tokens else None
         epochs = {f"epochs/{name}": value for name, value in record.epochs.items()}
         line = {key: value for key, value in asdict(record).items() if key != "epochs"} | epochs
         line |= {
             "tokens_per_second": rate,
-            "tokens_per_second_per_rank": rate / self._world_size,
-            "mfu_frac": self._mfu_frac(rate, record.sequence_length),
+            "tokens_per_second_per_rank": None if rate is None else rate / self._world_size,
+            "mfu_frac": None if rate is None else self._mfu_frac(rate, record.sequence_length),
             "eta_s": self._eta_s(record),
             "peak_memory_bytes": _peak_memory_bytes(),
         }
         self._metrics.append({"kind": "step", "attempt": self._attempt, "time": utc_now()} | line)
-        tokens, seconds = self._since_line
-        self._since_line = (tokens + record.step_tokens, seconds + time_s)
+        if rate is not None:
+            tokens, seconds = self._since_line
+            self._since_line = (tokens + record.step_tokens, seconds + time_s)
         if record.step % self._config.logging.every_steps == 0 or record.step in (
             self._first_step,
-            self._n_steps,
+            self.n_steps,
         ):
             self._log_wandb(record.step, line)
             self._progress(record, line["eta_s"])
@@ -287,7 +312,7 @@ class Monitor:
             {"kind": "evaluation", "attempt": self._attempt, "time": utc_now(), "step": step} | named
         )
         self._log_wandb(step, named)
-        say(f"step {step}/{self._n_steps}  " + "  ".join(f"{k} {v:,.4g}" for k, v in named.items()))
+        say(f"step {step}/{self.n_steps}  " + "  ".join(f"{k} {v:,.4g}" for k, v in named.items()))
 
     def checkpoint(self, saved: Saved) -> None:
         """Record the result of a save. W&B gets its figures under the names checkpoint/<name>."""
@@ -367,21 +392,22 @@ class Monitor:
         if self._started is None:
             self._started = now - record.step_time_s
         done = max(1, record.step - self._first_step + 1)
-        return (now - self._started) / done * (self._n_steps - record.step)
+        return (now - self._started) / done * (self.n_steps - record.step)
 
     def _progress(self, record: StepRecord, eta_s: float) -> None:
         tokens, seconds = self._since_line
-        rate = tokens / seconds
-        mfu = self._mfu_frac(rate, record.sequence_length)
-        parts = [f"step {record.step}/{self._n_steps}", f"loss {record.loss:.4f}", f"lr {record.lr:.1e}"]
+        loss = "no token to predict" if record.loss is None else f"loss {record.loss:.4f}"
+        parts = [f"step {record.step}/{self.n_steps}", loss, f"lr {record.lr:.1e}"]
         if record.grad_norm is not None:
             parts.append(f"grad {record.grad_norm:.2f}")
-        parts.append(f"{rate:,.0f} tok/s in {self._config.engine.precision.value}")
-        parts.append(
-            f"MFU {mfu:.1%} ({self._peak.source})" if mfu is not None and self._peak else "MFU unknown"
-        )
+        if tokens:
+            mfu = self._mfu_frac(tokens / seconds, record.sequence_length)
+            parts.append(f"{tokens / seconds:,.0f} tok/s in {self._config.engine.precision.value}")
+            parts.append(
+                f"MFU {mfu:.1%} ({self._peak.source})" if mfu is not None and self._peak else "MFU unknown"
+            )
         parts.append(f"ETA {timedelta(seconds=round(eta_s))}")
-        if record.skipped:
+        if record.skipped and record.loss is not None:
             why = "" if record.loss_scale is None else f" at a loss scale of {record.loss_scale:,.0f}"
             parts.append(f"SKIPPED: gradient not finite{why}")
         say("  ".join(parts))

@@ -24,9 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-
+from pretrain.config.words.arguments import path_in
 from pretrain.errors import ConfigError, ExitCode
 from pretrain.files import create_file, hold_lock, refuse_links, touch
 from pretrain.printing import say
@@ -76,13 +74,7 @@ def run_dir_of(command: list[str]) -> Path:
         raise ConfigError(
             f"the command has no word run_dir=DIR; without it the supervisor cannot find the events of the run: {shown}"
         )
-    try:
-        value = OverridesParser.create().parse_override(words[-1]).value()
-    except HydraException as error:
-        raise ConfigError(f"{words[-1]}: Hydra cannot parse this value; quote it") from error
-    if not isinstance(value, str | int) or not str(value) or "${" in str(value):
-        raise ConfigError(f"{words[-1]}: run_dir must be the path of a folder")
-    return Path(str(value))
+    return Path(path_in(words[-1]))
 
 
 class Supervisor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,6 @@ from pretrain.batch import Batch, Counts
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.saver import Saved
 from pretrain.checkpoint.tensors import CheckpointError
-from pretrain.corpus.shards import Corpus
 from pretrain.data.inputs import Inputs
 from pretrain.data.state import Substitution
 from pretrain.distributed import World, gather_objects, on_main, sum_over_ranks
@@ -29,13 +29,14 @@ from pretrain.engine.optim import learning_rate
 from pretrain.errors import ConfigError, ExitCode
 from pretrain.evaluate.heldout import evaluate_loss
 from pretrain.monitor.monitor import StepRecord
+from pretrain.printing import say
 from pretrain.reliability.events import Event
 from pretrain.reliability.heartbeat import LAUNCHER_LOST, mark
 from pretrain.reliability.run_lock import lock_run
 from pretrain.reliability.watchdog import Watchdog
-from pretrain.remote import ReadOptions, as_path, is_url
+from pretrain.remote import as_path, is_url
 from pretrain.train.loss_guard import GuardDecision, LossGuard
-from pretrain.train.run import Run, assemble, restore, state_of
+from pretrain.train.run import Run, assemble, heldout_corpus, restore, state_of
 
 
 def train(inputs: Inputs, world: World, watchdog: Watchdog) -> ExitCode:
@@ -51,7 +52,14 @@ def train(inputs: Inputs, world: World, watchdog: Watchdog) -> ExitCode:
     folder = None if target is None or is_url(target) else Path(as_path(target))
     on_main(lambda: lock_run(run_dir, folder), world)
     run = assemble(inputs, world, run_dir, watchdog)
-    code = ExitCode.FINISHED if run.step >= run.loader.n_steps else _loop(run)
+    if run.step >= run.loader.n_steps:
+        code = ExitCode.FINISHED
+        if world.is_main:
+            say(
+                f"already finished at step {run.step}; to train on, give a larger total_steps or total_tokens"
+            )
+    else:
+        code = _loop(run)
     if code is ExitCode.STOPPED:
         run.monitor.event(Event.STOPPED, step=run.step, reason=_reason(run))
     else:
@@ -80,18 +88,20 @@ def _loop(run: Run) -> ExitCode:
 def _stretch(run: Run) -> ExitCode | None:
     """Train until the run ends or stops, and return its exit code, or until it rolls back, and return None."""
     timer = StepTimer()
-    for batches in run.loader.steps(run.step + 1):
+    n_substituted = len(run.loader.state.substitutions)
+    for batches in run.loader.steps(run.step + 1, partial(_of_all_ranks, world=run.world)):
         timer.data_arrived()
+        n_substituted = _report_substitutions(run, n_substituted)
         update = _update_weights(run, batches)
         if update is None:  # a stop was requested during this step: drop it and keep the previous one
             return _stop(run)
         sums = _agree(run, update, batches)
-        _note_substitutions(run, batches, sums)
         done = _complete(run, update, sums)
         _write_ledger(run, batches)
         timer.step_done()
         run.monitor.step(_record_of(run, done, timer))
-        run.pace.note(timer.step_time_s, timer.data_wait_s)
+        if done.loss is not None:  # a step that computed nothing says nothing about the speed of the others
+            run.pace.note(timer.step_time_s, timer.data_wait_s)
         if _roll_back_if_needed(run, done):
             return None
         code = _after_step(run, sums)
@@ -156,8 +166,8 @@ class CompletedStep(NamedTuple):
     """The update as made by this rank."""
     sums: Sums
     """The sums over all ranks."""
-    loss: float
-    """Mean nats per predicted token over the global batch."""
+    loss: float | None
+    """Mean nats per predicted token over the global batch; None if it has no token to predict."""
     loss_scale: float | None
     """Factor by which the loss was multiplied; None if the precision is not fp16."""
     rescaled: bool
@@ -166,13 +176,15 @@ class CompletedStep(NamedTuple):
 
 def _complete(run: Run, update: Update, sums: Sums) -> CompletedStep:
     """Count the step as completed, and adjust the loss scale of the next one."""
-    loss = sums.nll / max(1, update.result.n_predicted)
+    n_predicted = update.result.n_predicted
+    loss = sums.nll / n_predicted if n_predicted else None
     scale, used, rescaled = run.engine.loss_scale, None, False
-    if scale is not None:
+    if scale is not None and loss is not None:
         used = scale.value
         rescaled = scale.update(applied=not update.result.skipped, loss=loss, limit=update.loss_limit)
     run.step = update.step
-    run.watchdog.started()
+    if loss is not None:  # the first step that computes something takes longer, wherever it is
+        run.watchdog.started()
     return CompletedStep(update, sums, loss, used, rescaled)
 
 
@@ -189,8 +201,9 @@ def _record_of(run: Run, done: CompletedStep, timer: StepTimer) -> StepRecord:
         cut_documents_frac=sums.cut / max(1, sums.pieces),
         padding_tokens=int(sums.padding),
         substituted_chunks=len(run.loader.state.substitutions),
+        predicted_tokens=result.n_predicted,
         loss=done.loss,
-        z_loss=sums.z / max(1, result.n_predicted) if run.config.model.z_loss else None,
+        z_loss=sums.z / result.n_predicted if run.config.model.z_loss and result.n_predicted else None,
         grad_norm=result.grad_norm,
         loss_scale=done.loss_scale,
         lr=lr,
@@ -226,8 +239,6 @@ class Sums(NamedTuple):
     """Number of those pieces that are not a whole document."""
     padding: float
     """Number of padding tokens."""
-    substitutions: float
-    """Number of chunks that were found bad while the step's sequences were read."""
 
 
 def _agree(run: Run, update: Update, batches: list[Batch]) -> Sums:
@@ -249,7 +260,6 @@ def _agree(run: Run, update: Update, batches: list[Batch]) -> Sums:
         "changed": result.memory_changed,
         "replica": run.engine.replica_sum % REPLICA_MODULUS,
         **counts._asdict(),
-        "substitutions": sum(len(batch.substitutions) for batch in batches),
     }
     sums = Sums(*sum_over_ranks([mine[name] for name in Sums._fields], run.world))
     check_bit_sums(
@@ -291,15 +301,22 @@ def _after_step(run: Run, sums: Sums) -> ExitCode | None:
     return ExitCode.FINISHED if last else None
 
 
-def _note_substitutions(run: Run, batches: list[Batch], sums: Sums) -> None:
-    """Give all ranks the substitutions that any of them made in this step, so that the next checkpoint has them."""
-    if not sums.substitutions:
-        return
-    mine = [asdict(entry) for batch in batches for entry in batch.substitutions]
-    found = [Substitution(**values) for values in sum(gather_objects(mine, run.world), [])]
-    for entry in run.loader.substituted(found):
+def _of_all_ranks(proposed: list[Substitution], world: World) -> list[Substitution]:
+    """The substitutions that all ranks propose, in the order of the ranks. All ranks call this together."""
+    (n_proposed,) = sum_over_ranks([len(proposed)], world)
+    if not n_proposed:
+        return []
+    rows = gather_objects([asdict(entry) for entry in proposed], world)
+    return [Substitution(**values) for row in rows for values in row]
+
+
+def _report_substitutions(run: Run, n_reported: int) -> int:
+    """Record the substitutions after the first `n_reported` ones. Returns the number of all."""
+    made = run.loader.state.substitutions
+    for entry in made[n_reported:]:
         facts = asdict(entry) | {"source": run.loader.names[entry.source]}
         run.monitor.event(Event.CHUNK_SUBSTITUTED, step=run.step + 1, **facts)
+    return len(made)
 
 
 def _compare_ranks(run: Run) -> None:
@@ -317,6 +334,9 @@ def _compare_ranks(run: Run) -> None:
 
 def _roll_back_if_needed(run: Run, done: CompletedStep) -> bool:
     """Let the loss guard judge the step, and roll back if it says so. Returns whether the run was rolled back."""
+    if done.loss is None:
+        run.guard.nothing_predicted()
+        return False
     loss, limit, skipped = done.loss, done.update.loss_limit, done.update.result.skipped and not done.rescaled
     decision = run.guard.decide(loss, limit, applied=not skipped)
     if loss > limit:
@@ -329,7 +349,7 @@ def _roll_back_if_needed(run: Run, done: CompletedStep) -> bool:
         else f"{run.guard.skips_in_a_row} updates left out in a row"
     )
     # Skipped updates changed nothing, so the state before the first of them is the one to return to.
-    _roll_back(run, first_bad_step=run.step - run.guard.skips_in_a_row + 1, reason=reason)
+    _roll_back(run, first_bad_step=run.step - run.guard.steps_since_good + 1, reason=reason)
     return True
 
 
@@ -358,6 +378,7 @@ def _roll_back(run: Run, first_bad_step: int, reason: str) -> None:
     restore(run, good)
     passed_over = run.loader.pass_over(first_bad_step, guard.pass_over_steps)
     run.guard = LossGuard(guard, good.state.get("loss_guard"))
+    run.monitor.n_steps = run.loader.n_steps
     run.monitor.rolled_back(run.step, from_step=from_step, passed_over_samples=passed_over, reason=reason)
 
 
@@ -375,9 +396,11 @@ def _write_ledger(run: Run, batches: list[Batch]) -> None:
         return
     digest = xxhash.xxh3_64()
     samples: list[int] = []
+    end = run.loader.plan[run.step].end_sample
     for batch in batches:
-        samples += [int(sample) for sample in batch.samples]
-        digest.update(batch.tokens.numpy().tobytes())
+        is_filled = batch.samples < end
+        samples += batch.samples[is_filled].tolist()
+        digest.update(batch.tokens[torch.from_numpy(is_filled)].numpy().tobytes())
     run.monitor.ledger(run.step, samples, digest.hexdigest())
 
 
@@ -389,12 +412,7 @@ def _evaluate(run: Run) -> None:
     started = time.monotonic()
     result = evaluate_loss(
         run.engine.evaluate,
-        Corpus(
-            config.evaluation.manifest,
-            config.data.verify_chunks,
-            options=ReadOptions.of(config.data),
-            manifest=run.manifests[config.evaluation.manifest],
-        ),
+        heldout_corpus(config, run.manifests),
         sequence_length=config.data.sequence_length,
         micro_batch_sequences=config.micro_batch,
         max_sequences=config.evaluation.max_sequences,

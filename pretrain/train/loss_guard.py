@@ -31,10 +31,12 @@ class LossGuard:
         self._losses: deque[float] = deque(state["losses"] if state else [], config.window_steps)
         self._skips: int = state["skips"] if state else 0
         """Number of consecutive skipped updates."""
+        self._pauses: int = state.get("pauses", 0) if state else 0
+        """Number of steps without a token to predict since the first of these skipped updates."""
 
     def state(self) -> dict[str, Any]:
         """The state as plain JSON values."""
-        return {"losses": list(self._losses), "skips": self._skips}
+        return {"losses": list(self._losses), "skips": self._skips, "pauses": self._pauses}
 
     def limit(self) -> float:
         """The loss above which the next step is a spike: median + spike_sigmas x 1.4826 x median absolute deviation.
@@ -57,13 +59,23 @@ class LossGuard:
         """
         if applied:
             self._losses.append(loss)
-            self._skips = 0
+            self._skips = self._pauses = 0
             return GuardDecision.GOOD
         self._skips += 1
         spike = loss > limit and self._config.on_spike is SpikeAction.rollback
         if spike or self._skips >= self._config.max_skips_in_a_row:
             return GuardDecision.ROLL_BACK
         return GuardDecision.SKIPPED
+
+    def nothing_predicted(self) -> None:
+        """Note a step without a token to predict. It has no loss, so it is neither good nor bad."""
+        if self._skips:
+            self._pauses += 1
+
+    @property
+    def steps_since_good(self) -> int:
+        """Number of steps from the first of the consecutive skipped updates to the last step."""
+        return self._skips + self._pauses
 
     @property
     def skips_in_a_row(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +15,11 @@ from pretrain.arithmetic import flops_per_token
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.folder import root_of, root_of_run
 from pretrain.checkpoint.saver import Saver
+from pretrain.checkpoint.state import RunState
 from pretrain.checkpoint.tensors import CheckpointError, FoundCheckpoint, Verified
 from pretrain.config import AUTO, Precision, TrainConfig, to_dict
-from pretrain.corpus.manifest import Manifest
+from pretrain.corpus.manifest import CorruptShardError, Manifest
+from pretrain.corpus.shards import Corpus
 from pretrain.data.inputs import Inputs
 from pretrain.data.loader import TrainLoader
 from pretrain.data.state import OrderState
@@ -26,6 +29,7 @@ from pretrain.engine.engine import Engine
 from pretrain.engine.loss_scale import LossScale
 from pretrain.engine.peak import emulation_warning, rank_peak_flops
 from pretrain.errors import ConfigError
+from pretrain.evaluate.heldout import check_heldout
 from pretrain.model.precision import precision_of
 from pretrain.monitor.monitor import Monitor
 from pretrain.printing import say
@@ -33,7 +37,7 @@ from pretrain.reliability.events import Event
 from pretrain.reliability.heartbeat import mark
 from pretrain.reliability.stop import StopRequest
 from pretrain.reliability.watchdog import Watchdog
-from pretrain.remote import is_url
+from pretrain.remote import ReadOptions, is_url
 from pretrain.train.loss_guard import LossGuard
 from pretrain.train.run_folder import check_resumable, heldout_losses_of, write_run_files
 from pretrain.train.stragglers import Pace
@@ -98,18 +102,8 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
     searched = config.micro_batch_sequences == AUTO
     if searched and state and (known := batch_search.earlier_result(state, changed, world)) is not None:
         config = replace(config, micro_batch_sequences=known)
-    loader = TrainLoader(
-        config.data,
-        config.seed,
-        global_batch_sequences=config.global_batch_sequences,
-        micro_batch_sequences=config.micro_batch,
-        rank=world.reader,
-        world_size=world.n_readers,
-        total_steps=config.total_steps,
-        total_tokens=config.total_tokens,
-        state=OrderState.from_dict(state["order"]) if state else None,
-        manifests=manifests,
-    )
+    loader = _loader(config, world, state, manifests)
+    _check_heldout(config, manifests)
     identity = on_main(lambda: write_run_files(config, run_dir, state, loader.tokenizer_sha256), world)
     watchdog.attempt(identity["attempt"])
     stop = StopRequest(run_dir, watch_file=world.is_main, stop_after_s=config.stop_after_s)
@@ -146,6 +140,52 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
     )
     _begin(run, found, changed)
     return run
+
+
+def _loader(
+    config: TrainConfig, world: World, state: RunState | None, manifests: dict[str, Manifest]
+) -> TrainLoader:
+    return TrainLoader(
+        config.data,
+        config.seed,
+        global_batch_sequences=config.global_batch_sequences,
+        micro_batch_sequences=config.micro_batch,
+        rank=world.reader,
+        world_size=world.n_readers,
+        total_steps=config.total_steps,
+        total_tokens=config.total_tokens,
+        total_epochs=config.total_epochs,
+        state=OrderState.from_dict(state["order"]) if state else None,
+        manifests=manifests,
+    )
+
+
+def heldout_corpus(config: TrainConfig, manifests: dict[str, Manifest]) -> Corpus:
+    """The held-out corpus, which must be configured."""
+    manifest = config.evaluation.manifest
+    assert manifest is not None
+    return Corpus(
+        manifest,
+        config.data.verify_chunks,
+        options=ReadOptions.of(config.data),
+        manifest=manifests[manifest],
+    )
+
+
+def _check_heldout(config: TrainConfig, manifests: dict[str, Manifest]) -> None:
+    """Raise ConfigError if a loss mask leaves no token of the held-out corpus to predict, before hours of training."""
+    path = config.evaluation.manifest
+    if path is None or not manifests[path].loss_mask:
+        return
+    with suppress(
+        CorruptShardError, OSError
+    ):  # as everywhere, damaged held-out text is reported when it is evaluated
+        check_heldout(
+            heldout_corpus(config, manifests),
+            sequence_length=config.data.sequence_length,
+            max_sequences=config.evaluation.max_sequences,
+            document_masking=config.data.document_masking,
+        )
 
 
 def _newest_checkpoint(root: Path, world: World) -> FoundCheckpoint:
@@ -210,6 +250,10 @@ def _begin(run: Run, found: FoundCheckpoint, changed: list[str]) -> None:
         if before is not chosen.engine.precision:
             facts["precision_before"] = before.value
         run.monitor.event(Event.RESUMED, step=run.step, path=str(found.path), config_changed=changed, **facts)
+        if changed and world.is_main:
+            say("the configuration has changed since this checkpoint:")
+            for change in changed:
+                say(f"  {change}")
         return
     if config.init_from is not None:
         _init_from(config.init_from, run.engine, world, run.loader.tokenizer_sha256)

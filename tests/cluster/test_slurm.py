@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -14,11 +15,14 @@ import pytest
 
 from pretrain.checkpoint.tensors import checkpoint_path, list_checkpoints
 from pretrain.reliability.json_lines import read_lines
+from support import ROOT
 from support.cluster.hosts import Cluster
 from support.cluster.runs import (
+    ENVIRONMENT,
     N_STEPS,
     SAVE_EVERY_STEPS,
     SlurmRun,
+    arguments,
     assert_equals_undisturbed,
     events,
     report,
@@ -51,6 +55,23 @@ def test_a_job_runs_to_completion(
     assert "the run is finished" in run.log()
     assert [event["event"] for event in events(run.run_dir, "started", "resumed")] == ["started"]
     assert_equals_undisturbed(run.run_dir, straight)
+
+
+@pytest.mark.long  # test_launched.py has the variables that srun sets, and what only looks like it
+def test_srun_starts_one_task_per_rank(
+    cluster: Cluster, corpus: TinyCorpus, straight: Path, tmp_path: Path
+) -> None:
+    """Without submit.py and without a launcher, from a shell: two tasks on two nodes are one run of two ranks."""
+    run_dir = tmp_path / "run"
+    environment = ENVIRONMENT | {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "eth0",
+    }
+    train = [sys.executable, str(ROOT / "launch" / "train.py"), *arguments(corpus, run_dir)]
+    cluster.head.run("srun", "--nodes=2", "--ntasks=2", *train, cwd=ROOT, env=environment, timeout_s=300)
+    assert [event["world_size"] for event in events(run_dir, "started")] == [2]
+    assert_equals_undisturbed(run_dir, straight)
 
 
 def assert_no_step_lost_or_doubled(run_dir: Path) -> None:

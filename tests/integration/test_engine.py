@@ -14,7 +14,15 @@ from pretrain.engine.optim import parameter_groups
 from pretrain.model.decoder import Decoder
 from support.checkpoints import assert_same_state, read_tensors
 from support.launching import run_ranks
-from support.workers.engine_worker import GLOBAL, LR, MICRO, batch_of, losses, small_config
+from support.workers.engine_worker import (
+    GLOBAL,
+    LR,
+    MICRO,
+    batch_of,
+    losses,
+    small_config,
+    without_first_half,
+)
 
 STEPS = 6
 OVERFLOWING_STEPS = 14
@@ -43,8 +51,11 @@ RAMPED = [(stage, offload) for stage in (0, 1, 2, 3) for offload in (False, True
 TOLERANCE = {"fp32": 5e-6, "bf16": 4e-3, "fp16": 5e-4}
 
 
-def plain_losses(n_steps: int) -> list[float]:
-    """The same training in bare PyTorch: one process, fp32, the whole batch at once."""
+def plain_losses(n_steps: int, nothing: int = 0, half: int = 0) -> list[float]:
+    """The same training in bare PyTorch: one process, fp32, the whole batch at once.
+
+    Step `nothing` is left out, and step `half` learns from the second half of its batch alone.
+    """
     config = small_config(0, "fp32", [])
     model = Decoder(config.model, config.seed)
     optim = config.optim
@@ -56,7 +67,11 @@ def plain_losses(n_steps: int) -> list[float]:
     )
     losses = []
     for step in range(1, n_steps + 1):
+        if step == nothing:
+            continue
         batch = batch_of(torch.arange((step - 1) * GLOBAL, step * GLOBAL).numpy())
+        if step == half:
+            batch = without_first_half(batch)
         sums = model(batch.tokens, batch.labels, batch.positions, batch.document_ids)
         loss = sums.nll_sum / sums.n_predicted
         optimizer.zero_grad()
@@ -176,25 +191,48 @@ def test_a_loss_scale_that_is_too_large_is_halved_and_restored(finished: Path, s
     assert_same_state(*paths)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_step_with_nothing_to_predict_leaves_training_whole(tmp_path: Path, ranks: int) -> None:
-    """Fine-tuning data may fill a whole batch with a question: its loss counts as 0, and no weight becomes NaN."""
+NOTHING = [
+    (0, "fp32", []),
+    (2, "bf16", ["optim=muon"]),
+    (3, "fp16", []),
+    (1, "fp32", []),
+    (2, "fp32", []),
+    (3, "fp32", []),
+    (3, "fp32", ["optim=muon", "engine.offload_optimizer=true"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [(2, NOTHING[:3]), *(pytest.param(n, NOTHING, marks=pytest.mark.long) for n in (1, 2))],
+)
+def test_a_step_with_nothing_to_predict_changes_no_bit(tmp_path: Path, ranks: int, cases: list) -> None:
+    """Fine-tuning data may fill a whole batch with a question. Here the third of six steps predicts nothing, and in the
+    fifth the first half of the batch, which is all that rank 0 of 2 has, predicts nothing."""
     jobs = [
         {
             "stage": stage,
             "precision": precision,
+            "overrides": overrides,
             "steps": 6,
             "nothing_to_predict": [3],
-            "out": str(tmp_path / name),
+            "half_to_predict": [5],
+            "out": str(tmp_path / str(number)),
         }
-        for stage, precision, name in [(0, "fp32", "0"), (2, "bf16", "2"), (3, "bf16", "3")]
+        for number, (stage, precision, overrides) in enumerate(cases)
     ]
     run_ranks(ranks, "tests/support/workers/engine_worker.py", json.dumps(jobs), log_dir=tmp_path / "logs")
+    expected = plain_losses(6, nothing=3, half=5)
     for job in jobs:
         found = json.loads(Path(job["out"]).read_text())
-        assert found["losses"][2] == found["norms"][2] == 0
+        assert found["losses"][2] is found["norms"][2] is None
+        assert found["changed"][2] == []
+        assert all(found["changed"][step] for step in (0, 1, 3, 4, 5))
         assert 0 < found["losses"][5] < found["losses"][1] < found["losses"][0]
-        assert all(0 < norm < float("inf") for step, norm in enumerate(found["norms"], 1) if step != 3)
+        if job["precision"] == "fp32" and not job["overrides"]:
+            assert [x for x in found["losses"] if x is not None] == pytest.approx(
+                expected, abs=TOLERANCE["fp32"]
+            )
 
 
 def test_state_travels_over_ranks_and_stages(finished: Path, tmp_path: Path) -> None:

@@ -71,6 +71,11 @@ def test_the_batch_may_change_when_a_run_goes_on(corpus: TinyCorpus, tmp_path: P
     assert [s for step in range(1, 13) for s in steps[step]] == list(range(128))
     changed = [e["config_changed"] for e in events(run_dir) if e["event"] == "resumed"]
     assert changed == [["global_batch_sequences: 8 -> 12"]]
+    printed = "".join(path.read_text() for path in (tmp_path / "second").iterdir())
+    assert "\n  global_batch_sequences: 8 -> 12\n" in printed  # as a list, a key per line
+    run_ranks(1, TRAIN, *larger, log_dir=tmp_path / "third")
+    printed = "".join(path.read_text() for path in (tmp_path / "third").iterdir())
+    assert "already finished at step 12" in printed and "has changed" not in printed
 
 
 def test_a_damaged_chunk_is_substituted_and_recorded(corpus: TinyCorpus, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def a_monitor(run_dir: Path, *overrides: str, **arguments: Any) -> Monitor:
 
 def a_record(step: int, **values: Any) -> StepRecord:
     given: dict[str, Any] = {"tokens_seen": step * TOKENS_PER_STEP, "samples_seen": step * 32, "loss": 3.0}
+    given |= {"predicted_tokens": TOKENS_PER_STEP}
     given |= {"step_tokens": TOKENS_PER_STEP, "sequence_length": 128, "cut_documents_frac": 0.25}
     given |= {"padding_tokens": 0, "substituted_chunks": 0}
     given |= {"z_loss": None, "grad_norm": 0.83, "lr": 3e-4, "step_time_s": 0.25, "data_wait_s": 0.01}

@@ -1,9 +1,10 @@
 """One rank of the engine tests. Trains on fixed batches and writes losses, and can save and load a checkpoint.
 
 Argument: a JSON list of jobs {stage, precision, steps, out, load?, save?, overrides?, micro?, nothing_to_predict?,
-before_load?, loss_scale?}, done one after another. `micro` is the number of sequences per forward pass in each step,
-2 by default. `nothing_to_predict` lists steps whose labels are all ignored. `before_load` is the number of steps on
-other data before the checkpoint is loaded. `loss_scale` is the loss scale of the first step.
+half_to_predict?, before_load?, loss_scale?}, done one after another. `micro` is the number of sequences per forward
+pass in each step, 2 by default. `nothing_to_predict` lists steps whose labels are all ignored, and `half_to_predict`
+those where the labels of the first half of the batch are: all that rank 0 of 2 has. `before_load` is the number of
+steps on other data before the checkpoint is loaded. `loss_scale` is the loss scale of the first step.
 """
 
 from __future__ import annotations
@@ -72,6 +73,20 @@ def batches_of_step(step: int, world: World, micro: int = MICRO) -> list[Batch]:
     return [batch_of(mine[i : i + micro]) for i in range(0, len(mine), micro)]
 
 
+def without_first_half(batch: Batch) -> Batch:
+    ignored = torch.from_numpy(batch.samples % GLOBAL < GLOBAL // 2)
+    return batch._replace(labels=batch.labels.masked_fill(ignored[:, None], -100))
+
+
+def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
+    """This rank's part of all weights and moments, working weights among them, and the optimizer's own step."""
+    state = engine.state
+    found = {key: partition.values.clone() for key, partition in state.snapshot().items()}
+    found |= {f"replicated.{n}": t.detach().clone() for n, t in enumerate(state._replicated_state())}
+    found |= {f"partitioned.{n}": t.detach().clone() for n, t in enumerate(state._partitioned_state())}
+    return found | {"step": torch.tensor(state.optimizer_step)}
+
+
 def run(job: dict, world: World) -> None:
     config = small_config(job["stage"], job["precision"], job.get("overrides", []))
     engine = Engine(config, world)
@@ -91,20 +106,27 @@ def run(job: dict, world: World) -> None:
         first = state["step"] + 1
     if "loss_scale" in job:
         engine.loss_scale = LossScale({"value": job["loss_scale"], "applied": 0})
-    losses, norms, scales = [], [], []
+    losses, norms, scales, changed = [], [], [], []
     for step in range(first, first + job["steps"]):
         micro = job["micro"][step - first] if "micro" in job else MICRO
         batches = batches_of_step(step, world, micro)
         if step in job.get("nothing_to_predict", []):
             batches = [batch._replace(labels=torch.full_like(batch.labels, -100)) for batch in batches]
+        if step in job.get("half_to_predict", []):
+            batches = [without_first_half(batch) for batch in batches]
+        before = whole_state(engine) if "nothing_to_predict" in job else {}
         result = engine.train_step(batches, step, lr=LR)
+        changed.append(
+            [key for key, value in before.items() if not torch.equal(value, whole_state(engine)[key])]
+        )
         assert not result.memory_changed, "nothing flips bits here"
         engine.evaluate(batches[0])  # an evaluation between two updates must not change the training
         (nll,) = sum_over_ranks([float(result.nll_sum)], world)
-        losses.append(nll / max(1, result.n_predicted))
+        losses.append(nll / result.n_predicted if result.n_predicted else None)
         norms.append(result.grad_norm)
         if engine.loss_scale is not None:
             scales.append(engine.loss_scale.value)
+        if engine.loss_scale is not None and losses[-1] is not None:
             engine.loss_scale.update(applied=not result.skipped, loss=losses[-1], limit=math.inf)
     last = first + job["steps"] - 1
     if "save" in job:
@@ -120,7 +142,7 @@ def run(job: dict, world: World) -> None:
         parameters = engine._parameters.values()
         seconds = sum(getattr(p, "ds_secondary_tensor", None) is not None for p in parameters)
         result = {"losses": losses, "norms": norms, "step": last, "files": files, "second_copies": seconds}
-        result["loss_scales"] = scales
+        result |= {"loss_scales": scales, "changed": changed}
         Path(job["out"]).write_text(json.dumps(result))
     engine.close()
 

@@ -150,7 +150,7 @@ def test_every_sample_is_in_one_step_or_passed_over(run: tuple[list[DataStage], 
 
 def test_the_step_before_the_first_is_empty() -> None:
     stages = plan_stages(config(), 3)
-    assert Steps(stages)[0] == (0, 0, 0, 4, 0, 0)
+    assert Steps(stages)[0] == (0, 0, 0, 0, 4, 0, 0)
 
 
 def test_the_length_of_a_run() -> None:

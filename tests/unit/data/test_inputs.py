@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import TrainConfig, load_config
+from pretrain.corpus.shards import Corpus
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.data.inputs import resolve_inputs, tokenizer_path
 from pretrain.data.loader import TrainLoader
 from pretrain.errors import ConfigError
+from support import ROOT
 from support.faulty_server import FaultyServer, always
 from support.tiny import TinyCorpus, make_corpus, run_arguments
 
@@ -45,6 +47,17 @@ def test_misfits_are_named(corpus: TinyCorpus, overrides: list[str], sentence: s
         resolve_inputs(configure(corpus, *overrides), 2)
 
 
+def test_epochs_are_counted_in_steps_once_the_corpus_is_known(corpus: TinyCorpus) -> None:
+    config = configure(corpus, "total_steps=null", "total_epochs=3")
+    with pytest.raises(ConfigError, match=r"total_epochs=3: .* total_steps or total_tokens"):
+        _ = config.n_steps
+    n_tokens = Corpus(corpus.manifest).manifest.n_tokens
+    assert resolve_inputs(config, 1).config.n_steps == -(-3 * -(-n_tokens // 64) // 8)
+    warmup = configure(corpus, "total_steps=null", "total_epochs=1", "schedule.warmup_steps=100000")
+    with pytest.raises(ConfigError, match=r"schedule\.warmup_steps=100000 "):
+        resolve_inputs(warmup, 1)
+
+
 def test_heldout_text_of_another_tokenizer_is_refused(corpus: TinyCorpus, foreign: TinyCorpus) -> None:
     with pytest.raises(ConfigError, match="another tokenizer"):
         resolve_inputs(configure(corpus, f"evaluation.manifest={foreign.heldout}"), 1)
@@ -56,6 +69,54 @@ def test_a_mixture_of_tokenizers_is_refused(corpus: TinyCorpus, foreign: TinyCor
     )
     with pytest.raises(ConfigError, match="another tokenizer"):
         resolve_inputs(configure(corpus, "data.manifest=null", sources), 1)
+
+
+# --- init_from ---
+
+
+def folders_that_are_no_runs(root: Path, corpus: TinyCorpus) -> dict[str, str]:
+    """Paths that people give as `init_from`, each with what is said of it."""
+    (root / "hf").mkdir()
+    (root / "hf" / "config.json").write_text('{"model_type": "llama"}')
+    (root / "hf" / "model.safetensors").touch()
+    (root / "gguf").mkdir()
+    (root / "gguf" / "model-q4.gguf").touch()
+    (root / "empty").mkdir()
+    (root / "begun" / "checkpoints").mkdir(parents=True)
+    (root / "begun" / "run.json").write_text("{}")
+    (root / "file").touch()
+    (root / "part" / "step-00000004").mkdir(parents=True)
+    return {
+        str(root / "typo"): "does not exist",
+        str(root / "file"): "is a file",
+        str(root / "hf"): f"import it (python launch/import_model.py input={root / 'hf'} output=DIR)",
+        str(root / "gguf"): "is not the folder of a run",
+        str(root / "empty"): "is not the folder of a run",
+        str(root / "begun"): "has no checkpoint yet",
+        str(root / "part"): "is a part of a run",
+        str(corpus.folder): "is a corpus",
+    }
+
+
+def test_an_init_from_that_is_no_run_is_said_before_anything_is_read(
+    corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    for path, said in folders_that_are_no_runs(tmp_path, corpus).items():
+        with pytest.raises(ConfigError) as caught:
+            resolve_inputs(configure(corpus, f"init_from={path}", "data.manifest=nowhere.json"), 1)
+        assert f"init_from={path}" in str(caught.value) and said in str(caught.value), caught.value
+
+
+def test_a_run_that_resumes_no_longer_needs_its_init_from(corpus: TinyCorpus, tmp_path: Path) -> None:
+    before = ROOT / "tests/support/before/run"
+    resolve_inputs(configure(corpus, f"init_from={before}"), 1)
+    own = tmp_path / "run"
+    (own / "checkpoints/step-00000004").mkdir(parents=True)
+    gone = f"init_from={tmp_path}/gone"
+    resolve_inputs(configure(corpus, gone, f"run_dir={own}"), 1)
+    resolve_inputs(configure(corpus, gone, f"checkpoint.target={own}"), 1)
+    with pytest.raises(ConfigError, match="init_from"):
+        resolve_inputs(configure(corpus, gone), 1)
 
 
 def test_the_tokenizer_of_a_corpus_and_of_its_heldout_part(corpus: TinyCorpus, tmp_path: Path) -> None:

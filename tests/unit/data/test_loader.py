@@ -12,9 +12,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +27,12 @@ from hypothesis import strategies as st
 
 from pretrain.batch import IGNORED_LABEL, Batch
 from pretrain.config import BadChunk, DataConfig, Packing, StageConfig
+from pretrain.corpus.manifest import CorruptShardError
 from pretrain.corpus.shards import Corpus
 from pretrain.data.loader import build_batch
 from pretrain.data.order import Location
 from pretrain.data.sequences import SequenceReader
-from pretrain.data.state import OrderState, Substitution
+from pretrain.data.state import OrderState, Substitution, chunk_read
 from pretrain.data.workers import MicroBatches, read_ahead
 from pretrain.errors import ConfigError
 from support.launching import loader_workers
@@ -211,6 +214,137 @@ def test_the_run_ends_with_its_last_step(texts: list[Text]) -> None:
     assert len(list(tokens.steps(1))) == tokens.n_steps == 10
     far = make_loader(data_config(texts), total_steps=10**11)
     assert [batch.samples.max() for batch in next(far.steps(10**11))][-1] == 12 * 10**11 - 1
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n_epochs=st.integers(1, 2),
+    lanes=st.integers(1, 40),
+    packing=st.sampled_from(Packing),
+    grows=st.booleans(),
+    batches=st.lists(st.sampled_from([12, 24, 36]), min_size=1, max_size=4),
+    ranks=st.lists(st.sampled_from([1, 2, 3, 6]), min_size=4, max_size=4),
+    stops=st.lists(st.integers(1, 40), min_size=3, max_size=3),
+)
+def test_total_epochs_reads_every_token_exactly_so_often(
+    texts: list[Text],
+    n_epochs: int,
+    lanes: int,
+    packing: Packing,
+    grows: bool,
+    batches: list[int],
+    ranks: list[int],
+    stops: list[int],
+) -> None:
+    """Stop and continue with other ranks and batches, also among the last samples, the state through JSON each time."""
+    stages = [StageConfig(start_tokens=16 * 60, sequence_length=32)] if grows else []
+    data = by_size(texts, lanes=lanes, packing=packing, stages=stages)
+    read: Counter[tuple[int, ...]] = Counter()
+    saved, step, first = None, 0, 0
+    for batch, world_size, until in zip(batches, ranks, [*stops[: len(batches) - 1], 10**6], strict=False):
+        parts = []
+        for rank in range(world_size):
+            state = OrderState.from_dict(json.loads(saved)) if saved else None
+            of_run = {"total_steps": None, "total_epochs": n_epochs, "state": state}
+            of_rank = {"rank": rank, "world_size": world_size, "global_batch_sequences": batch}
+            loader = make_loader(data, **of_run, **of_rank)
+            last = min(loader.n_steps, step + until)
+            batched = loader.steps(step + 1)
+            parts += [next(batched) for _ in range(step, last)]
+        for sample, (tokens, labels, *_) in rows(parts).items():
+            if sample < loader.plan[last].end_sample:
+                read.update(tokens)
+                first += 1
+            else:
+                assert set(labels) == {IGNORED_LABEL} and set(tokens) == {EOS}, "an empty sample"
+        step, saved = last, json.dumps(loader.state_at(last).to_dict())
+    assert step == loader.n_steps and loader.plan[step].samples_seen == first
+    expected = Counter(
+        {token: n_epochs * n for token, n in Counter(sum((t.stream for t in texts), [])).items()}
+    )
+    del read[EOS], expected[EOS]  # sequences are padded with it
+    assert read == expected
+
+
+def by_size(texts: list[Text], **values: object) -> DataConfig:
+    """Sources without weights of their own, as `total_epochs` needs them."""
+    data = data_config(texts, **values)
+    return replace(data, sources=[replace(source, weight=1.0) for source in data.sources])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_last_step_of_an_epoch_is_filled_up(texts: list[Text], workers: int) -> None:
+    """133 sequences of the first text: 11 steps of 12 and a last one of 1, over two ranks that get as many rows."""
+    data = by_size(texts[:1], loader_workers=workers)
+    found: list[list[Batch]] = []
+    for rank in (0, 1):
+        loader = make_loader(data, total_steps=None, total_epochs=1, rank=rank, world_size=2)
+        found += list(loader.steps(1))
+    assert (loader.n_steps, loader.plan[12].samples_seen, loader.plan[12].tokens_seen) == (12, 133, 133 * 16)
+    assert {len(batch.tokens) for step in found for batch in step} == {2}
+    tensors = rows(found)
+    filled = {sample: tensors[sample] for sample in range(133)}
+    wanted = [texts[0].reference(c, s, 16, True) for c, s in texts[0].sequences(16)]
+    assert sorted(filled.values()) == sorted(wanted)
+    assert sum(batch.counts.padding for step in found for batch in step) == 16 - 3
+    assert loader.epochs(12) == {"s0": 1.0}
+
+
+def test_a_rollback_shortens_a_run_of_epochs_and_changes_nothing_else(texts: list[Text]) -> None:
+    """Also where the samples that are passed over reach into the last part, or beyond the end."""
+    data = by_size(texts[:1], lanes=8)
+    for first_bad, n_steps in ((4, 3), (9, 2), (11, 5)):
+        loader = make_loader(data, total_steps=None, total_epochs=1)
+        whole = rows(list(loader.steps(1)))
+        first, end = loader.pass_over(first_bad, n_steps)
+        assert loader.n_steps == 12 - min(n_steps, 13 - first_bad)
+        found = rows(list(loader.steps(1)))
+        left = [sample for sample in whole if not first <= sample < end]
+        assert found == {sample: whole[sample] for sample in left}
+        state = OrderState.from_dict(json.loads(json.dumps(loader.state_at(first_bad - 1).to_dict())))
+        again = make_loader(data, total_steps=None, total_epochs=1, state=state)
+        assert again.n_steps == loader.n_steps
+        assert rows(list(again.steps(1))) == found
+
+
+def test_a_run_of_epochs_may_be_extended(texts: list[Text]) -> None:
+    """By another epoch, which then ends as exactly, and by a number of steps."""
+    data = by_size(texts[:1], lanes=8)
+    one = make_loader(data, total_steps=None, total_epochs=1)
+    state = one.state_at(one.n_steps)
+    two = make_loader(data, total_steps=None, total_epochs=2, state=OrderState.from_dict(state.to_dict()))
+    assert two.plan[two.n_steps].samples_seen == 266
+    read = rows(list(one.steps(1)) + list(two.steps(one.n_steps + 1)))
+    where = two.order.locate(np.array(sorted(read)))
+    assert Counter(zip(where.epoch.tolist(), where.chunk.tolist(), where.sequence.tolist(), strict=True)) == {
+        (epoch, c, s): 1 for epoch in (0, 1) for c, s in texts[0].sequences(16)
+    }
+    steps = make_loader(data, total_steps=20, state=OrderState.from_dict(state.to_dict()))
+    assert (steps.n_steps, steps.plan[20].samples_seen) == (20, 133 + 8 * 12)
+    back = make_loader(data, total_steps=None, total_epochs=1, state=steps.state_at(20))
+    assert (back.n_steps, back.state.begun) == (one.n_steps, steps.state_at(20).begun)
+
+
+def test_an_order_of_before_continues_as_it_was(texts: list[Text]) -> None:
+    """A run that was begun with a number of steps may end with its epoch; what it has read stays as it is."""
+    data = by_size(texts[:1], lanes=8)
+    before = make_loader(data, total_steps=20)
+    assert "closes_epochs" not in before.state_at(5).to_dict()["stages"][0]
+    state = OrderState.from_dict(json.loads(json.dumps(before.state_at(5).to_dict())))
+    loader = make_loader(data, total_steps=None, total_epochs=1, state=state)
+    read = rows([*islice(before.steps(1), 5), *loader.steps(6)])
+    where = loader.order.locate(np.array(sorted(read)))
+    assert sorted(zip(where.chunk.tolist(), where.sequence.tolist(), strict=True)) == texts[0].sequences(16)
+
+
+def test_a_damaged_end_of_an_epoch_is_refused(texts: list[Text]) -> None:
+    loader = make_loader(by_size(texts[:1], lanes=8), total_steps=None, total_epochs=1)
+    values = loader.state_at(12).to_dict()
+    assert values["stages"][-1]["closes_epochs"] == 1
+    values["stages"][-1]["end_sample"] += 1
+    state = OrderState.from_dict(values)
+    with pytest.raises(ConfigError, match=r"closes epoch 1 at sample 134, .* damaged"):
+        make_loader(by_size(texts[:1], lanes=8), total_steps=None, total_epochs=1, state=state)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -418,9 +552,9 @@ def test_a_corrupt_chunk_is_substituted_alike_on_any_rank(tmp_path: Path, worker
     damage(tmp_path / "c", 600)  # in the tokens of chunk 0
     loader = make_loader(data, total_steps=14)
     steps = list(loader.steps(1))
-    found = [entry for step in steps for micro in step for entry in micro.substitutions]
-    assert {(entry.source, entry.chunk) for entry in found} == {(0, 0)}
-    assert {entry.epoch for entry in found} == {0, 1}
+    found = loader.state.substitutions
+    assert [(entry.source, entry.epoch, entry.chunk) for entry in found] == [(0, 0, 0), (0, 1, 0)]
+    assert all(entry.first_sample % 12 == 0 for entry in found), "it holds from the first sample of a step on"
     assert all("member 000000.tok has xxh3-64" in entry.reason for entry in found)
     where = loader.order.locate(np.arange(168))
     for sample, tensors in rows(steps).items():
@@ -445,14 +579,66 @@ def test_a_substitute_is_kept_from_its_first_sample_on(tmp_path: Path) -> None:
     entry = Substitution(
         source=0, epoch=0, chunk=0, first_sample=int(mine[2]), substitute=7, reason="it was damaged"
     )
-    twice = [entry, replace(entry, first_sample=int(mine[3]), reason="seen by another worker")]
-    assert loader.substituted(twice[::-1]) == [entry]
-    assert loader.substituted(twice) == []
+    again = replace(entry, first_sample=int(mine[3]), substitute=9, reason="its substitute was damaged too")
+    loader.state.substitutions = [entry, again]
     state = OrderState.from_dict(json.loads(json.dumps(loader.state_at(0).to_dict())))
     found = rows(list(make_loader(data, state=state).steps(1)))
     for n, sample in enumerate(mine.tolist()):
-        chunk = 7 if n >= 2 else 0
+        chunk = [0, 0, 7, 9][n]
         assert found[sample] == text.reference(chunk, int(where.sequence[sample]), 16, masking=True)
+
+
+def test_ranks_that_can_read_different_chunks_agree_on_a_substitute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunk 0 is bad. Rank 1 reads it first, and rank 0, which reads it a step later, cannot read its substitute."""
+    text = Text(tmp_path / "c", 20 * CHUNK, seed=4)
+    data = data_config([text], lanes=1, on_bad_chunk=BadChunk.substitute)
+    where = make_loader(data, seed=4).order.locate(np.arange(84))
+    damage(tmp_path / "c", 600)  # in the tokens of chunk 0
+    first = SequenceReader([Corpus(text.manifest)], data, seed=4)._substitutes(0, 0, 0)[0]
+    read_many = Corpus.read_many
+
+    def reads_no_more(self: Corpus, ranges: list[tuple[int, int, int]]) -> list[np.ndarray]:
+        if threading.current_thread().name == "rank 0" and any(chunk == first for chunk, *_ in ranges):
+            raise CorruptShardError("this host cannot read it")
+        return read_many(self, ranges)
+
+    monkeypatch.setattr(Corpus, "read_many", reads_no_more)
+    read = Corpus.read
+    monkeypatch.setattr(
+        Corpus,
+        "read",
+        lambda self, chunk, *to: reads_no_more(self, [(chunk, 0, 1)]) and read(self, chunk, *to),
+    )
+    barrier = threading.Barrier(2, timeout=30)
+    proposed: dict[int, list[Substitution]] = {}
+    found: dict[int, list[list[Batch]]] = {}
+    loaders = [make_loader(data, seed=4, total_steps=7, rank=rank, world_size=2) for rank in (0, 1)]
+
+    def run(rank: int) -> None:
+        def exchange(mine: list[Substitution]) -> list[Substitution]:
+            proposed[rank] = mine
+            barrier.wait()
+            both = [*proposed[0], *proposed[1]]
+            barrier.wait()
+            return both
+
+        found[rank] = list(loaders[rank].steps(1, exchange))
+
+    threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    made = loaders[0].state.substitutions
+    assert made == loaders[1].state.substitutions
+    of_chunk_0 = [entry for entry in made if (entry.epoch, entry.chunk) == (0, 0)]
+    assert of_chunk_0[0].substitute == first != of_chunk_0[-1].substitute
+    for sample, tensors in (rows(found[0]) | rows(found[1])).items():
+        chunk, sequence, epoch = (int(v[sample]) for v in (where.chunk, where.sequence, where.epoch))
+        entries = [entry for entry in made if (entry.epoch, entry.chunk) == (epoch, chunk)]
+        assert tensors == text.reference(chunk_read(entries, chunk, sample), sequence, 16, masking=True)
 
 
 def test_without_a_chunk_to_stand_in_the_run_ends(tmp_path: Path) -> None:

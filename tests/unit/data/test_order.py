@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import doctest
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 
 import numpy as np
@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.config.data_stages import DataStage
+from pretrain.config import DataConfig, SourceConfig
+from pretrain.config.data_stages import DataStage, plan_stages
+from pretrain.data import mixture as mixture_module
 from pretrain.data import order as order_module
-from pretrain.data.lanes import choose_lanes, end_sources, rank_samples
-from pretrain.data.mixture import PERIOD, quotas
+from pretrain.data.lanes import choose_lanes, end_sources, end_with_epoch, rank_samples, sequences_of
+from pretrain.data.mixture import PERIOD, Remainder, quotas
 from pretrain.data.order import Location, Order, SourceSize
 from pretrain.data.permutation import permute, unpermute
 from pretrain.errors import ConfigError
@@ -25,8 +27,9 @@ SEEDS = st.integers(-(2**63), 2**63 - 1)
 
 
 def test_the_worked_example_is_true() -> None:
-    failed, tried = doctest.testmod(order_module)
-    assert tried and not failed
+    for module in (order_module, mixture_module):
+        failed, tried = doctest.testmod(module)
+        assert tried and not failed
 
 
 @st.composite
@@ -526,6 +529,145 @@ def test_a_run_longer_than_all_its_sources_is_refused() -> None:
     order = make(both, lanes=2)
     with pytest.raises(ConfigError, match=r"all sources .* max_epochs times after 2\d\d tokens"):
         end_sources(order, [1, 1], 0, 100)
+
+
+# --- runs that end with an epoch ---
+
+
+@given(counts=st.lists(st.integers(0, 9), min_size=1, max_size=20).filter(any))
+def test_a_remainder_deals_each_sample_once_and_all_cells_end_together(counts: list[int]) -> None:
+    rest = Remainder(np.array(counts))
+    index = np.arange(rest.total)
+    cell, drawn = rest.dealt(index)
+    assert rest.total == sum(counts)
+    for which, count in enumerate(counts):
+        mine = cell == which
+        assert drawn[mine].tolist() == list(range(count))
+        assert rest.sample(which, drawn[mine]).tolist() == index[mine].tolist()
+        left = [rest.total - int(i) for i in index[mine]]
+        assert all(a <= (n + 1) * np.count_nonzero(counts) for n, a in enumerate(reversed(left)))
+    for i in (*index.tolist(), rest.total + 5):
+        assert rest.drawn_before(i).tolist() == np.bincount(cell[:i], minlength=len(counts)).tolist()
+
+
+def exactly(all_sizes: list[SourceSize], n_epochs: int) -> dict[tuple[int, int, int, int], int]:
+    """Each (source, epoch, chunk, token) of the first epochs, once."""
+    return {
+        (source, epoch, chunk, token): 1
+        for source, size in enumerate(all_sizes)
+        for epoch in range(n_epochs)
+        for chunk in range(size.n_chunks)
+        for token in range(size.last_chunk_tokens if chunk == size.n_chunks - 1 else size.chunk_tokens)
+    }
+
+
+def counted(all_sizes: list[SourceSize], found: Location) -> dict[tuple[int, int, int, int], int]:
+    return Counter(
+        (source, *token)
+        for source, size in enumerate(all_sizes)
+        for token in tokens_read(size, found, found.source == source)
+    )
+
+
+@settings(max_examples=40)
+@given(
+    case=growing(),
+    batch=st.integers(1, 9),
+    most=st.integers(1, 3),
+    window=st.integers(1, 4),
+    seed=SEEDS,
+    data=st.data(),
+)
+def test_a_run_that_ends_with_an_epoch_reads_each_token_exactly_so_often(
+    case: tuple[list[SourceSize], list[DataStage], int],
+    batch: int,
+    most: int,
+    window: int,
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    """Whatever lanes, batch and growth of the sequences. Then it is made longer, and ends with another epoch."""
+    all_sizes, stages, lanes = case
+    weights = tuple(float(sequences_of(size, 2)) for size in all_sizes)
+    stages = [
+        replace(s, first_sample=s.first_sample * batch, weights=weights, batch_sequences=batch)
+        for s in stages
+    ]
+    stages = [replace(s, start_tokens=0 if n == 0 else None) for n, s in enumerate(stages)]
+    order = Order(all_sizes, stages, lanes=lanes, window_chunks=window, seed=seed)
+    ended = end_with_epoch(order, all_sizes, most, 0)
+    closed = order.with_stages(ended)
+    end = ended[-1].end_sample
+    found = closed.locate(np.arange(end + 2 * batch))
+    assert sorted(set(found.request.tolist())) == list(range(end)), (
+        "no sample is empty before the end, all after it"
+    )
+    assert counted(all_sizes, found) == exactly(all_sizes, most)
+    source = data.draw(st.integers(0, len(all_sizes) - 1))
+    chunk = data.draw(st.integers(0, all_sizes[source].n_chunks - 1))
+    mine = (found.source == source) & (found.chunk == chunk)
+    places = (v[mine].tolist() for v in (found.request, found.sequence, found.epoch, found.length))
+    readings = closed.find(source, chunk, end)
+    assert sorted(zip(*(v.tolist() for v in readings), strict=True)) == sorted(zip(*places, strict=True))
+    assert end_with_epoch(closed, all_sizes, most, 0) == ended
+    longer = plan_further(ended)
+    more = end_with_epoch(order.with_stages(longer), all_sizes, most + 1, end)
+    found = order.with_stages(more).locate(np.arange(more[-1].end_sample))
+    assert counted(all_sizes, found) == exactly(all_sizes, most + 1)
+
+
+def plan_further(stages: list[DataStage]) -> list[DataStage]:
+    """As a run that has been read to its end plans to continue."""
+    length, batch = stages[-1].sequence_length, stages[-1].batch_sequences
+    data = DataConfig(
+        sources=[SourceConfig(name=str(k)) for k in range(len(stages[-1].weights))], sequence_length=length
+    )
+    return plan_stages(data, batch, stages, stages[-1].end_sample)
+
+
+def test_the_issues_run_of_an_epoch_over_32_lanes_loses_and_repeats_nothing() -> None:
+    """Without its own end, such a run read 45 of 6,730 sequences twice and 45 never."""
+    size = SourceSize(6730 // 16 + 1, 16 * 512, 10 * 512)
+    stage = DataStage(weights=(1.0,), sequence_length=512, batch_sequences=32)
+    order = Order([size], [stage], lanes=32, window_chunks=32, seed=1234)
+    assert sequences_of(size, 512) == 6730
+    plain = order.locate(np.arange(6730))
+    assert len(set(pairs(plain, plain.epoch >= 0))) < 6730
+    (_, closing) = end_with_epoch(order, [size], 1, 0)
+    found = order.with_stages([stage, closing]).locate(np.arange(6730))
+    assert len(set(pairs(found, found.epoch == 0))) == closing.end_sample == 6730
+    assert closing.end_sample - closing.first_sample < 32 * 16, "the last part is less than a chunk per lane"
+    kept = order.locate(np.arange(closing.first_sample))
+    assert all((a[: len(b)] == b).all() for a, b in zip(found, kept, strict=True)), (
+        "what comes before is as ever"
+    )
+
+
+def test_the_sources_of_a_mixture_end_together() -> None:
+    all_sizes = [SourceSize(2000, 64, 64), SourceSize(300, 64, 8), SourceSize(40, 64, 64)]
+    weights = tuple(float(sequences_of(size, 4)) for size in all_sizes)
+    stages = [DataStage(weights=weights, sequence_length=4, batch_sequences=8)]
+    order = Order(all_sizes, stages, lanes=2, window_chunks=8, seed=0)
+    ended = end_with_epoch(order, all_sizes, 1, 0)
+    total = sum(sequences_of(size, 4) for size in all_sizes)
+    assert ended[-1].end_sample == total
+    assert total - ended[-1].first_sample < total / 50
+    source = order.with_stages(ended).locate(np.arange(total)).source
+    for first in range(0, total // 2, total // 10):
+        share = np.bincount(source[first : first + total // 10], minlength=3) / (total // 10)
+        assert share == pytest.approx(np.array(weights) / sum(weights), abs=0.01)
+
+
+def test_the_end_of_an_epoch_may_not_lie_behind_or_before_a_stage() -> None:
+    size = SourceSize(10, 16, 16)
+    order = make(size, lanes=2)
+    with pytest.raises(ConfigError, match=r"total_epochs=1 is less than the run has already read"):
+        end_with_epoch(order, [size], 1, 41)
+    late = replace(order.stages[0], first_sample=45, start_tokens=180, sequence_length=8)
+    with pytest.raises(
+        ConfigError, match=r"start_tokens=180 is too late: with total_epochs=1.* after 160 tokens"
+    ):
+        end_with_epoch(order.with_stages([order.stages[0], late]), [size], 1, 0)
 
 
 def test_epochs_are_counted_in_tokens() -> None:

@@ -34,6 +34,14 @@ def test_stays_within_bounds_and_falls_after_the_warmup(schedule: ScheduleConfig
     assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(after))
 
 
+@given(st.floats(0, 0.99), st.integers(51, 300))
+def test_a_warmup_may_be_a_fraction_of_the_run(frac: float, n_steps: int) -> None:
+    by_frac = ScheduleConfig(warmup_frac=frac)
+    by_steps = ScheduleConfig(warmup_steps=math.ceil(frac * n_steps))
+    for step in (1, n_steps // 3, n_steps):
+        assert learning_rate(by_frac, PEAK, step, n_steps) == learning_rate(by_steps, PEAK, step, n_steps)
+
+
 @given(schedules, st.integers(51, 300))
 def test_ends_at_the_floor(schedule: ScheduleConfig, n_steps: int) -> None:
     last = learning_rate(schedule, PEAK, n_steps, n_steps)

@@ -26,6 +26,7 @@ from pretrain.errors import ConfigError
 from pretrain.evaluate.heldout import (
     HeldOutResult,
     TokenDocument,
+    check_heldout,
     corpus_documents,
     evaluate_loss,
     first_tokens,
@@ -367,6 +368,31 @@ def test_documents_come_back_from_a_corpus(tmp_path: Path) -> None:
     assert all(d.tokens[0] == 1 and d.tokens[-1] == 2 and 1 not in d.tokens[1:] for d in found)
     assert [document.source for document in found] == ["books", "code"] * 3
     assert [document.text_bytes for document in found] == [3 * (length - 2) + 1 for length in lengths]
+
+
+def test_a_source_without_targets_has_no_scores() -> None:
+    """It has no mean, so it is neither a row of the table nor a division by zero."""
+    tokens, nothing = np.arange(1, 20), np.zeros(19, np.bool_)
+    masked = TokenDocument("code", tokens, 40, nothing, 0)
+    arguments = {"sequence_length": 8, "micro_batch_sequences": 4, "device": torch.device("cpu")}
+    result = score_documents(decoder(), [TokenDocument("books", tokens, 40), masked], **arguments)
+    alone = score_documents(decoder(), [TokenDocument("books", tokens, 40)], **arguments)
+    assert result.sources == alone.sources
+    assert (result.overall.loss, result.overall.tokens) == (alone.overall.loss, 18)
+    with pytest.raises(ConfigError, match="excludes every token"):
+        score_documents(decoder(), [masked], **arguments)
+
+
+def test_heldout_text_is_checked_for_a_token_to_predict(tmp_path: Path) -> None:
+    """The first token that counts is the 70th, which is in the fifth sequence and the second chunk."""
+    corpus = Corpus(write_corpus(tmp_path, [70, 9], share=0.01))
+    arguments = {"sequence_length": 16, "document_masking": True}
+    for enough in (None, 5):
+        check_heldout(corpus, max_sequences=enough, **arguments)
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.manifest=.* no token to predict in its first 4 sequences"
+    ):
+        check_heldout(corpus, max_sequences=4, **arguments)
 
 
 def test_no_documents_is_an_error() -> None:

@@ -79,8 +79,7 @@ def submit(
 
 def a_run(corpus: TinyCorpus, *overrides: str, run_dir: str = "run") -> list[str]:
     defaults = ["total_steps=10", "data.sequence_length=64", "cluster.nodes=2", "cluster.gpus_per_node=4"]
-    quoted = run_dir.replace("'", r"\'")
-    return [f"run_dir='{quoted}'", f"data.manifest={corpus.manifest}", *defaults, *overrides]
+    return [f"run_dir={run_dir}", f"data.manifest={corpus.manifest}", *defaults, *overrides]
 
 
 def directives(script: str) -> dict[str, str | None]:
@@ -237,7 +236,7 @@ def test_no_secret_in_what_is_printed_or_written(
         ("cluster.ranks_per_node=2", ["cluster.ranks_per_node=2", "one rank"]),
         ("cluster.nodes=0", ["cluster.nodes=0"]),
         ("cluster.partition='a\nb'", ["control character"]),
-        ("run_dir='a\\\\b'", ["run_dir", "backslash"]),
+        ("run_dir=${HOME}/run", ["run_dir=${HOME}/run", "oc.env:NAME"]),
     ],
 )
 def test_a_mistake_is_named_before_anything_is_written(
@@ -277,13 +276,34 @@ def test_without_slurm_one_sentence(corpus: TinyCorpus, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("invalid partition specified: gpuu", "Slurm refuses cluster.partition=gpuu; "),
+        (
+            "Batch job submission failed: Unable to contact slurm controller (connect failure)",
+            "the Slurm controller does not answer; ",
+        ),
+        (
+            "resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\n"
+            "sbatch: fatal: Could not establish a configuration source",
+            "the Slurm controller does not answer; ",
+        ),
+        (
+            "Batch job submission failed: Invalid account or account/partition combination specified",
+            "Slurm refuses cluster.account=None; ",
+        ),
+        ("Batch job submission failed: Requested time limit is invalid", "cluster.time_limit=24:00:00"),
+        ("Batch job submission failed: Something new", "Slurm refuses the job: Something new\n"),
+    ],
+)
 def test_a_refused_job_leaves_no_submission(
-    submit: Submit, corpus: TinyCorpus, tmp_path: Path, slurm: dict[str, str]
+    text: str, said: str, submit: Submit, corpus: TinyCorpus, tmp_path: Path, slurm: dict[str, str]
 ) -> None:
-    env = slurm | {"SBATCH_FAILS": "invalid partition specified: gpuu"}
-    done = submit(*a_run(corpus, "cluster.partition=gpuu"), env=env)
+    done = submit(*a_run(corpus, "cluster.partition=gpuu"), env=slurm | {"SBATCH_FAILS": text})
     assert done.returncode == 1
-    assert done.stderr == "error: sbatch refused the job: invalid partition specified: gpuu\n"
+    assert said in done.stderr and "sbatch: " not in done.stderr
+    assert done.stderr.count("\n") == 1
     assert list((tmp_path / "run" / "submit").iterdir()) == []
 
 
@@ -313,6 +333,21 @@ def test_submitting_takes_the_groups_of_training() -> None:
 
 
 # ---- submitted ----
+
+
+def test_a_file_outside_conf_is_frozen_too(
+    submit: Submit, corpus: TinyCorpus, tmp_path: Path, slurm: dict[str, str]
+) -> None:
+    own = tmp_path / "my run.yaml"
+    own.write_text("optim:\n  lr: 1e-4\n")
+    done = submit(*a_run(corpus, f"experiment={own}"), env=slurm)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run" / "submit" / "001"
+    own.write_text("optim:\n  lr: 5\n")  # while the job waits
+    words = train_command((folder / "train.sbatch").read_text())
+    config = load_config(TrainConfig, words[words.index("run_node") + 1 :], "config")
+    assert config.optim.lr == 1e-4
+    assert f"experiment={folder}/own/experiment.yaml" in words
 
 
 def test_code_and_configuration_are_frozen(

@@ -22,7 +22,7 @@ from pretrain.config import LoggingConfig, Precision, WandbMode
 from pretrain.engine.peak import measure_matmul_flops, rank_peak_flops
 from pretrain.gpus import known_peak
 from pretrain.monitor import monitor
-from pretrain.monitor.monitor import wandb_mode
+from pretrain.monitor.monitor import wandb_arguments, wandb_mode
 from pretrain.printing import say
 from pretrain.reliability.events import Event
 from pretrain.reliability.journal import read_metrics
@@ -77,6 +77,29 @@ def test_without_a_peak_mfu_is_unknown(tmp_path: Path, capfd: pytest.CaptureFixt
     line = capfd.readouterr().err.splitlines()[-1]
     assert "MFU unknown" in line
     assert "SKIPPED" in line
+
+
+def test_a_step_with_nothing_to_predict_is_in_no_figure(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has neither loss nor speed: W&B gets no value, and the speed of the progress line is that of the others."""
+    sent: dict[int, dict[str, Any]] = {}
+    m = a_monitor(tmp_path, "logging.every_steps=2")
+    monkeypatch.setattr(m, "_log_wandb", lambda step, line: sent.update({step: line}))
+    nothing = {"loss": None, "grad_norm": None, "predicted_tokens": 0, "skipped": True, "step_time_s": 1e-4}
+    m.step(a_record(1, step_time_s=0.5))
+    m.step(a_record(2, **nothing))
+    m.step(a_record(3, step_time_s=0.5))
+    m.step(a_record(4, **nothing))
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("step ")]
+    assert "no token to predict" in lines[1] and "tok/s" not in lines[1] and "SKIPPED" not in lines[1]
+    assert f"{TOKENS_PER_STEP / 0.5:,.0f} tok/s" in lines[2]
+    records = read_metrics(tmp_path)
+    for name in ("loss", "grad_norm", "tokens_per_second", "tokens_per_second_per_rank", "mfu_frac"):
+        assert records[1][name] is records[3][name] is sent[2][name] is None
+        assert records[0][name] is not None
+    assert [record["predicted_tokens"] for record in records] == [TOKENS_PER_STEP, 0] * 2
+    assert records[3]["tokens_seen"] == 4 * TOKENS_PER_STEP
 
 
 def test_other_ranks_write_their_ledger_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -272,7 +295,7 @@ def test_an_unreachable_wandb_holds_nothing_up(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(monitor, "WANDB_INIT_TIMEOUT_S", 2.0)
-    m = a_monitor(tmp_path, "logging.wandb=auto")
+    m = a_monitor(tmp_path, "logging.wandb=online")
     for step in range(1, 21):
         m.step(a_record(step))
     m.close(0)
@@ -309,7 +332,8 @@ def test_online_only_with_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def mode(wanted: str) -> WandbMode:
         return wandb_mode(LoggingConfig(wandb=WandbMode[wanted]))
 
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert [mode(m) for m in ("auto", "online")] == [WandbMode.offline] * 2
     (tmp_path / "netrc").write_text("machine other.example login user password x\n")
@@ -323,6 +347,57 @@ def test_online_only_with_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [mode(m) for m in ("auto", "offline", "disabled")] == [
         *(WandbMode.online, WandbMode.offline, WandbMode.disabled)
     ]
+
+
+@pytest.mark.parametrize(
+    ("variables", "auto"),
+    [
+        ({"WANDB_MODE": "disabled"}, WandbMode.disabled),
+        ({"WANDB_MODE": "offline"}, WandbMode.offline),
+        ({"WANDB_MODE": "dryrun"}, WandbMode.offline),
+        ({"WANDB_MODE": "online"}, WandbMode.online),
+        ({"WANDB_DISABLED": "true", "WANDB_MODE": "online"}, WandbMode.disabled),
+        ({"WANDB_DISABLED": "false"}, WandbMode.online),
+        ({"WANDB_MODE": "of-another-version"}, WandbMode.offline),
+    ],
+)
+def test_the_mode_of_wandbs_own_variables(
+    variables: dict[str, str], auto: WandbMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They decide where the configuration does not; a mode that it states wins."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert wandb_mode(LoggingConfig()) is auto
+    for stated in (WandbMode.online, WandbMode.offline, WandbMode.disabled):
+        assert wandb_mode(LoggingConfig(wandb=stated)) is stated
+
+
+def test_what_is_not_stated_is_left_to_wandbs_own_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def arguments(*overrides: str) -> dict[str, Any]:
+        return wandb_arguments(a_config(tmp_path, *overrides), tmp_path, "abcd1234", WandbMode.offline)
+
+    keys = ("project", "entity", "name", "tags", "group")
+    for name in ("PROJECT", "ENTITY", "NAME", "TAGS", "RUN_GROUP"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    assert {k: v for k, v in arguments().items() if k in keys} == {
+        "project": "pretrain",
+        "name": tmp_path.name,
+    }
+    for name in ("PROJECT", "ENTITY", "NAME", "TAGS", "RUN_GROUP"):
+        monkeypatch.setenv(f"WANDB_{name}", "mine")
+    assert not set(keys) & set(arguments())
+    stated = {"project": "p", "entity": "e", "name": "n", "tags": ["t"]}
+    given = arguments(
+        "logging.wandb_project=p", "logging.wandb_entity=e", "logging.wandb_name=n", "logging.wandb_tags=[t]"
+    )
+    assert {key: given[key] for key in stated} == stated
+    settings = wandb.Settings()
+    settings.update_from_env_vars(dict(os.environ))
+    assert (settings.project, settings.run_group, settings.run_tags) == ("mine", "mine", ("mine",))
 
 
 def test_run_ids_are_what_wandb_takes() -> None:

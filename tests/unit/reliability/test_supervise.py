@@ -270,7 +270,7 @@ def test_secrets_are_written_nowhere(tmp_path: Path) -> None:
         ([], "no command to supervise"),
         (["deepspeed", "launch/train.py"], "the command has no word run_dir=DIR"),
         (["no-such-launcher", "run_dir=x"], "no-such-launcher is no command that can be run"),
-        (["deepspeed", "run_dir=[1,2]"], "must be the path of a folder"),
+        (["deepspeed", "run_dir=${oc.env:HOME}"], "must be the path of a folder"),
         (["deepspeed", "run_dir=/dev/null/x"], "run_dir=/dev/null/x cannot be made"),
     ],
 )
@@ -300,13 +300,15 @@ def test_two_supervisors_of_one_run(tmp_path: Path) -> None:
         (["run_dir='a b'"], "a b"),
         (['run_dir="a b"', "run_dir=c"], "c"),
         (["run_dir=7"], "7"),
+        (["run_dir=实验/lr=3e-4 (1)"], "实验/lr=3e-4 (1)"),
+        (["run_dir=~/runs/a"], str(Path.home() / "runs/a")),
     ],
 )
-def test_run_dir_is_read_as_hydra_reads_it(words: list[str], expected: str) -> None:
+def test_run_dir_is_read_as_the_run_reads_it(words: list[str], expected: str) -> None:
     assert run_dir_of(words) == Path(expected)
 
 
-@pytest.mark.parametrize("word", ["run_dir=", "run_dir=null", "run_dir=${x}", "run_dir='a"])
+@pytest.mark.parametrize("word", ["run_dir=", "run_dir=${x}", "run_dir=~nobody-of-this-name/a"])
 def test_a_run_dir_that_is_none(word: str) -> None:
     with pytest.raises(ConfigError):
         run_dir_of([word])

@@ -38,6 +38,14 @@ def test_each_command_is_tried_here() -> None:
     assert all("\nbegin(__name__" in path.read_text() for path in mains)
 
 
+def test_commands_work_in_every_folder(corpus: TinyCorpus, tmp_path: Path) -> None:
+    """`-m data_tools.show` needs the project's folder; the script does not, as those in launch/."""
+    for script, arguments in (("verify", [str(corpus.folder)]), ("prepare", ["--help", "input"])):
+        command = [sys.executable, str(ROOT / "data_tools" / f"{script}.py"), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+
+
 # --- an interpreter that lacks the packages ---
 
 

@@ -1,7 +1,8 @@
 """Every command in the documentation is known, and every key, flag, file and link in it exists.
 
-A command that takes a configuration is run here with `--cfg job`: the real script parses and validates it and starts
-nothing. Commands of other kinds have a check of their own below; that they work is shown by the tests named there.
+A command that takes a configuration is composed and validated here, most of them by the real script with `--cfg job`,
+which starts nothing; and the batch, the ranks and the sequence length of each training run fit together. Commands of
+other kinds have a check of their own below; that they work is shown by the tests named there.
 """
 
 from __future__ import annotations
@@ -12,15 +13,22 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
+from data_tools.config import PrepareConfig
+from data_tools.curate import CurateConfig
 from pretrain.command import COMMANDS
+from pretrain.config import SubmitConfig, TrainConfig, load_config
+from pretrain.config.words.kinds import find_kind
+from pretrain.data.inputs import check_lengths
+from pretrain.errors import ConfigError
 from support import ROOT
 
 PAGES = [
@@ -70,13 +78,57 @@ def run_script(target: str, arguments: list[str]) -> str:
     return done.stdout
 
 
-def check_script(target: str, arguments: list[str]) -> None:
+TRAINING = {"launch/train.py": (TrainConfig, "config"), "launch/submit.py": (SubmitConfig, "submit")}
+"""Scripts whose many commands are read within this process, which is quicker."""
+SHORTEST_CHUNK_TOKENS, CHUNK_TOKENS = 4096, 262144
+"""Tokens in the chunks of the smallest corpora and of large ones, where `chunk_tokens` is not given."""
+
+
+def check_script(target: str, arguments: list[str], ranks: int = 1) -> None:
     """Help works, overrides compose and validate; what arguments of other forms do is for the script's own tests."""
-    if "--help" in arguments or not any("=" in argument for argument in arguments):
+    if target in TRAINING and "--help" not in arguments:
+        check_training(target, arguments, ranks)
+    elif "--help" in arguments or not any("=" in argument for argument in arguments):
         assert run_script(target, ["--help"]).strip()
     else:
         extra: list[str] = [] if "--cfg" in arguments else ["--cfg", "job"]
         assert ":" in run_script(target, [*arguments, *extra])
+
+
+def check_training(target: str, arguments: list[str], ranks: int) -> None:
+    """The run holds at its ranks: the batch divides over them, and the sequence length divides the chunks."""
+    schema, config_name = TRAINING[target]
+    if "--cfg" in arguments:  # which only prints
+        load_config(schema, [word for word in arguments if word not in ("--cfg", "job")], config_name)
+        return
+    config = load_config(schema, arguments, config_name)
+    size, local = ranks, None
+    if isinstance(config, SubmitConfig):
+        size, local = config.cluster.world_size, config.cluster.world_size // config.cluster.nodes
+    config.grad_accum_steps(size)
+    config.engine.check_ranks(size, local)
+    for source in config.data.corpora():
+        folder = str(Path(source.manifest).parent)
+        chunk_tokens = documented_chunks().get(folder, CHUNK_TOKENS)
+        check_lengths([stage.sequence_length for stage in config.stages], chunk_tokens, source.manifest)
+
+
+@cache
+def documented_chunks() -> dict[str, int]:
+    """The tokens per chunk of each corpus that a documented command prepares, by its folder."""
+    found = {}
+    for words in documented_commands():
+        if words[:3] == ["python", "-m", "data_tools.prepare"] and "--help" not in words:
+            given = dict(word.split("=", 1) for word in words[3:])
+            found[given["output"]] = int(given.get("chunk_tokens", SHORTEST_CHUNK_TOKENS))
+    return found
+
+
+def hostfile_ranks(path: str) -> int:
+    """The ranks of a host file: those of docker/, or the one that docs/multinode.md shows."""
+    known = ROOT / path
+    text = known.read_text() if known.exists() else (ROOT / "docs/multinode.md").read_text()
+    return sum(int(slots) for slots in re.findall(r"^\S+ slots=(\d+)$", text, flags=re.M))
 
 
 def script_of(module: str) -> str:
@@ -95,7 +147,19 @@ def check_deepspeed(arguments: list[str]) -> None:
     script = parsed.user_script
     if parsed.no_python or parsed.module:  # as it is installed
         script = script_of(COMMANDS[script] if parsed.no_python else script)
-    check_script(script, parsed.user_args)
+    if "--hostfile" in arguments:
+        ranks = hostfile_ranks(parsed.hostfile)
+    else:
+        ranks = parsed.num_gpus if parsed.num_gpus > 0 else 8  # all of a node's GPUs
+    check_script(script, parsed.user_args, ranks)
+
+
+def check_srun(arguments: list[str]) -> None:
+    """One task per rank. Run by: test_launched.py, test_slurm.py."""
+    options = dict(word.removeprefix("--").split("=") for word in arguments if word.startswith("--"))
+    words = [word for word in arguments if not word.startswith("--")]
+    assert words[0] == "python"
+    check_script(words[1], words[2:], int(options["nodes"]) * int(options["ntasks-per-node"]))
 
 
 def check_python(arguments: list[str]) -> None:
@@ -204,6 +268,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "pre-commit": check_pre_commit,
     "python": check_python,
     "source": check_activate,
+    "srun": check_srun,
     "touch": check_stop_file,
 }
 
@@ -344,6 +409,34 @@ def test_every_fault_has_a_named_test() -> None:
             assert any(name.startswith(test) for name in names), f"row {number}: {test}"
 
 
+def texts_of_the_program() -> Iterator[tuple[Path, str]]:
+    """Every text in the program's code, with its file."""
+    files = [*ROOT.glob("launch/*.py"), *ROOT.glob("pretrain/**/*.py"), *ROOT.glob("data_tools/**/*.py")]
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield path, node.value
+
+
+def test_messages_recommend_only_what_exists() -> None:
+    """Files, modules and keys in the texts of the program, which a user reads as advice."""
+    schemas = (SubmitConfig, CurateConfig, PrepareConfig)
+    groups = {name for schema in schemas for name in schema.__dataclass_fields__}
+    elsewhere = {"cluster.gpu", "data.tokens"}  # of launch/plan.py
+    elsewhere |= {"curation.own_stages"}  # of a stage that curation does not have yet
+    seen = 0
+    for path, text in texts_of_the_program():
+        for name in re.findall(r"(?<![/\w])(?:launch|data_tools|docs|conf|benchmarks)/[\w./-]*\w", text):
+            assert (ROOT / name).exists() or "://" in text, f"{path}: {name}"
+        for name in re.findall(r"-m (data_tools\.\w+)", text):
+            assert (ROOT / f"{name.replace('.', '/')}.py").exists(), f"{path}: {name}"
+        for key in re.findall(r"(?<![\w./])(?:[a-z_]+\.)+[a-z_0-9]+(?==)", text):
+            seen += 1
+            if key.split(".")[0] in groups and key not in elsewhere:
+                assert any(find_kind(schema, key) for schema in schemas), f"{path}: {key}"
+    assert seen > 50
+
+
 # --- and the checks see what is wrong ---
 
 
@@ -371,11 +464,16 @@ def test_every_fault_has_a_named_test() -> None:
         "pretrain-nothing --help",
         "deepspeed --num_gpus 2 --module pretrain.launch.nothing --help",
         "PRETRAIN_TORCHES=existing bash launch/setup_env.sh",
+        "deepspeed --hostfile hostfile launch/train.py run_dir=x data.manifest=y total_steps=5",
+        "deepspeed --num_gpus 3 launch/train.py run_dir=x data.manifest=y total_steps=5",
+        "python launch/submit.py cluster=slurm run_dir=x data.manifest=y total_steps=5 cluster.nodes=4",
+        "python launch/train.py run_dir=x data.manifest=corpora/web/m.json total_steps=5 data.sequence_length=8192",
+        "srun --nodes=2 --ntasks-per-node=8 python launch/train.py run_dir=x data.manifest=y total_steps=5",
     ],
 )
 def test_a_wrong_command_is_seen(line: str) -> None:
     [words] = commands_of(line)
-    with pytest.raises((AssertionError, SystemExit)):
+    with pytest.raises((AssertionError, SystemExit, ConfigError)):
         check(words)
 
 

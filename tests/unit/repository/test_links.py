@@ -15,10 +15,9 @@ from data_tools import curate, remove
 from data_tools.building import workspace
 from data_tools.building.workspace import Recipe
 from pretrain import files
-from pretrain.convert.hugging_face import _published_together
 from pretrain.corpus.node_cache import NodeCache
 from pretrain.errors import ConfigError
-from pretrain.files import let_umask_decide, open_lock, refuse_links, touch
+from pretrain.files import let_umask_decide, open_lock, published_together, refuse_links, touch
 from pretrain.reliability import heartbeat
 from pretrain.reliability.json_lines import JsonLines
 from pretrain.reliability.run_lock import lock_run
@@ -164,7 +163,7 @@ def test_an_export_follows_no_link_and_can_be_read_by_those_whom_the_umask_lets(
         (tmp_path / name).symlink_to(outside)
     before = os.umask(0o027)
     try:
-        with _published_together(tmp_path / "export") as folder:
+        with published_together(tmp_path / "export") as folder:
             (folder / "model.safetensors").touch(0o600)
             (folder / "config.json").touch()
     finally:

@@ -163,6 +163,21 @@ def test_set_up_says_what_is_missing(tmp_path: Path, setting: dict[str, str], se
     assert not (tmp_path / "venv").exists()
 
 
+WITH_HELP = [*sorted(ROOT.glob("launch/*.sh")), *sorted(ROOT.glob("tests/*.sh"))]
+
+
+@pytest.mark.parametrize("script", WITH_HELP, ids=lambda path: path.name)
+def test_help_is_printed_and_nothing_is_begun(script: Path, tmp_path: Path) -> None:
+    """With a PATH of what prints alone, so that an installation could not even begin."""
+    for name in ("sed", "dirname", "python3"):
+        (tmp_path / name).symlink_to(shutil.which(name) or name)
+    env = {"PATH": str(tmp_path), "PRETRAIN_VENV": str(tmp_path / "venv")}
+    done = run(shutil.which("bash") or "bash", script, "--help", env=env)
+    assert done.returncode == 0, done.stderr
+    assert script.name in done.stdout and "set -euo" not in done.stdout
+    assert not (tmp_path / "venv").exists()
+
+
 # --- which torch is installed ---
 
 

@@ -99,9 +99,11 @@ def test_a_command_that_only_prints_or_refuses_imports_little(arguments: list[st
     assert packages(imports_of(*arguments)) <= allowed
 
 
-def test_a_corpus_that_is_not_there_is_told_without_torch() -> None:
-    found = packages(imports_of("launch/train.py", "run_dir=x", "total_steps=300", "data.manifest=nothing"))
-    assert found <= CONFIGURATION | CORPUS
+@pytest.mark.parametrize("missing", ["data.manifest=nothing", "init_from=nothing"])
+def test_what_is_not_there_is_told_without_torch(missing: str) -> None:
+    words = ["launch/train.py", "run_dir=x", "total_steps=300", "data.manifest=nothing", missing]
+    assert packages(imports_of(*words)) <= CONFIGURATION | CORPUS
+    assert not (ROOT / "x").exists()
 
 
 def test_a_watcher_imports_the_standard_library_alone() -> None:

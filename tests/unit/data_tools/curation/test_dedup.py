@@ -29,6 +29,7 @@ from data_tools.curation.dedup import (
     repeated_lines_in,
     shingles,
 )
+from data_tools.record import Record
 
 CONFIG = DedupConfig()
 CHINESE = (
@@ -62,7 +63,7 @@ def clusters_of(texts: list[str], config: DedupConfig, folder: Path, n_ranks: in
     for rank in range(n_ranks):
         signatures = Signatures(config)
         for document, index in enumerate(range(rank, len(texts), n_ranks)):
-            signatures.add(document, texts[index])
+            signatures.add(document, Record("", texts[index], "s"))
         signatures.write(folder, rank)
     pairs = [
         pairs_in(read_range(folder, table, n_ranks, part, 4))
@@ -193,7 +194,7 @@ def test_ranges_cover_a_table_once(tables: list[list[int]], parts: int) -> None:
 def test_lines_of_many_documents() -> None:
     config = DedupConfig(min_line_chars=10, max_line_documents=2)
     text = "Subscribe to our newsletter\nshort\n  SUBSCRIBE to our  newsletter \n版权所有不得转载"
-    found = line_hashes(text, config)
+    found = line_hashes(Record("1", text, "s", url="https://example.org/"), config)
     assert [line for _, line in found] == [
         "Subscribe to our newsletter",
         "  SUBSCRIBE to our  newsletter ",

@@ -197,3 +197,13 @@ def test_hosts() -> None:
     assert host_of("HTTPS://User:pw@WWW.Example.COM:443/x") == "www.example.com"
     assert host_of("例子.测试") == "xn--fsqu00a.xn--0zwm56d"
     assert host_of("http://" + "a" * 70 + ".example/") == ""
+
+
+def test_an_entry_is_no_part_of_a_word_with_marks(tmp_path: Path) -> None:
+    r"""`\b` lies between a letter and its vowel sign, so an entry was found inside a longer word of Hindi or Tamil."""
+    own = tmp_path / "hi.txt"
+    own.write_text("गध\nகல\nकुत्ता\n", encoding="utf-8")
+    inside = "गधा गधे கலை கால कुत्तापन कुत्ताों"
+    assert judge(inside, "hi", word_lists={"hi": str(own)})[1].signals == {}
+    _, record = judge("वह कुत्ता, गध और கல।", "hi", word_lists={"hi": str(own)})
+    assert record.signals["harm.entries"] == "कुत्ता, गध, கல"

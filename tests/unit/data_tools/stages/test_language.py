@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import csv
-import inspect
 import json
-import logging
 import struct
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -18,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support import ROOT
+from support.short_programs import PROGRAMS, TEXTS
 
 pytest.importorskip("py3langid")
 
@@ -26,50 +22,12 @@ from data_tools.stages import language
 from data_tools.stages.language import (
     LanguageConfig,
     LanguageStage,
-    is_code_name,
-    is_code_text,
     is_traditional,
 )
 from pretrain.errors import ConfigError
 
 SIMPLIFIED = "为了保护专利权人的合法权益，鼓励发明创造，推动发明创造的应用，提高创新能力，制定本法。"
 TRADITIONAL = "為了保護專利權人的合法權益，鼓勵發明創造，推動發明創造的應用，提高創新能力，制定本法。"
-C_CODE = """\
-#include <stdio.h>
-
-int main(int argc, char **argv)
-{
-    for (int i = 0; i < argc; i++) {
-        printf("%s\\n", argv[i]);
-    }
-    return 0;
-}
-"""
-JAVASCRIPT = """\
-const items = [1, 2, 3];
-function total(values) {
-  let sum = 0;
-  for (const value of values) {
-    sum += value;
-  }
-  return sum;
-}
-console.log(total(items));
-"""
-PROSE_ON_CODE = """\
-The with statement
-==================
-
-The statement opens a context and closes it when the block ends, whatever happens within.
-A file, for example, is closed even where an exception is raised while it is read:
-
-    with open(path) as file:
-        print(file.read())
-
-Without it the programmer has to remember to call close, which is easily forgotten.
-Several contexts may stand in one statement, separated by commas; they are closed in reverse order.
-It was added in Python 2.5 and is described in its own proposal.
-"""
 VERSE = """\
 Shall I compare thee to a summer's day?
 Thou art more lovely and more temperate;
@@ -113,7 +71,10 @@ def told(stage: LanguageStage, text: str, id: str = "1") -> str:
         ("123 + 45 !!", "und"),
         ("http://example.org/downloads/1118/article_1117706.html", "und"),
         (VERSE, "en"),
-        (PROSE_ON_CODE, "en"),
+        (TEXTS["manual"], "en"),
+        ("日本国憲法第九条の条文", "ja"),
+        ("No.", "en"),
+        ("Да", "ru"),
     ],
 )
 def test_languages(stage: LanguageStage, text: str, code: str) -> None:
@@ -128,42 +89,24 @@ def test_an_untranslated_page_among_chinese_ones_is_seen() -> None:
     assert english.language == "en"
 
 
-@pytest.mark.parametrize("text", [C_CODE, JAVASCRIPT, inspect.getsource(textwrap.TextWrapper._wrap_chunks)])
-def test_code_is_told_by_its_lines(stage: LanguageStage, text: str) -> None:
-    assert told(stage, text) == "code"
-
-
-def test_code_of_the_standard_library_is_told_by_its_lines() -> None:
-    modules = [json.decoder, argparse, subprocess, logging]
-    assert [is_code_text(Path(module.__file__).read_text()) for module in modules] == [True] * 4
-
-
-def test_docstrings_are_no_code() -> None:
-    texts = [inspect.getdoc(thing) or "" for thing in (subprocess, argparse, csv, inspect)]
-    assert all(texts)
-    assert not any(map(is_code_text, texts))
-
-
-@pytest.mark.parametrize(
-    ("id", "expected"),
-    [
-        ("repo:src/a.py", True),
-        ("repo:src/a.CPP", True),
-        ("folder/a.rs:17", True),
-        ("about.rst.txt", False),
-        ("https://example.org/index.php", False),
-        ("corpus.jsonl:1", False),
-        ("c", False),
-        (".c", False),
-    ],
-)
-def test_code_is_told_by_its_name(id: str, expected: bool) -> None:
-    assert is_code_name(id) is expected
-
-
 def test_traditional_needs_a_majority() -> None:
     assert not is_traditional("书里引用了一句：學而時習之。作者认为这说明读书应当复习，并且应该实践。")
     assert not is_traditional("")
+
+
+def test_programs_are_code_whatever_their_comments_say(stage: LanguageStage) -> None:
+    assert [told(stage, PROGRAMS[name]) for name in ("python_docstring", "python_chinese")] == ["code"] * 2
+
+
+def test_a_host_name_or_title_as_id_makes_no_page_code(stage: LanguageStage) -> None:
+    polish = "Wczoraj w naszym mieście otwarto nową bibliotekę, w której można znaleźć wiele książek."
+    english = "Node.js is a program that runs scripts on a server. It was begun in 2009."
+    assert told(stage, polish, id="www.biblioteka.pl") == "pl"
+    assert [told(stage, english, id=id) for id in ("Node.js", "node/about.rs:17")] == ["en", "en"]
+
+
+def test_a_letter_without_kana_decides_what_a_japanese_title_is(stage: LanguageStage) -> None:
+    assert told(stage, "我们在日本看到的の字招牌，这是很常见的装饰。") == "zh"
 
 
 def test_below_the_least_score_is_unsure() -> None:
@@ -172,7 +115,7 @@ def test_below_the_least_score_is_unsure() -> None:
 
 
 def test_results_depend_on_no_order_and_no_process(stage: LanguageStage) -> None:
-    texts = ["Hello!", "Le chat dort.", VERSE, SIMPLIFIED, "Vandaag regent het.", PROSE_ON_CODE]
+    texts = ["Hello!", "Le chat dort.", VERSE, SIMPLIFIED, "Vandaag regent het.", TEXTS["manual"]]
 
     def all_told(order: list[str]) -> dict[str, tuple]:
         found = {}

@@ -65,7 +65,8 @@ DEFAULT = QualityConfig()
 
 
 def decide(text: str, language: str = "en", config: QualityConfig = DEFAULT) -> list[str]:
-    return reasons(measure(text, language, config)[0], config.thresholds(language))
+    figures = measure(text, language, config)[0]
+    return reasons(figures, config.thresholds(language, figures=figures))
 
 
 def figure(name: str, text: str, language: str = "en") -> float:
@@ -79,6 +80,23 @@ def test_english_words() -> None:
     text = "Don't pay $1,000.50 for the well-known e-book... (example.com)!"
     expected = "Don't pay $ 1,000.50 for the well - known e - book ... ( example.com )!".split()
     assert text_of.words_of(text, "en") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("हिन्दी की किताबें।", "हिन्दी की किताबें ।"),
+        ("தமிழ் மொழி", "தமிழ் மொழி"),
+        ("می‌خواهم بروم", "می‌خواهم بروم"),
+        ("בְּרֵאשִׁית בָּרָא", "בְּרֵאשִׁית בָּרָא"),
+        ("ที่นี่", "ที่ นี่"),
+        ("ភាសាខ្មែរ។", "ភា សា ខ្ មែ រ ។"),
+        ("东京は首都です。", "东 京 は 首 都 で す 。"),
+        ("한국어 책 3권", "한국어 책 3권"),
+    ],
+)
+def test_words_in_scripts_with_marks_and_without_spaces(text: str, words: str) -> None:
+    assert text_of.words_of(text, "und") == words.split()
 
 
 def test_chinese_words_are_characters_and_latin_words() -> None:
@@ -110,7 +128,7 @@ def test_lines_and_paragraphs() -> None:
     ],
 )
 def test_sentences(text: str, language: str, expected: int) -> None:
-    assert text_of.count_sentences(text_of.lines_of(text), language) == expected
+    assert text_of.count_sentences(text_of.lines_of(text), language == "zh") == expected
 
 
 def test_a_long_run_of_signs_takes_no_longer() -> None:
@@ -118,7 +136,7 @@ def test_a_long_run_of_signs_takes_no_longer() -> None:
     for sign in ("！", "。”", "?", ". ", "\n", " \n"):
         for text, language in (("这很好", "zh"), ("It is so", "en")):
             long = text + sign * 200_000 + "\n"
-            assert text_of.count_sentences(text_of.lines_of(long), language) >= 1
+            assert text_of.count_sentences(text_of.lines_of(long), language == "zh") >= 1
             assert figure("top_2gram", long, language) >= 0
 
 
@@ -159,22 +177,22 @@ def plain_grams(words: list[str], unit: int) -> dict[str, int]:
 @settings(max_examples=300)
 @given(st.lists(st.sampled_from(["a", "bb", "ccc"]), max_size=80))
 def test_runs_of_english_words(words: list[str]) -> None:
-    assert text_of.gram_chars(text_of.split(" ".join(words), "en"), "en") == plain_grams(words, 1)
+    assert text_of.gram_chars(text_of.split(" ".join(words), "en")) == plain_grams(words, 1)
 
 
 @settings(max_examples=300)
 @given(st.lists(st.sampled_from(["我", "的", "，"]), max_size=120))
 def test_runs_of_chinese_characters(words: list[str]) -> None:
     split = text_of.split(" ".join(words), "zh")
-    assert text_of.gram_chars(split, "zh") == plain_grams(words, 2)
+    assert text_of.gram_chars(split) == plain_grams(words, 2)
 
 
 @pytest.mark.parametrize("text", [ENGLISH * 3, CHINESE * 3, inspect.getsource(json.decoder)])
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_runs_of_real_text(text: str, language: str) -> None:
-    unit = 2 if language == "zh" else 1
     split = text_of.split(text, language)
-    assert text_of.gram_chars(split, language) == plain_grams(text_of.words_of(text, language), unit)
+    unit = 2 if language == "zh" or text.startswith(CHINESE) else 1
+    assert text_of.gram_chars(split) == plain_grams(text_of.words_of(text, language), unit)
 
 
 # --- figures ---
@@ -188,7 +206,7 @@ def test_figures_of_words() -> None:
     # The cat -- 42 of them -- sat ... # to #: 7 words in 12, 6 with letters; "The" is no stop word for its capital
     assert signals["words"] == 7
     assert signals["mean_word_length"] == round(19 / 7, 5)
-    assert signals["alpha_words"] == 0.5
+    assert signals["alpha_words"] == round(6 / 7, 5)
     assert signals["stop_words"] == 2
     assert (signals["hash_ratio"], signals["ellipsis_ratio"], signals["newline_ratio"]) == (
         round(2 / 12, 5),
@@ -198,14 +216,15 @@ def test_figures_of_words() -> None:
 
 
 def test_figures_of_lines() -> None:
-    lines = ["- one", "• two", "- one", "three ...", "four 。", "x" * 31]
+    lines = ["- one", "• two", "- one", "Three ...", "Four 。", "X" * 31, "Home"]
     text = "\n".join(lines)
-    assert figure("bullet_lines", text) == 0.5
-    assert figure("ellipsis_lines", text) == round(1 / 6, 5)
-    assert figure("terminal_lines", text) == round(2 / 6, 5)
-    assert figure("short_lines", text) == round(5 / 6, 5)
-    assert figure("duplicate_lines", text) == round(1 / 6, 5)
-    assert figure("duplicate_line_chars", text) == round(5 / 61, 5)
+    assert figure("bullet_lines", text) == round(3 / 7, 5)
+    assert figure("formed_lines", text) == round(3 / 7, 5)
+    assert figure("ellipsis_lines", text) == round(1 / 7, 5)
+    assert figure("terminal_lines", text) == round(5 / 7, 5)
+    assert figure("short_lines", text) == round(1 / 7, 5)
+    assert figure("duplicate_lines", text) == round(1 / 7, 5)
+    assert figure("duplicate_line_chars", text) == round(5 / 65, 5)
 
 
 def test_paragraphs_that_stood_before() -> None:
@@ -214,8 +233,9 @@ def test_paragraphs_that_stood_before() -> None:
 
 
 def test_lines_are_short_by_language() -> None:
-    assert figure("short_lines", "我" * 12 + "\n" + "我" * 13, "zh") == 0.5
-    assert figure("short_lines", "x" * 30 + "\n" + "x" * 31, "en") == 0.5
+    assert figure("short_lines", "我" * 6 + "\n" + "我" * 7, "zh") == 0.5
+    assert figure("short_lines", "X" * 30 + "\n" + "X" * 31, "en") == 0.5
+    assert figure("short_lines", "One two three\nOne two three four", "en") == 0.5
 
 
 def test_a_chinese_ellipsis_is_one() -> None:
@@ -240,7 +260,7 @@ BAD_ENGLISH = {
     "high_mean_word_length": " ".join("internationalization" + w for w in ENGLISH.split()),
     "high_hash_ratio": ENGLISH.replace("e", "#"),
     "high_ellipsis_ratio": ENGLISH.replace(" ", "... "),
-    "high_bullet_lines": "- " + ENGLISH.replace("\n\n", "\n- ").replace(". ", ".\n- "),
+    "high_bullet_lines": "\n".join(f"- {w}" for w in ENGLISH.split()),
     "high_ellipsis_lines": ENGLISH.replace(".\n", "...\n"),
     "low_alpha_words": ENGLISH.replace(" ", " 7 "),
     "low_stop_words": "Quisquam dolorem neque porro est qui ipsum quia dolor sit amet. " * 9,
@@ -251,24 +271,40 @@ BAD_ENGLISH = {
     "high_top_3gram": ENGLISH + " click here to buy" * 20,
     "high_top_4gram": ENGLISH + " click here to buy" * 20,
     **{f"high_duplicate_{n}gram": ENGLISH + ENGLISH[-300:] for n in range(5, 11)},
-    "low_sentences": ENGLISH.replace(". ", ", "),
-    "high_lorem_ipsum": ENGLISH + " Lorem ipsum dolor sit amet.",
-    "high_curly_brackets": ENGLISH + " function() {",
+    "high_lorem_ipsum": "Lorem ipsum dolor sit amet, consectetur adipiscing elit. " * 9,
+    "high_curly_brackets": ENGLISH.replace(" the ", " {the} ")
+    .replace(" a ", " {a} ")
+    .replace(" that ", " {that} "),
     "low_terminal_lines": ENGLISH.replace(".\n", "\n").replace("here.", "here").replace(". ", "\n"),
-    "high_short_lines": "\n".join(ENGLISH[at : at + 25] for at in range(0, len(ENGLISH), 25)),
-    "high_duplicate_line_chars": ENGLISH + "\nRead more of it." * 3,
-    "high_newline_ratio": ENGLISH.replace(" ", "\n"),
+    "high_short_lines": "\n".join(w.capitalize() for w in ENGLISH.replace(",", "").split()),
+    "high_duplicate_line_chars": ENGLISH + "\nRead more of it." * 9,
+    "high_newline_ratio": "\n".join(w.capitalize() for w in ENGLISH.replace(",", "").split()),
+    "high_template_line_chars": "\n".join(f"Mar 3 10:00:{n} host sshd: closed {n * 7}" for n in range(40)),
+    "low_function_words": "Apple chair river window green bottle happy mountain yellow music stone paper. "
+    * 5,
+    "high_stock_phrases": "Buy now! Click here to order today. Act now for free shipping. " + ENGLISH[:200],
+    "high_garbled": ENGLISH.replace("o", "Ã¶"),
+    "high_odd_pairs": ENGLISH.replace(" the ", " the of ").replace(" a ", " a is "),
+    "high_noise_words": ENGLISH.replace("er", ";r").replace("ea", "e1").replace("at", "a|"),
+    "high_address_words": ENGLISH.replace(" a", " example.com a").replace(" th", " b.org/x.html th"),
 }
 
 
 @pytest.mark.parametrize("reason", BAD_ENGLISH)
 def test_a_bad_english_document(reason: str) -> None:
-    assert reason in decide(BAD_ENGLISH[reason])
+    figures = measure(BAD_ENGLISH[reason], "en", DEFAULT)[0]
+    assert reason in reasons(figures, DEFAULT.english)
 
 
 def test_every_rule_has_a_bad_document() -> None:
-    of_models = {"low_classifier_score", "high_perplexity"}
-    assert {rule.reason for rule in RULES} - of_models == set(BAD_ENGLISH)
+    off = {"low_classifier_score", "high_perplexity", "low_sentences"}
+    assert {rule.reason for rule in RULES} - off == set(BAD_ENGLISH)
+
+
+def test_c4_rule_on_sentences_where_asked_for() -> None:
+    config = QualityConfig(english=ThresholdsConfig(min_sentences=5))
+    assert decide(ENGLISH, config=config) == []
+    assert decide(ENGLISH.replace(". ", ", "), config=config) == ["low_sentences"]
 
 
 @pytest.mark.parametrize(
@@ -277,22 +313,24 @@ def test_every_rule_has_a_bad_document() -> None:
         ("low_words", CHINESE[:60]),
         ("high_mean_word_length", ENGLISH),
         ("high_ellipsis_ratio", CHINESE.replace("，", "……").replace("的", "……")),
-        ("low_alpha_words", CHINESE.replace("的", " 1 。").replace("，", " 2 ，").replace("我", " 3 ！")),
+        ("low_alpha_words", "。".join(f"{n} 的 {n} 了 {n} {n * 7} {n * 13}" for n in range(100, 130))),
         ("low_stop_words", "红橙黄绿青蓝紫黑白灰。" * 10),
         ("high_duplicate_lines", CHINESE + "\n上一页\n下一页" * 4),
         ("high_top_2gram", CHINESE + "点击下载" * 20),
         ("high_duplicate_5gram", CHINESE + CHINESE[-50:]),
-        (
-            "low_sentences",
-            CHINESE.replace("。", "，").replace("？", "，").replace("！", "，").replace("\n", ""),
-        ),
         ("low_terminal_lines", CHINESE.replace("。", "\n").replace("？", "\n").replace("！", "\n")),
-        ("high_short_lines", CHINESE.replace("，", "\n").replace("；", "\n")),
+        ("high_short_lines", "关于我们\n联系我们\n新闻中心\n在线留言\n产品展示\n公司简介\n" + CHINESE[:10]),
         ("high_newline_ratio", "\n".join(CHINESE)),
+        (
+            "high_stock_phrases",
+            "正品保证，全国包邮，七天无理由退货，加微信领取优惠券，先到先得！" + CHINESE[:40],
+        ),
+        ("high_garbled", "锟斤拷" * 9 + CHINESE),
     ],
 )
 def test_a_bad_chinese_document(reason: str, text: str) -> None:
-    assert reason in decide(text, "zh")
+    figures = measure(text, "zh", DEFAULT)[0]
+    assert reason in reasons(figures, DEFAULT.chinese)
 
 
 def test_english_rules_would_drop_chinese() -> None:
@@ -305,7 +343,6 @@ def test_english_rules_would_drop_chinese() -> None:
 def test_programs_are_kept_by_their_own_bounds(module: object) -> None:
     source = inspect.getsource(module)
     assert decide(source, "code") == []
-    assert decide(source, "en")
 
 
 def test_a_table_is_no_program() -> None:
@@ -321,7 +358,7 @@ def test_other_languages_have_no_stop_words() -> None:
         "als letzte Ruhestätte zu weihen. Das ist recht und billig."
     )
     assert decide(german, "de") == []
-    assert decide(german, "en") == ["low_stop_words"]
+    assert "low_stop_words" in decide(german, "en")
 
 
 @pytest.mark.parametrize("language", ["en", "zh", "code", "und", "de"])
@@ -350,7 +387,8 @@ def test_annotating_allows_the_same_decision_later(parts: list[str], language: s
     noted = Record(id="1", text=text, source="s", language=language)
     assert QualityStage(QualityConfig(mode=QualityMode.annotate)).process(noted) is None
     assert (noted.text, noted.counts) == (text, {})
-    judged = reasons(json.loads(json.dumps(noted.signals)), DEFAULT.thresholds(language))
+    figures = json.loads(json.dumps(noted.signals))
+    judged = reasons(figures, DEFAULT.thresholds(language, figures=figures))
     decided = QualityStage(DEFAULT).process(Record(id="1", text=text, source="s", language=language))
     assert decided == (judged[0] if judged else None)
 
@@ -395,7 +433,8 @@ FACTS = "Area:\ntotal: 446,550 sq km\nland: 446,300 sq km\nwater: 250 sq km\n\nB
 
 
 @pytest.mark.parametrize(
-    ("text", "language"), [(LIMERICK, "en"), (POEM, "zh"), (FACTS, "en"), ("很好,推荐!", "zh")]
+    ("text", "language"),
+    [(ENGLISH[:200], "en"), (POEM[:12], "zh"), (CHINESE[:50], "zh"), ("很好,推荐!", "zh")],
 )
 def test_chosen_sources_keep_what_is_short_or_not_prose(text: str, language: str) -> None:
     stage = QualityStage(QualityConfig(curated_sources=["zh_*", "books"]))
@@ -423,6 +462,62 @@ def test_programs_of_chosen_sources_are_judged_as_programs() -> None:
     config = QualityConfig(curated_sources=["*"])
     assert config.thresholds("code", "any") is config.code
     assert config.thresholds("fr", "any") is config.curated
+
+
+# Poems, plays, recipes, lists, tables, formulas, manuals, laws and prose in 30 languages, and pages nobody wants.
+TEXTS = json.loads((ROOT / "benchmarks/curation/quality_texts.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("kind", TEXTS["good"])
+def test_good_text_of_any_form_and_script_is_kept_whole(kind: str) -> None:
+    text, language = TEXTS["good"][kind]["text"], TEXTS["good"][kind]["language"]
+    assert decide(text, language) == []
+
+
+@pytest.mark.parametrize("kind", TEXTS["junk"])
+def test_junk_is_dropped(kind: str) -> None:
+    assert decide(TEXTS["junk"][kind]["text"], TEXTS["junk"][kind]["language"])
+
+
+@pytest.mark.parametrize(
+    "kind", ["play", "recipe_plain", "plain_table", "zh_modern_poem", "th_poem", "th_prose"]
+)
+def test_no_line_of_verse_or_a_table_is_removed(kind: str) -> None:
+    """C4 removes lines of fewer than three words, such as names of speakers, and a Thai line is one word to it."""
+    text = TEXTS["good"][kind]["text"]
+    record = Record(id="1", text=text, source="web", language=TEXTS["good"][kind]["language"])
+    assert QualityStage(DEFAULT).process(record) is None
+    assert record.text == text
+
+
+def test_a_paragraph_that_mentions_a_notice_stays() -> None:
+    text = ENGLISH + "\n\n" + "The book on JavaScript explains at length how the language came about. " * 3
+    record = Record(id="1", text=text.strip(), source="web", language="en")
+    config = QualityConfig(
+        english=replace(
+            ThresholdsConfig(),
+            max_duplicate_5gram=None,
+            max_duplicate_6gram=None,
+            max_duplicate_7gram=None,
+            max_duplicate_8gram=None,
+            max_duplicate_9gram=None,
+            max_duplicate_10gram=None,
+        )
+    )
+    assert QualityStage(config).process(record) is None
+    assert record.text == text.strip()
+
+
+def test_thresholds_follow_source_form_script_and_language() -> None:
+    config = QualityConfig(curated_sources=["books"])
+    formed, unspaced = {"quality.formed_lines": 0.5}, {"quality.unspaced": 1}
+    assert config.thresholds("en", "web") is config.english
+    assert config.thresholds("fi", "web") is config.other
+    assert config.thresholds("zh", "web") is config.chinese
+    assert config.thresholds("und", "web", unspaced) is config.chinese  # Burmese, which no model detects
+    assert config.thresholds("zh", "web", formed | unspaced) is config.formed
+    assert config.thresholds("en", "books", formed) is config.curated
+    assert config.thresholds("code", "books", formed) is config.code
 
 
 def test_lines_without_terminal_punctuation_where_asked_for() -> None:
@@ -488,7 +583,7 @@ def test_configuration_composes_in_omegaconf() -> None:
         10,
         None,
     )
-    assert config.chinese.max_mean_word_length == 3
+    assert config.chinese.max_mean_word_length == 4
     assert config.code.min_words is None
 
 
@@ -511,7 +606,8 @@ def test_a_wrong_option_is_named(options: dict, named: str) -> None:
 def test_each_rule_has_a_threshold_and_a_figure() -> None:
     assert [rule.field for rule in RULES] == [threshold.name for threshold in fields(ThresholdsConfig)]
     of_models = {"quality.classifier_score", "quality.perplexity"}
-    assert {rule.signal for rule in RULES} - of_models == set(measure(ENGLISH, "en", DEFAULT)[0])
+    chooses = {"quality.formed_lines", "quality.unspaced"}
+    assert {rule.signal for rule in RULES} - of_models == set(measure(ENGLISH, "en", DEFAULT)[0]) - chooses
 
 
 @pytest.fixture

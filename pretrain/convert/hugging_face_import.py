@@ -1,0 +1,208 @@
+"""Imports a Hugging Face model as a run folder, published only if it gives the logits that `transformers` computes.
+
+Read are LlamaForCausalLM (and what shares its form: SmolLM, TinyLlama), MistralForCausalLM without a sliding window,
+and Qwen3ForCausalLM, with weights in safetensors. What this project's decoder does not have, such as biases in
+attention or scaled rotary positions, is refused by name: a model without them would be another model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from pretrain.config import ModelConfig, Precision, TrainConfig, load_config
+from pretrain.convert.hugging_face import Parity, compare_logits, hugging_face_names
+from pretrain.convert.weights_only import save_weights
+from pretrain.corpus.tokenizer import Tokenizer
+from pretrain.errors import ConfigError, RunError
+from pretrain.files import published_together, read_capped
+from pretrain.model.decoder import Decoder
+from pretrain.stored import is_file_name
+from pretrain.trained import TrainedModel, load_trained
+
+_FAMILIES = {"LlamaForCausalLM": False, "MistralForCausalLM": False, "Qwen3ForCausalLM": True}
+"""The classes that can be imported, and whether each normalizes queries and keys."""
+_MAX_JSON_BYTES = 64 << 20
+_REQUIRED = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+    "pretraining_tp": (1,),
+    "partial_rotary_factor": (1, 1.0),
+}
+"""Values that a key of config.json must have, if it is there and not null."""
+_SHAPE = {
+    "n_layers": "num_hidden_layers",
+    "d_model": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "d_head": "head_dim",
+    "d_ff": "intermediate_size",
+    "vocab_size": "vocab_size",
+}
+_OPTIONAL = ("n_kv_heads", "d_head")
+_BUFFER = "rotary_emb.inv_freq"  # older versions of transformers saved it; it follows from the configuration
+
+
+def import_model(folder: Path, tokenizer: Tokenizer, output: Path) -> tuple[TrainedModel, Parity]:
+    """Write the run folder `output` with the weights in `folder` as the checkpoint of step 0.
+
+    Raises ConfigError for a model that cannot be imported, and RunError where its logits differ.
+    """
+    raw = _read_json(folder / "config.json")
+    model, sequence_length = model_of(raw, folder / "config.json")
+    weights = _weights(folder, model)
+    with published_together(output) as temporary:
+        save_weights(temporary, _untrained(model, sequence_length, tokenizer, weights))
+        del weights
+        imported = load_trained(temporary)
+        parity = compare_logits(imported, folder, torch.float32)
+        if not parity.holds:
+            raise RunError(
+                f"the imported model differs from {folder}: logits by up to {parity.max_difference:.3g} (allowed "
+                f"{parity.tolerance:.3g}); {output} was not written"
+            )
+    return imported, parity
+
+
+def model_of(raw: dict[str, Any], path: Path) -> tuple[ModelConfig, int]:
+    """The decoder that a config.json describes, and the length it was trained for in tokens. Raises ConfigError."""
+    named = raw.get("architectures")
+    family = named[0] if isinstance(named, list) and len(named) == 1 else named
+    if family not in _FAMILIES:
+        raise ConfigError(f"{path} has architectures={named}; known are {', '.join(_FAMILIES)}")
+    for key, allowed in _REQUIRED.items():
+        if raw.get(key) is not None and raw[key] not in allowed:
+            raise ConfigError(f"{path} has {key}={raw[key]}, which this program's decoder does not have")
+    length, window = _size(raw, "max_position_embeddings", path), raw.get("sliding_window")
+    if (
+        window is not None
+        and raw.get("use_sliding_window", True)
+        and _size(raw, "sliding_window", path) < length
+    ):
+        raise ConfigError(f"{path} has sliding_window={window}, which this program's decoder does not have")
+    shape: dict[str, Any] = {
+        ours: _size(raw, theirs, path)
+        for ours, theirs in _SHAPE.items()
+        if ours not in _OPTIONAL or raw.get(theirs) is not None
+    }
+    config = ModelConfig(
+        **shape,
+        rope_theta=_rope_theta(raw, path),
+        norm_eps=_number(raw, "rms_norm_eps", 1e-6, path),
+        qk_norm=_FAMILIES[family],
+        tie_embeddings=raw.get("tie_word_embeddings") is True,
+    )
+    return config, length
+
+
+def _size(raw: dict[str, Any], key: str, path: Path) -> int:
+    value = raw.get(key)
+    if type(value) is not int or not 0 < value < 1 << 24:
+        raise ConfigError(f"{path} has {key}={value}, where a positive whole number is needed")
+    return value
+
+
+def _rope_theta(raw: dict[str, Any], path: Path) -> float:
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    if kind != "default":
+        raise ConfigError(f"{path} has rotary positions of type {kind!r}; only 'default' can be imported")
+    return _number({**raw, **rope}, "rope_theta", 10_000.0, path)
+
+
+def _number(raw: dict[str, Any], key: str, default: float, path: Path) -> float:
+    value = raw.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
+        raise ConfigError(f"{path} has {key}={value}, where a positive number is needed")
+    return float(value)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(read_capped(path, _MAX_JSON_BYTES))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist; give the folder of a Hugging Face model") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is not a JSON object")
+    return value
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of weights of a model."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        if not (folder / "model.safetensors").is_file():
+            raise ConfigError(
+                f"{folder} has no model.safetensors; weights in other formats cannot be imported"
+            )
+        return [folder / "model.safetensors"]
+    listed = _read_json(index).get("weight_map")
+    if not isinstance(listed, dict):
+        raise ConfigError(f"{index} has no weight_map")
+    for name in listed.values():
+        if not isinstance(name, str) or not is_file_name(name):
+            raise ConfigError(f"{index} names the file {name!r}, which is not in its folder")
+    return [folder / name for name in sorted(set(listed.values()))]
+
+
+def _weights(folder: Path, model: ModelConfig) -> dict[str, torch.Tensor]:
+    """Whole fp32 weights under our names, after checking that they are exactly those of the decoder."""
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in Decoder(model, seed=0).named_parameters()}
+    ours_of = {theirs: ours for ours, theirs in hugging_face_names(model).items()}
+    weights: dict[str, torch.Tensor] = {}
+    head = None
+    for path in _files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  it is no dictionary
+                    if name.endswith(_BUFFER):
+                        continue
+                    if name == "lm_head.weight" and model.tie_embeddings:
+                        head = file.get_tensor(name).float()
+                        continue
+                    ours = ours_of.get(name)
+                    if ours is None or tuple(file.get_slice(name).get_shape()) != tuple(shapes[ours]):
+                        raise ConfigError(
+                            f"{path} has the tensor {name!r}, which does not fit its config.json"
+                        )
+                    weights[ours] = file.get_tensor(name).float()
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+    missing = sorted(theirs for theirs, ours in ours_of.items() if ours not in weights)
+    if missing:
+        raise ConfigError(f"{folder} lacks the tensor {missing[0]!r}, and {len(missing) - 1} others")
+    if head is not None and not torch.equal(head, weights["embed.weight"]):
+        raise ConfigError(f"{folder} has tie_word_embeddings=true, but its lm_head.weight is another matrix")
+    return weights
+
+
+def _untrained(
+    model: ModelConfig, sequence_length: int, tokenizer: Tokenizer, weights: dict[str, torch.Tensor]
+) -> TrainedModel:
+    """The model at step 0 of a run with default options."""
+    given = [
+        "run_dir=imported",
+        "total_steps=1",
+        "data.manifest=none",
+        f"data.sequence_length={sequence_length}",
+    ]
+    config = load_config(TrainConfig, given, "config")
+    config.model = model
+    return TrainedModel(
+        config=config,
+        weights=weights,
+        tokenizer=tokenizer,
+        step=0,
+        tokens_seen=0,
+        sequence_length=sequence_length,
+        precision=Precision.fp32,
+    )

@@ -1,0 +1,70 @@
+"""The average of checkpoints: the mean of their weights, in a folder that every reader of runs takes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.errors import ConfigError
+from pretrain.trained import load_trained
+from support.trained_run import make_run, script
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints at steps 3, 5 and 8, whose weights differ."""
+    folder = tmp_path_factory.mktemp("averaged")
+    for step in (3, 5, 8):
+        make_run(folder / str(step), step=step)
+    for step in (3, 5):
+        name = f"step-{step:08d}"
+        shutil.copytree(folder / str(step) / "checkpoints" / name, folder / "8" / "checkpoints" / name)
+    return folder / "8"
+
+
+def average(run_dir: Path, output: Path, **options: Any) -> None:
+    launch = script("average")
+    launch.main(launch.AverageConfig(run_dir=str(run_dir), output=str(output), **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"), [({"last": 2}, (5, 8)), ({"last": 3}, (3, 5, 8)), ({"steps": [8, 3]}, (3, 8))]
+)
+def test_the_weights_are_the_mean(
+    run_dir: Path, tmp_path: Path, options: dict[str, Any], steps: tuple[int, ...]
+) -> None:
+    average(run_dir, tmp_path / "mean", **options)
+    found = load_trained(tmp_path / "mean")
+    parts = [load_trained(run_dir, step) for step in steps]
+    assert (found.step, found.tokens_seen) == (parts[-1].step, parts[-1].tokens_seen)
+    for name, weight in found.weights.items():
+        expected = torch.stack([part.weights[name].double() for part in parts]).mean(0).float()
+        assert torch.equal(weight, expected), name
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"last": 4}, "last=4.*3, 5, 8"),
+        ({"steps": [3, 4]}, "step 4"),
+        ({"run_dir": "none", "last": 2}, "run_dir=none"),
+    ],
+)
+def test_checkpoints_that_are_not_there(
+    run_dir: Path, tmp_path: Path, options: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        average(**({"run_dir": run_dir, "output": tmp_path / "mean"} | options))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"last": 2, "steps": [3, 5]}, {"last": 1}, {"steps": [3]}, {"steps": [3, 3]}]
+)
+def test_wrong_options(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"last=|steps="):
+        script("average").AverageConfig(run_dir="r", output="o", **options)
