@@ -24,7 +24,7 @@ import xxhash
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data_tools.curation.dedup import DedupConfig, band_hashes
+from data_tools.curation.dedup import DedupConfig, shingles, sketch
 from data_tools.record import ENGLISH, Record
 from data_tools.stages.quality import QualityConfig, QualityStage, ThresholdsConfig
 from data_tools.stages.words import words_of
@@ -110,7 +110,7 @@ def all_rules_job(language: Any) -> Job:
 
 
 def minhash_job(language: Any) -> Job:
-    """MinHash signatures of 14 bands of 8 hashes over shingles of 5 words."""
+    """MinHash signatures over shingles of 5 words, each with its own default bands: 14 of 8 hashes, and 14 of 5."""
     import tempfile
 
     from datatrove.pipeline.dedup import MinhashDedupSignature
@@ -124,7 +124,11 @@ def minhash_job(language: Any) -> Job:
         found = step.get_shingles(text)
         return bool(found.size) and bool(step.get_signature(found))
 
-    return Job("MinHash signatures", theirs, lambda text: band_hashes(text, config) is not None)
+    def ours(text: str) -> bool:
+        found = shingles(text, config)
+        return bool(len(found)) and bool(sketch(found, config).size)
+
+    return Job("MinHash signatures", theirs, ours)
 
 
 def together_job(language: Any) -> Job:

@@ -34,17 +34,19 @@ from omegaconf import MISSING
 
 from data_tools.building.workspace import locked, write_problem
 from data_tools.config import PrepareConfig
-from data_tools.curation.compare import compare_task, decide
-from data_tools.curation.executors import ExecutorConfig, run_phase
-from data_tools.curation.phases import (
-    STAGES,
-    CleanTask,
-    CurationConfig,
-    FilterTask,
-    Layout,
-    Tally,
-    write_json,
+from data_tools.curation.choice import CurationConfig, stage_names
+from data_tools.curation.collection import (
+    INDEX,
+    SIGNATURES,
+    Collection,
+    PartFacts,
+    earlier_parts,
+    index_of,
+    read_index,
 )
+from data_tools.curation.compare import compare_task, decide, settle
+from data_tools.curation.executors import ExecutorConfig, run_phase
+from data_tools.curation.phases import CleanTask, FilterTask, Layout, Tally, write_json
 from data_tools.curation.sample import shown, summary, try_stages
 from data_tools.reading.encodings import UTF_8
 from data_tools.reading.listing import LeftOut, print_left_out
@@ -52,19 +54,21 @@ from data_tools.reading.units import ReadConfig, Unit, units_of
 from data_tools.report.funnel import DOCUMENTS, REPORT, Unread, estimated_documents, funnel_table
 from data_tools.report.schemas import read_curation_report, read_digest
 from data_tools.stages.decontaminate import build_index
+from data_tools.stages.own import pinned
 from pretrain import __version__
 from pretrain.config import run_command, to_dict
 from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError, RunError
 from pretrain.files import sync_folder, written_atomically
-from pretrain.printing import print_error
+from pretrain.printing import print_error, visible
 from pretrain.remote import open_file
 
-CURATION_VERSION = 2
+CURATION_VERSION = 3
 """Raise this with every change of the program that gives different bytes for the same input."""
 WORK = ".work"
-_PRODUCTS = (DOCUMENTS, "rejected", REPORT)
+_PRODUCTS = (DOCUMENTS, SIGNATURES, "rejected", REPORT)
 SAMPLE = "sample.txt"
+_SOURCES_SHOWN = 12
 _SAMPLE_LINES = 40  # number of lines of a change that are printed; the file has all
 
 
@@ -118,6 +122,8 @@ class CurateConfig:
 
 def curate(config: CurateConfig) -> int:
     """Curate the text, then prepare a corpus where one is wanted. Returns the exit code."""
+    own = [pinned(stage) for stage in config.curation.own_stages]
+    config = replace(config, curation=replace(config.curation, own_stages=own))
     if config.sample is not None:
         return _try(config, config.sample)
     code = _curate(config)
@@ -161,13 +167,15 @@ def _curate(config: CurateConfig) -> int:
     left_out: list[LeftOut] = []
     units = units_of(config.input, config.unit_bytes, config.read, left_out.extend)
     print_left_out(left_out)
+    earlier = earlier_parts(config.curation.dedup, output)
     recipe = _recipe(config, units)
     if _is_finished(output, recipe, config.overwrite):
         print(f"already curated: {output / REPORT} was made from this input with these options")
         return 0
     try:
         with _work(output, recipe) as layout:
-            report = _run(config, units, left_out, layout)
+            collection = Collection(config.curation.dedup, layout.work, len(units), earlier)
+            report = _run(config, units, left_out, collection, layout)
             write_json(layout.work / REPORT, report | {"recipe": recipe})
             _publish(layout.work, output)
     except KeyboardInterrupt:
@@ -183,21 +191,25 @@ def _curate(config: CurateConfig) -> int:
     return 0
 
 
-def _run(config: CurateConfig, units: list[Unit], left_out: list[LeftOut], layout: Layout) -> dict[str, Any]:
+def _run(
+    config: CurateConfig, units: list[Unit], left_out: list[LeftOut], collection: Collection, layout: Layout
+) -> dict[str, Any]:
     """Run all phases. Returns the report."""
     n_units, curation, executor = len(units), config.curation, config.executor
-    if "decontaminate" in curation.stages and not layout.index.exists():
+    if any("decontaminate" in one.stages for one in curation.configs()) and not layout.index.exists():
         build_index(curation.decontaminate, layout.index)
-    clean = CleanTask(units, config.read, curation, layout)
-    total_bytes = sum(unit.size_bytes for unit in units)
-    run_phase("cleaning", clean, n_units, layout.work / "phases" / "clean", executor, total_bytes)
+    clean = CleanTask(units, config.read, curation, layout, collection.earlier)
+    total_bytes = sum(part.size_bytes for part in (*units, *collection.earlier))
+    run_phase("cleaning", clean, collection.n_ranks, layout.work / "phases" / "clean", executor, total_bytes)
     cleaned = _summed(layout, "clean", n_units)
-    unread = _check_bad(config, cleaned, left_out, total_bytes, layout)
-    compare, n_bytes = compare_task(curation.dedup, layout, n_units)
+    _check_sources(curation, cleaned)
+    unread = _check_bad(config, cleaned, left_out, sum(unit.size_bytes for unit in units), layout)
+    settle(collection, layout)
+    compare, n_bytes = compare_task(collection, layout)
     run_phase("comparing", compare, len(compare.jobs), layout.work / "phases" / "compare", executor, n_bytes)
     clusters = decide(compare)
     kept_bytes = sum(layout.kept(rank).stat().st_size for rank in range(n_units))
-    last = FilterTask(curation, layout)
+    last = FilterTask(curation, layout, collection)
     run_phase("filtering", last, n_units, layout.work / "phases" / "filter", executor, kept_bytes)
     filtered = _summed(layout, "filter", n_units)
     if not filtered.kept:
@@ -206,16 +218,28 @@ def _run(config: CurateConfig, units: list[Unit], left_out: list[LeftOut], layou
         )
         raise ConfigError(f"input={','.join(config.input)} leaves no document; dropped: {dropped or 'none'}")
     cleaned.add(filtered)
+    digest = _digest(layout, "filter", n_units)
+    _write_index(config, layout, n_units, digest["sha256"])
     return {
         "created_by": f"pretrain {__version__}",
         "tally": cleaned.to_json(),
         "clusters": clusters,
-        "stages": [name for name in STAGES if name in curation.stages],
+        "stages": stage_names(curation),
         "units": n_units,
         "unread": asdict(unread),
         "texts_read": _digest(layout, "clean", n_units),
-        "output": _digest(layout, "filter", n_units),
+        "output": digest,
     }
+
+
+def _write_index(config: CurateConfig, layout: Layout, n_units: int, output_sha256: str) -> None:
+    """Describe the signatures of the output, so that later curations can be compared with it."""
+    parts = []
+    for rank in range(n_units):
+        path, kept = layout.documents(rank), Tally.of_file(layout.tally("filter", rank)).kept
+        parts.append(PartFacts(name=path.name, bytes=path.stat().st_size, documents=sum(kept.values())))
+    index = index_of(config.curation.dedup, parts, output_sha256, f"pretrain {__version__}")
+    write_json(layout.work / SIGNATURES / INDEX, index)
 
 
 def _digest(layout: Layout, phase: str, n_units: int) -> dict[str, Any]:
@@ -277,6 +301,15 @@ def _lost(file: dict[str, Any]) -> tuple[int, int]:
     return file["signals"]["read.lost"], file["signals"]["read.lost_bytes"]
 
 
+def _check_sources(curation: CurationConfig, tally: Tally) -> None:
+    """Raise ConfigError where options are given for a source that the input does not have."""
+    for source in (curation.per_source or {}).keys() - tally.read.keys():
+        known = ", ".join(visible(name) for name in sorted(tally.read)[:_SOURCES_SHOWN])
+        raise ConfigError(
+            f"curation.per_source names {source!r}, which is no source of the input; it has {known}"
+        )
+
+
 # ---- the output folder -----------------------------------------------------------------------------------------------
 
 
@@ -297,7 +330,7 @@ def _recipe(config: CurateConfig, units: list[Unit]) -> dict[str, Any]:
         "files": _hashes_of_files(config.curation),
         "input": {"units": len(units), "sha256": hashlib.sha256(listing.encode()).hexdigest()},
         # Versions of these packages decide the text.
-        "packages": {name: _version(name) for name in ("ftfy", "py3langid", "trafilatura")},
+        "packages": {name: _version(name) for name in ("courlan", "ftfy", "py3langid", "trafilatura")},
     }
 
 
@@ -312,11 +345,15 @@ def _hashes_of_files(curation: CurationConfig) -> dict[str, str]:
                 yield from strings(inner)
 
     hashes = {}
-    for name in curation.stages:
-        for path in strings(to_dict(getattr(curation, name))):
-            if "://" in path or (path and Path(path).expanduser().is_file()):
-                with open_file(f"curation.{name}", path) as file:
-                    hashes[path] = _sha256(file)
+    for one in curation.configs():
+        for name in one.stages:
+            for path in strings(to_dict(getattr(one, name))):
+                if path not in hashes and ("://" in path or (path and Path(path).expanduser().is_file())):
+                    with open_file(f"curation.{name}", path) as file:
+                        hashes[path] = _sha256(file)
+    for path in curation.dedup.against:
+        folder = Path(path).expanduser().resolve()
+        hashes[path] = read_index(folder, f"curation.dedup.against={path}").output_sha256
     return hashes
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.curation.figures import Figure, records, sample
+from data_tools.curation.choice import CurationConfig, build_stages
 from data_tools.curation.dedup import DedupConfig, line_hashes
-from data_tools.curation.phases import CurationConfig, build_stages
 from data_tools.record import CurationStage, Record
 from data_tools.stages.normalize import NormalizeConfig, NormalizeStage
 

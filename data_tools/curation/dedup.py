@@ -1,12 +1,13 @@
 """Duplicates: documents that are equal, documents that are nearly equal, and lines that many documents share.
 
-Near duplicates are found by MinHash (Broder, 1997) in bands (locality-sensitive hashing): two documents whose shingles
-have Jaccard similarity s share a band with probability 1 - (1 - s^r)^b. With b = 14 bands of r = 8 hashes, as FineWeb
-(Penedo et al., 2024), that is 0.92 at s = 0.8 and one half at s = 0.69.
+Two documents are near duplicates where the Jaccard similarity of their shingles (short runs of words) reaches
+`min_similarity`. Candidates are found by MinHash (Broder, 1997) in bands (locality-sensitive hashing): two documents
+with similarity s share a band with probability 1 - (1 - s^r)^b. With b = 14 bands of r = 5 hashes that is 0.996 at
+s = 0.8 and 0.9996 at s = 0.85. `similar.py` then computes the similarity of the candidates exactly, from their texts.
 
-Every task of the first phase writes the `Signatures` of its documents. Then each band, and the hash of the whole text,
-is compared separately, in ranges of the hash, which bounds the memory. The pairs that are found are joined into
-clusters, and one document of each cluster is kept. A document is identified by (task << 32 | its number in the task).
+Every task of the first phase writes one row per document (`row_type`), and one table per kind of hash with the
+(hash, document) of its documents. Each table is compared separately, in ranges of the hash, which bounds the memory.
+A document is identified by (task << 32 | its number in the task).
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ from types import SimpleNamespace
 import numpy as np
 import xxhash
 
+from data_tools.curation.addresses import address_hashes
 from data_tools.curation.web_prose import is_web_prose
 from data_tools.record import Record
 from pretrain.errors import ConfigError
 from pretrain.files import written_atomically
 
-EXACT = 0
-"""Number of the table of whole texts. The tables of the bands follow it."""
+EXACT, URL, DOMAIN, LINES = "exact", "url", "domain", "lines"
+"""Names of tables: whole texts, addresses, domains and lines. Those of the bands are `band-00` and so on."""
+NO_DOCUMENT = (1 << 64) - 1
 _TOKEN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\W_\u3400-\u9fff\uf900-\ufaff]+")
 _HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio
-_RANGE_ROWS = 20_000_000
-"""Number of rows of a table that one task sorts at a time, which takes about 1 GB."""
+_RANGE_ROWS = 5_000_000
+"""Number of rows of a table that one task sorts at a time, which takes about 300 MB."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,14 +45,22 @@ class DedupConfig:
     """Find texts that differ only in white space."""
     near: bool = True
     """Find texts that share most of their shingles (short runs of words)."""
+    min_similarity: float = 0.8
+    """Jaccard similarity (0 to 1) of the shingles of two texts from which one of them is a near duplicate."""
     bands: int = 14
-    """Number of bands; more bands find more pairs, which are less similar."""
-    band_hashes: int = 8
-    """Hashes per band; more hashes find fewer pairs, which are more similar."""
+    """Number of bands; more bands find more of the near duplicates. Lower similarities need more of them."""
+    band_hashes: int = 5
+    """Hashes per band; fewer hashes find more of the near duplicates, and more candidates have to be verified."""
     shingle_words: int = 5
     """Words per shingle."""
-    shingle_chars: int = 8
-    """Characters per shingle of a text that is mostly Chinese; five words have about eight characters."""
+    shingle_chars: int = 4
+    """Characters per shingle of a text that is mostly Chinese."""
+    url: bool = False
+    """Keep one document per address; scheme, `www.`, tracking parameters and fragment do not count."""
+    max_documents_per_domain: int | None = None
+    """Largest number of documents of a registered domain (`example.co.uk`); null: any number."""
+    against: list[str] = field(default_factory=list)
+    """Output folders of earlier curations. Their documents count as kept, so only what they lack is added."""
     priority: list[str] = field(default_factory=list)
     """Sources in order of preference: of duplicates, the document of the earliest source in this list is kept."""
     repeated_lines: bool = True
@@ -63,9 +74,17 @@ class DedupConfig:
     """Smallest length in characters of a line that counts as repeated; a Chinese character counts as three."""
 
     def __post_init__(self) -> None:
-        for name in ("bands", "band_hashes", "shingle_words", "shingle_chars", "max_line_documents"):
+        for name in ("bands", "shingle_words", "shingle_chars", "max_line_documents"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"curation.dedup.{name}={getattr(self, name)} must be 1 or more")
+        if self.band_hashes < 3:  # a hash is stored in 8 bits, and bands of 16 bits would group everything
+            raise ConfigError(f"curation.dedup.band_hashes={self.band_hashes} must be 3 or more")
+        if not 0 < self.min_similarity <= 1:
+            raise ConfigError(f"curation.dedup.min_similarity={self.min_similarity} must be above 0, up to 1")
+        if self.max_documents_per_domain is not None and self.max_documents_per_domain < 1:
+            raise ConfigError(
+                f"curation.dedup.max_documents_per_domain={self.max_documents_per_domain} must be 1 or more, or null"
+            )
 
 
 # ---- of one text -----------------------------------------------------------------------------------------------------
@@ -82,7 +101,7 @@ def _word_hash(word: str) -> int:
 
 
 def shingles(text: str, config: DedupConfig) -> np.ndarray:
-    """Distinct hashes (uint64) of the shingles of a text, ignoring case; empty where it has too few words."""
+    """Distinct hashes (uint64) of the shingles of a text, sorted, ignoring case; empty where it has too few words."""
     words = _TOKEN.findall(text.lower())
     n_han = sum(len(word) == 1 and _HAN.match(word) is not None for word in words)
     width = config.shingle_chars if 2 * n_han > len(words) else config.shingle_words
@@ -105,22 +124,29 @@ def _permutations(n: int) -> tuple[np.ndarray, np.ndarray]:
     return drawn[:n] | np.uint64(1), drawn[n:]
 
 
-def band_hashes(text: str, config: DedupConfig) -> np.ndarray | None:
-    """Hashes of the bands: uint64 [bands]. Documents with one hash in common are near duplicates.
+def sketch(found: np.ndarray, config: DedupConfig) -> np.ndarray:
+    """The smallest hash of the shingles under each permutation, in 8 bits: uint8 [bands, band_hashes].
 
-    None where a text is too short. The shingles are hashed by multiply-shift (Dietzfelbinger et al., 1997), which
-    needs no modulus and so is fast.
+    Two hashes agree with a probability of the Jaccard similarity, and by chance in one of 256 other cases. The
+    shingles are hashed by multiply-shift (Dietzfelbinger et al., 1997), which needs no modulus and so is fast.
     """
-    found = shingles(text, config)
-    if not len(found):
-        return None
     multipliers, addends = _permutations(config.bands * config.band_hashes)
     smallest = np.full(len(multipliers), np.iinfo(np.uint64).max, dtype=np.uint64)
     for start in range(0, len(found), 2048):  # bounds the memory of a long document
         hashed = found[start : start + 2048, None] * multipliers + addends
         np.minimum(smallest, hashed.min(axis=0), out=smallest)
-    rows = np.ascontiguousarray((smallest >> np.uint64(32)).astype(np.uint32).reshape(config.bands, -1))
-    return np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows], dtype=np.uint64)
+    # The highest bits of a minimum are mostly 0, and the lowest ones depend on the lowest of the shingle only.
+    return (smallest >> np.uint64(24)).astype(np.uint8).reshape(config.bands, config.band_hashes)
+
+
+def band_keys(sketches: np.ndarray) -> np.ndarray:
+    """Hashes of one band of many documents: uint8 [documents, band_hashes] to uint64 [documents]."""
+    keys = np.zeros(len(sketches), dtype=np.uint64)
+    for column in sketches.T:
+        keys += column.astype(np.uint64) + np.uint64(1)
+        keys *= _MIX
+        keys ^= keys >> np.uint64(29)
+    return keys * _MIX
 
 
 def line_hashes(record: Record, config: DedupConfig) -> list[tuple[int, str]]:
@@ -138,39 +164,91 @@ def line_hashes(record: Record, config: DedupConfig) -> list[tuple[int, str]]:
 # ---- of one task -----------------------------------------------------------------------------------------------------
 
 
+def row_type(config: DedupConfig) -> np.dtype:
+    """What is stored of each document, 110 bytes by default."""
+    bands = config.bands if config.near else 0
+    return np.dtype(
+        [
+            ("exact", "<u8"),  # exact_hash
+            ("url", "<u8"),  # of the address without what does not count, or 0
+            ("domain", "<u8"),  # of the registered domain, or 0
+            ("line_bytes", "<u8"),  # where the document's line begins in the file of its task
+            ("preference", "<u4"),  # place of its source in `priority`; the smallest is kept
+            ("shingles", "<u4"),  # number of distinct ones
+            ("sketch", "u1", (bands, config.band_hashes)),
+        ]
+    )
+
+
 class Signatures:
-    """Hashes of a task's documents: tables of (hash, document), each sorted by hash."""
+    """Hashes of a task's documents: a row for each, and tables of (hash, document), each sorted by hash."""
 
     def __init__(self, config: DedupConfig) -> None:
         self._config = config
-        self._tables: list[list[tuple[int, int]]] = [[] for _ in range(n_tables(config))]
+        self._rows: list[tuple[int, ...]] = []
+        self._sketches: list[np.ndarray] = []
         self._lines: list[tuple[int, int]] = []
+        self._order = {name: place for place, name in enumerate(config.priority)}
+        self._none = np.zeros((config.bands if config.near else 0, config.band_hashes), dtype=np.uint8)
 
-    def add(self, document: int, record: Record) -> None:
-        """Add the next document that the stages kept; `document` is its number in the task."""
-        config, text = self._config, record.text
-        if config.exact:
-            self._tables[EXACT].append((exact_hash(text), document))
-        if config.near and (bands := band_hashes(text, config)) is not None:
-            for table, value in zip(self._tables[EXACT + 1 :], bands.tolist(), strict=True):
-                table.append((value, document))
+    def add(self, record: Record, line_bytes: int) -> None:
+        """Add the next document that the stages kept; `line_bytes` is where its line begins."""
+        config, document = self._config, len(self._rows)
+        url, domain = address_hashes(record.url) if record.url else (0, 0)
+        found = shingles(record.text, config) if config.near else ()
+        self._sketches.append(sketch(found, config) if len(found) else self._none)
+        preference = self._order.get(record.source, len(self._order))
+        self._rows.append((exact_hash(record.text), url, domain, line_bytes, preference, len(found)))
         self._lines += [(value, document) for value in {value for value, _ in line_hashes(record, config)}]
 
     def write(self, folder: Path, rank: int) -> None:
-        """Write one .npy file per table (uint64 [documents, 2]), each atomically."""
-        for number, rows in enumerate([*self._tables, self._lines]):
-            table = np.array(rows, dtype=np.uint64).reshape(-1, 2)
-            save_array(table_path(folder, number, rank), table[np.lexsort((table[:, 1], table[:, 0]))])
+        """Write the rows and tables, each atomically."""
+        rows = np.zeros(len(self._rows), dtype=row_type(self._config))
+        for place, name in enumerate(rows.dtype.names[:-1]):
+            rows[name] = [row[place] for row in self._rows]
+        if self._rows:
+            rows["sketch"] = np.stack(self._sketches)
+        save_array(rows_path(folder, rank), rows)
+        write_tables(folder, rank, rows, self._config)
+        lines = np.array(self._lines, dtype=np.uint64).reshape(-1, 2)
+        _save_table(folder, LINES, rank, lines[:, 0], lines[:, 1])
 
 
-def n_tables(config: DedupConfig) -> int:
-    """Number of tables in which equal hashes mean duplicates: whole texts and bands, without the table of lines."""
-    return 1 + (config.bands if config.near else 0)
+def write_tables(folder: Path, rank: int, rows: np.ndarray, config: DedupConfig) -> None:
+    """Write the tables of a task's rows, without that of the lines."""
+    for name in equal_tables(config):
+        chosen = np.flatnonzero((rows[name] != 0) | (name == EXACT))
+        _save_table(folder, name, rank, rows[name][chosen], chosen)
+    chosen = np.flatnonzero(rows["shingles"])
+    for band, name in enumerate(band_tables(config)):
+        _save_table(folder, name, rank, band_keys(rows["sketch"][chosen, band]), chosen)
 
 
-def table_path(folder: Path, table: int, rank: int) -> Path:
+def _save_table(folder: Path, name: str, rank: int, hashes: np.ndarray, documents: np.ndarray) -> None:
+    order = np.lexsort((documents, hashes))
+    table = np.column_stack((hashes.astype(np.uint64), documents.astype(np.uint64)))[order]
+    save_array(table_path(folder, name, rank), table)
+
+
+def equal_tables(config: DedupConfig) -> list[str]:
+    """Tables of which equal hashes decide alone, in the order in which they do."""
+    wanted = {URL: config.url, DOMAIN: config.max_documents_per_domain is not None, EXACT: config.exact}
+    return [name for name, yes in wanted.items() if yes]
+
+
+def band_tables(config: DedupConfig) -> list[str]:
+    """Tables of the bands, of which equal hashes make two documents candidates."""
+    return [f"band-{number:02d}" for number in range(config.bands)] if config.near else []
+
+
+def table_path(folder: Path, table: str, rank: int) -> Path:
     """Path of a table of a task."""
-    return folder / f"table-{table:03d}" / f"{rank:05d}.npy"
+    return folder / f"table-{table}" / f"{rank:05d}.npy"
+
+
+def rows_path(folder: Path, rank: int) -> Path:
+    """Path of the rows of a task."""
+    return folder / "rows" / f"{rank:05d}.npy"
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -189,13 +267,17 @@ def load_array(path: Path, *, mapped: bool = False) -> np.ndarray:
 # ---- of all tasks ----------------------------------------------------------------------------------------------------
 
 
-def n_ranges(folder: Path, table: int, n_ranks: int) -> int:
-    """Number of ranges of the hash in which a table is compared."""
-    rows = sum(len(load_array(table_path(folder, table, rank), mapped=True)) for rank in range(n_ranks))
+def n_rows(folder: Path, table: str, n_ranks: int) -> int:
+    """Number of rows of a table in all tasks."""
+    return sum(len(load_array(table_path(folder, table, rank), mapped=True)) for rank in range(n_ranks))
+
+
+def n_ranges(rows: int) -> int:
+    """Number of ranges of the hash in which a table of `rows` rows is compared."""
     return max(1, -(-rows // _RANGE_ROWS))
 
 
-def read_range(folder: Path, table: int, n_ranks: int, part: int, parts: int) -> np.ndarray:
+def read_range(folder: Path, table: str, n_ranks: int, part: int, parts: int) -> np.ndarray:
     """(hash, document) of all tasks in one range of the hash, sorted by both: uint64 [rows, 2]."""
     low, high = (part << 64) // parts, ((part + 1) << 64) // parts
     found = []
@@ -210,46 +292,29 @@ def read_range(folder: Path, table: int, n_ranks: int, part: int, parts: int) ->
     return joined[np.lexsort((joined[:, 1], joined[:, 0]))]
 
 
-def pairs_in(rows: np.ndarray) -> np.ndarray:
-    """Pairs of the first document of each run of equal hashes with every other one: uint64 [pairs, 2]."""
-    if len(rows) < 2:
-        return np.zeros((0, 2), dtype=np.uint64)
-    begins = np.concatenate(([True], rows[1:, 0] != rows[:-1, 0]))
-    first = rows[np.maximum.accumulate(np.where(begins, np.arange(len(rows)), 0)), 1]
-    pairs = np.column_stack((first, rows[:, 1]))[~begins]
-    return pairs[pairs[:, 0] != pairs[:, 1]]
+def is_in(documents: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Whether each document is among the others, which are sorted: bool [documents]."""
+    if not len(others):
+        return np.zeros(len(documents), dtype=bool)
+    places = np.minimum(np.searchsorted(others, documents), len(others) - 1)
+    return others[places] == documents
 
 
-def components(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The documents that occur in pairs, sorted, and for each the index of the first document of its cluster.
-
-    Each label is lowered to the smallest label among its neighbors, then replaced by the label of its label, until
-    nothing changes.
-    """
-    documents, flat = np.unique(pairs, return_inverse=True)
-    left, right = flat.reshape(-1, 2).T
-    labels = np.arange(len(documents))
-    while True:
-        before = labels.copy()
-        smaller = np.minimum(labels[left], labels[right])
-        np.minimum.at(labels, labels[left], smaller)
-        np.minimum.at(labels, labels[right], smaller)
-        while not np.array_equal(followed := labels[labels], labels):
-            labels = followed
-        if np.array_equal(labels, before):
-            return documents, labels
+def places_in_runs(hashes: np.ndarray) -> np.ndarray:
+    """For each row of a sorted table, its place in the run of equal hashes, from 0: int [rows]."""
+    begins = np.ones(len(hashes), dtype=bool)
+    begins[1:] = hashes[1:] != hashes[:-1]
+    places = np.arange(len(hashes))
+    return places - np.maximum.accumulate(np.where(begins, places, 0))
 
 
-def choose_kept(labels: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-    """Whether each document is kept: bool [documents]. One per cluster is: the first of those with the lowest rank.
-
-    `ranks` is the priority of each document's source, the smallest first: int [documents].
-    """
-    order = np.lexsort((np.arange(len(labels)), ranks, labels))
-    first = np.concatenate(([True], labels[order][1:] != labels[order][:-1])) if len(order) else []
-    kept = np.zeros(len(labels), dtype=bool)
-    kept[order] = first
-    return kept
+def in_runs(rows: np.ndarray) -> np.ndarray:
+    """The rows of a sorted table whose hash occurs more than once."""
+    equal = rows[1:, 0] == rows[:-1, 0]
+    several = np.zeros(len(rows), dtype=bool)
+    several[1:] = equal
+    several[:-1] |= equal
+    return rows[several]
 
 
 def repeated_lines_in(rows: np.ndarray, max_documents: int) -> np.ndarray:

@@ -11,72 +11,32 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_tools.curation.dedup import DedupConfig, Signatures, line_hashes, load_array, save_array
+from data_tools.curation.choice import CurationConfig, StagesOf
+from data_tools.curation.collection import SIGNATURES, Collection, EarlierPart, rows_name
+from data_tools.curation.dedup import (
+    NO_DOCUMENT,
+    Signatures,
+    line_hashes,
+    load_array,
+    write_tables,
+)
 from data_tools.curation.executors import TaskProgress
 from data_tools.gzipped import Gzipped
 from data_tools.reading.units import Bad, ReadConfig, Unit, read_unit
 from data_tools.record import CurationStage, Record
 from data_tools.report.schemas import MAX_REPORT_BYTES, MAX_REPORT_VALUES
-from data_tools.stages.boilerplate import BoilerplateConfig, BoilerplateStage
-from data_tools.stages.decontaminate import DecontaminateConfig, DecontaminateStage
-from data_tools.stages.harm import HarmConfig, HarmStage
-from data_tools.stages.language import LanguageConfig, LanguageStage
-from data_tools.stages.normalize import NormalizeConfig, NormalizeStage
-from data_tools.stages.pii import PiiConfig, PiiStage
-from data_tools.stages.quality import QualityConfig, QualityStage
-from pretrain.errors import ConfigError
 from pretrain.files import read_capped, written_atomically
 from pretrain.stored import parse
 
-# pii comes last: its placeholders would hide text that is shared with an evaluation set.
-STAGES = ("normalize", "language", "boilerplate", "quality", "harm", "decontaminate", "pii")
 READ, DECONTAMINATE, DEDUP = "read", "decontaminate", "dedup"
-
-
-@dataclass(kw_only=True, slots=True)
-class CurationConfig:
-    """The stages to run, and the rules of each."""
-
-    stages: list[str] = field(default_factory=lambda: list(STAGES))
-    """Stages to run: normalize, language, boilerplate, quality, harm, decontaminate, pii, always in this order."""
-    normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
-    language: LanguageConfig = field(default_factory=LanguageConfig)
-    boilerplate: BoilerplateConfig = field(default_factory=BoilerplateConfig)
-    quality: QualityConfig = field(default_factory=QualityConfig)
-    harm: HarmConfig = field(default_factory=HarmConfig)
-    pii: PiiConfig = field(default_factory=PiiConfig)
-    decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
-    dedup: DedupConfig = field(default_factory=DedupConfig)
-    """Removal of duplicates, which runs last, over all documents."""
-
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.stages if name not in STAGES]
-        if unknown or len(set(self.stages)) != len(self.stages):
-            raise ConfigError(
-                f"curation.stages={self.stages} must name each stage once; known are {', '.join(STAGES)}"
-            )
-
-
-def build_stages(config: CurationConfig, index: Path) -> list[CurationStage]:
-    """The configured stages in their order. `index` is the path of the index of the evaluation sets."""
-    builders: dict[str, Callable[[], CurationStage]] = {
-        "normalize": lambda: NormalizeStage(config.normalize),
-        "language": lambda: LanguageStage(config.language),
-        "boilerplate": lambda: BoilerplateStage(config.boilerplate),
-        "quality": lambda: QualityStage(config.quality),
-        "harm": lambda: HarmStage(config.harm),
-        "decontaminate": lambda: DecontaminateStage(replace(config.decontaminate, index=str(index))),
-        "pii": lambda: PiiStage(config.pii),
-    }
-    return [builders[name]() for name in STAGES if name in config.stages]
 
 
 # ---- what a task writes ----------------------------------------------------------------------------------------------
@@ -173,8 +133,16 @@ class _Rejects:
     def __exit__(self, *error: Any) -> bool | None:
         return self._open.__exit__(*error)
 
-    def add(self, stage: str, reason: str, record: Record) -> None:
-        line = {"reason": reason, "id": record.id, "source": record.source, "language": record.language}
+    def add(self, stage: str, reason: str, record: Record, kept: dict[str, Any] | None = None) -> None:
+        """Add a dropped document; `kept` describes the document that stands for a duplicate."""
+        line: dict[str, Any] = {
+            "reason": reason,
+            "id": record.id,
+            "source": record.source,
+            "language": record.language,
+        }
+        if kept is not None:
+            line["kept"] = kept
         line |= {"signals": record.signals, "text": record.text}
         if stage not in self._files:
             path = self._folder / stage / f"{self._rank:05d}.jsonl.gz"
@@ -216,9 +184,6 @@ class Layout:
     def kept(self, rank: int) -> Path:
         return self.work / "kept" / f"{rank:05d}.jsonl"
 
-    def ranks(self, rank: int) -> Path:
-        return self.work / "ranks" / f"{rank:05d}.npy"
-
     def tally(self, phase: str, rank: int) -> Path:
         return self.work / "tally" / phase / f"{rank:05d}.json"
 
@@ -227,6 +192,9 @@ class Layout:
 
     def documents(self, rank: int) -> Path:
         return self.work / "documents" / f"part-{rank:05d}.jsonl"
+
+    def signatures(self, rank: int) -> Path:
+        return self.work / SIGNATURES / rows_name(self.documents(rank).name)
 
     def digest(self, phase: str, rank: int) -> Path:
         """File with bytes and sha256 of the texts that the first phase read, or of the file that the last one wrote."""
@@ -241,28 +209,37 @@ class Layout:
         return self.work / "evaluation-index.npz"
 
     @property
+    def settled(self) -> Path:
+        """Which documents the rules of equal hashes remove."""
+        return self.work / "settled.npy"
+
+    @property
     def lines(self) -> Path:
         return self.work / "lines.npy"
 
 
 @dataclass
 class CleanTask:
-    """First phase: run the stages over one unit of input."""
+    """First phase: run the stages over one unit of input, or make the tables of one part of an earlier curation."""
 
     units: list[Unit]
     read: ReadConfig
     curation: CurationConfig
     layout: Layout
+    earlier: list[EarlierPart] = field(default_factory=list)
 
     def run(self, rank: int, progress: TaskProgress) -> None:
-        stages = build_stages(self.curation, self.layout.index)
+        if rank >= len(self.units):
+            part, dedup = self.earlier[rank - len(self.units)], self.curation.dedup
+            write_tables(self.layout.work, rank, part.rows(dedup), dedup)
+            progress.finish(part.size_bytes)
+            return
+        stages_of = StagesOf(self.curation, self.layout.index)
         signatures, tally = Signatures(self.curation.dedup), Tally()
         rejects = _Rejects(
             self.layout.rejected, rank
         )  # written to disk immediately, because most of the documents may be dropped
-        order = {name: place for place, name in enumerate(self.curation.dedup.priority)}
-        source_ranks: list[int] = []
-        texts = hashlib.sha256()
+        texts, n_written = hashlib.sha256(), 0
 
         def on_bad(bad: Bad) -> None:
             record = Record(id=bad.where, text=bad.why, source=READ)
@@ -279,13 +256,13 @@ class CleanTask:
                 progress.advance(n_bytes)
                 tally.read[record.source] += 1
                 tally.read_bytes[record.source] += n_bytes
-                if self._dropped(record, stages, tally, rejects, n_bytes):
+                if self._dropped(record, stages_of(record.source), tally, rejects, n_bytes):
                     continue
-                signatures.add(len(source_ranks), record)
-                source_ranks.append(order.get(record.source, len(order)))
-                file.write(to_line(record))
+                signatures.add(record, n_written)
+                line = to_line(record)
+                file.write(line)
+                n_written += len(line)
         signatures.write(self.layout.work, rank)
-        save_array(self.layout.ranks(rank), np.array(source_ranks, dtype=np.uint32))
         write_json(self.layout.tally("clean", rank), tally.to_json())
         digest = {"bytes": sum(tally.read_bytes.values()), "sha256": texts.hexdigest()}
         write_json(self.layout.digest("clean", rank), digest)
@@ -317,7 +294,7 @@ def write_json(path: Path, value: Any) -> None:
 
 # ---- last phase ------------------------------------------------------------------------------------------------------
 
-REASONS = ("exact_duplicate", "near_duplicate", "only_repeated_lines")
+REASONS = ("exact_duplicate", "near_duplicate", "only_repeated_lines", "same_url", "domain_limit")
 
 
 @dataclass
@@ -326,34 +303,62 @@ class FilterTask:
 
     curation: CurationConfig
     layout: Layout
+    collection: Collection
 
     def run(self, rank: int, progress: TaskProgress) -> None:
-        removed = dict(load_array(self.layout.removed(rank)).tolist())
+        removals = load_array(self.layout.removed(rank))
+        removed = dict(
+            zip((removals["document"] & np.uint64(0xFFFFFFFF)).tolist(), removals.tolist(), strict=True)
+        )
+        described = self._described(removals["kept"])
         lines = load_array(self.layout.lines, mapped=True)
         tally, rejects = Tally(), _Rejects(self.layout.rejected, rank)
         written, n_written = hashlib.sha256(), 0
+        places: list[tuple[int, int]] = []
         documents = self.layout.documents(rank)
         with self.layout.kept(rank).open("rb") as kept, _written(documents) as file, rejects:
             for number, line in enumerate(kept):
                 progress.advance(len(line))
                 record = from_line(line)
                 n_bytes = len(record.text.encode("utf-8", "replace"))
-                reason = REASONS[removed[number]] if number in removed else None
-                if reason is None and self._without_lines(record, lines, rank << 32 | number):
+                reason, stands = None, None
+                if number in removed:
+                    _, document, similarity, place = removed[number]
+                    reason = REASONS[place]
+                    stands = _standing(described.get(document), similarity)
+                elif self._without_lines(record, lines, rank << 32 | number):
                     reason = REASONS[2]
                 if reason is not None:
                     tally.drop(record, DEDUP, reason, n_bytes)
-                    rejects.add(DEDUP, reason, record)
+                    rejects.add(DEDUP, reason, record, stands)
                     continue
                 tally.change(record)
                 tally.keep(record, len(record.text.encode("utf-8", "replace")))
                 out = to_line(record)
                 file.write(out)
                 written.update(out)
+                places.append((number, n_written))
                 n_written += len(out)
+        self._write_signatures(rank, places)
         digest = {"bytes": n_written, "sha256": written.hexdigest()}
         write_json(self.layout.digest("filter", rank), digest)
         write_json(self.layout.tally("filter", rank), tally.to_json())
+
+    def _described(self, documents: np.ndarray) -> dict[int, dict[str, Any]]:
+        """Where the kept documents are found that stand for this unit's duplicates."""
+        wanted = np.unique(documents)
+        return {
+            document: {"id": content["id"], "source": content["source"]} | self.collection.where(document)
+            for document, content in self.collection.lines(wanted[wanted != np.uint64(NO_DOCUMENT)])
+        }
+
+    def _write_signatures(self, rank: int, places: list[tuple[int, int]]) -> None:
+        """Write the rows of what was kept, with which a later curation is compared (`collection.py`)."""
+        numbers, line_bytes = np.array(places, dtype=np.uint64).reshape(-1, 2).T
+        rows = self.collection.rows(rank)[numbers]
+        rows["line_bytes"], rows["preference"] = line_bytes, 0
+        with _written(self.layout.signatures(rank)) as file:
+            file.write(rows.tobytes())
 
     def _without_lines(self, record: Record, repeated: np.ndarray, document: int) -> bool:
         """Remove repeated lines, unless this document is the first that has them. Returns whether nothing is left.
@@ -376,3 +381,10 @@ class FilterTask:
             return True
         record.text = "\n".join(left).strip("\n")
         return False
+
+
+def _standing(kept: dict[str, Any] | None, similarity: float) -> dict[str, Any] | None:
+    """What a dropped document's record says of the one that stands for it; none where a domain has too many."""
+    if kept is None or not similarity:  # of the same address, whatever its text
+        return kept
+    return kept | {"similarity": round(similarity, 4)}

@@ -14,7 +14,8 @@ from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from data_tools.curation.phases import DECONTAMINATE, CurationConfig, build_stages
+from data_tools.curation.choice import CurationConfig, StagesOf
+from data_tools.curation.phases import DECONTAMINATE
 from data_tools.reading.units import ReadConfig, Unit, read_unit, units_of
 from data_tools.record import CurationStage, Record
 from data_tools.stages.decontaminate import build_index
@@ -54,11 +55,11 @@ def try_stages(inputs: list[str], read: ReadConfig, curation: CurationConfig, n:
     """Run the stages over about `n` documents, and say what each did. Writes nothing but a temporary index."""
     with TemporaryDirectory() as folder:
         index = Path(folder) / "index.npz"
-        if DECONTAMINATE in curation.stages:
+        if any(DECONTAMINATE in config.stages for config in curation.configs()):
             build_index(curation.decontaminate, index)
-        stages = build_stages(curation, index)
+        stages_of = StagesOf(curation, index)
         for record in spread(inputs, read, n):
-            yield Trial(record, list(_steps(record, stages)))
+            yield Trial(record, list(_steps(record, stages_of(record.source))))
 
 
 def _steps(record: Record, stages: list[CurationStage]) -> Iterator[Step]:

@@ -514,10 +514,12 @@ def read_curation_report(path: Path) -> dict[str, Any]:
     found = _read(CurationReport, path, "the report of a curation")
     options = found["recipe"]["options"]
     curation = options.get("curation")
+    own = curation.get("own_stages") if isinstance(curation, dict) else None
+    n_own = len(own) if isinstance(own, list) else 0
     if (
         "read" not in options
         or not isinstance(curation, dict)
-        or not {*found["stages"], "dedup"} <= {*curation}
+        or len({*found["stages"], "dedup"} - {*curation}) > n_own
     ):
         raise ConfigError(f"{path} is not the report of a curation: recipe.options lacks those of its stages")
     decontaminate = curation.get("decontaminate")

@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-from data_tools.record import CurationStage
+from data_tools.record import CurationStage, Record
 from pretrain.errors import ConfigError
 from pretrain.files import read_capped
 
@@ -51,7 +51,27 @@ def load_stage(stage: str) -> CurationStage:
         raise
     except Exception as error:
         raise ConfigError(f"{stage} cannot be used as a stage: {type(error).__name__}: {error}") from error
-    return built  # type: ignore[no-any-return]
+    return _OwnStage(stage, built)
+
+
+class _OwnStage:
+    """A user's stage, whose errors name it and the document."""
+
+    def __init__(self, stage: str, built: CurationStage) -> None:
+        self.name, self._stage, self._built = built.name, stage, built
+
+    def process(self, record: Record) -> str | None:
+        try:
+            reason = self._built.process(record)
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"{self._stage} failed on document {record.id!r}: {what}") from error
+        if reason is not None and (not isinstance(reason, str) or not _NAME.fullmatch(reason)):
+            raise ConfigError(
+                f"{self._stage} returned {reason!r} for document {record.id!r}; return None to keep a document, or the "
+                "reason for dropping it in lower-case letters, digits and _"
+            )
+        return reason
 
 
 def _parts(stage: str) -> tuple[Path, str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +16,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from data_tools.config import PrepareConfig, TokenizerConfig
 from data_tools.curate import curate
+from data_tools.curation.choice import STAGES, CurationConfig
+from data_tools.curation.collection import Collection, earlier_parts
+from data_tools.curation.dedup import DedupConfig, row_type
 from data_tools.curation.executors import TaskProgress
-from data_tools.curation.phases import STAGES, CleanTask, CurationConfig, Layout
+from data_tools.curation.phases import CleanTask, Layout
 from data_tools.prepare import prepare
 from data_tools.reading.units import ReadConfig, units_of
 from data_tools.report.funnel import funnel_rows, funnel_table
@@ -43,6 +49,11 @@ def kept(folder: Path) -> list[dict[str, Any]]:
         line for path in sorted((folder / "documents").iterdir()) for line in path.open(encoding="utf-8")
     ]
     return [json.loads(line) for line in lines]
+
+
+def records_of(folder: Path) -> list[dict[str, Any]]:
+    paths = sorted(folder.glob("*.jsonl.gz"))
+    return [json.loads(line) for path in paths for line in gzip.decompress(path.read_bytes()).splitlines()]
 
 
 def rejected(folder: Path) -> dict[str, tuple[str, str]]:
@@ -76,6 +87,10 @@ def test_what_is_done_to_text(curated: Path) -> None:
     assert [r["source"] for r in kept(curated)].count("news") == 1
     assert out["copies:64"] == ("dedup", "exact_duplicate")
     assert out["short:66"][0] == "quality"
+    copies = [record for record in records_of(curated / "rejected" / "dedup") if record["id"] == "copies:64"]
+    [first] = [record["id"] for record in kept(curated) if record["source"] == "news"]
+    assert copies[0]["kept"].pop("similarity") > 0.8
+    assert copies[0]["kept"] == {"id": first, "source": "news"}
     languages = {record["source"]: record["language"] for record in kept(curated)}
     assert languages["新闻"] == "zh"
     assert languages["news"] == "en"
@@ -135,6 +150,68 @@ def test_killed_in_any_phase_it_goes_on_to_the_same_bytes(
         assert kept_before
         assert "cleaning: done" not in done.stderr
     assert "already curated" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+
+
+def test_only_what_an_earlier_curation_lacks_is_added(curated: Path, tmp_path: Path) -> None:
+    """Copies of kept documents go, verbatim or edited; new text stays, and is there for the next curation."""
+    [old] = [record for record in kept(curated) if record["source"] == "news"]
+    edited = old["text"].replace("architect", "builder")
+    new = "A storm took the roof off the old mill last night. " * 2 + "Nobody was hurt, since it stood empty."
+    lines = [
+        {"id": str(number), "text": text}
+        for number, text in enumerate((new, edited, old["text"], new + " So."))
+    ]
+    path = tmp_path / "more.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    more = ("executor.workers=1", "curation.stages=[]", f"curation.dedup.against=[{curated}]")
+    assert curate(config(path, tmp_path / "out", *more)) == 0
+    assert [record["id"] for record in kept(tmp_path / "out")] == ["0"]
+    out = {
+        record["id"]: (record["reason"], record["kept"])
+        for record in records_of(tmp_path / "out/rejected/dedup")
+    }
+    where = {"id": old["id"], "source": "news", "against": str(curated)}
+    assert out["2"] == ("exact_duplicate", where | {"similarity": 1.0})
+    assert out["1"][1].pop("similarity") > 0.8
+    assert out["1"] == ("near_duplicate", where)
+    assert out["3"][1]["id"] == "0"
+    both = ("curation.dedup.bands=20", f"curation.dedup.against=[{curated},{tmp_path / 'out'}]")
+    with pytest.raises(ConfigError, match=r"curation\.dedup\.bands=14, and this curation has 20"):
+        curate(config(path, tmp_path / "third", *both))
+    with pytest.raises(ConfigError, match="is the output of this curation"):
+        curate(config(path, curated, *more))
+
+
+def test_damaged_signatures_are_refused(curated: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    for name in ("documents", "signatures"):
+        shutil.copytree(curated / name, folder / name)
+    dedup = DedupConfig(against=[str(folder)])
+    [first, *_] = earlier_parts(dedup, tmp_path / "out")
+    index = folder / "signatures" / "index.json"
+    for before, after, words in (
+        ('"format": 1', '"format": 9', "format 9, not 1"),
+        (
+            '"name": "part-00000.jsonl"',
+            '"name": "../part-00000.jsonl"',
+            "parts.0.name is '../part-00000.jsonl'",
+        ),
+        (f'"documents": {first.n_documents}', '"documents": 4294967295', "part-00000.rows is not a file of"),
+    ):
+        index.write_text((curated / "signatures" / "index.json").read_text().replace(before, after, 1))
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            earlier_parts(dedup, tmp_path / "out")
+    # An offset that points into the middle of a line, or behind the end.
+    collection = Collection(dedup, tmp_path, 0, [first])
+    rows = np.fromfile(first.signatures, dtype=row_type(dedup))
+    for offset in (3, 1 << 60):
+        rows["line_bytes"] = offset
+        rows.tofile(first.signatures)
+        with pytest.raises(ConfigError, match=r"part-00000\.jsonl"):
+            list(collection.lines(np.zeros(1, dtype=np.uint64)))
+    index.unlink()
+    with pytest.raises(ConfigError, match="holds no signatures"):
+        earlier_parts(dedup, tmp_path / "out")
 
 
 def test_another_recipe_is_refused_until_told(raw_text: Path, curated: Path, tmp_path: Path) -> None:

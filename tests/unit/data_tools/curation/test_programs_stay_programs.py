@@ -14,8 +14,8 @@ import pytest
 pytest.importorskip("py3langid")
 
 from data_tools.curate import curate
+from data_tools.curation.choice import CurationConfig, build_stages
 from data_tools.curation.dedup import DedupConfig, line_hashes
-from data_tools.curation.phases import CurationConfig, build_stages
 from data_tools.curation.web_prose import is_dialogue, is_law, is_web_prose
 from data_tools.record import Record
 from data_tools.report.funnel import funnel_table

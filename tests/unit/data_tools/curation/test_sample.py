@@ -14,7 +14,7 @@ pytest.importorskip("py3langid")
 from data_tools.curate import _is_finished as is_finished
 from data_tools.curate import curate
 from data_tools.curation import sample
-from data_tools.curation.phases import CurationConfig
+from data_tools.curation.choice import CurationConfig
 from data_tools.curation.sample import difference, shown, spread, summary, try_stages
 from data_tools.reading.units import ReadConfig
 from pretrain.errors import ConfigError

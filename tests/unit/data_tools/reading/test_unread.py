@@ -20,8 +20,9 @@ from pyarrow import parquet
 
 from data_tools.config import PrepareConfig
 from data_tools.curate import CurateConfig, _check_bad
+from data_tools.curation.choice import CurationConfig
 from data_tools.curation.executors import TaskProgress
-from data_tools.curation.phases import CleanTask, CurationConfig, Layout, Tally
+from data_tools.curation.phases import CleanTask, Layout, Tally
 from data_tools.reading.evaluation_sets import read_items
 from data_tools.reading.listing import LeftOut
 from data_tools.reading.sources import Document, Rejected, find_files, read_documents
@@ -457,7 +458,7 @@ def test_a_file_that_cannot_be_opened_counts_by_its_size(
         ("a.json", b"[]"),
         ("a.csv", b"text\n"),
         ("a.tar", bytes(10240)),
-        ("a.jsonl.gz", gzip.compress(b"\n\n")),
+        ("a.jsonl.gz", gzip.compress(b"\n\n", mtime=0)),
     ],
 )
 def test_a_file_without_a_record_is_named_and_loses_nothing(
