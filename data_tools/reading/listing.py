@@ -96,7 +96,7 @@ def print_left_out(left_out: Sequence[LeftOut]) -> None:
     others = [f"{file.name} ({file.reason})" for file in left_out if not file.holds_documents]
     if others:
         more = f" and {len(others) - _SHOWN:,} more" if len(others) > _SHOWN else ""
-        print_error("not read, as it holds no documents", ", ".join(others[:_SHOWN]) + more)
+        print_error("not read, and not counted as bad", ", ".join(others[:_SHOWN]) + more)
 
 
 def is_url(entry: str) -> bool:

@@ -39,7 +39,7 @@ class Unread:
         """What was not read, as a few lines of text."""
         if not self.files:
             return []
-        lost = f"with about {self.documents:,} documents" if self.documents else "which hold no documents"
+        lost = f"with about {self.documents:,} documents" if self.documents else "which do not count"
         lines = [f"{self.files:>12,} files not read, or only in part, {lost}:"]
         shown_names = list(self.named.items())[:_SHOWN]
         lines += [f"{'':13}{shown(name)} {shown(reason)}" for name, reason in shown_names]

@@ -166,7 +166,7 @@ def bombs() -> Iterator[tuple[str, str, Callable[[], bytes]]]:
     yield "JSON, an array of 1 GiB", ".json.gz", lambda: gzipped(b'[{"text": "', blanks, 1024)
     yield "JSON, an object of 1 GiB", ".json.gz", lambda: gzipped(b'{\n"text": "', blanks, 1024)
     yield "CSV, a value of 1 GiB", ".csv.gz", lambda: gzipped(b'text\n"', blanks, 1024)
-    yield "CSV, empty values", ".csv.gz", lambda: gzipped(b"text\n", b"," * (1 << 20), 15)
+    yield "CSV, empty values", ".csv.gz", lambda: gzipped(b"text\n", b"," * (1 << 16), 240)
     yield "UTF-16, one line of 1 GiB", ".jsonl.gz", lambda: gzipped(b"\xff\xfe" + start, blanks, 1024)
     big = "a" * 15_000_000
     packed = {"compression": "zstd", **LARGE_DICTIONARY}

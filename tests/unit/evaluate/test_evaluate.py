@@ -566,7 +566,7 @@ def test_the_script_refuses_what_does_not_fit(tmp_path: Path) -> None:
     run_dir = str(tmp_path / "run")
     for run, entry, message in (
         (run_dir, "nowhere.jsonl", "nowhere.jsonl does not exist"),
-        (run_dir, str(tmp_path / "empty.jsonl"), "holds no text"),
+        (run_dir, str(tmp_path / "empty.jsonl"), "holds no record"),
         (run_dir, str(tmp_path / "broken.jsonl"), "no field 'text'"),
         (run_dir, other, "different tokenizer"),
         (str(tmp_path), text, "no usable checkpoint"),

@@ -155,6 +155,17 @@ def test_a_bad_row_of_csv_is_named(tmp_path: Path, content: str, n_texts: int, p
     assert problem in bad.why
 
 
+def test_values_of_a_row_are_counted_outside_of_quotes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many short values take far more memory than they have bytes."""
+    monkeypatch.setattr("data_tools.reading.spanning._MANY_VALUES", 3)
+    (tmp_path / "a.csv").write_text('text,id\n"a,b,c,""d"",e,\nf,g,h",1\n' + "," * 9)
+    found, [bad], _ = curated(tmp_path / "a.csv")
+    assert [one.text for one in found] == ['a,b,c,"d",e,\nf,g,h']
+    assert "a row has more than 3 values" in bad.why
+
+
 # --- files that are left out ---
 
 
@@ -198,7 +209,7 @@ def test_what_is_not_read_is_named_with_its_reason(
     units_of([str(tmp_path)], 1)
     told = capsys.readouterr().err
     assert f"not read: {label}/page.html is of an unknown kind\n" in told
-    assert f"not read, as it holds no documents: {label}/.gitattributes (is hidden), " in told
+    assert f"not read, and not counted as bad: {label}/.gitattributes (is hidden), " in told
 
 
 def test_a_linked_folder_is_read_once_by_both(tmp_path: Path) -> None:
