@@ -120,7 +120,7 @@ class CompareTask:
             found = repeated_lines_in(rows, dedup.max_line_documents)
         else:
             rows = read_range(self.layout.work, table, self.collection.n_ranks, part, parts)
-            left = rows[~is_in(rows[:, 1], load_array(self.layout.settled)["document"])]
+            left = rows[~is_in(rows[:, 1], load_array(self.layout.settled, mapped=True)["document"])]
             found = similar_pairs(left, band_of(dedup, table), self.collection)
         save_array(self.layout.work / "pairs" / f"{rank:05d}.npy", found)
         progress.advance(len(rows) * _ROW_BYTES)

@@ -103,7 +103,7 @@ def _word_hash(word: str) -> int:
 def shingles(text: str, config: DedupConfig) -> np.ndarray:
     """Distinct hashes (uint64) of the shingles of a text, sorted, ignoring case; empty where it has too few words."""
     words = _TOKEN.findall(text.lower())
-    n_han = sum(len(word) == 1 and _HAN.match(word) is not None for word in words)
+    n_han = 0 if text.isascii() else len(_HAN.findall(text))
     width = config.shingle_chars if 2 * n_han > len(words) else config.shingle_words
     if len(words) < width:
         return np.zeros(0, dtype=np.uint64)

@@ -22,8 +22,10 @@ _LEADERS = 64
 """Number of documents of a group with which all later ones are compared. It bounds the work for groups of millions."""
 _CHUNK_ROWS = 100_000
 """Number of pairs whose sketches are compared at a time."""
+_BATCH_PAIRS = 1 << 20
+"""Number of candidates that are verified at a time, so that each of their texts is read once."""
 _BATCH_SHINGLES = 4 << 20
-"""Number of shingles of the texts that are in memory at a time; 8 bytes each."""
+"""Number of shingles of pairs that are in memory at a time, 8 bytes each, and of texts that are kept there."""
 
 
 def similar_pairs(rows: np.ndarray, band: int, collection: Collection) -> np.ndarray:
@@ -31,9 +33,13 @@ def similar_pairs(rows: np.ndarray, band: int, collection: Collection) -> np.nda
 
     `rows` are (hash, document): uint64 [rows, 2].
     """
-    found = [np.zeros(0, dtype=EDGE)]
-    found += [verified(pairs, collection) for pairs in candidates(rows, band, collection)]
-    return np.concatenate(found)
+    found, waiting = [np.zeros(0, dtype=EDGE)], [np.zeros((0, 2), dtype=np.uint64)]
+    for pairs in candidates(rows, band, collection):
+        waiting.append(pairs)
+        if sum(map(len, waiting)) >= _BATCH_PAIRS:
+            found.append(verified(np.concatenate(waiting), collection))
+            waiting = waiting[:1]
+    return np.concatenate([*found, verified(np.concatenate(waiting), collection)])
 
 
 def candidates(rows: np.ndarray, band: int, collection: Collection) -> Iterator[np.ndarray]:
@@ -99,17 +105,23 @@ def verified(pairs: np.ndarray, collection: Collection) -> np.ndarray:
     edges = np.zeros(len(pairs), dtype=EDGE)
     edges["kept"], edges["document"] = pairs.T
     cuts = np.flatnonzero(np.diff(batches)) + 1
+    sets: dict[int, np.ndarray] = {}
     for start, stop in pairwise([0, *cuts.tolist(), len(pairs)]):
-        edges["similarity"][start:stop] = _similarities(pairs[start:stop], collection)
+        _load(sets, pairs[start:stop], collection)
+        similarities = [jaccard(sets[first], sets[second]) for first, second in pairs[start:stop].tolist()]
+        edges["similarity"][start:stop] = similarities
     return edges[edges["similarity"] >= collection.dedup.min_similarity]
 
 
-def _similarities(pairs: np.ndarray, collection: Collection) -> list[float]:
-    dedup = collection.dedup
-    sets = {
-        document: shingles(content["text"], dedup) for document, content in collection.lines(np.unique(pairs))
-    }
-    return [jaccard(sets[first], sets[second]) for first, second in pairs.tolist()]
+def _load(sets: dict[int, np.ndarray], pairs: np.ndarray, collection: Collection) -> None:
+    """Add the shingles of the pairs' documents that are not there yet, and forget others where there are too many."""
+    wanted = np.unique(pairs)
+    if sum(map(len, sets.values())) > _BATCH_SHINGLES:
+        for document in sets.keys() - set(wanted.tolist()):
+            del sets[document]
+    missing = [document for document in wanted.tolist() if document not in sets]
+    for document, content in collection.lines(np.array(missing, dtype=np.uint64)):
+        sets[document] = shingles(content["text"], collection.dedup)
 
 
 def jaccard(first: np.ndarray, second: np.ndarray) -> float:

@@ -182,7 +182,7 @@ def test_a_group_that_is_larger_than_its_leaders(
     real_texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Copies of few texts all share bands; memory is bounded by leaders, chunks and batches of the smallest size."""
-    for name in ("_LEADERS", "_CHUNK_ROWS", "_BATCH_SHINGLES"):
+    for name in ("_LEADERS", "_CHUNK_ROWS", "_BATCH_PAIRS", "_BATCH_SHINGLES"):
         monkeypatch.setattr(similar, name, 2)
     rng = random.Random(6)
     text = prose(real_texts, rng)
