@@ -79,7 +79,7 @@ def _theirs(texts: list[tuple[str, str]]) -> float | None:
         if language not in chains:
             chains[language] = [
                 f.GopherRepetitionFilter(language=language),
-                f.GopherQualityFilter(language=language, stop_words=None if code == "en" else []),
+                f.GopherQualityFilter(language=language, min_stop_words=2 if code == "en" else 0),
                 f.C4QualityFilter(filter_no_terminal_punct=False, language=language),
                 f.FineWebQualityFilter(language=language),
             ]
