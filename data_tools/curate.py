@@ -31,6 +31,7 @@ from data_tools.config import PrepareConfig
 from data_tools.curation.compare import compare_task, decide
 from data_tools.curation.executors import ExecutorConfig, run_phase
 from data_tools.curation.phases import (
+    DECONTAMINATE,
     STAGES,
     CleanTask,
     CurationConfig,
@@ -39,6 +40,7 @@ from data_tools.curation.phases import (
     Tally,
     write_json,
 )
+from data_tools.reading.evaluation_sets import evaluation_files
 from data_tools.reading.units import ReadConfig, Unit, units_of
 from data_tools.report.funnel import DOCUMENTS, REPORT, funnel_table
 from data_tools.report.schemas import read_curation_report, read_digest
@@ -230,7 +232,11 @@ def _hashes_of_files(curation: CurationConfig) -> dict[str, str]:
 
     hashes = {}
     for name in curation.stages:
-        for path in strings(to_dict(getattr(curation, name))):
+        paths = list(strings(to_dict(getattr(curation, name))))
+        if name == DECONTAMINATE:
+            for entry in curation.decontaminate.files:  # a folder or a task stands for other files
+                paths += [file.path for file in evaluation_files(entry, curation.decontaminate.fields)]
+        for path in paths:
             if "://" in path or (path and Path(path).expanduser().is_file()):
                 with open_file(f"curation.{name}", path) as file:
                     hashes[path] = _sha256(file)
