@@ -52,7 +52,7 @@ from pretrain.files import sync_folder
 from pretrain.printing import print_error
 from pretrain.remote import open_file
 
-CURATION_VERSION = 1
+CURATION_VERSION = 2
 """Raise this with every change of the program that gives different bytes for the same input."""
 WORK = ".work"
 _PRODUCTS = (DOCUMENTS, "rejected", REPORT)

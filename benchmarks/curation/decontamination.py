@@ -50,7 +50,8 @@ def measure(corpora: Path) -> list[Figure]:
     kinds = {
         "": (_passages(corpora, 26, 60), _EDITS, _CARRIERS),
         "short: ": (_passages(corpora, 8, 12), _SHORT_EDITS, _CARRIERS),
-        "Chinese: ": (_passages_zh(corpora), _EDITS_ZH, _CARRIERS_ZH),
+        "Chinese: ": (_passages_zh(corpora, 24, 90), _EDITS_ZH, _CARRIERS_ZH),
+        "Chinese, short: ": (_passages_zh(corpora, 12, 20), _SHORT_EDITS_ZH, _CARRIERS_ZH),
         "program: ": (_programs(corpora), _EDITS_OF_PROGRAMS, _CARRIERS),
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -141,14 +142,14 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[^\W\d_]+", text)
 
 
-def _passages_zh(corpora: Path) -> list[str]:
-    """Chinese passages of 24 to 90 characters, one of each text."""
+def _passages_zh(corpora: Path, fewest: int, most: int) -> list[str]:
+    """Chinese sentences, one of each text."""
     found = list[str]()
     for source in _PASSAGES_ZH:
         own = list[str]()
         for record in sample(corpora / "train" / f"{source}.jsonl", 2000):
             sentences = _SENTENCE_ZH.split(record["text"].split("\n")[-1])
-            fitting = [s for s in sentences if 24 <= len(re.findall("[\u4e00-\u9fff]", s)) <= 90]
+            fitting = [s for s in sentences if fewest <= len(_han_places(s)) <= most]
             own += fitting[:1]
         found += own[: _ITEMS // len(_PASSAGES_ZH)]
     return found
@@ -303,6 +304,11 @@ _EDITS_ZH: dict[str, Edit] = {
     "blanks between characters": lambda text, _: " ".join(text),
     "footnote marks": _every_nth_character(8, _footnote),
     "full width": _full_width,
+}
+
+
+_SHORT_EDITS_ZH = {
+    name: _EDITS_ZH[name] for name in ("verbatim", "one character changed", "pinyin in brackets")
 }
 
 

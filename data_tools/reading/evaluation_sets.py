@@ -102,7 +102,7 @@ def read_items(path: str, fields: list[str]) -> Iterator[list[str]]:
                 for content in _lines(file, bounds):
                     items = re.split("[\r\n]", content.decode("utf-8-sig"))
                     yield from ([item.strip()] for item in items if item.strip())
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise ConfigError(f"{KEY}: {path} cannot be read: {error}") from error
 
 
@@ -195,10 +195,11 @@ def _files_of_task(path: str, fields: list[str]) -> list[EvaluationFile]:
         files = task.get("dataset_path")
     if isinstance(files, dict):
         files = [part for split, part in files.items() if split != "train"] or list(files.values())
+    listed = [name for part in (files if isinstance(files, list) else [files]) for name in _listed(part)]
     templates = [task.get(key) for key in ("doc_to_text", "doc_to_choice", "doc_to_target")]
     used = [name for text in templates if isinstance(text, str) for name in _names_in(text)]
     found = []
-    for name in _strings(files):
+    for name in listed:
         places = [os.path.join(os.path.dirname(path), name), name]
         place = next((place for place in places if os.path.exists(place)), None)
         if place is None:
@@ -212,6 +213,10 @@ def _files_of_task(path: str, fields: list[str]) -> list[EvaluationFile]:
             f"{KEY}: the task {path} names no dataset in dataset_kwargs.data_files or dataset_path"
         )
     return found
+
+
+def _listed(value: Any) -> list[str]:
+    return [name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)]
 
 
 def _names_in(template: str) -> list[str]:

@@ -129,6 +129,9 @@ def test_files_without_items_are_all_named(tmp_path: Path) -> None:
     write(tmp_path / "empty/README.md", "nothing")
     with pytest.raises(ConfigError, match="empty has no file of an evaluation set"):
         collect(DecontaminateConfig(files=[str(tmp_path / "empty")]))
+    write(tmp_path / "deep.json", '{"a":' * 900 + "1" + "}" * 900)
+    with pytest.raises(ConfigError, match=r"deep\.json (cannot be read|has none)"):
+        collect(DecontaminateConfig(files=[str(tmp_path / "deep.json")]))
     write(tmp_path / "bad.csv", 'question\n"' + "a" * 200_000)
     with pytest.raises(ConfigError, match=r"bad\.csv cannot be read: field larger"):
         collect(DecontaminateConfig(files=[str(tmp_path / "bad.csv")]))
