@@ -46,9 +46,10 @@ from data_tools.curation.collection import (
 )
 from data_tools.curation.compare import compare_task, decide, settle
 from data_tools.curation.executors import ExecutorConfig, run_phase
-from data_tools.curation.phases import CleanTask, FilterTask, Layout, Tally, write_json
+from data_tools.curation.phases import DECONTAMINATE, CleanTask, FilterTask, Layout, Tally, write_json
 from data_tools.curation.sample import shown, summary, try_stages
 from data_tools.reading.encodings import UTF_8
+from data_tools.reading.evaluation_sets import evaluation_files
 from data_tools.reading.listing import LeftOut, print_left_out
 from data_tools.reading.units import ReadConfig, Unit, units_of
 from data_tools.report.funnel import DOCUMENTS, REPORT, Unread, estimated_documents, funnel_table
@@ -347,7 +348,11 @@ def _hashes_of_files(curation: CurationConfig) -> dict[str, str]:
     hashes = {}
     for one in curation.configs():
         for name in one.stages:
-            for path in strings(to_dict(getattr(one, name))):
+            paths = list(strings(to_dict(getattr(one, name))))
+            if name == DECONTAMINATE:
+                for entry in one.decontaminate.files:  # a folder or a task stands for other files
+                    paths += [file.path for file in evaluation_files(entry, one.decontaminate.fields)]
+            for path in paths:
                 if path not in hashes and ("://" in path or (path and Path(path).expanduser().is_file())):
                     with open_file(f"curation.{name}", path) as file:
                         hashes[path] = _sha256(file)

@@ -196,5 +196,9 @@ def funnel_table(report: Mapping[str, Any]) -> str:
     parts.append(
         "languages: " + ", ".join(f"{shown(name)} {size / 1e6:.1f} MB" for name, size in languages[:_SHOWN])
     )
+    # Old reports have no such counts.
+    if found := sorted(tally.get("contaminated", {}).items(), key=lambda item: (-item[1], item[0])):
+        listed = ", ".join(f"{shown(name)} {n:,}" for name, n in found[:_SHOWN])
+        parts.append(f"documents with text of evaluation sets: {listed}")
     parts.append(f"kept: {kept:,} documents, {sum(tally['kept_bytes'].values()) / 1e6:.1f} MB")
     return "\n\n".join(parts)

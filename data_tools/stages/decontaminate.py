@@ -1,46 +1,54 @@
-"""Finds text of evaluation sets in the corpus by shared n-grams, and drops the document or cuts the text out.
+"""Finds text of evaluation sets in the corpus, also after edits, and drops the document or cuts the text out.
 
-Tokens are words of letters and digits, or single characters in scripts without spaces. Case, variants of characters
-(NFKC), accents, punctuation and white space do not count. An n-gram is a run of 13 tokens, as in Brown et al. 2020
-("Language Models are Few-Shot Learners", appendix C), or of 20 where the evaluation item is Chinese: a Chinese word
-has about 1.5 characters, so both hold about as much text.
+Text is compared in the form of `canonical`. Seeds, which are runs of a few letters, lead to the units of evaluation
+items that a document may hold (`evaluation_index`). Where the tokens of a unit then stand in the document in about the
+same places, the two are aligned, and the document is hit if one of these holds:
 
-numpy hashes all runs of a document at once. The hash of a run is a polynomial in its characters modulo 2**64, computed
-from prefix sums. Two different runs have the same hash by accident in about 1 of 2**64 cases, so hits are not checked
-again.
+- a run of 13 words or 20 Chinese characters is the same;
+- nearly all of a text of the item is there, such as 7 of its 8 words;
+- what is there carries at least 28 % of the information of the text, and enough to be no accident.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
-import re
-import unicodedata
-import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from enum import Enum
-from pathlib import Path
-from typing import IO, NamedTuple
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.reading.evaluation_sets import read_items
+from data_tools.reading.evaluation_sets import FIELDS, evaluation_files, read_items, set_name
 from data_tools.record import Record
+from data_tools.stages.canonical import Stream, streams_of
+from data_tools.stages.evaluation_index import GRAM_LETTERS, UNIT_TOKENS, Index, IndexBuilder, joined_hash
 from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
-from pretrain.files import open_regular, written_atomically
 
-Codes = NDArray[np.uint32]
-Hashes = NDArray[np.uint64]
-
-# Documents are hashed in pieces of this many characters, so that the arrays fit the processor's cache. Pieces overlap,
-# so that a run shorter than the overlap lies within one piece.
-_PIECE_CHARS = 1 << 17
-_OVERLAP_CHARS = 1 << 12
 _MAX_CUTS = 10
+
+# What the part of a unit that a document holds must carry, in bits; a word of English text has about 6.5. It is the
+# share of the unit, but at least _ENOUGH_BITS (2 more for each doubling of the units above _FEW_UNITS) and at most
+# _SURE_BITS. With these values, 96 % of the last thirds of passages of 26 to 60 words are found.
+_ENOUGH_BITS, _FEW_UNITS = 48.0, 2000
+_ENOUGH_TOKENS = (7, 11)  # at least, because a few names say much
+_SURE_BITS = 96.0
+_SHARE_OF_BITS = 0.28
+# A unit that is nearly complete: the share of its tokens and of its information, and the bits.
+_NEARLY_ALL, _NEARLY_ALL_BITS, _SHORT_BITS = 0.85, 0.75, 36.0
+# Bits that each token costs which only one of both sides has.
+_GAP_BITS = 2.0
+# Seeds that must lead to about the same place: for short units, and for others.
+_FEWEST_SEEDS, _SHORT_TOKENS = (2, 3), 20
+_PROMISING = 0.8  # share of the information of a hit without which two texts are not aligned
+# Bits of a shift in a key; a piece of text has fewer tokens, and a shift is at least -UNIT_TOKENS.
+_SHIFT_BITS = 20
+_BATCH = 1 << 13  # diagonals that are compared at a time
 
 
 class DecontaminateMode(Enum):
@@ -49,7 +57,7 @@ class DecontaminateMode(Enum):
     cut = "cut"
     """Shared text is cut out, with a margin; the document is dropped if little remains or it needs over 10 cuts."""
     annotate = "annotate"
-    """Hits are counted, and nothing is changed."""
+    """Hits are counted and described in the document's signals, and nothing is changed."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,22 +65,23 @@ class DecontaminateConfig:
     """Evaluation sets that must not be in the corpus, and when text counts as shared with them."""
 
     files: list[PathText] = field(default_factory=list)
-    """Files or URLs of JSON lines (.jsonl) or plain text with an item per line, also as .gz or .zst. Each file is a
-    set, named by the file name up to its first dot."""
-    fields: list[str] = field(default_factory=lambda: ["question", "answer", "text"])
-    """Fields of a JSON line whose strings are looked for, also those inside lists and objects."""
+    """Evaluation sets, each a file, a folder or an lm-eval task, named by its file or folder up to the first dot. Files
+    (or URLs) are JSON lines, JSON, CSV, Parquet, or plain text with an item per line, also as .gz or .zst; folders are
+    those of OpenCompass, Hugging Face and the like; a task is the YAML file of lm-eval, with local data."""
+    fields: list[str] = field(default_factory=lambda: list(FIELDS))
+    """Fields of an item whose strings are looked for, also those inside lists and objects. The default has the names
+    that common benchmarks use for questions, choices and answers, but not those of the passages they are about."""
     index: PathText | None = None
     """File written by build_index; null: every process builds the index at its first document."""
     mode: DecontaminateMode = DecontaminateMode.drop
     ngram_words: int = 13
-    """Length of a shared run in words."""
+    """A run of this many words that is the same is always a hit; less is one where it says enough."""
     ngram_chars: int = 20
-    """Length of a shared run in characters, for items that are at least half in a script without spaces."""
+    """Same as ngram_words in characters, for texts that are at least half in a script without spaces."""
     min_words: int = 8
-    """An item shorter than ngram_words is looked for as a whole if it has at least this many words; otherwise it is
-    ignored."""
+    """Texts of an item with fewer words are looked for only together with the other texts of the item."""
     min_chars: int = 12
-    """Same as min_words in characters, for items in a script without spaces."""
+    """Same as min_words in characters, for texts in a script without spaces."""
     margin_chars: int = 200
     """Characters that `cut` removes on each side of shared text (Brown et al. 2020: 200)."""
     min_piece_chars: int = 200
@@ -88,7 +97,7 @@ class DecontaminateConfig:
         for name in ("margin_chars", "min_piece_chars"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"curation.decontaminate.{name}={getattr(self, name)} is negative")
-        names = [_set_name(path) for path in self.files]
+        names = [set_name(path) for path in self.files]
         if len(set(names)) < len(names):
             raise ConfigError(f"curation.decontaminate.files={self.files} has two files of the same name")
 
@@ -99,52 +108,17 @@ class Hit(NamedTuple):
     start: int
     end: int
     set_name: str
-
-
-class Index(NamedTuple):
-    """Hashes of all runs of the evaluation sets."""
-
-    hashes: Hashes
-    """Hashes of the runs, sorted; a run that two sets share is listed twice."""
-    sets: NDArray[np.uint16]
-    """Set of each hash, as an index into the names."""
-    names: list[str]
-    items: list[int]
-    """Number of items of each set."""
-    too_short: list[int]
-    """Number of items of each set that are too short to be looked for."""
-    lengths: list[list[int]]
-    """Lengths of the runs in tokens, first of items counted in words, then of items counted in characters."""
-    openings: Hashes
-    """Hashes of the first min_words or min_chars tokens of every run, sorted."""
-
-    def write(self, path: str | os.PathLike[str], parameters: str) -> None:
-        """Write one .npz file without pickle; the same content gives the same bytes."""
-        head = [parameters, self.names, self.items, self.too_short, self.lengths]
-        with written_atomically(Path(path), durable=True) as file:
-            arrays = {"hashes": self.hashes, "sets": self.sets, "openings": self.openings}
-            np.savez(file, allow_pickle=False, head=np.array(json.dumps(head)), **arrays)
-
-    @classmethod
-    def read(cls, path: str | os.PathLike[str], parameters: str) -> Index:
-        """Read an index. Raises ConfigError where the file is not one, or was built with other parameters."""
-        try:
-            with open_regular(path) as file:
-                _check_stored(file)
-                with np.load(file, allow_pickle=False) as arrays:
-                    built_with, *head = json.loads(str(arrays["head"]))
-                    hashes, sets, openings = arrays["hashes"], arrays["sets"], arrays["openings"]
-        except (OSError, ValueError, KeyError, MemoryError, RecursionError, zipfile.BadZipFile) as error:
-            raise ConfigError(f"curation.decontaminate.index={path} cannot be read: {error}") from error
-        if built_with != parameters:
-            raise ConfigError(
-                f"curation.decontaminate.index={path} was built with {built_with}, but now it is {parameters}"
-            )
-        return cls(hashes, sets, *head, openings)
+    item: int
+    """Number of the item in its set, from 1."""
+    share: float
+    """Fraction of the item's text, or of 64 words of it, that the document has (0 to 1)."""
 
 
 class DecontaminateStage:
-    """Drops documents as `contaminated`; `decontaminate.<set>` counts the pieces of text shared with a set."""
+    """Drops documents as `contaminated`; `decontaminate.<set>` counts the pieces of text shared with a set.
+
+    The signals `decontaminate.<set>.item` and `.share` name the item of the set of which the document has most.
+    """
 
     name = "decontaminate"
 
@@ -155,9 +129,15 @@ class DecontaminateStage:
 
     def process(self, record: Record) -> str | None:
         hits = self.find(record.text)
-        for hit in hits:
-            record.count(f"decontaminate.{hit.set_name}")
-        if not hits or self._config.mode is DecontaminateMode.annotate:
+        if not hits:
+            return None
+        for name in sorted({hit.set_name for hit in hits}):
+            own = [hit for hit in hits if hit.set_name == name]
+            most = max(own, key=lambda hit: hit.share)
+            record.count(f"decontaminate.{name}", len(merge((hit.start, hit.end) for hit in own)))
+            record.signals[f"decontaminate.{name}.item"] = most.item
+            record.signals[f"decontaminate.{name}.share"] = round(most.share, 3)
+        if self._config.mode is DecontaminateMode.annotate:
             return None
         if self._config.mode is DecontaminateMode.cut and (rest := self._cut(record.text, hits)):
             record.text = rest
@@ -165,41 +145,107 @@ class DecontaminateStage:
         return "contaminated"
 
     def find(self, text: str) -> list[Hit]:
-        """All shared text, ordered by set and then from left to right; overlapping runs of one set are one hit."""
+        """All shared text, ordered by set and item and then from left to right."""
         if self._index is None:
             self._load()
         assert self._index is not None
-        found: dict[int, list[tuple[int, int]]] = {}
-        if len(self._index.hashes):
-            for offset, tokens in tokenize(text):
-                for begin, end, set_number in self._lookup(tokens):
-                    found.setdefault(set_number, []).append((offset + begin, offset + end))
-        names = self._index.names
-        return [Hit(*span, names[number]) for number in sorted(found) for span in merge(found[number])]
+        index, found = self._index, dict[tuple[int, int], list[Hit]]()
+        if not len(index.seeds):
+            return []
+        for offset, streams in streams_of(text):
+            for is_unspaced, stream in enumerate(streams):
+                if stream is not None and len(stream.begins) >= 2:
+                    for set_number, hit in self._search(stream, bool(is_unspaced)):
+                        moved = hit._replace(start=offset + hit.start, end=offset + hit.end)
+                        found.setdefault((set_number, hit.item), []).append(moved)
+        return [hit for key in sorted(found) for hit in _joined(found[key])]
 
-    def _lookup(self, tokens: Tokens) -> Iterator[tuple[int, int, int]]:
-        """Places of the runs that are in the index, with the numbers of their sets."""
+    def _search(self, stream: Stream, is_unspaced: bool) -> Iterator[tuple[int, Hit]]:
+        """The hits of one stream, each with the number of its set."""
         assert self._index is not None
-        index, config = self._index, self._config
-        shift = np.uint64(65 - len(self._table).bit_length())
-        for opening, lengths, present in (
-            (config.min_words, index.lengths[0], True),
-            (config.min_chars, index.lengths[1], tokens.unspaced),
-        ):
-            # Few runs have the beginning of a run in the index, so this table rules out nearly all of them.
-            hashes = tokens.runs(opening) if lengths and present else index.hashes[:0]
-            maybe = np.flatnonzero(self._table[hashes >> shift])
-            found = np.searchsorted(index.openings, hashes[maybe]).clip(max=len(index.openings) - 1)
-            maybe = maybe[index.openings[found] == hashes[maybe]]
-            for length in lengths if len(maybe) else ():
-                at = maybe[maybe + length < len(tokens.bounds)]
-                hashes = tokens.runs(length, at)
-                left = np.searchsorted(index.hashes, hashes, "left")
-                right = np.searchsorted(index.hashes, hashes, "right")
-                for hit in np.flatnonzero(left < right).tolist():
-                    first, last = at[hit], at[hit] + length - 1
-                    for number in index.sets[left[hit] : right[hit]].tolist():
-                        yield int(tokens.begins[first]), int(tokens.ends[last]), number
+        index = self._index
+        hashes = stream.grams(GRAM_LETTERS[is_unspaced])
+        # Few runs are seeds, so this table rules out nearly all of them.
+        maybe = np.flatnonzero(self._table[hashes >> np.uint64(65 - len(self._table).bit_length())])
+        if not len(maybe):
+            return
+        hashes = hashes[maybe]
+        left = np.minimum(np.searchsorted(index.seeds, hashes), len(index.seeds) - 1)
+        is_seed = index.seeds[left] == hashes
+        left, maybe = left[is_seed], maybe[is_seed]
+        if len(maybe) < min(_FEWEST_SEEDS):
+            return
+        counts = self._counts[left]
+        ends = counts.cumsum()
+        seeds = np.arange(ends[-1]) + np.repeat(left - ends + counts, counts)
+        units = self._units[seeds]
+        # The token of the document that would be the first one of the unit; it may lie before the document.
+        shifts = np.repeat(maybe, counts) - self._within[seeds]
+        keys = _promising((units << _SHIFT_BITS) + shifts + UNIT_TOKENS, self._lengths)
+        if not len(keys):
+            return
+        tokens = stream.tokens()
+        for unit, low, high in self._candidates(tokens, keys):
+            hit = self._align(stream, tokens, unit, low, high)
+            if hit is not None:
+                yield int(index.units[unit, 0]), hit
+
+    def _candidates(
+        self, tokens: NDArray[np.uint32], keys: NDArray[np.int64]
+    ) -> Iterator[tuple[int, int, int]]:
+        """Units that may be in the document, each with the range of its shifts, out of the keys of both.
+
+        What the document has of a unit on neighboring shifts is added up, and must carry most of the information of a
+        hit: more than it is found only where both are aligned.
+        """
+        assert self._index is not None
+        keys = keys[np.append(True, keys[1:] != keys[:-1])]
+        units, shifts = keys >> _SHIFT_BITS, (keys & ((1 << _SHIFT_BITS) - 1)) - UNIT_TOKENS
+        parts = [slice(at, at + _BATCH) for at in range(0, len(units), _BATCH)]
+        gains = np.concatenate([_gains(self._index, tokens, units[part], shifts[part]) for part in parts])
+        lengths = self._lengths[units]
+        first = _firsts(keys, lengths)
+        last = np.append(first[1:], len(units)) - 1
+        enough = np.add.reduceat(gains, first) >= _PROMISING * self._needed[units[first]]
+        for one, other in zip(first[enough].tolist(), last[enough].tolist(), strict=True):
+            # In text that repeats itself, neighbors may go on for long; the best of them is enough.
+            best = int(shifts[one + int(gains[one : other + 1].argmax())])
+            unit, length = int(units[one]), int(lengths[one])
+            yield unit, max(int(shifts[one]), best - length), min(int(shifts[other]), best + length)
+
+    def _align(
+        self, stream: Stream, tokens: NDArray[np.uint32], unit: int, low: int, high: int
+    ) -> Hit | None:
+        """The best alignment of a unit with the tokens of the document near the shifts `low` to `high`."""
+        assert self._index is not None
+        index = self._index
+        first, stop = int(index.starts[unit]), int(index.starts[unit + 1])
+        n_tokens = stop - first
+        begin, end = max(0, low - 4), min(len(tokens), high + n_tokens + 4)
+        bits = index.bits[first:stop] / 10
+        matcher = SequenceMatcher(None, index.tokens[first:stop].tolist(), tokens[begin:end].tolist(), False)
+        blocks = [(a, a + size, b, b + size) for a, b, size in matcher.get_matching_blocks()[:-1]]
+        if not blocks:
+            return None
+        for (_, a, _, b), (a_next, _, b_next, _) in list(pairwise(blocks)):
+            # Where signs were deleted, words became one: the same letters, other words.
+            if a < a_next and b < b_next:
+                there = stream.joined(begin + b, begin + b_next)
+                if there == joined_hash(index, first + a, first + a_next):
+                    blocks.append((a, a_next, b, b_next))
+        best = _best_run(sorted(blocks), bits)
+        set_number, item, is_unspaced = index.units[unit].tolist()
+        run = (self._config.ngram_words, self._config.ngram_chars)[is_unspaced]
+        is_near = best.tokens >= _NEARLY_ALL * n_tokens and best.bits >= max(
+            _SHORT_BITS, _NEARLY_ALL_BITS * bits.sum()
+        )
+        is_enough = best.tokens >= _ENOUGH_TOKENS[is_unspaced] and best.score >= min(
+            _SURE_BITS, max(self._enough, _SHARE_OF_BITS * bits.sum())
+        )
+        if not (best.longest >= run or best.tokens == n_tokens or is_near or is_enough):
+            return None
+        start, last = int(stream.begins[begin + best.begin]), int(stream.ends[begin + best.end - 1])
+        return Hit(start, last, index.names[set_number], item, best.tokens / n_tokens)
 
     def _cut(self, text: str, hits: list[Hit]) -> str:
         """The text without the hits; empty where the document should be dropped."""
@@ -213,11 +259,95 @@ class DecontaminateStage:
 
     def _load(self) -> None:
         config = self._config
-        self._index = Index.read(config.index, _parameters(config)) if config.index else collect(config)
-        openings = self._index.openings
-        bits = min(26, max(10, (16 * len(openings)).bit_length()))  # 64 MiB at most
+        self._index = index = (
+            Index.read(config.index, _parameters(config)) if config.index else collect(config)
+        )
+        bits = min(26, max(10, (16 * len(index.seeds)).bit_length()))  # 64 MiB at most
         self._table = np.zeros(1 << bits, bool)
-        self._table[openings >> np.uint64(64 - bits)] = True
+        self._table[index.seeds >> np.uint64(64 - bits)] = True
+        # Of each seed its unit and its place there; of the first of equal seeds, their number.
+        self._units = np.searchsorted(index.starts, index.places, "right") - 1
+        self._within = index.places.astype(np.int64) - index.starts[self._units]
+        self._counts = np.searchsorted(index.seeds, index.seeds, "right") - np.arange(len(index.seeds))
+        self._lengths = np.diff(index.starts).astype(np.int64)
+        sums = np.concatenate(([0], index.bits.cumsum(dtype=np.int64))) / 10
+        of_units = np.diff(sums[index.starts])
+        # Among more units, an accident is likelier.
+        self._enough = _ENOUGH_BITS + 2 * np.log2(max(1, len(of_units) / _FEW_UNITS))
+        least = np.minimum(_SURE_BITS, np.maximum(self._enough, _SHARE_OF_BITS * of_units))
+        self._needed = np.minimum(least, _NEARLY_ALL_BITS * of_units)
+
+
+class _Run(NamedTuple):
+    """A part of the document that is aligned with a part of a unit."""
+
+    begin: int
+    end: int
+    """Its first token in the window of the document, and the token after its last."""
+    tokens: int
+    """Tokens of the unit that it has."""
+    bits: float
+    """Their information."""
+    score: float
+    """The information less the costs of what only one side has."""
+    longest: int
+    """The longest run of tokens without a difference."""
+
+
+def _best_run(blocks: list[tuple[int, int, int, int]], bits: NDArray[np.float64]) -> _Run:
+    """The consecutive blocks with the highest score. A block is a range of the unit and one of the window."""
+    sums = [0.0, *bits.cumsum().tolist()]
+    best = now = _Run(0, 0, 0, 0.0, 0.0, 0)
+    a_end = b_end = straight = 0
+    for a, a_stop, b, b_stop in blocks:
+        gain, straight = sums[a_stop] - sums[a], straight if (a, b) == (a_end, b_end) else 0
+        straight += a_stop - a
+        cost = _GAP_BITS * max(a - a_end, b - b_end)
+        if now.score <= cost:
+            now, cost = _Run(b, b, 0, 0.0, 0.0, 0), 0.0
+        now = _Run(
+            now.begin,
+            b_stop,
+            now.tokens + a_stop - a,
+            now.bits + gain,
+            now.score + gain - cost,
+            max(now.longest, straight),
+        )
+        best = max(best, now, key=lambda run: run.score)
+        a_end, b_end = a_stop, b_stop
+    return best
+
+
+def _firsts(keys: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.intp]:
+    """Where another unit, or another place of the same unit, begins in the ascending keys of units and shifts."""
+    return np.flatnonzero(np.append(True, keys[1:] - keys[:-1] > lengths[1:] // 2))
+
+
+def _promising(keys: NDArray[np.int64], lengths_of_units: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The keys, in ascending order, to whose neighborhood enough seeds lead."""
+    keys = np.sort(keys)
+    lengths = lengths_of_units[keys >> _SHIFT_BITS]
+    first = _firsts(keys, lengths)
+    counts = np.append(first[1:], len(keys)) - first
+    fewest = np.where(lengths[first] < _SHORT_TOKENS, *_FEWEST_SEEDS)
+    return keys[np.repeat(counts >= fewest, counts)]
+
+
+def _gains(
+    index: Index, tokens: NDArray[np.uint32], units: NDArray[np.int64], shifts: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Information of the tokens that units share with the document where they are put at these shifts."""
+    starts = index.starts[units].astype(np.int64)
+    lengths = index.starts[units + 1] - starts
+    edges = np.concatenate(([0], lengths.cumsum()))
+    within = np.arange(edges[-1]) - np.repeat(edges[:-1], lengths)
+    of_unit = within + np.repeat(starts, lengths)
+    of_text = within + np.repeat(shifts, lengths)
+    # Outside of the document there is a token that is no other.
+    padded = np.concatenate((tokens.astype(np.int64), [-1]))
+    of_text[(of_text < 0) | (of_text >= len(tokens))] = len(tokens)
+    is_same = index.tokens[of_unit] == padded[of_text]
+    return np.add.reduceat(is_same * index.bits[of_unit], edges[:-1], dtype=np.int64) / 10
 
 
 def build_index(config: DecontaminateConfig, path: str | os.PathLike[str]) -> Index:
@@ -229,57 +359,40 @@ def build_index(config: DecontaminateConfig, path: str | os.PathLike[str]) -> In
 
 def collect(config: DecontaminateConfig) -> Index:
     """Build the index. Raises ConfigError where a file cannot be read or has nothing to look for."""
-    hashes: list[Hashes] = []
-    openings: list[Hashes] = [np.empty(0, np.uint64)]
-    items_of, short_of = [], []
-    lengths: tuple[set[int], set[int]] = (set(), set())
-    for path in config.files:
-        own, items, found = [openings[0]], 0, 0
-        for texts in read_items(path, config.fields):
-            before = len(own)
-            for tokens in (tokens for text in texts for _, tokens in tokenize(text)):
-                count = len(tokens.begins)
-                unspaced = 2 * tokens.unspaced >= count
-                shortest = config.min_chars if unspaced else config.min_words
-                length = min(count, config.ngram_chars if unspaced else config.ngram_words)
-                if length >= shortest:
-                    lengths[unspaced].add(length)
-                    own.append(tokens.runs(length))
-                    openings.append(tokens.runs(shortest)[: len(own[-1])])
-            items += 1
-            found += len(own) > before
-        if not items:
-            raise ConfigError(f"curation.decontaminate.files: {path} has none of the fields {config.fields}")
-        items_of.append(items)
-        short_of.append(items - found)
-        hashes.append(np.unique(np.concatenate(own)))
-    every = np.concatenate(hashes) if hashes else openings[0]
-    sets = np.repeat(np.arange(len(hashes), dtype=np.uint16), [len(own) for own in hashes])
-    order = np.argsort(every, kind="stable")
-    names = [_set_name(path) for path in config.files]
-    by_kind = [sorted(each) for each in lengths]
-    return Index(
-        every[order], sets[order], names, items_of, short_of, by_kind, np.unique(np.concatenate(openings))
-    )
-
-
-def _check_stored(file: IO[bytes]) -> None:
-    """Refuse compressed arrays, which `Index.write` never writes. Raises ValueError and BadZipFile."""
-    for info in zipfile.ZipFile(file).infolist():
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{info.filename} in it is compressed, which build_index never does")
-    file.seek(0)
-
-
-def _set_name(path: str) -> str:
-    return path.rstrip("/").rsplit("/", 1)[-1].split(".")[0]
+    builder = IndexBuilder((config.min_words, config.min_chars))
+    for entry in config.files:
+        builder.begin(set_name(entry))
+        without = []
+        for path, fields in evaluation_files(entry, config.fields):
+            n_items = 0
+            for texts in read_items(path, fields):
+                builder.add(texts)
+                n_items += 1
+            if not n_items:
+                without.append(f"{path} has none of the fields {', '.join(fields)}")
+        if without:
+            raise ConfigError(
+                f"curation.decontaminate.files: {'; '.join(without)}; name others in curation.decontaminate.fields"
+            )
+    return builder.finish()
 
 
 def _parameters(config: DecontaminateConfig) -> str:
     """The options that an index depends on, besides the content of the files."""
-    names = [_set_name(path) for path in config.files]
-    lengths = [config.ngram_words, config.ngram_chars, config.min_words, config.min_chars]
-    return json.dumps({"format": 1, "sets": names, "fields": list(config.fields), "lengths": lengths})
+    names = [set_name(path) for path in config.files]
+    lengths = [config.min_words, config.min_chars]
+    return json.dumps({"format": 2, "sets": names, "fields": list(config.fields), "lengths": lengths})
+
+
+def _joined(hits: list[Hit]) -> list[Hit]:
+    """Hits of one item from left to right, where those that overlap are one: units and pieces of a text do."""
+    joined: list[Hit] = []
+    for hit in sorted(hits):
+        if joined and hit.start <= joined[-1].end:
+            last = joined.pop()
+            hit = last._replace(end=max(last.end, hit.end), share=max(last.share, hit.share))
+        joined.append(hit)
+    return joined
 
 
 def merge(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -291,142 +404,3 @@ def merge(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             merged.append((start, end))
     return merged
-
-
-# --- tokens and hashes ---
-
-_SEPARATOR, _IGNORED, _WORD, _UNSPACED = 0, 1, 2, 3
-_NO_SPACES = re.compile(  # Thai, Lao, Burmese, Khmer, kana, Han
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U000323ff]"
-)
-_LIMIT = 0x32400  # characters from here on separate tokens
-_MARKS = ("Mn", "Mc", "Me", "Cf")
-_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
-_FIRST_OF_TOKEN = np.uint64(0xD1B54A32D192ED03)
-
-
-class Tokens(NamedTuple):
-    """The tokens of a piece of text: where each begins and ends, and the sums that hashes are computed from."""
-
-    begins: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    bounds: NDArray[np.int64]
-    """Where each token begins among the characters that count, and the end of the last one."""
-    sums: Hashes
-    """Prefix sums of the polynomial over these characters."""
-    unspaced: int
-    """Number of tokens that are characters of scripts without spaces."""
-
-    def runs(self, length: int, at: NDArray[np.int64] | None = None) -> Hashes:
-        """Hashes of all runs of `length` tokens, or of those that begin at the tokens `at`."""
-        first = self.bounds[:-length] if at is None else self.bounds[at]
-        last = self.bounds[length:] if at is None else self.bounds[at + length]
-        return (self.sums[last] - self.sums[first]) * _powers(len(self.sums))[1][first]
-
-
-def tokenize(text: str) -> Iterator[tuple[int, Tokens]]:
-    """The tokens of each piece of a text, with the offset of the piece."""
-    for offset in range(0, max(1, len(text)), _PIECE_CHARS):
-        yield offset, _tokenize(text[offset : offset + _PIECE_CHARS + _OVERLAP_CHARS])
-
-
-def _tokenize(text: str) -> Tokens:
-    tables = _tables()
-    places = None
-    if text.isascii():
-        codes = np.frombuffer(text.encode("ascii"), np.uint8)
-    else:
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-        codes, places = _fold_codes(np.minimum(codes, np.uint32(_LIMIT)), tables)
-    kinds = tables.kinds[codes]
-    if not text.isascii():
-        heard = np.flatnonzero(kinds != _IGNORED)
-        if len(heard) < len(kinds):
-            kinds, codes = kinds[heard], codes[heard]
-            places = heard if places is None else places[heard]
-    kept = np.flatnonzero(kinds)
-    first = np.diff(kept, prepend=-2) != 1
-    unspaced = kinds[kept] == _UNSPACED
-    count = int(np.count_nonzero(unspaced))
-    if count:
-        first |= unspaced
-        first[1:] |= unspaced[:-1]
-    starts = np.flatnonzero(first)
-    values = tables.values[codes[kept]]
-    values[starts] += _FIRST_OF_TOKEN
-    values *= _powers(len(values))[0][: len(values)]
-    sums = np.zeros(len(kept) + 1, np.uint64)
-    np.cumsum(values, out=sums[1:])
-    bounds = np.append(starts, len(kept))
-    begins, ends = kept[starts], kept[bounds[1:] - 1]
-    if places is not None:
-        begins, ends = places[begins], places[ends]
-    return Tokens(begins, ends + 1, bounds, sums, count)
-
-
-def _fold_codes(codes: Codes, tables: _Tables) -> tuple[Codes, NDArray[np.int64] | None]:
-    """Folded characters, and the offset of each in the text where some characters become several."""
-    single = tables.single[codes]
-    if single.max(initial=0) <= _LIMIT:
-        return single, None
-    starts = tables.starts[codes]
-    lengths = tables.starts[codes + np.uint32(1)] - starts
-    places = np.repeat(np.arange(len(codes)), lengths)
-    within = np.arange(len(places)) - (np.cumsum(lengths) - lengths)[places]
-    return tables.folded[starts[places] + within], places
-
-
-def _fold(character: str) -> str:
-    """A character without marks and case, in NFKC: one or more characters, or a space for a sign."""
-    apart = unicodedata.normalize("NFKD", character)
-    bare = "".join(part for part in apart if unicodedata.category(part) not in _MARKS) or apart
-    folded = unicodedata.normalize("NFKC", bare).casefold()
-    return folded if len(folded) == 1 or any(map(str.isalnum, folded)) else " "
-
-
-class _Tables(NamedTuple):
-    """Tables for folding, by code point."""
-
-    single: NDArray[np.uint32]
-    """Folded character of each code point, or a number above _LIMIT where there are several."""
-    starts: NDArray[np.int64]
-    """Index of its first folded character in `folded`; they end where those of the next code point start."""
-    folded: NDArray[np.uint32]
-    kinds: NDArray[np.uint8]
-    values: Hashes
-
-
-@functools.cache
-def _tables() -> _Tables:
-    """Build the tables at their first use, in about 0.3 s."""
-    parts = [_fold(chr(code)) for code in range(_LIMIT)] + [" "]
-    folded = np.frombuffer("".join(parts).encode("utf-32-le", "surrogatepass"), np.uint32)
-    starts = np.cumsum([0, *map(len, parts)])
-    single = np.array([ord(part) if len(part) == 1 else _LIMIT + 1 for part in parts], np.uint32)
-    kinds = np.zeros(_LIMIT + 1, np.uint8)
-    for character in map(chr, range(_LIMIT)):
-        if character.isalnum():
-            kinds[ord(character)] = _UNSPACED if _NO_SPACES.match(character) else _WORD
-        elif unicodedata.category(character) in _MARKS:
-            kinds[ord(character)] = _IGNORED
-    values = np.arange(1, _LIMIT + 2, dtype=np.uint64)  # splitmix64
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        values *= np.uint64(_BASE)
-        values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)
-    values ^= values >> np.uint64(31)
-    # ASCII text takes a shortcut that looks its letters up directly
-    values[:128] = values[folded[:128]]
-    return _Tables(single, starts, np.minimum(folded, np.uint32(_LIMIT)), kinds, values)
-
-
-def _powers(length: int) -> tuple[Hashes, Hashes]:
-    """At least `length` powers of the base and of its inverse."""
-    return _powers_to(max(18, length.bit_length()))
-
-
-@functools.cache
-def _powers_to(bits: int) -> tuple[Hashes, Hashes]:
-    both = np.full((2, 1 << bits), [[_BASE], [pow(_BASE, -1, 1 << 64)]], np.uint64)
-    both[:, 0] = 1
-    powers, inverse = np.cumprod(both, axis=1)
-    return powers, inverse

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from data_tools.config import PrepareConfig, TokenizerConfig
-from data_tools.curate import curate
+from data_tools.curate import _hashes_of_files, curate
 from data_tools.curation.choice import STAGES, CurationConfig
 from data_tools.curation.collection import Collection, earlier_parts
 from data_tools.curation.dedup import DedupConfig, row_type
@@ -29,6 +29,7 @@ from data_tools.curation.phases import CleanTask, Layout
 from data_tools.prepare import prepare
 from data_tools.reading.units import ReadConfig, units_of
 from data_tools.report.funnel import funnel_rows, funnel_table
+from data_tools.stages.decontaminate import DecontaminateConfig
 from pretrain.corpus.manifest import load_manifest
 from pretrain.errors import ConfigError
 from support import ROOT
@@ -250,6 +251,20 @@ def test_another_content_of_a_named_file_is_noticed(
     )
     with pytest.raises(ConfigError, match=r"\(files differ\)"):
         curate(config(raw_text, tmp_path / "out", *few))
+
+
+def test_another_content_in_a_folder_of_evaluation_sets_is_noticed(tmp_path: Path) -> None:
+    """The files of a folder, and those that a task names, belong to the recipe."""
+    (tmp_path / "mmlu").mkdir()
+    (tmp_path / "mmlu/a.csv").write_text("Why?,a,b,c,d,A\n")
+    (tmp_path / "task.yaml").write_text("dataset_path: mmlu\n")
+    for entry in ("mmlu", "task.yaml"):
+        options = DecontaminateConfig(files=[str(tmp_path / entry)])
+        curation = CurationConfig(stages=["decontaminate"], decontaminate=options)
+        before = _hashes_of_files(curation)
+        assert str(tmp_path / "mmlu/a.csv") in before
+        (tmp_path / "mmlu/a.csv").write_text(f"How, {entry}?,a,b,c,d,A\n")
+        assert _hashes_of_files(curation) != before
 
 
 def test_bad_records_are_counted_and_kept_aside(raw_text: Path, tmp_path: Path) -> None:

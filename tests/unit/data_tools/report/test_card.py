@@ -25,8 +25,9 @@ from data_tools.curate import CurateConfig, curate
 from data_tools.prepare import prepare
 from data_tools.remove import documents_of, remove
 from data_tools.report.fertility import measure
-from data_tools.report.funnel import Funnel
+from data_tools.report.funnel import Funnel, funnel_table
 from data_tools.report.plots import write_plots
+from data_tools.report.schemas import read_curation_report
 from data_tools.report.statistics import DocumentCounts, drop_figures, length_statistics
 from pretrain.config import load_config
 from pretrain.corpus.manifest import load_manifest
@@ -226,6 +227,8 @@ def test_dropped_documents_count_as_contaminated(tmp_path: Path) -> None:
     assert curate(load_config(CurateConfig, options)) == 0
     tally = read(tmp_path / "out/report.json")["tally"]
     assert tally["contaminated"] == {"quiz": 14}
+    printed = funnel_table(read_curation_report(tmp_path / "out/report.json"))
+    assert "documents with text of evaluation sets: quiz 14" in printed
     assert tally["dropped"]["decontaminate/contaminated"] == 14
 
 
