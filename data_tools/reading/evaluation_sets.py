@@ -100,7 +100,7 @@ def read_items(path: str, fields: list[str]) -> Iterator[list[str]]:
 
 
 def _items_of_records(raw: IO[bytes], span: Span, fields: list[str]) -> Iterator[list[str]]:
-    """The texts of the items in records. Raises ValueError for a bad one, since a set that is not whole lets text pass."""
+    """The texts of the items in records. Raises ValueError for a bad one: a part of a set would let text pass."""
     n_records = n_without = 0
     for entry in entries(raw, span):
         if entry.is_break:
