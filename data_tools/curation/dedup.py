@@ -24,13 +24,17 @@ import xxhash
 from data_tools.curation.addresses import address_hashes
 from data_tools.curation.web_prose import is_web_prose
 from data_tools.record import Record
+from data_tools.text import MARKS, UNSPACED, has_marks
 from pretrain.errors import ConfigError
 from pretrain.files import written_atomically
 
 EXACT, URL, DOMAIN, LINES = "exact", "url", "domain", "lines"
 """Names of tables: whole texts, addresses, domains and lines. Those of the bands are `band-00` and so on."""
 NO_DOCUMENT = (1 << 64) - 1
-_TOKEN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\W_\u3400-\u9fff\uf900-\ufaff]+")
+_TOKEN = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
+# For text with combining marks, which belong to the character before them.
+_MARKED_TOKEN = re.compile(rf"[{UNSPACED}][{MARKS}]*|(?:[^\W_{UNSPACED}][{MARKS}\u200c\u200d]*)+")
+_UNSPACED = re.compile(rf"[{UNSPACED}]")
 _HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio
 _RANGE_ROWS = 5_000_000
@@ -102,9 +106,9 @@ def _word_hash(word: str) -> int:
 
 def shingles(text: str, config: DedupConfig) -> np.ndarray:
     """Distinct hashes (uint64) of the shingles of a text, sorted, ignoring case; empty where it has too few words."""
-    words = _TOKEN.findall(text.lower())
-    n_han = 0 if text.isascii() else len(_HAN.findall(text))
-    width = config.shingle_chars if 2 * n_han > len(words) else config.shingle_words
+    words = (_MARKED_TOKEN if has_marks(text) else _TOKEN).findall(text.lower())
+    n_unspaced = 0 if text.isascii() else sum(_UNSPACED.match(word) is not None for word in words)
+    width = config.shingle_chars if 2 * n_unspaced > len(words) else config.shingle_words
     if len(words) < width:
         return np.zeros(0, dtype=np.uint64)
     hashes = np.fromiter(map(_word_hash, words), dtype=np.uint64, count=len(words))

@@ -268,6 +268,23 @@ def test_white_space_and_case(tmp_path: Path) -> None:
     assert removals["similarity"].tolist() == [1.0]
 
 
+@pytest.mark.parametrize(
+    ("text", "n_words", "is_unspaced"),
+    [
+        ("यह किताब बहुत अच्छी है और सब पढ़ते हैं", 9, False),
+        ("இந்த நூல் மிகவும் நன்றாக உள்ளது", 5, False),
+        ("سَلام می\u200cخواهم کتاب خوب را ببینم", 6, False),
+        ("Cafe\u0301 s a b c", 5, False),
+        ("หนังสือเล่มนี้", 9, True),
+        ("この本は面白い", 7, True),
+        ("道可道非常道", 6, True),
+    ],
+)
+def test_marks_belong_to_the_words_of_a_shingle(text: str, n_words: int, is_unspaced: bool) -> None:
+    width = CONFIG.shingle_chars if is_unspaced else CONFIG.shingle_words
+    assert len(shingles(text, CONFIG)) == n_words - width + 1
+
+
 def test_the_order_of_words_counts() -> None:
     forth, back = shingles("a b c d e f", CONFIG), shingles("f e d c b a", CONFIG)
     assert len(forth) == 2
