@@ -175,10 +175,10 @@ class DecontaminateStage:
         left, maybe = left[is_seed], maybe[is_seed]
         if len(maybe) < min(_FEWEST_SEEDS):
             return
-        counts = self._counts[left]
+        counts = self._counts[left].astype(np.int64)
         ends = counts.cumsum()
         seeds = np.arange(ends[-1]) + np.repeat(left - ends + counts, counts)
-        units = self._units[seeds]
+        units = self._units[seeds].astype(np.int64)
         # The token of the document that would be the first one of the unit; it may lie before the document.
         shifts = np.repeat(maybe, counts) - self._within[seeds]
         keys = _promising((units << _SHIFT_BITS) + shifts + UNIT_TOKENS, self._lengths)
@@ -266,9 +266,11 @@ class DecontaminateStage:
         self._table = np.zeros(1 << bits, bool)
         self._table[index.seeds >> np.uint64(64 - bits)] = True
         # Of each seed its unit and its place there; of the first of equal seeds, their number.
-        self._units = np.searchsorted(index.starts, index.places, "right") - 1
-        self._within = index.places.astype(np.int64) - index.starts[self._units]
-        self._counts = np.searchsorted(index.seeds, index.seeds, "right") - np.arange(len(index.seeds))
+        units = np.searchsorted(index.starts, index.places, "right") - 1
+        self._units = units.astype(np.uint32)
+        self._within = (index.places - index.starts[units]).astype(np.int16)
+        counts = np.searchsorted(index.seeds, index.seeds, "right") - np.arange(len(index.seeds))
+        self._counts = np.minimum(counts, 255).astype(np.uint8)
         self._lengths = np.diff(index.starts).astype(np.int64)
         sums = np.concatenate(([0], index.bits.cumsum(dtype=np.int64))) / 10
         of_units = np.diff(sums[index.starts])
