@@ -137,7 +137,7 @@ def stock_phrases(lower: str, words: Split, distinct_kinds: np.ndarray, n_words:
         return 0.0
     if words.unspaced:
         found = set(_chinese().findall(lower))
-    elif np.count_nonzero(distinct_kinds & KEY) <= _SPARED_PHRASES + n_words // 100:
+    elif np.count_nonzero(distinct_kinds & KEY) <= 1 + n_words // 100:
         return 0.0  # spares most texts the search
     else:
         found = set(_latin()[0].findall(lower.replace("’", "'")))

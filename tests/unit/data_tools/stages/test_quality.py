@@ -282,7 +282,8 @@ BAD_ENGLISH = {
     "high_template_line_chars": "\n".join(f"Mar 3 10:00:{n} host sshd: closed {n * 7}" for n in range(40)),
     "low_function_words": "Apple chair river window green bottle happy mountain yellow music stone paper. "
     * 5,
-    "high_stock_phrases": "Buy now! Click here to order today. Act now for free shipping. " + ENGLISH[:200],
+    "high_stock_phrases": "Buy now! Click here to order today. Free shipping, satisfied customers. Act now. "
+    + ENGLISH[:200],
     "high_garbled": ENGLISH.replace("o", "Ã¶"),
     "high_odd_pairs": ENGLISH.replace(" the ", " the of ").replace(" a ", " a is "),
     "high_noise_words": ENGLISH.replace("er", ";r").replace("ea", "e1").replace("at", "a|"),
