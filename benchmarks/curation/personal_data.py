@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 from benchmarks.curation.figures import Figure
 from data_tools.record import UNKNOWN, Record
-from data_tools.stages.pii import PiiConfig, PiiStage
+from data_tools.stages.pii.config import PiiConfig
 from data_tools.stages.pii.finding import id_check_digit
 from data_tools.stages.pii.numbers import luhn
+from data_tools.stages.pii.stage import PiiStage
 
 SENTENCES = Path(__file__).with_suffix(".tsv")
 SEEDS = range(6)

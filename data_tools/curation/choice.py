@@ -17,7 +17,7 @@ from data_tools.stages.harm import HarmConfig, HarmStage
 from data_tools.stages.language import LanguageConfig, LanguageStage
 from data_tools.stages.normalize import NormalizeConfig, NormalizeStage
 from data_tools.stages.own import load_stage
-from data_tools.stages.pii import PiiConfig, PiiStage
+from data_tools.stages.pii.config import PiiConfig
 from data_tools.stages.quality import QualityConfig, QualityStage
 from pretrain.config.load import to_dict, validate
 from pretrain.config.texts import PathText
@@ -113,6 +113,12 @@ class StagesOf:
         return self._built[name]
 
 
+def _pii(config: PiiConfig) -> CurationStage:
+    from data_tools.stages.pii.stage import PiiStage  # 30 ms for its patterns, which --help does without
+
+    return PiiStage(config)
+
+
 def build_stages(config: CurationConfig, index: Path) -> list[CurationStage]:
     """The configured stages in their order. `index` is the path of the index of the evaluation sets."""
     builders: dict[str, Callable[[], CurationStage]] = {
@@ -122,7 +128,7 @@ def build_stages(config: CurationConfig, index: Path) -> list[CurationStage]:
         "quality": lambda: QualityStage(config.quality),
         "harm": lambda: HarmStage(config.harm),
         "decontaminate": lambda: DecontaminateStage(replace(config.decontaminate, index=str(index))),
-        "pii": lambda: PiiStage(config.pii),
+        "pii": lambda: _pii(config.pii),
     }
     built = {name: builders[name]() for name in STAGES if name in config.stages}
     last = [built.pop("pii")] if "pii" in built else []
