@@ -33,7 +33,7 @@ LAUNCH = (
     "submit",
     "supervise",
 )
-DATA_TOOLS = ("curate", "prepare", "remove", "show", "verify")
+DATA_TOOLS = ("curate", "prepare", "rejects", "remove", "show", "verify")
 COMMANDS = {f"pretrain-{name.replace('_', '-')}": f"pretrain.launch.{name}" for name in LAUNCH}
 COMMANDS.update({f"pretrain-{name}": f"data_tools.{name}" for name in DATA_TOOLS})
 """The module of each installed command. pyproject.toml lists the same names."""

@@ -477,6 +477,9 @@ class QualityStage:
             record.signals.update(signals)
             return None
         if found := reasons(signals, self.config.thresholds(record.language, record.source, signals)):
+            record.signals.update(
+                signals
+            )  # of the rejected document: data_tools.rejects tries other thresholds on them
             return found[0]
         if bad and self.config.remove_lines and not self._keeps_lines(record, signals):
             _remove_lines(record, bad)
