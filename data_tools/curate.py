@@ -54,7 +54,7 @@ from data_tools.reading.listing import LeftOut, print_left_out
 from data_tools.reading.units import ReadConfig, Unit, units_of
 from data_tools.report.funnel import DOCUMENTS, REPORT, Unread, estimated_documents, funnel_table
 from data_tools.report.schemas import read_curation_report, read_digest
-from data_tools.stages.decontaminate import build_index
+from data_tools.stages.decontamination.decontaminate import build_index
 from data_tools.stages.own import pinned
 from pretrain import __version__
 from pretrain.config import run_command, to_dict

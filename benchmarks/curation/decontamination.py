@@ -17,7 +17,11 @@ from pathlib import Path
 
 from benchmarks.curation.figures import Figure, sample
 from data_tools.record import Record
-from data_tools.stages.decontaminate import DecontaminateConfig, DecontaminateStage, build_index
+from data_tools.stages.decontamination.decontaminate import (
+    DecontaminateConfig,
+    DecontaminateStage,
+    build_index,
+)
 
 Edit = Callable[[str, random.Random], str]
 

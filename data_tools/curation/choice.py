@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from data_tools.curation.dedup import DedupConfig
 from data_tools.record import CurationStage
 from data_tools.stages.boilerplate import BoilerplateConfig, BoilerplateStage
-from data_tools.stages.decontaminate import DecontaminateConfig, DecontaminateStage
+from data_tools.stages.decontamination.decontaminate import DecontaminateConfig, DecontaminateStage
 from data_tools.stages.harm import HarmConfig, HarmStage
 from data_tools.stages.language import LanguageConfig, LanguageStage
 from data_tools.stages.normalize import NormalizeConfig, NormalizeStage

@@ -18,7 +18,7 @@ from data_tools.curation.choice import CurationConfig, StagesOf
 from data_tools.curation.phases import DECONTAMINATE
 from data_tools.reading.units import ReadConfig, Unit, read_unit, units_of
 from data_tools.record import CurationStage, Record
-from data_tools.stages.decontaminate import build_index
+from data_tools.stages.decontamination.decontaminate import build_index
 from pretrain.printing import visible
 
 CONTEXT_LINES = 2

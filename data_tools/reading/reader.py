@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from typing import IO, Any, NamedTuple
 
 from data_tools.reading.bounded import BROKEN, Bounds, CutOffError, Line, head_of, lines, unpacked
-from data_tools.reading.columnar import ArrowStream, Header, ParquetFile, Row
+from data_tools.reading.columns.columnar import ArrowStream, Header, ParquetFile, Row
 from data_tools.reading.encodings import HEAD_BYTES, UTF_8, advice, decode, encoding_of, is_wide, recoded
 from data_tools.reading.listing import is_url, reason_of
 from data_tools.reading.spanning import JsonForm, csv_rows, json_form, json_values
 from data_tools.reading.tars import samples
-from data_tools.reading.warc import pages
+from data_tools.reading.web.warc import pages
 from pretrain.errors import ConfigError
 from pretrain.files import open_regular, read_at_most
 from pretrain.remote import file_system

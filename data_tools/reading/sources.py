@@ -11,7 +11,7 @@ from typing import Any
 from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.reading import dialogue
 from data_tools.reading.bounded import Bounds
-from data_tools.reading.columnar import name_columns, text_problem
+from data_tools.reading.columns.columnar import name_columns, text_problem
 from data_tools.reading.encodings import known_encoding
 from data_tools.reading.listing import (
     FORMATS,

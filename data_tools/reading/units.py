@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from data_tools.reading.bounded import Bounds
-from data_tools.reading.columnar import ParquetFile, name_columns, text_problem
+from data_tools.reading.columns.columnar import ParquetFile, name_columns, text_problem
 from data_tools.reading.encodings import HEAD_BYTES, UTF_8, encoding_of, is_wide, known_encoding
 from data_tools.reading.listing import (
     FORMATS,

@@ -293,8 +293,8 @@ def read_in_child(
             told = {"records": count, "bad": bad[:3], "n_bad": len(bad)}
         except BaseException as error:
             told = {"raised": f"{type(error).__name__}: {error}"[:200]}
-        if "data_tools.reading.pages" in sys.modules:
-            sys.modules["data_tools.reading.pages"].page_reader().close()
+        if "data_tools.reading.web.pages" in sys.modules:
+            sys.modules["data_tools.reading.web.pages"].page_reader().close()
         told["children_mb"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
         os.write(into, json.dumps(told).encode())
         os._exit(0)

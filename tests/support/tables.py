@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow
 
 from data_tools.reading.bounded import Bounds
-from data_tools.reading.columnar import ArrowStream, ParquetFile, name_columns
+from data_tools.reading.columns.columnar import ArrowStream, ParquetFile, name_columns
 from support import bombs
 
 SMALL, USUAL = Bounds(record_bytes=1000), Bounds()

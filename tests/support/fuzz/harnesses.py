@@ -345,7 +345,7 @@ PAGE = b"""<html><head><meta charset="utf-8"><title>T</title></head><body><nav><
 
 
 def html(data: bytes) -> None:
-    from data_tools.reading.pages import main_text
+    from data_tools.reading.web.pages import main_text
 
     main_text(data, "text/html").encode("utf-8", "surrogatepass")
 

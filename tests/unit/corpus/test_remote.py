@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from data_tools.reading.units import ReadConfig, Unit, read_unit, units_of
-from data_tools.stages.decontaminate import read_items
+from data_tools.stages.decontamination.decontaminate import read_items
 from pretrain import remote
 from pretrain.config import DataConfig
 from pretrain.corpus import shards

@@ -29,7 +29,7 @@ from data_tools.curation.phases import CleanTask, Layout
 from data_tools.prepare import prepare
 from data_tools.reading.units import ReadConfig, units_of
 from data_tools.report.funnel import funnel_rows, funnel_table
-from data_tools.stages.decontaminate import DecontaminateConfig
+from data_tools.stages.decontamination.decontaminate import DecontaminateConfig
 from pretrain.corpus.manifest import load_manifest
 from pretrain.errors import ConfigError
 from support import ROOT

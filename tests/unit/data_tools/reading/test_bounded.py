@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from data_tools.reading.bounded import BOMB_FREE_BYTES, Bounds, TooManyValuesError, lines, unpacked
-from data_tools.reading.columnar import ParquetFile
-from data_tools.reading.parquet_pages import read_thrift
+from data_tools.reading.columns.columnar import ParquetFile
+from data_tools.reading.columns.parquet_pages import read_thrift
 from support import ROOT, bombs
 from support.tables import SMALL, USUAL, arrow_rows, parquet_rows, table
 

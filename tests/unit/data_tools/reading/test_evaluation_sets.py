@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.reading.evaluation_sets import FIELDS, evaluation_files, read_items
-from data_tools.stages.decontaminate import DecontaminateConfig, DecontaminateStage, collect
+from data_tools.stages.decontamination.decontaminate import DecontaminateConfig, DecontaminateStage, collect
 from pretrain.errors import ConfigError
 
 QUESTION = "Which of the two brass kettles on the vicar's stove will whistle first?"

@@ -6,8 +6,8 @@ import io
 
 import pytest
 
-from data_tools.reading.pages import PageReader, main_text
-from data_tools.reading.warc import pages
+from data_tools.reading.web.pages import PageReader, main_text
+from data_tools.reading.web.warc import pages
 from support import bombs
 
 PROSE = "The committee met on Friday and agreed on the report, which is to be published next month."

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from data_tools.reading.evaluation_sets import read_items
 from data_tools.record import Record
-from data_tools.stages import canonical, decontaminate, evaluation_index
-from data_tools.stages.canonical import Stream, streams_of
-from data_tools.stages.decontaminate import (
+from data_tools.stages.decontamination import canonical, decontaminate, evaluation_index
+from data_tools.stages.decontamination.canonical import Stream, streams_of
+from data_tools.stages.decontamination.decontaminate import (
     DecontaminateConfig,
     DecontaminateMode,
     DecontaminateStage,

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any, NamedTuple
 
-from data_tools.reading.arrow_messages import Messages
 from data_tools.reading.bounded import BOMB_FREE_BYTES, PACKED_RATIO, Bounds, check_unpacked, check_values
-from data_tools.reading.parquet_pages import (
+from data_tools.reading.columns.arrow_messages import Messages
+from data_tools.reading.columns.parquet_pages import (
     DELTA_BYTE_ARRAY,
     DELTA_LENGTH_BYTE_ARRAY,
     Page,

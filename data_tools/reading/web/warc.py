@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
-from data_tools.reading.pages import HTTP_HEADER_BYTES, http_headers, page_reader
+from data_tools.reading.web.pages import HTTP_HEADER_BYTES, http_headers, page_reader
 from pretrain.errors import ConfigError
 
 _LINE_BYTES = 64 << 10

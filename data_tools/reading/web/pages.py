@@ -27,7 +27,7 @@ HTTP_HEADER_BYTES = 256 << 10
 PAGE_CPU_S = 20
 """Limit on the processor time of one page, which depends less on the load of the machine than a clock does."""
 
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[3]
 _DATA_BYTES = 1 << 30
 _MANY_TAGS = 250_000
 # Parsing a tag takes time quadratic in its number of attributes: 60,000 take 20 s, 2,000 take 20 ms.
@@ -79,7 +79,7 @@ class PageReader:
         command = [
             sys.executable,
             "-c",
-            f"from data_tools.reading.pages import main; main({self._page_cpu_s})",
+            f"from data_tools.reading.web.pages import main; main({self._page_cpu_s})",
         ]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         return subprocess.Popen(command, **pipes, env={**os.environ, "PYTHONPATH": path})

@@ -25,8 +25,14 @@ from numpy.typing import NDArray
 
 from data_tools.reading.evaluation_sets import FIELDS, evaluation_files, read_items, set_name
 from data_tools.record import Record
-from data_tools.stages.canonical import Stream, streams_of
-from data_tools.stages.evaluation_index import GRAM_LETTERS, UNIT_TOKENS, Index, IndexBuilder, joined_hash
+from data_tools.stages.decontamination.canonical import Stream, streams_of
+from data_tools.stages.decontamination.evaluation_index import (
+    GRAM_LETTERS,
+    UNIT_TOKENS,
+    Index,
+    IndexBuilder,
+    joined_hash,
+)
 from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 

@@ -18,7 +18,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.stages.canonical import Hashes, Stream, powers, streams_of
+from data_tools.stages.decontamination.canonical import Hashes, Stream, powers, streams_of
 from pretrain.errors import ConfigError
 from pretrain.files import open_regular, written_atomically
 

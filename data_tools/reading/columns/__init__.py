@@ -1,0 +1,1 @@
+"""Files that store columns: Parquet and Arrow, read within bounds."""

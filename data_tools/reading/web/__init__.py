@@ -1,0 +1,1 @@
+"""Text of the web: WARC archives, and the main text of their pages."""

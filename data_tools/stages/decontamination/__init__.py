@@ -1,0 +1,1 @@
+"""Finds the text of evaluation sets in documents, also after edits."""
