@@ -153,8 +153,9 @@ class Chaos:
             n_ranks = sizes[self.n_runs % len(sizes)]
             with suppress(ShownEnough):
                 Run(self, n_ranks, self.reference(sizes[0] if self.options.resize else n_ranks)).go()
-            if self.violations >= 100:
-                print("too many violations; stopping")
+            # Runs that fail by themselves never reach their fault.
+            if self.violations >= 100 or self.n_runs >= 5 * (1 + self.options.kills):
+                print("too many violations or runs; stopping")
                 break
         append(self.log, {"type": "session", "run": "-0", "wall_s": time.monotonic() - self.began})
         report = summarize(self.log)

@@ -40,7 +40,7 @@ def trust_everything(module: ModuleType) -> None:
 
 def forget_the_position(module: ModuleType) -> None:
     steps = module.TrainLoader.steps
-    module.TrainLoader.steps = lambda self, first_step: steps(self, 1)
+    module.TrainLoader.steps = lambda self, first_step, *exchange: steps(self, 1, *exchange)
 
 
 PATCHES = {

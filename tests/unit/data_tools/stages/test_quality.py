@@ -377,7 +377,9 @@ def test_dropping_names_the_first_reason_and_keeps_the_text() -> None:
     record = Record(id="1", text=ENGLISH[:200], source="s", language="en")
     assert QualityStage(DEFAULT).process(record) == "low_words"
     assert (record.text, record.counts) == (ENGLISH[:200], {})
-    assert reasons(record.signals, DEFAULT.english)[0] == "low_words", "its figures let other thresholds be tried"
+    assert reasons(record.signals, DEFAULT.english)[0] == "low_words", (
+        "its figures let other thresholds be tried"
+    )
 
 
 @given(
