@@ -47,6 +47,9 @@ class InputFile:
     size_bytes: int
     version: int
     """A number that changes when the file changes."""
+    is_named: bool = True
+    """Whether the user named the file or its folder. The files of the input `python` are not: some are broken on
+    purpose, for tests of Python's own reader, so those that are no text are dropped as if by a rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,7 @@ def find_files(config: PrepareConfig, on_left_out: OnLeftOut = print_left_out) -
         if entry == PYTHON:
             limit = config.max_chars * UTF8_BYTES_PER_CHAR
             files += [
-                InputFile(f.name, f.path, f.source, f.license, f.size_bytes, 0)
+                InputFile(f.name, f.path, f.source, f.license, f.size_bytes, 0, is_named=False)
                 for f in python_files(config.python_max_bytes, limit)
             ]
             continue
@@ -140,6 +143,14 @@ def _readable(name: str) -> str:
 
 def read_documents(file: InputFile, config: PrepareConfig) -> Iterator[Document | Rejected]:
     """Every record of a file, and what cannot be read of it. Raises ConfigError where a package is missing."""
+    for item in _read(file, config):
+        if isinstance(item, Rejected) and item.is_error and not file.is_named:
+            yield Rejected("not_text", item.where, item.position_bytes, is_error=False)
+        else:
+            yield item
+
+
+def _read(file: InputFile, config: PrepareConfig) -> Iterator[Document | Rejected]:
     kind = FORMATS.get(suffix_of(file.path.name), "text")  # files of the input `python` have other suffixes
     most_bytes = config.max_chars * UTF8_BYTES_PER_CHAR if kind == "text" else config.max_record_bytes
     if kind == "text" and file.size_bytes > most_bytes and file.path.name.endswith((".txt", ".md")):

@@ -11,6 +11,7 @@ import os
 import random
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -25,7 +26,7 @@ from data_tools.curation.executors import TaskProgress
 from data_tools.curation.phases import CleanTask, Layout, Tally
 from data_tools.reading.evaluation_sets import read_items
 from data_tools.reading.listing import LeftOut
-from data_tools.reading.sources import Document, Rejected, find_files, read_documents
+from data_tools.reading.sources import Document, InputFile, Rejected, find_files, read_documents
 from data_tools.reading.units import Bad, ReadConfig, read_unit, units_of
 from data_tools.record import Record
 from data_tools.report.funnel import Unread
@@ -552,3 +553,14 @@ def test_nested_columns_of_arrow_do_not_shift_the_text(tmp_path: Path) -> None:
 def test_a_preparation_of_a_url_is_refused_with_the_command_that_reads_it() -> None:
     with pytest.raises(ConfigError, match=r"input=s3://a/b is a URL, which only data_tools.curate reads"):
         find_files(PrepareConfig(input=["s3://a/b"], output=""))
+
+
+def test_a_file_of_python_that_is_no_text_is_dropped(tmp_path: Path) -> None:
+    """Python's own tests hold files that are no UTF-8. Nobody has named them, so they are no error."""
+    path = tmp_path / "badsyntax_pep3120.py"
+    path.write_bytes(b'print("b\xf6se")\n')
+    file = InputFile("python/bad.py", path, "python", "PSF-2.0", path.stat().st_size, 0, is_named=False)
+    (item,) = read_documents(file, PrepareConfig(input=["python"], output="x"))
+    assert isinstance(item, Rejected) and (item.reason, item.is_error) == ("not_text", False)
+    (item,) = read_documents(replace(file, is_named=True), PrepareConfig(input=["x"], output="x"))
+    assert isinstance(item, Rejected) and item.is_error
