@@ -21,7 +21,7 @@ if not __package__:  # run as a script
 
 from pretrain.command import begin
 
-begin(__name__)
+begin(__name__, interrupted="nothing was written")
 
 from omegaconf import MISSING
 

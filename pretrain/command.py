@@ -56,13 +56,14 @@ def main() -> None:
         runpy.run_module(f"{package}.{name}", run_name="__main__", alter_sys=True)
 
 
-def begin(name: str, goes_on: bool = False, interrupted: str = "nothing was written") -> None:
+def begin(name: str, goes_on: bool = False, interrupted: str = "") -> None:
     """Set up error handling for a command; its file calls this with `__name__` before any import that may fail.
 
     From then on a missing package gives a one-sentence error with exit code 2, and the command ends quietly when the
     reader of its output closes the pipe (as `| head` does). With `goes_on`, it keeps running without a reader, as a
-    training run must. Ctrl-C gives one sentence, which ends with `interrupted`, and exit code 130. Characters that the
-    terminal's encoding lacks are printed as escapes. When the file is imported instead of run, this does nothing.
+    training run must. Ctrl-C gives exit code 130 and one line; `interrupted` is what this line says of the command's
+    files. Characters that the terminal's encoding lacks are printed as escapes. When the file is imported instead of
+    run, this does nothing.
     """
     if name != "__main__":
         return
@@ -103,7 +104,7 @@ def _on_failure(
     # The interpreter takes the exit code from an exception in the hook.
     if isinstance(error, KeyboardInterrupt):
         if os.environ.get("RANK", "0") == "0":  # a launcher interrupts all ranks
-            print(f"interrupted; {interrupted}", file=sys.stderr)
+            print(f"interrupted; {interrupted}" if interrupted else "interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED)
     raise SystemExit(print_failure(error))
 
