@@ -17,7 +17,7 @@ from support.launching import free_port
 from support.tiny import TinyCorpus, events, run_arguments
 
 SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "launch").glob("*.py"))
-MODULES = [f"data_tools.{name}" for name in ("curate", "prepare", "remove", "show", "verify")]
+MODULES = [f"data_tools.{name}" for name in ("curate", "prepare", "rejects", "remove", "show", "verify")]
 ALL = [[str(script)] for script in SCRIPTS] + [["-m", module] for module in MODULES]
 GO_ON = {"launch/train.py", "launch/supervise.py", "launch/quickstart_job.py"}
 """Nobody has to read what these write."""
