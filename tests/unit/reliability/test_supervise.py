@@ -18,6 +18,7 @@ import pytest
 from pretrain.checkpoint import folder as checkpoint_folder
 from pretrain.errors import ConfigError
 from pretrain.reliability.starts import Cause, Start, account, error_sentence, find_cause
+from pretrain.reliability.stop import STOP_FILE
 from pretrain.reliability.supervisor import Tail, run_dir_of
 from support import ROOT
 from support.gate import Gate
@@ -397,6 +398,14 @@ def test_the_supervisor_needs_no_torch() -> None:
 # --- real runs ---
 
 
+def wait_until_asked_to_stop(run_dir: Path) -> None:
+    """Wait for the stop file. Ranks that go on before it is there may finish the run first."""
+    deadline = time.monotonic() + 60
+    while not (run_dir / STOP_FILE).exists():
+        assert time.monotonic() < deadline, "the supervisor has not asked the run to stop"
+        time.sleep(0.02)
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize(
     ("victim", "causes"),
@@ -415,6 +424,8 @@ def test_killed_then_restarted_equals_the_undisturbed_run(
     with Supervised(run_dir, *deepspeed(2, *run_arguments(corpus, run_dir)), env=gate.env) as run:
         run.wait_for(lambda: gate.reached("step-6"))
         os.kill(run.victim(victim, -1), signal.SIGKILL)
+        if victim != "rank":
+            wait_until_asked_to_stop(run_dir)
         gate.open("step-6")
         assert run.wait() == 0, run.text()
     assert run.causes()[0] in causes
@@ -441,6 +452,7 @@ def test_stop_request_to_the_supervisor_saves(corpus: TinyCorpus, straight: Path
     with Supervised(run_dir, *command, env=gate.env) as run:
         run.wait_for(lambda: gate.reached("step-6"))
         run.process.send_signal(signal.SIGUSR1)
+        wait_until_asked_to_stop(run_dir)
         gate.open("step-6")
         assert run.wait() == 75, run.text()
     assert events(run_dir)[-1]["event"] == "stopped"
@@ -461,6 +473,7 @@ def test_a_killed_supervisor_leaves_a_run_that_saves_and_ends(
         # The first save imports what saves need. The launcher gives its ranks 30 s, which could pass over that.
         run.wait_for(lambda: checkpoint_folder.checkpoint_path(run_dir, 4).exists())
         run.process.kill()
+        wait_until_asked_to_stop(run_dir)
         gate.open("step-6")
     with Supervised(run_dir, *command) as run:  # waits for the first to end
         assert run.wait() == 0, run.text()
