@@ -259,8 +259,8 @@ def read(data: bytes, name: str, kind: str, encoding: str = "utf-8") -> None:
 
     write(name, data)
     unit = Unit(path=name, name=name, source="s", kind=kind)
-    # 66 bytes of bz2 can hold a million blank lines, which take their time honestly. So this bounds what one input unpacks
-    # to; otherwise, the limit on time would tell of the size. test_bombs.py is about the size.
+    # 66 bytes of bz2 can hold a million blank lines, and reading them takes seconds. What one input unpacks to is
+    # bounded here, so that the limit on time finds slow parsers and not large inputs. test_bombs.py is about those.
     config = ReadConfig(encoding=encoding, max_unpacked_bytes=1 << 17)
     for record in read_unit(unit, config, lambda _: None):
         for text in (record.id, record.text, record.source, record.url or "", record.license or ""):
