@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pretrain.checkpoint.tensors import load_weights
 from pretrain.config import ModelConfig, Precision, TrainConfig
+from pretrain.corpus.chat_template import template_in
 from pretrain.corpus.tokenizer import Tokenizer, tokenizer_in
 from pretrain.errors import ConfigError
 from pretrain.model.decoder import Decoder, build_decoder
@@ -31,6 +32,8 @@ class TrainedModel:
     """Number of tokens per sequence in the last data stage that the model was trained on."""
     precision: Precision
     """Precision in which it was last trained."""
+    chat_template: str | None = None
+    """The template of the dialogues it was trained on, for `pretrain.corpus.chat.Chat`; None where there were none."""
 
     def decoder(self, device: torch.device, dtype: torch.dtype) -> Decoder:
         """The model in evaluation mode, with its weights on `device` in `dtype`."""
@@ -55,6 +58,7 @@ def load_trained(run_dir: str | Path, step: int | None = None, target: str | Non
         tokens_seen=state["tokens_seen"],
         sequence_length=state["sequence_length"],
         precision=precision_of(state),
+        chat_template=template_in(Path(run_dir)),
     )
 
 

@@ -291,17 +291,22 @@ def dialogues(data: bytes) -> None:
     from data_tools.reading import dialogue
 
     if (record := as_object(data)) is not None:
-        with suppress(dialogue.NoDialogueError):
-            messages = dialogue.parse(record)
-            assert dialogue.load(dialogue.dump(messages)) == messages
-            dialogue.has_answer(messages)
-            dialogue.plain(messages)
+        with suppress(dialogue.DialogueError):
+            found = dialogue.parse(record)
+            assert dialogue.load(dialogue.dump(found)) == found
+            dialogue.has_turn_of(found.messages, ["assistant"])
+            dialogue.plain(found.messages)
 
 
 DIALOGUES = [
     b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
     b'{"prompt": "a", "response": "b"}',
-    b'{"instruction": "a", "input": "c", "output": "b"}',
+    b'{"instruction": "a", "input": "c", "output": "b", "system": "s", "history": [["x", "y"]]}',
+    b'{"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "completion": "b"}',
+    b'{"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{\\"name\\": \\"f\\", '
+    b'\\"arguments\\": {}}"}, {"from": "observation", "value": ""}], "tools": "[{}]"}',
+    b'{"messages": [{"role": "assistant", "content": null, "tool_calls": [{"id": "1", "function": {"name": "f", '
+    b'"arguments": "{}"}}]}, {"role": "tool", "tool_call_id": "1", "content": "x"}], "tools": [{"a": 1}]}',
 ]
 
 

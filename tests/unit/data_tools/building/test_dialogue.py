@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from pyarrow import parquet
 from data_tools.config import PrepareConfig, TokenizerConfig
 from data_tools.prepare import prepare
 from data_tools.reading import dialogue
-from data_tools.reading.dialogue import NoDialogueError
 from data_tools.remove import remove
 from data_tools.verify import verify
 from pretrain.config import load_config
-from pretrain.corpus.chat import ASSISTANT, Message, encode_dialogue
+from pretrain.corpus.chat import ASSISTANT, OWN_TEMPLATE, Chat, Message
+from pretrain.corpus.chat_template import DialogueError
 from pretrain.corpus.manifest import load_manifest
 from pretrain.corpus.shards import Corpus, documents_of
 from pretrain.corpus.tokenizer import Tokenizer
@@ -44,7 +45,18 @@ def prepared(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def messages_of(record: dict[str, Any]) -> list[Message]:
-    return [Message(**turn) for turn in record["messages"]]
+    return list(record["messages"])
+
+
+def rows(messages: list[Message]) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in messages]
+
+
+@pytest.fixture(scope="module")
+def chat(model: Path) -> Iterator[Chat]:
+    made = Chat(Tokenizer.trusted(model))
+    yield made
+    made.close()
 
 
 # --- records ---
@@ -65,19 +77,19 @@ def messages_of(record: dict[str, Any]) -> list[Message]:
 )  # fmt: skip
 def test_a_record_is_a_dialogue(record: dict[str, Any], expected: list[tuple[str, str]]) -> None:
     found = dialogue.parse(record)
-    assert found == expected
+    assert rows(found.messages) == expected
     assert dialogue.load(dialogue.dump(found)) == found
 
 
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ({"text": "x", "id": 1}, "has no dialogue (its fields: text, id); needed are messages, prompt and"),
+        ({"text": "x", "id": 1}, "has no dialogue (its fields: text, id); needed are messages, conversations"),
         ({"prompt": "x"}, "has no dialogue"),
         ({"messages": "x"}, "has str in the field 'messages', not a list"),
         ({"messages": [["user", "x"]]}, "has in messages[0] no role and content"),
         ({"messages": [{"role": "user"}]}, "has in messages[0] no role and content"),
-        ({"messages": [*turns(("a", "b")), {"role": "tool", "content": "x"}]}, "has in messages[2] the role 'tool'"),
+        ({"messages": [*turns(("a", "b")), {"role": "judge", "content": "x"}]}, "has in messages[2] the role 'judge'"),
         ({"messages": [{"role": [], "content": "x"}]}, "has in messages[0] the role []"),
         ({"messages": [{"role": "assistant", "content": None}]}, "has in messages[0] NoneType as content, not text"),
         ({"prompt": 5, "response": "b"}, "has int in the field 'prompt', not text"),
@@ -85,7 +97,7 @@ def test_a_record_is_a_dialogue(record: dict[str, Any], expected: list[tuple[str
     ],
 )  # fmt: skip
 def test_a_record_that_is_none_is_named(record: dict[str, Any], words: str) -> None:
-    with pytest.raises(NoDialogueError) as caught:
+    with pytest.raises(DialogueError) as caught:
         dialogue.parse(record)
     assert words in str(caught.value)
 
@@ -93,8 +105,8 @@ def test_a_record_that_is_none_is_named(record: dict[str, Any], words: str) -> N
 # --- prepared ---
 
 
-def test_documents_are_the_dialogues_in_the_template(prepared: Path) -> None:
-    tokenizer = Tokenizer.trusted(prepared / "tokenizer.model")
+def test_documents_are_the_dialogues_in_the_template(prepared: Path, chat: Chat) -> None:
+    assert (prepared / "chat_template.jinja").read_text() == OWN_TEMPLATE
     expected = {record["id"]: messages_of(record) for record in dialogues(120)}
     found = {}
     for manifest in (prepared / "manifest.json", prepared / "heldout/manifest.json"):
@@ -103,14 +115,13 @@ def test_documents_are_the_dialogues_in_the_template(prepared: Path) -> None:
             found[document.id] = document
     assert found.keys() == expected.keys()
     for name, messages in expected.items():
-        tokens, targets = encode_dialogue(tokenizer, messages)
+        tokens, targets, n_bytes = chat.encode_dialogue(messages)
         assert found[name].tokens.tolist() == tokens
         marked = {at for a, b in zip(targets[::2], targets[1::2], strict=True) for at in range(a, b)}
         assert set(found[name].is_target.nonzero()[0].tolist()) == marked
-        assert found[name].text_bytes == len("\n".join(m.content for m in messages).encode())
-        assert found[name].target_bytes == sum(
-            len(m.content.encode()) for m in messages if m.role == ASSISTANT
-        )
+        assert found[name].text_bytes == len("\n".join(m["content"] for m in messages).encode())
+        assert found[name].target_bytes == n_bytes
+        assert n_bytes == sum(len(m["content"].strip().encode()) for m in messages if m["role"] == ASSISTANT)
     assert any(len(document.tokens) > 256 for document in found.values())
     assert "documents are dialogues with a loss mask" in (prepared / "README.md").read_text()
     assert verify(prepared) == []
@@ -154,20 +165,25 @@ def test_the_funnel_names_what_was_dropped(
         {"messages": turns(("I get silence", " \n"))},
         {"messages": turns(("a", "b"))},
         {"messages": turns(("Tell me all", "x" * 3000))},
-        {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": [*turns(("a", "a long enough answer")), {"role": "tool", "content": "x"}]},
+        {"messages": turns(("What is </s>?", "The end of a document."))},
+        {"messages": turns(("Say a lot", "word " * 390))},
     ]
     source = write_jsonl(tmp_path / "in.jsonl", records)
-    options = {"model": model, "max_chars": 2000}
-    with pytest.raises(
-        ConfigError, match=r"in\.jsonl:27 has in messages\[0\] the role 'tool'; .*max_bad_records"
-    ):
+    options = {"model": model, "max_chars": 2000, "chat.max_tokens": 700}
+    with pytest.raises(ConfigError, match=r"in\.jsonl:27 cannot be written .* tools.*max_bad_records"):
         prepare(chat_config(tmp_path / "out", source, **options))
     assert prepare(chat_config(tmp_path / "out", source, max_bad_records=1, **options)) == 0
     report = json.loads((tmp_path / "out/prepare.json").read_text())
     dropped = {"duplicate": 1, "no_answer": 2, "too_short": 1, "too_long": 1, "bad_record": 1}
+    dropped |= {"special_token": 1, "too_many_tokens": 1}
     assert report["funnel"]["dropped"] == dropped
     assert report["funnel"]["kept"] == 21
-    assert "-2 no answer" in capsys.readouterr().out
+    manifests = [tmp_path / "out/manifest.json", tmp_path / "out/heldout/manifest.json"]
+    assert sum(load_manifest(path).n_documents for path in manifests) == 21
+    assert report["funnel"]["heldout"] == load_manifest(manifests[1]).n_documents
+    shown = capsys.readouterr().out
+    assert "-2 no answer" in shown and "-1 special token" in shown and "-1 too many tokens" in shown
     assert report["recipe"]["options"]["format"] == "chat"
 
 
@@ -178,14 +194,15 @@ TALK = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "c
 @pytest.mark.parametrize(
     ("record", "named"),
     [
-        (PAIR | {"system": "You answer shortly."}, "system"),
-        (PAIR | {"history": [["Hi", "Hello there"]]}, "history"),
-        (TALK | {"system": "You answer shortly."}, "system"),
-        (TALK | {"tools": [{"name": "search"}]}, "tools"),
+        (TALK | {"history": [["Hi", "Hello there"]]}, "history"),
+        ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "system"),
+        (TALK | {"conversations": [{"from": "human", "value": "x"}]}, "conversations"),
+        (TALK | {"functions": [{"name": "search"}]}, "functions"),
+        ({"conversations": [{"from": "human", "value": "x", "weight": 0}]}, "weight"),
         (TALK | {"prompt": "Another question"}, "prompt"),
         ({"prompt": "a", "response": "b", "input": "and this"}, "input"),
         ({"prompt": "a", "response": "b", "rejected": "c"}, "rejected"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]}, "tool_calls"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}]}, "tool_calls"),
         ({"messages": [{"role": "assistant", "content": "x", "weight": 0}]}, "weight"),
         ({"messages": [{"role": "assistant", "content": "x", "train": False}]}, "train"),
         (
@@ -195,19 +212,19 @@ TALK = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "c
     ],
 )
 def test_a_field_that_would_be_left_out_is_an_error(record: dict[str, object], named: str) -> None:
-    with pytest.raises(NoDialogueError, match=f"'{named}'"):
+    with pytest.raises(DialogueError, match=f"'{named}'"):
         dialogue.parse(record)
 
 
 def test_empty_fields_and_other_facts_leave_nothing_out() -> None:
-    assert len(dialogue.parse(PAIR | {"system": " ", "history": [], "category": "qa"})) == 2
+    assert len(dialogue.parse(PAIR | {"system": " ", "history": [], "category": "qa"}).messages) == 2
     turns = [
         {"role": "assistant", "content": "x", "weight": 1, "train": True, "tool_calls": None, "name": "bot"}
     ]
-    assert len(dialogue.parse({"messages": turns, "tools": [], "prompt": "", "score": 0.5})) == 1
+    assert len(dialogue.parse({"messages": turns, "tools": [], "prompt": "", "score": 0.5}).messages) == 1
 
 
-def test_parquet_holds_dialogues_too(model: Path, tmp_path: Path) -> None:
+def test_parquet_holds_dialogues_too(model: Path, chat: Chat, tmp_path: Path) -> None:
     table = pyarrow.table(
         {"messages": [r["messages"] for r in dialogues(6)], "id": [str(n) for n in range(6)]}
     )
@@ -222,13 +239,15 @@ def test_parquet_holds_dialogues_too(model: Path, tmp_path: Path) -> None:
     assert prepare(chat_config(tmp_path / "out", *inputs, model=model, heldout_frac=0)) == 0
     texts = {d.id: d for d in documents_of(Corpus(tmp_path / "out/manifest.json"))}
     assert set(texts) == {*map(str, range(6)), "pairs.parquet:1", "pairs.parquet:2"}
-    expected = [Message("user", "Sum up\n\n1 and 2"), Message("assistant", "That is 3")]
-    assert (
-        texts["pairs.parquet:2"].tokens.tolist() == encode_dialogue(Tokenizer.trusted(model), expected).tokens
-    )
+    expected = turns(("Sum up\n\n1 and 2", "That is 3"))
+    assert texts["pairs.parquet:2"].tokens.tolist() == chat.encode_dialogue(expected).tokens
     parquet.write_table(pyarrow.table(pairs | {"system": ["", "Be brief."]}), tmp_path / "system.parquet")
-    with pytest.raises(ConfigError, match=r"system\.parquet:2 .*'system'"):
-        prepare(chat_config(tmp_path / "one", tmp_path / "system.parquet", model=model))
+    assert (
+        prepare(chat_config(tmp_path / "one", tmp_path / "system.parquet", model=model, heldout_frac=0)) == 0
+    )
+    texts = {d.id: d for d in documents_of(Corpus(tmp_path / "one/manifest.json"))}
+    expected = turns(("Sum up\n\n1 and 2", "That is 3"), system="Be brief.")
+    assert texts["system.parquet:2"].tokens.tolist() == chat.encode_dialogue(expected).tokens
     parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "other.parquet")
     with pytest.raises(
         ConfigError, match=r"has no column of a dialogue \(it has body\); needed are messages"
@@ -295,7 +314,7 @@ def test_show_brackets_what_is_learned(prepared: Path) -> None:
     first = next(iter(documents_of(Corpus(prepared / "manifest.json"))))
     [record] = [record for record in dialogues(120) if record["id"] == first.id]
     lines = "".join(
-        f"{m.role}\n" + (f"⟦{m.content}⟧\n" if m.role == ASSISTANT else f"{m.content}\n")
+        f"{m['role']}\n" + ("⟦{}⟧\n" if m["role"] == ASSISTANT else "{}\n").format(m["content"].strip())
         for m in messages_of(record)
     ).splitlines()
     expected = [f"| {line[:110]}" for line in lines[:12]]
