@@ -2,8 +2,9 @@
 
 `prompt=` may be given several times; its text is used literally, whatever characters it has, in the Unicode form that
 training text has (NFC). `prompt_file=PATH` reads one prompt per line or, from a .jsonl file, the field `prompt` of each
-line. A continuation depends on its prompt, the
-seed and its number, and not on what else is generated. With json=true the last line on stdout is JSON.
+line. A continuation depends on its prompt, the seed and its number, and not on what else is generated. A single one is
+printed as it is generated. With chat=true, each prompt is what the user says in a dialogue; without a prompt, you type
+what the user says, line by line. With json=true the last line on stdout is JSON.
 Exit codes: 0 done, 2 the input or configuration is wrong.
 """
 
@@ -14,7 +15,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,7 +30,10 @@ from pretrain.config import Precision, run_command
 from pretrain.config.texts import PathText, VerbatimText
 from pretrain.errors import ConfigError
 from pretrain.files import read_lines
-from pretrain.printing import visible
+from pretrain.printing import say, visible
+
+if TYPE_CHECKING:
+    from pretrain.generation.writer import Writer
 
 REPORT_EVERY_S = 5.0
 
@@ -60,6 +64,17 @@ class GenerateConfig:
     top_p: float = 0.95
     """Sample only from the smallest set of most probable tokens whose total probability is at least this; 1 samples
     from all."""
+    min_p: float = 0.0
+    """Sample only from tokens that are at least this many times as probable as the most probable one."""
+    repetition_penalty: float = 1.0
+    """Number by which the positive logits of tokens that the text already has are divided, and the negative ones
+    multiplied; 1 changes nothing."""
+    stop: list[VerbatimText] = field(default_factory=list)
+    """Texts at which a continuation ends; they are not part of it."""
+    chat: bool = False
+    """Write the answers of the assistant in a dialogue, for a model that was trained on dialogues."""
+    system: VerbatimText | None = None
+    """What the system says at the start of the dialogue."""
     seed: int = 0
     """Seed of the sampling."""
     batch_sequences: int = 16
@@ -73,65 +88,86 @@ class GenerateConfig:
         for name in ("n_samples", "max_new_tokens", "batch_sequences"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be greater than 0")
+        if self.system is not None and not self.chat:
+            raise ConfigError("system= is part of a dialogue; give chat=true as well")
 
 
 def main(config: GenerateConfig) -> None:
     """Read the prompts, load the model, and generate and print the continuations."""
     from data_tools.text import clean
-    from pretrain.evaluate.generation import Sampling, prompt_seed
+    from pretrain.generation.sampling import Sampling
 
-    sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    sampling = Sampling(
+        repetition_penalty=config.repetition_penalty,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+    )
     # Text is normalized as in training, where the model has seen no other form of it.
-    texts = list(map(clean, config.prompt + read_prompts(config.prompt_file))) or [""]
+    texts = list(map(clean, config.prompt + read_prompts(config.prompt_file)))
 
     from pretrain.device import own_device
-    from pretrain.evaluate.generation import Prompt, generate
+    from pretrain.generation.writer import Writer
     from pretrain.model.kernels import DTYPES
     from pretrain.trained import load_trained, precision_on
 
     trained = load_trained(config.run_dir, config.step, config.checkpoint_target)
-    tokenizer, trained_length = trained.tokenizer, trained.sequence_length
     device = own_device()
     precision = precision_on(device, config.precision)
-    model = trained.decoder(device, DTYPES[precision])
-    samples = [(text, number) for text in texts for number in range(config.n_samples)]
-    prompts = []
-    for text, number in samples:
-        tokens = [tokenizer.bos_id, *tokenizer.encode(text)]
-        prompts.append(Prompt(tokens, prompt_seed(config.seed, tokens, number)))
-    longest = max(len(prompt.tokens) for prompt in prompts) + config.max_new_tokens
-    if longest > trained_length:
-        print(
-            f"note: up to {longest} tokens, but the model was trained on {trained_length}: the end may be poor",
-            file=sys.stderr,
-        )
-    progress = Progress(len(prompts) * config.max_new_tokens)
-    records = []
-    for first in range(0, len(prompts), config.batch_sequences):
-        group = slice(first, first + config.batch_sequences)
-        found = generate(
-            model,
-            prompts[group],
-            max_new_tokens=config.max_new_tokens,
-            sampling=sampling,
-            eos_id=tokenizer.eos_id,
-            vocab_size=tokenizer.vocab_size,
-            progress=progress.advance,
-        )
-        progress.finish(len(found) * config.max_new_tokens)
-        for (text, number), prompt, row in zip(samples[group], prompts[group], found, strict=True):
-            record = {
-                "prompt": text,
-                "sample": number,
-                "text": tokenizer.decode_after(prompt.tokens, row.tokens),
-                "tokens": row.tokens,
-                "finished": row.finished,
-            }
-            records.append(record)
-            show(record, many=len(samples) > 1)
+    writer = Writer(
+        trained.decoder(device, DTYPES[precision]),
+        trained.tokenizer,
+        sampling=sampling,
+        max_new_tokens=config.max_new_tokens,
+        stop=config.stop,
+        seed=config.seed,
+        system=clean(config.system) if config.system is not None else None,
+    )
+    if config.chat and not texts:
+        from pretrain.generation.conversation import converse
+
+        converse(writer, trained.sequence_length, clean)
+        return
+    records = continue_all(writer, texts or [""], config, trained.sequence_length)
     if config.json:
         facts = {"run_dir": config.run_dir, "step": trained.step, "precision": precision.value}
         print(json.dumps({**facts, "samples": records}))
+
+
+def continue_all(
+    writer: Writer, texts: list[str], config: GenerateConfig, trained_length: int
+) -> list[dict[str, Any]]:
+    """Generate and print the continuations of all prompts, in groups. Returns what the JSON says of each."""
+    samples = [(text, number) for text in texts for number in range(config.n_samples)]
+    prompts = [
+        writer.answer_to(text, number) if config.chat else writer.after(text, number)
+        for text, number in samples
+    ]
+    longest = max(len(prompt.tokens) for prompt in prompts) + config.max_new_tokens
+    if longest > trained_length:
+        say(
+            f"note: up to {longest} tokens, but the model was trained on {trained_length}: the end may be poor"
+        )
+    streamed = Stream() if len(prompts) == 1 else None
+    progress = Progress(len(prompts) * config.max_new_tokens, is_shown=streamed is None)
+    records = []
+    for first in range(0, len(prompts), config.batch_sequences):
+        group = slice(first, first + config.batch_sequences)
+        if streamed is not None and not config.chat:
+            streamed.show(samples[0][0])
+        answers = writer.write(prompts[group], progress.advance, streamed.show if streamed else None)
+        progress.finish(len(answers) * config.max_new_tokens)
+        for (text, number), answer in zip(samples[group], answers, strict=True):
+            finished = answer.ending == "stop"
+            record = {"prompt": text, "sample": number, "text": answer.text, "tokens": answer.tokens}
+            records.append({**record, "finished": finished})
+            if streamed is not None:
+                streamed.end(finished)
+            else:
+                show(text, number, "" if config.chat else text, answer.text, finished)
+    progress.end()
+    return records
 
 
 def read_prompts(path: str | None) -> list[str]:
@@ -164,38 +200,55 @@ def json_prompt(path: str, number: int, line: str) -> str:
     return prompt
 
 
-def show(record: dict[str, Any], many: bool) -> None:
+def show(prompt: str, number: int, before: str, text: str, finished: bool) -> None:
     """Print one continuation after its prompt."""
-    if many:
-        print(f"--- {record['prompt']!r}, sample {record['sample']}")
-    text = record["prompt"] + record["text"] + ("" if record["finished"] else " …")
-    print(visible(text, keep="\n\t"), flush=True)
+    print(f"--- {prompt!r}, sample {number}")
+    print(visible(before + text + ("" if finished else " …"), keep="\n\t"), flush=True)
+
+
+class Stream:
+    """Prints a single continuation as it is generated."""
+
+    def show(self, piece: str) -> bool:
+        """Print a piece of text. The continuation is wanted to its end."""
+        print(visible(piece, keep="\n\t"), end="", flush=True)
+        return True
+
+    def end(self, finished: bool) -> None:
+        """End the line."""
+        print("" if finished else " …", flush=True)
 
 
 class Progress:
-    """Prints a line on stderr every few seconds: tokens generated, rate, and the longest time that is left."""
+    """Prints lines on stderr: tokens generated, rate, and the longest time that is left; at the end, the rate."""
 
-    def __init__(self, total_tokens: int) -> None:
+    def __init__(self, total_tokens: int, is_shown: bool) -> None:
         self.total, self.written, self.done = total_tokens, 0, 0
+        self.is_shown = is_shown
         self.start = self.last = time.monotonic()
 
     def advance(self, n_rows: int) -> None:
         """Count one more token for each of `n_rows` continuations."""
         self.written += n_rows
         now = time.monotonic()
-        if now - self.last >= REPORT_EVERY_S:
+        if self.is_shown and now - self.last >= REPORT_EVERY_S:
             self.last = now
-            rate = self.written / (now - self.start)
-            left_s = (self.total - self.done) / max(rate, 1e-9)
-            print(
-                f"generating: {self.written:,} tokens, {rate:,.1f} tokens/s, at most {left_s:,.0f} s left",
-                file=sys.stderr,
-                flush=True,
+            left_s = (self.total - self.done) / max(self.rate(), 1e-9)
+            say(
+                f"generating: {self.written:,} tokens, {self.rate():,.1f} tokens/s, at most {left_s:,.0f} s left"
             )
+
+    def rate(self) -> float:
+        """Tokens per second so far, including the reading of the prompts."""
+        return self.written / max(time.monotonic() - self.start, 1e-9)
 
     def finish(self, n_tokens: int) -> None:
         """Count a group as complete that could have had up to `n_tokens` tokens."""
         self.done += n_tokens
+
+    def end(self) -> None:
+        """Say how fast it was."""
+        say(f"generated {self.written:,} tokens, {self.rate():,.1f} tokens/s")
 
 
 if __name__ == "__main__":

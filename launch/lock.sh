@@ -50,7 +50,7 @@ main() {
     "$scratch/venv/bin/python" -m pip install -qq --disable-pip-version-check "$UV" || fail "$UV could not be installed"
     cp "$CUDA" "$scratch/lock" 2>/dev/null || true # uv keeps the versions of this file
     # Only the package registry is used, because other indexes of this machine are not available to others.
-    (cd "$ROOT" && "$scratch/venv/bin/uv" --quiet pip compile pyproject.toml --extra data --extra cloud --extra eval --extra dev \
+    (cd "$ROOT" && "$scratch/venv/bin/uv" --quiet pip compile pyproject.toml --extra data --extra cloud --extra eval --extra finetune --extra export --extra serve --extra dev \
         --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --output-file "$scratch/lock" "$@" >/dev/null) ||
         fail "pyproject.toml could not be resolved"
     # Remove the markers that hold for every environment that uv resolves for (tool.uv in pyproject.toml).

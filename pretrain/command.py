@@ -30,6 +30,7 @@ LAUNCH = (
     "plan",
     "provenance",
     "selftest",
+    "serve",
     "submit",
     "supervise",
 )

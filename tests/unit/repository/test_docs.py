@@ -29,6 +29,7 @@ from pretrain.config import SubmitConfig, TrainConfig, load_config
 from pretrain.config.words.kinds import find_kind
 from pretrain.data.inputs import check_lengths
 from pretrain.errors import ConfigError
+from pretrain.generation.protocol import ChatBody
 from support import ROOT
 
 PAGES = [
@@ -230,6 +231,14 @@ def check_export(arguments: list[str]) -> None:
                 check(shlex.split(re.sub(r"\$\{TRAIN:[^}]*\}", value, service["command"])))
 
 
+def check_curl(arguments: list[str]) -> None:
+    """A request to launch/serve.py, which it would answer. Run by: test_server.py."""
+    url, option, header, data, body = arguments
+    assert url == "http://127.0.0.1:8000/v1/chat/completions"
+    assert (option, header, data) == ("-H", "content-type: application/json", "-d")
+    ChatBody.model_validate_json(body)
+
+
 def check_mkdir(arguments: list[str]) -> None:
     assert arguments[0] == "-p"
 
@@ -260,6 +269,7 @@ VARIABLES = {"DS_ACCELERATOR": "pretrain/device.py", "PRETRAIN_TORCH": "launch/s
 
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "bash": check_bash,
+    "curl": check_curl,
     "deepspeed": check_deepspeed,
     "docker": check_docker,
     "export": check_export,
@@ -443,7 +453,7 @@ def test_messages_recommend_only_what_exists() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "curl example.org",
+        "wget example.org",
         "bash launch/quickstart.sh --nonsense",
         "bash tests/run.sh tests/test_nothing.py",
         "python launch/train.py run_dir=x data.manifest=y total_steps=5 optim.learning_rate=1",

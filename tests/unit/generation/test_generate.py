@@ -12,28 +12,45 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from pretrain.errors import ConfigError
-from pretrain.evaluate.generation import (
-    Continuation,
-    Prompt,
+from pretrain.generation.batch import Batch, Ending, Prompt
+from pretrain.generation.sampling import (
     Sampling,
-    generate,
+    keep_min_p,
     keep_top_k,
     keep_top_p,
-    prompt_seed,
+    penalize_repetition,
     sample,
     token_probabilities,
 )
+from pretrain.generation.writer import Writer, prompt_seed
 from pretrain.model.decoder import Decoder
+from pretrain.printing import visible
+from pretrain.trained import load_trained
 from support import ROOT
 from support.trained_run import SMALL, make_run, run_script, script
 
 logit_rows = st.lists(st.floats(-8, 8), min_size=1, max_size=40).map(torch.tensor)
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[1, 7, 30, 4], [1], [1, 50, 51, 52, 53, 54, 55, 56, 9], [1, 60, 8]]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generate") / "run"
+    make_run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run_dir: Path) -> Path:
+    from pretrain.convert.hugging_face import export
+
+    export(load_trained(run_dir), run_dir.parent / "hf", dtype=torch.float32)
+    return run_dir.parent / "hf"
 
 
 def model() -> Decoder:
@@ -54,15 +71,23 @@ def run(
     n: int = 12,
     eos_id: int = 2,
     seed: int = 0,
-) -> list[Continuation]:
-    return generate(
-        decoder,
-        [Prompt(tokens, prompt_seed(seed, tokens, 0)) for tokens in prompts],
-        max_new_tokens=n,
-        sampling=sampling,
-        eos_id=eos_id,
-        vocab_size=64,
-    )
+    vocab_size: int = 64,
+) -> list[tuple[list[int], Ending | None]]:
+    """The tokens of each prompt's continuation, and why it ended."""
+    wanted = [
+        Prompt(
+            tokens=tokens,
+            max_new_tokens=n,
+            sampling=sampling,
+            seed=prompt_seed(seed, tokens, 0),
+            end_ids={eos_id},
+        )
+        for tokens in prompts
+    ]
+    batch = Batch(decoder, wanted, vocab_size)
+    while batch.open_rows:
+        batch.step()
+    return [(row.tokens, row.ending) for row in batch.rows]
 
 
 # --- the distribution ---
@@ -118,11 +143,58 @@ def test_temperature_0_is_greedy(logits: torch.Tensor) -> None:
     assert logits[probabilities.argmax()] == logits.max()
 
 
+@given(logits=logit_rows, p=st.floats(0, 1))
+def test_min_p_keeps_what_is_probable_enough(logits: torch.Tensor, p: float) -> None:
+    inside = keep_min_p(logits, p).isfinite()
+    probabilities = logits.double().softmax(-1)
+    assert torch.equal(inside, probabilities >= p * probabilities.max())
+
+
+@given(
+    logits=logit_rows.filter(lambda row: len(row) > 3),
+    temperature=st.floats(0.1, 5),
+    k=st.none() | st.integers(1, 50),
+    p=st.floats(0.01, 0.99),
+    min_p=st.floats(0, 0.9),
+    penalty=st.floats(0.5, 3),
+)
+@settings(max_examples=50)
+def test_probabilities_equal_those_of_transformers(
+    logits: torch.Tensor, temperature: float, k: int | None, p: float, min_p: float, penalty: float
+) -> None:
+    """Their processors, in the order in which they apply them. Ties at a limit may be broken either way."""
+    process = pytest.importorskip("transformers.generation.logits_process")
+    assume(len(logits.unique()) == len(logits))
+    steps = [
+        process.RepetitionPenaltyLogitsProcessor(penalty),
+        process.TemperatureLogitsWarper(temperature),
+        *([process.TopKLogitsWarper(k)] if k is not None else []),
+        process.TopPLogitsWarper(p),
+        process.MinPLogitsWarper(min_p),
+    ]
+    ids = torch.tensor([[0, 2, 2]])
+    expected = logits.double()[None]
+    for step in steps:
+        expected = step(ids, expected)
+    seen = torch.zeros(len(logits), dtype=torch.bool).index_fill(0, ids[0], True)
+    settings_ = Sampling(repetition_penalty=penalty, temperature=temperature, top_k=k, top_p=p, min_p=min_p)
+    found = token_probabilities(logits.double(), settings_, seen)
+    inside, theirs = found > 0, expected[0].softmax(-1) > 0
+    # What is summed up in another order may fall on the other side of a limit, for one token at most.
+    assert (inside != theirs).sum() <= 1
+    if torch.equal(inside, theirs):
+        torch.testing.assert_close(found, expected[0].softmax(-1))
+
+
+def test_the_repetition_penalty_makes_what_was_seen_less_probable() -> None:
+    logits, seen = torch.tensor([2.0, -2.0, 3.0, 0.0]), torch.tensor([True, True, False, True])
+    assert penalize_repetition(logits, seen, 2.0).tolist() == [1.0, -4.0, 3.0, 0.0]
+
+
 def test_samples_follow_the_distribution() -> None:
     logits = torch.tensor([0.0, 2.0, 1.0, -1.0])
     sampling = Sampling(temperature=0.7, top_k=3)
-    generators = [torch.Generator().manual_seed(n) for n in range(4000)]
-    drawn = sample(logits.expand(4000, -1), sampling, generators)
+    drawn = torch.tensor([sample(logits, sampling, torch.Generator().manual_seed(n)) for n in range(4000)])
     shares = drawn.bincount(minlength=4) / 4000
     torch.testing.assert_close(shares.double(), token_probabilities(logits, sampling), rtol=0, atol=0.03)
     assert shares[3] == 0
@@ -130,7 +202,14 @@ def test_samples_follow_the_distribution() -> None:
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"temperature": -0.1}, "temperature=-0.1"), ({"top_k": 0}, "top_k=0"), ({"top_p": 0.0}, "top_p=0.0")],
+    [
+        ({"temperature": -0.1}, "temperature=-0.1"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"min_p": 1.5}, "min_p=1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+    ],
 )
 def test_impossible_settings_are_refused(values: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -143,16 +222,24 @@ def test_impossible_settings_are_refused(values: dict[str, float], message: str)
 def test_greedy_generation_is_the_argmax_of_the_whole_sequence() -> None:
     """Without a cache: the model reads everything again for each token."""
     decoder = model()
-    for prompt, found in zip(PROMPTS, run(decoder, PROMPTS, GREEDY, eos_id=-1), strict=True):
+    for prompt, (found, ending) in zip(PROMPTS, run(decoder, PROMPTS, GREEDY, eos_id=-1), strict=True):
         tokens = list(prompt)
         for _ in range(12):
             tokens.append(int(decoder.logits(torch.tensor([tokens]))[0, -1].argmax()))
-        assert found.tokens == tokens[len(prompt) :]
-        assert not found.finished
-        assert len(set(found.tokens)) > 3
+        assert found == tokens[len(prompt) :]
+        assert ending is Ending.LENGTH
+        assert len(set(found)) > 3
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(temperature=0.8, top_k=20, top_p=0.9)])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        GREEDY,
+        Sampling(),
+        Sampling(temperature=0.8, top_k=20, top_p=0.9),
+        Sampling(min_p=0.02, repetition_penalty=1.5),
+    ],
+)
 def test_a_batch_gives_what_each_prompt_gives_alone(sampling: Sampling) -> None:
     decoder = model()
     together = run(decoder, PROMPTS, sampling)
@@ -173,84 +260,97 @@ def test_the_seed_decides() -> None:
 def test_eos_ends_a_row_and_not_the_others() -> None:
     decoder = model()
     endless = run(decoder, PROMPTS, GREEDY, eos_id=-1)
-    eos = endless[0].tokens[4]
+    eos = endless[0][0][4]
     found = run(decoder, PROMPTS, GREEDY, eos_id=eos)
-    for row, without in zip(found, endless, strict=True):
-        stop = without.tokens.index(eos) if eos in without.tokens else None
-        assert row == Continuation(without.tokens[:stop], finished=stop is not None)
-    assert found[0].finished
-    assert not all(row.finished for row in found)
+    for row, (without, _) in zip(found, endless, strict=True):
+        stop = without.index(eos) if eos in without else None
+        assert row == (without[:stop], Ending.LENGTH if stop is None else Ending.STOP)
+    assert found[0][1] is Ending.STOP
+    assert not all(ending is Ending.STOP for _, ending in found)
 
 
 def test_generation_stops_when_every_row_has_ended() -> None:
-    steps: list[int] = []
     decoder = model()
-    eos = run(decoder, PROMPTS[:1], GREEDY, eos_id=-1)[0].tokens[4]
-    generate(
-        decoder,
-        [Prompt(PROMPTS[0], 0)],
-        max_new_tokens=50,
-        sampling=GREEDY,
-        eos_id=eos,
-        vocab_size=64,
-        progress=steps.append,
-    )
-    assert len(steps) == 5
-    assert steps[-1] == 0
+    eos = run(decoder, PROMPTS[:1], GREEDY, eos_id=-1)[0][0][4]
+    prompt = Prompt(tokens=PROMPTS[0], max_new_tokens=50, sampling=GREEDY, seed=0, end_ids={eos})
+    batch = Batch(decoder, [prompt], 64)
+    steps = 0
+    while batch.open_rows:
+        assert batch.step() == [0]
+        steps += 1
+    assert steps == 5
+
+
+def test_each_row_has_limits_of_its_own() -> None:
+    decoder = model()
+    prompts = [
+        Prompt(tokens=tokens, max_new_tokens=n, sampling=sampling, seed=5, end_ids=set())
+        for tokens, n, sampling in zip(
+            PROMPTS, (3, 9, 1, 6), (GREEDY, Sampling(), Sampling(top_k=3), GREEDY), strict=True
+        )
+    ]
+    batch = Batch(decoder, prompts, 64)
+    while batch.open_rows:
+        batch.step()
+    for row, prompt in zip(batch.rows, prompts, strict=True):
+        alone = Batch(decoder, [prompt], 64)
+        while alone.open_rows:
+            alone.step()
+        assert row.tokens == alone.rows[0].tokens
+        assert len(row.tokens) == prompt.max_new_tokens
 
 
 def test_tokens_outside_the_vocabulary_are_never_chosen() -> None:
-    decoder = model()
-    found = generate(
-        decoder,
-        [Prompt(tokens, 0) for tokens in PROMPTS],
-        max_new_tokens=30,
-        sampling=Sampling(temperature=10.0),
-        eos_id=-1,
-        vocab_size=10,
-    )
-    tokens = {token for row in found for token in row.tokens}
+    found = run(model(), [[1, 7], [1], [1, 9]], Sampling(temperature=10.0), n=30, eos_id=-1, vocab_size=10)
+    tokens = {token for row, _ in found for token in row}
     assert len(tokens) > 5
     assert max(tokens) < 10
 
 
-def test_greedy_generation_equals_that_of_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("repetition_penalty", [1.0, 1.7])
+def test_greedy_generation_equals_that_of_transformers(
+    run_dir: Path, exported: Path, repetition_penalty: float
+) -> None:
     """On the exported folder, in a batch that they pad on the left."""
     transformers = pytest.importorskip("transformers")
-    from pretrain.convert.hugging_face import export
-    from pretrain.trained import load_trained
-
-    make_run(tmp_path / "run")
-    trained = load_trained(tmp_path / "run")
-    export(trained, tmp_path / "hf", dtype=torch.float32)
+    trained = load_trained(run_dir)
     texts = ["It is a truth", "道可道", "def fibonacci(n: int)", ""]
-    ours = generate(
+    writer = Writer(
         trained.decoder(torch.device("cpu"), torch.float32),
-        [Prompt([1, *trained.tokenizer.encode(text)], 0) for text in texts],
+        trained.tokenizer,
+        sampling=Sampling(temperature=0, repetition_penalty=repetition_penalty),
         max_new_tokens=20,
-        sampling=GREEDY,
-        eos_id=2,
-        vocab_size=trained.tokenizer.vocab_size,
     )
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    batch = tokenizer(texts, return_tensors="pt", padding=True)
-    found = theirs.generate(**batch, max_new_tokens=20, do_sample=False)[:, batch.input_ids.shape[1] :]
-    for row, expected in zip(ours, found.tolist(), strict=True):
+    ours = writer.write([writer.after(text) for text in texts])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    # Without padding, which their repetition penalty would take for tokens of the text.
+    for row, text in zip(ours, texts, strict=True):
+        batch = tokenizer([text], return_tensors="pt")
+        found = theirs.generate(
+            **batch, max_new_tokens=20, do_sample=False, repetition_penalty=repetition_penalty
+        )
+        expected = found[0, batch.input_ids.shape[1] :].tolist()
         assert row.tokens == expected[: len(row.tokens)]
         assert len(set(row.tokens)) > 2
         text = trained.tokenizer.decode(row.tokens)
         assert tokenizer.decode(row.tokens) == text or "\ufffd" in text  # bytes that are no UTF-8
+        assert row.text == trained.tokenizer.decode_after(writer.after(text).tokens, row.tokens)
+    if repetition_penalty == 1:
+        batch = tokenizer(texts, return_tensors="pt", padding=True)
+        found = theirs.generate(**batch, max_new_tokens=20, do_sample=False)[:, batch.input_ids.shape[1] :]
+        assert [row.tokens for row in ours] == [
+            expected[: len(row.tokens)] for row, expected in zip(ours, found.tolist(), strict=True)
+        ]
 
 
 # --- launch/generate.py ---
 
 
-def test_the_script_continues_prompts_as_they_stand(tmp_path: Path) -> None:
+def test_the_script_continues_prompts_as_they_stand(run_dir: Path) -> None:
     """Signs that mean something to Hydra are text in a prompt; --json is what a person may type."""
-    make_run(tmp_path / "run")
     prompt = 'It is, "a" truth: ${x} = [1, {2}] \\ 道'
-    arguments = [f"run_dir={tmp_path / 'run'}", "max_new_tokens=5", "n_samples=2", "--json"]
+    arguments = [f"run_dir={run_dir}", "max_new_tokens=5", "n_samples=2", "--json"]
     done = run_script("generate", f"prompt={prompt}", "prompt=a man", *arguments)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -261,8 +361,9 @@ def test_the_script_continues_prompts_as_they_stand(tmp_path: Path) -> None:
     assert prompt in done.stdout
 
 
-def test_the_script_writes_the_same_in_any_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_run(tmp_path / "run")
+def test_the_script_writes_the_same_in_any_batch(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "prompts.txt").write_text("It is a truth\n\n道可道\n")
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "def f():\n"}) + "\n")
     generate_script = script("generate")
@@ -271,7 +372,7 @@ def test_the_script_writes_the_same_in_any_batch(tmp_path: Path, capsys: pytest.
         samples = []
         for name in ("prompts.txt", "prompts.jsonl"):
             config = generate_script.GenerateConfig(
-                run_dir=str(tmp_path / "run"),
+                run_dir=str(run_dir),
                 prompt=["A man"],
                 prompt_file=str(tmp_path / name),
                 max_new_tokens=6,
@@ -302,23 +403,23 @@ def test_only_line_feeds_separate_prompts(
     assert script("generate").read_prompts(str(tmp_path / name)) == prompts
 
 
-def test_prompts_have_the_form_of_training_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_run(tmp_path / "run")
+def test_prompts_have_the_form_of_training_text(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     generate_script = script("generate")
     samples = []
     for prompt in ("caf\u00e9\nbar", "cafe\u0301\r\nbar", "\ufeffcaf\u00e9\n\ud83dbar", "caf\u00e9\n\x07bar"):
         config = generate_script.GenerateConfig(
-            run_dir=str(tmp_path / "run"), prompt=[prompt], max_new_tokens=4, json=True
+            run_dir=str(run_dir), prompt=[prompt], max_new_tokens=4, json=True
         )
         generate_script.main(config)
         samples.append(json.loads(capsys.readouterr().out.splitlines()[-1])["samples"])
     assert all(sample == samples[0] for sample in samples)
 
 
-def test_any_terminal_and_ctrl_c(tmp_path: Path) -> None:
+def test_any_terminal_and_ctrl_c(run_dir: Path) -> None:
     """A terminal without UTF-8 gets escapes; Ctrl-C gets one sentence and exit code 130."""
-    make_run(tmp_path / "run")
-    command = [sys.executable, ROOT / "launch/generate.py", f"run_dir={tmp_path / 'run'}", "prompt=道 – é"]
+    command = [sys.executable, ROOT / "launch/generate.py", f"run_dir={run_dir}", "prompt=道 – é"]
     process = subprocess.Popen(
         [*command, "max_new_tokens=2", "n_samples=20000", "batch_sequences=1"],
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
@@ -353,3 +454,45 @@ def test_the_script_refuses_impossible_settings(tmp_path: Path) -> None:
         generate_script.main(generate_script.GenerateConfig(run_dir=str(tmp_path), top_p=1.5))
     with pytest.raises(ConfigError, match="max_new_tokens=0"):
         generate_script.GenerateConfig(run_dir="x", max_new_tokens=0)
+
+
+def test_a_single_text_is_streamed_and_stops(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generate_script = script("generate")
+
+    def run_with(**values: object) -> tuple[str, dict]:
+        config = generate_script.GenerateConfig(
+            run_dir=str(run_dir), prompt=["It is"], max_new_tokens=12, json=True, **values
+        )
+        generate_script.main(config)
+        printed, _, last = capsys.readouterr().out.strip("\n").rpartition("\n")
+        return printed, json.loads(last)["samples"][0]
+
+    printed, whole = run_with()
+    assert printed.startswith("It is") and whole["text"][:3] in printed
+    stop = next(character for character in whole["text"][2:] if character.isalpha())
+    printed, cut = run_with(stop=[stop])
+    assert cut["text"] == whole["text"][: whole["text"].index(stop)]
+    assert cut["finished"] and not printed.endswith("…")
+
+
+def test_a_dialogue_on_the_terminal(run_dir: Path) -> None:
+    """Line by line: each answer follows from the turns before it, and the end of the input ends the dialogue."""
+    arguments = [f"run_dir={run_dir}", "max_new_tokens=6", "temperature=0"]
+    once = run_script("generate", *arguments, "chat=true", "prompt=Hello", "json=true")
+    answer = json.loads(once.stdout.splitlines()[-1])["samples"][0]["text"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch/generate.py", *arguments, "chat=true"],
+        input="Hello\nand?\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(visible(answer))
+    assert done.stdout.count(" …\n") == 2
+    assert "tokens/s" in once.stderr
+
+
+def test_a_system_turn_needs_a_dialogue(run_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"system=.*chat=true"):
+        script("generate").GenerateConfig(run_dir=str(run_dir), system="x")
