@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pretrain.checkpoint.tensors import load_weights
 from pretrain.config import ModelConfig, Precision, TrainConfig
+from pretrain.corpus.chat import OWN_TEMPLATE, Chat
 from pretrain.corpus.chat_template import template_in
 from pretrain.corpus.tokenizer import Tokenizer, tokenizer_in
 from pretrain.errors import ConfigError
@@ -38,6 +39,10 @@ class TrainedModel:
     def decoder(self, device: torch.device, dtype: torch.dtype) -> Decoder:
         """The model in evaluation mode, with its weights on `device` in `dtype`."""
         return build_decoder(self.config.model, self.weights, device, dtype)
+
+    def chat(self) -> Chat:
+        """Writes dialogues for this model: in the template of its training, or in ours if it never saw dialogues."""
+        return Chat(self.tokenizer, OWN_TEMPLATE if self.chat_template is None else self.chat_template)
 
 
 def load_trained(run_dir: str | Path, step: int | None = None, target: str | None = None) -> TrainedModel:
