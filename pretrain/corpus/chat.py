@@ -69,7 +69,10 @@ class Chat:
         self._special_name = re.compile("|".join(map(re.escape, longest_first)))
         try:
             self._learn_form()
-        except DialogueError as error:
+        except (DialogueError, ConfigError) as error:
+            self.close()
+            if isinstance(error, ConfigError):
+                raise
             raise ConfigError(f"the chat template is not used: a question with its answer {error}") from error
         self.end_ids = frozenset({special[self._end], tokenizer.eos_id})
         """The ids that end the assistant's turn."""

@@ -310,6 +310,26 @@ DIALOGUES = [
 ]
 
 
+def chat_template(data: bytes) -> None:
+    from pretrain.corpus.chat_template import DialogueError, Renderer
+
+    renderer = Renderer(data.decode(errors="replace"), {"bos_token": "<s>", "eos_token": "</s>"})
+    with refusing(), suppress(DialogueError):
+        text, spans = renderer.render(
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        )
+        assert CANARY not in text
+        assert all(0 <= start < stop <= len(text) for start, stop in spans)
+    renderer.close()
+
+
+@cache
+def chat_templates() -> list[bytes]:
+    from support.chat_templates import GENERATION, LLAMA_2, QWEN
+
+    return [template.encode() for template in (GENERATION, LLAMA_2, QWEN)]
+
+
 def table() -> Any:
     import pyarrow
 
@@ -505,6 +525,9 @@ HARNESSES = {
     ),
     "journal": Harness(journal, lambda: [JOURNAL], is_json=True),
     "dialogues": Harness(dialogues, lambda: DIALOGUES, is_json=True),
+    "chat_template": Harness(
+        chat_template, chat_templates, words=(b"{% for a in range(99999) %}", b".__class__", b"|attr(", b"{{ 9 ** 9 ** 9 }}")
+    ),
     "jsonl": Harness(lambda data: read(data, "x.jsonl", "jsonl"), lambda: [json_lines()], is_json=True),
     "gzip": Harness(lambda data: read(data, "x.jsonl.gz", "jsonl"), lambda: [gzip.compress(json_lines())]),
     "json": Harness(lambda data: read(data, "x.json", "json"), json_of_any_form, is_json=True),
