@@ -109,7 +109,10 @@ def _message_of(turn: Any, where: str) -> Message:
             f"has {unread[0]!r} in {where}, which would be left out; remove it, or this record"
         )
     message: dict[str, Any] = {"role": role}
-    calls = [_call_of(call, where) for call in turn.get("tool_calls") or ()]
+    given = turn.get("tool_calls") or []
+    if not isinstance(given, list):
+        raise DialogueError(f"has in {where} {type(given).__name__} as tool_calls, not a list")
+    calls = [_call_of(call, where) for call in given]
     if not (calls and turn.get("content") is None):
         message["content"] = _text_of(turn.get("content"), where)
     if calls:

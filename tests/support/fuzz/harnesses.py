@@ -526,7 +526,9 @@ HARNESSES = {
     "journal": Harness(journal, lambda: [JOURNAL], is_json=True),
     "dialogues": Harness(dialogues, lambda: DIALOGUES, is_json=True),
     "chat_template": Harness(
-        chat_template, chat_templates, words=(b"{% for a in range(99999) %}", b".__class__", b"|attr(", b"{{ 9 ** 9 ** 9 }}")
+        chat_template,
+        chat_templates,
+        words=(b"{% for a in range(99999) %}", b".__class__", b"|attr(", b"{{ 9 ** 9 ** 9 }}"),
     ),
     "jsonl": Harness(lambda data: read(data, "x.jsonl", "jsonl"), lambda: [json_lines()], is_json=True),
     "gzip": Harness(lambda data: read(data, "x.jsonl.gz", "jsonl"), lambda: [gzip.compress(json_lines())]),
