@@ -314,6 +314,8 @@ class _Boundaries:
         by itself, as it is in a prompt, and must give the same tokens. Raises DialogueError where it does not.
         """
         n_special = bisect_right(self._stops, place)
+        if n_special and self._stops[n_special - 1] == place:
+            return self._places[n_special - 1] + 1
         start, first = (self._starts[n_special - 1], self._places[n_special - 1]) if n_special else (0, 0)
         alone = self._tokenizer.encode_rendered(self._text[start:place])
         if self._tokens[first : first + len(alone)] != alone:
