@@ -28,6 +28,55 @@ class DocumentFormat(Enum):
     chat = "chat"
 
 
+class LossRole(Enum):
+    system = "system"
+    user = "user"
+    assistant = "assistant"
+    tool = "tool"
+
+
+class Longer(Enum):
+    drop = "drop"
+    cut = "cut"
+
+
+@dataclass(kw_only=True, slots=True)
+class ChatConfig:
+    """How dialogues become tokens, and which of them count in the loss."""
+
+    template: PathText | None = None
+    """File of a chat template in Jinja; null: the one that lies beside the tokenizer (chat_template.jinja, or in
+    tokenizer_config.json), otherwise that of docs/finetuning.md, which `ours` takes in any case."""
+    loss_roles: list[LossRole] = field(default_factory=lambda: [LossRole.assistant])
+    """Roles whose turns are to be predicted."""
+    loss_end: bool = True
+    """Whether the special token that ends such a turn is to be predicted too. Without it, a model does not learn to
+    stop."""
+    max_tokens: int | None = None
+    """Largest number of tokens in a dialogue: the length of the training sequences; null: any. Training cuts longer
+    ones, so that their end does not see their beginning."""
+    longer: Longer = Longer.drop
+    """What becomes of longer dialogues. cut: they end with the last turn to be predicted that fits."""
+    date: str | None = None
+    """YYYY-MM-DD, the date that a template which writes the current date gets, so that the same input gives the same
+    tokens on every day."""
+
+    def __post_init__(self) -> None:
+        if not self.loss_roles:
+            raise ConfigError("chat.loss_roles=[] leaves nothing to learn; give at least one role")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ConfigError(f"chat.max_tokens={self.max_tokens} must be greater than 0")
+        if self.date is not None and not _is_date(self.date):
+            raise ConfigError(f"chat.date={self.date} is no date; give YYYY-MM-DD")
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 @dataclass(kw_only=True, slots=True)
 class TokenizerConfig:
     """An existing tokenizer, or how to train a sentencepiece model on the corpus."""
@@ -96,13 +145,8 @@ class CardConfig:
     """Refuse a card where one of these is blank, or where a source has no known license."""
 
     def __post_init__(self) -> None:
-        if self.date_published is not None:
-            try:
-                is_date = date.fromisoformat(self.date_published).isoformat() == self.date_published
-            except ValueError:
-                is_date = False
-            if not is_date:
-                raise ConfigError(f"card.date_published={self.date_published} is no date; give YYYY-MM-DD")
+        if self.date_published is not None and not _is_date(self.date_published):
+            raise ConfigError(f"card.date_published={self.date_published} is no date; give YYYY-MM-DD")
         blank = [name for name in CARD_FIELDS if not (getattr(self, name) or "").strip()]
         if self.required and blank:
             names = ", ".join(f"card.{name}" for name in blank)
@@ -125,8 +169,8 @@ class PrepareConfig:
     overwrite: bool = False
     """Replace a corpus in `output` that was prepared from other text or with other options."""
     format: DocumentFormat = DocumentFormat.text
-    """chat: each record (of all kinds of files but text and WARC) is a dialogue, as `messages` of role and content,
-    `prompt` and `response`, or `instruction`, `input` and `output`; the corpus gets a loss mask, for fine-tuning."""
+    """chat: each record (of all kinds of files but text and WARC) is a dialogue in one of the forms of
+    docs/finetuning.md; the corpus gets a loss mask, for fine-tuning."""
     text_field: str = "text"
     """Field of a JSON line, or column of a Parquet file, that holds the text."""
     license: str = "unknown"
@@ -153,6 +197,8 @@ class PrepareConfig:
     """Fraction of the documents that is held out of training, chosen by the hash of their text."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """The tokenizer of the corpus."""
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    """How dialogues become tokens."""
     card: CardConfig = field(default_factory=CardConfig)
     """Statements for the card."""
     chunk_tokens: int | None = None

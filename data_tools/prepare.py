@@ -22,9 +22,9 @@ import os
 import shutil
 from typing import Any
 
-from data_tools.building.encode import WorkerDiedError, encode_parts
+from data_tools.building.encode import WorkerDiedError, encode_parts, take_out
 from data_tools.building.gather import Gathered, gather, is_known
-from data_tools.building.import_tokenizer import import_tokenizer
+from data_tools.building.import_tokenizer import chat_template_of, import_tokenizer
 from data_tools.building.lineage import curation_lineage, preparation_lineage
 from data_tools.building.pack import pack
 from data_tools.building.vocabulary import train_tokenizer
@@ -57,6 +57,7 @@ from data_tools.report.schemas import read_prepare_report
 from data_tools.report.statistics import corpus_figures, drop_figures, to_text
 from data_tools.tables import plain_table, shown
 from pretrain.config import run_command
+from pretrain.corpus.chat_template import CHAT_TEMPLATE_NAME
 from pretrain.corpus.manifest import MANIFEST_NAME, Manifest, load_manifest
 from pretrain.corpus.tokenizer import SENTENCEPIECE_NAME, Tokenizer, tokenizer_in
 from pretrain.errors import ConfigError
@@ -88,7 +89,8 @@ def _prepare(config: PrepareConfig) -> int:
     left_out: list[LeftOut] = []
     files = find_files(config, left_out.extend)
     print_left_out(left_out)
-    recipe = make_recipe(config, files, given.sha256 if given is not None else None)
+    template = chat_template_of(config)
+    recipe = make_recipe(config, files, given.sha256 if given is not None else None, template)
     if is_finished(output, recipe, config.overwrite):
         remove_work(output)
         _state_anew(config, output)
@@ -103,7 +105,11 @@ def _prepare(config: PrepareConfig) -> int:
                 write_atomically(model, given.content)
             elif not model.exists():
                 train_tokenizer(config.tokenizer, gathered, work, model)
-            encode_parts(gathered, work, model, _n_workers(config), config.format)
+            if template is not None:
+                write_atomically(work / CHAT_TEMPLATE_NAME, template.encode())
+            chat = config.chat if template is not None else None
+            left_out_dialogues = encode_parts(gathered, work, model, _n_workers(config), chat)
+            take_out(config, gathered, left_out_dialogues)
             _build(config, recipe, gathered, work, corpus)
             write_atomically(work / "packed", b"")
         publish(corpus, output)
@@ -120,7 +126,9 @@ def _build(config: PrepareConfig, recipe: Recipe, gathered: Gathered, work: Path
     shutil.rmtree(corpus, ignore_errors=True)
     corpus.mkdir()
     model = tokenizer_in(work)
-    write_atomically(corpus / model.name, model.read_bytes())
+    for path in (model, work / CHAT_TEMPLATE_NAME):
+        if path.exists():
+            write_atomically(corpus / path.name, path.read_bytes())
     try:
         manifest, heldout, counts = pack(config, gathered, work, corpus)
     except OSError:  # on a full disk, half-written files would only keep it full

@@ -42,6 +42,7 @@ from data_tools.report.statistics import (
     preparation_counts,
     to_text,
 )
+from pretrain.corpus.chat_template import CHAT_TEMPLATE_NAME, read_template
 from pretrain.corpus.manifest import (
     MANIFEST_NAME,
     CorpusSource,
@@ -93,11 +94,15 @@ def _rewrite(
     work.mkdir(parents=True)
     tokenizer = removal.tokenizer
     write_atomically(work / tokenizer.file_name, tokenizer.content)
+    own_files = [tokenizer.file_name]
+    if (folder / CHAT_TEMPLATE_NAME).is_file():
+        write_atomically(work / CHAT_TEMPLATE_NAME, read_template(folder / CHAT_TEMPLATE_NAME).encode())
+        own_files.append(CHAT_TEMPLATE_NAME)
     has_heldout = (folder / HELDOUT_FOLDER).exists()
     heldout = None
     if has_heldout:
         heldout, _ = removal.rewrite(folder / HELDOUT_FOLDER, work / HELDOUT_FOLDER, [HELDOUT_TEXT])
-    files = [tokenizer.file_name] + [f"{HELDOUT_FOLDER}/{MANIFEST_NAME}"] * has_heldout
+    files = own_files + [f"{HELDOUT_FOLDER}/{MANIFEST_NAME}"] * has_heldout
     manifest, counts = removal.rewrite(folder, work, files)
     if not removal.found:
         return

@@ -122,6 +122,7 @@ def main(config: GenerateConfig) -> None:
         max_new_tokens=config.max_new_tokens,
         stop=config.stop,
         seed=config.seed,
+        chat=trained.chat() if config.chat else None,
         system=clean(config.system) if config.system is not None else None,
     )
     if config.chat and not texts:
@@ -139,11 +140,16 @@ def continue_all(
     writer: Writer, texts: list[str], config: GenerateConfig, trained_length: int
 ) -> list[dict[str, Any]]:
     """Generate and print the continuations of all prompts, in groups. Returns what the JSON says of each."""
+    from pretrain.corpus.chat_template import DialogueError
+
     samples = [(text, number) for text in texts for number in range(config.n_samples)]
-    prompts = [
-        writer.answer_to(text, number) if config.chat else writer.after(text, number)
-        for text, number in samples
-    ]
+    try:
+        prompts = [
+            writer.answer_to(text, number) if config.chat else writer.after(text, number)
+            for text, number in samples
+        ]
+    except DialogueError as error:
+        raise ConfigError(f"a prompt {error}") from error
     longest = max(len(prompt.tokens) for prompt in prompts) + config.max_new_tokens
     if longest > trained_length:
         say(

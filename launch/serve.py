@@ -83,6 +83,7 @@ def main(config: ServeConfig) -> None:
     served = Served(
         name=Path(config.run_dir).resolve().name,
         tokenizer=trained.tokenizer,
+        chat=trained.chat(),
         context_tokens=trained.sequence_length,
         max_new_tokens=config.max_new_tokens,
         clean=clean,

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from pretrain.checkpoint.tensors import load_weights
 from pretrain.config import ModelConfig, Precision, TrainConfig
+from pretrain.corpus.chat import OWN_TEMPLATE, Chat
+from pretrain.corpus.chat_template import template_in
 from pretrain.corpus.tokenizer import Tokenizer, tokenizer_in
 from pretrain.errors import ConfigError
 from pretrain.model.decoder import Decoder, build_decoder
@@ -31,10 +33,16 @@ class TrainedModel:
     """Number of tokens per sequence in the last data stage that the model was trained on."""
     precision: Precision
     """Precision in which it was last trained."""
+    chat_template: str | None = None
+    """The template of the dialogues it was trained on, for `pretrain.corpus.chat.Chat`; None where there were none."""
 
     def decoder(self, device: torch.device, dtype: torch.dtype) -> Decoder:
         """The model in evaluation mode, with its weights on `device` in `dtype`."""
         return build_decoder(self.config.model, self.weights, device, dtype)
+
+    def chat(self) -> Chat:
+        """Writes dialogues for this model: in the template of its training, or in ours if it never saw dialogues."""
+        return Chat(self.tokenizer, OWN_TEMPLATE if self.chat_template is None else self.chat_template)
 
 
 def load_trained(run_dir: str | Path, step: int | None = None, target: str | None = None) -> TrainedModel:
@@ -55,6 +63,7 @@ def load_trained(run_dir: str | Path, step: int | None = None, target: str | Non
         tokens_seen=state["tokens_seen"],
         sequence_length=state["sequence_length"],
         precision=precision_of(state),
+        chat_template=template_in(Path(run_dir)),
     )
 
 

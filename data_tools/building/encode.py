@@ -13,6 +13,8 @@ and for dialogues, the tokens to be predicted:
     targets        int64 [2 n], start, stop, start, stop, ... of the targets in `tokens`
     target_starts  int64 [documents + 1], where each document begins in `targets`
     target_bytes   int64 [documents], UTF-8 bytes of the targets' text
+
+Dialogues that cannot become tokens are left out of all of these, and counted in `text`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import compress
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -34,17 +36,53 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.building.gather import Gathered, json_array, part_path, read_part, save_arrays
-from data_tools.config import DocumentFormat
+from data_tools.building.gather import (
+    Gathered,
+    PartDocument,
+    check_bad,
+    json_array,
+    nothing_left,
+    part_path,
+    read_part,
+    save_arrays,
+)
+from data_tools.config import ChatConfig, Longer, PrepareConfig
 from data_tools.progress import stage
 from data_tools.reading import dialogue
-from pretrain.corpus.chat import ASSISTANT, encode_dialogue
+from data_tools.reading.dialogue import Dialogue
+from pretrain.corpus.chat import Chat, EncodedDialogue, SpecialTokenError
+from pretrain.corpus.chat_template import CHAT_TEMPLATE_NAME, DialogueError, read_template
 from pretrain.corpus.manifest import token_dtype
 from pretrain.corpus.tokenizer import Tokenizer
+from pretrain.errors import ConfigError
 
 
 class WorkerDiedError(RuntimeError):
     """A process that tokenizes ended without an error message."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LeftOutDialogues:
+    """Gathered dialogues that did not become tokens, or not as a whole."""
+
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Their number by reason: bad_record, special_token, too_many_tokens, no_answer."""
+    bytes: int = 0
+    """UTF-8 bytes of their text."""
+    heldout: int = 0
+    """How many of them would have been held out."""
+    problem: str = ""
+    """A sentence on the first bad record."""
+    cut: int = 0
+    """Dialogues that were cut to the largest number of tokens; they are not among the others."""
+
+    def add(self, other: LeftOutDialogues) -> None:
+        for reason, count in other.dropped.items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+        self.bytes += other.bytes
+        self.heldout += other.heldout
+        self.problem = self.problem or other.problem
+        self.cut += other.cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +101,8 @@ class EncodedPart:
     """Id of each document."""
     heldout: list[dict[str, Any]]
     """Fields of each held-out document in documents.jsonl.gz, without id and source."""
+    left_out: LeftOutDialogues
+    """What is not in this part, though it was gathered."""
     targets: np.ndarray | None = None
     """Starts and stops of the targets in `tokens`; None without a loss mask."""
     target_starts: np.ndarray | None = None
@@ -77,10 +117,11 @@ class _Job:
     tokens: Path
     tokenizer: Path
     heldout_below: int
-    format: DocumentFormat
+    chat: ChatConfig | None
 
 
 _tokenizers: dict[Path, Tokenizer] = {}  # one per file, loaded in this process
+_chats: dict[Path, Chat] = {}
 
 
 def tokens_path(work: Path, number: int) -> Path:
@@ -93,16 +134,18 @@ def load_encoded(path: Path) -> EncodedPart:
     with np.load(path, allow_pickle=False) as saved:
         text = json.loads(saved["text"].tobytes())
         arrays = {name: saved[name] for name in saved.files if name != "text"}
-    return EncodedPart(**arrays, ids=text["ids"], heldout=text["heldout"])
+    left_out = LeftOutDialogues(**text.get("left_out", {}))
+    return EncodedPart(**arrays, ids=text["ids"], heldout=text["heldout"], left_out=left_out)
 
 
 def encode_parts(
-    gathered: Gathered, work: Path, tokenizer: Path, workers: int, format: DocumentFormat
-) -> None:
-    """Tokenize the parts that have no tokens yet. Raises WorkerDiedError."""
+    gathered: Gathered, work: Path, tokenizer: Path, workers: int, chat: ChatConfig | None = None
+) -> LeftOutDialogues:
+    """Tokenize the parts that have no tokens yet, as dialogues where `chat` is given: their template lies beside the
+    tokenizer. Returns what is left out of all parts. Raises WorkerDiedError, and ConfigError for a broken template."""
     below = gathered.heldout_below
     jobs = {
-        number: _Job(part_path(work, number), tokens_path(work, number), tokenizer, below, format)
+        number: _Job(part_path(work, number), tokens_path(work, number), tokenizer, below, chat)
         for number in range(len(gathered.parts))
     }
     missing = {number: job for number, job in jobs.items() if not job.tokens.exists()}
@@ -110,6 +153,26 @@ def encode_parts(
         progress.skip(sum(size for number, size in enumerate(gathered.parts) if number not in missing))
         for number in _run(missing, min(workers, len(missing))):
             progress.advance(gathered.parts[number])
+    total = LeftOutDialogues()
+    for number in range(len(gathered.parts)) if chat is not None else ():
+        total.add(load_encoded(tokens_path(work, number)).left_out)
+    return total
+
+
+def take_out(config: PrepareConfig, gathered: Gathered, left_out: LeftOutDialogues) -> None:
+    """Take dialogues that did not become tokens out of the counts. Raises ConfigError where none is left, or more are
+    bad than the configuration allows."""
+    funnel = gathered.funnel
+    for reason, count in left_out.dropped.items():
+        funnel.dropped[reason] = funnel.dropped.get(reason, 0) + count
+    funnel.kept -= sum(left_out.dropped.values())
+    funnel.kept_bytes -= left_out.bytes
+    funnel.heldout -= left_out.heldout
+    funnel.cut = left_out.cut
+    if left_out.problem:
+        check_bad(config, funnel, left_out.problem)
+    if funnel.kept == funnel.heldout:
+        raise ConfigError(nothing_left(config, funnel))
 
 
 def _run(jobs: dict[int, _Job], workers: int) -> Iterator[int]:
@@ -173,9 +236,9 @@ def _encode_part(job: _Job) -> None:
     tokenizer = _tokenizers.get(job.tokenizer)
     if tokenizer is None:
         tokenizer = _tokenizers[job.tokenizer] = Tokenizer.trusted(job.tokenizer)
-    documents = list(read_part(job.text))
-    if job.format is DocumentFormat.chat:
-        texts, arrays = _encode_dialogues(tokenizer, [document.text for document in documents])
+    documents, left_out = list(read_part(job.text)), LeftOutDialogues()
+    if job.chat is not None:
+        documents, texts, arrays = _encode_dialogues(job, tokenizer, documents, left_out)
     else:
         texts = [{"text": document.text} for document in documents]
         encoded = tokenizer.encode_documents([document.text for document in documents])
@@ -188,40 +251,91 @@ def _encode_part(job: _Job) -> None:
     for document, text in zip(documents, texts, strict=True):
         if document.language:
             text["language"] = document.language
-    content = {
+    content: dict[str, Any] = {
         "ids": [document.id for document in documents],
         "heldout": list(compress(texts, heldout)),
     }
+    if job.chat is not None:
+        content["left_out"] = asdict(left_out)
     save_arrays(
         job.tokens,
         **arrays,
-        documents=np.array(rows, dtype=np.int64),
+        documents=np.array(rows, dtype=np.int64).reshape(-1, 3),
         order=np.array([document.order for document in documents], dtype=np.uint64),
         text=json_array(content),
     )
 
 
 def _encode_dialogues(
-    tokenizer: Tokenizer, dialogues: list[str]
-) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """Encode dialogues. Returns the fields of the held-out documents, and the arrays of tokens and targets."""
-    all_messages = [dialogue.load(text) for text in dialogues]
-    encoded = [encode_dialogue(tokenizer, messages) for messages in all_messages]
+    job: _Job, tokenizer: Tokenizer, documents: list[PartDocument], left_out: LeftOutDialogues
+) -> tuple[list[PartDocument], list[dict[str, Any]], dict[str, np.ndarray]]:
+    """Encode dialogues, and count what is left out.
+
+    Returns the documents that are left, the fields of each if it is held out, and the arrays of tokens and targets.
+    """
+    assert job.chat is not None
+    chat = _chats.get(job.tokenizer)
+    if chat is None:
+        template = read_template(job.tokenizer.parent / CHAT_TEMPLATE_NAME)
+        chat = _chats[job.tokenizer] = Chat(tokenizer, template, job.chat.date)
+    kept, texts, encoded = [], [], []
+    for document in documents:
+        found = dialogue.load(document.text)
+        one, reason = None, "bad_record"
+        try:
+            one, found = _within(job.chat, chat, found, left_out)
+            reason = "too_many_tokens"
+        except SpecialTokenError:
+            reason = "special_token"
+        except DialogueError as error:
+            left_out.problem = left_out.problem or f"{document.id} {error}"
+        if one is not None and not one.targets:
+            one, reason = None, "no_answer"
+        if one is None:
+            left_out.dropped[reason] = left_out.dropped.get(reason, 0) + 1
+            left_out.bytes += len(dialogue.plain(found.messages).encode())
+            left_out.heldout += document.split < job.heldout_below
+            continue
+        kept.append(document)
+        encoded.append(one)
+        tools = {"tools": found.tools} if found.tools else {}
+        texts.append({"text": dialogue.plain(found.messages), "messages": found.messages, **tools})
     starts = np.cumsum([0, *(len(one.tokens) for one in encoded)], dtype=np.int64)
     targets = [np.array(one.targets, np.int64) + start for one, start in zip(encoded, starts, strict=False)]
-    target_bytes = [
-        sum(len(message.content.encode()) for message in messages if message.role == ASSISTANT)
-        for messages in all_messages
-    ]
-    texts = [
-        {"text": dialogue.plain(messages), "messages": [message._asdict() for message in messages]}
-        for messages in all_messages
-    ]
     dtype = token_dtype(tokenizer.vocab_size)
-    return texts, {
-        "tokens": np.concatenate([np.array(one.tokens, dtype) for one in encoded]),
+    nothing = [np.empty(0, np.int64)]
+    arrays = {
+        "tokens": np.concatenate([np.array(one.tokens, dtype) for one in encoded] or [np.empty(0, dtype)]),
         "starts": starts,
-        "targets": np.concatenate(targets),
+        "targets": np.concatenate(targets or nothing),
         "target_starts": np.cumsum([0, *map(len, targets)], dtype=np.int64),
-        "target_bytes": np.array(target_bytes, dtype=np.int64),
+        "target_bytes": np.array([one.target_bytes for one in encoded], dtype=np.int64),
     }
+    return kept, texts, arrays
+
+
+def _within(
+    config: ChatConfig, chat: Chat, whole: Dialogue, left_out: LeftOutDialogues
+) -> tuple[EncodedDialogue | None, Dialogue]:
+    """A dialogue with at most `max_tokens` tokens: the whole one or, if it may be cut, the turns up to the last one to
+    be predicted that fits. None where there is none."""
+    roles = [role.value for role in config.loss_roles]
+
+    def encode(n_messages: int) -> EncodedDialogue:
+        messages = whole.messages[:n_messages]
+        return chat.encode_dialogue(messages, whole.tools, loss_roles=roles, loss_end=config.loss_end)
+
+    n_messages = len(whole.messages)
+    encoded = encode(n_messages)
+    limit = config.max_tokens
+    if limit is None or len(encoded.tokens) <= limit:
+        return encoded, whole
+    while config.longer is Longer.cut and n_messages > 1:
+        n_messages -= 1
+        if (
+            whole.messages[n_messages - 1]["role"] in roles
+            and len((encoded := encode(n_messages)).tokens) <= limit
+        ):
+            left_out.cut += 1
+            return encoded, whole._replace(messages=whole.messages[:n_messages])
+    return None, whole

@@ -182,7 +182,7 @@ class _Gatherer:
         first_file, skipped_records = self._state.next_file, self._state.next_record
         if not self._config.max_bad_records:
             for file in (file for file in self._left_out if file.holds_documents):
-                self._refuse(f"{file.name} {file.reason}", is_file=True)
+                _refuse(self._config, f"{file.name} {file.reason}", is_file=True)
         with stage("reading and cleaning", sum(sizes)) as progress:
             progress.skip(sum(sizes[:first_file]))
             for number in range(first_file, len(files)):
@@ -202,7 +202,7 @@ class _Gatherer:
         for file in self._left_out:
             lost, lost_bytes = (1, file.size_bytes) if file.holds_documents else (0, 0)
             self._lose(file.name, file.reason, lost, lost_bytes)
-            self._check_bad(f"{file.name} {file.reason}", is_file=True)
+            check_bad(self._config, self._state.funnel, f"{file.name} {file.reason}", is_file=True)
 
     def _take(self, item: Document | Rejected) -> None:
         if isinstance(item, Rejected):
@@ -211,7 +211,7 @@ class _Gatherer:
         funnel = self._state.funnel
         funnel.read += 1
         if self._config.format is DocumentFormat.chat:  # messages have already been cleaned one by one
-            text, plain = item.text, dialogue.plain(dialogue.load(item.text))
+            text, plain = item.text, dialogue.plain(dialogue.load(item.text).messages)
         else:
             text = plain = clean.clean(item.text)
         problem = clean.length_problem(plain, self._config.min_chars, self._config.max_chars)
@@ -250,7 +250,7 @@ class _Gatherer:
             self._state.funnel.read += 1
             self._state.funnel.drop(item.reason)
         if item.is_error:
-            self._check_bad(item.where, is_file=bool(item.file))
+            check_bad(self._config, self._state.funnel, item.where, is_file=bool(item.file))
             print_error("passed over", item.where)
 
     def _lose(self, name: str, reason: str, lost: int, lost_bytes: int) -> None:
@@ -258,22 +258,6 @@ class _Gatherer:
         funnel = self._state.funnel
         documents = estimated_documents(lost, lost_bytes, self._state.read_bytes, funnel.read)
         funnel.unread.add(name, reason, documents)
-
-    def _check_bad(self, where: str, is_file: bool) -> None:
-        """Raise ConfigError where more is bad than the configuration allows."""
-        funnel, limit = self._state.funnel, self._config.max_bad_records
-        n_bad = funnel.dropped.get("bad_record", 0) + funnel.unread.documents
-        if n_bad > limit:
-            more = f" (about {n_bad:,} documents are bad so far)" if n_bad > limit + 1 else ""
-            self._refuse(f"{where}{more}", is_file)
-
-    def _refuse(self, problem: str, is_file: bool) -> NoReturn:
-        limit = self._config.max_bad_records
-        allowed = (
-            f", and max_bad_records={limit} allows no more" if limit else "; max_bad_records=N lets N pass"
-        )
-        remedy = ", and ignore=['NAME'] leaves a file out" if is_file else ""
-        raise ConfigError(f"{problem}{allowed}{remedy}")
 
     def _finish_part(self) -> None:
         number = len(self._digests)
@@ -288,11 +272,7 @@ class _Gatherer:
     def result(self) -> Gathered:
         state = self._state
         if not self._digests:
-            dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(state.funnel.dropped.items()))
-            raise ConfigError(
-                f"input={','.join(self._config.input)} leaves no document: {state.funnel.read} read, "
-                f"dropped: {dropped or 'none'}"
-            )
+            raise ConfigError(nothing_left(self._config, state.funnel))
         unknown = sorted(name for name, known in state.licenses.items() if not all(map(is_known, known)))
         if unknown and (self._config.require_licenses or self._config.card.required):
             names = ", ".join(map(shown, unknown[:5])) + (" and others" if len(unknown) > 5 else "")
@@ -332,6 +312,32 @@ class _Gatherer:
                 "tokenizer.source_weights leaves no text to train a tokenizer on; raise a weight"
             )
         return sample
+
+
+def nothing_left(config: PrepareConfig, funnel: Funnel) -> str:
+    """The sentence on a preparation that leaves no document to train on."""
+    dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(funnel.dropped.items()))
+    held_out = f", held out: {funnel.heldout}" if funnel.heldout else ""
+    return (
+        f"input={','.join(config.input)} leaves no document: {funnel.read} read, "
+        f"dropped: {dropped or 'none'}{held_out}"
+    )
+
+
+def check_bad(config: PrepareConfig, funnel: Funnel, where: str, is_file: bool = False) -> None:
+    """Raise ConfigError where more is bad than the configuration allows."""
+    limit = config.max_bad_records
+    n_bad = funnel.dropped.get("bad_record", 0) + funnel.unread.documents
+    if n_bad > limit:
+        more = f" (about {n_bad:,} documents are bad so far)" if n_bad > limit + 1 else ""
+        _refuse(config, f"{where}{more}", is_file)
+
+
+def _refuse(config: PrepareConfig, problem: str, is_file: bool) -> NoReturn:
+    limit = config.max_bad_records
+    allowed = f", and max_bad_records={limit} allows no more" if limit else "; max_bad_records=N lets N pass"
+    remedy = ", and ignore=['NAME'] leaves a file out" if is_file else ""
+    raise ConfigError(f"{problem}{allowed}{remedy}")
 
 
 def is_known(license: str) -> bool:

@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_tools.config import TokenizerConfig
+from data_tools.config import DocumentFormat, PrepareConfig, TokenizerConfig
+from pretrain.corpus.chat import OWN_TEMPLATE
+from pretrain.corpus.chat_template import read_template, template_in
 from pretrain.corpus.tokenizer import (
     CHECK_TEXT,
     HUGGING_FACE_NAME,
@@ -29,6 +31,7 @@ from pretrain.corpus.tokenizer_trial import try_tokenizer
 from pretrain.errors import ConfigError
 from pretrain.files import read_capped
 
+_OURS = "ours"
 _CONFIG_NAME = "tokenizer_config.json"
 _END_OF_TEXT = "<|endoftext|>"  # GPT-2's only special token
 _UNREACHABLE_SCORE = -1e4
@@ -72,6 +75,21 @@ def import_tokenizer(config: TokenizerConfig) -> Tokenizer:
         tokenizer = Tokenizer.from_content(content, path)
     _tell_losses(tokenizer)
     return tokenizer
+
+
+def chat_template_of(config: PrepareConfig) -> str | None:
+    """The chat template for a corpus of dialogues: the given one, otherwise the one that comes with the tokenizer,
+    otherwise ours. None for a corpus of text. Raises ConfigError."""
+    if config.format is not DocumentFormat.chat:
+        return None
+    assert config.tokenizer.path is not None  # which format=chat needs
+    if config.chat.template == _OURS:
+        return OWN_TEMPLATE
+    if config.chat.template is not None:
+        return read_template(Path(config.chat.template).expanduser())
+    beside = Path(config.tokenizer.path).expanduser()
+    found = template_in(beside if beside.is_dir() else beside.parent)
+    return OWN_TEMPLATE if found is None else found
 
 
 def _read(path: Path) -> bytes:

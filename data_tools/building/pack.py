@@ -23,6 +23,7 @@ from data_tools.gzipped import Gzipped
 from data_tools.names import HELDOUT_FOLDER, HELDOUT_TEXT
 from data_tools.progress import stage
 from data_tools.report.statistics import DocumentCounts
+from pretrain.corpus.chat_template import CHAT_TEMPLATE_NAME
 from pretrain.corpus.manifest import CorpusSource, Manifest
 from pretrain.corpus.tokenizer import Tokenizer, tokenizer_in
 from pretrain.corpus.writer import CorpusWriter
@@ -56,7 +57,7 @@ def choose_chunk_tokens(n_tokens: int) -> int:
 def pack(
     config: PrepareConfig, gathered: Gathered, work: Path, corpus: Path
 ) -> tuple[Manifest, Manifest | None, DocumentCounts]:
-    """Write the corpus into the folder `corpus`, which holds its tokenizer already.
+    """Write the corpus into the folder `corpus`, which holds its tokenizer and chat template already.
 
     Returns the manifests of the training and the held-out part, and counts of the training documents.
     """
@@ -79,7 +80,8 @@ def pack(
             loss_mask=config.format is DocumentFormat.chat,
         )
 
-    training = writer(corpus, [tokenizer.file_name] + [f"{HELDOUT_FOLDER}/manifest.json"] * has_heldout)
+    own_files = [name for name in (tokenizer.file_name, CHAT_TEMPLATE_NAME) if (corpus / name).exists()]
+    training = writer(corpus, own_files + [f"{HELDOUT_FOLDER}/manifest.json"] * has_heldout)
     heldout = writer(corpus / HELDOUT_FOLDER, [HELDOUT_TEXT]) if has_heldout else None
     text = HeldoutText(corpus / HELDOUT_FOLDER / HELDOUT_TEXT) if has_heldout else None
     counts = DocumentCounts(tokenizer)

@@ -33,6 +33,7 @@ from data_tools.reading.listing import expand_ranges
 from data_tools.reading.sources import PYTHON, InputFile
 from data_tools.report.schemas import read_recipe
 from pretrain.config import to_dict
+from pretrain.corpus.chat_template import CHAT_TEMPLATE_NAME
 from pretrain.corpus.manifest import MANIFEST_NAME, Manifest, load_manifest
 from pretrain.corpus.shards import SHARDS_FOLDER
 from pretrain.corpus.tokenizer import TOKENIZER_NAMES, Tokenizer, tokenizer_in
@@ -46,6 +47,7 @@ PRODUCTS = (
     STATISTICS_NAME,
     CROISSANT_NAME,
     *TOKENIZER_NAMES,
+    CHAT_TEMPLATE_NAME,
     HELDOUT_FOLDER,
     SHARDS_FOLDER,
     MANIFEST_NAME,
@@ -103,7 +105,12 @@ class Recipe:
         return found or ["the program gives other bytes than before"]
 
 
-def make_recipe(config: PrepareConfig, files: list[InputFile], tokenizer_sha256: str | None) -> Recipe:
+def make_recipe(
+    config: PrepareConfig,
+    files: list[InputFile],
+    tokenizer_sha256: str | None,
+    chat_template: str | None = None,
+) -> Recipe:
     """The recipe of a configuration and its input files."""
     options: dict[str, Any] = {}
     for name, value in to_dict(config).items():
@@ -116,6 +123,10 @@ def make_recipe(config: PrepareConfig, files: list[InputFile], tokenizer_sha256:
     # The content of the tokenizer counts, not its path or where its special tokens were stated.
     options["tokenizer.path"] = tokenizer_sha256
     del options["tokenizer.bos_token"], options["tokenizer.eos_token"]
+    if chat_template is None:
+        options = {name: value for name, value in options.items() if not name.startswith("chat.")}
+    else:
+        options["chat.template"] = hashlib.sha256(chat_template.encode()).hexdigest()
     # Defaults that were once the only choice are left out, so that older recipes stay the same.
     if config.format is DocumentFormat.text:
         del options["format"]

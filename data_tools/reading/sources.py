@@ -197,9 +197,8 @@ def _columns(schema: Any, config: PrepareConfig) -> list[str]:
             raise NoTextError(
                 f"has no column of a dialogue (it has {', '.join(names)}); needed are {dialogue.NEEDED}"
             )
-        content += [
-            name for name in dialogue.UNREAD if name in names
-        ]  # which parse() refuses unless they are empty
+        # parse() refuses those of the second kind unless they are empty
+        content += [name for name in (*dialogue.BESIDE, *dialogue.UNREAD) if name in names]
     else:
         content = [config.text_field]
         if problem := text_problem(schema, config.text_field):
@@ -212,10 +211,10 @@ def _document(file: InputFile, entry: Entry, config: PrepareConfig) -> Document 
     where, record = f"{file.path}:{entry.number}", entry.fields
     try:
         if config.format is DocumentFormat.chat:
-            messages = dialogue.parse(record)
-            if not dialogue.has_answer(messages):
+            found = dialogue.parse(record)
+            if not dialogue.has_turn_of(found.messages, [role.value for role in config.chat.loss_roles]):
                 return Rejected("no_answer", where, entry.position_bytes, is_error=False)
-            text = dialogue.dump(messages)
+            text = dialogue.dump(found)
         else:
             text = _text_of(record, config.text_field) if entry.text is None else entry.text
     except ValueError as error:

@@ -61,13 +61,16 @@ class Funnel:
     read: int = 0
     """Documents that were read, bad ones included."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Dropped documents by reason: bad_record, too_short, too_long, duplicate; for dialogues, no_answer."""
+    """Dropped documents by reason: bad_record, too_short, too_long, duplicate; for dialogues, no_answer,
+    special_token (a turn holds the name of one) and too_many_tokens."""
     kept: int = 0
     """Documents that were kept, held-out ones included."""
     kept_bytes: int = 0
     """UTF-8 bytes of the kept documents."""
     heldout: int = 0
     """Kept documents that are held out of training."""
+    cut: int = 0
+    """Kept dialogues that were cut to chat.max_tokens."""
     unread: Unread = field(default_factory=Unread)
     """Files that were not read. Their documents are not in the other counts."""
 
@@ -92,6 +95,8 @@ class Funnel:
         lines.append(
             f"{self.kept:>12,} kept ({self.kept_bytes / 1e6:.1f} MB), {self.heldout:,} of them held out"
         )
+        if self.cut:
+            lines.append(f"{self.cut:>12,} of them cut at the last turn within chat.max_tokens")
         return lines + self.unread.lines()
 
 

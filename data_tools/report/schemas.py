@@ -111,6 +111,8 @@ class FunnelFacts:
     """UTF-8 bytes of the kept documents."""
     heldout: Count
     """Number of kept documents that are held out of training."""
+    cut: Count = 0
+    """Number of kept dialogues that were cut."""
     unread: UnreadFacts = field(default_factory=UnreadFacts)
     """Files that were not read."""
 

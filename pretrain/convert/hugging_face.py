@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pretrain.config import ModelConfig, TrainConfig
+from pretrain.corpus.chat_template import CHAT_TEMPLATE_NAME
 from pretrain.corpus.tokenizer import CHECK_TEXT, SPACE_SYMBOL, Tokenizer, frame
 from pretrain.errors import ConfigError, RunError
 from pretrain.files import published_together, write_atomically
@@ -93,10 +94,12 @@ def export(
     with published_together(output) as folder:
         try:
             write_model(trained, folder, dtype, max_shard_bytes, progress)
-            write_tokenizer(trained.tokenizer, folder, trained.sequence_length)
+            write_tokenizer(trained.tokenizer, folder, trained.sequence_length, trained.chat_template)
         except SafetensorError as error:
             raise RunError(f"{output} cannot be written: {error}") from error
         check_tokenizer(trained.tokenizer, folder)
+        if trained.chat_template is not None:
+            check_chat_template(trained, folder)
         parity = compare_logits(trained, folder, dtype)
         if not parity.holds:
             raise RunError(
@@ -186,10 +189,11 @@ def write_model(
     tokenizer, names = trained.tokenizer, hugging_face_names(trained.config.model)
     config = hugging_face_config(trained.config, tokenizer, dtype)
     config.save_pretrained(folder)
+    end_ids = _end_ids(trained)
     filling = list(range(tokenizer.vocab_size, config.vocab_size))  # embedding rows without a token
     GenerationConfig(
         bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
+        eos_token_id=end_ids[0] if len(end_ids) == 1 else end_ids,
         pad_token_id=tokenizer.pad_id,
         suppress_tokens=filling or None,
     ).save_pretrained(folder)
@@ -203,6 +207,15 @@ def write_model(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
+
+
+def _end_ids(trained: TrainedModel) -> list[int]:
+    """The tokens at which generation stops: eos and, for a model of dialogues, what ends an answer."""
+    if trained.chat_template is None:
+        return [trained.tokenizer.eos_id]
+    chat = trained.chat()
+    chat.close()
+    return sorted(chat.end_ids)
 
 
 @torch.no_grad()
@@ -232,23 +245,24 @@ def compare_logits(trained: TrainedModel, folder: Path, dtype: torch.dtype) -> P
 # --- the tokenizer ---
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_tokens: int) -> None:
-    """Write tokenizer.json, tokenizer_config.json and, for a sentencepiece tokenizer, its model file."""
+def write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, max_tokens: int, chat_template: str | None = None
+) -> None:
+    """Write tokenizer.json, tokenizer_config.json, chat_template.jinja where there is a template and, for a
+    sentencepiece tokenizer, its model file."""
     from transformers import PreTrainedTokenizerFast
 
-    special = {
-        "unk": tokenizer.unk_id,
-        "bos": tokenizer.bos_id,
-        "eos": tokenizer.eos_id,
-        "pad": tokenizer.pad_id,
-    }
     settings: dict[str, Any] = {
         "model_max_length": max_tokens,
         "padding_side": "left",  # batched generation needs prompts that end at the same position
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # "</s>" in a text is ordinary text
-        **{f"{name}_token": tokenizer.piece(i) for name, i in special.items() if i is not None},
+        # "</s>" in a text is ordinary text, unless a chat template needs to write it.
+        "split_special_tokens": chat_template is None,
+        **tokenizer.named_tokens,
     }
+    if chat_template is not None:
+        settings["chat_template"] = chat_template
+        (folder / CHAT_TEMPLATE_NAME).write_bytes(chat_template.encode())
     if tokenizer.is_sentencepiece:
         converted = PreTrainedTokenizerFast(tokenizer_object=convert_tokenizer(tokenizer), **settings)
         converted.save_pretrained(folder)
@@ -396,7 +410,7 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
     exported = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     expected = [tokenizer.bos_id, *tokenizer.encode(CHECK_TEXT)]
-    found = exported.encode(CHECK_TEXT, verbose=False)
+    found = exported.encode(CHECK_TEXT, verbose=False, split_special_tokens=True)
     text = exported.decode(found, skip_special_tokens=True)
     if sorted(found) != sorted(expected) or text != tokenizer.decode(expected):
         at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(expected))
@@ -404,3 +418,34 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             f"the exported tokenizer differs from {tokenizer.path}: token {at} of the check text is "
             f"{found[at : at + 1]} instead of {expected[at : at + 1]}"
         )
+
+
+_TURNS = [
+    ("user", "What is a shard?"),
+    ("assistant", "A tar file: 12 道\n  of chunks."),
+    ("user", "🎉"),
+    ("assistant", "a  b"),
+]
+
+
+def check_chat_template(trained: TrainedModel, folder: Path) -> None:
+    """Raise RunError where `apply_chat_template` of the tokenizer in `folder` gives other tokens than the training
+    had."""
+    from transformers import AutoTokenizer
+
+    exported = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    turns = [{"role": role, "content": content} for role, content in _TURNS]
+    chat = trained.chat()
+    try:
+        for n_turns in range(1, len(turns) + 1):
+            is_asked = turns[n_turns - 1]["role"] == "user"
+            given = turns[:n_turns]
+            expected = chat.encode_prompt(given) if is_asked else chat.encode_dialogue(given).tokens
+            found = exported.apply_chat_template(given, add_generation_prompt=is_asked, return_dict=False)
+            if found != expected:
+                raise RunError(
+                    f"the exported chat template differs: a dialogue of {n_turns} turns has the tokens {found[:20]} "
+                    f"instead of {expected[:20]}"
+                )
+    finally:
+        chat.close()

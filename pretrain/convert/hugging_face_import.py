@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from pretrain.config import ModelConfig, Precision, TrainConfig, load_config
 from pretrain.convert.hugging_face import Parity, compare_logits, hugging_face_names
 from pretrain.convert.weights_only import save_weights
+from pretrain.corpus.chat_template import template_in
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.errors import ConfigError, RunError
 from pretrain.files import published_together, read_capped
@@ -56,9 +57,9 @@ def import_model(folder: Path, tokenizer: Tokenizer, output: Path) -> tuple[Trai
     """
     raw = _read_json(folder / "config.json")
     model, sequence_length = model_of(raw, folder / "config.json")
-    weights = _weights(folder, model)
+    weights, template = _weights(folder, model), template_in(folder)
     with published_together(output) as temporary:
-        save_weights(temporary, _untrained(model, sequence_length, tokenizer, weights))
+        save_weights(temporary, _untrained(model, sequence_length, tokenizer, weights, template))
         del weights
         imported = load_trained(temporary)
         parity = compare_logits(imported, folder, torch.float32)
@@ -186,7 +187,11 @@ def _weights(folder: Path, model: ModelConfig) -> dict[str, torch.Tensor]:
 
 
 def _untrained(
-    model: ModelConfig, sequence_length: int, tokenizer: Tokenizer, weights: dict[str, torch.Tensor]
+    model: ModelConfig,
+    sequence_length: int,
+    tokenizer: Tokenizer,
+    weights: dict[str, torch.Tensor],
+    template: str | None,
 ) -> TrainedModel:
     """The model at step 0 of a run with default options."""
     given = [
@@ -205,4 +210,5 @@ def _untrained(
         tokens_seen=0,
         sequence_length=sequence_length,
         precision=Precision.fp32,
+        chat_template=template,
     )

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.config import to_dict
+from pretrain.corpus.chat_template import CHAT_TEMPLATE_NAME
 from pretrain.distributed import Partition, World
 from pretrain.files import write_atomically
 from pretrain.trained import TrainedModel
@@ -18,12 +19,14 @@ _NOT_A_RUN = "noresume"
 
 
 def save_weights(run_dir: Path, model: TrainedModel) -> None:
-    """Write the tokenizer, and the weights as the checkpoint of `model.step`, into the folder `run_dir`.
+    """Write the tokenizer, its chat template, if any, and the weights as the checkpoint of `model.step` into `run_dir`.
 
     The checkpoint holds no moments and no position in a corpus, so it can start a run but not continue one. Raises
     CheckpointError where writing fails.
     """
     write_atomically(run_dir / model.tokenizer.file_name, model.tokenizer.content)
+    if model.chat_template is not None:
+        write_atomically(run_dir / CHAT_TEMPLATE_NAME, model.chat_template.encode())
     state = {
         "step": model.step,
         "tokens_seen": model.tokens_seen,

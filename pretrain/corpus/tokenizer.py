@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -91,6 +92,10 @@ class _Model(Protocol):
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts: ...
 
+    def special_tokens(self) -> dict[str, int]: ...
+
+    def encode_rendered(self, text: str) -> list[int]: ...
+
     def decode(self, ids: list[int]) -> str: ...
 
     def piece(self, token: int) -> str: ...
@@ -159,6 +164,22 @@ class Tokenizer:
     def encode_documents(self, texts: Sequence[str]) -> EncodedTexts:
         """`encode_document` for many texts, several times faster per text."""
         return self._model.encode_texts(texts)
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The id of each special token by its name, as `encode_rendered` reads them."""
+        return self._model.special_tokens()
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """The names of the special tokens that have a role: unk_token (where there is one), bos_token, eos_token and
+        pad_token."""
+        ids = {"unk": self.unk_id, "bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
+        return {f"{role}_token": self.piece(i) for role, i in ids.items() if i is not None}
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of a text that a chat template wrote: the names of special tokens in it are these tokens."""
+        return self._model.encode_rendered(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, without special ids. Raises IndexError for an id outside the vocabulary."""
@@ -256,6 +277,28 @@ class _SentencePiece:
         ids = [[self.ids.bos], [self.ids.eos], self._space_symbol_ids, *found[1:]]
         return _put_together(ids, np.array(rows, np.int64), np.array(n_rows), token_dtype(self.vocab_size))
 
+    def special_tokens(self) -> dict[str, int]:
+        """The control pieces, and the one for unknown text: they have no text of their own."""
+        processor = self._processor
+        found = [i for i in range(self.vocab_size) if processor.is_control(i) or processor.is_unknown(i)]
+        return {processor.id_to_piece(i): i for i in found}
+
+    @cached_property
+    def _special_names(self) -> tuple[dict[str, int], re.Pattern[str]]:
+        special = self.special_tokens()
+        longest_first = sorted(special, key=len, reverse=True)
+        return special, re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    def encode_rendered(self, text: str) -> list[int]:
+        special, names = self._special_names
+        pieces = names.split(text)
+        found: list[int] = []
+        for text_before, name in zip(pieces[::2], [*pieces[1::2], None], strict=True):
+            found += self.encode_texts([text_before]).tokens[1:-1].tolist()
+            if name is not None:
+                found.append(special[name])
+        return found
+
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
 
@@ -341,6 +384,21 @@ class _HuggingFace:
             found.append(np.array([*frame[0], *encoded.ids, *frame[1]], dtype))
         starts = np.cumsum([0, *map(len, found)], dtype=np.int64)
         return EncodedTexts(np.concatenate(found) if found else np.empty(0, dtype), starts)
+
+    def special_tokens(self) -> dict[str, int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
+    @cached_property
+    def _of_rendered(self) -> Any:
+        """A second tokenizer, since the package keeps this setting in the tokenizer, which other threads may use."""
+        made = type(self._tokenizer).from_str(self._tokenizer.to_str())
+        made.encode_special_tokens = False
+        return made
+
+    def encode_rendered(self, text: str) -> list[int]:
+        with _package_errors(f"the tokenizer {self._path} cannot encode a text"):
+            return self._of_rendered.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,12 +11,14 @@ from pretrain.checkpoint.folder import COMPLETE, list_checkpoints, root_of_run
 from pretrain.config import TrainConfig
 from pretrain.config.data_stages import plan_stages
 from pretrain.config.launched import launched_local_size
-from pretrain.corpus.manifest import MANIFEST_NAME, Manifest, load_manifest
+from pretrain.corpus.chat_template import CHAT_TEMPLATE_NAME, MAX_TEMPLATE_BYTES, template_in
+from pretrain.corpus.manifest import MANIFEST_NAME, MANIFEST_TIMEOUT_S, Manifest, load_manifest
 from pretrain.corpus.tokenizer import TOKENIZER_NAMES
 from pretrain.data.lanes import choose_lanes, end_with_epoch, steps_until_epoch, weighted_by_size
 from pretrain.data.order import Order, SourceSize
 from pretrain.errors import ConfigError
-from pretrain.remote import as_path, check_url, exists, folder_of, is_url
+from pretrain.files import read_capped
+from pretrain.remote import DamagedError, as_path, check_url, exists, folder_of, is_url, read_whole
 
 VOCABULARY_MULTIPLE = (
     64  # matrix kernels are faster where the output head's width is a multiple of 64 (nanoGPT: by 25%)
@@ -154,3 +157,44 @@ def tokenizer_path(manifest_path: str) -> str | Path:
     raise ConfigError(
         f"{folder} has no {' or '.join(TOKENIZER_NAMES)}; prepare the corpus again or copy its tokenizer there"
     )
+
+
+def chat_template_of(config: TrainConfig, manifests: Mapping[str, Manifest]) -> str | None:
+    """The chat template of the run's corpora of dialogues or, without any, that of the run in `init_from`.
+
+    None where neither has one. Raises ConfigError where two corpora have different templates.
+    """
+    found: dict[str, str] = {}
+    for source in config.data.corpora():
+        manifest = manifests[source.manifest]
+        for digest in [file.sha256 for file in manifest.files if file.name == CHAT_TEMPLATE_NAME]:
+            folder = folder_of(as_path(source.manifest))
+            path = (
+                f"{folder}/{CHAT_TEMPLATE_NAME}" if isinstance(folder, str) else folder / CHAT_TEMPLATE_NAME
+            )
+            found.setdefault(_template_at(path, digest), source.manifest)
+    if len(found) > 1:
+        first, second = list(found.values())[:2]
+        raise ConfigError(
+            f"the dialogues of {first} and {second} were prepared with different chat templates; prepare one of them "
+            "again with the template of the other (chat.template=FILE)"
+        )
+    if not found and config.init_from is not None and not is_url(config.init_from):
+        return template_in(Path(as_path(config.init_from)))
+    return next(iter(found), None)
+
+
+def _template_at(path: str | Path, digest: str) -> str:
+    def check(content: bytes) -> str | None:
+        return None if hashlib.sha256(content).hexdigest() == digest else f"its sha256 is not {digest}"
+
+    try:
+        if isinstance(path, str):
+            return read_whole(path, MAX_TEMPLATE_BYTES, MANIFEST_TIMEOUT_S, check).decode()
+        content = read_capped(path, MAX_TEMPLATE_BYTES)
+    except (OSError, DamagedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"the chat template {path} cannot be read: {reason}; put back the file") from error
+    if check(content) is not None:
+        raise ConfigError(f"the chat template {path} is not the one of its corpus; put back the file")
+    return content.decode()

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from pretrain.corpus.chat import ASSISTANT, USER, Message
+from pretrain.corpus.chat_template import DialogueError
 from pretrain.generation.writer import Writer
 from pretrain.printing import say, visible
 
@@ -21,11 +22,16 @@ def converse(writer: Writer, trained_length: int, clean: Callable[[str], str]) -
     say("type what the user says; an empty line or Ctrl-D ends the dialogue")
     turns: list[Message] = []
     while text := clean(_read_line("> " if is_terminal else "")).strip():
-        turns.append(Message(USER, text))
-        turns = _that_fit(writer, turns, trained_length)
+        turns.append({"role": USER, "content": text})
+        try:
+            turns = _that_fit(writer, turns, trained_length)
+        except DialogueError as error:
+            say(f"error: the dialogue {error}")
+            turns.pop()
+            continue
         (answer,) = writer.write([writer.answer_to(turns)], on_text=_show)
         print("" if answer.ending == "stop" else " …", flush=True)
-        turns.append(Message(ASSISTANT, answer.text))
+        turns.append({"role": ASSISTANT, "content": answer.text})
 
 
 def _that_fit(writer: Writer, turns: list[Message], trained_length: int) -> list[Message]:

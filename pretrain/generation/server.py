@@ -15,7 +15,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,7 +29,8 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 
-from pretrain.corpus.chat import Message, encode_prompt
+from pretrain.corpus.chat import Chat
+from pretrain.corpus.chat_template import DialogueError
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.generation.batch import Ending, Prompt
 from pretrain.generation.protocol import ChatBody, CompletionBody, Response
@@ -50,6 +51,8 @@ class Served:
     name: str
     """Name of the model in responses."""
     tokenizer: Tokenizer
+    chat: Chat
+    """What writes dialogues."""
     context_tokens: int
     """Largest number of tokens of a prompt and its continuation together."""
     max_new_tokens: int
@@ -114,18 +117,31 @@ class _Handlers:
         texts = []
         for prompt in map(self._served.clean, body.prompts):
             tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-            texts += self._texts(tokens, body, body.max_tokens, before=prompt if body.echo else "")
+            texts += self._texts(
+                tokens, body, body.max_tokens, end_ids={tokenizer.eos_id}, before=prompt if body.echo else ""
+            )
         return await self._answer(request, texts, body, is_chat=False)
 
     async def chat(self, request: HttpRequest) -> HttpResponse:
         body = await _parsed(request, ChatBody)
-        turns = [Message(turn.role, self._served.clean(turn.content)) for turn in body.messages]
-        tokens = encode_prompt(self._served.tokenizer, turns)
-        texts = self._texts(tokens, body, body.max_completion_tokens or body.max_tokens)
+        served = self._served
+        turns = [{"role": turn.role, "content": served.clean(turn.content)} for turn in body.messages]
+        try:
+            tokens = served.chat.encode_prompt(turns)
+        except DialogueError as error:
+            raise HTTPException(400, f"the dialogue {error}") from error
+        asked = body.max_completion_tokens or body.max_tokens
+        texts = self._texts(tokens, body, asked, end_ids=served.chat.end_ids)
         return await self._answer(request, texts, body, is_chat=True)
 
     def _texts(
-        self, tokens: list[int], body: CompletionBody | ChatBody, asked: int | None, before: str = ""
+        self,
+        tokens: list[int],
+        body: CompletionBody | ChatBody,
+        asked: int | None,
+        *,
+        end_ids: Collection[int],
+        before: str = "",
     ) -> list[Text]:
         """The texts to write after one prompt."""
         served = self._served
@@ -152,7 +168,7 @@ class _Handlers:
                     max_new_tokens=asked or min(limit, DEFAULT_NEW_TOKENS),
                     sampling=sampling,
                     seed=prompt_seed(seed, tokens, number),
-                    end_ids={served.tokenizer.eos_id},
+                    end_ids=end_ids,
                 ),
                 before,
             )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from pretrain.corpus.chat import SYSTEM, USER, Message, encode_prompt
+from pretrain.corpus.chat import SYSTEM, USER, Chat, Message
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.generation.batch import Batch, Continuation, Ending, Prompt
 from pretrain.generation.sampling import Sampling
@@ -39,29 +39,38 @@ class Writer:
         max_new_tokens: int,
         stop: Sequence[str] = (),
         seed: int = 0,
+        chat: Chat | None = None,
         system: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
         self._model, self._sampling, self._stop, self._seed = model, sampling, stop, seed
-        self._system = [Message(SYSTEM, system)] if system is not None else []
+        self._chat = chat
+        self._system: list[Message] = [] if system is None else [{"role": SYSTEM, "content": system}]
 
     def after(self, text: str, number: int = 0) -> Prompt:
         """A prompt for the `number`-th continuation of a text, which begins a document."""
-        return self._prompt([self.tokenizer.bos_id, *self.tokenizer.encode(text)], number)
+        return self._prompt(
+            [self.tokenizer.bos_id, *self.tokenizer.encode(text)], number, {self.tokenizer.eos_id}
+        )
 
     def answer_to(self, said: str | Sequence[Message], number: int = 0) -> Prompt:
-        """A prompt for what the assistant says after a user's text, or after the turns of a dialogue."""
-        turns = [Message(USER, said)] if isinstance(said, str) else said
-        return self._prompt(encode_prompt(self.tokenizer, [*self._system, *turns]), number)
+        """A prompt for what the assistant says after a user's text, or after the turns of a dialogue.
 
-    def _prompt(self, tokens: list[int], number: int) -> Prompt:
+        Needs `chat`. Raises DialogueError where the chat template refuses the turns.
+        """
+        assert self._chat is not None
+        turns = [{"role": USER, "content": said}] if isinstance(said, str) else said
+        tokens = self._chat.encode_prompt([*self._system, *turns])
+        return self._prompt(tokens, number, self._chat.end_ids)
+
+    def _prompt(self, tokens: list[int], number: int, end_ids: Collection[int]) -> Prompt:
         return Prompt(
             tokens=tokens,
             max_new_tokens=self.max_new_tokens,
             sampling=self._sampling,
             seed=prompt_seed(self._seed, tokens, number),
-            end_ids={self.tokenizer.eos_id},
+            end_ids=end_ids,
         )
 
     def write(

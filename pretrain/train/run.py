@@ -104,7 +104,9 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
         config = replace(config, micro_batch_sequences=known)
     loader = _loader(config, world, state, manifests)
     _check_heldout(config, manifests)
-    identity = on_main(lambda: write_run_files(config, run_dir, state, loader.tokenizer_sha256), world)
+    identity = on_main(
+        lambda: write_run_files(config, run_dir, state, loader.tokenizer_sha256, manifests), world
+    )
     watchdog.attempt(identity["attempt"])
     stop = StopRequest(run_dir, watch_file=world.is_main, stop_after_s=config.stop_after_s)
     mark("engine")

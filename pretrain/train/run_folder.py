@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ from omegaconf import MISSING, OmegaConf
 
 from pretrain.checkpoint.state import Identity, RunState
 from pretrain.config import AUTO, TrainConfig, to_dict
+from pretrain.corpus.chat_template import CHAT_TEMPLATE_NAME
+from pretrain.corpus.manifest import Manifest
 from pretrain.corpus.tokenizer import Tokenizer
-from pretrain.data.inputs import tokenizer_path
+from pretrain.data.inputs import chat_template_of, tokenizer_path
 from pretrain.errors import ConfigError
 from pretrain.files import read_capped, write_atomically
 from pretrain.monitor.monitor import new_run_id
@@ -68,9 +71,16 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def write_run_files(
-    config: TrainConfig, run_dir: Path, state: RunState | None, tokenizer_sha256: str
+    config: TrainConfig,
+    run_dir: Path,
+    state: RunState | None,
+    tokenizer_sha256: str,
+    manifests: Mapping[str, Manifest],
 ) -> dict[str, Any]:
-    """Write config.json, run.json and the tokenizer; rank 0 calls this. Returns the content of run.json."""
+    """Write config.json, run.json, the tokenizer and the chat template, if any; rank 0 calls this.
+
+    Returns the content of run.json.
+    """
     tokenizer = Tokenizer(tokenizer_path(config.data.corpora()[0].manifest), tokenizer_sha256)
     path = run_dir / "run.json"
     identity: dict[str, Any] = {"run_id": new_run_id(), "attempt": 0}
@@ -85,6 +95,8 @@ def write_run_files(
     write_atomically(path, (json.dumps(identity, indent=1) + "\n").encode())
     write_atomically(run_dir / "config.json", (json.dumps(to_dict(config), indent=1) + "\n").encode())
     write_atomically(run_dir / tokenizer.file_name, tokenizer.content)
+    if (template := chat_template_of(config, manifests)) is not None:
+        write_atomically(run_dir / CHAT_TEMPLATE_NAME, template.encode())
     return identity
 
 

@@ -278,11 +278,12 @@ def test_row_10_a_damaged_pointer_is_made_again_from_the_checkpoint(
 ) -> None:
     """run.json says which run and attempt this is; the state in the newest good checkpoint knows both, too."""
     config = load_config(TrainConfig, run_arguments(corpus, tmp_path), "config")
-    tokenizer_sha256 = load_manifest(corpus.manifest).tokenizer_sha256
-    before = write_run_files(config, tmp_path, None, tokenizer_sha256)
+    manifest = load_manifest(corpus.manifest)
+    given = (manifest.tokenizer_sha256, {str(corpus.manifest): manifest})
+    before = write_run_files(config, tmp_path, None, *given)
     (tmp_path / "run.json").write_text(content)
     expected = before | {"attempt": before["attempt"] + 1}
-    assert write_run_files(config, tmp_path, before, tokenizer_sha256) == expected
+    assert write_run_files(config, tmp_path, before, *given) == expected
     assert json.loads((tmp_path / "run.json").read_text()) == expected
 
 

@@ -291,18 +291,43 @@ def dialogues(data: bytes) -> None:
     from data_tools.reading import dialogue
 
     if (record := as_object(data)) is not None:
-        with suppress(dialogue.NoDialogueError):
-            messages = dialogue.parse(record)
-            assert dialogue.load(dialogue.dump(messages)) == messages
-            dialogue.has_answer(messages)
-            dialogue.plain(messages)
+        with suppress(dialogue.DialogueError):
+            found = dialogue.parse(record)
+            assert dialogue.load(dialogue.dump(found)) == found
+            dialogue.has_turn_of(found.messages, ["assistant"])
+            dialogue.plain(found.messages)
 
 
 DIALOGUES = [
     b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
     b'{"prompt": "a", "response": "b"}',
-    b'{"instruction": "a", "input": "c", "output": "b"}',
+    b'{"instruction": "a", "input": "c", "output": "b", "system": "s", "history": [["x", "y"]]}',
+    b'{"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "completion": "b"}',
+    b'{"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{\\"name\\": \\"f\\", '
+    b'\\"arguments\\": {}}"}, {"from": "observation", "value": ""}], "tools": "[{}]"}',
+    b'{"messages": [{"role": "assistant", "content": null, "tool_calls": [{"id": "1", "function": {"name": "f", '
+    b'"arguments": "{}"}}]}, {"role": "tool", "tool_call_id": "1", "content": "x"}], "tools": [{"a": 1}]}',
 ]
+
+
+def chat_template(data: bytes) -> None:
+    from pretrain.corpus.chat_template import DialogueError, Renderer
+
+    renderer = Renderer(data.decode(errors="replace"), {"bos_token": "<s>", "eos_token": "</s>"})
+    with refusing(), suppress(DialogueError):
+        text, spans = renderer.render(
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        )
+        assert CANARY not in text
+        assert all(0 <= start < stop <= len(text) for start, stop in spans)
+    renderer.close()
+
+
+@cache
+def chat_templates() -> list[bytes]:
+    from support.chat_templates import GENERATION, LLAMA_2, QWEN
+
+    return [template.encode() for template in (GENERATION, LLAMA_2, QWEN)]
 
 
 def table() -> Any:
@@ -500,6 +525,11 @@ HARNESSES = {
     ),
     "journal": Harness(journal, lambda: [JOURNAL], is_json=True),
     "dialogues": Harness(dialogues, lambda: DIALOGUES, is_json=True),
+    "chat_template": Harness(
+        chat_template,
+        chat_templates,
+        words=(b"{% for a in range(99999) %}", b".__class__", b"|attr(", b"{{ 9 ** 9 ** 9 }}"),
+    ),
     "jsonl": Harness(lambda data: read(data, "x.jsonl", "jsonl"), lambda: [json_lines()], is_json=True),
     "gzip": Harness(lambda data: read(data, "x.jsonl.gz", "jsonl"), lambda: [gzip.compress(json_lines())]),
     "json": Harness(lambda data: read(data, "x.json", "json"), json_of_any_form, is_json=True),

@@ -18,35 +18,17 @@ from tokenizers import Tokenizer as Theirs
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_tools.building.import_tokenizer import import_tokenizer
-from data_tools.config import TokenizerConfig
 from pretrain.corpus.manifest import load_manifest
 from pretrain.corpus.tokenizer import CHECK_TEXT, Tokenizer, frame
 from pretrain.errors import ConfigError
 from support import ROOT
+from support.hugging_face_tokenizers import SAMPLE, byte_level, imported, save
 from support.tiny import TinyCorpus, python_documents, run_arguments
 
 END = "<|endoftext|>"
-SAMPLE = [
-    CHECK_TEXT,
-    *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))[:4]),
-]
 PARTS = st.lists(
     st.sampled_from([END, "<s>", "</s>", " ", "\n", "a", "the ", "道", "🎉", "<|", "|>"]), max_size=12
 )
-
-
-def byte_level(special: list[str], vocab_size: int = 600) -> Theirs:
-    """As GPT-2 and most since."""
-    theirs = Theirs(models.BPE())
-    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    theirs.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    theirs.train_from_iterator(SAMPLE, trainer)
-    return theirs
 
 
 def unigram(special: list[str]) -> Theirs:
@@ -70,19 +52,6 @@ def word_pieces() -> Theirs:
         SAMPLE, trainers.WordPieceTrainer(vocab_size=600, special_tokens=special, show_progress=False)
     )
     return theirs
-
-
-def save(theirs: Theirs, folder: Path, **roles: Any) -> Path:
-    """The folder as `transformers` saves it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    theirs.save(str(folder / "tokenizer.json"))
-    if roles:
-        (folder / "tokenizer_config.json").write_text(json.dumps(roles))
-    return folder
-
-
-def imported(folder: Path, **options: Any) -> Tokenizer:
-    return import_tokenizer(TokenizerConfig(path=str(folder), **options))
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.prepare import prepare
 from pretrain.config import TrainConfig, load_config
+from pretrain.corpus.chat import OWN_TEMPLATE
+from pretrain.corpus.manifest import load_manifest
 from pretrain.corpus.shards import Corpus
 from pretrain.corpus.tokenizer import Tokenizer
-from pretrain.data.inputs import resolve_inputs, tokenizer_path
+from pretrain.data.inputs import chat_template_of, resolve_inputs, tokenizer_path
 from pretrain.data.loader import TrainLoader
 from pretrain.errors import ConfigError
 from support import ROOT
+from support.dialogues import chat_config, dialogues
 from support.faulty_server import FaultyServer, always
+from support.preparing import write_jsonl
 from support.tiny import TinyCorpus, make_corpus, run_arguments
+from support.trained_run import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +201,39 @@ def test_urls_that_cannot_work_are_named(corpus: TinyCorpus, overrides: list[str
 def test_sizes_and_times_are_positive(corpus: TinyCorpus, key: str) -> None:
     with pytest.raises(ConfigError, match=rf"data\.{key}=0"):
         configure(corpus, f"data.{key}=0")
+
+
+def test_the_chat_template_of_a_run(corpus: TinyCorpus, tmp_path: Path) -> None:
+    """That of its dialogues, which must be one; without dialogues that of the run it begins with."""
+    model = tmp_path / "tokenizer.model"
+    train_tokenizer(model)
+    source = write_jsonl(tmp_path / "talks.jsonl", dialogues(9))
+    other = tmp_path / "other.jinja"
+    other.write_text(OWN_TEMPLATE + "{# another #}")
+    assert prepare(chat_config(tmp_path / "a", source, model=model)) == 0
+    assert prepare(chat_config(tmp_path / "b", source, model=model, **{"chat.template": other})) == 0
+    manifests = {str(path): load_manifest(path) for path in tmp_path.glob("?/manifest.json")}
+    assert len(manifests) == 2
+
+    def found(*names: str, **more: str) -> str | None:
+        listed = ", ".join(f"{{name: {name}, manifest: {tmp_path / name}/manifest.json}}" for name in names)
+        given = [
+            f"data.sources=[{listed}]",
+            "run_dir=unused",
+            "total_steps=1",
+            *(f"{k}={v}" for k, v in more.items()),
+        ]
+        return chat_template_of(load_config(TrainConfig, given, "config"), manifests)
+
+    assert found("a") == OWN_TEMPLATE
+    assert found("b") == OWN_TEMPLATE + "{# another #}"
+    with pytest.raises(ConfigError, match=r"different chat templates.*chat\.template="):
+        found("a", "b")
+    (tmp_path / "a/chat_template.jinja").write_text("changed")
+    with pytest.raises(ConfigError, match="put back the file"):
+        found("a")
+    manifests[str(tmp_path / "c/manifest.json")] = load_manifest(corpus.manifest)
+    assert found("c") is None
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/chat_template.jinja").write_text("of the run")
+    assert found("c", init_from=str(tmp_path / "run")) == "of the run"

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from data_tools.text import clean
-from pretrain.corpus.chat import USER, Message
+from pretrain.corpus.chat import USER
 from pretrain.errors import ConfigError
 from pretrain.generation.sampling import Sampling
 from pretrain.generation.service import Service
@@ -72,7 +72,12 @@ def client(trained: TrainedModel, model: Brake) -> Iterator[Any]:
 
     service = Service(model, trained.tokenizer, batch_sequences=4, max_waiting=6)
     served = Served(
-        name="run", tokenizer=trained.tokenizer, context_tokens=64, max_new_tokens=24, clean=clean
+        name="run",
+        tokenizer=trained.tokenizer,
+        chat=trained.chat(),
+        context_tokens=64,
+        max_new_tokens=24,
+        clean=clean,
     )
     app = build_app(service, served, ["127.0.0.1"])
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
@@ -95,7 +100,14 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def greedy(trained: TrainedModel, model: Decoder, stop: tuple[str, ...] = ()) -> Writer:
-    return Writer(model, trained.tokenizer, sampling=Sampling(temperature=0), max_new_tokens=12, stop=stop)
+    return Writer(
+        model,
+        trained.tokenizer,
+        sampling=Sampling(temperature=0),
+        max_new_tokens=12,
+        stop=stop,
+        chat=trained.chat(),
+    )
 
 
 def events(response: Any) -> list[Any]:
@@ -141,7 +153,11 @@ def test_a_dialogue_gets_the_template(client: Any, trained: TrainedModel, model:
     whole = client.post("/v1/chat/completions", json=body).json()
     writer = greedy(trained, model)
     (expected,) = writer.write(
-        [writer.answer_to([Message("system", "Be brief."), Message(USER, "caf\u00e9?")])]
+        [
+            writer.answer_to(
+                [{"role": "system", "content": "Be brief."}, {"role": USER, "content": "caf\u00e9?"}]
+            )
+        ]
     )
     assert whole["choices"][0]["message"] == {"role": "assistant", "content": expected.text}
     found = events(client.post("/v1/chat/completions", json=body | {"stream": True}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ from pyarrow import parquet
 from data_tools.config import PrepareConfig, TokenizerConfig
 from data_tools.prepare import prepare
 from data_tools.reading import dialogue
-from data_tools.reading.dialogue import NoDialogueError
 from data_tools.remove import remove
 from data_tools.verify import verify
 from pretrain.config import load_config
-from pretrain.corpus.chat import ASSISTANT, Message, encode_dialogue
+from pretrain.corpus.chat import ASSISTANT, OWN_TEMPLATE, Chat, Message
+from pretrain.corpus.chat_template import DialogueError
 from pretrain.corpus.manifest import load_manifest
 from pretrain.corpus.shards import Corpus, documents_of
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.errors import ConfigError
+from support.chat_templates import QWEN, SPECIAL
 from support.dialogues import chat_config, dialogues, turns
+from support.hugging_face_tokenizers import byte_level, save
 from support.preparing import config, content, run, write_jsonl
 from support.trained_run import TEXTS, make_run, run_script, train_tokenizer
 
@@ -44,7 +47,18 @@ def prepared(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def messages_of(record: dict[str, Any]) -> list[Message]:
-    return [Message(**turn) for turn in record["messages"]]
+    return list(record["messages"])
+
+
+def rows(messages: list[Message]) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in messages]
+
+
+@pytest.fixture(scope="module")
+def chat(model: Path) -> Iterator[Chat]:
+    made = Chat(Tokenizer.trusted(model))
+    yield made
+    made.close()
 
 
 # --- records ---
@@ -65,36 +79,128 @@ def messages_of(record: dict[str, Any]) -> list[Message]:
 )  # fmt: skip
 def test_a_record_is_a_dialogue(record: dict[str, Any], expected: list[tuple[str, str]]) -> None:
     found = dialogue.parse(record)
-    assert found == expected
+    assert rows(found.messages) == expected
     assert dialogue.load(dialogue.dump(found)) == found
 
 
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ({"text": "x", "id": 1}, "has no dialogue (its fields: text, id); needed are messages, prompt and"),
+        ({"text": "x", "id": 1}, "has no dialogue (its fields: text, id); needed are messages, conversations"),
         ({"prompt": "x"}, "has no dialogue"),
         ({"messages": "x"}, "has str in the field 'messages', not a list"),
         ({"messages": [["user", "x"]]}, "has in messages[0] no role and content"),
         ({"messages": [{"role": "user"}]}, "has in messages[0] no role and content"),
-        ({"messages": [*turns(("a", "b")), {"role": "tool", "content": "x"}]}, "has in messages[2] the role 'tool'"),
+        ({"messages": [*turns(("a", "b")), {"role": "judge", "content": "x"}]}, "has in messages[2] the role 'judge'"),
         ({"messages": [{"role": [], "content": "x"}]}, "has in messages[0] the role []"),
         ({"messages": [{"role": "assistant", "content": None}]}, "has in messages[0] NoneType as content, not text"),
         ({"prompt": 5, "response": "b"}, "has int in the field 'prompt', not text"),
         ({"instruction": "a", "input": ["c"], "output": "b"}, "has list in the field 'input', not text"),
+        ({"query": "a", "response": "b", "history": ["c"]}, "has in history[0] no pair"),
+        ({"query": "a", "response": "b", "history": "c"}, "has in history[0] no pair"),
+        ({"conversations": [{"from": "moderator", "value": "x"}]}, "has in conversations[0] the role 'moderator'"),
+        ({"conversations": [["x"]]}, "has in conversations[0] no from and value"),
+        ({"conversations": [{"from": "function_call", "value": "f(x)"}]}, "has in conversations[0] a tool call"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "parts that are not text"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}, "has in messages[0] a tool call"),
+        ({"messages": [{"role": "assistant", "tool_calls": 1}]}, "has in messages[0] int as tool_calls"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}]},
+            "whose arguments are no JSON object",
+        ),
+        ({"prompt": "a", "response": "b", "tools": "x"}, "has in the field 'tools' a text that is no JSON"),
+        ({"prompt": "a", "response": "b", "tools": ["x"]}, "has in the field 'tools' no list of objects"),
     ],
 )  # fmt: skip
 def test_a_record_that_is_none_is_named(record: dict[str, Any], words: str) -> None:
-    with pytest.raises(NoDialogueError) as caught:
+    with pytest.raises(DialogueError) as caught:
         dialogue.parse(record)
     assert words in str(caught.value)
+
+
+SYSTEM_TURN = ("system", "Be brief.")
+HI = [("user", "Hi"), ("assistant", "Hello there")]
+CALL = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+CALLED = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (
+            {"instruction": "a", "input": "c", "output": "b", "system": "Be brief.", "history": [["Hi", HI[1][1]]]},
+            [SYSTEM_TURN, *HI, ("user", "a\n\nc"), ("assistant", "b")],
+        ),
+        ({"query": "a", "response": "b", "history": [["Hi", "Hello there"]]}, [*HI, ("user", "a"), ("assistant", "b")]),
+        ({"prompt": "a", "completion": " b"}, [("user", "a"), ("assistant", " b")]),
+        (
+            {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+            [("user", "a"), ("assistant", "b")],
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "Be brief."},
+                    {"from": "human", "value": "Hi"},
+                    {"from": "gpt", "value": "Hello there"},
+                ]
+            },
+            [SYSTEM_TURN, *HI],
+        ),
+        ({"conversations": turns(("Hi", "Hello there")), "system": "Be brief."}, [SYSTEM_TURN, *HI]),
+        ({"messages": turns(("Hi", "Hello there")), "system": "Be brief."}, [SYSTEM_TURN, *HI]),
+        ({"messages": [{"role": "developer", "content": "Be brief."}]}, [SYSTEM_TURN]),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
+            [("user", "a\nb")],
+        ),
+    ],
+)  # fmt: skip
+def test_dialogues_as_users_have_them(record: dict[str, Any], expected: list[tuple[str, str]]) -> None:
+    found = dialogue.parse(record)
+    assert rows(found.messages) == expected
+    assert dialogue.load(dialogue.dump(found)) == found
+
+
+def test_tools_and_their_turns() -> None:
+    """In the form of OpenAI and of ShareGPT; arguments become an object, which templates write as JSON."""
+    openai = {
+        "messages": [
+            {"role": "user", "content": "Rain?"},
+            {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": CALL}]},
+            {"role": "tool", "content": "", "tool_call_id": "1", "name": "weather"},
+            {"role": "assistant", "content": "No."},
+        ],
+        "tools": [{"name": "weather"}],
+    }
+    sharegpt = {
+        "conversations": [
+            {"from": "human", "value": "Rain?"},
+            {"from": "function_call", "value": json.dumps(CALL)},
+            {"from": "observation", "value": ""},
+            {"from": "gpt", "value": "No."},
+        ],
+        "tools": json.dumps(openai["tools"]),
+    }
+    found, other = dialogue.parse(openai), dialogue.parse(sharegpt)
+    assert found.messages == [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "tool_calls": [CALLED]},
+        {"role": "tool", "content": "", "tool_call_id": "1", "name": "weather"},
+        {"role": "assistant", "content": "No."},
+    ]
+    assert other.messages[:2] == found.messages[:2] and other.messages[3] == found.messages[3]
+    assert found.tools == other.tools == [{"name": "weather"}]
+    for one in (found, other):
+        assert dialogue.load(dialogue.dump(one)) == one
+    assert dialogue.plain(found.messages) == "Rain?\n\nNo."
 
 
 # --- prepared ---
 
 
-def test_documents_are_the_dialogues_in_the_template(prepared: Path) -> None:
-    tokenizer = Tokenizer.trusted(prepared / "tokenizer.model")
+def test_documents_are_the_dialogues_in_the_template(prepared: Path, chat: Chat) -> None:
+    assert (prepared / "chat_template.jinja").read_text() == OWN_TEMPLATE
     expected = {record["id"]: messages_of(record) for record in dialogues(120)}
     found = {}
     for manifest in (prepared / "manifest.json", prepared / "heldout/manifest.json"):
@@ -103,14 +209,13 @@ def test_documents_are_the_dialogues_in_the_template(prepared: Path) -> None:
             found[document.id] = document
     assert found.keys() == expected.keys()
     for name, messages in expected.items():
-        tokens, targets = encode_dialogue(tokenizer, messages)
+        tokens, targets, n_bytes = chat.encode_dialogue(messages)
         assert found[name].tokens.tolist() == tokens
         marked = {at for a, b in zip(targets[::2], targets[1::2], strict=True) for at in range(a, b)}
         assert set(found[name].is_target.nonzero()[0].tolist()) == marked
-        assert found[name].text_bytes == len("\n".join(m.content for m in messages).encode())
-        assert found[name].target_bytes == sum(
-            len(m.content.encode()) for m in messages if m.role == ASSISTANT
-        )
+        assert found[name].text_bytes == len("\n".join(m["content"] for m in messages).encode())
+        assert found[name].target_bytes == n_bytes
+        assert n_bytes == sum(len(m["content"].strip().encode()) for m in messages if m["role"] == ASSISTANT)
     assert any(len(document.tokens) > 256 for document in found.values())
     assert "documents are dialogues with a loss mask" in (prepared / "README.md").read_text()
     assert verify(prepared) == []
@@ -154,21 +259,114 @@ def test_the_funnel_names_what_was_dropped(
         {"messages": turns(("I get silence", " \n"))},
         {"messages": turns(("a", "b"))},
         {"messages": turns(("Tell me all", "x" * 3000))},
-        {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": [*turns(("a", "a long enough answer")), {"role": "tool", "content": "x"}]},
+        {"messages": turns(("What is </s>?", "The end of a document."))},
+        {"messages": turns(("Say a lot", "word " * 390))},
     ]
     source = write_jsonl(tmp_path / "in.jsonl", records)
-    options = {"model": model, "max_chars": 2000}
-    with pytest.raises(
-        ConfigError, match=r"in\.jsonl:27 has in messages\[0\] the role 'tool'; .*max_bad_records"
-    ):
+    options = {"model": model, "max_chars": 2000, "chat.max_tokens": 700}
+    with pytest.raises(ConfigError, match=r"in\.jsonl:27 cannot be written .* tools.*max_bad_records"):
         prepare(chat_config(tmp_path / "out", source, **options))
     assert prepare(chat_config(tmp_path / "out", source, max_bad_records=1, **options)) == 0
     report = json.loads((tmp_path / "out/prepare.json").read_text())
     dropped = {"duplicate": 1, "no_answer": 2, "too_short": 1, "too_long": 1, "bad_record": 1}
+    dropped |= {"special_token": 1, "too_many_tokens": 1}
     assert report["funnel"]["dropped"] == dropped
     assert report["funnel"]["kept"] == 21
-    assert "-2 no answer" in capsys.readouterr().out
+    manifests = [tmp_path / "out/manifest.json", tmp_path / "out/heldout/manifest.json"]
+    assert sum(load_manifest(path).n_documents for path in manifests) == 21
+    assert report["funnel"]["heldout"] == load_manifest(manifests[1]).n_documents
+    shown = capsys.readouterr().out
+    assert "-2 no answer" in shown and "-1 special token" in shown and "-1 too many tokens" in shown
     assert report["recipe"]["options"]["format"] == "chat"
+
+
+def test_a_data_set_with_nothing_to_learn_is_an_error(model: Path, tmp_path: Path) -> None:
+    """At reading where nobody answers, and after tokenizing where what is left has no answer that fits."""
+    silent = write_jsonl(
+        tmp_path / "silent.jsonl", [{"messages": [{"role": "user", "content": "Nobody answers."}]}] * 3
+    )
+    with pytest.raises(ConfigError, match=r"leaves no document: 3 read, dropped: 3 no_answer"):
+        prepare(chat_config(tmp_path / "out", silent, model=model))
+    long = write_jsonl(tmp_path / "long.jsonl", dialogues(9))
+    options = {"chat.max_tokens": 9, "chat.longer": "cut", "heldout_frac": 0}
+    with pytest.raises(ConfigError, match=r"leaves no document: 9 read, dropped: 9 too_many_tokens"):
+        prepare(chat_config(tmp_path / "out", long, model=model, **options))
+    names = write_jsonl(
+        tmp_path / "names.jsonl", [{"prompt": f"What is </s> {n}?", "response": "x" * n} for n in range(3, 6)]
+    )
+    with pytest.raises(ConfigError, match=r"leaves no document: 3 read, dropped: 3 special_token"):
+        prepare(chat_config(tmp_path / "out", names, model=model))
+
+
+def test_longer_dialogues_are_cut_at_the_last_turn_that_fits(
+    model: Path, chat: Chat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short, long = turns(("a question", "an answer")), turns(("Hi you", "Hello"), ("Say more", "word " * 99))
+    source = write_jsonl(tmp_path / "in.jsonl", [{"messages": short}, {"messages": long}])
+    options = {"chat.max_tokens": 100, "heldout_frac": 0, "model": model}
+    assert prepare(chat_config(tmp_path / "cut", source, **options, **{"chat.longer": "cut"})) == 0
+    assert "1 of them cut at the last turn within chat.max_tokens" in capsys.readouterr().out
+    found = {d.id: d for d in documents_of(Corpus(tmp_path / "cut/manifest.json"))}
+    assert found["in.jsonl:2"].tokens.tolist() == chat.encode_dialogue(long[:2]).tokens
+    assert found["in.jsonl:1"].tokens.tolist() == chat.encode_dialogue(short).tokens
+    assert prepare(chat_config(tmp_path / "drop", source, **options)) == 0
+    assert [d.id for d in documents_of(Corpus(tmp_path / "drop/manifest.json"))] == ["in.jsonl:1"]
+    assert json.loads((tmp_path / "drop/prepare.json").read_text())["funnel"]["dropped"] == {
+        "too_many_tokens": 1
+    }
+
+
+def test_roles_and_ends_that_count_are_chosen(model: Path, chat: Chat, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"messages": turns(("a question", "an answer"))}])
+    options = {"chat.loss_roles": "[user]", "chat.loss_end": False, "heldout_frac": 0}
+    assert prepare(chat_config(tmp_path / "out", source, model=model, **options)) == 0
+    (document,) = documents_of(Corpus(tmp_path / "out/manifest.json"))
+    tokenizer = Tokenizer.trusted(model)
+    assert tokenizer.decode(document.tokens[document.is_target]) == "a question"
+    assert tokenizer.eos_id not in document.tokens[document.is_target]
+    with pytest.raises(ConfigError, match=r"chat\.loss_roles=\[\]"):
+        chat_config(tmp_path / "out", source, model=model, **{"chat.loss_roles": "[]"})
+
+
+def test_the_template_beside_a_tokenizer_is_taken(tmp_path: Path) -> None:
+    """Tools included; the held-out part can be prepared again; remove keeps the template; ours can be asked for."""
+    roles = {"bos_token": "<s>", "eos_token": "<|im_end|>", "chat_template": QWEN}
+    given = save(byte_level(SPECIAL), tmp_path / "given", **roles)
+    records: list[dict[str, Any]] = [{"id": f"{n}", **record} for n, record in enumerate(dialogues(12))]
+    call = {"role": "assistant", "tool_calls": [CALLED]}
+    talk = [
+        *turns(("Rain today?", "I look."))[:1],
+        call,
+        {"role": "tool", "content": "sunny"},
+        *turns(("x", "It is dry."))[1:],
+    ]
+    records.append({"id": "tools", "messages": talk, "tools": [{"name": "weather"}]})
+    source = write_jsonl(tmp_path / "in.jsonl", records)
+    assert prepare(chat_config(tmp_path / "out", source, model=given, heldout_frac=0.3)) == 0
+    assert (tmp_path / "out/chat_template.jinja").read_text() == QWEN
+    tokenizer = Tokenizer.trusted(tmp_path / "out/tokenizer.json")
+    paths = [tmp_path / "out/manifest.json", tmp_path / "out/heldout/manifest.json"]
+    found = {d.id: d.tokens.tolist() for path in paths for d in documents_of(Corpus(path))}
+    with_template = Chat(tokenizer, QWEN)
+    assert found["tools"] == with_template.encode_dialogue(talk, [{"name": "weather"}]).tokens
+    assert tokenizer.special_tokens["<|im_start|>"] in found["tools"]
+    with_template.close()
+    again = tmp_path / "out/heldout/documents.jsonl.gz"
+    assert prepare(chat_config(tmp_path / "again", again, model=tmp_path / "out", heldout_frac=0)) == 0
+    second = {d.id: d.tokens.tolist() for d in documents_of(Corpus(tmp_path / "again/manifest.json"))}
+    assert second.items() <= found.items() and second
+    first = next(iter(documents_of(Corpus(paths[0])))).id
+    assert remove(tmp_path / "out", {first}) == {first: 1}
+    assert (tmp_path / "out/chat_template.jinja").read_text() == QWEN
+    assert verify(tmp_path / "out") == []
+    ours = {"chat.template": "ours", "max_bad_records": 1}
+    assert prepare(chat_config(tmp_path / "ours", source, model=given, **ours)) == 0
+    assert (tmp_path / "ours/chat_template.jinja").read_text() == OWN_TEMPLATE
+    broken = tmp_path / "broken.jinja"
+    broken.write_text("{% for")
+    with pytest.raises(ConfigError, match="no valid Jinja"):
+        prepare(chat_config(tmp_path / "broken", source, model=given, **{"chat.template": broken}))
 
 
 PAIR = {"instruction": "What is a shard?", "input": "", "output": "A tar file."}
@@ -178,14 +376,15 @@ TALK = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "c
 @pytest.mark.parametrize(
     ("record", "named"),
     [
-        (PAIR | {"system": "You answer shortly."}, "system"),
-        (PAIR | {"history": [["Hi", "Hello there"]]}, "history"),
-        (TALK | {"system": "You answer shortly."}, "system"),
-        (TALK | {"tools": [{"name": "search"}]}, "tools"),
+        (TALK | {"history": [["Hi", "Hello there"]]}, "history"),
+        ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "system"),
+        (TALK | {"conversations": [{"from": "human", "value": "x"}]}, "conversations"),
+        (TALK | {"functions": [{"name": "search"}]}, "functions"),
+        ({"conversations": [{"from": "human", "value": "x", "weight": 0}]}, "weight"),
         (TALK | {"prompt": "Another question"}, "prompt"),
         ({"prompt": "a", "response": "b", "input": "and this"}, "input"),
         ({"prompt": "a", "response": "b", "rejected": "c"}, "rejected"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]}, "tool_calls"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}]}, "tool_calls"),
         ({"messages": [{"role": "assistant", "content": "x", "weight": 0}]}, "weight"),
         ({"messages": [{"role": "assistant", "content": "x", "train": False}]}, "train"),
         (
@@ -195,19 +394,19 @@ TALK = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "c
     ],
 )
 def test_a_field_that_would_be_left_out_is_an_error(record: dict[str, object], named: str) -> None:
-    with pytest.raises(NoDialogueError, match=f"'{named}'"):
+    with pytest.raises(DialogueError, match=f"'{named}'"):
         dialogue.parse(record)
 
 
 def test_empty_fields_and_other_facts_leave_nothing_out() -> None:
-    assert len(dialogue.parse(PAIR | {"system": " ", "history": [], "category": "qa"})) == 2
+    assert len(dialogue.parse(PAIR | {"system": " ", "history": [], "category": "qa"}).messages) == 2
     turns = [
         {"role": "assistant", "content": "x", "weight": 1, "train": True, "tool_calls": None, "name": "bot"}
     ]
-    assert len(dialogue.parse({"messages": turns, "tools": [], "prompt": "", "score": 0.5})) == 1
+    assert len(dialogue.parse({"messages": turns, "tools": [], "prompt": "", "score": 0.5}).messages) == 1
 
 
-def test_parquet_holds_dialogues_too(model: Path, tmp_path: Path) -> None:
+def test_parquet_holds_dialogues_too(model: Path, chat: Chat, tmp_path: Path) -> None:
     table = pyarrow.table(
         {"messages": [r["messages"] for r in dialogues(6)], "id": [str(n) for n in range(6)]}
     )
@@ -222,13 +421,15 @@ def test_parquet_holds_dialogues_too(model: Path, tmp_path: Path) -> None:
     assert prepare(chat_config(tmp_path / "out", *inputs, model=model, heldout_frac=0)) == 0
     texts = {d.id: d for d in documents_of(Corpus(tmp_path / "out/manifest.json"))}
     assert set(texts) == {*map(str, range(6)), "pairs.parquet:1", "pairs.parquet:2"}
-    expected = [Message("user", "Sum up\n\n1 and 2"), Message("assistant", "That is 3")]
-    assert (
-        texts["pairs.parquet:2"].tokens.tolist() == encode_dialogue(Tokenizer.trusted(model), expected).tokens
-    )
+    expected = turns(("Sum up\n\n1 and 2", "That is 3"))
+    assert texts["pairs.parquet:2"].tokens.tolist() == chat.encode_dialogue(expected).tokens
     parquet.write_table(pyarrow.table(pairs | {"system": ["", "Be brief."]}), tmp_path / "system.parquet")
-    with pytest.raises(ConfigError, match=r"system\.parquet:2 .*'system'"):
-        prepare(chat_config(tmp_path / "one", tmp_path / "system.parquet", model=model))
+    assert (
+        prepare(chat_config(tmp_path / "one", tmp_path / "system.parquet", model=model, heldout_frac=0)) == 0
+    )
+    texts = {d.id: d for d in documents_of(Corpus(tmp_path / "one/manifest.json"))}
+    expected = turns(("Sum up\n\n1 and 2", "That is 3"), system="Be brief.")
+    assert texts["system.parquet:2"].tokens.tolist() == chat.encode_dialogue(expected).tokens
     parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "other.parquet")
     with pytest.raises(
         ConfigError, match=r"has no column of a dialogue \(it has body\); needed are messages"
@@ -295,7 +496,7 @@ def test_show_brackets_what_is_learned(prepared: Path) -> None:
     first = next(iter(documents_of(Corpus(prepared / "manifest.json"))))
     [record] = [record for record in dialogues(120) if record["id"] == first.id]
     lines = "".join(
-        f"{m.role}\n" + (f"⟦{m.content}⟧\n" if m.role == ASSISTANT else f"{m.content}\n")
+        f"{m['role']}\n" + ("⟦{}⟧\n" if m["role"] == ASSISTANT else "{}\n").format(m["content"].strip())
         for m in messages_of(record)
     ).splitlines()
     expected = [f"| {line[:110]}" for line in lines[:12]]
