@@ -223,7 +223,13 @@ class Engine:
                 model=model, optimizer=self._optimizer, config=settings
             )
         self.state = EngineState(
-            self._deepspeed.optimizer, self._optimizer, self._parameters, config.optim, zero_stage, world
+            self._deepspeed.optimizer,
+            self._optimizer,
+            self._parameters,
+            config.optim,
+            zero_stage,
+            world,
+            ema=config.ema.decay is not None,
         )
         """Weights and moments, with the methods that copy them for a checkpoint and restore them."""
         self.loss_scale = LossScale() if config.engine.precision is Precision.fp16 else None
@@ -301,6 +307,8 @@ class Engine:
                 self._deepspeed.step()  # this only counts the micro batch; it does not update the weights
         changed = self.state.sums.changed()
         grad_norm, skipped = self._plain_update() if self._zero_stage == 0 else self._update()
+        if (stays := self.config.ema.share_at(step)) is not None:
+            self.state.update_ema(stays)
         if skipped:
             # After a skipped update, DeepSpeed frees the small parameters that it keeps whole until the next forward
             # pass, so there is nothing to compare.

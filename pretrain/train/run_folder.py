@@ -17,7 +17,6 @@ from pretrain.data.inputs import tokenizer_path
 from pretrain.errors import ConfigError
 from pretrain.files import read_capped, write_atomically
 from pretrain.monitor.monitor import new_run_id
-from pretrain.reliability.journal import HELDOUT_PREFIX, read_metrics
 from pretrain.stored import parse
 
 _MAX_RUN_JSON_BYTES = 1 << 16
@@ -86,9 +85,3 @@ def write_run_files(
     write_atomically(run_dir / "config.json", (json.dumps(to_dict(config), indent=1) + "\n").encode())
     write_atomically(run_dir / tokenizer.file_name, tokenizer.content)
     return identity
-
-
-def heldout_losses_of(run_dir: Path) -> dict[int, float]:
-    """The held-out loss of each evaluation so far, by step."""
-    key = f"{HELDOUT_PREFIX}loss"
-    return {record["step"]: record[key] for record in read_metrics(run_dir) if key in record}
