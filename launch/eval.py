@@ -25,7 +25,7 @@ begin(__name__, interrupted="nothing was written")
 
 from omegaconf import MISSING
 
-from pretrain.config import Precision, run_command
+from pretrain.config import Precision, Weights, Which, run_command
 from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 from pretrain.printing import visible
@@ -47,7 +47,11 @@ class EvalConfig:
     input: list[PathText] = MISSING
     """Files or folders of text, or prepared corpora."""
     step: int | None = None
-    """Step of the checkpoint to use; null means the newest good checkpoint."""
+    """Step of the checkpoint to use; null means the one that `which` says."""
+    which: Which = Which.newest
+    """Checkpoint to use where no step is given: `newest`, or `best`, the one with the lowest held-out loss."""
+    weights: Weights = Weights.trained
+    """Weights to use: `trained`, or `ema`, their moving average (ema.decay)."""
     checkpoint_target: PathText | None = None
     """URL of the run's checkpoints, if they are at a URL. A URL that the run folder names is opened only if it is also
     given here."""
@@ -96,7 +100,9 @@ def main(config: EvalConfig) -> None:
     for entry in config.input:
         if not Path(entry).expanduser().exists():
             raise ConfigError(f"input={entry} does not exist")
-    trained = load_trained(config.run_dir, config.step, config.checkpoint_target)
+    trained = load_trained(
+        config.run_dir, config.step, config.checkpoint_target, which=config.which, weights=config.weights
+    )
     work = find_documents(config, trained)
     device = own_device()
     precision = precision_on(device, config.precision)

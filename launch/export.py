@@ -20,7 +20,7 @@ begin(__name__, interrupted="nothing was written")
 
 from omegaconf import MISSING
 
-from pretrain.config import Precision, run_command
+from pretrain.config import Precision, Weights, Which, run_command
 from pretrain.config.texts import PathText
 
 
@@ -33,7 +33,11 @@ class ExportConfig:
     output: PathText = MISSING
     """Folder to write."""
     step: int | None = None
-    """Step of the checkpoint to use; null means the newest good checkpoint."""
+    """Step of the checkpoint to use; null means the one that `which` says."""
+    which: Which = Which.newest
+    """Checkpoint to use where no step is given: `newest`, or `best`, the one with the lowest held-out loss."""
+    weights: Weights = Weights.trained
+    """Weights to use: `trained`, or `ema`, their moving average (ema.decay)."""
     checkpoint_target: PathText | None = None
     """URL of the run's checkpoints, if they are at a URL. A URL that the run folder names is opened only if it is also
     given here."""
@@ -57,7 +61,9 @@ def main(config: ExportConfig) -> None:
     from pretrain.trained import load_trained
 
     with waiting(f"reading {config.run_dir}"):
-        trained = load_trained(config.run_dir, config.step, config.checkpoint_target)
+        trained = load_trained(
+            config.run_dir, config.step, config.checkpoint_target, which=config.which, weights=config.weights
+        )
     dtype = trained.precision if config.dtype is Precision.auto else config.dtype
     name = f"writing step {trained.step} as {dtype.value}, and checking it"
     with stage(name, exported_bytes(trained, DTYPES[dtype])) as progress:

@@ -26,7 +26,7 @@ begin(__name__, interrupted="nothing was written")
 
 from omegaconf import MISSING
 
-from pretrain.config import Precision, run_command
+from pretrain.config import Precision, Weights, Which, run_command
 from pretrain.config.texts import PathText, VerbatimText
 from pretrain.errors import ConfigError
 from pretrain.files import read_lines
@@ -49,7 +49,11 @@ class GenerateConfig:
     prompt_file: PathText | None = None
     """File with more prompts."""
     step: int | None = None
-    """Step of the checkpoint to use; null means the newest good checkpoint."""
+    """Step of the checkpoint to use; null means the one that `which` says."""
+    which: Which = Which.newest
+    """Checkpoint to use where no step is given: `newest`, or `best`, the one with the lowest held-out loss."""
+    weights: Weights = Weights.trained
+    """Weights to use: `trained`, or `ema`, their moving average (ema.decay)."""
     checkpoint_target: PathText | None = None
     """URL of the run's checkpoints, if they are at a URL. A URL that the run folder names is opened only if it is also
     given here."""
@@ -112,7 +116,9 @@ def main(config: GenerateConfig) -> None:
     from pretrain.model.kernels import DTYPES
     from pretrain.trained import load_trained, precision_on
 
-    trained = load_trained(config.run_dir, config.step, config.checkpoint_target)
+    trained = load_trained(
+        config.run_dir, config.step, config.checkpoint_target, which=config.which, weights=config.weights
+    )
     device = own_device()
     precision = precision_on(device, config.precision)
     writer = Writer(

@@ -64,6 +64,15 @@ class LossScaleState(TypedDict):
     applied: Count
 
 
+class EarlyStopState(TypedDict):
+    """State of `pretrain.train.early_stop.EarlyStop`."""
+
+    step: Step
+    best_step: Step
+    best_loss: float | None
+    without_gain: Count
+
+
 class RunState(TypedDict):
     """The content of state.json: everything that a resumed run needs besides the tensors.
 
@@ -79,6 +88,7 @@ class RunState(TypedDict):
     order: dict[str, Any]
     """State of the sample order; `OrderState.from_dict` parses it."""
     loss_guard: NotRequired[LossGuardState]
+    early_stop: NotRequired[EarlyStopState]
     tokenizer_sha256: Sha256
     run_id: RunId
     wandb_run_id: RunId
@@ -91,6 +101,10 @@ class RunState(TypedDict):
     config: dict[str, Any]
     """The run's configuration; `pretrain.config.stored_config` parses it."""
     micro_batch_found: NotRequired[bool]
+    ema: NotRequired[bool]
+    """Whether the checkpoint has a moving average of the weights, as `ema.<name>`."""
+    weights_only: NotRequired[Literal["fp32", "bf16"]]
+    """The type of the weights in a checkpoint that has no moments, so that no run can go on from it."""
     tensors: Annotated[dict[Annotated[str, MaxLen(512)], Annotated[Digits, MaxLen(8)]], MaxLen(1 << 20)]
     """Shape of each parameter, by parameter name."""
 

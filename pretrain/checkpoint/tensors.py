@@ -52,7 +52,7 @@ from pretrain.checkpoint.folder import (
     unlisted,
 )
 from pretrain.checkpoint.state import FileEntry, RunState
-from pretrain.config import TrainConfig, stored_config
+from pretrain.config import TrainConfig, Weights, stored_config
 from pretrain.distributed import Partition, World, gather_objects, share
 from pretrain.errors import ConfigError
 from pretrain.files import create_file, sync_folder
@@ -260,7 +260,8 @@ def find_latest(
 ) -> FoundCheckpoint:
     """The newest checkpoint all of whose hashes match.
 
-    With `step`, only the checkpoint of that step is considered, and with `before`, only checkpoints of earlier steps.
+    With `step`, only the checkpoint of that step is considered, and with `before`, only checkpoints of earlier steps
+    from which a run can go on.
     All ranks call this together and divide the files that must be hashed.
     """
     passed_over: list[str] = []
@@ -268,6 +269,8 @@ def find_latest(
         if step not in (None, step_of(path)) or (before is not None and step_of(path) >= before):
             continue
         found = _examine(path, world)
+        if isinstance(found, Verified) and before is not None and found.state.get("weights_only"):
+            found = "it holds weights only"
         if isinstance(found, Verified):
             return FoundCheckpoint(found, passed_over)
         passed_over.append(f"{path.name}: {found}")
@@ -397,13 +400,16 @@ def _download(verified: Verified, folder: Path, part: int, parts: int) -> None:
 
 
 def load_weights(
-    run_dir: str | Path, step: int | None = None, target: str | None = None
+    run_dir: str | Path,
+    step: int | None = None,
+    target: str | None = None,
+    weights: Weights = Weights.trained,
 ) -> tuple[TrainConfig, dict[str, torch.Tensor], RunState]:
     """The configuration, whole fp32 weights by parameter name, and state of a run's newest good checkpoint.
 
-    With `step`, they come from the checkpoint of that step. The function works in a single process, without a process
-    group. `target` is the URL of the checkpoints where they are not in the run folder. Raises ConfigError where there
-    is no such checkpoint.
+    `weights` chooses between the trained weights and their moving average. With `step`, they come from the checkpoint
+    of that step. The function works in a single process, without a process group. `target` is the URL of the
+    checkpoints where they are not in the run folder. Raises ConfigError where there is no such checkpoint.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -415,8 +421,13 @@ def load_weights(
         raise ConfigError(f"run_dir={run_dir} holds no usable checkpoint {which}under checkpoints/{why}")
     state = found.verified.state
     config = stored_config(state["config"], f"{found.verified.path.name}/{STATE}")
+    if weights is Weights.ema and not state.get("ema"):
+        raise ConfigError(
+            f"weights=ema: {found.verified.path} has no moving average of the weights, which a run keeps with "
+            "ema.decay; leave weights=ema out"
+        )
+    kind = "ema" if weights is Weights.ema else "weight"
     shapes = {name: torch.Size(shape) for name, shape in state["tensors"].items()}
-    flat = {f"weight.{name}": torch.zeros(shape.numel()) for name, shape in shapes.items()}
+    flat = {f"{kind}.{name}": torch.zeros(shape.numel()) for name, shape in shapes.items()}
     _read(found.verified, dict(flat), ALONE, no_dist=True)
-    weights = {name: flat[f"weight.{name}"].view(shape) for name, shape in shapes.items()}
-    return config, weights, state
+    return config, {name: flat[f"{kind}.{name}"].view(shape) for name, shape in shapes.items()}, state

@@ -12,7 +12,7 @@ from pretrain.config.data import MAX_BATCH_SEQUENCES, DataConfig
 from pretrain.config.data_stages import MAX_EPOCHS, DataStage, micro_batch_of, n_steps_of, plan_stages
 from pretrain.config.engine import EngineConfig
 from pretrain.config.model import KernelsConfig, ModelConfig, Precision
-from pretrain.config.optimizer import OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
+from pretrain.config.optimizer import EmaConfig, OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
 from pretrain.config.records import EvaluationConfig, LoggingConfig
 from pretrain.config.texts import PathText
 from pretrain.config.upkeep import CheckpointConfig, LossGuardConfig, WatchdogConfig
@@ -64,6 +64,7 @@ class TrainConfig(_Planned):
     data: DataConfig = MISSING
     optim: OptimConfig = MISSING
     schedule: ScheduleConfig = MISSING
+    ema: EmaConfig = field(default_factory=EmaConfig)
     engine: EngineConfig = MISSING
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     checkpoint: CheckpointConfig = MISSING
@@ -100,6 +101,11 @@ class TrainConfig(_Planned):
             raise ConfigError(
                 "optim.name=muon orthogonalizes its updates in bf16, so it cannot be used with engine.precision=fp16; "
                 "use optim=adamw or engine.precision=fp32"
+            )
+        if self.ema.decay is not None and self.engine.nvme_path is not None:
+            raise ConfigError(
+                f"ema.decay={self.ema.decay} cannot be combined with engine.nvme_path={self.engine.nvme_path}, since "
+                "every update of the average would read all weights from the disk; leave one of them out"
             )
         _check_sequence_parallel(self)
         if self.data.manifest is None and not self.data.sources:

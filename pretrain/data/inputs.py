@@ -53,8 +53,8 @@ def resolve_inputs(config: TrainConfig, world_size: int) -> Inputs:
         check_lengths([stage.sequence_length for stage in config.stages], manifest.chunk_tokens, path)
     if config.total_epochs is not None:
         config.plan_epochs(steps_of_epochs(config, list(manifests.values())))
-    if config.evaluation.manifest is not None:
-        manifests[config.evaluation.manifest] = load_manifest(config.evaluation.manifest, patience)
+    for path in config.evaluation.corpora.values():
+        manifests[path] = load_manifest(path, patience)
     first_path, first = next(iter(manifests.items()))
     for path, manifest in manifests.items():
         if (manifest.tokenizer_sha256, manifest.vocab_size) != (first.tokenizer_sha256, first.vocab_size):
@@ -98,7 +98,7 @@ def _check_urls(config: TrainConfig) -> None:
     """Raise ConfigError for a URL that cannot be used, and for a read timeout longer than the watchdog waits."""
     key = "data.manifest" if config.data.manifest is not None else "data.sources: manifest"
     named = [(key, source.manifest) for source in config.data.corpora()]
-    named += [("evaluation.manifest", config.evaluation.manifest or "")]
+    named += [(config.evaluation.key_of(name), path) for name, path in config.evaluation.corpora.items()]
     remote = [(key, url) for key, url in named if is_url(url)]
     target = config.checkpoint.target or ""
     for key, url in [*remote, *[("checkpoint.target", target)] * is_url(target)]:

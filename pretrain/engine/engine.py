@@ -223,7 +223,13 @@ class Engine:
                 model=model, optimizer=self._optimizer, config=settings
             )
         self.state = EngineState(
-            self._deepspeed.optimizer, self._optimizer, self._parameters, config.optim, zero_stage, world
+            self._deepspeed.optimizer,
+            self._optimizer,
+            self._parameters,
+            config.optim,
+            zero_stage,
+            world,
+            ema=config.ema.decay is not None,
         )
         """Weights and moments, with the methods that copy them for a checkpoint and restore them."""
         self.loss_scale = LossScale() if config.engine.precision is Precision.fp16 else None
@@ -300,7 +306,7 @@ class Engine:
             if batch is not batches[-1]:
                 self._deepspeed.step()  # this only counts the micro batch; it does not update the weights
         changed = self.state.sums.changed()
-        grad_norm, skipped = self._plain_update() if self._zero_stage == 0 else self._update()
+        grad_norm, skipped = self._update_and_average(step)
         if skipped:
             # After a skipped update, DeepSpeed frees the small parameters that it keeps whole until the next forward
             # pass, so there is nothing to compare.
@@ -324,6 +330,13 @@ class Engine:
             dist.all_reduce(total)
         one = torch.ones((), device=nll_sum.device)
         return torch.where(total > loss_limit * n_predicted, one * math.nan, one)
+
+    def _update_and_average(self, step: int) -> tuple[float, bool]:
+        """`_update`, and then that of the moving average, if one is kept and due."""
+        result = self._plain_update() if self._zero_stage == 0 else self._update()
+        if (stays := self.config.ema.share_at(step)) is not None:
+            self.state.update_ema(stays)
+        return result
 
     def _update(self) -> tuple[float, bool]:
         """Apply the summed gradient. Returns its norm, and whether the update was skipped."""

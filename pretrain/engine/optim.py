@@ -27,7 +27,7 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, n_steps: int
             return peak
         case ScheduleName.wsd:
             decay = schedule.decay_steps or max(1, n_steps // 10)
-            start = max(warmup, n_steps - decay)
+            start = schedule.decay_start_in(n_steps)
         case ScheduleName.linear | ScheduleName.cosine:
             decay = schedule.decay_steps or max(1, n_steps - warmup)
             start = warmup

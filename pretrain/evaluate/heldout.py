@@ -15,9 +15,11 @@ from pretrain.batch import IGNORED_LABEL, Batch
 from pretrain.corpus.shards import Corpus, documents_of
 from pretrain.data.loader import build_batch
 from pretrain.distributed import World, sum_over_ranks
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, RunError
 from pretrain.model.decoder import Decoder, LossSums
 
+MAX_SOURCES = 32
+"""Held-out text of more sources than this is only scored as a whole during training, so that its time stays bounded."""
 _BUFFERED_BATCHES = 16  # windows are sorted by length within this many batches, to reduce padding
 
 
@@ -45,11 +47,20 @@ class Scores:
 
 @dataclass(frozen=True)
 class HeldOutResult:
-    """Scores of all text and, where whole documents were scored, of each source."""
+    """Scores of all text and of each source."""
 
     overall: Scores
     sources: dict[str, Scores]
     """Scores by source. A source without a token that counts has none."""
+
+    def figures(self) -> dict[str, float]:
+        """The scores by name, and some of each source where there are several."""
+        named: dict[str, float] = self.overall.as_dict()
+        if len(self.sources) > 1:
+            for source, scores in self.sources.items():
+                for name in ("loss", "bits_per_byte", "tokens"):
+                    named[f"source/{source}/{name}"] = getattr(scores, name)
+        return named
 
 
 class TokenDocument(NamedTuple):
@@ -96,51 +107,110 @@ def evaluate_loss(
     max_sequences: int | None,
     world: World,
     document_masking: bool,
+    key: str = "evaluation.manifest",
 ) -> HeldOutResult:
     """Score the corpus's first `max_sequences` sequences, cut and batched as in training.
 
     The sequences are divided over the ranks; ranks that share sequences get the same ones. `forward` is collective
     under ZeRO-3, so every rank calls it equally often, with all labels ignored once it has no sequence left. Every rank
-    returns the same result.
+    returns the same result. `forward` returns sums only, so a sequence with tokens of several sources is passed once
+    for each of them, with the labels of the others ignored, unless there are more than MAX_SOURCES. `key` names the
+    corpus in errors.
 
     The first tokens of a sequence lack their context, so bits_per_byte is slightly higher than from `score_documents`.
     The bytes of a document that `max_sequences` cuts off count in proportion to its tokens. Raises CorruptShardError,
     and ConfigError where a loss mask leaves nothing to predict.
     """
     per_chunk, n_sequences = _sequences_of(corpus, sequence_length, max_sequences)
+    named = corpus.manifest.sources
+    sequences = {0: np.arange(n_sequences)}
+    if by_source := 1 < len(named) <= MAX_SOURCES:
+        sequences = _sequences_by_source(corpus, sequence_length, per_chunk, n_sequences)
     per_call = micro_batch_sequences * world.n_readers
-    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for first in range(0, n_sequences, per_call):
-        start = first + world.reader * micro_batch_sequences
-        mine = np.arange(start, min(start + micro_batch_sequences, n_sequences))
-        sequences = mine if len(mine) else np.array([n_sequences - 1])
-        where = sequences // per_chunk, sequences % per_chunk
-        batch = build_batch(corpus, *where, sequence_length, document_masking)
-        if not len(mine):
-            batch = batch._replace(labels=torch.full_like(batch.labels, IGNORED_LABEL))
-        found = forward(batch)
-        sums += torch.stack([found.nll_sum.double(), found.n_predicted.double()])
-    nll_sum, n_predicted = sum_over_ranks(sums.tolist(), world)
-    if n_predicted == 0:
-        raise _nothing_to_predict(corpus, n_sequences)
+    sums = torch.zeros(len(named), 2, dtype=torch.float64, device=world.device)
+    for source, numbers in sequences.items():
+        for first in range(0, len(numbers), per_call):
+            start = first + world.reader * micro_batch_sequences
+            mine = numbers[start : start + micro_batch_sequences]
+            where = np.divmod(mine if len(mine) else numbers[-1:], per_chunk)
+            batch = build_batch(corpus, *where, sequence_length, document_masking)
+            if not len(mine):
+                batch = batch._replace(labels=torch.full_like(batch.labels, IGNORED_LABEL))
+            elif by_source:
+                ignored = torch.from_numpy(_label_sources(corpus, *where, sequence_length) != source)
+                batch = batch._replace(labels=batch.labels.masked_fill(ignored, IGNORED_LABEL))
+            found = forward(batch)
+            sums[source] += torch.stack([found.nll_sum.double(), found.n_predicted.double()])
+    totals = np.array(sum_over_ranks(sums.flatten().tolist(), world)).reshape(-1, 2)
+    if totals[:, 1].sum() == 0:
+        raise _nothing_to_predict(corpus, n_sequences, key)
     chunk, sequence = divmod(n_sequences - 1, per_chunk)
     in_chunk = min((sequence + 1) * sequence_length, corpus.tokens_in(chunk))
-    text_bytes, documents = _text_before(corpus, chunk * corpus.chunk_tokens + in_chunk)
-    return HeldOutResult(_scores(nll_sum, n_predicted, text_bytes, documents), sources={})
+    table = np.hstack([totals, _text_before(corpus, chunk * corpus.chunk_tokens + in_chunk)])
+    of_sources = zip(named, table.tolist(), strict=True) if by_source else ()
+    return HeldOutResult(
+        _scores(*table.sum(0).tolist()), {source.name: _scores(*row) for source, row in of_sources if row[1]}
+    )
+
+
+def _sequences_by_source(
+    corpus: Corpus, sequence_length: int, per_chunk: int, n_sequences: int
+) -> dict[int, np.ndarray]:
+    """The numbers of the sequences that have labels of each source, among the first `n_sequences`."""
+    found: dict[int, list[int]] = {}
+    for number in range(n_sequences):
+        chunk, sequence = np.array([number // per_chunk]), np.array([number % per_chunk])
+        for source in np.unique(_label_sources(corpus, chunk, sequence, sequence_length)).tolist():
+            found.setdefault(source, []).append(number)
+    return {source: np.array(numbers) for source, numbers in sorted(found.items())}
+
+
+def _label_sources(
+    corpus: Corpus, chunk: np.ndarray, sequence: np.ndarray, sequence_length: int
+) -> np.ndarray:
+    """The source of each label of the sequences: an index into the manifest's sources, int64 [B, T].
+
+    A label is the token after its position. Labels past the end of a chunk, which are ignored, get the source of its
+    last token.
+    """
+    rows = []
+    for one, start in zip(chunk.tolist(), (sequence * sequence_length).tolist(), strict=True):
+        documents, n_tokens = corpus.documents(one), corpus.tokens_in(one)
+        places = np.minimum(np.arange(start + 1, start + sequence_length + 1), n_tokens - 1)
+        rows.append(documents.source[np.searchsorted(documents.starts, places, side="right") - 1])
+    return np.stack(rows)
 
 
 def check_heldout(
-    corpus: Corpus, *, sequence_length: int, max_sequences: int | None, document_masking: bool
+    corpus: Corpus,
+    *,
+    sequence_length: int,
+    max_sequences: int | None,
+    document_masking: bool,
+    key: str = "evaluation.manifest",
 ) -> None:
-    """Raise ConfigError if `evaluate_loss` would find no token to predict. Reads only as far as the first one."""
+    """Raise ConfigError where `evaluate_loss` would find a shard that cannot be read, or no token to predict.
+
+    It reads one chunk per shard, and of the text only as far as the first token to predict. `key` names the corpus in
+    the error.
+    """
     per_chunk, n_sequences = _sequences_of(corpus, sequence_length, max_sequences)
-    for first in range(0, n_sequences, per_chunk):
-        sequence = np.arange(min(per_chunk, n_sequences - first))
-        chunk = np.full_like(sequence, first // per_chunk)
-        batch = build_batch(corpus, chunk, sequence, sequence_length, document_masking)
-        if (batch.labels != IGNORED_LABEL).any():
-            return
-    raise _nothing_to_predict(corpus, n_sequences)
+    last = (n_sequences - 1) // per_chunk
+    try:
+        for chunk in sorted(
+            {last, *(s.first_chunk for s in corpus.manifest.shards if s.first_chunk <= last)}
+        ):
+            corpus.read(chunk, 0, 1)
+            corpus.documents(chunk)
+        for first in range(0, n_sequences, per_chunk):
+            sequence = np.arange(min(per_chunk, n_sequences - first))
+            where = np.full_like(sequence, first // per_chunk), sequence
+            batch = build_batch(corpus, *where, sequence_length, document_masking)
+            if (batch.labels != IGNORED_LABEL).any():
+                return
+    except (RunError, OSError) as error:
+        raise ConfigError(f"{key}={corpus.manifest_path} cannot be read: {error}") from error
+    raise _nothing_to_predict(corpus, n_sequences, key)
 
 
 def _sequences_of(corpus: Corpus, sequence_length: int, max_sequences: int | None) -> tuple[int, int]:
@@ -151,21 +221,21 @@ def _sequences_of(corpus: Corpus, sequence_length: int, max_sequences: int | Non
     return per_chunk, n_sequences if max_sequences is None else min(n_sequences, max_sequences)
 
 
-def _nothing_to_predict(corpus: Corpus, n_sequences: int) -> ConfigError:
+def _nothing_to_predict(corpus: Corpus, n_sequences: int, key: str) -> ConfigError:
     remedy = "raise evaluation.max_sequences" if corpus.manifest.loss_mask else "give a longer held-out text"
     return ConfigError(
-        f"evaluation.manifest={corpus.manifest_path} has no token to predict in its first {n_sequences} sequences; "
-        f"{remedy}"
+        f"{key}={corpus.manifest_path} has no token to predict in its first {n_sequences} sequences; {remedy}"
     )
 
 
-def _text_before(corpus: Corpus, n_tokens: int) -> tuple[int, int]:
-    """Text bytes and number of the documents that start in the corpus's first `n_tokens` tokens.
+def _text_before(corpus: Corpus, n_tokens: int) -> np.ndarray:
+    """Text bytes and number of the documents that start in the corpus's first `n_tokens` tokens: a row per source.
 
     The bytes of a document that reaches further count in proportion.
     """
     starts: list[int] = []
     sizes: list[int] = []
+    sources: list[int] = []
     chunk, end = 0, corpus.manifest.n_tokens
     while chunk < corpus.n_chunks and (not starts or starts[-1] < n_tokens):
         found = corpus.documents(chunk)
@@ -173,11 +243,14 @@ def _text_before(corpus: Corpus, n_tokens: int) -> tuple[int, int]:
         starts += (chunk * corpus.chunk_tokens + found.starts[begins]).tolist()
         text_bytes = found.text_bytes if found.target_bytes is None else found.target_bytes
         sizes += text_bytes[begins].tolist()
+        sources += found.source[begins].tolist()
         chunk += 1
     start = np.array(starts)
     length = np.diff(start, append=end)  # documents follow each other without a gap
     share = np.clip((n_tokens - start) / length, 0, 1)
-    return round(float((share * np.array(sizes)).sum())), int((share > 0).sum())
+    n_sources = len(corpus.manifest.sources)
+    text_bytes_of = np.bincount(sources, share * np.array(sizes), n_sources)
+    return np.stack([text_bytes_of, np.bincount(sources, share > 0, n_sources)], axis=1)
 
 
 @torch.no_grad()
@@ -306,12 +379,12 @@ def corpus_documents(corpus: Corpus) -> Iterator[TokenDocument]:
 
 
 def _scores(nll_sum: float, n_predicted: float, text_bytes: float, documents: float) -> Scores:
-    loss = nll_sum / n_predicted
+    loss, text_bytes = nll_sum / n_predicted, round(text_bytes)
     return Scores(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),  # exp would overflow for a diverged model
         bits_per_byte=nll_sum / (math.log(2) * text_bytes) if text_bytes else math.nan,
         tokens=int(n_predicted),
-        text_bytes=int(text_bytes),
+        text_bytes=text_bytes,
         documents=int(documents),
     )

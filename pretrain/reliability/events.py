@@ -43,6 +43,7 @@ class Event(StrEnum):
     CHECKPOINT_PASSED_OVER = "checkpoint_passed_over", "reason"
     CHECKPOINT_SKIPPED = "checkpoint_skipped", "step", "reason"
     CHECKPOINT_INTERVAL_ADVISED = "checkpoint_interval_advised", "interval_s", "cost_s", "mtbf"
+    EVALUATED = "evaluated", "step", "losses", "time_s"
     CHUNK_SUBSTITUTED = (
         *("chunk_substituted", "step", "source", "epoch", "chunk", "first_sample", "substitute", "reason"),
     )
@@ -53,7 +54,7 @@ class Event(StrEnum):
     WANDB_FAILED = "wandb_failed", "reason"
     RANK_FAILED = "rank_failed", "rank", "host", "cause", "reason", "step", "behind"
     STOPPED = "stopped", "step", "reason"
-    FINISHED = "finished", "step"
+    FINISHED = "finished", "step", "reason"
 
 
 class RankFailure(StrEnum):

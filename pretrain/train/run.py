@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,7 @@ from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.state import RunState
 from pretrain.checkpoint.tensors import CheckpointError, FoundCheckpoint, Verified
 from pretrain.config import AUTO, Precision, TrainConfig, to_dict
-from pretrain.corpus.manifest import CorruptShardError, Manifest
+from pretrain.corpus.manifest import Manifest
 from pretrain.corpus.shards import Corpus
 from pretrain.data.inputs import Inputs
 from pretrain.data.loader import TrainLoader
@@ -35,11 +34,13 @@ from pretrain.monitor.monitor import Monitor
 from pretrain.printing import say
 from pretrain.reliability.events import Event
 from pretrain.reliability.heartbeat import mark
+from pretrain.reliability.journal import heldout_losses_of
 from pretrain.reliability.stop import StopRequest
 from pretrain.reliability.watchdog import Watchdog
 from pretrain.remote import ReadOptions, is_url
+from pretrain.train.early_stop import EarlyStop
 from pretrain.train.loss_guard import LossGuard
-from pretrain.train.run_folder import check_resumable, heldout_losses_of, write_run_files
+from pretrain.train.run_folder import check_resumable, write_run_files
 from pretrain.train.stragglers import Pace
 
 
@@ -73,10 +74,12 @@ class Run:
     """Whether any rank was asked to stop, on which all ranks agree."""
     guard: LossGuard
     """Decides whether the loss of a step is acceptable."""
+    early_stop: EarlyStop
+    """Decides whether the held-out loss still falls."""
     saver: Saver
     """Writes checkpoints in the background."""
     heldout_losses: dict[int, float]
-    """Held-out loss of each evaluation, by step."""
+    """Held-out loss of each evaluation, by step: that of the set that decides."""
     watchdog: Watchdog
     """This rank's watcher process."""
     step: int
@@ -103,7 +106,7 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
     if searched and state and (known := batch_search.earlier_result(state, changed, world)) is not None:
         config = replace(config, micro_batch_sequences=known)
     loader = _loader(config, world, state, manifests)
-    _check_heldout(config, manifests)
+    on_main(lambda: _check_heldout(config, manifests), world)
     identity = on_main(
         lambda: write_run_files(config, run_dir, state, loader.tokenizer_sha256, manifests), world
     )
@@ -119,7 +122,9 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
     )
     if config.micro_batch_sequences == AUTO:
         config = _search_micro_batch(config, world, engine, loader, monitor)
-    heldout_losses = heldout_losses_of(run_dir) if world.is_main and state else {}
+    heldout_losses = (
+        heldout_losses_of(run_dir, config.evaluation.deciding_metric) if world.is_main and state else {}
+    )
     run = Run(
         config=config,
         manifests=manifests,
@@ -134,6 +139,7 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
         stop=stop,
         stop_vote=Vote(stop.asked, world),
         guard=LossGuard(config.loss_guard, state.get("loss_guard") if state else None),
+        early_stop=EarlyStop(config.evaluation),
         saver=Saver(root, config.checkpoint, world, heldout_losses),
         heldout_losses=heldout_losses,
         watchdog=watchdog,
@@ -162,31 +168,24 @@ def _loader(
     )
 
 
-def heldout_corpus(config: TrainConfig, manifests: dict[str, Manifest]) -> Corpus:
-    """The held-out corpus, which must be configured."""
-    manifest = config.evaluation.manifest
-    assert manifest is not None
-    return Corpus(
-        manifest,
-        config.data.verify_chunks,
-        options=ReadOptions.of(config.data),
-        manifest=manifests[manifest],
-    )
+def heldout_corpora(config: TrainConfig, manifests: dict[str, Manifest]) -> dict[str, Corpus]:
+    """The held-out corpora by the names of their sets."""
+    options = ReadOptions.of(config.data)
+    return {
+        name: Corpus(path, config.data.verify_chunks, options=options, manifest=manifests[path])
+        for name, path in config.evaluation.corpora.items()
+    }
 
 
 def _check_heldout(config: TrainConfig, manifests: dict[str, Manifest]) -> None:
-    """Raise ConfigError if a loss mask leaves no token of the held-out corpus to predict, before hours of training."""
-    path = config.evaluation.manifest
-    if path is None or not manifests[path].loss_mask:
-        return
-    with suppress(
-        CorruptShardError, OSError
-    ):  # as everywhere, damaged held-out text is reported when it is evaluated
+    """Raise ConfigError if held-out text cannot be read or has no token to predict, before hours of training."""
+    for name, corpus in heldout_corpora(config, manifests).items():
         check_heldout(
-            heldout_corpus(config, manifests),
+            corpus,
             sequence_length=config.data.sequence_length,
             max_sequences=config.evaluation.max_sequences,
             document_masking=config.data.document_masking,
+            key=config.evaluation.key_of(name),
         )
 
 
@@ -197,6 +196,11 @@ def _newest_checkpoint(root: Path, world: World) -> FoundCheckpoint:
         raise CheckpointError(
             f"no checkpoint in {root / 'checkpoints'} can be trusted ({'; '.join(found.passed_over)}); "
             "restore one, or start afresh in another run_dir"
+        )
+    if found.verified is not None and found.verified.state.get("weights_only"):
+        raise ConfigError(
+            f"{found.path} holds weights only, so a run cannot go on from it; put a newer whole checkpoint back, or "
+            "start a new run from these weights with init_from= and another run_dir"
         )
     return found
 
@@ -287,10 +291,11 @@ def restore(run: Run, verified: Verified) -> None:
     """
     mark("load")
     state, held = verified.state, run.engine.state
-    partitions = checkpoint.load(verified, held.weight_keys + held.moment_keys, held.shapes, run.world)
-    held.restore(partitions, state["optimizer_step"])
+    keys = held.weight_keys + held.moment_keys + (held.ema_keys if state.get("ema") else [])
+    held.restore(checkpoint.load(verified, keys, held.shapes, run.world), state["optimizer_step"])
     if run.engine.loss_scale is not None:
         run.engine.loss_scale = LossScale(state.get("loss_scale"))
+    run.early_stop = EarlyStop(run.config.evaluation, state.get("early_stop"))
     run.step = state["step"]
     run.saved_step = run.step
     for undone in [step for step in run.heldout_losses if step > run.step]:
@@ -309,8 +314,10 @@ def state_of(run: Run) -> dict[str, Any]:
         "samples_seen": plan.samples_seen,
         "sequence_length": plan.sequence_length,
         "optimizer_step": run.engine.state.optimizer_step,
+        "ema": bool(run.engine.state.ema_keys),
         "order": run.loader.state_at(run.step).to_dict(),
         "loss_guard": run.guard.state(),
+        "early_stop": run.early_stop.state(),
         "tokenizer_sha256": run.loader.tokenizer_sha256,
         "run_id": run.identity["run_id"],
         "wandb_run_id": run.identity["wandb_run_id"],

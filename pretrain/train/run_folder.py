@@ -20,7 +20,6 @@ from pretrain.data.inputs import chat_template_of, tokenizer_path
 from pretrain.errors import ConfigError
 from pretrain.files import read_capped, write_atomically
 from pretrain.monitor.monitor import new_run_id
-from pretrain.reliability.journal import HELDOUT_PREFIX, read_metrics
 from pretrain.stored import parse
 
 _MAX_RUN_JSON_BYTES = 1 << 16
@@ -98,9 +97,3 @@ def write_run_files(
     if (template := chat_template_of(config, manifests)) is not None:
         write_atomically(run_dir / CHAT_TEMPLATE_NAME, template.encode())
     return identity
-
-
-def heldout_losses_of(run_dir: Path) -> dict[int, float]:
-    """The held-out loss of each evaluation so far, by step."""
-    key = f"{HELDOUT_PREFIX}loss"
-    return {record["step"]: record[key] for record in read_metrics(run_dir) if key in record}
