@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.tensors import load_weights
-from pretrain.config import ModelConfig, Precision, TrainConfig
+from pretrain.checkpoint.state import BaseReference
+from pretrain.checkpoint.tensors import load_base_weights, load_weights
+from pretrain.config import LoraConfig, ModelConfig, Precision, TrainConfig
 from pretrain.corpus.tokenizer import Tokenizer, tokenizer_in
 from pretrain.errors import ConfigError
 from pretrain.model.decoder import Decoder, build_decoder
 from pretrain.model.kernels import capability_of
+from pretrain.model.lora import merged, require_peft
 from pretrain.model.precision import precision_of, resolve_precision
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters of a run, apart from the weights that they belong to."""
+
+    config: LoraConfig
+    weights: dict[str, Tensor]
+    """Whole fp32 parameters by the names in the run's checkpoints."""
+    base: BaseReference
+    """The weights that they belong to, which `load_base_weights` reads."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,8 @@ class TrainedModel:
     """Number of tokens per sequence in the last data stage that the model was trained on."""
     precision: Precision
     """Precision in which it was last trained."""
+    adapters: Adapters | None = None
+    """What a run of adapters has trained; its `weights` are then those with the adapters merged in."""
 
     def decoder(self, device: torch.device, dtype: torch.dtype) -> Decoder:
         """The model in evaluation mode, with its weights on `device` in `dtype`."""
@@ -45,6 +60,14 @@ def load_trained(run_dir: str | Path, step: int | None = None, target: str | Non
     different tokenizer.
     """
     config, weights, state = load_weights(run_dir, step, target)
+    adapters = None
+    if "base" in state:
+        require_peft()
+        adapters = Adapters(config.lora, weights, state["base"])
+        base = load_base_weights(run_dir, adapters.base, target)
+        _check_model(config.model, {name: weight.shape for name, weight in base.items()}, Path(run_dir))
+        weights = merged(config.model, adapters.config, base, weights)
+        config = replace(config, lora=LoraConfig())  # from here on it is an ordinary model
     _check_model(config.model, {name: weight.shape for name, weight in weights.items()}, Path(run_dir))
     tokenizer = Tokenizer(tokenizer_in(Path(run_dir)), sha256=state["tokenizer_sha256"])
     return TrainedModel(
@@ -55,6 +78,7 @@ def load_trained(run_dir: str | Path, step: int | None = None, target: str | Non
         tokens_seen=state["tokens_seen"],
         sequence_length=state["sequence_length"],
         precision=precision_of(state),
+        adapters=adapters,
     )
 
 

@@ -64,6 +64,15 @@ class LossScaleState(TypedDict):
     applied: Count
 
 
+class BaseReference(TypedDict):
+    """The frozen weights that adapters were trained on: the checkpoint in `base/` beside the run's checkpoints."""
+
+    step: Step
+    """Step of the run that the weights came from."""
+    complete_xxh3_128: Annotated[str, Predicate(is_xxh3_128)]
+    """Hash of its file COMPLETE, which holds the hashes of all its other files."""
+
+
 class RunState(TypedDict):
     """The content of state.json: everything that a resumed run needs besides the tensors.
 
@@ -92,7 +101,9 @@ class RunState(TypedDict):
     """The run's configuration; `pretrain.config.stored_config` parses it."""
     micro_batch_found: NotRequired[bool]
     tensors: Annotated[dict[Annotated[str, MaxLen(512)], Annotated[Digits, MaxLen(8)]], MaxLen(1 << 20)]
-    """Shape of each parameter, by parameter name."""
+    """Shape of each parameter, by parameter name. In a run of adapters: of the adapters' parameters only."""
+    base: NotRequired[BaseReference]
+    """In a run of adapters: the weights that they belong to."""
 
 
 class Identity(TypedDict):
@@ -103,4 +114,4 @@ class Identity(TypedDict):
     wandb_run_id: NotRequired[RunId]
 
 
-__all__ = ["FORMAT_VERSION", "Complete", "FileEntry", "Identity", "RunState"]
+__all__ = ["FORMAT_VERSION", "BaseReference", "Complete", "FileEntry", "Identity", "RunState"]
