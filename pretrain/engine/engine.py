@@ -202,17 +202,7 @@ class Engine:
         self._check_hosts()
         settings = deepspeed_config(config, world.size, self._files)
         self._sequences = SequenceGroup(world) if world.sequence_ranks > 1 else None
-        with deepspeed.zero.Init(
-            config_dict_or_path=settings,
-            enabled=zero_stage == 3,
-            mem_efficient_linear=False,
-            # The process group of hpZ, if an earlier engine in this process created it.
-            zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
-        ):
-            model = Decoder(config.model, config.seed, config.kernels)
-        if config.lora.r:
-            assert base is not None, "adapters are trained on the weights of another run"
-            adapt(model, base, config, world)
+        model = self._build_model(settings, base)
         if self._sequences is not None:
             model.share_sequences(self._sequences)
         if zero_stage == 3:
@@ -249,6 +239,22 @@ class Engine:
             self.state.check_base(base)
         self.loss_scale = LossScale() if config.engine.precision is Precision.fp16 else None
         """The loss scale of the next step; None if the precision is not fp16."""
+
+    def _build_model(self, settings: dict[str, Any], base: dict[str, torch.Tensor] | None) -> Decoder:
+        """The model with its initial weights, or with those of `base` and adapters; partitioned in stage 3."""
+        config = self.config
+        with deepspeed.zero.Init(
+            config_dict_or_path=settings,
+            enabled=config.engine.zero_stage == 3,
+            mem_efficient_linear=False,
+            # The process group of hpZ, if an earlier engine in this process created it.
+            zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
+        ):
+            model = Decoder(config.model, config.seed, config.kernels)
+        if config.lora.r:
+            assert base is not None, "adapters are trained on the weights of another run"
+            adapt(model, base, config, self.world)
+        return model
 
     def _check_hosts(self) -> None:
         """Raise ConfigError on all ranks if any host lacks something that only that host can check."""

@@ -95,7 +95,9 @@ def add_adapters(
             with gathered(list(block.parameters())):
                 peft.inject_adapter_in_model(config, block)
     # Without a gradient at its input, DeepSpeed would not release a block after its backward pass, or gather it before.
-    model.embed.register_forward_hook(lambda module, arguments, output: output.requires_grad_())
+    model.embed.register_forward_hook(
+        lambda module, arguments, output: output.requires_grad_(module.training)
+    )
     trained = [plain_name(name) for name, p in model.named_parameters() if p.requires_grad]
     found, expected = n_adapters(trained), expected_adapters(lora, model.config)
     if found != expected or not all(map(is_adapter, trained)):

@@ -131,7 +131,7 @@ def test_a_damaged_base_is_refused(copied: Path) -> None:
 
 def test_adapters_are_no_base(adapted: Path) -> None:
     tokenizer = checkpoint.find_latest(adapted).verified.state["tokenizer_sha256"]
-    with pytest.raises(ConfigError, match="init_from=.* holds adapters"):
+    with pytest.raises(ConfigError, match=r"init_from=.* holds adapters"):
         source_of(str(adapted), ALONE, tokenizer)
 
 
@@ -220,5 +220,5 @@ def test_an_export_of_other_adapters_is_not_published(
     with pytest.raises(RunError, match="does not hold what was trained"):
         run_command("export", "ExportConfig", f"run_dir={adapted}", *words)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ConfigError, match="adapters=true, but run_dir=.* has trained all weights"):
+    with pytest.raises(ConfigError, match=r"adapters=true, but run_dir=.* has trained all weights"):
         run_command("export", "ExportConfig", f"run_dir={straight}", *words)
