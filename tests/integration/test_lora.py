@@ -105,6 +105,25 @@ def test_one_rank_goes_on_with_the_state_of_two(
     assert ours[4:] == pytest.approx(theirs[4:], abs=0.1)
 
 
+@pytest.mark.long
+def test_ranks_may_share_sequences_or_hold_parameters_twice(corpus: TinyCorpus, tmp_path: Path) -> None:
+    """Sequence parallelism adds in another order; a second copy of the parameters changes no bit."""
+    shape = ["model.n_kv_heads=2", "engine.precision=fp32"]
+    base = tmp_path / "base"
+    words = run_arguments(corpus, base, "total_steps=2", "schedule.warmup_steps=1", *shape)
+    run_ranks(1, TRAIN, *words, log_dir=tmp_path / "logs-base")
+    for name, option in (
+        ("plain", "engine.hpz_partition_ranks=1"),
+        ("twice", "engine.hpz_partition_ranks=2"),
+        ("shared", "engine.sequence_parallel_ranks=2"),
+    ):
+        words = arguments(corpus, tmp_path / name, base, "lora.dropout=0", *shape, option)
+        run_ranks(2, TRAIN, *words, log_dir=tmp_path / f"logs-{name}")
+    assert losses(tmp_path / "twice") == losses(tmp_path / "plain")
+    plain, shared = ([float.fromhex(x) for x in losses(tmp_path / name)] for name in ("plain", "shared"))
+    assert shared == pytest.approx(plain, abs=5e-6)
+
+
 # --- what cannot go on ---
 
 

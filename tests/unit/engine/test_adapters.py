@@ -40,6 +40,7 @@ OTHERS = {
     "offload": ["engine.offload_optimizer=true", "engine.offload_params=true"],
     "selective": ["model.activation_checkpointing=selective"],
     "full": ["model.activation_checkpointing=full"],
+    "compiled": ["kernels=compiled"],
 }
 
 
@@ -128,7 +129,9 @@ def test_resume_is_bit_identical_with_dropout(stage: int, precision: str) -> Non
     assert losses != train(engine_of(stage, precision))  # dropout is at work
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.long) if n == "compiled" else n for n in OTHERS]
+)
 def test_other_options_train_adapters_too(name: str) -> None:
     engine = engine_of(3, "fp32", *OTHERS[name])
     found = train(engine)
