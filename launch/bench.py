@@ -123,6 +123,10 @@ class BenchConfig(TrainConfig):
             self.model.vocab_size = VOCABULARY
         if self.total_steps is None and self.total_tokens is None:
             self.total_steps = self.bench.warmup_steps + self.bench.steps + COUNTED_STEPS
+        if self.lora.r:
+            raise ConfigError(
+                f"lora.r={self.lora.r} is not measured here, where no weights are loaded; leave it out"
+            )
         TrainConfig.__post_init__(self)
 
 

@@ -22,6 +22,7 @@ from omegaconf import MISSING
 
 from pretrain.config import Precision, Weights, Which, run_command
 from pretrain.config.texts import PathText
+from pretrain.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,8 +45,17 @@ class ExportConfig:
     dtype: Precision = Precision.auto
     """Type of the exported weights. `auto` means the precision in which the run last computed; fp32 exports the master
     weights."""
+    adapters: bool = False
+    """Write only the adapters of a LoRA run, in fp32 and peft's format, instead of the model with the adapters
+    merged in."""
     overwrite: bool = False
     """Replace the content of `output`, if it has any."""
+
+    def __post_init__(self) -> None:
+        if self.adapters and self.dtype is not Precision.auto:
+            raise ConfigError(
+                f"dtype={self.dtype.value} has no effect with adapters=true, which writes fp32; leave it out"
+            )
 
 
 def main(config: ExportConfig) -> None:
@@ -64,6 +74,19 @@ def main(config: ExportConfig) -> None:
         trained = load_trained(
             config.run_dir, config.step, config.checkpoint_target, which=config.which, weights=config.weights
         )
+    if config.adapters:
+        from pretrain.convert.adapters import export_adapters
+
+        with waiting(f"writing the adapters of step {trained.step}, and checking them"):
+            found = export_adapters(
+                trained, config.run_dir, output, target=config.checkpoint_target, overwrite=config.overwrite
+            )
+        print(
+            f"exported {found.adapters} adapters of step {trained.step} to {output}; peft, with them on the base, "
+            f"agrees with the merged model: logits differ by at most {found.parity.max_difference:.2g} "
+            f"(allowed {found.parity.tolerance:.2g})"
+        )
+        return
     dtype = trained.precision if config.dtype is Precision.auto else config.dtype
     name = f"writing step {trained.step} as {dtype.value}, and checking it"
     with stage(name, exported_bytes(trained, DTYPES[dtype])) as progress:

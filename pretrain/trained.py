@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pretrain.checkpoint.folder import list_checkpoints, newest_state, root_of_run, step_of
-from pretrain.checkpoint.tensors import load_weights
-from pretrain.config import ModelConfig, Precision, TrainConfig, Weights, Which, stored_config
+from pretrain.checkpoint.state import BaseReference
+from pretrain.checkpoint.tensors import load_base_weights, load_weights
+from pretrain.config import LoraConfig, ModelConfig, Precision, TrainConfig, Weights, Which, stored_config
 from pretrain.corpus.chat import OWN_TEMPLATE, Chat
 from pretrain.corpus.chat_template import template_in
 from pretrain.corpus.tokenizer import Tokenizer, tokenizer_in
 from pretrain.errors import ConfigError
 from pretrain.model.decoder import Decoder, build_decoder
 from pretrain.model.kernels import capability_of
+from pretrain.model.lora import merged, require_peft
 from pretrain.model.precision import precision_of, resolve_precision
 from pretrain.reliability.journal import heldout_losses_of
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters of a run, apart from the weights that they belong to."""
+
+    config: LoraConfig
+    weights: dict[str, Tensor]
+    """Whole fp32 parameters by the names in the run's checkpoints."""
+    base: BaseReference
+    """The weights that they belong to, which `load_base_weights` reads."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,8 @@ class TrainedModel:
     """The template of the dialogues it was trained on, for `pretrain.corpus.chat.Chat`; None where there were none."""
     has_ema: bool = False
     """Whether the checkpoint has a moving average of the weights, too."""
+    adapters: Adapters | None = None
+    """What a run of adapters has trained; its `weights` are then those with the adapters merged in."""
 
     def decoder(self, device: torch.device, dtype: torch.dtype) -> Decoder:
         """The model in evaluation mode, with its weights on `device` in `dtype`."""
@@ -68,6 +83,14 @@ def load_trained(
             raise ConfigError(f"step={step} and which=best: give one of them")
         step = best_step(Path(run_dir), target)
     config, tensors, state = load_weights(run_dir, step, target, weights)
+    adapters = None
+    if "base" in state:
+        require_peft()
+        adapters = Adapters(config.lora, tensors, state["base"])
+        base = load_base_weights(run_dir, adapters.base, target)
+        _check_model(config.model, {name: weight.shape for name, weight in base.items()}, Path(run_dir))
+        tensors = merged(config.model, adapters.config, base, tensors)
+        config = replace(config, lora=LoraConfig())  # from here on it is an ordinary model
     _check_model(config.model, {name: weight.shape for name, weight in tensors.items()}, Path(run_dir))
     tokenizer = Tokenizer(tokenizer_in(Path(run_dir)), sha256=state["tokenizer_sha256"])
     return TrainedModel(
@@ -80,6 +103,7 @@ def load_trained(
         precision=precision_of(state),
         chat_template=template_in(Path(run_dir)),
         has_ema=bool(state.get("ema")),
+        adapters=adapters,
     )
 
 

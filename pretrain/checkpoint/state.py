@@ -73,6 +73,15 @@ class EarlyStopState(TypedDict):
     without_gain: Count
 
 
+class BaseReference(TypedDict):
+    """The frozen weights that adapters were trained on: the checkpoint in `base/` beside the run's checkpoints."""
+
+    step: Step
+    """Step of the run that the weights came from."""
+    complete_xxh3_128: Annotated[str, Predicate(is_xxh3_128)]
+    """Hash of its file COMPLETE, which holds the hashes of all its other files."""
+
+
 class RunState(TypedDict):
     """The content of state.json: everything that a resumed run needs besides the tensors.
 
@@ -106,7 +115,9 @@ class RunState(TypedDict):
     weights_only: NotRequired[Literal["fp32", "bf16"]]
     """The type of the weights in a checkpoint that has no moments, so that no run can go on from it."""
     tensors: Annotated[dict[Annotated[str, MaxLen(512)], Annotated[Digits, MaxLen(8)]], MaxLen(1 << 20)]
-    """Shape of each parameter, by parameter name."""
+    """Shape of each parameter, by parameter name. In a run of adapters: of the adapters' parameters only."""
+    base: NotRequired[BaseReference]
+    """In a run of adapters: the weights that they belong to."""
 
 
 class Identity(TypedDict):
@@ -117,4 +128,4 @@ class Identity(TypedDict):
     wandb_run_id: NotRequired[RunId]
 
 
-__all__ = ["FORMAT_VERSION", "Complete", "FileEntry", "Identity", "RunState"]
+__all__ = ["FORMAT_VERSION", "BaseReference", "Complete", "FileEntry", "Identity", "RunState"]

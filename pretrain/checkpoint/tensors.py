@@ -51,7 +51,7 @@ from pretrain.checkpoint.folder import (
     step_of,
     unlisted,
 )
-from pretrain.checkpoint.state import FileEntry, RunState
+from pretrain.checkpoint.state import BaseReference, FileEntry, RunState
 from pretrain.config import TrainConfig, Weights, stored_config
 from pretrain.distributed import Partition, World, gather_objects, share
 from pretrain.errors import ConfigError
@@ -399,6 +399,36 @@ def _download(verified: Verified, folder: Path, part: int, parts: int) -> None:
             raise OSError(f"{path}: {problem}")
 
 
+def base_root(root: Path) -> Path:
+    """The root of the checkpoint with the frozen weights of a run of adapters, whose own checkpoints are in `root`."""
+    return root / "base"
+
+
+def find_base(root: Path, world: World = ALONE, expected: BaseReference | None = None) -> Verified:
+    """The frozen weights of a run of adapters. All ranks call this together.
+
+    Raises CheckpointError where they are damaged, or are not the `expected` ones.
+    """
+    folder = base_root(root)
+    found = find_latest(folder, world)
+    if found.verified is None:
+        raise CheckpointError(
+            f"{folder} holds no intact weights ({'; '.join(found.passed_over) or 'none'}), and the adapters of this "
+            "run are of no use without them; restore that folder"
+        )
+    if expected is not None and reference_to(found.verified) != expected:
+        raise CheckpointError(
+            f"{found.verified.path} holds other weights than those that the adapters of this run were trained on; "
+            "restore that folder"
+        )
+    return found.verified
+
+
+def reference_to(base: Verified) -> BaseReference:
+    """What the checkpoints of a run of adapters say about the weights that they belong to."""
+    return BaseReference(step=base.state["step"], complete_xxh3_128=hash_file(base.path / COMPLETE))
+
+
 def load_weights(
     run_dir: str | Path,
     step: int | None = None,
@@ -406,6 +436,8 @@ def load_weights(
     weights: Weights = Weights.trained,
 ) -> tuple[TrainConfig, dict[str, torch.Tensor], RunState]:
     """The configuration, whole fp32 weights by parameter name, and state of a run's newest good checkpoint.
+
+    The weights of a run of adapters are the adapters' only; `load_base_weights` gives the others.
 
     `weights` chooses between the trained weights and their moving average. With `step`, they come from the checkpoint
     of that step. The function works in a single process, without a process group. `target` is the URL of the
@@ -426,8 +458,22 @@ def load_weights(
             f"weights=ema: {found.verified.path} has no moving average of the weights, which a run keeps with "
             "ema.decay; leave weights=ema out"
         )
-    kind = "ema" if weights is Weights.ema else "weight"
-    shapes = {name: torch.Size(shape) for name, shape in state["tensors"].items()}
+    return config, _whole_weights(found.verified, "ema" if weights is Weights.ema else "weight"), state
+
+
+def load_base_weights(
+    run_dir: str | Path, expected: BaseReference, target: str | None = None
+) -> dict[str, torch.Tensor]:
+    """The frozen fp32 weights of a run of adapters by parameter name.
+
+    Raises CheckpointError where they are damaged, or are not the `expected` ones.
+    """
+    return _whole_weights(find_base(root_of_run(Path(run_dir), target), expected=expected))
+
+
+def _whole_weights(verified: Verified, kind: str = "weight") -> dict[str, torch.Tensor]:
+    """All weights of a checkpoint, or their averages (`ema`), by parameter name, read by a single process."""
+    shapes = {name: torch.Size(shape) for name, shape in verified.state["tensors"].items()}
     flat = {f"{kind}.{name}": torch.zeros(shape.numel()) for name, shape in shapes.items()}
-    _read(found.verified, dict(flat), ALONE, no_dist=True)
-    return config, {name: flat[f"{kind}.{name}"].view(shape) for name, shape in shapes.items()}, state
+    _read(verified, dict(flat), ALONE, no_dist=True)
+    return {name: flat[f"{kind}.{name}"].view(shape) for name, shape in shapes.items()}

@@ -13,6 +13,7 @@ from pretrain.config.command_line import run_command
 from pretrain.config.data import BadChunk, DataConfig, Packing, SourceConfig, StageConfig
 from pretrain.config.engine import EngineConfig
 from pretrain.config.load import load_config, stored_config, to_dict, validate
+from pretrain.config.lora import LoraConfig
 from pretrain.config.model import AttentionKernel, KernelsConfig, ModelConfig, Precision, Recompute, Switch
 from pretrain.config.optimizer import EmaConfig, OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
 from pretrain.config.records import EvaluationConfig, LoggingConfig, WandbMode
@@ -39,6 +40,7 @@ __all__ = [
     "EvaluationConfig",
     "KernelsConfig",
     "LoggingConfig",
+    "LoraConfig",
     "LossGuardConfig",
     "ModelConfig",
     "OptimConfig",

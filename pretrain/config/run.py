@@ -11,6 +11,7 @@ from pretrain.config.cluster import ClusterConfig
 from pretrain.config.data import MAX_BATCH_SEQUENCES, DataConfig
 from pretrain.config.data_stages import MAX_EPOCHS, DataStage, micro_batch_of, n_steps_of, plan_stages
 from pretrain.config.engine import EngineConfig
+from pretrain.config.lora import LoraConfig
 from pretrain.config.model import KernelsConfig, ModelConfig, Precision
 from pretrain.config.optimizer import EmaConfig, OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
 from pretrain.config.records import EvaluationConfig, LoggingConfig
@@ -60,6 +61,7 @@ class TrainConfig(_Planned):
     largest number that fits before the first step."""
     init_from: PathText | None = None
     """Run folder whose newest good checkpoint gives the initial weights; nothing else is taken from it."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
     optim: OptimConfig = MISSING
@@ -106,6 +108,10 @@ class TrainConfig(_Planned):
             raise ConfigError(
                 f"ema.decay={self.ema.decay} cannot be combined with engine.nvme_path={self.engine.nvme_path}, since "
                 "every update of the average would read all weights from the disk; leave one of them out"
+            )
+        if self.lora.r and self.init_from is None:
+            raise ConfigError(
+                f"lora.r={self.lora.r} trains adapters on the weights of another run; give init_from=RUN_DIR"
             )
         _check_sequence_parallel(self)
         if self.data.manifest is None and not self.data.sources:

@@ -79,14 +79,16 @@ class KVCache:
         return self.k[layer, :, :, : self._n_slots], self.v[layer, :, :, : self._n_slots]
 
 
-class Linear(nn.Module):
-    """Matrix product without bias; weights from a normal distribution."""
+class Linear(nn.Linear):
+    """Matrix product without bias; weights from a normal distribution. It is torch's, so that peft adapts it."""
 
     product: Callable[[Tensor, Tensor], Tensor] = staticmethod(linear)
 
     def __init__(self, n_in: int, n_out: int, std: float, generator: torch.Generator) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # torch's own would draw other weights
+        self.in_features, self.out_features = n_in, n_out
         self.weight = _normal_parameter(n_out, n_in, std, generator)
+        self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight)

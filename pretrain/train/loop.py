@@ -36,6 +36,7 @@ from pretrain.reliability.heartbeat import LAUNCHER_LOST, mark
 from pretrain.reliability.run_lock import lock_run
 from pretrain.reliability.watchdog import Watchdog
 from pretrain.remote import as_path, is_url
+from pretrain.train.adapters import check_adapters
 from pretrain.train.loss_guard import GuardDecision, LossGuard
 from pretrain.train.run import Run, assemble, heldout_corpora, restore, state_of
 
@@ -64,6 +65,9 @@ def train(inputs: Inputs, world: World, watchdog: Watchdog) -> ExitCode:
     if code is ExitCode.STOPPED:
         run.monitor.event(Event.STOPPED, step=run.step, reason=_reason(run))
     else:
+        if run.base is not None:
+            facts = check_adapters(config, run.engine.state, run.root, run.step, world)
+            run.monitor.event(Event.ADAPTERS_CHECKED, step=run.step, **facts)
         run.monitor.event(Event.FINISHED, step=run.step, reason=run.early_stop.reason)
     run.monitor.close(int(code))
     run.engine.close()

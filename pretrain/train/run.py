@@ -12,9 +12,9 @@ from typing import Any
 from pretrain import __version__
 from pretrain.arithmetic import flops_per_token
 from pretrain.checkpoint import tensors as checkpoint
-from pretrain.checkpoint.folder import root_of, root_of_run
+from pretrain.checkpoint.folder import root_of
 from pretrain.checkpoint.saver import Saver
-from pretrain.checkpoint.state import RunState
+from pretrain.checkpoint.state import BaseReference, RunState
 from pretrain.checkpoint.tensors import CheckpointError, FoundCheckpoint, Verified
 from pretrain.config import AUTO, Precision, TrainConfig, to_dict
 from pretrain.corpus.manifest import Manifest
@@ -29,6 +29,7 @@ from pretrain.engine.loss_scale import LossScale
 from pretrain.engine.peak import emulation_warning, rank_peak_flops
 from pretrain.errors import ConfigError
 from pretrain.evaluate.heldout import check_heldout
+from pretrain.model.lora import n_adapters
 from pretrain.model.precision import precision_of
 from pretrain.monitor.monitor import Monitor
 from pretrain.printing import say
@@ -37,7 +38,8 @@ from pretrain.reliability.heartbeat import mark
 from pretrain.reliability.journal import heldout_losses_of
 from pretrain.reliability.stop import StopRequest
 from pretrain.reliability.watchdog import Watchdog
-from pretrain.remote import ReadOptions, is_url
+from pretrain.remote import ReadOptions
+from pretrain.train.base import base_of, source_of
 from pretrain.train.early_stop import EarlyStop
 from pretrain.train.loss_guard import LossGuard
 from pretrain.train.run_folder import check_resumable, write_run_files
@@ -86,6 +88,8 @@ class Run:
     """Number of completed optimizer updates."""
     searched: bool
     """Whether the configuration asks for micro_batch_sequences=auto."""
+    base: BaseReference | None = None
+    """The frozen weights under the adapters; None if all weights are trained."""
     saved_step: int = 0
     """The newest step whose checkpoint this process has published or loaded; 0 if there is none."""
     advised: bool = False
@@ -112,8 +116,9 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
     )
     watchdog.attempt(identity["attempt"])
     stop = StopRequest(run_dir, watch_file=world.is_main, stop_after_s=config.stop_after_s)
+    base = base_of(config, root, state, loader.tokenizer_sha256, world)
     mark("engine")
-    engine = Engine(config, world)
+    engine = Engine(config, world, base.shares if base else None)
     warning = emulation_warning(engine.config.engine.precision, engine.capability, world.device)
     if warning and world.is_main:
         say(f"warning: {warning}")
@@ -145,6 +150,7 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
         watchdog=watchdog,
         step=0,
         searched=searched,
+        base=base.reference if base else None,
     )
     _begin(run, found, changed)
     return run
@@ -221,7 +227,7 @@ def _monitor(
         run_dir=run_dir,
         attempt=identity["attempt"],
         wandb_run_id=identity["wandb_run_id"],
-        flops_per_token=lambda length: flops_per_token(config.model, length),
+        flops_per_token=lambda length: flops_per_token(config.model, length, config.lora),
         peak_flops_per_second=rank_peak_flops(config, world.device),
         first_step=first_step,
         n_steps=loader.n_steps,
@@ -248,6 +254,10 @@ def _begin(run: Run, found: FoundCheckpoint, changed: list[str]) -> None:
     if config.engine.precision is Precision.auto:
         facts["precision_decided_by"] = run.engine.capability.host
     facts["kernels"] = to_dict(chosen.kernels)
+    state = run.engine.state
+    facts |= {"trained_parameters": state.n_trained, "parameters": state.n_trained + state.n_frozen}
+    if run.base is not None:
+        facts |= {"adapters": n_adapters(list(state.shapes)), "base": run.base}
     for reason in found.passed_over:
         run.monitor.event(Event.CHECKPOINT_PASSED_OVER, reason=reason)
     if found.verified is not None:
@@ -261,24 +271,15 @@ def _begin(run: Run, found: FoundCheckpoint, changed: list[str]) -> None:
             for change in changed:
                 say(f"  {change}")
         return
-    if config.init_from is not None:
+    if config.init_from is not None and run.base is None:
         _init_from(config.init_from, run.engine, world, run.loader.tokenizer_sha256)
     run.monitor.event(Event.STARTED, n_steps=run.loader.n_steps, init_from=config.init_from, **facts)
 
 
 def _init_from(run_dir: str, engine: Engine, world: World, tokenizer_sha256: str) -> None:
     """Load initial weights from the newest good checkpoint of another run, given by its folder or its URL."""
-    is_root = is_url(run_dir)
-    root = root_of(run_dir, run_dir) if is_root else root_of_run(Path(run_dir), key="init_from")
-    found = checkpoint.find_latest(root, world)
-    if found.verified is None:
-        raise ConfigError(
-            f"init_from={run_dir} holds no usable checkpoint ({'; '.join(found.passed_over) or 'none'})"
-        )
-    if found.verified.state["tokenizer_sha256"] != tokenizer_sha256:
-        raise ConfigError(f"init_from={run_dir} was trained with another tokenizer than this corpus")
-    state = engine.state
-    state.restore_weights(checkpoint.load(found.verified, state.weight_keys, state.shapes, world))
+    source, state = source_of(run_dir, world, tokenizer_sha256), engine.state
+    state.restore_weights(checkpoint.load(source, state.weight_keys, state.shapes, world))
 
 
 # ---- state ----
@@ -334,4 +335,5 @@ def state_of(run: Run) -> dict[str, Any]:
         "config": to_dict(config),
         "micro_batch_found": run.searched,
         "tensors": {name: list(shape) for name, shape in run.engine.state.shapes.items()},
+        **({"base": run.base} if run.base else {}),
     }

@@ -33,7 +33,7 @@ def check_resumable(config: TrainConfig, state: RunState) -> list[str]:
     if state.get("micro_batch_found"):
         old["micro_batch_sequences"] = AUTO
     changed = [key for key in new if old.get(key) != new[key] and key not in NOT_OF_THE_RUN]
-    fixed = [key for key in changed if key in ("seed", "optim.name") or _shapes_the_run(key)]
+    fixed = [key for key in changed if key in ("seed", "optim.name") or shapes_the_run(key)]
     if fixed:
         what = ", ".join(f"{key}={new[key]} (was {old.get(key)})" for key in fixed)
         raise ConfigError(
@@ -55,10 +55,16 @@ def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def _shapes_the_run(key: str) -> bool:
+def shapes_the_run(key: str) -> bool:
     """Whether a key determines the model or the masking, and so must not change when the run resumes."""
-    free = ("model.activation_checkpointing", "model.loss_chunk_tokens", "model.dropout", "model.z_loss")
-    return (key.startswith("model.") and key not in free) or key == "data.document_masking"
+    free = (
+        "model.activation_checkpointing",
+        "model.loss_chunk_tokens",
+        "model.dropout",
+        "model.z_loss",
+        "lora.dropout",
+    )
+    return (key.startswith(("model.", "lora.")) and key not in free) or key == "data.document_masking"
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
