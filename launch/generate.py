@@ -4,6 +4,8 @@
 training text has (NFC). `prompt_file=PATH` reads one prompt per line or, from a .jsonl file, the field `prompt` of each
 line. A continuation depends on its prompt, the
 seed and its number, and not on what else is generated. With json=true the last line on stdout is JSON.
+A model trained with objective=mlm fills masks instead: write its mask token, such as <mask>, where a token is hidden,
+and the `top_k` (5 by default) most probable tokens are printed for each.
 Exit codes: 0 done, 2 the input or configuration is wrong.
 """
 
@@ -14,7 +16,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,6 +33,11 @@ from pretrain.errors import ConfigError
 from pretrain.files import read_lines
 from pretrain.printing import visible
 
+if TYPE_CHECKING:
+    from pretrain.corpus.tokenizer import Tokenizer
+    from pretrain.model.decoder import Decoder
+    from pretrain.trained import TrainedModel
+
 REPORT_EVERY_S = 5.0
 
 
@@ -41,7 +48,7 @@ class GenerateConfig:
     run_dir: PathText = MISSING
     """Folder of the run."""
     prompt: list[VerbatimText] = field(default_factory=list)
-    """Texts to continue. Without any prompt, the model starts a new document."""
+    """Texts to continue, or whose masks are filled. Without any prompt, the model starts a new document."""
     prompt_file: PathText | None = None
     """File with more prompts."""
     step: int | None = None
@@ -56,7 +63,8 @@ class GenerateConfig:
     temperature: float = 0.8
     """Number by which the logits are divided; 0 always chooses the most probable token."""
     top_k: int | None = None
-    """Sample only from this many of the most probable tokens; null samples from all."""
+    """Sample only from this many of the most probable tokens; null samples from all. For masks: the number of tokens
+    to print, of which null means 5."""
     top_p: float = 0.95
     """Sample only from the smallest set of most probable tokens whose total probability is at least this; 1 samples
     from all."""
@@ -90,10 +98,15 @@ def main(config: GenerateConfig) -> None:
     from pretrain.trained import load_trained, precision_on
 
     trained = load_trained(config.run_dir, config.step, config.checkpoint_target)
+    check_prompts(texts, trained, config.run_dir)
     tokenizer, trained_length = trained.tokenizer, trained.sequence_length
     device = own_device()
     precision = precision_on(device, config.precision)
     model = trained.decoder(device, DTYPES[precision])
+    facts = {"run_dir": config.run_dir, "step": trained.step, "precision": precision.value}
+    if not model.causal:
+        fill(config, texts, model, tokenizer, facts)
+        return
     samples = [(text, number) for text in texts for number in range(config.n_samples)]
     prompts = []
     for text, number in samples:
@@ -130,7 +143,42 @@ def main(config: GenerateConfig) -> None:
             records.append(record)
             show(record, many=len(samples) > 1)
     if config.json:
-        facts = {"run_dir": config.run_dir, "step": trained.step, "precision": precision.value}
+        print(json.dumps({**facts, "samples": records}))
+
+
+def check_prompts(texts: list[str], trained: TrainedModel, run_dir: str) -> None:
+    """Raise ConfigError for a prompt with a mask that the model cannot fill, or without one where it does only that."""
+    tokenizer = trained.tokenizer
+    mask = None if tokenizer.mask_id is None else tokenizer.piece(tokenizer.mask_id)
+    for text in texts:
+        if trained.config.causal and mask is not None and mask in text:
+            raise ConfigError(
+                f"prompt={text!r} has the mask token {mask}, and the model of run_dir={run_dir} was trained with "
+                "objective=causal, which continues a text and fills no masks; leave it out"
+            )
+        if not trained.config.causal and mask is not None and mask not in text:
+            raise ConfigError(
+                f"prompt={text!r} has no mask token, and the model of run_dir={run_dir} was trained with "
+                f"objective=mlm, which fills masks and continues no text; write {mask} where a token is hidden"
+            )
+
+
+def fill(
+    config: GenerateConfig, texts: list[str], model: Decoder, tokenizer: Tokenizer, facts: dict[str, Any]
+) -> None:
+    """Print the most probable tokens of each mask of each prompt."""
+    from pretrain.evaluate.fill_mask import fill_masks
+
+    records = []
+    for text in texts:
+        masks = fill_masks(model, tokenizer, text, config.top_k or 5)
+        records.append({"prompt": text, "masks": [[vars(candidate) for candidate in mask] for mask in masks]})
+        print(visible(text, keep="\n\t"))
+        for number, mask in enumerate(masks, 1):
+            print(f"mask {number}:" if len(masks) > 1 else "mask:")
+            for candidate in mask:
+                print(f"  {candidate.probability:7.2%}  {visible(repr(candidate.text))}", flush=True)
+    if config.json:
         print(json.dumps({**facts, "samples": records}))
 
 

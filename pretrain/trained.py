@@ -34,7 +34,7 @@ class TrainedModel:
 
     def decoder(self, device: torch.device, dtype: torch.dtype) -> Decoder:
         """The model in evaluation mode, with its weights on `device` in `dtype`."""
-        return build_decoder(self.config.model, self.weights, device, dtype)
+        return build_decoder(self.config.model, self.weights, device, dtype, self.config.causal)
 
 
 def load_trained(run_dir: str | Path, step: int | None = None, target: str | None = None) -> TrainedModel:

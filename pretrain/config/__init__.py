@@ -14,6 +14,7 @@ from pretrain.config.data import BadChunk, DataConfig, Packing, SourceConfig, St
 from pretrain.config.engine import EngineConfig
 from pretrain.config.load import load_config, stored_config, to_dict, validate
 from pretrain.config.model import AttentionKernel, KernelsConfig, ModelConfig, Precision, Recompute, Switch
+from pretrain.config.objective import MlmConfig, Objective
 from pretrain.config.optimizer import OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
 from pretrain.config.records import EvaluationConfig, LoggingConfig, WandbMode
 from pretrain.config.run import AUTO, SubmitConfig, TrainConfig
@@ -31,7 +32,9 @@ __all__ = [
     "KernelsConfig",
     "LoggingConfig",
     "LossGuardConfig",
+    "MlmConfig",
     "ModelConfig",
+    "Objective",
     "OptimConfig",
     "OptimizerName",
     "Packing",

@@ -12,6 +12,7 @@ from pretrain.config.data import MAX_BATCH_SEQUENCES, DataConfig
 from pretrain.config.data_stages import MAX_EPOCHS, DataStage, micro_batch_of, n_steps_of, plan_stages
 from pretrain.config.engine import EngineConfig
 from pretrain.config.model import KernelsConfig, ModelConfig, Precision
+from pretrain.config.objective import MlmConfig, Objective
 from pretrain.config.optimizer import OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
 from pretrain.config.records import EvaluationConfig, LoggingConfig
 from pretrain.config.texts import PathText
@@ -60,6 +61,9 @@ class TrainConfig(_Planned):
     largest number that fits before the first step."""
     init_from: PathText | None = None
     """Run folder whose newest good checkpoint gives the initial weights; nothing else is taken from it."""
+    objective: Objective = Objective.causal
+    """What the model learns to predict."""
+    mlm: MlmConfig = field(default_factory=MlmConfig)
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
     optim: OptimConfig = MISSING
@@ -145,6 +149,11 @@ class TrainConfig(_Planned):
                 )
             return self.epochs_steps
         return n_steps_of(self.stages, self.total_steps, self.total_tokens)
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token attends to earlier tokens only."""
+        return self.objective is Objective.causal
 
     @property
     def micro_batch(self) -> int:

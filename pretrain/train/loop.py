@@ -418,6 +418,7 @@ def _evaluate(run: Run) -> None:
         max_sequences=config.evaluation.max_sequences,
         world=run.world,
         document_masking=config.data.document_masking,
+        masking=run.masking,
     )
     run.heldout_losses[run.step] = result.overall.loss
     run.monitor.evaluation(run.step, {**result.overall.as_dict(), "time_s": time.monotonic() - started})

@@ -22,6 +22,7 @@ from pretrain.corpus.manifest import CorruptShardError, Manifest
 from pretrain.corpus.shards import Corpus
 from pretrain.data.inputs import Inputs
 from pretrain.data.loader import TrainLoader
+from pretrain.data.masking import Masking
 from pretrain.data.state import OrderState
 from pretrain.distributed import Vote, World, on_main
 from pretrain.engine import micro_batch as batch_search
@@ -51,6 +52,8 @@ class Run:
     """The configuration. If the micro batch was `auto`, this has the size that was found."""
     manifests: dict[str, Manifest]
     """The manifest of each corpus that the configuration names, by its path or URL there."""
+    masking: Masking | None
+    """What hides tokens where the objective is mlm."""
     world: World
     """The ranks of the run, and this process's place among them."""
     run_dir: Path
@@ -94,7 +97,7 @@ class Run:
 def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) -> Run:
     """Find the newest checkpoint, build the parts of the run, and load the state. All ranks call this together. Raises
     ConfigError where the configuration does not fit, and CheckpointError where there are only damaged checkpoints."""
-    config, manifests = inputs
+    config, manifests, masking = inputs
     root = root_of(run_dir, config.checkpoint.target)
     found = _newest_checkpoint(root, world)
     state = found.verified.state if found.verified else None
@@ -102,8 +105,8 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
     searched = config.micro_batch_sequences == AUTO
     if searched and state and (known := batch_search.earlier_result(state, changed, world)) is not None:
         config = replace(config, micro_batch_sequences=known)
-    loader = _loader(config, world, state, manifests)
-    _check_heldout(config, manifests)
+    loader = _loader(config, world, state, inputs)
+    _check_heldout(config, manifests, masking)
     identity = on_main(lambda: write_run_files(config, run_dir, state, loader.tokenizer_sha256), world)
     watchdog.attempt(identity["attempt"])
     stop = StopRequest(run_dir, watch_file=world.is_main, stop_after_s=config.stop_after_s)
@@ -121,6 +124,7 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
     run = Run(
         config=config,
         manifests=manifests,
+        masking=masking,
         world=world,
         run_dir=run_dir,
         root=root,
@@ -142,9 +146,7 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
     return run
 
 
-def _loader(
-    config: TrainConfig, world: World, state: RunState | None, manifests: dict[str, Manifest]
-) -> TrainLoader:
+def _loader(config: TrainConfig, world: World, state: RunState | None, inputs: Inputs) -> TrainLoader:
     return TrainLoader(
         config.data,
         config.seed,
@@ -156,7 +158,8 @@ def _loader(
         total_tokens=config.total_tokens,
         total_epochs=config.total_epochs,
         state=OrderState.from_dict(state["order"]) if state else None,
-        manifests=manifests,
+        manifests=inputs.manifests,
+        masking=inputs.masking,
     )
 
 
@@ -172,10 +175,13 @@ def heldout_corpus(config: TrainConfig, manifests: dict[str, Manifest]) -> Corpu
     )
 
 
-def _check_heldout(config: TrainConfig, manifests: dict[str, Manifest]) -> None:
-    """Raise ConfigError if a loss mask leaves no token of the held-out corpus to predict, before hours of training."""
+def _check_heldout(config: TrainConfig, manifests: dict[str, Manifest], masking: Masking | None) -> None:
+    """Raise ConfigError if the held-out corpus has no token to predict, before hours of training.
+
+    Only a loss mask, or masks that happen to hide nothing, can leave it without one.
+    """
     path = config.evaluation.manifest
-    if path is None or not manifests[path].loss_mask:
+    if path is None or not (manifests[path].loss_mask or masking):
         return
     with suppress(
         CorruptShardError, OSError
@@ -185,6 +191,7 @@ def _check_heldout(config: TrainConfig, manifests: dict[str, Manifest]) -> None:
             sequence_length=config.data.sequence_length,
             max_sequences=config.evaluation.max_sequences,
             document_masking=config.data.document_masking,
+            masking=masking,
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 from omegaconf import MISSING, OmegaConf
 
 from pretrain.checkpoint.state import Identity, RunState
-from pretrain.config import AUTO, TrainConfig, to_dict
+from pretrain.config import AUTO, Objective, TrainConfig, to_dict
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.data.inputs import tokenizer_path
 from pretrain.errors import ConfigError
@@ -31,7 +31,7 @@ def check_resumable(config: TrainConfig, state: RunState) -> list[str]:
     if state.get("micro_batch_found"):
         old["micro_batch_sequences"] = AUTO
     changed = [key for key in new if old.get(key) != new[key] and key not in NOT_OF_THE_RUN]
-    fixed = [key for key in changed if key in ("seed", "optim.name") or _shapes_the_run(key)]
+    fixed = [key for key in changed if key in ("seed", "optim.name", "objective") or _shapes_the_run(key)]
     if fixed:
         what = ", ".join(f"{key}={new[key]} (was {old.get(key)})" for key in fixed)
         raise ConfigError(
@@ -43,7 +43,7 @@ def check_resumable(config: TrainConfig, state: RunState) -> list[str]:
 
 def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
     """A stored configuration, with the defaults of keys that did not exist when it was written."""
-    filled = dict(stored)
+    filled = {"objective": Objective.causal.value, **stored}
     for name, kind in get_type_hints(TrainConfig).items():
         if is_dataclass(kind):
             defaults = OmegaConf.to_container(OmegaConf.structured(kind), enum_to_str=True)
@@ -54,9 +54,13 @@ def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shapes_the_run(key: str) -> bool:
-    """Whether a key determines the model or the masking, and so must not change when the run resumes."""
+    """Whether a key determines the model or the masks, and so must not change when the run resumes."""
     free = ("model.activation_checkpointing", "model.loss_chunk_tokens", "model.dropout", "model.z_loss")
-    return (key.startswith("model.") and key not in free) or key == "data.document_masking"
+    return (
+        (key.startswith("model.") and key not in free)
+        or key.startswith("mlm.")
+        or key == "data.document_masking"
+    )
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -62,6 +62,7 @@ def train_tokenizer(
         bos_id=1,
         eos_id=2,
         pad_id=3,
+        control_symbols=["<mask>"],
         minloglevel=2,
     )
     path.write_bytes(model.getvalue())
