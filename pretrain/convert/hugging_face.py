@@ -294,7 +294,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_tokens: int, fills_m
 
 
 def convert_tokenizer(tokenizer: Tokenizer, with_eos: bool = False) -> Any:
-    """A sentencepiece model converted to a `tokenizers.Tokenizer`, which puts bos before a text (and eos after it, `with_eos`).
+    """A sentencepiece model converted to a `tokenizers.Tokenizer`, with bos before a text (and eos after it).
 
     sentencepiece writes a space as U+2581. Where a model leaves text unchanged, as those trained by
     `data_tools.prepare` do, the converted vocabulary has a real space instead. A U+2581 in a text is then outside the
