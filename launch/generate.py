@@ -35,6 +35,7 @@ from pretrain.printing import visible
 
 if TYPE_CHECKING:
     from pretrain.corpus.tokenizer import Tokenizer
+    from pretrain.evaluate.generation import Sampling
     from pretrain.model.decoder import Decoder
     from pretrain.trained import TrainedModel
 
@@ -84,29 +85,39 @@ class GenerateConfig:
 
 
 def main(config: GenerateConfig) -> None:
-    """Read the prompts, load the model, and generate and print the continuations."""
+    """Read the prompts, load the model, and continue or fill them."""
     from data_tools.text import clean
-    from pretrain.evaluate.generation import Sampling, prompt_seed
+    from pretrain.evaluate.generation import Sampling
 
     sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     # Text is normalized as in training, where the model has seen no other form of it.
     texts = list(map(clean, config.prompt + read_prompts(config.prompt_file))) or [""]
 
     from pretrain.device import own_device
-    from pretrain.evaluate.generation import Prompt, generate
     from pretrain.model.kernels import DTYPES
     from pretrain.trained import load_trained, precision_on
 
     trained = load_trained(config.run_dir, config.step, config.checkpoint_target)
     check_prompts(texts, trained, config.run_dir)
-    tokenizer, trained_length = trained.tokenizer, trained.sequence_length
     device = own_device()
     precision = precision_on(device, config.precision)
     model = trained.decoder(device, DTYPES[precision])
-    facts = {"run_dir": config.run_dir, "step": trained.step, "precision": precision.value}
-    if not model.causal:
-        fill(config, texts, model, tokenizer, facts)
-        return
+    if model.causal:
+        records = continue_texts(config, texts, model, trained, sampling)
+    else:
+        records = fill_texts(config, texts, model, trained.tokenizer)
+    if config.json:
+        facts = {"run_dir": config.run_dir, "step": trained.step, "precision": precision.value}
+        print(json.dumps({**facts, "samples": records}))
+
+
+def continue_texts(
+    config: GenerateConfig, texts: list[str], model: Decoder, trained: TrainedModel, sampling: Sampling
+) -> list[dict[str, Any]]:
+    """Generate and print the continuations. Returns their records."""
+    from pretrain.evaluate.generation import Prompt, generate, prompt_seed
+
+    tokenizer, trained_length = trained.tokenizer, trained.sequence_length
     samples = [(text, number) for text in texts for number in range(config.n_samples)]
     prompts = []
     for text, number in samples:
@@ -142,8 +153,7 @@ def main(config: GenerateConfig) -> None:
             }
             records.append(record)
             show(record, many=len(samples) > 1)
-    if config.json:
-        print(json.dumps({**facts, "samples": records}))
+    return records
 
 
 def check_prompts(texts: list[str], trained: TrainedModel, run_dir: str) -> None:
@@ -163,10 +173,10 @@ def check_prompts(texts: list[str], trained: TrainedModel, run_dir: str) -> None
             )
 
 
-def fill(
-    config: GenerateConfig, texts: list[str], model: Decoder, tokenizer: Tokenizer, facts: dict[str, Any]
-) -> None:
-    """Print the most probable tokens of each mask of each prompt."""
+def fill_texts(
+    config: GenerateConfig, texts: list[str], model: Decoder, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    """Print the most probable tokens of each mask of each prompt. Returns them as records."""
     from pretrain.evaluate.fill_mask import fill_masks
 
     records = []
@@ -178,8 +188,7 @@ def fill(
             print(f"mask {number}:" if len(masks) > 1 else "mask:")
             for candidate in mask:
                 print(f"  {candidate.probability:7.2%}  {visible(repr(candidate.text))}", flush=True)
-    if config.json:
-        print(json.dumps({**facts, "samples": records}))
+    return records
 
 
 def read_prompts(path: str | None) -> list[str]:

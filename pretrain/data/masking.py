@@ -8,7 +8,7 @@ resume. A sequence that is read again in a later epoch is another sample, and so
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from pretrain.batch import IGNORED_LABEL
 from pretrain.config import MlmConfig
-from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.data.permutation import Ints, Keys, key_of
 from pretrain.errors import ConfigError
+
+if TYPE_CHECKING:  # loader workers, which import this file, open no tokenizer
+    from pretrain.corpus.tokenizer import Tokenizer
 
 _CHOICE, _FATE, _TOKEN = 0x6D6C6D01, 0x6D6C6D02, 0x6D6C6D03  # what a hash decides: part of its key
 _HELDOUT_SEED = 0
