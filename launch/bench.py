@@ -144,6 +144,7 @@ def check_variant(text: str, config: BenchConfig) -> None:
     wrong = {
         "micro_batch_sequences": config.micro_batch_sequences == AUTO,
         "engine.sequence_parallel_ranks": config.engine.sequence_parallel_ranks > 1,
+        "objective": not config.causal,
     }
     if runner != "pretrain":
         wrong |= {

@@ -1,8 +1,9 @@
 """Export a model to the Hugging Face format: `python launch/export.py run_dir=DIR output=DIR`
 
-The folder has config.json, safetensors and a tokenizer, for LlamaForCausalLM or, with QK-norm, Qwen3ForCausalLM. It
-appears only after `transformers` has loaded it and produced the same logits and tokens. Exit codes: 0 done, 1 the check
-or the writing failed and nothing was published, 2 the input or configuration is wrong.
+The folder has config.json, safetensors and a tokenizer, for LlamaForCausalLM or, with QK-norm, Qwen3ForCausalLM; after
+training with objective=mlm, for EuroBertForMaskedLM or, with QK-norm, a bidirectional Qwen3ForCausalLM. It appears only
+after `transformers` has loaded it and produced the same logits and tokens. Exit codes: 0 done, 1 the check or the
+writing failed and nothing was published, 2 the input or configuration is wrong.
 """
 
 from __future__ import annotations

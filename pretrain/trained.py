@@ -57,7 +57,7 @@ class TrainedModel:
 
     def decoder(self, device: torch.device, dtype: torch.dtype) -> Decoder:
         """The model in evaluation mode, with its weights on `device` in `dtype`."""
-        return build_decoder(self.config.model, self.weights, device, dtype)
+        return build_decoder(self.config.model, self.weights, device, dtype, self.config.causal)
 
     def chat(self) -> Chat:
         """Writes dialogues for this model: in the template of its training, or in ours if it never saw dialogues."""

@@ -15,6 +15,7 @@ from pretrain.config.engine import EngineConfig
 from pretrain.config.load import load_config, stored_config, to_dict, validate
 from pretrain.config.lora import LoraConfig
 from pretrain.config.model import AttentionKernel, KernelsConfig, ModelConfig, Precision, Recompute, Switch
+from pretrain.config.objective import MlmConfig, Objective
 from pretrain.config.optimizer import EmaConfig, OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
 from pretrain.config.records import EvaluationConfig, LoggingConfig, WandbMode
 from pretrain.config.run import AUTO, SubmitConfig, TrainConfig
@@ -42,7 +43,9 @@ __all__ = [
     "LoggingConfig",
     "LoraConfig",
     "LossGuardConfig",
+    "MlmConfig",
     "ModelConfig",
+    "Objective",
     "OptimConfig",
     "OptimizerName",
     "Packing",

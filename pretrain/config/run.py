@@ -13,6 +13,7 @@ from pretrain.config.data_stages import MAX_EPOCHS, DataStage, micro_batch_of, n
 from pretrain.config.engine import EngineConfig
 from pretrain.config.lora import LoraConfig
 from pretrain.config.model import KernelsConfig, ModelConfig, Precision
+from pretrain.config.objective import MlmConfig, Objective
 from pretrain.config.optimizer import EmaConfig, OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
 from pretrain.config.records import EvaluationConfig, LoggingConfig
 from pretrain.config.texts import PathText
@@ -62,6 +63,9 @@ class TrainConfig(_Planned):
     init_from: PathText | None = None
     """Run folder whose newest good checkpoint gives the initial weights; nothing else is taken from it."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    objective: Objective = Objective.causal
+    """What the model learns to predict."""
+    mlm: MlmConfig = field(default_factory=MlmConfig)
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
     optim: OptimConfig = MISSING
@@ -157,6 +161,11 @@ class TrainConfig(_Planned):
                 )
             return self.epochs_steps
         return n_steps_of(self.stages, self.total_steps, self.total_tokens)
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token attends to earlier tokens only."""
+        return self.objective is Objective.causal
 
     @property
     def micro_batch(self) -> int:

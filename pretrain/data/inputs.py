@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.checkpoint.folder import COMPLETE, list_checkpoints, root_of_run
-from pretrain.config import TrainConfig
+from pretrain.config import Objective, TrainConfig
 from pretrain.config.data_stages import plan_stages
 from pretrain.config.launched import launched_local_size
 from pretrain.corpus.chat_template import CHAT_TEMPLATE_NAME, MAX_TEMPLATE_BYTES, template_in
 from pretrain.corpus.manifest import MANIFEST_NAME, MANIFEST_TIMEOUT_S, Manifest, load_manifest
-from pretrain.corpus.tokenizer import TOKENIZER_NAMES
+from pretrain.corpus.tokenizer import TOKENIZER_NAMES, Tokenizer
 from pretrain.data.lanes import choose_lanes, end_with_epoch, steps_until_epoch, weighted_by_size
+from pretrain.data.masking import Masking
 from pretrain.data.order import Order, SourceSize
 from pretrain.errors import ConfigError
 from pretrain.files import read_capped
@@ -32,6 +33,8 @@ class Inputs(NamedTuple):
     """The configuration, with `model.vocab_size` filled in."""
     manifests: dict[str, Manifest]
     """The manifest of each corpus, by its path or URL in the configuration. Each is read only once per start."""
+    masking: Masking | None = None
+    """What hides tokens where the objective is mlm."""
 
 
 def resolve_inputs(config: TrainConfig, world_size: int) -> Inputs:
@@ -70,7 +73,11 @@ def resolve_inputs(config: TrainConfig, world_size: int) -> Inputs:
             f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary of {first_path} "
             f"({first.vocab_size}); leave it out or give at least {needed}"
         )
-    return Inputs(config, manifests)
+    masking = None
+    if config.objective is Objective.mlm:
+        tokenizer = Tokenizer(tokenizer_path(first_path), first.tokenizer_sha256)
+        masking = Masking.of(config.mlm, config.seed, tokenizer)
+    return Inputs(config, manifests, masking)
 
 
 def steps_of_epochs(config: TrainConfig, manifests: Sequence[Manifest]) -> int:

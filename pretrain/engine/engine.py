@@ -251,7 +251,7 @@ class Engine:
             # The process group of hpZ, if an earlier engine in this process created it.
             zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
         ):
-            model = Decoder(config.model, config.seed, config.kernels)
+            model = Decoder(config.model, config.seed, config.kernels, config.causal)
         if config.lora.r:
             assert base is not None, "adapters are trained on the weights of another run"
             adapt(model, base, config, self.world)
@@ -394,8 +394,7 @@ class Engine:
         tokens, labels, positions, document_ids = (
             t.to(self.world.device, non_blocking=True) for t in batch[:4]
         )
-        if (
-            not self.config.data.document_masking
-        ):  # each sequence counts as one document, and causal attention needs no mask
+        # Then each sequence counts as one document, and causal attention needs no mask.
+        if self.config.causal and not self.config.data.document_masking:
             return self._deepspeed(tokens, labels, positions)
         return self._deepspeed(tokens, labels, positions, document_ids)

@@ -451,6 +451,7 @@ def _heldout_results(run: Run) -> dict[str, HeldOutResult]:
             world=run.world,
             document_masking=config.data.document_masking,
             key=config.evaluation.key_of(name),
+            masking=run.masking,
         )
         for name, corpus in heldout_corpora(config, run.manifests).items()
     }

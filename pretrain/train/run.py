@@ -21,6 +21,7 @@ from pretrain.corpus.manifest import Manifest
 from pretrain.corpus.shards import Corpus
 from pretrain.data.inputs import Inputs
 from pretrain.data.loader import TrainLoader
+from pretrain.data.masking import Masking
 from pretrain.data.state import OrderState
 from pretrain.distributed import Vote, World, on_main
 from pretrain.engine import micro_batch as batch_search
@@ -54,6 +55,8 @@ class Run:
     """The configuration. If the micro batch was `auto`, this has the size that was found."""
     manifests: dict[str, Manifest]
     """The manifest of each corpus that the configuration names, by its path or URL there."""
+    masking: Masking | None
+    """What hides tokens where the objective is mlm."""
     world: World
     """The ranks of the run, and this process's place among them."""
     run_dir: Path
@@ -101,7 +104,7 @@ class Run:
 def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) -> Run:
     """Find the newest checkpoint, build the parts of the run, and load the state. All ranks call this together. Raises
     ConfigError where the configuration does not fit, and CheckpointError where there are only damaged checkpoints."""
-    config, manifests = inputs
+    config, manifests, masking = inputs
     root = root_of(run_dir, config.checkpoint.target)
     found = _newest_checkpoint(root, world)
     state = found.verified.state if found.verified else None
@@ -109,8 +112,8 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
     searched = config.micro_batch_sequences == AUTO
     if searched and state and (known := batch_search.earlier_result(state, changed, world)) is not None:
         config = replace(config, micro_batch_sequences=known)
-    loader = _loader(config, world, state, manifests)
-    on_main(lambda: _check_heldout(config, manifests), world)
+    loader = _loader(config, world, state, inputs)
+    on_main(lambda: _check_heldout(config, manifests, masking), world)
     identity = on_main(
         lambda: write_run_files(config, run_dir, state, loader.tokenizer_sha256, manifests), world
     )
@@ -133,6 +136,7 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
     run = Run(
         config=config,
         manifests=manifests,
+        masking=masking,
         world=world,
         run_dir=run_dir,
         root=root,
@@ -156,9 +160,7 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
     return run
 
 
-def _loader(
-    config: TrainConfig, world: World, state: RunState | None, manifests: dict[str, Manifest]
-) -> TrainLoader:
+def _loader(config: TrainConfig, world: World, state: RunState | None, inputs: Inputs) -> TrainLoader:
     return TrainLoader(
         config.data,
         config.seed,
@@ -170,7 +172,8 @@ def _loader(
         total_tokens=config.total_tokens,
         total_epochs=config.total_epochs,
         state=OrderState.from_dict(state["order"]) if state else None,
-        manifests=manifests,
+        manifests=inputs.manifests,
+        masking=inputs.masking,
     )
 
 
@@ -183,7 +186,7 @@ def heldout_corpora(config: TrainConfig, manifests: dict[str, Manifest]) -> dict
     }
 
 
-def _check_heldout(config: TrainConfig, manifests: dict[str, Manifest]) -> None:
+def _check_heldout(config: TrainConfig, manifests: dict[str, Manifest], masking: Masking | None) -> None:
     """Raise ConfigError if held-out text cannot be read or has no token to predict, before hours of training."""
     for name, corpus in heldout_corpora(config, manifests).items():
         check_heldout(
@@ -192,6 +195,7 @@ def _check_heldout(config: TrainConfig, manifests: dict[str, Manifest]) -> None:
             max_sequences=config.evaluation.max_sequences,
             document_masking=config.data.document_masking,
             key=config.evaluation.key_of(name),
+            masking=masking,
         )
 
 

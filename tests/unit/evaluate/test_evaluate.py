@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.batch import Batch
+from pretrain.batch import IGNORED_LABEL, Batch
 from pretrain.corpus.shards import Corpus
 from pretrain.corpus.writer import CorpusWriter
 from pretrain.distributed import World
@@ -31,6 +31,7 @@ from pretrain.evaluate.heldout import (
     corpus_documents,
     evaluate_loss,
     first_tokens,
+    masked_windows,
     score_documents,
     windows,
 )
@@ -322,13 +323,30 @@ def rank_main(manifest: str, folder: str) -> None:
 def test_windows_score_each_token_once_with_context(length: int, sequence_length: int) -> None:
     tokens = np.arange(length)  # a token is its own position
     scored = []
-    for window, first_label in windows(tokens, sequence_length):
-        assert 2 <= len(window) <= sequence_length + 1
-        labels = window[1:]
-        for index in range(first_label, len(labels)):
-            scored.append(labels[index])
-            assert index + 1 >= min(labels[index], sequence_length - sequence_length // 2)
+    for window in windows(tokens, tokens, sequence_length):
+        assert 1 <= len(window.tokens) == len(window.labels) <= sequence_length
+        for index in np.flatnonzero(window.labels != IGNORED_LABEL):
+            scored.append(window.labels[index])
+            assert window.labels[index] == window.tokens[index] + 1
+            assert index + 1 >= min(window.labels[index], sequence_length - sequence_length // 2)
     assert scored == list(range(1, length))
+
+
+@given(length=st.integers(2, 200), sequence_length=st.integers(1, 40))
+def test_masked_windows_score_each_token_once_with_context_on_both_sides(
+    length: int, sequence_length: int
+) -> None:
+    tokens = np.arange(length)
+    scored = []
+    for window in masked_windows(tokens, tokens, sequence_length):
+        assert 1 <= len(window.tokens) == len(window.labels) <= sequence_length
+        for index in np.flatnonzero(window.labels != IGNORED_LABEL):
+            place = window.labels[index]
+            scored.append(place)
+            assert place == window.tokens[index]
+            assert index >= min(place, sequence_length // 4)
+            assert len(window.tokens) - 1 - index >= min(length - 1 - place, sequence_length // 4 - 1)
+    assert scored == list(range(length))
 
 
 def test_documents_are_scored_whole(tmp_path: Path) -> None:
