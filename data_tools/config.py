@@ -88,6 +88,9 @@ class TokenizerConfig:
     only one of bos and eos is known, it is used as both."""
     eos_token: str | None = None
     """Entry of that tokenizer.json that ends a document; null: as for bos_token."""
+    mask_token: str | None = None
+    """Special entry of that tokenizer.json that hides a token under objective=mlm; null: the one in the
+    tokenizer_config.json beside it, or one of the usual names."""
     vocab_size: int | None = None
     """Entries of the vocabulary; null: 16384, or fewer where the corpus is small."""
     model_type: ModelType = ModelType.bpe
@@ -105,7 +108,7 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         if self.vocab_size is not None and not 300 <= self.vocab_size <= 1_000_000:
             raise ConfigError(
-                f"tokenizer.vocab_size={self.vocab_size} is outside 300 to 1000000 (256 bytes and 4 special "
+                f"tokenizer.vocab_size={self.vocab_size} is outside 300 to 1000000 (256 bytes and 5 special "
                 "ids are always in it)"
             )
         if self.character_coverage is not None and not 0.9 <= self.character_coverage <= 1:

@@ -123,6 +123,10 @@ class BenchConfig(TrainConfig):
             self.model.vocab_size = VOCABULARY
         if self.total_steps is None and self.total_tokens is None:
             self.total_steps = self.bench.warmup_steps + self.bench.steps + COUNTED_STEPS
+        if self.lora.r:
+            raise ConfigError(
+                f"lora.r={self.lora.r} is not measured here, where no weights are loaded; leave it out"
+            )
         TrainConfig.__post_init__(self)
 
 
@@ -140,6 +144,7 @@ def check_variant(text: str, config: BenchConfig) -> None:
     wrong = {
         "micro_batch_sequences": config.micro_batch_sequences == AUTO,
         "engine.sequence_parallel_ranks": config.engine.sequence_parallel_ranks > 1,
+        "objective": not config.causal,
     }
     if runner != "pretrain":
         wrong |= {

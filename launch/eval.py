@@ -1,9 +1,9 @@
 """Score held-out text: `python launch/eval.py run_dir=DIR input=[PATH,...]`
 
 Prints the loss, perplexity and bits per byte of each source and of all text. With json=true the last line on stdout is
-the same as JSON. An input is a file or folder of text as for data_tools.prepare (.jsonl, .jsonl.gz, .parquet, .txt,
-.md, .tar), or a prepared corpus (its folder or manifest.json). Exit codes: 0 done, 2 the input or configuration is
-wrong.
+the same as JSON. A model trained with objective=mlm is scored on masked tokens, the same at each call, and has no bits
+per byte. An input is a file or folder of text as for data_tools.prepare (.jsonl, .jsonl.gz, .parquet, .txt, .md, .tar),
+or a prepared corpus (its folder or manifest.json). Exit codes: 0 done, 2 the input or configuration is wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ begin(__name__, interrupted="nothing was written")
 
 from omegaconf import MISSING
 
-from pretrain.config import Precision, run_command
+from pretrain.config import Precision, Weights, Which, run_command
 from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 from pretrain.printing import visible
@@ -47,7 +47,11 @@ class EvalConfig:
     input: list[PathText] = MISSING
     """Files or folders of text, or prepared corpora."""
     step: int | None = None
-    """Step of the checkpoint to use; null means the newest good checkpoint."""
+    """Step of the checkpoint to use; null means the one that `which` says."""
+    which: Which = Which.newest
+    """Checkpoint to use where no step is given: `newest`, or `best`, the one with the lowest held-out loss."""
+    weights: Weights = Weights.trained
+    """Weights to use: `trained`, or `ema`, their moving average (ema.decay)."""
     checkpoint_target: PathText | None = None
     """URL of the run's checkpoints, if they are at a URL. A URL that the run folder names is opened only if it is also
     given here."""
@@ -88,6 +92,7 @@ class Work:
 def main(config: EvalConfig) -> None:
     """Load the model, score every document, and print the table."""
     from data_tools.progress import stage
+    from pretrain.data.masking import Masking
     from pretrain.device import own_device
     from pretrain.evaluate.heldout import score_documents
     from pretrain.model.kernels import DTYPES
@@ -96,7 +101,12 @@ def main(config: EvalConfig) -> None:
     for entry in config.input:
         if not Path(entry).expanduser().exists():
             raise ConfigError(f"input={entry} does not exist")
-    trained = load_trained(config.run_dir, config.step, config.checkpoint_target)
+    trained = load_trained(
+        config.run_dir, config.step, config.checkpoint_target, which=config.which, weights=config.weights
+    )
+    masking = None
+    if not trained.config.causal:
+        masking = Masking.of(trained.config.mlm, trained.config.seed, trained.tokenizer)
     work = find_documents(config, trained)
     device = own_device()
     precision = precision_on(device, config.precision)
@@ -109,6 +119,7 @@ def main(config: EvalConfig) -> None:
             micro_batch_sequences=config.micro_batch_sequences,
             device=device,
             progress=lambda document: progress.advance(document.text_bytes),
+            masking=masking,
         )
     print_table(result, trained, config, precision)
     if config.json:
@@ -196,7 +207,8 @@ def print_table(
         table.add_column(name, justify="right")
     rows = list(result.sources.items())
     for number, (name, scores) in enumerate([*rows, ("all", result.overall)], 1):
-        numbers = (f"{scores.loss:.4f}", f"{scores.perplexity:,.2f}", f"{scores.bits_per_byte:.4f}")
+        bits = "" if scores.bits_per_byte is None else f"{scores.bits_per_byte:.4f}"
+        numbers = (f"{scores.loss:.4f}", f"{scores.perplexity:,.2f}", bits)
         counts = (f"{scores.tokens:,}", f"{scores.text_bytes:,}", f"{scores.documents:,}")
         table.add_row(Text(visible(name, limit=200)), *numbers, *counts, end_section=number == len(rows))
     console = Console(width=None if sys.stdout.isatty() else 120)

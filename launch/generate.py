@@ -5,6 +5,8 @@ training text has (NFC). `prompt_file=PATH` reads one prompt per line or, from a
 line. A continuation depends on its prompt, the seed and its number, and not on what else is generated. A single one is
 printed as it is generated. With chat=true, each prompt is what the user says in a dialogue; without a prompt, you type
 what the user says, line by line. With json=true the last line on stdout is JSON.
+A model trained with objective=mlm fills masks instead: write its mask token, such as <mask>, where a token is hidden,
+and the `top_k` (5 by default) most probable tokens are printed for each.
 Exit codes: 0 done, 2 the input or configuration is wrong.
 """
 
@@ -26,14 +28,18 @@ begin(__name__, interrupted="nothing was written")
 
 from omegaconf import MISSING
 
-from pretrain.config import Precision, run_command
+from pretrain.config import Precision, Weights, Which, run_command
 from pretrain.config.texts import PathText, VerbatimText
 from pretrain.errors import ConfigError
 from pretrain.files import read_lines
 from pretrain.printing import say, visible
 
 if TYPE_CHECKING:
+    from pretrain.corpus.tokenizer import Tokenizer
+    from pretrain.generation.sampling import Sampling
     from pretrain.generation.writer import Writer
+    from pretrain.model.decoder import Decoder
+    from pretrain.trained import TrainedModel
 
 REPORT_EVERY_S = 5.0
 
@@ -45,11 +51,15 @@ class GenerateConfig:
     run_dir: PathText = MISSING
     """Folder of the run."""
     prompt: list[VerbatimText] = field(default_factory=list)
-    """Texts to continue. Without any prompt, the model starts a new document."""
+    """Texts to continue, or whose masks are filled. Without any prompt, the model starts a new document."""
     prompt_file: PathText | None = None
     """File with more prompts."""
     step: int | None = None
-    """Step of the checkpoint to use; null means the newest good checkpoint."""
+    """Step of the checkpoint to use; null means the one that `which` says."""
+    which: Which = Which.newest
+    """Checkpoint to use where no step is given: `newest`, or `best`, the one with the lowest held-out loss."""
+    weights: Weights = Weights.trained
+    """Weights to use: `trained`, or `ema`, their moving average (ema.decay)."""
     checkpoint_target: PathText | None = None
     """URL of the run's checkpoints, if they are at a URL. A URL that the run folder names is opened only if it is also
     given here."""
@@ -60,7 +70,8 @@ class GenerateConfig:
     temperature: float = 0.8
     """Number by which the logits are divided; 0 always chooses the most probable token."""
     top_k: int | None = None
-    """Sample only from this many of the most probable tokens; null samples from all."""
+    """Sample only from this many of the most probable tokens; null samples from all. For masks: the number of tokens
+    to print, of which null means 5."""
     top_p: float = 0.95
     """Sample only from the smallest set of most probable tokens whose total probability is at least this; 1 samples
     from all."""
@@ -93,7 +104,7 @@ class GenerateConfig:
 
 
 def main(config: GenerateConfig) -> None:
-    """Read the prompts, load the model, and generate and print the continuations."""
+    """Read the prompts, load the model, and continue or fill them."""
     from data_tools.text import clean
     from pretrain.generation.sampling import Sampling
 
@@ -108,15 +119,38 @@ def main(config: GenerateConfig) -> None:
     texts = list(map(clean, config.prompt + read_prompts(config.prompt_file)))
 
     from pretrain.device import own_device
-    from pretrain.generation.writer import Writer
     from pretrain.model.kernels import DTYPES
     from pretrain.trained import load_trained, precision_on
 
-    trained = load_trained(config.run_dir, config.step, config.checkpoint_target)
+    trained = load_trained(
+        config.run_dir, config.step, config.checkpoint_target, which=config.which, weights=config.weights
+    )
+    check_prompts(texts, trained, config)
     device = own_device()
     precision = precision_on(device, config.precision)
-    writer = Writer(
-        trained.decoder(device, DTYPES[precision]),
+    model = trained.decoder(device, DTYPES[precision])
+    if not model.causal:
+        records = fill_texts(config, texts, model, trained.tokenizer)
+    elif config.chat and not texts:
+        from pretrain.generation.conversation import converse
+
+        converse(writer_of(model, trained, config, sampling), trained.sequence_length, clean)
+        return
+    else:
+        writer = writer_of(model, trained, config, sampling)
+        records = continue_all(writer, texts or [""], config, trained.sequence_length)
+    if config.json:
+        facts = {"run_dir": config.run_dir, "step": trained.step, "precision": precision.value}
+        print(json.dumps({**facts, "samples": records}))
+
+
+def writer_of(model: Decoder, trained: TrainedModel, config: GenerateConfig, sampling: Sampling) -> Writer:
+    """What writes the texts that the configuration asks for."""
+    from data_tools.text import clean
+    from pretrain.generation.writer import Writer
+
+    return Writer(
+        model,
         trained.tokenizer,
         sampling=sampling,
         max_new_tokens=config.max_new_tokens,
@@ -125,15 +159,46 @@ def main(config: GenerateConfig) -> None:
         chat=trained.chat() if config.chat else None,
         system=clean(config.system) if config.system is not None else None,
     )
-    if config.chat and not texts:
-        from pretrain.generation.conversation import converse
 
-        converse(writer, trained.sequence_length, clean)
-        return
-    records = continue_all(writer, texts or [""], config, trained.sequence_length)
-    if config.json:
-        facts = {"run_dir": config.run_dir, "step": trained.step, "precision": precision.value}
-        print(json.dumps({**facts, "samples": records}))
+
+def check_prompts(texts: list[str], trained: TrainedModel, config: GenerateConfig) -> None:
+    """Raise ConfigError for a prompt with a mask that the model cannot fill, or without one where it does only that."""
+    tokenizer = trained.tokenizer
+    mask = None if tokenizer.mask_id is None else tokenizer.piece(tokenizer.mask_id)
+    if not trained.config.causal and config.chat:
+        raise ConfigError(
+            f"chat=true: the model of run_dir={config.run_dir} was trained with objective=mlm, which fills masks and "
+            "writes no answers; give prompt= with a mask"
+        )
+    for text in texts or [""]:
+        if trained.config.causal and mask is not None and mask in text:
+            raise ConfigError(
+                f"prompt={text!r} has the mask token {mask}, and the model of run_dir={config.run_dir} was trained "
+                "with objective=causal, which continues a text and fills no masks; leave it out"
+            )
+        if not trained.config.causal and mask is not None and mask not in text:
+            raise ConfigError(
+                f"prompt={text!r} has no mask token, and the model of run_dir={config.run_dir} was trained with "
+                f"objective=mlm, which fills masks and continues no text; write {mask} where a token is hidden"
+            )
+
+
+def fill_texts(
+    config: GenerateConfig, texts: list[str], model: Decoder, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    """Print the most probable tokens of each mask of each prompt. Returns them as records."""
+    from pretrain.generation.fill_mask import fill_masks
+
+    records = []
+    for text in texts:
+        masks = fill_masks(model, tokenizer, text, config.top_k or 5)
+        records.append({"prompt": text, "masks": [[vars(candidate) for candidate in mask] for mask in masks]})
+        print(visible(text, keep="\n\t"))
+        for number, mask in enumerate(masks, 1):
+            print(f"mask {number}:" if len(masks) > 1 else "mask:")
+            for candidate in mask:
+                print(f"  {candidate.probability:7.2%}  {visible(repr(candidate.text))}", flush=True)
+    return records
 
 
 def continue_all(

@@ -119,6 +119,11 @@ class PlanConfig(TrainConfig):
                 f"engine.sequence_parallel_ranks={self.engine.sequence_parallel_ranks} is not known to the planner; "
                 "leave it out"
             )
+        if self.lora.r:
+            raise ConfigError(
+                f"lora.r={self.lora.r} is not known to the planner, which plans runs that train all weights; "
+                "leave it out"
+            )
         if data.manifest is None and not data.sources:
             data.manifest = "unused"
         if self.table is Table.scaling and data.tokens is None:

@@ -23,7 +23,7 @@ begin(__name__, interrupted="the server has ended")
 
 from omegaconf import MISSING
 
-from pretrain.config import Precision, run_command
+from pretrain.config import Precision, Weights, Which, run_command
 from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 from pretrain.printing import say
@@ -40,6 +40,10 @@ class ServeConfig:
     checkpoint_target: PathText | None = None
     """URL of the run's checkpoints, if they are at a URL. A URL that the run folder names is opened only if it is also
     given here."""
+    which: Which = Which.newest
+    """Checkpoint to use where `step` is not given: `newest`, or `best`, the one with the lowest held-out loss."""
+    weights: Weights = Weights.trained
+    """Weights to use: the `trained` ones, or their moving average `ema` if the run keeps it."""
     host: str = "127.0.0.1"
     """Address to listen at. Others than this machine can use the server, without a key, if it is not a loopback
     address."""
@@ -74,7 +78,14 @@ def main(config: ServeConfig) -> None:
     from pretrain.trained import load_trained, precision_on
 
     listening = listen(config.host, config.port)
-    trained = load_trained(config.run_dir, config.step, config.checkpoint_target)
+    trained = load_trained(
+        config.run_dir, config.step, config.checkpoint_target, which=config.which, weights=config.weights
+    )
+    if not trained.config.causal:
+        raise ConfigError(
+            f"run_dir={config.run_dir} was trained with objective=mlm, which fills masks and writes no text; "
+            "launch/generate.py fills masks"
+        )
     device = own_device()
     model = trained.decoder(device, DTYPES[precision_on(device, config.precision)])
     service = Service(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 
-from pretrain.config import ModelConfig
+from pretrain.config import LoraConfig, ModelConfig
 
 HOURS_BETWEEN_FAILURES_PER_RANK = 50_000.0
 """The rate that the Llama 3 paper (2024) reports: 419 unexpected interruptions in 54 days on 16,384 GPUs."""
@@ -54,13 +54,30 @@ def block_parameters(model: ModelConfig) -> int:
     return (non_embedding_parameters(model) - model.d_model) // model.n_layers
 
 
-def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+def adapter_parameters(model: ModelConfig, lora: LoraConfig) -> int:
+    """The number of values in all adapters: two factors per matrix and, with DoRA, one value per row."""
+    q, kv = model.n_heads * model.head_width, model.kv_heads * model.head_width
+    width, inner = model.d_model, model.d_ff
+    shapes = {"q": (width, q), "k": (width, kv), "v": (width, kv), "output": (q, width)}
+    shapes |= {"gate": (width, inner), "up": (width, inner), "down": (inner, width)}
+    each = (shapes[name] for name in set(lora.targets))
+    return model.n_layers * sum(lora.r * (n_in + n_out) + n_out * lora.dora for n_in, n_out in each)
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int, lora: LoraConfig | None = None) -> float:
     """Floating-point operations per token of a forward and a backward pass, without recomputation.
 
     6 x (parameters in matrix products, the head but not the embedding look-up) + 12 L H K T: PaLM
     (Chowdhery et al., 2022), appendix B. As in that paper, attention counts as if every token saw all T tokens:
     nothing is deducted for the causal mask or the document mask. Norms, rotary positions and softmax are left out.
+
+    Frozen weights under adapters have no gradient, so their products count 4 instead of 6, and the adapters are added.
     """
+    if lora is not None and lora.r:
+        frozen = matmul_flops_per_token(model) * 4 / 6
+        return (
+            frozen + 6.0 * adapter_parameters(model, lora) + attention_flops_per_token(model, sequence_length)
+        )
     return matmul_flops_per_token(model) + attention_flops_per_token(model, sequence_length)
 
 

@@ -33,6 +33,7 @@ LAUNCH = (
     "serve",
     "submit",
     "supervise",
+    "thin",
 )
 DATA_TOOLS = ("curate", "prepare", "rejects", "remove", "show", "verify")
 COMMANDS = {f"pretrain-{name.replace('_', '-')}": f"pretrain.launch.{name}" for name in LAUNCH}

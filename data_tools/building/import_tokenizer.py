@@ -23,6 +23,7 @@ from pretrain.corpus.tokenizer import (
     Tokenizer,
     frame,
     frame_of,
+    mask_of,
     pad_of,
     parse_tokenizer_json,
     unk_of,
@@ -66,9 +67,9 @@ def import_tokenizer(config: TokenizerConfig) -> Tokenizer:
             raise ConfigError(f"the tokenizer {path} is not a tokenizer.json: {reason}") from error
         tokenizer = Tokenizer.from_content(rewritten, path)
         _check_names_are_text(tokenizer)
-    elif config.bos_token is not None or config.eos_token is not None:
+    elif (config.bos_token, config.eos_token, config.mask_token) != (None, None, None):
         raise ConfigError(
-            f"tokenizer.bos_token and tokenizer.eos_token are for a {HUGGING_FACE_NAME}, and {path} is none; "
+            f"tokenizer.bos_token, eos_token and mask_token are for a {HUGGING_FACE_NAME}, and {path} is none; "
             "leave them out"
         )
     else:
@@ -105,10 +106,11 @@ def _rewritten(path: Path, content: bytes, config: TokenizerConfig) -> bytes:
     description.setdefault("added_tokens", [])
     bos, eos, pad = _special_tokens(path, description, config)
     added = {token["content"]: token for token in description["added_tokens"]}
+    mask = _mask_token(path, description, config)
     for name in (bos, eos):
         if name not in added:  # a learned entry could occur in a text
             raise ConfigError(f"{name!r} is no special token of the tokenizer {path}{_named(description)}")
-    for name in {bos, eos, pad} & added.keys():
+    for name in {bos, eos, pad, mask} & added.keys():
         added[name]["special"] = True
     _make_certain(description)
     description["truncation"] = None
@@ -123,7 +125,10 @@ def _rewritten(path: Path, content: bytes, config: TokenizerConfig) -> bytes:
             "pad_type_id": 0,
             "pad_token": pad,
         }
-    description["post_processor"] = frame(*((name, parsed.token_to_id(name)) for name in (bos, eos)))
+    ends = [(name, parsed.token_to_id(name)) for name in (bos, eos)]
+    description["post_processor"] = frame(*ends)
+    if mask is not None and mask_of(description) != mask:  # a usual name needs no statement
+        description["post_processor"] = frame(*ends, mask=(mask, parsed.token_to_id(mask)))
     return json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -149,6 +154,17 @@ def _special_tokens(
     return bos, eos, pad if pad not in ("", bos, eos) else None
 
 
+def _mask_token(path: Path, description: dict[str, Any], config: TokenizerConfig) -> str | None:
+    """The mask token: from the options, from the tokenizer_config.json beside the file, or from the file."""
+    mask = config.mask_token or _config_beside(path).get("mask_token") or mask_of(description) or None
+    names = [token["content"] for token in description["added_tokens"]]
+    if config.mask_token is not None and mask not in names:  # a learned entry could occur in a text
+        raise ConfigError(
+            f"tokenizer.mask_token={mask} is no special token of the tokenizer {path}{_named(description)}"
+        )
+    return mask if mask in names else None
+
+
 def _config_beside(path: Path) -> dict[str, str]:
     """The special tokens in the tokenizer_config.json beside a tokenizer, by their role."""
     beside = path.parent / _CONFIG_NAME
@@ -159,7 +175,7 @@ def _config_beside(path: Path) -> dict[str, str]:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{beside} is not JSON; fix or remove it") from error
     found = {}
-    for role in ("bos_token", "eos_token", "pad_token") if isinstance(content, dict) else ():
+    for role in ("bos_token", "eos_token", "pad_token", "mask_token") if isinstance(content, dict) else ():
         match content.get(role):
             case str(name) | {"content": str(name)}:
                 found[role] = name

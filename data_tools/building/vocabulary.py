@@ -19,6 +19,7 @@ from sentencepiece import SentencePieceTrainer
 from data_tools.building.gather import Gathered, part_path, read_digests, read_part
 from data_tools.config import TokenizerConfig
 from data_tools.progress import waiting
+from pretrain.corpus.tokenizer import MASK_NAMES
 from pretrain.errors import ConfigError
 from pretrain.files import write_atomically
 
@@ -131,6 +132,7 @@ def _trained(config: TokenizerConfig, vocab_size: int, coverage: float, lines: I
         bos_id=BOS_ID,
         eos_id=EOS_ID,
         pad_id=PAD_ID,
+        control_symbols=[MASK_NAMES[0]],  # no text encodes to it; the objective mlm needs it
         # With these options nothing is lost: decode(encode(text)) == text.
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,

@@ -190,7 +190,8 @@ def read_state(path: Path, files: dict[str, FileEntry] | None = None) -> RunStat
         state = parse(RunState, content, STATE, "the state of a run")
     except (OSError, ConfigError) as error:
         raise CheckpointError(f"{path.name}: {error}") from error
-    n_bytes = 4 * sum(math.prod(shape) for shape in state["tensors"].values())
+    width = 2 if state.get("weights_only") == "bf16" else 4
+    n_bytes = width * sum(math.prod(shape) for shape in state["tensors"].values())
     held_bytes = sum(entry.bytes for entry in files.values())
     if n_bytes > held_bytes:
         raise CheckpointError(

@@ -64,6 +64,24 @@ class LossScaleState(TypedDict):
     applied: Count
 
 
+class EarlyStopState(TypedDict):
+    """State of `pretrain.train.early_stop.EarlyStop`."""
+
+    step: Step
+    best_step: Step
+    best_loss: float | None
+    without_gain: Count
+
+
+class BaseReference(TypedDict):
+    """The frozen weights that adapters were trained on: the checkpoint in `base/` beside the run's checkpoints."""
+
+    step: Step
+    """Step of the run that the weights came from."""
+    complete_xxh3_128: Annotated[str, Predicate(is_xxh3_128)]
+    """Hash of its file COMPLETE, which holds the hashes of all its other files."""
+
+
 class RunState(TypedDict):
     """The content of state.json: everything that a resumed run needs besides the tensors.
 
@@ -79,6 +97,7 @@ class RunState(TypedDict):
     order: dict[str, Any]
     """State of the sample order; `OrderState.from_dict` parses it."""
     loss_guard: NotRequired[LossGuardState]
+    early_stop: NotRequired[EarlyStopState]
     tokenizer_sha256: Sha256
     run_id: RunId
     wandb_run_id: RunId
@@ -91,8 +110,14 @@ class RunState(TypedDict):
     config: dict[str, Any]
     """The run's configuration; `pretrain.config.stored_config` parses it."""
     micro_batch_found: NotRequired[bool]
+    ema: NotRequired[bool]
+    """Whether the checkpoint has a moving average of the weights, as `ema.<name>`."""
+    weights_only: NotRequired[Literal["fp32", "bf16"]]
+    """The type of the weights in a checkpoint that has no moments, so that no run can go on from it."""
     tensors: Annotated[dict[Annotated[str, MaxLen(512)], Annotated[Digits, MaxLen(8)]], MaxLen(1 << 20)]
-    """Shape of each parameter, by parameter name."""
+    """Shape of each parameter, by parameter name. In a run of adapters: of the adapters' parameters only."""
+    base: NotRequired[BaseReference]
+    """In a run of adapters: the weights that they belong to."""
 
 
 class Identity(TypedDict):
@@ -103,4 +128,4 @@ class Identity(TypedDict):
     wandb_run_id: NotRequired[RunId]
 
 
-__all__ = ["FORMAT_VERSION", "Complete", "FileEntry", "Identity", "RunState"]
+__all__ = ["FORMAT_VERSION", "BaseReference", "Complete", "FileEntry", "Identity", "RunState"]

@@ -51,8 +51,8 @@ from pretrain.checkpoint.folder import (
     step_of,
     unlisted,
 )
-from pretrain.checkpoint.state import FileEntry, RunState
-from pretrain.config import TrainConfig, stored_config
+from pretrain.checkpoint.state import BaseReference, FileEntry, RunState
+from pretrain.config import TrainConfig, Weights, stored_config
 from pretrain.distributed import Partition, World, gather_objects, share
 from pretrain.errors import ConfigError
 from pretrain.files import create_file, sync_folder
@@ -260,7 +260,8 @@ def find_latest(
 ) -> FoundCheckpoint:
     """The newest checkpoint all of whose hashes match.
 
-    With `step`, only the checkpoint of that step is considered, and with `before`, only checkpoints of earlier steps.
+    With `step`, only the checkpoint of that step is considered, and with `before`, only checkpoints of earlier steps
+    from which a run can go on.
     All ranks call this together and divide the files that must be hashed.
     """
     passed_over: list[str] = []
@@ -268,6 +269,8 @@ def find_latest(
         if step not in (None, step_of(path)) or (before is not None and step_of(path) >= before):
             continue
         found = _examine(path, world)
+        if isinstance(found, Verified) and before is not None and found.state.get("weights_only"):
+            found = "it holds weights only"
         if isinstance(found, Verified):
             return FoundCheckpoint(found, passed_over)
         passed_over.append(f"{path.name}: {found}")
@@ -396,14 +399,49 @@ def _download(verified: Verified, folder: Path, part: int, parts: int) -> None:
             raise OSError(f"{path}: {problem}")
 
 
+def base_root(root: Path) -> Path:
+    """The root of the checkpoint with the frozen weights of a run of adapters, whose own checkpoints are in `root`."""
+    return root / "base"
+
+
+def find_base(root: Path, world: World = ALONE, expected: BaseReference | None = None) -> Verified:
+    """The frozen weights of a run of adapters. All ranks call this together.
+
+    Raises CheckpointError where they are damaged, or are not the `expected` ones.
+    """
+    folder = base_root(root)
+    found = find_latest(folder, world)
+    if found.verified is None:
+        raise CheckpointError(
+            f"{folder} holds no intact weights ({'; '.join(found.passed_over) or 'none'}), and the adapters of this "
+            "run are of no use without them; restore that folder"
+        )
+    if expected is not None and reference_to(found.verified) != expected:
+        raise CheckpointError(
+            f"{found.verified.path} holds other weights than those that the adapters of this run were trained on; "
+            "restore that folder"
+        )
+    return found.verified
+
+
+def reference_to(base: Verified) -> BaseReference:
+    """What the checkpoints of a run of adapters say about the weights that they belong to."""
+    return BaseReference(step=base.state["step"], complete_xxh3_128=hash_file(base.path / COMPLETE))
+
+
 def load_weights(
-    run_dir: str | Path, step: int | None = None, target: str | None = None
+    run_dir: str | Path,
+    step: int | None = None,
+    target: str | None = None,
+    weights: Weights = Weights.trained,
 ) -> tuple[TrainConfig, dict[str, torch.Tensor], RunState]:
     """The configuration, whole fp32 weights by parameter name, and state of a run's newest good checkpoint.
 
-    With `step`, they come from the checkpoint of that step. The function works in a single process, without a process
-    group. `target` is the URL of the checkpoints where they are not in the run folder. Raises ConfigError where there
-    is no such checkpoint.
+    The weights of a run of adapters are the adapters' only; `load_base_weights` gives the others.
+
+    `weights` chooses between the trained weights and their moving average. With `step`, they come from the checkpoint
+    of that step. The function works in a single process, without a process group. `target` is the URL of the
+    checkpoints where they are not in the run folder. Raises ConfigError where there is no such checkpoint.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -415,8 +453,27 @@ def load_weights(
         raise ConfigError(f"run_dir={run_dir} holds no usable checkpoint {which}under checkpoints/{why}")
     state = found.verified.state
     config = stored_config(state["config"], f"{found.verified.path.name}/{STATE}")
-    shapes = {name: torch.Size(shape) for name, shape in state["tensors"].items()}
-    flat = {f"weight.{name}": torch.zeros(shape.numel()) for name, shape in shapes.items()}
-    _read(found.verified, dict(flat), ALONE, no_dist=True)
-    weights = {name: flat[f"weight.{name}"].view(shape) for name, shape in shapes.items()}
-    return config, weights, state
+    if weights is Weights.ema and not state.get("ema"):
+        raise ConfigError(
+            f"weights=ema: {found.verified.path} has no moving average of the weights, which a run keeps with "
+            "ema.decay; leave weights=ema out"
+        )
+    return config, _whole_weights(found.verified, "ema" if weights is Weights.ema else "weight"), state
+
+
+def load_base_weights(
+    run_dir: str | Path, expected: BaseReference, target: str | None = None
+) -> dict[str, torch.Tensor]:
+    """The frozen fp32 weights of a run of adapters by parameter name.
+
+    Raises CheckpointError where they are damaged, or are not the `expected` ones.
+    """
+    return _whole_weights(find_base(root_of_run(Path(run_dir), target), expected=expected))
+
+
+def _whole_weights(verified: Verified, kind: str = "weight") -> dict[str, torch.Tensor]:
+    """All weights of a checkpoint, or their averages (`ema`), by parameter name, read by a single process."""
+    shapes = {name: torch.Size(shape) for name, shape in verified.state["tensors"].items()}
+    flat = {f"{kind}.{name}": torch.zeros(shape.numel()) for name, shape in shapes.items()}
+    _read(verified, dict(flat), ALONE, no_dist=True)
+    return {name: flat[f"{kind}.{name}"].view(shape) for name, shape in shapes.items()}

@@ -13,11 +13,21 @@ from pretrain.config.command_line import run_command
 from pretrain.config.data import BadChunk, DataConfig, Packing, SourceConfig, StageConfig
 from pretrain.config.engine import EngineConfig
 from pretrain.config.load import load_config, stored_config, to_dict, validate
+from pretrain.config.lora import LoraConfig
 from pretrain.config.model import AttentionKernel, KernelsConfig, ModelConfig, Precision, Recompute, Switch
-from pretrain.config.optimizer import OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
+from pretrain.config.objective import MlmConfig, Objective
+from pretrain.config.optimizer import EmaConfig, OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
 from pretrain.config.records import EvaluationConfig, LoggingConfig, WandbMode
 from pretrain.config.run import AUTO, SubmitConfig, TrainConfig
-from pretrain.config.upkeep import CheckpointConfig, LossGuardConfig, SpikeAction, WatchdogConfig
+from pretrain.config.upkeep import (
+    CheckpointConfig,
+    LossGuardConfig,
+    SpikeAction,
+    ThinDtype,
+    WatchdogConfig,
+    Weights,
+    Which,
+)
 
 __all__ = [
     "AUTO",
@@ -26,12 +36,16 @@ __all__ = [
     "CheckpointConfig",
     "ClusterConfig",
     "DataConfig",
+    "EmaConfig",
     "EngineConfig",
     "EvaluationConfig",
     "KernelsConfig",
     "LoggingConfig",
+    "LoraConfig",
     "LossGuardConfig",
+    "MlmConfig",
     "ModelConfig",
+    "Objective",
     "OptimConfig",
     "OptimizerName",
     "Packing",
@@ -45,9 +59,12 @@ __all__ = [
     "StageConfig",
     "SubmitConfig",
     "Switch",
+    "ThinDtype",
     "TrainConfig",
     "WandbMode",
     "WatchdogConfig",
+    "Weights",
+    "Which",
     "load_config",
     "run_command",
     "stored_config",

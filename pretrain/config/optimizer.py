@@ -62,6 +62,28 @@ class OptimConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class EmaConfig:
+    """An exponential moving average (EMA) of the weights, kept beside them."""
+
+    decay: float | None = None
+    """Share of the average that stays at each step, such as 0.999; null keeps no average. In the first steps the share
+    is smaller: at most (1 + step) / (10 + step)."""
+    every_steps: int = 1
+    """Steps between updates of the average, each of which then counts for all of these steps."""
+
+    def __post_init__(self) -> None:
+        if self.decay is not None and not 0 < self.decay < 1:
+            raise ConfigError(f"ema.decay={self.decay} must be above 0 and below 1")
+        check_positive(self, "ema", "every_steps")
+
+    def share_at(self, step: int) -> float | None:
+        """Share of the average that stays when it is updated after `step`; None where it is not updated then."""
+        if self.decay is None or step % self.every_steps:
+            return None
+        return min(self.decay, (1 + step) / (10 + step)) ** self.every_steps
+
+
+@dataclass(kw_only=True, slots=True)
 class ScheduleConfig:
     """The learning rate as a function of the step."""
 
@@ -88,6 +110,13 @@ class ScheduleConfig:
         if self.decay_steps is not None:
             check_positive(self, "schedule", "decay_steps")
         check_fraction(self, "schedule", "min_lr_frac")
+
+    def decay_start_in(self, n_steps: int) -> int:
+        """The last step before the decay of the learning rate begins, in a run of `n_steps`."""
+        warmup = self.warmup_in(n_steps)
+        if self.name is not ScheduleName.wsd:
+            return warmup
+        return max(warmup, n_steps - (self.decay_steps or max(1, n_steps // 10)))
 
     def warmup_in(self, n_steps: int) -> int:
         """Number of steps of the warm-up in a run of `n_steps`."""

@@ -11,8 +11,10 @@ from pretrain.config.cluster import ClusterConfig
 from pretrain.config.data import MAX_BATCH_SEQUENCES, DataConfig
 from pretrain.config.data_stages import MAX_EPOCHS, DataStage, micro_batch_of, n_steps_of, plan_stages
 from pretrain.config.engine import EngineConfig
+from pretrain.config.lora import LoraConfig
 from pretrain.config.model import KernelsConfig, ModelConfig, Precision
-from pretrain.config.optimizer import OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
+from pretrain.config.objective import MlmConfig, Objective
+from pretrain.config.optimizer import EmaConfig, OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
 from pretrain.config.records import EvaluationConfig, LoggingConfig
 from pretrain.config.texts import PathText
 from pretrain.config.upkeep import CheckpointConfig, LossGuardConfig, WatchdogConfig
@@ -60,10 +62,15 @@ class TrainConfig(_Planned):
     largest number that fits before the first step."""
     init_from: PathText | None = None
     """Run folder whose newest good checkpoint gives the initial weights; nothing else is taken from it."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    objective: Objective = Objective.causal
+    """What the model learns to predict."""
+    mlm: MlmConfig = field(default_factory=MlmConfig)
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
     optim: OptimConfig = MISSING
     schedule: ScheduleConfig = MISSING
+    ema: EmaConfig = field(default_factory=EmaConfig)
     engine: EngineConfig = MISSING
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     checkpoint: CheckpointConfig = MISSING
@@ -100,6 +107,15 @@ class TrainConfig(_Planned):
             raise ConfigError(
                 "optim.name=muon orthogonalizes its updates in bf16, so it cannot be used with engine.precision=fp16; "
                 "use optim=adamw or engine.precision=fp32"
+            )
+        if self.ema.decay is not None and self.engine.nvme_path is not None:
+            raise ConfigError(
+                f"ema.decay={self.ema.decay} cannot be combined with engine.nvme_path={self.engine.nvme_path}, since "
+                "every update of the average would read all weights from the disk; leave one of them out"
+            )
+        if self.lora.r and self.init_from is None:
+            raise ConfigError(
+                f"lora.r={self.lora.r} trains adapters on the weights of another run; give init_from=RUN_DIR"
             )
         _check_sequence_parallel(self)
         if self.data.manifest is None and not self.data.sources:
@@ -145,6 +161,11 @@ class TrainConfig(_Planned):
                 )
             return self.epochs_steps
         return n_steps_of(self.stages, self.total_steps, self.total_tokens)
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token attends to earlier tokens only."""
+        return self.objective is Objective.causal
 
     @property
     def micro_batch(self) -> int:

@@ -10,6 +10,27 @@ from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 
 
+class Which(Enum):
+    """The checkpoint of a run that a command uses where it is not told a step."""
+
+    newest = "newest"  # the newest good one
+    best = "best"  # the one with the lowest held-out loss of the set evaluation.by
+
+
+class Weights(Enum):
+    """The weights of a checkpoint that a command uses."""
+
+    trained = "trained"  # those that the optimizer updated
+    ema = "ema"  # their moving average, if the run kept one (ema.decay)
+
+
+class ThinDtype(Enum):
+    """The type of the weights in a thinned checkpoint."""
+
+    fp32 = "fp32"  # the master weights, 4 bytes each
+    bf16 = "bf16"  # rounded to 2 bytes each
+
+
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
     """When checkpoints are written and which are kept."""
@@ -28,7 +49,8 @@ class CheckpointConfig:
     keep_every_steps: int | None = None
     """Keep checkpoints at multiples of this step for good; null keeps none for this reason."""
     keep_best: int = 1
-    """Number of additional checkpoints to keep: those with the lowest held-out loss."""
+    """Number of additional checkpoints to keep: those with the lowest held-out loss of the set
+    `evaluation.by`."""
     mtbf_hours: float | None = None
     """Mean time between failures of the whole job in hours, from which a save interval is advised; null means
     50,000 h / ranks, the rate that Llama 3 reported."""

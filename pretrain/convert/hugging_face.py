@@ -1,7 +1,8 @@
 """Exports a checkpoint as a Hugging Face folder, published only if it gives the same logits and tokens as the run.
 
 The folder holds config.json, generation_config.json, model*.safetensors (LlamaForCausalLM, or Qwen3ForCausalLM with
-QK-norm), a tokenizer that `transformers.AutoTokenizer` loads and, for a sentencepiece tokenizer, its model file.
+QK-norm; after masked language modeling EuroBertForMaskedLM, which is Llama with attention in both directions), a
+tokenizer that `transformers.AutoTokenizer` loads and, for a sentencepiece tokenizer, its model file.
 `transformers` is an optional package, so it is imported where it is used.
 """
 
@@ -94,10 +95,17 @@ def export(
     with published_together(output) as folder:
         try:
             write_model(trained, folder, dtype, max_shard_bytes, progress)
-            write_tokenizer(trained.tokenizer, folder, trained.sequence_length, trained.chat_template)
+            fills_masks = not trained.config.causal
+            write_tokenizer(
+                trained.tokenizer,
+                folder,
+                trained.sequence_length,
+                trained.chat_template,
+                fills_masks=fills_masks,
+            )
         except SafetensorError as error:
             raise RunError(f"{output} cannot be written: {error}") from error
-        check_tokenizer(trained.tokenizer, folder)
+        check_tokenizer(trained.tokenizer, folder, with_eos=fills_masks)
         if trained.chat_template is not None:
             check_chat_template(trained, folder)
         parity = compare_logits(trained, folder, dtype)
@@ -114,13 +122,20 @@ def export(
 
 
 def hugging_face_config(config: TrainConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> Any:
-    """The `transformers` configuration of the same model: Llama, or Qwen3 where heads are normalized."""
-    from transformers import LlamaConfig, Qwen3Config
+    """The `transformers` configuration of the same model, for the class that `architecture` names."""
+    import transformers
 
-    model = config.model
-    family = Qwen3Config if model.qk_norm else LlamaConfig
-    return family(
-        architectures=["Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"],
+    model, name = config.model, architecture(config)
+    if not hasattr(transformers, name):
+        raise ConfigError(
+            f"this version of transformers ({transformers.__version__}) has no {name}, which a model trained with "
+            "objective=mlm needs; install a newer one"
+        )
+    others: dict[str, Any] = {}
+    if not config.causal:
+        others = {"is_causal": False} if model.qk_norm else {"mask_token_id": tokenizer.mask_id}
+    return getattr(transformers, name).config_class(
+        architectures=[name],
         vocab_size=model.vocab_size,
         hidden_size=model.d_model,
         intermediate_size=model.d_ff,
@@ -137,11 +152,23 @@ def hugging_face_config(config: TrainConfig, tokenizer: Tokenizer, dtype: torch.
         eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.pad_id,
         dtype=dtype,
+        **others,
     )
 
 
+def architecture(config: TrainConfig) -> str:
+    """The class of `transformers` that computes the model without code of our own.
+
+    With QK-norm there is none with a head for masked tokens, but Qwen3 attends in both directions where `is_causal` of
+    its configuration is false.
+    """
+    if config.model.qk_norm:
+        return "Qwen3ForCausalLM"
+    return "LlamaForCausalLM" if config.causal else "EuroBertForMaskedLM"
+
+
 def hugging_face_names(model: ModelConfig) -> dict[str, str]:
-    """Maps our parameter names to those of LlamaForCausalLM and Qwen3ForCausalLM. The shapes are the same."""
+    """Maps our parameter names to those of the classes that `architecture` names. The shapes are the same."""
     names = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
     if not model.tie_embeddings:
         names["head.weight"] = "lm_head.weight"
@@ -191,12 +218,13 @@ def write_model(
     config.save_pretrained(folder)
     end_ids = _end_ids(trained)
     filling = list(range(tokenizer.vocab_size, config.vocab_size))  # embedding rows without a token
-    GenerationConfig(
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=end_ids[0] if len(end_ids) == 1 else end_ids,
-        pad_token_id=tokenizer.pad_id,
-        suppress_tokens=filling or None,
-    ).save_pretrained(folder)
+    if trained.config.causal:
+        GenerationConfig(
+            bos_token_id=tokenizer.bos_id,
+            eos_token_id=end_ids[0] if len(end_ids) == 1 else end_ids,
+            pad_token_id=tokenizer.pad_id,
+            suppress_tokens=filling or None,
+        ).save_pretrained(folder)
     ours_of = {theirs: ours for ours, theirs in names.items()}
     sizes = {theirs: trained.weights[ours].to("meta", dtype) for theirs, ours in ours_of.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_bytes)
@@ -224,15 +252,17 @@ def compare_logits(trained: TrainedModel, folder: Path, dtype: torch.dtype) -> P
 
     Our model also uses weights rounded to `dtype`, as they were written.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     ids = trained.tokenizer.encode_document(CHECK_TEXT)[: trained.sequence_length]
     tokens = torch.tensor([ids])
     rounded = {name: weight.to(dtype).float() for name, weight in trained.weights.items()}
-    ours = build_decoder(trained.config.model, rounded, "cpu", torch.float32)
+    ours = build_decoder(trained.config.model, rounded, "cpu", torch.float32, trained.config.causal)
     expected = ours.logits(tokens)
     del rounded, ours
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    is_masked = architecture(trained.config).endswith("ForMaskedLM")
+    auto = AutoModelForMaskedLM if is_masked else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     found = model(tokens).logits
     return Parity(
         tokens=len(ids),
@@ -246,38 +276,53 @@ def compare_logits(trained: TrainedModel, folder: Path, dtype: torch.dtype) -> P
 
 
 def write_tokenizer(
-    tokenizer: Tokenizer, folder: Path, max_tokens: int, chat_template: str | None = None
+    tokenizer: Tokenizer,
+    folder: Path,
+    max_tokens: int,
+    chat_template: str | None = None,
+    *,
+    fills_masks: bool = False,
 ) -> None:
     """Write tokenizer.json, tokenizer_config.json, chat_template.jinja where there is a template and, for a
-    sentencepiece tokenizer, its model file."""
+    sentencepiece tokenizer, its model file.
+
+    With `fills_masks`, a text is a whole document, with eos after it, and the name of the mask token in it stands for
+    that token. So do the names of the other special tokens then.
+    """
     from transformers import PreTrainedTokenizerFast
 
+    named = tokenizer.named_tokens
+    if fills_masks and tokenizer.mask_id is not None:
+        named["mask_token"] = tokenizer.piece(tokenizer.mask_id)
     settings: dict[str, Any] = {
         "model_max_length": max_tokens,
         "padding_side": "left",  # batched generation needs prompts that end at the same position
         "clean_up_tokenization_spaces": False,
-        # "</s>" in a text is ordinary text, unless a chat template needs to write it.
-        "split_special_tokens": chat_template is None,
-        **tokenizer.named_tokens,
+        # "</s>" in a text is ordinary text, unless a chat template needs to write it or a mask is to be filled.
+        "split_special_tokens": chat_template is None and not fills_masks,
+        **named,
     }
     if chat_template is not None:
         settings["chat_template"] = chat_template
         (folder / CHAT_TEMPLATE_NAME).write_bytes(chat_template.encode())
     if tokenizer.is_sentencepiece:
-        converted = PreTrainedTokenizerFast(tokenizer_object=convert_tokenizer(tokenizer), **settings)
+        converted = PreTrainedTokenizerFast(
+            tokenizer_object=convert_tokenizer(tokenizer, with_eos=fills_masks), **settings
+        )
         converted.save_pretrained(folder)
         (folder / tokenizer.file_name).write_bytes(tokenizer.content)
         return
     description = json.loads(tokenizer.content)
-    bos = settings["bos_token"], tokenizer.bos_id
-    description["post_processor"] = frame(bos, None)  # without eos, which would end a prompt
+    bos, eos = (settings["bos_token"], tokenizer.bos_id), (settings["eos_token"], tokenizer.eos_id)
+    # Eos would end a prompt.
+    description["post_processor"] = frame(bos, eos if fills_masks else None)
     settings["tokenizer_class"] = PreTrainedTokenizerFast.__name__
     for name, value in ((tokenizer.file_name, description), ("tokenizer_config.json", settings)):
         (folder / name).write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def convert_tokenizer(tokenizer: Tokenizer) -> Any:
-    """A sentencepiece model converted to a `tokenizers.Tokenizer`, which puts bos before a text.
+def convert_tokenizer(tokenizer: Tokenizer, with_eos: bool = False) -> Any:
+    """A sentencepiece model converted to a `tokenizers.Tokenizer`, with bos before a text (and eos after it).
 
     sentencepiece writes a space as U+2581. Where a model leaves text unchanged, as those trained by
     `data_tools.prepare` do, the converted vocabulary has a real space instead. A U+2581 in a text is then outside the
@@ -309,12 +354,18 @@ def convert_tokenizer(tokenizer: Tokenizer) -> Any:
     if (normalizer := _normalizer(model.normalizer_spec, space)) is not None:
         converted.normalizer = normalizer
     converted.decoder = _decoder(model.normalizer_spec, space)
-    bos = tokenizer.piece(tokenizer.bos_id)
+    bos, eos = tokenizer.piece(tokenizer.bos_id), tokenizer.piece(tokenizer.eos_id)
     converted.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos_id)]
+        single=f"{bos} $A {eos}" if with_eos else f"{bos} $A",
+        pair=f"{bos} $A {eos} {bos}:1 $B:1 {eos}:1" if with_eos else f"{bos} $A {bos}:1 $B:1",
+        special_tokens=[(bos, tokenizer.bos_id), (eos, tokenizer.eos_id)][: 1 + with_eos],
     )
     special = [piece.piece for piece in model.pieces if piece.type in (kinds.UNKNOWN, kinds.CONTROL)]
-    converted.add_special_tokens([tokenizers.AddedToken(p, special=True, normalized=False) for p in special])
+    mask = None if tokenizer.mask_id is None else tokenizer.piece(tokenizer.mask_id)
+    # Pieces begin with the space before a word, so the mask stands for that space too, as in `encode_masked`.
+    converted.add_special_tokens(
+        [tokenizers.AddedToken(p, special=True, normalized=False, lstrip=p == mask) for p in special]
+    )
     # The package matches these before all other pieces. A piece with a real space can be left out: it never matches,
     # since a normalized text has no real space.
     own = [
@@ -401,7 +452,7 @@ def _splits(learned: dict[str, tuple[int, float]], others: dict[str, int]) -> An
     return Sequence(splits) if splits else None
 
 
-def check_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def check_tokenizer(tokenizer: Tokenizer, folder: Path, with_eos: bool = False) -> None:
     """Raise RunError where the tokenizer in `folder` encodes or decodes `CHECK_TEXT` differently from the run's.
 
     The same pieces in another order are accepted: they are equally probable to a unigram model, so rounding decides.
@@ -409,7 +460,7 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     exported = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    expected = [tokenizer.bos_id, *tokenizer.encode(CHECK_TEXT)]
+    expected = [tokenizer.bos_id, *tokenizer.encode(CHECK_TEXT), *[tokenizer.eos_id] * with_eos]
     found = exported.encode(CHECK_TEXT, verbose=False, split_special_tokens=True)
     text = exported.decode(found, skip_special_tokens=True)
     if sorted(found) != sorted(expected) or text != tokenizer.decode(expected):

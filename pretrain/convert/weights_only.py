@@ -32,6 +32,7 @@ def save_weights(run_dir: Path, model: TrainedModel) -> None:
         "tokens_seen": model.tokens_seen,
         "sequence_length": model.sequence_length,
         "optimizer_step": 0,
+        "weights_only": "fp32",
         "order": {},
         "tokenizer_sha256": model.tokenizer.sha256,
         "run_id": _NOT_A_RUN,

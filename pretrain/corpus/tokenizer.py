@@ -44,6 +44,9 @@ _LONG_UNIT_CHARS = 24
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not valid UTF-8
 
+MASK_NAMES = ("<mask>", "[MASK]", "<|mask|>")
+"""Names by which a special token is known to be the mask; the first is that of tokenizers trained here."""
+
 CHECK_TEXT = """It is a truth universally acknowledged, that a single man in possession of a good fortune, \
 must be in want of a wife. However little known the feelings or views of such a man may be on his first entering \
 a neighborhood, this truth is so well fixed in the minds of the surrounding families, that he is considered as \
@@ -89,6 +92,7 @@ class _Model(Protocol):
 
     vocab_size: int
     ids: SpecialIds
+    mask_id: int | None
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts: ...
 
@@ -99,6 +103,10 @@ class _Model(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
     def piece(self, token: int) -> str: ...
+
+    def special_ids(self) -> set[int]: ...
+
+    def encode_masked(self, text: str) -> list[int]: ...
 
 
 class Tokenizer:
@@ -151,7 +159,9 @@ class Tokenizer:
         )
         self.vocab_size = self._model.vocab_size
         self.unk_id, self.bos_id, self.eos_id, self.pad_id = self._model.ids
-        self._special = {*self._model.ids}
+        self.mask_id = self._model.mask_id
+        """Id that stands for a hidden token in masked language modeling; None where the tokenizer has none."""
+        self._special = {*self._model.ids, self.mask_id}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special ids."""
@@ -180,6 +190,16 @@ class Tokenizer:
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of a text that a chat template wrote: the names of special tokens in it are these tokens."""
         return self._model.encode_rendered(text)
+
+    def encode_masked(self, text: str) -> list[int]:
+        """`encode`, but the name of the mask token in `text` stands for that token. There must be a mask token."""
+        return self._model.encode_masked(text)
+
+    def ordinary_ids(self) -> np.ndarray:
+        """The ids that stand for text, ascending: all but special tokens and gaps in the vocabulary."""
+        is_ordinary = np.ones(self.vocab_size, np.bool_)
+        is_ordinary[list(self._model.special_ids())] = False
+        return np.flatnonzero(is_ordinary)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, without special ids. Raises IndexError for an id outside the vocabulary."""
@@ -243,6 +263,9 @@ class _SentencePiece:
             raise ConfigError(f"the tokenizer {path} has neither bos nor eos; give one that has either")
         bos, eos = (bos if bos >= 0 else eos), (eos if eos >= 0 else bos)
         self.ids = SpecialIds(unk, bos, eos, pad if pad >= 0 else eos)
+        found = {name: processor.piece_to_id(name) for name in MASK_NAMES}
+        # A piece of another kind could occur in a text.
+        self.mask_id = next((i for i in found.values() if i != unk and processor.is_control(i)), None)
         symbol_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
         self._units = self._choose_units(has_bytes=unk not in symbol_ids)
         self._space_symbol_ids = processor.encode(SPACE_SYMBOL) if self._units is _WHOLE else symbol_ids
@@ -304,6 +327,20 @@ class _SentencePiece:
 
     def piece(self, token: int) -> str:
         return self._processor.id_to_piece(token)
+
+    def special_ids(self) -> set[int]:
+        processor, every = self._processor, range(self.vocab_size)
+        unused = {i for i in every if processor.is_control(i) or processor.is_unused(i)}
+        return {processor.unk_id()} | unused
+
+    def encode_masked(self, text: str) -> list[int]:
+        assert self.mask_id is not None
+        *before, last = text.split(self.piece(self.mask_id))
+        ids: list[int] = []
+        for part in before:
+            # A piece begins with the space before a word, so the mask stands for that space too.
+            ids += [*self.encode_texts([part.rstrip()]).tokens[1:-1].tolist(), self.mask_id]
+        return ids + self.encode_texts([last]).tokens[1:-1].tolist()
 
 
 _BOS, _EOS, _SYMBOL = 0, 1, 2  # reserved unit numbers
@@ -371,6 +408,8 @@ class _HuggingFace:
         if bos is None or eos is None:
             raise ConfigError(f"the tokenizer {path} has no entry for {frame[0]!r} or {frame[1]!r}")
         self.ids = SpecialIds(unk, bos, eos, eos if pad is None else pad)
+        self.mask_id = self._tokenizer.token_to_id(mask_of(description))
+        self._description = description
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
         dtype = token_dtype(self.vocab_size)
@@ -408,6 +447,23 @@ class _HuggingFace:
     def piece(self, token: int) -> str:
         return self._tokenizer.id_to_token(token) or ""
 
+    def special_ids(self) -> set[int]:
+        special = {token["id"] for token in self._description.get("added_tokens", []) if token["special"]}
+        gaps = set(range(self.vocab_size)) - set(self._tokenizer.get_vocab().values())
+        return special | gaps | (set() if self.ids.unk is None else {self.ids.unk})
+
+    def encode_masked(self, text: str) -> list[int]:
+        assert self.mask_id is not None
+        description = json.loads(json.dumps(self._description))
+        for token in description["added_tokens"]:
+            if token["id"] == self.mask_id:
+                token["special"] = False  # so that it is found in a text, as no special token is
+        found, _ = parse_tokenizer_json(json.dumps(description).encode(), self._path)
+        found.no_padding()
+        found.no_truncation()
+        found.encode_special_tokens = True
+        return found.encode(text, add_special_tokens=False).ids
+
 
 def parse_tokenizer_json(content: bytes, path: Path) -> tuple[Any, dict[str, Any]]:
     """The tokenizer as parsed by the package `tokenizers`, and the JSON of its file. Raises ConfigError."""
@@ -431,8 +487,13 @@ def _package_errors(problem: str) -> Iterator[None]:
         raise ConfigError(f"{problem}: {' '.join(str(error).split())[:200]}") from error
 
 
-def frame(bos: tuple[str, int], eos: tuple[str, int] | None) -> dict[str, Any]:
-    """The post-processor of a tokenizer.json that puts bos (name and id) before a text and eos, if any, after it."""
+def frame(
+    bos: tuple[str, int], eos: tuple[str, int] | None, mask: tuple[str, int] | None = None
+) -> dict[str, Any]:
+    """The post-processor of a tokenizer.json that puts bos (name and id) before a text and eos, if any, after it.
+
+    It also names the mask token where one is given, since a tokenizer.json has no place of its own for that.
+    """
 
     def template(*sequences: str) -> list[dict[str, Any]]:
         items: list[dict[str, Any]] = []
@@ -443,7 +504,7 @@ def frame(bos: tuple[str, int], eos: tuple[str, int] | None) -> dict[str, Any]:
                 items.append({"SpecialToken": {"id": eos[0], "type_id": number}})
         return items
 
-    special = dict([bos] if eos is None else [bos, eos])
+    special = dict(token for token in (bos, eos, mask) if token is not None)
     return {
         "type": "TemplateProcessing",
         "single": template("A"),
@@ -473,6 +534,17 @@ def pad_of(description: dict[str, Any]) -> str:
         case {"pad_token": str(pad)}:
             return pad
     return ""
+
+
+def mask_of(description: dict[str, Any]) -> str:
+    """The name of the mask token of a tokenizer.json: the one that `frame` has named, or one of MASK_NAMES that is a
+    special token; empty where it has none.
+    """
+    special = {token["content"] for token in description.get("added_tokens", []) if token["special"]}
+    framed = frame_of(description)
+    named = description["post_processor"].get("special_tokens", {}) if framed else {}
+    stated = [name for name in named if name not in (framed or ())]
+    return next((name for name in (*stated, *MASK_NAMES) if name in special), "")
 
 
 def unk_of(description: dict[str, Any]) -> str:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.checkpoint.folder import COMPLETE, list_checkpoints, root_of_run
-from pretrain.config import TrainConfig
+from pretrain.config import Objective, TrainConfig
 from pretrain.config.data_stages import plan_stages
 from pretrain.config.launched import launched_local_size
 from pretrain.corpus.chat_template import CHAT_TEMPLATE_NAME, MAX_TEMPLATE_BYTES, template_in
 from pretrain.corpus.manifest import MANIFEST_NAME, MANIFEST_TIMEOUT_S, Manifest, load_manifest
-from pretrain.corpus.tokenizer import TOKENIZER_NAMES
+from pretrain.corpus.tokenizer import TOKENIZER_NAMES, Tokenizer
 from pretrain.data.lanes import choose_lanes, end_with_epoch, steps_until_epoch, weighted_by_size
+from pretrain.data.masking import Masking
 from pretrain.data.order import Order, SourceSize
 from pretrain.errors import ConfigError
 from pretrain.files import read_capped
@@ -32,6 +33,8 @@ class Inputs(NamedTuple):
     """The configuration, with `model.vocab_size` filled in."""
     manifests: dict[str, Manifest]
     """The manifest of each corpus, by its path or URL in the configuration. Each is read only once per start."""
+    masking: Masking | None = None
+    """What hides tokens where the objective is mlm."""
 
 
 def resolve_inputs(config: TrainConfig, world_size: int) -> Inputs:
@@ -53,8 +56,8 @@ def resolve_inputs(config: TrainConfig, world_size: int) -> Inputs:
         check_lengths([stage.sequence_length for stage in config.stages], manifest.chunk_tokens, path)
     if config.total_epochs is not None:
         config.plan_epochs(steps_of_epochs(config, list(manifests.values())))
-    if config.evaluation.manifest is not None:
-        manifests[config.evaluation.manifest] = load_manifest(config.evaluation.manifest, patience)
+    for path in config.evaluation.corpora.values():
+        manifests[path] = load_manifest(path, patience)
     first_path, first = next(iter(manifests.items()))
     for path, manifest in manifests.items():
         if (manifest.tokenizer_sha256, manifest.vocab_size) != (first.tokenizer_sha256, first.vocab_size):
@@ -70,7 +73,11 @@ def resolve_inputs(config: TrainConfig, world_size: int) -> Inputs:
             f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary of {first_path} "
             f"({first.vocab_size}); leave it out or give at least {needed}"
         )
-    return Inputs(config, manifests)
+    masking = None
+    if config.objective is Objective.mlm:
+        tokenizer = Tokenizer(tokenizer_path(first_path), first.tokenizer_sha256)
+        masking = Masking.of(config.mlm, config.seed, tokenizer)
+    return Inputs(config, manifests, masking)
 
 
 def steps_of_epochs(config: TrainConfig, manifests: Sequence[Manifest]) -> int:
@@ -98,7 +105,7 @@ def _check_urls(config: TrainConfig) -> None:
     """Raise ConfigError for a URL that cannot be used, and for a read timeout longer than the watchdog waits."""
     key = "data.manifest" if config.data.manifest is not None else "data.sources: manifest"
     named = [(key, source.manifest) for source in config.data.corpora()]
-    named += [("evaluation.manifest", config.evaluation.manifest or "")]
+    named += [(config.evaluation.key_of(name), path) for name, path in config.evaluation.corpora.items()]
     remote = [(key, url) for key, url in named if is_url(url)]
     target = config.checkpoint.target or ""
     for key, url in [*remote, *[("checkpoint.target", target)] * is_url(target)]:

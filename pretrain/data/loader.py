@@ -27,6 +27,7 @@ from pretrain.data.lanes import (
     steps_until_epoch,
     weighted_by_size,
 )
+from pretrain.data.masking import Masking
 from pretrain.data.order import Location, Order, SourceSize
 from pretrain.data.permutation import Ints
 from pretrain.data.sequences import SequenceReader, Sequences
@@ -43,16 +44,23 @@ chunks from its first step on."""
 
 
 def build_batch(
-    corpus: Corpus, chunk: Ints, sequence: Ints, sequence_length: int, document_masking: bool
+    corpus: Corpus,
+    chunk: Ints,
+    sequence: Ints,
+    sequence_length: int,
+    document_masking: bool,
+    masking: Masking | None = None,
 ) -> Batch:
     """Sequences of one corpus, cut every `sequence_length` tokens of a chunk.
 
-    A sequence that the chunk does not fill is padded with the corpus's eos. Raises CorruptShardError.
+    A sequence that the chunk does not fill is padded with the corpus's eos. With `masking`, the number of a sequence in
+    the corpus decides which of its tokens are hidden. Raises CorruptShardError.
     """
-    samples = np.arange(len(chunk))
+    rows, per_chunk = np.arange(len(chunk)), -(-corpus.chunk_tokens // sequence_length)
+    samples = chunk * per_chunk + sequence
     zeros = np.zeros_like(chunk)
-    where = Location(zeros, zeros, chunk, sequence, np.full_like(chunk, sequence_length), samples)
-    reader = SequenceReader([corpus], DataConfig(document_masking=document_masking))
+    where = Location(zeros, zeros, chunk, sequence, np.full_like(chunk, sequence_length), rows)
+    reader = SequenceReader([corpus], DataConfig(document_masking=document_masking), masking=masking)
     return _to_batch(reader.read(where, samples, sequence_length), samples)
 
 
@@ -67,8 +75,8 @@ class TrainLoader:
     """The training batches of one rank.
 
     `state` is the order state of a checkpoint, or None for a new run. `manifests` are the ones that the caller has
-    already read, by their path or URL in `data`; the others are read here. Raises ConfigError where the configuration,
-    the corpora and the state do not fit together.
+    already read, by their path or URL in `data`; the others are read here. `masking` hides tokens, for the objective
+    mlm. Raises ConfigError where the configuration, the corpora and the state do not fit together.
     """
 
     def __init__(
@@ -85,6 +93,7 @@ class TrainLoader:
         total_epochs: int | None = None,
         state: OrderState | None,
         manifests: Mapping[str, Manifest] | None = None,
+        masking: Masking | None = None,
     ) -> None:
         sources = data.corpora()
         options, read = ReadOptions.of(data), manifests or {}
@@ -113,7 +122,7 @@ class TrainLoader:
             self.state.passed_over = state.passed_over
             self.state.substitutions = state.substitutions
             self.state.stages = plan_stages(data, global_batch_sequences, state.begun, state.fixed_samples)
-        self._data, self._corpora = data, corpora
+        self._data, self._corpora, self._masking = data, corpora, masking
         self.names = [source.name for source in sources]
         self._total_epochs = total_epochs
         self.n_steps = n_steps_of(self.state.stages, total_steps, total_tokens) if total_epochs is None else 0
@@ -199,7 +208,9 @@ class TrainLoader:
 
     def _read_steps(self, first_step: int) -> Iterator[list[tuple[Sequences, Ints]]]:
         """What has been read for each micro batch of each step, and its samples."""
-        reader = SequenceReader(self._corpora, self._data, self.state.seed, self.state.substitutions)
+        reader = SequenceReader(
+            self._corpora, self._data, self.state.seed, self.state.substitutions, self._masking
+        )
         read, wanted = MicroBatches(reader, self.order), self._micro_batches(first_step)
         n_workers = self._data.loader_workers
         found = (

@@ -14,6 +14,7 @@ from pretrain.batch import IGNORED_LABEL, Counts
 from pretrain.config import BadChunk, DataConfig, Packing
 from pretrain.corpus.manifest import CorruptShardError
 from pretrain.corpus.shards import Corpus
+from pretrain.data.masking import Masking
 from pretrain.data.order import Location
 from pretrain.data.packing import Segments, best_fit, concat
 from pretrain.data.permutation import Ints, key_of
@@ -69,8 +70,11 @@ class SequenceReader:
         data: DataConfig,
         seed: int = 0,
         substitutions: Sequence[Substitution] = (),
+        masking: Masking | None = None,
     ) -> None:
+        """With `masking`, tokens are hidden, and a label is the hidden token itself instead of the next token."""
         self._corpora, self._seed = corpora, seed
+        self._hides = masking
         self._masking = data.document_masking
         self._best_fit = data.packing is Packing.best_fit
         self._stops = data.on_bad_chunk is BadChunk.stop
@@ -87,7 +91,10 @@ class SequenceReader:
         for _ in range(_READ_TRIES):
             try:
                 segments = self._segments(where, samples)
-                return self._fill(segments, len(samples), sequence_length)
+                found = self._fill(segments, len(samples), sequence_length)
+                if self._hides is not None:
+                    self._hides.apply(found.packed[0], found.packed[1], samples)
+                return found
             except (CorruptShardError, OSError) as error:
                 if self._stops:
                     raise
@@ -118,6 +125,7 @@ class SequenceReader:
         packed = np.empty((4, n, sequence_length), np.int32)
         tokens, labels = packed[0], packed[1]
         labels[:] = IGNORED_LABEL
+        ahead = 1 if self._hides is None else 0  # how far a label is from its position
         begins = np.zeros((n, sequence_length), np.bool_)
         filled = [0] * n
         pieces = cut = 0
@@ -126,10 +134,10 @@ class SequenceReader:
             size = segment.stop - segment.start
             end = filled[row] = begin + size
             tokens[row, begin:end] = read[:size]
-            labels[row, begin : begin + len(read) - 1] = read[1:]
+            labels[row, begin:end][: len(read) - ahead] = read[ahead : size + ahead]
             corpus = self._corpora[segment.source]
             if corpus.manifest.loss_mask:
-                targets = corpus.is_target(segment.chunk, segment.start + 1, segment.stop + 1)
+                targets = corpus.is_target(segment.chunk, segment.start + ahead, segment.stop + ahead)
                 labels[row, begin:end][~targets] = IGNORED_LABEL
             if self._masking:
                 n_pieces, n_cut = self._mark(
@@ -149,8 +157,8 @@ class SequenceReader:
             begins[:, 0] = False  # documents of a row are counted from 0
             packed[2] -= np.maximum.accumulate(np.where(begins, packed[2], 0), axis=1)
             np.cumsum(begins, axis=1, out=packed[3])
-        else:
-            packed[3] = 0
+        else:  # text must not see padding where it sees what follows
+            packed[3] = 0 if self._hides is None else packed[2] >= np.array(filled)[:, None]
         return Sequences(packed, Counts(pieces, cut, padding))
 
     def _read_tokens(self, segments: list[_Segment]) -> list[NDArray[np.integer]]:
@@ -175,10 +183,11 @@ class SequenceReader:
         low, high = documents.starts.searchsorted((segment.start, segment.stop))
         at = documents.starts[low:high] - segment.start
         begins[at] = True
-        labels[at[at > 0] - 1] = IGNORED_LABEL
         ends = high < len(documents.starts) and documents.starts[high] == segment.stop
-        if ends:
-            labels[-1] = IGNORED_LABEL
+        if self._hides is None:
+            labels[at[at > 0] - 1] = IGNORED_LABEL
+            if ends:
+                labels[-1] = IGNORED_LABEL
         whole_first = len(at) > 0 and at[0] == 0 and documents.offsets[low] == 0
         whole_last = ends or last == corpus.manifest.eos_id
         n = len(at) + (len(at) == 0 or at[0] > 0)

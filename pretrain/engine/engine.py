@@ -1,6 +1,6 @@
 """The model under DeepSpeed: one optimizer step, one evaluation pass, and all state as whole, named tensors.
 
-This is the only file that imports deepspeed. DeepSpeed's own checkpoints are not used: `Engine.state` gives weights and
+Only this package imports deepspeed. DeepSpeed's own checkpoints are not used: `Engine.state` gives weights and
 moments to `pretrain.checkpoint.tensors`, and takes them from there.
 """
 
@@ -35,6 +35,7 @@ from pretrain.config import OptimizerName, Precision, Switch, TrainConfig
 from pretrain.config.engine import NVME_SUB_GROUP_ELEMENTS
 from pretrain.config.launched import launched_local_size
 from pretrain.distributed import World, gather_objects, seed_step
+from pretrain.engine.adapters import adapt
 from pretrain.engine.loss_scale import INITIAL, LossScale
 from pretrain.engine.objectives import training_loss
 from pretrain.engine.optim import build_optimizer, parameter_groups
@@ -43,6 +44,7 @@ from pretrain.engine.uncompiled import compiling_nothing, leave_compiler_unloade
 from pretrain.errors import ConfigError
 from pretrain.model.decoder import Block, Decoder, LossSums
 from pretrain.model.kernels import capability_of, least_capable, resolve
+from pretrain.model.lora import plain_name
 from pretrain.model.sequence_parallel import SequenceGroup
 from pretrain.reliability.heartbeat import mark
 
@@ -179,8 +181,13 @@ def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 class Engine:
     """A decoder, its optimizer and DeepSpeed around them, on every rank of the world."""
 
-    def __init__(self, config: TrainConfig, world: World) -> None:
-        """`config.model.vocab_size` must be set. All ranks call this together."""
+    def __init__(
+        self, config: TrainConfig, world: World, base: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        """`config.model.vocab_size` must be set. All ranks call this together.
+
+        `base` is needed with `lora.r`: this rank's share of each frozen weight, as `checkpoint.load` returns it.
+        """
         falls_back = config.kernels.compile is Switch.auto
         self.capability = least_capable(gather_objects(capability_of(world.device), world))
         """The capability that all devices of the run share."""
@@ -195,14 +202,7 @@ class Engine:
         self._check_hosts()
         settings = deepspeed_config(config, world.size, self._files)
         self._sequences = SequenceGroup(world) if world.sequence_ranks > 1 else None
-        with deepspeed.zero.Init(
-            config_dict_or_path=settings,
-            enabled=zero_stage == 3,
-            mem_efficient_linear=False,
-            # The process group of hpZ, if an earlier engine in this process created it.
-            zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
-        ):
-            model = Decoder(config.model, config.seed, config.kernels)
+        model = self._build_model(settings, base)
         if self._sequences is not None:
             model.share_sequences(self._sequences)
         if zero_stage == 3:
@@ -214,20 +214,48 @@ class Engine:
             if self._sequences is not None:
                 self._sequences.keep_out_of_graphs()
             model.compile_parts(fall_back=falls_back)
-        named = list(model.named_parameters())
+        named = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+        frozen = {name: parameter for name, parameter in named.items() if not parameter.requires_grad}
         self._zero_stage = zero_stage
-        self._parameters = dict(named)
-        self._optimizer = build_optimizer(parameter_groups(named, config.optim), config.optim)
+        self._parameters = {name: parameter for name, parameter in named.items() if name not in frozen}
+        self._optimizer = build_optimizer(
+            parameter_groups(self._parameters.items(), config.optim), config.optim
+        )
         with nullcontext() if compiles else compiling_nothing():
             self._deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=self._optimizer, config=settings
             )
         self.state = EngineState(
-            self._deepspeed.optimizer, self._optimizer, self._parameters, config.optim, zero_stage, world
+            self._deepspeed.optimizer,
+            self._optimizer,
+            self._parameters,
+            config.optim,
+            zero_stage,
+            world,
+            frozen,
+            ema=config.ema.decay is not None,
         )
         """Weights and moments, with the methods that copy them for a checkpoint and restore them."""
+        if base is not None:
+            self.state.check_base(base)
         self.loss_scale = LossScale() if config.engine.precision is Precision.fp16 else None
         """The loss scale of the next step; None if the precision is not fp16."""
+
+    def _build_model(self, settings: dict[str, Any], base: dict[str, torch.Tensor] | None) -> Decoder:
+        """The model with its initial weights, or with those of `base` and adapters; partitioned in stage 3."""
+        config = self.config
+        with deepspeed.zero.Init(
+            config_dict_or_path=settings,
+            enabled=config.engine.zero_stage == 3,
+            mem_efficient_linear=False,
+            # The process group of hpZ, if an earlier engine in this process created it.
+            zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
+        ):
+            model = Decoder(config.model, config.seed, config.kernels, config.causal)
+        if config.lora.r:
+            assert base is not None, "adapters are trained on the weights of another run"
+            adapt(model, base, config, self.world)
+        return model
 
     def _check_hosts(self) -> None:
         """Raise ConfigError on all ranks if any host lacks something that only that host can check."""
@@ -300,7 +328,7 @@ class Engine:
             if batch is not batches[-1]:
                 self._deepspeed.step()  # this only counts the micro batch; it does not update the weights
         changed = self.state.sums.changed()
-        grad_norm, skipped = self._plain_update() if self._zero_stage == 0 else self._update()
+        grad_norm, skipped = self._update_and_average(step)
         if skipped:
             # After a skipped update, DeepSpeed frees the small parameters that it keeps whole until the next forward
             # pass, so there is nothing to compare.
@@ -324,6 +352,13 @@ class Engine:
             dist.all_reduce(total)
         one = torch.ones((), device=nll_sum.device)
         return torch.where(total > loss_limit * n_predicted, one * math.nan, one)
+
+    def _update_and_average(self, step: int) -> tuple[float, bool]:
+        """`_update`, and then that of the moving average, if one is kept and due."""
+        result = self._plain_update() if self._zero_stage == 0 else self._update()
+        if (stays := self.config.ema.share_at(step)) is not None:
+            self.state.update_ema(stays)
+        return result
 
     def _update(self) -> tuple[float, bool]:
         """Apply the summed gradient. Returns its norm, and whether the update was skipped."""
@@ -359,8 +394,7 @@ class Engine:
         tokens, labels, positions, document_ids = (
             t.to(self.world.device, non_blocking=True) for t in batch[:4]
         )
-        if (
-            not self.config.data.document_masking
-        ):  # each sequence counts as one document, and causal attention needs no mask
+        # Then each sequence counts as one document, and causal attention needs no mask.
+        if self.config.causal and not self.config.data.document_masking:
             return self._deepspeed(tokens, labels, positions)
         return self._deepspeed(tokens, labels, positions, document_ids)

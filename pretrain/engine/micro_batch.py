@@ -36,7 +36,7 @@ USABLE_FRAC = 0.9
 reader processes, which probes do not have."""
 LARGEST_STRIDE = 4
 """A probe has at most this many times the sequences of the largest one before it, even if more are predicted to fit."""
-SHAPES_MEMORY = ("model.", "engine.", "kernels.", "optim.", "data.", "global_batch_sequences")
+SHAPES_MEMORY = ("model.", "lora.", "engine.", "kernels.", "optim.", "data.", "global_batch_sequences")
 """Prefixes of the configuration keys on which the result depends."""
 GIB = 2**30
 

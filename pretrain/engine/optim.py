@@ -11,6 +11,9 @@ import torch.distributed as dist
 
 from pretrain.config import OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
 
+_GAINS = ("norm.weight", "lora_magnitude_vector.weight")
+"""Ends of the names of parameters that are vectors of factors: the norms' gains and DoRA's lengths of rows."""
+
 
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int, n_steps: int) -> float:
     """Learning rate of update `step` (1 to n_steps).
@@ -27,7 +30,7 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, n_steps: int
             return peak
         case ScheduleName.wsd:
             decay = schedule.decay_steps or max(1, n_steps // 10)
-            start = max(warmup, n_steps - decay)
+            start = schedule.decay_start_in(n_steps)
         case ScheduleName.linear | ScheduleName.cosine:
             decay = schedule.decay_steps or max(1, n_steps - warmup)
             start = warmup
@@ -39,7 +42,7 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, n_steps: int
 
 def is_matrix_of_block(name: str) -> bool:
     """Whether a parameter of the decoder is a matrix inside a block. Muon is meant for these."""
-    return name.startswith("blocks.") and not name.endswith("norm.weight")
+    return name.startswith("blocks.") and not name.endswith(_GAINS)
 
 
 def moments_of(name: str, config: OptimConfig) -> tuple[str, ...]:
@@ -54,14 +57,14 @@ def parameter_groups(
 ) -> list[dict]:
     """Groups of trained parameters: with weight decay, without, and Muon's (`muon`: True). Empty groups are omitted.
 
-    Norm gains (`*norm.weight`) and the token embedding are decayed only if so configured. Parameters are grouped by
+    Gains (of norms, and of DoRA) and the token embedding are decayed only if so configured. Parameters are grouped by
     name and not by shape, because under ZeRO-3 every local parameter is flat.
     """
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
     matrices: list[torch.nn.Parameter] = []
     for name, parameter in named_parameters:
-        if name.endswith("norm.weight"):
+        if name.endswith(_GAINS):
             decay = config.decay_norms
         elif name == "embed.weight":
             decay = config.decay_embeddings

@@ -14,10 +14,13 @@ from torch import Tensor
 from pretrain.batch import IGNORED_LABEL, Batch
 from pretrain.corpus.shards import Corpus, documents_of
 from pretrain.data.loader import build_batch
+from pretrain.data.masking import Masking
 from pretrain.distributed import World, sum_over_ranks
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, RunError
 from pretrain.model.decoder import Decoder, LossSums
 
+MAX_SOURCES = 32
+"""Held-out text of more sources than this is only scored as a whole during training, so that its time stays bounded."""
 _BUFFERED_BATCHES = 16  # windows are sorted by length within this many batches, to reduce padding
 
 
@@ -29,8 +32,9 @@ class Scores:
     """Mean nats per predicted token."""
     perplexity: float
     """exp(loss)."""
-    bits_per_byte: float
-    """Total loss in bits per UTF-8 byte of the text; unlike the loss, it is comparable between tokenizers."""
+    bits_per_byte: float | None
+    """Total loss in bits per UTF-8 byte of the text; unlike the loss, it is comparable between tokenizers. None for
+    masked language modeling, which predicts only some of the tokens."""
     tokens: int
     """Number of predicted tokens: the text and each document's eos, or with a loss mask only the targets."""
     text_bytes: int
@@ -39,17 +43,26 @@ class Scores:
     """Number of documents."""
 
     def as_dict(self) -> dict[str, float]:
-        """The scores by name."""
-        return asdict(self)
+        """The scores by name, without one that does not exist."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class HeldOutResult:
-    """Scores of all text and, where whole documents were scored, of each source."""
+    """Scores of all text and of each source."""
 
     overall: Scores
     sources: dict[str, Scores]
     """Scores by source. A source without a token that counts has none."""
+
+    def figures(self) -> dict[str, float]:
+        """The scores by name, and some of each source where there are several."""
+        named: dict[str, float] = self.overall.as_dict()
+        if len(self.sources) > 1:
+            for source, scores in self.sources.items():
+                for name in ("loss", "bits_per_byte", "tokens"):
+                    named[f"source/{source}/{name}"] = getattr(scores, name)
+        return named
 
 
 class TokenDocument(NamedTuple):
@@ -96,51 +109,121 @@ def evaluate_loss(
     max_sequences: int | None,
     world: World,
     document_masking: bool,
+    key: str = "evaluation.manifest",
+    masking: Masking | None = None,
 ) -> HeldOutResult:
     """Score the corpus's first `max_sequences` sequences, cut and batched as in training.
 
+    With `masking`, the tokens that it hides are scored. They are the same at every call and for every run.
+
     The sequences are divided over the ranks; ranks that share sequences get the same ones. `forward` is collective
     under ZeRO-3, so every rank calls it equally often, with all labels ignored once it has no sequence left. Every rank
-    returns the same result.
+    returns the same result. `forward` returns sums only, so a sequence with tokens of several sources is passed once
+    for each of them, with the labels of the others ignored, unless there are more than MAX_SOURCES. `key` names the
+    corpus in errors.
 
     The first tokens of a sequence lack their context, so bits_per_byte is slightly higher than from `score_documents`.
     The bytes of a document that `max_sequences` cuts off count in proportion to its tokens. Raises CorruptShardError,
     and ConfigError where a loss mask leaves nothing to predict.
     """
     per_chunk, n_sequences = _sequences_of(corpus, sequence_length, max_sequences)
+    named = corpus.manifest.sources
+    sequences = {0: np.arange(n_sequences)}
+    first_label = 1 if masking is None else 0
+    if by_source := 1 < len(named) <= MAX_SOURCES:
+        sequences = _sequences_by_source(corpus, sequence_length, per_chunk, n_sequences, first_label)
     per_call = micro_batch_sequences * world.n_readers
-    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for first in range(0, n_sequences, per_call):
-        start = first + world.reader * micro_batch_sequences
-        mine = np.arange(start, min(start + micro_batch_sequences, n_sequences))
-        sequences = mine if len(mine) else np.array([n_sequences - 1])
-        where = sequences // per_chunk, sequences % per_chunk
-        batch = build_batch(corpus, *where, sequence_length, document_masking)
-        if not len(mine):
-            batch = batch._replace(labels=torch.full_like(batch.labels, IGNORED_LABEL))
-        found = forward(batch)
-        sums += torch.stack([found.nll_sum.double(), found.n_predicted.double()])
-    nll_sum, n_predicted = sum_over_ranks(sums.tolist(), world)
-    if n_predicted == 0:
-        raise _nothing_to_predict(corpus, n_sequences)
+    masking = masking and masking.for_heldout()
+    sums = torch.zeros(len(named), 2, dtype=torch.float64, device=world.device)
+    for source, numbers in sequences.items():
+        for first in range(0, len(numbers), per_call):
+            start = first + world.reader * micro_batch_sequences
+            mine = numbers[start : start + micro_batch_sequences]
+            where = np.divmod(mine if len(mine) else numbers[-1:], per_chunk)
+            batch = build_batch(corpus, *where, sequence_length, document_masking, masking)
+            if not len(mine):
+                batch = batch._replace(labels=torch.full_like(batch.labels, IGNORED_LABEL))
+            elif by_source:
+                found_sources = _label_sources(corpus, *where, sequence_length, first_label)
+                ignored = torch.from_numpy(found_sources != source)
+                batch = batch._replace(labels=batch.labels.masked_fill(ignored, IGNORED_LABEL))
+            found = forward(batch)
+            sums[source] += torch.stack([found.nll_sum.double(), found.n_predicted.double()])
+    totals = np.array(sum_over_ranks(sums.flatten().tolist(), world)).reshape(-1, 2)
+    if totals[:, 1].sum() == 0:
+        raise _nothing_to_predict(corpus, n_sequences, key)
     chunk, sequence = divmod(n_sequences - 1, per_chunk)
     in_chunk = min((sequence + 1) * sequence_length, corpus.tokens_in(chunk))
-    text_bytes, documents = _text_before(corpus, chunk * corpus.chunk_tokens + in_chunk)
-    return HeldOutResult(_scores(nll_sum, n_predicted, text_bytes, documents), sources={})
+    table = np.hstack([totals, _text_before(corpus, chunk * corpus.chunk_tokens + in_chunk)])
+    of_sources = zip(named, table.tolist(), strict=True) if by_source else ()
+    return HeldOutResult(
+        _scores(*table.sum(0).tolist(), of_all_text=masking is None),
+        {source.name: _scores(*row, of_all_text=masking is None) for source, row in of_sources if row[1]},
+    )
+
+
+def _sequences_by_source(
+    corpus: Corpus, sequence_length: int, per_chunk: int, n_sequences: int, first_label: int
+) -> dict[int, np.ndarray]:
+    """The numbers of the sequences that have labels of each source, among the first `n_sequences`."""
+    found: dict[int, list[int]] = {}
+    for number in range(n_sequences):
+        chunk, sequence = np.array([number // per_chunk]), np.array([number % per_chunk])
+        for source in np.unique(
+            _label_sources(corpus, chunk, sequence, sequence_length, first_label)
+        ).tolist():
+            found.setdefault(source, []).append(number)
+    return {source: np.array(numbers) for source, numbers in sorted(found.items())}
+
+
+def _label_sources(
+    corpus: Corpus, chunk: np.ndarray, sequence: np.ndarray, sequence_length: int, first_label: int
+) -> np.ndarray:
+    """The source of each label of the sequences: an index into the manifest's sources, int64 [B, T].
+
+    A label is the token `first_label` places after its position: 1 where the next token is predicted, and 0 where a
+    hidden one is. Labels past the end of a chunk, which are ignored, get the source of its last token.
+    """
+    rows = []
+    for one, start in zip(chunk.tolist(), (sequence * sequence_length).tolist(), strict=True):
+        documents, n_tokens = corpus.documents(one), corpus.tokens_in(one)
+        places = np.minimum(np.arange(sequence_length) + (start + first_label), n_tokens - 1)
+        rows.append(documents.source[np.searchsorted(documents.starts, places, side="right") - 1])
+    return np.stack(rows)
 
 
 def check_heldout(
-    corpus: Corpus, *, sequence_length: int, max_sequences: int | None, document_masking: bool
+    corpus: Corpus,
+    *,
+    sequence_length: int,
+    max_sequences: int | None,
+    document_masking: bool,
+    key: str = "evaluation.manifest",
+    masking: Masking | None = None,
 ) -> None:
-    """Raise ConfigError if `evaluate_loss` would find no token to predict. Reads only as far as the first one."""
+    """Raise ConfigError where `evaluate_loss` would find a shard that cannot be read, or no token to predict.
+
+    It reads one chunk per shard, and of the text only as far as the first token to predict. `key` names the corpus in
+    the error.
+    """
+    masking = masking and masking.for_heldout()
     per_chunk, n_sequences = _sequences_of(corpus, sequence_length, max_sequences)
-    for first in range(0, n_sequences, per_chunk):
-        sequence = np.arange(min(per_chunk, n_sequences - first))
-        chunk = np.full_like(sequence, first // per_chunk)
-        batch = build_batch(corpus, chunk, sequence, sequence_length, document_masking)
-        if (batch.labels != IGNORED_LABEL).any():
-            return
-    raise _nothing_to_predict(corpus, n_sequences)
+    last = (n_sequences - 1) // per_chunk
+    try:
+        for chunk in sorted(
+            {last, *(s.first_chunk for s in corpus.manifest.shards if s.first_chunk <= last)}
+        ):
+            corpus.read(chunk, 0, 1)
+            corpus.documents(chunk)
+        for first in range(0, n_sequences, per_chunk):
+            sequence = np.arange(min(per_chunk, n_sequences - first))
+            where = np.full_like(sequence, first // per_chunk), sequence
+            batch = build_batch(corpus, *where, sequence_length, document_masking, masking)
+            if (batch.labels != IGNORED_LABEL).any():
+                return
+    except (RunError, OSError) as error:
+        raise ConfigError(f"{key}={corpus.manifest_path} cannot be read: {error}") from error
+    raise _nothing_to_predict(corpus, n_sequences, key)
 
 
 def _sequences_of(corpus: Corpus, sequence_length: int, max_sequences: int | None) -> tuple[int, int]:
@@ -151,21 +234,21 @@ def _sequences_of(corpus: Corpus, sequence_length: int, max_sequences: int | Non
     return per_chunk, n_sequences if max_sequences is None else min(n_sequences, max_sequences)
 
 
-def _nothing_to_predict(corpus: Corpus, n_sequences: int) -> ConfigError:
+def _nothing_to_predict(corpus: Corpus, n_sequences: int, key: str) -> ConfigError:
     remedy = "raise evaluation.max_sequences" if corpus.manifest.loss_mask else "give a longer held-out text"
     return ConfigError(
-        f"evaluation.manifest={corpus.manifest_path} has no token to predict in its first {n_sequences} sequences; "
-        f"{remedy}"
+        f"{key}={corpus.manifest_path} has no token to predict in its first {n_sequences} sequences; {remedy}"
     )
 
 
-def _text_before(corpus: Corpus, n_tokens: int) -> tuple[int, int]:
-    """Text bytes and number of the documents that start in the corpus's first `n_tokens` tokens.
+def _text_before(corpus: Corpus, n_tokens: int) -> np.ndarray:
+    """Text bytes and number of the documents that start in the corpus's first `n_tokens` tokens: a row per source.
 
     The bytes of a document that reaches further count in proportion.
     """
     starts: list[int] = []
     sizes: list[int] = []
+    sources: list[int] = []
     chunk, end = 0, corpus.manifest.n_tokens
     while chunk < corpus.n_chunks and (not starts or starts[-1] < n_tokens):
         found = corpus.documents(chunk)
@@ -173,11 +256,14 @@ def _text_before(corpus: Corpus, n_tokens: int) -> tuple[int, int]:
         starts += (chunk * corpus.chunk_tokens + found.starts[begins]).tolist()
         text_bytes = found.text_bytes if found.target_bytes is None else found.target_bytes
         sizes += text_bytes[begins].tolist()
+        sources += found.source[begins].tolist()
         chunk += 1
     start = np.array(starts)
     length = np.diff(start, append=end)  # documents follow each other without a gap
     share = np.clip((n_tokens - start) / length, 0, 1)
-    return round(float((share * np.array(sizes)).sum())), int((share > 0).sum())
+    n_sources = len(corpus.manifest.sources)
+    text_bytes_of = np.bincount(sources, share * np.array(sizes), n_sources)
+    return np.stack([text_bytes_of, np.bincount(sources, share > 0, n_sources)], axis=1)
 
 
 @torch.no_grad()
@@ -189,8 +275,12 @@ def score_documents(
     micro_batch_sequences: int,
     device: torch.device,
     progress: Callable[[TokenDocument], None] | None = None,
+    masking: Masking | None = None,
 ) -> HeldOutResult:
     """Score whole documents. Each token is predicted exactly once, from earlier tokens of its document.
+
+    With `masking`, which a model that is not causal needs, only the tokens that it hides are predicted, from both
+    sides. A token then has at least T/4 tokens of context on each side, or all that exist.
 
     A document longer than `sequence_length` T is read in windows of T tokens. Each window starts T/2 tokens after the
     previous one and scores only the tokens that no earlier window scored, so every token has at least T/2 tokens of
@@ -199,7 +289,7 @@ def score_documents(
     """
     totals: dict[str, _Totals] = {}
     for document in documents:
-        totals.setdefault(document.source, _Totals(model, micro_batch_sequences, device)).add(
+        totals.setdefault(document.source, _Totals(model, micro_batch_sequences, device, masking)).add(
             document, sequence_length
         )
         if progress is not None:
@@ -209,27 +299,33 @@ def score_documents(
         raise ValueError("no documents to score")
     sources = {name: scores for name, scores in found.items() if scores is not None}
     if not sources:
-        raise ConfigError("the loss mask excludes every token of the documents, so there is nothing to score")
+        cause = "the loss mask excludes" if masking is None else "masked language modeling chose no token of"
+        raise ConfigError(f"{cause} every token of the documents, so there is nothing to score")
     sums = np.array([[t.nll_sum, t.n_predicted, t.text_bytes, t.documents] for t in totals.values()]).sum(0)
-    return HeldOutResult(_scores(*sums.tolist()), sources)
+    nll_sum, n_predicted, text_bytes, n_documents = sums.tolist()
+    overall = _scores(nll_sum, n_predicted, text_bytes, n_documents, of_all_text=masking is None)
+    return HeldOutResult(overall, sources)
 
 
 class _Totals:
     """Sums over the documents of one source. Windows are buffered here until they are batched."""
 
-    def __init__(self, model: Decoder, micro_batch_sequences: int, device: torch.device) -> None:
+    def __init__(
+        self, model: Decoder, micro_batch_sequences: int, device: torch.device, masking: Masking | None
+    ) -> None:
         self.model, self.batch_size, self.device = model, micro_batch_sequences, device
         self.nll_sum, self.n_predicted, self.text_bytes, self.documents = 0.0, 0, 0, 0
-        self._windows: list[tuple[np.ndarray, np.ndarray, int]] = []
+        self._masking = masking and masking.for_heldout()
+        self._windows: list[Window] = []
 
     def add(self, document: TokenDocument, sequence_length: int) -> None:
         self.text_bytes += document.text_bytes if document.is_target is None else document.target_bytes
         self.documents += 1
-        of_tokens = windows(document.tokens, sequence_length)
-        of_labels = windows(document.labels, sequence_length)
-        self._windows += [
-            (t, labels, first) for (t, first), (labels, _) in zip(of_tokens, of_labels, strict=True)
-        ]
+        tokens, labels = document.tokens.astype(np.int64), document.labels
+        if self._masking is None:
+            self._windows += windows(tokens, labels, sequence_length)
+        else:
+            self._windows += masked_windows(*self._masking.hidden_document(tokens, labels), sequence_length)
         if len(self._windows) >= _BUFFERED_BATCHES * self.batch_size:
             self._flush()
 
@@ -238,45 +334,72 @@ class _Totals:
         self._flush()
         if self.n_predicted == 0:
             return None
-        return _scores(self.nll_sum, self.n_predicted, self.text_bytes, self.documents)
+        sums = self.nll_sum, self.n_predicted, self.text_bytes, self.documents
+        return _scores(*sums, of_all_text=self._masking is None)
 
     def _flush(self) -> None:
-        self._windows.sort(key=lambda window: len(window[0]))
+        self._windows.sort(key=lambda window: len(window.tokens))
         for first in range(0, len(self._windows), self.batch_size):
-            tokens, labels = _pad(self._windows[first : first + self.batch_size])
-            # Padding is on the right, where no token sees it, so no mask is needed.
-            sums = self.model(tokens.to(self.device), labels.to(self.device))
+            tokens, labels, is_padding = _pad(self._windows[first : first + self.batch_size])
+            # Padding is on the right, where no token of a causal model sees it.
+            document_ids = None if self.model.causal else is_padding.long().to(self.device)
+            sums = self.model(tokens.to(self.device), labels.to(self.device), document_ids=document_ids)
             self.nll_sum += float(sums.nll_sum)
             self.n_predicted += int(sums.n_predicted)
         self._windows.clear()
 
 
-def windows(tokens: np.ndarray, sequence_length: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Overlapping windows of a document, each with the index of the first of its labels that it scores.
+class Window(NamedTuple):
+    """A part of a document that a model reads at once, at most `sequence_length` tokens."""
 
-    A window of n tokens has n - 1 labels, at most `sequence_length`. All windows together score each token after the
-    first exactly once.
+    tokens: np.ndarray
+    labels: np.ndarray
+    """The label of each token, IGNORED_LABEL where another window scores it."""
+
+
+def windows(tokens: np.ndarray, labels: np.ndarray, sequence_length: int) -> Iterator[Window]:
+    """Overlapping windows of a document, whose labels are the next tokens.
+
+    `labels` are the document's tokens, where they count. All windows together score each token after the first once.
     """
     stride = max(1, sequence_length // 2)
     scored = 1
     for start in range(0, len(tokens), stride):
-        window = tokens[start : start + sequence_length + 1]
-        yield window, scored - start - 1
-        scored = start + len(window)
+        stop = min(start + sequence_length + 1, len(tokens))
+        of_window = labels[start + 1 : stop].copy()
+        of_window[: scored - start - 1] = IGNORED_LABEL
+        yield Window(tokens[start : stop - 1], of_window)
+        scored = stop
         if scored == len(tokens):
             return
 
 
-def _pad(batch: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[Tensor, Tensor]:
-    """Tokens and labels of windows as int64 [B, T], padded on the right."""
-    length = max(len(window) for window, _, _ in batch) - 1
+def masked_windows(tokens: np.ndarray, labels: np.ndarray, sequence_length: int) -> Iterator[Window]:
+    """Overlapping windows of a document with hidden tokens, whose labels are these tokens. Each is scored once."""
+    stride = max(1, sequence_length // 2)
+    scored = 0
+    for start in range(0, len(tokens), stride):
+        stop = min(start + sequence_length, len(tokens))
+        # What is near the end of this window is in the middle of the next one.
+        end = stop if stop == len(tokens) else start + sequence_length - sequence_length // 4
+        of_window = np.full(stop - start, IGNORED_LABEL, np.int64)
+        of_window[scored - start : end - start] = labels[scored:end]
+        yield Window(tokens[start:stop], of_window)
+        scored = end
+        if stop == len(tokens):
+            return
+
+
+def _pad(batch: list[Window]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens and labels of windows as int64 [B, T], padded on the right, and bool [B, T]: what is padding."""
+    length = max(len(window.tokens) for window in batch)
     tokens = np.zeros((len(batch), length), np.int64)
     labels = np.full((len(batch), length), IGNORED_LABEL, np.int64)
-    for row, (window, its_labels, first_label) in enumerate(batch):
-        n = len(window) - 1
-        tokens[row, :n] = window[:-1]
-        labels[row, first_label:n] = its_labels[1 + first_label :]
-    return torch.from_numpy(tokens), torch.from_numpy(labels)
+    is_padding = np.ones((len(batch), length), np.bool_)
+    for row, window in enumerate(batch):
+        n = len(window.tokens)
+        tokens[row, :n], labels[row, :n], is_padding[row, :n] = window.tokens, window.labels, False
+    return torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(is_padding)
 
 
 def first_tokens(documents: Iterable[TokenDocument], max_tokens: int) -> Iterator[TokenDocument]:
@@ -305,13 +428,16 @@ def corpus_documents(corpus: Corpus) -> Iterator[TokenDocument]:
         yield TokenDocument(found.source, found.tokens, found.text_bytes, found.is_target, found.target_bytes)
 
 
-def _scores(nll_sum: float, n_predicted: float, text_bytes: float, documents: float) -> Scores:
-    loss = nll_sum / n_predicted
+def _scores(
+    nll_sum: float, n_predicted: float, text_bytes: float, documents: float, *, of_all_text: bool
+) -> Scores:
+    loss, text_bytes = nll_sum / n_predicted, round(text_bytes)
+    bits_per_byte = nll_sum / (math.log(2) * text_bytes) if text_bytes else math.nan
     return Scores(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),  # exp would overflow for a diverged model
-        bits_per_byte=nll_sum / (math.log(2) * text_bytes) if text_bytes else math.nan,
+        bits_per_byte=bits_per_byte if of_all_text else None,
         tokens=int(n_predicted),
-        text_bytes=int(text_bytes),
+        text_bytes=text_bytes,
         documents=int(documents),
     )

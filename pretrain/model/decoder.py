@@ -79,14 +79,16 @@ class KVCache:
         return self.k[layer, :, :, : self._n_slots], self.v[layer, :, :, : self._n_slots]
 
 
-class Linear(nn.Module):
-    """Matrix product without bias; weights from a normal distribution."""
+class Linear(nn.Linear):
+    """Matrix product without bias; weights from a normal distribution. It is torch's, so that peft adapts it."""
 
     product: Callable[[Tensor, Tensor], Tensor] = staticmethod(linear)
 
     def __init__(self, n_in: int, n_out: int, std: float, generator: torch.Generator) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # torch's own would draw other weights
+        self.in_features, self.out_features = n_in, n_out
         self.weight = _normal_parameter(n_out, n_in, std, generator)
+        self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight)
@@ -125,11 +127,11 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig, layer: int, generator: torch.Generator) -> None:
+    def __init__(self, config: ModelConfig, layer: int, generator: torch.Generator, causal: bool) -> None:
         super().__init__()
         width, std = config.d_model, config.init_std
         q_width, kv_width = config.n_heads * config.head_width, config.kv_heads * config.head_width
-        self.layer = layer
+        self.layer, self.causal = layer, causal
         self.d_head = config.head_width
         self.sequences: SequenceGroup | None = None
         """The ranks that share sequences with this one; None without sequence parallelism."""
@@ -153,7 +155,7 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v)
         if self.sequences is not None:
             q, k, v = self.sequences.to_heads(q, k, v)
-        y = attend(q, k, v, visible)
+        y = attend(q, k, v, visible, self.causal)
         if self.sequences is not None:
             y = self.sequences.to_tokens(y)
         return self.output(y.transpose(1, 2).flatten(2))
@@ -181,12 +183,12 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each normalized first and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int, generator: torch.Generator) -> None:
+    def __init__(self, config: ModelConfig, layer: int, generator: torch.Generator, causal: bool) -> None:
         super().__init__()
         self.dropout = config.dropout
         self.recompute = config.activation_checkpointing
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config, layer, generator)
+        self.attention = Attention(config, layer, generator, causal)
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = FeedForward(config, generator)
 
@@ -252,21 +254,25 @@ class Head(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer.
+    """A decoder-only transformer. Without `causal`, tokens also attend to later ones, for masked language modeling.
 
     The initial weights are a pure function of (config, seed): they are drawn in fp32 on the CPU in the order of
     construction, and are the same on any device and any number of ranks. `config.vocab_size` must be set. `kernels`
     is what `pretrain.model.kernels.resolve` returned.
     """
 
-    def __init__(self, config: ModelConfig, seed: int, kernels: KernelsConfig = PLAIN) -> None:
+    def __init__(
+        self, config: ModelConfig, seed: int, kernels: KernelsConfig = PLAIN, causal: bool = True
+    ) -> None:
         super().__init__()
         assert config.vocab_size is not None, "model.vocab_size is resolved before the model is built"
         generator = torch.Generator("cpu").manual_seed(seed)
-        self.config, self.kernels = config, kernels
+        self.config, self.kernels, self.causal = config, kernels, causal
         self._compiled = False
         self.embed = Embedding(config.vocab_size, config.d_model, config.init_std, generator)
-        self.blocks = nn.ModuleList(Block(config, layer, generator) for layer in range(config.n_layers))
+        self.blocks = nn.ModuleList(
+            Block(config, layer, generator, causal) for layer in range(config.n_layers)
+        )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         tied = self.embed.weight if config.tie_embeddings else None
         self.head = Head(config, config.vocab_size, tied, generator)
@@ -311,8 +317,9 @@ class Decoder(nn.Module):
     ) -> LossSums:
         """The loss sums of a batch. All arguments are int64 [B, T].
 
-        A token attends to itself and to earlier tokens of its own document, or without `document_ids` to all earlier
-        ones. If ranks share sequences, T is this rank's part, except in `document_ids`, which cover all tokens.
+        A token attends to itself and, within its own document, to earlier tokens (all tokens if not causal); without
+        `document_ids` a sequence is one document. If ranks share sequences, T is this rank's part, except in
+        `document_ids`, which cover all tokens.
         `positions` are the rotary positions (0, 1, ... by default); labels of -100 are not predicted.
         """
         hidden = self.hidden(tokens, positions, document_ids)
@@ -326,7 +333,7 @@ class Decoder(nn.Module):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Logits [B, T, V], in the model's dtype, for the token after each of `tokens` [B, T].
+        """Logits [B, T, V], in the model's dtype, for the token after each of `tokens` [B, T], or at it if not causal.
 
         With a cache, `positions` are the slots for the tokens of each row, and earlier tokens are read from the cache.
         """
@@ -346,7 +353,7 @@ class Decoder(nn.Module):
         if cache is not None:
             visible: Visibility = cache.advance(positions)
         else:
-            visible = visibility(document_ids, self.kernels.attention)
+            visible = visibility(document_ids, self.kernels.attention, self.causal)
         if self._compiled and isinstance(visible, Documents):
             # Otherwise a block would be compiled again for each number of documents.
             torch._dynamo.mark_dynamic(visible.starts, 0)
@@ -357,14 +364,18 @@ class Decoder(nn.Module):
 
 
 def build_decoder(
-    config: ModelConfig, weights: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    causal: bool = True,
 ) -> Decoder:
     """A decoder in evaluation mode with the given weights, whose keys are the names in `Decoder.named_parameters()`.
 
     Raises RuntimeError if names or shapes do not match the config.
     """
     with torch.device("meta"):  # so no initial weights are drawn
-        model = Decoder(config, seed=0)
+        model = Decoder(config, seed=0, causal=causal)
     weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}
     if config.tie_embeddings:
         weights["head.weight"] = weights["embed.weight"]

@@ -304,7 +304,10 @@ class Monitor:
             self._since_line = (0, 0.0)
 
     def evaluation(self, step: int, result: dict[str, float]) -> None:
-        """Record held-out results, each under the name heldout/<name>."""
+        """Record held-out results, each under the name heldout/<name>.
+
+        The progress line has the losses only, unless there is a single set.
+        """
         if self._rank != 0:
             return
         named = {HELDOUT_PREFIX + name.removeprefix(HELDOUT_PREFIX): value for name, value in result.items()}
@@ -312,7 +315,18 @@ class Monitor:
             {"kind": "evaluation", "attempt": self._attempt, "time": utc_now(), "step": step} | named
         )
         self._log_wandb(step, named)
-        say(f"step {step}/{self.n_steps}  " + "  ".join(f"{k} {v:,.4g}" for k, v in named.items()))
+        losses = {key: v for key, v in named.items() if key.endswith("loss") and "/source/" not in key}
+        time_s = named.get(f"{HELDOUT_PREFIX}time_s")
+        self._events.append(
+            Event.EVALUATED,
+            self._attempt,
+            step=step,
+            losses={key.removeprefix(HELDOUT_PREFIX): v for key, v in losses.items()},
+            time_s=time_s,
+        )
+        plain = all("/" not in key.removeprefix(HELDOUT_PREFIX) for key in named)
+        shown = named if plain else losses | {f"{HELDOUT_PREFIX}time_s": time_s or 0.0}
+        say(f"step {step}/{self.n_steps}  " + "  ".join(f"{k} {v:,.4g}" for k, v in shown.items()))
 
     def checkpoint(self, saved: Saved) -> None:
         """Record the result of a save. W&B gets its figures under the names checkpoint/<name>."""

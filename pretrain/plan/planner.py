@@ -142,7 +142,8 @@ def options(config: TrainConfig, cluster: Cluster, search: bool = True) -> Itera
             f"try {max(1, share) * n}"
         )
     engine, model = config.engine, config.model
-    masked = config.data.document_masking and config.kernels.attention is AttentionKernel.sdpa
+    by_document = config.data.document_masking or not config.causal
+    masked = by_document and config.kernels.attention is AttentionKernel.sdpa
     zero_stages = [s for s in (0, 1, 2, 3) if s or engine.precision is Precision.fp32]
     offloads = [(False, False), (True, False), (True, True)]
     micros: tuple[int, ...] = MICRO_BATCHES

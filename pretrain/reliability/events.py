@@ -17,7 +17,10 @@ from typing import Any
 from pretrain.reliability.json_lines import JsonLines, read_lines, utc_now
 
 EVENTS_FILE = "events.jsonl"
-_COMPUTED_IN = ("world_size", "precision", "precision_decided_by", "precision_before", "kernels")
+_COMPUTED_IN = (
+    *("world_size", "precision", "precision_decided_by", "precision_before", "kernels"),
+    *("parameters", "trained_parameters", "adapters", "base"),
+)
 
 
 class Event(StrEnum):
@@ -43,6 +46,7 @@ class Event(StrEnum):
     CHECKPOINT_PASSED_OVER = "checkpoint_passed_over", "reason"
     CHECKPOINT_SKIPPED = "checkpoint_skipped", "step", "reason"
     CHECKPOINT_INTERVAL_ADVISED = "checkpoint_interval_advised", "interval_s", "cost_s", "mtbf"
+    EVALUATED = "evaluated", "step", "losses", "time_s"
     CHUNK_SUBSTITUTED = (
         *("chunk_substituted", "step", "source", "epoch", "chunk", "first_sample", "substitute", "reason"),
     )
@@ -52,8 +56,9 @@ class Event(StrEnum):
     SLOW_STEPS = "slow_steps", "step", "reason"
     WANDB_FAILED = "wandb_failed", "reason"
     RANK_FAILED = "rank_failed", "rank", "host", "cause", "reason", "step", "behind"
+    ADAPTERS_CHECKED = "adapters_checked", "step", "adapters", "trained_parameters", "norm"
     STOPPED = "stopped", "step", "reason"
-    FINISHED = "finished", "step"
+    FINISHED = "finished", "step", "reason"
 
 
 class RankFailure(StrEnum):

@@ -55,6 +55,13 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     return list(history.values())
 
 
+def heldout_losses_of(run_dir: str | Path, metric: str) -> dict[int, float]:
+    """The value of heldout/<metric>, by step, at each evaluation of the run so far that gave a number."""
+    key = HELDOUT_PREFIX + metric
+    found = {record["step"]: record[key] for record in read_metrics(run_dir) if key in record}
+    return {step: loss for step, loss in found.items() if type(loss) is float and math.isfinite(loss)}
+
+
 def read_ledger(run_dir: str | Path) -> list[dict[str, Any]]:
     """The samples that every rank trained on, ordered by step, then rank.
 

@@ -132,7 +132,8 @@ def find_cause(
     """
     last: dict[str, dict[str, Any]] = {event["event"]: event for event in events}
     if finished := last.get(Event.FINISHED):
-        return Cause.FINISHED, f"finished at step {finished.get('step')}"
+        why = f" ({reason})" if (reason := finished.get("reason")) else ""
+        return Cause.FINISHED, f"finished at step {finished.get('step')}{why}"
     number = _signal_of(exit_code)
     if stopped := last.get(Event.STOPPED):
         step, reason = stopped.get("step"), stopped.get("reason")

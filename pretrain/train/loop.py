@@ -20,6 +20,7 @@ from pretrain.batch import Batch, Counts
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.saver import Saved
 from pretrain.checkpoint.tensors import CheckpointError
+from pretrain.config.records import metric_of
 from pretrain.data.inputs import Inputs
 from pretrain.data.state import Substitution
 from pretrain.distributed import World, gather_objects, on_main, sum_over_ranks
@@ -27,7 +28,7 @@ from pretrain.engine.bit_sums import REPLICA_MODULUS, check_bit_sums
 from pretrain.engine.engine import StepResult
 from pretrain.engine.optim import learning_rate
 from pretrain.errors import ConfigError, ExitCode
-from pretrain.evaluate.heldout import evaluate_loss
+from pretrain.evaluate.heldout import HeldOutResult, evaluate_loss
 from pretrain.monitor.monitor import StepRecord
 from pretrain.printing import say
 from pretrain.reliability.events import Event
@@ -35,8 +36,9 @@ from pretrain.reliability.heartbeat import LAUNCHER_LOST, mark
 from pretrain.reliability.run_lock import lock_run
 from pretrain.reliability.watchdog import Watchdog
 from pretrain.remote import as_path, is_url
+from pretrain.train.adapters import check_adapters
 from pretrain.train.loss_guard import GuardDecision, LossGuard
-from pretrain.train.run import Run, assemble, heldout_corpus, restore, state_of
+from pretrain.train.run import Run, assemble, heldout_corpora, restore, state_of
 
 
 def train(inputs: Inputs, world: World, watchdog: Watchdog) -> ExitCode:
@@ -63,7 +65,10 @@ def train(inputs: Inputs, world: World, watchdog: Watchdog) -> ExitCode:
     if code is ExitCode.STOPPED:
         run.monitor.event(Event.STOPPED, step=run.step, reason=_reason(run))
     else:
-        run.monitor.event(Event.FINISHED, step=run.step)
+        if run.base is not None:
+            facts = check_adapters(config, run.engine.state, run.root, run.step, world)
+            run.monitor.event(Event.ADAPTERS_CHECKED, step=run.step, **facts)
+        run.monitor.event(Event.FINISHED, step=run.step, reason=run.early_stop.reason)
     run.monitor.close(int(code))
     run.engine.close()
     return code
@@ -80,6 +85,9 @@ def _loop(run: Run) -> ExitCode:
     if run.stop_vote.now():  # a stop was requested during startup: there is nothing to save
         return ExitCode.STOPPED
     while True:
+        _evaluate_if_missed(run)
+        if run.early_stop.reason is not None:
+            return ExitCode.FINISHED
         code = _stretch(run)
         if code is not None:
             return code
@@ -298,6 +306,9 @@ def _after_step(run: Run, sums: Sums) -> ExitCode | None:
     # Evaluate after saving: if held-out text turns out to be damaged, no step is lost.
     if last or step % config.evaluation.every_steps == 0:
         _evaluate(run)
+    if not last and run.early_stop.reason is not None:
+        _save_unless_saved(run)
+        return ExitCode.FINISHED
     return ExitCode.FINISHED if last else None
 
 
@@ -405,22 +416,57 @@ def _write_ledger(run: Run, batches: list[Batch]) -> None:
 
 
 def _evaluate(run: Run) -> None:
-    """Compute and record the held-out loss, if a held-out corpus is configured."""
-    config = run.config
-    if config.evaluation.manifest is None:
+    """Compute and record the losses of all held-out sets, and those of the averaged weights if the run keeps them."""
+    config = run.config.evaluation
+    if not config.corpora:
         return
     started = time.monotonic()
-    result = evaluate_loss(
-        run.engine.evaluate,
-        heldout_corpus(config, run.manifests),
-        sequence_length=config.data.sequence_length,
-        micro_batch_sequences=config.micro_batch,
-        max_sequences=config.evaluation.max_sequences,
-        world=run.world,
-        document_masking=config.data.document_masking,
-    )
-    run.heldout_losses[run.step] = result.overall.loss
-    run.monitor.evaluation(run.step, {**result.overall.as_dict(), "time_s": time.monotonic() - started})
+    results = _heldout_results(run)
+    figures = {
+        metric_of(name, figure): value
+        for name, result in results.items()
+        for figure, value in result.figures().items()
+    }
+    if run.engine.state.ema_keys:
+        with run.engine.state.averaged():
+            for name, result in _heldout_results(run).items():
+                figures |= {metric_of(name, f"ema/{key}"): v for key, v in result.figures().items()}
+    assert config.decides is not None
+    loss = results[config.decides].overall.loss
+    run.heldout_losses[run.step] = loss
+    run.early_stop.note(run.step, loss)
+    run.monitor.evaluation(run.step, figures | {"time_s": time.monotonic() - started})
+
+
+def _heldout_results(run: Run) -> dict[str, HeldOutResult]:
+    """The losses of the weights that the engine holds now, by held-out set."""
+    config = run.config
+    return {
+        name: evaluate_loss(
+            run.engine.evaluate,
+            corpus,
+            sequence_length=config.data.sequence_length,
+            micro_batch_sequences=config.micro_batch,
+            max_sequences=config.evaluation.max_sequences,
+            world=run.world,
+            document_masking=config.data.document_masking,
+            key=config.evaluation.key_of(name),
+            masking=run.masking,
+        )
+        for name, corpus in heldout_corpora(config, run.manifests).items()
+    }
+
+
+def _evaluate_if_missed(run: Run) -> None:
+    """Evaluate the step that was loaded, if early stopping has not counted its evaluation.
+
+    A step is saved before it is evaluated, so the checkpoint does not have the result.
+    """
+    config = run.config.evaluation
+    if config.patience is None or run.step == 0 or run.step % config.every_steps:
+        return
+    if run.early_stop.step < run.step:
+        _evaluate(run)
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------
@@ -477,7 +523,11 @@ def _save_now(run: Run) -> None:
 
 def _stop(run: Run) -> ExitCode:
     """End the run on request, with the state of the last completed step saved."""
+    _save_unless_saved(run)
+    return ExitCode.STOPPED
+
+
+def _save_unless_saved(run: Run) -> None:
     _collect(run, wait=True)
     if run.step != run.saved_step:
         _save_now(run)
-    return ExitCode.STOPPED

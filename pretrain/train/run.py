@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,15 +12,16 @@ from typing import Any
 from pretrain import __version__
 from pretrain.arithmetic import flops_per_token
 from pretrain.checkpoint import tensors as checkpoint
-from pretrain.checkpoint.folder import root_of, root_of_run
+from pretrain.checkpoint.folder import root_of
 from pretrain.checkpoint.saver import Saver
-from pretrain.checkpoint.state import RunState
+from pretrain.checkpoint.state import BaseReference, RunState
 from pretrain.checkpoint.tensors import CheckpointError, FoundCheckpoint, Verified
 from pretrain.config import AUTO, Precision, TrainConfig, to_dict
-from pretrain.corpus.manifest import CorruptShardError, Manifest
+from pretrain.corpus.manifest import Manifest
 from pretrain.corpus.shards import Corpus
 from pretrain.data.inputs import Inputs
 from pretrain.data.loader import TrainLoader
+from pretrain.data.masking import Masking
 from pretrain.data.state import OrderState
 from pretrain.distributed import Vote, World, on_main
 from pretrain.engine import micro_batch as batch_search
@@ -30,16 +30,20 @@ from pretrain.engine.loss_scale import LossScale
 from pretrain.engine.peak import emulation_warning, rank_peak_flops
 from pretrain.errors import ConfigError
 from pretrain.evaluate.heldout import check_heldout
+from pretrain.model.lora import n_adapters
 from pretrain.model.precision import precision_of
 from pretrain.monitor.monitor import Monitor
 from pretrain.printing import say
 from pretrain.reliability.events import Event
 from pretrain.reliability.heartbeat import mark
+from pretrain.reliability.journal import heldout_losses_of
 from pretrain.reliability.stop import StopRequest
 from pretrain.reliability.watchdog import Watchdog
-from pretrain.remote import ReadOptions, is_url
+from pretrain.remote import ReadOptions
+from pretrain.train.base import base_of, source_of
+from pretrain.train.early_stop import EarlyStop
 from pretrain.train.loss_guard import LossGuard
-from pretrain.train.run_folder import check_resumable, heldout_losses_of, write_run_files
+from pretrain.train.run_folder import check_resumable, write_run_files
 from pretrain.train.stragglers import Pace
 
 
@@ -51,6 +55,8 @@ class Run:
     """The configuration. If the micro batch was `auto`, this has the size that was found."""
     manifests: dict[str, Manifest]
     """The manifest of each corpus that the configuration names, by its path or URL there."""
+    masking: Masking | None
+    """What hides tokens where the objective is mlm."""
     world: World
     """The ranks of the run, and this process's place among them."""
     run_dir: Path
@@ -73,16 +79,20 @@ class Run:
     """Whether any rank was asked to stop, on which all ranks agree."""
     guard: LossGuard
     """Decides whether the loss of a step is acceptable."""
+    early_stop: EarlyStop
+    """Decides whether the held-out loss still falls."""
     saver: Saver
     """Writes checkpoints in the background."""
     heldout_losses: dict[int, float]
-    """Held-out loss of each evaluation, by step."""
+    """Held-out loss of each evaluation, by step: that of the set that decides."""
     watchdog: Watchdog
     """This rank's watcher process."""
     step: int
     """Number of completed optimizer updates."""
     searched: bool
     """Whether the configuration asks for micro_batch_sequences=auto."""
+    base: BaseReference | None = None
+    """The frozen weights under the adapters; None if all weights are trained."""
     saved_step: int = 0
     """The newest step whose checkpoint this process has published or loaded; 0 if there is none."""
     advised: bool = False
@@ -94,7 +104,7 @@ class Run:
 def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) -> Run:
     """Find the newest checkpoint, build the parts of the run, and load the state. All ranks call this together. Raises
     ConfigError where the configuration does not fit, and CheckpointError where there are only damaged checkpoints."""
-    config, manifests = inputs
+    config, manifests, masking = inputs
     root = root_of(run_dir, config.checkpoint.target)
     found = _newest_checkpoint(root, world)
     state = found.verified.state if found.verified else None
@@ -102,15 +112,16 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
     searched = config.micro_batch_sequences == AUTO
     if searched and state and (known := batch_search.earlier_result(state, changed, world)) is not None:
         config = replace(config, micro_batch_sequences=known)
-    loader = _loader(config, world, state, manifests)
-    _check_heldout(config, manifests)
+    loader = _loader(config, world, state, inputs)
+    on_main(lambda: _check_heldout(config, manifests, masking), world)
     identity = on_main(
         lambda: write_run_files(config, run_dir, state, loader.tokenizer_sha256, manifests), world
     )
     watchdog.attempt(identity["attempt"])
     stop = StopRequest(run_dir, watch_file=world.is_main, stop_after_s=config.stop_after_s)
+    base = base_of(config, root, state, loader.tokenizer_sha256, world)
     mark("engine")
-    engine = Engine(config, world)
+    engine = Engine(config, world, base.shares if base else None)
     warning = emulation_warning(engine.config.engine.precision, engine.capability, world.device)
     if warning and world.is_main:
         say(f"warning: {warning}")
@@ -119,10 +130,13 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
     )
     if config.micro_batch_sequences == AUTO:
         config = _search_micro_batch(config, world, engine, loader, monitor)
-    heldout_losses = heldout_losses_of(run_dir) if world.is_main and state else {}
+    heldout_losses = (
+        heldout_losses_of(run_dir, config.evaluation.deciding_metric) if world.is_main and state else {}
+    )
     run = Run(
         config=config,
         manifests=manifests,
+        masking=masking,
         world=world,
         run_dir=run_dir,
         root=root,
@@ -134,19 +148,19 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
         stop=stop,
         stop_vote=Vote(stop.asked, world),
         guard=LossGuard(config.loss_guard, state.get("loss_guard") if state else None),
+        early_stop=EarlyStop(config.evaluation),
         saver=Saver(root, config.checkpoint, world, heldout_losses),
         heldout_losses=heldout_losses,
         watchdog=watchdog,
         step=0,
         searched=searched,
+        base=base.reference if base else None,
     )
     _begin(run, found, changed)
     return run
 
 
-def _loader(
-    config: TrainConfig, world: World, state: RunState | None, manifests: dict[str, Manifest]
-) -> TrainLoader:
+def _loader(config: TrainConfig, world: World, state: RunState | None, inputs: Inputs) -> TrainLoader:
     return TrainLoader(
         config.data,
         config.seed,
@@ -158,35 +172,30 @@ def _loader(
         total_tokens=config.total_tokens,
         total_epochs=config.total_epochs,
         state=OrderState.from_dict(state["order"]) if state else None,
-        manifests=manifests,
+        manifests=inputs.manifests,
+        masking=inputs.masking,
     )
 
 
-def heldout_corpus(config: TrainConfig, manifests: dict[str, Manifest]) -> Corpus:
-    """The held-out corpus, which must be configured."""
-    manifest = config.evaluation.manifest
-    assert manifest is not None
-    return Corpus(
-        manifest,
-        config.data.verify_chunks,
-        options=ReadOptions.of(config.data),
-        manifest=manifests[manifest],
-    )
+def heldout_corpora(config: TrainConfig, manifests: dict[str, Manifest]) -> dict[str, Corpus]:
+    """The held-out corpora by the names of their sets."""
+    options = ReadOptions.of(config.data)
+    return {
+        name: Corpus(path, config.data.verify_chunks, options=options, manifest=manifests[path])
+        for name, path in config.evaluation.corpora.items()
+    }
 
 
-def _check_heldout(config: TrainConfig, manifests: dict[str, Manifest]) -> None:
-    """Raise ConfigError if a loss mask leaves no token of the held-out corpus to predict, before hours of training."""
-    path = config.evaluation.manifest
-    if path is None or not manifests[path].loss_mask:
-        return
-    with suppress(
-        CorruptShardError, OSError
-    ):  # as everywhere, damaged held-out text is reported when it is evaluated
+def _check_heldout(config: TrainConfig, manifests: dict[str, Manifest], masking: Masking | None) -> None:
+    """Raise ConfigError if held-out text cannot be read or has no token to predict, before hours of training."""
+    for name, corpus in heldout_corpora(config, manifests).items():
         check_heldout(
-            heldout_corpus(config, manifests),
+            corpus,
             sequence_length=config.data.sequence_length,
             max_sequences=config.evaluation.max_sequences,
             document_masking=config.data.document_masking,
+            key=config.evaluation.key_of(name),
+            masking=masking,
         )
 
 
@@ -197,6 +206,11 @@ def _newest_checkpoint(root: Path, world: World) -> FoundCheckpoint:
         raise CheckpointError(
             f"no checkpoint in {root / 'checkpoints'} can be trusted ({'; '.join(found.passed_over)}); "
             "restore one, or start afresh in another run_dir"
+        )
+    if found.verified is not None and found.verified.state.get("weights_only"):
+        raise ConfigError(
+            f"{found.path} holds weights only, so a run cannot go on from it; put a newer whole checkpoint back, or "
+            "start a new run from these weights with init_from= and another run_dir"
         )
     return found
 
@@ -217,7 +231,7 @@ def _monitor(
         run_dir=run_dir,
         attempt=identity["attempt"],
         wandb_run_id=identity["wandb_run_id"],
-        flops_per_token=lambda length: flops_per_token(config.model, length),
+        flops_per_token=lambda length: flops_per_token(config.model, length, config.lora),
         peak_flops_per_second=rank_peak_flops(config, world.device),
         first_step=first_step,
         n_steps=loader.n_steps,
@@ -244,6 +258,10 @@ def _begin(run: Run, found: FoundCheckpoint, changed: list[str]) -> None:
     if config.engine.precision is Precision.auto:
         facts["precision_decided_by"] = run.engine.capability.host
     facts["kernels"] = to_dict(chosen.kernels)
+    state = run.engine.state
+    facts |= {"trained_parameters": state.n_trained, "parameters": state.n_trained + state.n_frozen}
+    if run.base is not None:
+        facts |= {"adapters": n_adapters(list(state.shapes)), "base": run.base}
     for reason in found.passed_over:
         run.monitor.event(Event.CHECKPOINT_PASSED_OVER, reason=reason)
     if found.verified is not None:
@@ -257,24 +275,15 @@ def _begin(run: Run, found: FoundCheckpoint, changed: list[str]) -> None:
             for change in changed:
                 say(f"  {change}")
         return
-    if config.init_from is not None:
+    if config.init_from is not None and run.base is None:
         _init_from(config.init_from, run.engine, world, run.loader.tokenizer_sha256)
     run.monitor.event(Event.STARTED, n_steps=run.loader.n_steps, init_from=config.init_from, **facts)
 
 
 def _init_from(run_dir: str, engine: Engine, world: World, tokenizer_sha256: str) -> None:
     """Load initial weights from the newest good checkpoint of another run, given by its folder or its URL."""
-    is_root = is_url(run_dir)
-    root = root_of(run_dir, run_dir) if is_root else root_of_run(Path(run_dir), key="init_from")
-    found = checkpoint.find_latest(root, world)
-    if found.verified is None:
-        raise ConfigError(
-            f"init_from={run_dir} holds no usable checkpoint ({'; '.join(found.passed_over) or 'none'})"
-        )
-    if found.verified.state["tokenizer_sha256"] != tokenizer_sha256:
-        raise ConfigError(f"init_from={run_dir} was trained with another tokenizer than this corpus")
-    state = engine.state
-    state.restore_weights(checkpoint.load(found.verified, state.weight_keys, state.shapes, world))
+    source, state = source_of(run_dir, world, tokenizer_sha256), engine.state
+    state.restore_weights(checkpoint.load(source, state.weight_keys, state.shapes, world))
 
 
 # ---- state ----
@@ -287,10 +296,11 @@ def restore(run: Run, verified: Verified) -> None:
     """
     mark("load")
     state, held = verified.state, run.engine.state
-    partitions = checkpoint.load(verified, held.weight_keys + held.moment_keys, held.shapes, run.world)
-    held.restore(partitions, state["optimizer_step"])
+    keys = held.weight_keys + held.moment_keys + (held.ema_keys if state.get("ema") else [])
+    held.restore(checkpoint.load(verified, keys, held.shapes, run.world), state["optimizer_step"])
     if run.engine.loss_scale is not None:
         run.engine.loss_scale = LossScale(state.get("loss_scale"))
+    run.early_stop = EarlyStop(run.config.evaluation, state.get("early_stop"))
     run.step = state["step"]
     run.saved_step = run.step
     for undone in [step for step in run.heldout_losses if step > run.step]:
@@ -309,8 +319,10 @@ def state_of(run: Run) -> dict[str, Any]:
         "samples_seen": plan.samples_seen,
         "sequence_length": plan.sequence_length,
         "optimizer_step": run.engine.state.optimizer_step,
+        "ema": bool(run.engine.state.ema_keys),
         "order": run.loader.state_at(run.step).to_dict(),
         "loss_guard": run.guard.state(),
+        "early_stop": run.early_stop.state(),
         "tokenizer_sha256": run.loader.tokenizer_sha256,
         "run_id": run.identity["run_id"],
         "wandb_run_id": run.identity["wandb_run_id"],
@@ -327,4 +339,5 @@ def state_of(run: Run) -> dict[str, Any]:
         "config": to_dict(config),
         "micro_batch_found": run.searched,
         "tensors": {name: list(shape) for name, shape in run.engine.state.shapes.items()},
+        **({"base": run.base} if run.base else {}),
     }

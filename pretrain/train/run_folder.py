@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from omegaconf import MISSING, OmegaConf
 
 from pretrain.checkpoint.state import Identity, RunState
-from pretrain.config import AUTO, TrainConfig, to_dict
+from pretrain.config import AUTO, Objective, TrainConfig, to_dict
 from pretrain.corpus.chat_template import CHAT_TEMPLATE_NAME
 from pretrain.corpus.manifest import Manifest
 from pretrain.corpus.tokenizer import Tokenizer
@@ -20,7 +20,6 @@ from pretrain.data.inputs import chat_template_of, tokenizer_path
 from pretrain.errors import ConfigError
 from pretrain.files import read_capped, write_atomically
 from pretrain.monitor.monitor import new_run_id
-from pretrain.reliability.journal import HELDOUT_PREFIX, read_metrics
 from pretrain.stored import parse
 
 _MAX_RUN_JSON_BYTES = 1 << 16
@@ -34,7 +33,7 @@ def check_resumable(config: TrainConfig, state: RunState) -> list[str]:
     if state.get("micro_batch_found"):
         old["micro_batch_sequences"] = AUTO
     changed = [key for key in new if old.get(key) != new[key] and key not in NOT_OF_THE_RUN]
-    fixed = [key for key in changed if key in ("seed", "optim.name") or _shapes_the_run(key)]
+    fixed = [key for key in changed if key in ("seed", "optim.name", "objective") or shapes_the_run(key)]
     if fixed:
         what = ", ".join(f"{key}={new[key]} (was {old.get(key)})" for key in fixed)
         raise ConfigError(
@@ -46,7 +45,7 @@ def check_resumable(config: TrainConfig, state: RunState) -> list[str]:
 
 def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
     """A stored configuration, with the defaults of keys that did not exist when it was written."""
-    filled = dict(stored)
+    filled = {"objective": Objective.causal.value, **stored}
     for name, kind in get_type_hints(TrainConfig).items():
         if is_dataclass(kind):
             defaults = OmegaConf.to_container(OmegaConf.structured(kind), enum_to_str=True)
@@ -56,10 +55,17 @@ def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def _shapes_the_run(key: str) -> bool:
-    """Whether a key determines the model or the masking, and so must not change when the run resumes."""
-    free = ("model.activation_checkpointing", "model.loss_chunk_tokens", "model.dropout", "model.z_loss")
-    return (key.startswith("model.") and key not in free) or key == "data.document_masking"
+def shapes_the_run(key: str) -> bool:
+    """Whether a key determines the model or the masks, and so must not change when the run resumes."""
+    free = (
+        "model.activation_checkpointing",
+        "model.loss_chunk_tokens",
+        "model.dropout",
+        "model.z_loss",
+        "lora.dropout",
+    )
+    fixed = ("model.", "lora.", "mlm.")
+    return (key.startswith(fixed) and key not in free) or key == "data.document_masking"
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -98,9 +104,3 @@ def write_run_files(
     if (template := chat_template_of(config, manifests)) is not None:
         write_atomically(run_dir / CHAT_TEMPLATE_NAME, template.encode())
     return identity
-
-
-def heldout_losses_of(run_dir: Path) -> dict[int, float]:
-    """The held-out loss of each evaluation so far, by step."""
-    key = f"{HELDOUT_PREFIX}loss"
-    return {record["step"]: record[key] for record in read_metrics(run_dir) if key in record}

@@ -33,6 +33,7 @@ from pretrain.reliability.journal import read_ledger, read_metrics
 from pretrain.reliability.json_lines import read_lines
 from pretrain.train.run_folder import write_run_files
 from support import ROOT
+from support.checkpoints import read_tensors
 from support.gate import Gate
 from support.launching import Ranks, free_port, loader_workers
 from support.tiny import GLOBAL_BATCH, TinyCorpus, events, run_arguments, train_tokenizer
@@ -160,6 +161,34 @@ def test_row_11_sigkill_at_every_kth_write_fsync_rename(
     published = next(i for i, call in enumerate(calls) if call.name.startswith("rename")) + 1
     assert found == [1] * published + [2] * (len(calls) - published)
     assert published < len(calls)  # the folder is synced after the rename
+
+
+def test_sigkill_at_every_kth_call_of_thinning(worker: SaveWorker, tmp_path: Path) -> None:
+    """The checkpoint is whole or thinned after each, all its hashes match, and thinning again completes it."""
+    before, log = tmp_path / "before", tmp_path / "log"
+    assert worker.save(before, 1) == 0
+    undisturbed = Path(shutil.copytree(before, tmp_path / "undisturbed"))
+    assert worker.save(undisturbed, 1, "-y", "-e", f"trace={CHANGES}", "-o", str(log), keep_last=0) == 0
+    calls = traced_calls(log)
+    exchanged = next(i for i, call in enumerate(calls) if call.name == "renameat2")
+    found = []
+    for number, call in enumerate(calls):
+        run_dir = Path(shutil.copytree(before, tmp_path / str(number)))
+        inject = f"inject={call.name}:signal=SIGKILL:when={call.nth}"
+        traced = ("-e", f"trace={CHANGES}", "-e", inject, "-o", os.devnull)
+        assert worker.save(run_dir, 1, *traced, keep_last=0) == -signal.SIGKILL
+        assert_usable(run_dir, 1)
+        survived = find_latest(run_dir).verified
+        moments = {key for key in read_tensors(survived.path) if key.startswith("exp_avg")}
+        is_thin = survived.state.get("weights_only") == "fp32"
+        assert moments == (set() if is_thin else {f"exp_avg.{name}" for name in SHAPES})
+        found.append(is_thin)
+        if not is_thin:
+            assert worker.save(run_dir, 1, keep_last=0) == 0
+            assert_usable(run_dir, 1)
+            assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000001"]
+    assert found == [False] * (exchanged + 1) + [True] * (len(calls) - exchanged - 1)
+    assert exchanged < len(calls) - 1
 
 
 def test_row_11_sigkill_at_every_kth_deletion_of_an_old_checkpoint(

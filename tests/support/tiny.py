@@ -46,6 +46,7 @@ def train_tokenizer(folder: Path, texts: list[str], vocab_size: int) -> Tokenize
         bos_id=1,
         eos_id=2,
         pad_id=3,
+        control_symbols=["<mask>"],
         minloglevel=2,
     )
     return Tokenizer.trusted(folder / "tokenizer.model")

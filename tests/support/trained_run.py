@@ -62,6 +62,7 @@ def train_tokenizer(
         bos_id=1,
         eos_id=2,
         pad_id=3,
+        control_symbols=["<mask>"],
         minloglevel=2,
     )
     path.write_bytes(model.getvalue())
@@ -69,7 +70,12 @@ def train_tokenizer(
 
 
 def make_run(
-    run_dir: Path, model: ModelConfig = SMALL, *, step: int = 3, sequence_length: int = 64
+    run_dir: Path,
+    model: ModelConfig = SMALL,
+    *,
+    step: int = 3,
+    sequence_length: int = 64,
+    objective: str = "causal",
 ) -> Decoder:
     """Write a run folder like that of a training run. Returns its model, in which no two tensors are equal."""
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -83,11 +89,12 @@ def make_run(
             "total_steps=3",
             "data.manifest=unused",
             f"data.sequence_length={sequence_length}",
+            f"objective={objective}",
         ],
         "config",
     )
     config.model = model
-    decoder = Decoder(model, seed=step)
+    decoder = Decoder(model, seed=step, causal=config.causal)
     generator = torch.Generator().manual_seed(step)
     with torch.no_grad():
         for weight in decoder.parameters():

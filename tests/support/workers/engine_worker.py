@@ -1,10 +1,11 @@
 """One rank of the engine tests. Trains on fixed batches and writes losses, and can save and load a checkpoint.
 
 Argument: a JSON list of jobs {stage, precision, steps, out, load?, save?, overrides?, micro?, nothing_to_predict?,
-half_to_predict?, before_load?, loss_scale?}, done one after another. `micro` is the number of sequences per forward
-pass in each step, 2 by default. `nothing_to_predict` lists steps whose labels are all ignored, and `half_to_predict`
-those where the labels of the first half of the batch are: all that rank 0 of 2 has. `before_load` is the number of
-steps on other data before the checkpoint is loaded. `loss_scale` is the loss scale of the first step.
+half_to_predict?, before_load?, loss_scale?, ema?}, done one after another. `micro` is the number of sequences per
+forward pass in each step, 2 by default. `nothing_to_predict` lists steps whose labels are all ignored, and
+`half_to_predict` those where the labels of the first half of the batch are: all that rank 0 of 2 has. `before_load` is
+the number of steps on other data before the checkpoint is loaded. `loss_scale` is the loss scale of the first step.
+`ema` is the decay of a moving average, which is then followed step by step.
 """
 
 from __future__ import annotations
@@ -87,8 +88,43 @@ def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
     return found | {"step": torch.tensor(state.optimizer_step)}
 
 
+class Follower:
+    """Computes the average of the weights anew from each snapshot, and notes the largest difference to the engine's."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.difference, self.loss, self.changed = engine, 0.0, 0.0, []
+        self.expected = {k: v.clone() for k, v in self.shares("ema").items()}
+
+    def shares(self, kind: str) -> dict[str, torch.Tensor]:
+        snapshot = self.engine.state.snapshot()
+        return {k.split(".", 1)[1]: p.values.clone() for k, p in snapshot.items() if k.startswith(f"{kind}.")}
+
+    def follow(self, step: int) -> None:
+        ema = self.engine.config.ema
+        if step % ema.every_steps == 0:
+            stays = min(ema.decay, (1 + step) / (10 + step)) ** ema.every_steps
+            weights = self.shares("weight")
+            self.expected = {k: stays * v + (1 - stays) * weights[k] for k, v in self.expected.items()}
+        found = self.shares("ema")
+        differences = [(found[k] - v).abs().max() for k, v in self.expected.items() if v.numel()]
+        self.difference = max(self.difference, float(max(differences)))
+
+    def exchange(self, world: World) -> None:
+        """Evaluate the average, and compare every bit before and after."""
+        before, average = whole_state(self.engine), self.shares("ema")
+        with self.engine.state.averaged():
+            exchanged = self.shares("weight")
+            found = [self.engine.evaluate(batch).nll_sum for batch in batches_of_step(1, world)]
+        (self.loss,) = sum_over_ranks([float(sum(found))], world)
+        after = whole_state(self.engine)
+        bits = lambda tensor: tensor.reshape(-1).view(torch.uint8)  # noqa: E731
+        self.changed = [key for key in before if not torch.equal(bits(before[key]), bits(after[key]))]
+        self.changed += [key for key in average if not torch.equal(average[key], exchanged[key])]
+
+
 def run(job: dict, world: World) -> None:
-    config = small_config(job["stage"], job["precision"], job.get("overrides", []))
+    averaging = [f"ema.decay={job['ema']}"] if "ema" in job else []
+    config = small_config(job["stage"], job["precision"], [*job.get("overrides", []), *averaging])
     engine = Engine(config, world)
     first = 1
     for step in range(90, 90 + job.get("before_load", 0)):  # as before a rollback
@@ -99,7 +135,8 @@ def run(job: dict, world: World) -> None:
         found = checkpoint.find_latest(Path(job["load"]).parent.parent, world).verified
         assert found is not None
         state, held = found.state, engine.state
-        loaded = checkpoint.load(found, held.weight_keys + held.moment_keys, held.shapes, world)
+        keys = held.weight_keys + held.moment_keys + (held.ema_keys if state.get("ema") else [])
+        loaded = checkpoint.load(found, keys, held.shapes, world)
         held.restore(loaded, state["optimizer_step"])
         if engine.loss_scale is not None:
             engine.loss_scale = LossScale(state["loss_scale"])
@@ -107,6 +144,7 @@ def run(job: dict, world: World) -> None:
     if "loss_scale" in job:
         engine.loss_scale = LossScale({"value": job["loss_scale"], "applied": 0})
     losses, norms, scales, changed = [], [], [], []
+    follower = Follower(engine) if "ema" in job else None
     for step in range(first, first + job["steps"]):
         micro = job["micro"][step - first] if "micro" in job else MICRO
         batches = batches_of_step(step, world, micro)
@@ -120,6 +158,9 @@ def run(job: dict, world: World) -> None:
             [key for key, value in before.items() if not torch.equal(value, whole_state(engine)[key])]
         )
         assert not result.memory_changed, "nothing flips bits here"
+        if follower is not None:
+            follower.follow(step)
+            follower.exchange(world)
         engine.evaluate(batches[0])  # an evaluation between two updates must not change the training
         (nll,) = sum_over_ranks([float(result.nll_sum)], world)
         losses.append(nll / result.n_predicted if result.n_predicted else None)
@@ -135,6 +176,7 @@ def run(job: dict, world: World) -> None:
             engine.state.shapes,
             optimizer_step=engine.state.optimizer_step,
             loss_scale=engine.loss_scale.state() if engine.loss_scale else None,
+            ema="ema" in job,
         )
         checkpoint.save(Path(job["save"]), last, engine.state.snapshot(), state, world)
     if world.is_main:
@@ -143,6 +185,9 @@ def run(job: dict, world: World) -> None:
         seconds = sum(getattr(p, "ds_secondary_tensor", None) is not None for p in parameters)
         result = {"losses": losses, "norms": norms, "step": last, "files": files, "second_copies": seconds}
         result |= {"loss_scales": scales, "changed": changed}
+        if follower is not None:
+            result |= {"ema_difference": follower.difference, "ema_loss": follower.loss}
+            result |= {"changed": follower.changed}
         Path(job["out"]).write_text(json.dumps(result))
     engine.close()
 

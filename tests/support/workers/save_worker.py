@@ -1,8 +1,9 @@
 """Saves checkpoints on request, each in a new process that a tracer may stop.
 
-Reads lines `RUN_DIR STEP KEEP_LAST TRACED` from stdin. Each is served by a fork, so that a hundred saves cost one
-import of torch: this process has only one thread and no process group. It answers `pid N` immediately and `exit CODE`
-at the end, where CODE is 0 (saved), 1 (refused; RUN_DIR.error says why) or minus the signal that ended it.
+Reads lines `RUN_DIR STEP KEEP_LAST TRACED` from stdin; with KEEP_LAST 0 the checkpoint of the step is thinned instead.
+Each is served by a fork, so that a hundred saves cost one import of torch: this process has only one thread and no
+process group. It answers `pid N` immediately and `exit CODE` at the end, where CODE is 0 (saved), 1 (refused;
+RUN_DIR.error says why) or minus the signal that ended it.
 """
 
 from __future__ import annotations
@@ -22,18 +23,21 @@ import torch.distributed as dist
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.saver import retain
 from pretrain.checkpoint.tensors import ALONE, CheckpointError
-from pretrain.config import CheckpointConfig
+from pretrain.checkpoint.thinning import remove_leftovers, thin
+from pretrain.config import CheckpointConfig, ThinDtype
 from pretrain.distributed import Partition
 from support.run_states import run_state
 
 SHAPES = {"a": (30,), "b": (7,)}
+KINDS = ("weight", "exp_avg")
 
 
 def save(run_dir: Path, step: int, keep_last: int) -> None:
     """Save a checkpoint in which every value depends on the step, then delete older ones."""
     partitions = {
-        f"weight.{name}": Partition(torch.full(shape, float(step)), shape[0])
+        f"{kind}.{name}": Partition(torch.full(shape, float(step)), shape[0])
         for name, shape in SHAPES.items()
+        for kind in KINDS
     }
     checkpoint.save(run_dir, step, partitions, run_state(step, SHAPES), ALONE)
     retain(run_dir, CheckpointConfig(keep_last=keep_last), ALONE)
@@ -48,6 +52,10 @@ def serve(run_dir: Path, step: int, keep_last: int, traced: bool) -> int:
     if "NO_FSYNC" in os.environ:
         os.fsync = lambda descriptor: None
     try:
+        if keep_last == 0:
+            remove_leftovers(run_dir)
+            thin(run_dir, step, ThinDtype.fp32)
+            return 0
         save(run_dir, step, keep_last)
     except CheckpointError as error:
         Path(f"{run_dir}.error").write_text(str(error))

@@ -20,6 +20,7 @@ from pretrain.convert import hugging_face as export_module
 from pretrain.convert.hugging_face import CHECK_TEXT, check_tokenizer, compare_logits, export, write_tokenizer
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.errors import ConfigError, RunError
+from pretrain.generation.fill_mask import fill_masks
 from pretrain.trained import TrainedModel, load_trained
 from support.trained_run import SMALL, TEXTS, make_run, run_script, script, train_tokenizer
 
@@ -64,6 +65,54 @@ def test_transformers_gives_the_same_logits(tmp_path: Path, model: ModelConfig) 
     assert ours.abs().max() > 1
     torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-5)
     assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in expected.parameters())
+
+
+@pytest.mark.parametrize("name", ["grouped", "tied", "rope_and_eps", "multi_head_wide", "qk_norm"])
+def test_a_model_that_fills_masks_gives_the_same_logits(tmp_path: Path, name: str) -> None:
+    """Without code of ours: EuroBERT is Llama with attention in both directions; Qwen3 can be told to have it."""
+    expected = make_run(tmp_path / "run", replace(MODELS[name]), objective="mlm")
+    parity = export(load_trained(tmp_path / "run"), tmp_path / "hf", dtype=torch.float32)
+    assert parity.holds
+    assert parity.max_difference < 2e-5
+    auto = transformers.AutoModelForCausalLM if name == "qk_norm" else transformers.AutoModelForMaskedLM
+    loaded = auto.from_pretrained(tmp_path / "hf")
+    assert type(loaded).__name__ == ("Qwen3ForCausalLM" if name == "qk_norm" else "EuroBertForMaskedLM")
+    tokens = torch.randint(0, 400, (3, 50), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[:, -1] = (tokens[:, -1] + 1) % 400
+    with torch.no_grad():
+        ours, theirs = expected.logits(tokens), loaded(tokens).logits
+        assert (loaded(changed).logits[:, 0] != theirs[:, 0]).any()  # the first token sees the last
+    assert ours.abs().max() > 1
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-5)
+    assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in expected.parameters())
+
+
+def test_transformers_fills_the_same_masks(tmp_path: Path) -> None:
+    """Its own pipeline on the exported folder, from the text on: the same tokens with the same probabilities."""
+    make_run(tmp_path / "run", objective="mlm")
+    trained = load_trained(tmp_path / "run")
+    export(trained, tmp_path / "hf", dtype=torch.float32)
+    assert not (tmp_path / "hf" / "generation_config.json").exists()
+    pipeline = transformers.pipeline("fill-mask", model=str(tmp_path / "hf"), top_k=60)
+    model = trained.decoder(torch.device("cpu"), torch.float32)
+    for text in ("It is a <mask> universally <mask>.", "<mask>", "道可<mask>,非常道。\n", "a</b> <mask>"):
+        ours = fill_masks(model, trained.tokenizer, text, 5)
+        theirs = pipeline(text)
+        theirs = theirs if isinstance(theirs[0], list) else [theirs]
+        # It also offers special tokens, and rows of the embedding without a token.
+        theirs = [[c for c in mask if 5 <= c["token"] < 400][:5] for mask in theirs]
+        assert [[c.token for c in mask] for mask in ours] == [[c["token"] for c in mask] for mask in theirs]
+        found, expected = ([c["score"] for m in theirs for c in m], [c.probability for m in ours for c in m])
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_transformers_without_the_class_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "run", objective="mlm")
+    monkeypatch.setattr(export_module, "architecture", lambda config: "NoSuchClassForMaskedLM")
+    with pytest.raises(ConfigError, match="has no NoSuchClassForMaskedLM"):
+        export(load_trained(tmp_path / "run"), tmp_path / "hf", dtype=torch.float32)
+    assert not (tmp_path / "hf").exists()
 
 
 def test_bf16_export_is_the_rounded_model(tmp_path: Path) -> None:

@@ -89,6 +89,33 @@ def test_each_kind_knows_its_special_ids(kinds: dict[str, Tokenizer]) -> None:
     }
 
 
+def test_the_mask_token_is_its_own(tmp_path: Path, gpt2: Path) -> None:
+    """By a usual name, by tokenizer_config.json, or by an option; the file in the corpus alone says which."""
+    usual = imported(save(byte_level(["<s>", "</s>", "[MASK]"]), tmp_path / "a", eos_token="</s>"))
+    named = save(byte_level(["<s>", "</s>", "<hide>"]), tmp_path / "b", eos_token="</s>", mask_token="<hide>")
+    spare = save(byte_level(["</s>", "<spare_0>", "<spare_1>"]), tmp_path / "c", eos_token="</s>")
+    for tokenizer, name in (
+        (usual, "[MASK]"),
+        (imported(named), "<hide>"),
+        (imported(spare, mask_token="<spare_1>"), "<spare_1>"),
+    ):
+        assert tokenizer.mask_id is not None
+        assert tokenizer.piece(tokenizer.mask_id) == name
+        again = save(Theirs.from_str(tokenizer.content.decode()), tmp_path / f"again {name}")
+        assert imported(again).mask_id == tokenizer.mask_id
+        text = f"a {name} b</s>"
+        assert not {tokenizer.mask_id, tokenizer.eos_id} & {*tokenizer.encode(text)}
+        a, b = tokenizer.encode("a "), tokenizer.encode(" b</s>")
+        assert tokenizer.encode_masked(text) == [*a, tokenizer.mask_id, *b]
+        assert tokenizer.decode(tokenizer.encode_masked(text)) == "a  b</s>"
+        special = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id}
+        assert not special & {*tokenizer.ordinary_ids().tolist()}
+    assert imported(gpt2).mask_id is None
+    assert len(imported(gpt2).ordinary_ids()) == imported(gpt2).vocab_size - 1
+    with pytest.raises(ConfigError, match=r"tokenizer.mask_token=the is no special token"):
+        imported(gpt2, mask_token="the")
+
+
 @given(parts=PARTS)
 def test_names_of_special_tokens_in_a_text_are_text(kinds: dict[str, Tokenizer], parts: list[str]) -> None:
     text = "".join(parts)

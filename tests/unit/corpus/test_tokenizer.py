@@ -127,6 +127,24 @@ def test_names_of_special_ids_in_a_text_are_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_a_mask_is_reserved_and_no_text_encodes_to_it(tokenizer: Tokenizer) -> None:
+    assert (tokenizer.mask_id, tokenizer.piece(4)) == (4, "<mask>")
+    text = "the <mask> water"
+    assert 4 not in tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode([*tokenizer.encode("the"), 4]) == "the"
+    assert tokenizer.ordinary_ids().tolist() == list(range(5, tokenizer.vocab_size))
+
+
+def test_the_name_of_the_mask_stands_for_it_where_asked(tokenizer: Tokenizer) -> None:
+    """With the space before it, which the piece of a hidden word would begin with."""
+    the, water = tokenizer.encode("the"), tokenizer.encode(" water</s>")
+    assert tokenizer.encode_masked("the <mask> water</s>") == [*the, 4, *water]
+    assert tokenizer.encode_masked("the<mask><mask> water</s>") == [*the, 4, 4, *water]
+    assert tokenizer.encode_masked("<mask>") == [4]
+    assert tokenizer.encode_masked("the water") == tokenizer.encode("the water")
+
+
 def test_digits_are_single(tokenizer: Tokenizer) -> None:
     pieces = [tokenizer.piece(i) for i in tokenizer.encode("x = 2024")]
     assert pieces[-4:] == ["2", "0", "2", "4"]

@@ -156,7 +156,7 @@ def test_a_corpus_behind_a_url_fits_like_one_on_a_disk(corpus: TinyCorpus) -> No
 def test_a_start_reads_a_manifest_once(corpus: TinyCorpus, tmp_path: Path) -> None:
     with FaultyServer(corpus.folder) as server:
         url = [f"data.manifest={server.url}/manifest.json", f"data.cache_dir={tmp_path}"]
-        config, manifests = resolve_inputs(configure(corpus, *url, "data.read_timeout_s=20"), 1)
+        config, manifests, _ = resolve_inputs(configure(corpus, *url, "data.read_timeout_s=20"), 1)
         batch = {"global_batch_sequences": 8, "micro_batch_sequences": 2}
         TrainLoader(
             config.data, 1, **batch, rank=0, world_size=1, total_steps=2, state=None, manifests=manifests

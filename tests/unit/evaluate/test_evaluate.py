@@ -18,11 +18,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.batch import Batch
+from pretrain.batch import IGNORED_LABEL, Batch
 from pretrain.corpus.shards import Corpus
 from pretrain.corpus.writer import CorpusWriter
 from pretrain.distributed import World
 from pretrain.errors import ConfigError
+from pretrain.evaluate import heldout
 from pretrain.evaluate.heldout import (
     HeldOutResult,
     TokenDocument,
@@ -30,6 +31,7 @@ from pretrain.evaluate.heldout import (
     corpus_documents,
     evaluate_loss,
     first_tokens,
+    masked_windows,
     score_documents,
     windows,
 )
@@ -132,6 +134,55 @@ def test_packed_loss_is_that_of_each_visible_piece(
     assert result.loss == pytest.approx(np.mean(expected), rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(np.mean(expected)), rel=1e-5)
     assert result.bits_per_byte == pytest.approx(sum(expected) / math.log(2) / result.text_bytes, rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_packed_loss_by_source(tmp_path: Path, share: float | None) -> None:
+    """That of a source's own tokens, in the sequences where they stand beside those of the other source."""
+    corpus, model = Corpus(write_corpus(tmp_path, share=share)), decoder()
+    expected: dict[str, list[float]] = {"books": [], "code": []}
+    for number, document in enumerate(corpus_documents(corpus)):
+        start = sum(LENGTHS[:number])
+        for begin in range(start - start % 16, start + len(document.tokens), 16):  # 16 divides a chunk
+            first, last = max(begin, start) - start, min(begin + 16, start + len(document.tokens)) - start
+            # What a sequence's end predicts is read on, but not into the next chunk.
+            stop = last if (begin + 16) % 64 == 0 else last + 1
+            counts = document.labels[first:stop][1:] != -100
+            found = np.array(nll(model, document.tokens[first:stop]))[counts]
+            expected[document.source] += found.tolist()
+    result = evaluate(model, corpus)
+    for name, values in expected.items():
+        scores = result.sources[name]
+        assert scores.tokens == len(values) > 20
+        assert scores.loss == pytest.approx(np.mean(values), rel=1e-5)
+    assert sum(s.tokens for s in result.sources.values()) == result.overall.tokens
+    assert sum(s.documents for s in result.sources.values()) == result.overall.documents == len(LENGTHS)
+    assert abs(sum(s.text_bytes for s in result.sources.values()) - result.overall.text_bytes) <= 1  # rounded
+    assert result.figures()["source/code/loss"] == result.sources["code"].loss
+
+
+def test_text_of_very_many_sources_is_scored_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, model = Corpus(write_corpus(tmp_path)), decoder()
+    by_source = evaluate(model, corpus)
+    monkeypatch.setattr(heldout, "MAX_SOURCES", 1)
+    whole = evaluate(model, corpus)
+    assert whole.sources == {}
+    assert whole.overall.tokens == by_source.overall.tokens
+    assert whole.overall.loss == pytest.approx(by_source.overall.loss, rel=1e-6)
+
+
+def test_a_shard_that_cannot_be_read_is_said_before_training(tmp_path: Path) -> None:
+    corpus = Corpus(write_corpus(tmp_path))
+    (shard,) = (tmp_path / "shards").glob("*.tar")
+    shard.unlink()
+    with pytest.raises(
+        ConfigError, match=rf"evaluation\.sets\.law={tmp_path}.* cannot be read: .*{shard.name}"
+    ):
+        check_heldout(
+            corpus, sequence_length=16, max_sequences=2, document_masking=True, key="evaluation.sets.law"
+        )
 
 
 def test_packed_loss_is_that_of_the_targets(tmp_path: Path) -> None:
@@ -272,13 +323,30 @@ def rank_main(manifest: str, folder: str) -> None:
 def test_windows_score_each_token_once_with_context(length: int, sequence_length: int) -> None:
     tokens = np.arange(length)  # a token is its own position
     scored = []
-    for window, first_label in windows(tokens, sequence_length):
-        assert 2 <= len(window) <= sequence_length + 1
-        labels = window[1:]
-        for index in range(first_label, len(labels)):
-            scored.append(labels[index])
-            assert index + 1 >= min(labels[index], sequence_length - sequence_length // 2)
+    for window in windows(tokens, tokens, sequence_length):
+        assert 1 <= len(window.tokens) == len(window.labels) <= sequence_length
+        for index in np.flatnonzero(window.labels != IGNORED_LABEL):
+            scored.append(window.labels[index])
+            assert window.labels[index] == window.tokens[index] + 1
+            assert index + 1 >= min(window.labels[index], sequence_length - sequence_length // 2)
     assert scored == list(range(1, length))
+
+
+@given(length=st.integers(2, 200), sequence_length=st.integers(1, 40))
+def test_masked_windows_score_each_token_once_with_context_on_both_sides(
+    length: int, sequence_length: int
+) -> None:
+    tokens = np.arange(length)
+    scored = []
+    for window in masked_windows(tokens, tokens, sequence_length):
+        assert 1 <= len(window.tokens) == len(window.labels) <= sequence_length
+        for index in np.flatnonzero(window.labels != IGNORED_LABEL):
+            place = window.labels[index]
+            scored.append(place)
+            assert place == window.tokens[index]
+            assert index >= min(place, sequence_length // 4)
+            assert len(window.tokens) - 1 - index >= min(length - 1 - place, sequence_length // 4 - 1)
+    assert scored == list(range(length))
 
 
 def test_documents_are_scored_whole(tmp_path: Path) -> None:

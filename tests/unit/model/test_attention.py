@@ -68,16 +68,17 @@ def test_starts_say_what_the_mask_says(rows: list[torch.Tensor]) -> None:
     assert torch.equal(seen, torch.block_diag(*mask[:, 0]).bool())
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
 @pytest.mark.parametrize("n_groups", [4, 2, 1])
 @pytest.mark.parametrize("kernel", KERNELS[1:])
-def test_kernels_agree_in_fp32(kernel: AttentionKernel, n_groups: int) -> None:
+def test_kernels_agree_in_fp32(kernel: AttentionKernel, n_groups: int, causal: bool) -> None:
     q, k, v = inputs(4, n_groups, torch.float32)
-    expected = attend(q, k, v, visibility(IDS, AttentionKernel.sdpa))
+    expected = attend(q, k, v, visibility(IDS, AttentionKernel.sdpa, causal), causal)
     if kernel is AttentionKernel.flex:  # on a CPU it refuses what needs a gradient
-        y = attend(q.detach(), k.detach(), v.detach(), visibility(IDS, kernel))
+        y = attend(q.detach(), k.detach(), v.detach(), visibility(IDS, kernel, causal), causal)
         torch.testing.assert_close(y, expected, rtol=0, atol=2e-6)
         return
-    y = attend(q, k, v, visibility(IDS, kernel))
+    y = attend(q, k, v, visibility(IDS, kernel, causal), causal)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     found = torch.autograd.grad(y, (q, k, v), dy)
     # Sums of up to 24 terms of size 1 in another order: some units of the last of 24 bits. Seen: 1.6e-6.
@@ -99,6 +100,25 @@ def test_documents_in_bf16_are_as_near_to_the_truth_as_a_mask() -> None:
         errors.append([(a - b).abs().max().item() for a, b in zip(found, truth, strict=True)])
     for mask, documents in zip(*errors, strict=True):
         assert documents < max(1.5 * mask, 2**-7)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_tokens_see_both_sides_of_their_document_and_no_other(kernel: AttentionKernel) -> None:
+    """By definition: which outputs change when one value changes."""
+    q, k, v = (x.detach() for x in inputs(4, 2, torch.float32))
+    visible = visibility(IDS, kernel, causal=False)
+    before = attend(q, k, v, visible, causal=False)
+    for place in (0, 6, 23):
+        changed = v.clone()
+        changed[:, :, place] += 1
+        sees = (attend(q, k, changed, visible, causal=False) != before).any(dim=3).all(dim=1)
+        assert torch.equal(sees, IDS[:, place, None] == IDS)
+
+
+def test_without_documents_a_sequence_is_one_document() -> None:
+    q, k, v = inputs(4, 2, torch.float32)
+    mask = torch.ones(1, 1, T, T, dtype=torch.bool)
+    torch.testing.assert_close(attend(q, k, v, None, causal=False), attend(q, k, v, mask), rtol=0, atol=2e-6)
 
 
 def test_without_documents_every_kernel_is_causal_attention() -> None:
@@ -174,8 +194,9 @@ def varlen_attn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("varlen_attn")
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
 @pytest.mark.parametrize("n_groups", [1, 2, 4])
-def test_what_a_gpu_is_asked_for_is_what_a_cpu_computes(n_groups: int) -> None:
+def test_what_a_gpu_is_asked_for_is_what_a_cpu_computes(n_groups: int, causal: bool) -> None:
     """With mocks for the kernel of each torch: values, and gradients, which go through repeated keys and values."""
     documents = visibility(IDS, AttentionKernel.flash)
     assert isinstance(documents, Documents)
@@ -183,8 +204,8 @@ def test_what_a_gpu_is_asked_for_is_what_a_cpu_computes(n_groups: int) -> None:
     leaves = [
         x.transpose(1, 2).flatten(0, 1).detach().requires_grad_() for x in inputs(4, n_groups, torch.float32)
     ]
-    asked = attention._attend_on_gpu(*leaves, documents)
-    computed = attention.attend_on_cpu(*leaves, documents.starts)[0]
+    asked = attention._attend_on_gpu(*leaves, documents, causal)
+    computed = attention.attend_on_cpu(*leaves, documents.starts, causal)[0]
     torch.testing.assert_close(asked, computed, rtol=0, atol=2e-6)
     dy = torch.randn_like(asked)
     for a, b in zip(*(torch.autograd.grad(y, leaves, dy) for y in (asked, computed)), strict=True):
@@ -205,18 +226,20 @@ def test_a_compiled_block_takes_the_release_as_a_constant(monkeypatch: pytest.Mo
     documents = documents._replace(release=10)
     qkv = [x.transpose(1, 2).flatten(0, 1) for x in inputs(4, 2, torch.float32)]
     compiled = torch.compile(attention._attend_on_gpu, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*qkv, documents), attention._attend_on_gpu(*qkv, documents))
+    expected = attention._attend_on_gpu(*qkv, documents, True)
+    torch.testing.assert_close(compiled(*qkv, documents, True), expected)
 
 
-def test_torch_accepts_what_a_gpu_is_asked_for() -> None:
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
+def test_torch_accepts_what_a_gpu_is_asked_for(causal: bool) -> None:
     """torch's own operator on its meta device: names, dtypes and shapes, forward and backward, but no numbers."""
     config = ModelConfig(n_layers=1, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, vocab_size=96)
     with torch.device("meta"):
-        model = Decoder(config, 0, replace(PLAIN, attention=AttentionKernel.flash)).bfloat16()
+        model = Decoder(config, 0, replace(PLAIN, attention=AttentionKernel.flash), causal).bfloat16()
         q, k, v = (torch.empty(48, n, 16, dtype=torch.bfloat16) for n in (4, 2, 2))
         leaves = [x.requires_grad_() for x in (q, k, v)]
         documents = Documents(torch.empty(6, dtype=torch.int32), 24)
-        y = attention._attend_on_gpu(*leaves, documents)
+        y = attention._attend_on_gpu(*leaves, documents, causal)
         assert y.shape == q.shape
         found = torch.autograd.grad(y.sum(), leaves)
         assert [g.shape for g in found] == [x.shape for x in leaves]

@@ -1,0 +1,75 @@
+"""The keys of adapters: what cannot work is refused by name, and an old run has none."""
+
+from __future__ import annotations
+
+import pytest
+
+from pretrain.config import LoraConfig, TrainConfig, load_config, to_dict
+from pretrain.config.lora import TARGETS
+from pretrain.errors import ConfigError
+from pretrain.train.run_folder import check_resumable
+from support.trained_run import script
+
+RUN = ["run_dir=r", "data.manifest=m", "total_steps=2"]
+ADAPTED = [*RUN, "init_from=base", "lora.r=8"]
+
+
+def config_of(*words: str) -> TrainConfig:
+    return load_config(TrainConfig, list(words), "config")
+
+
+def test_adapters_are_off_by_default() -> None:
+    assert config_of(*RUN).lora == LoraConfig()
+    assert LoraConfig().r == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ([*RUN, "lora.r=8"], ("lora.r=8", "init_from=")),
+        ([*RUN, "lora.alpha=32"], ("lora.alpha=32", "lora.r=0", "no effect")),
+        ([*RUN, "lora.dora=true"], ("lora.dora=True", "lora.r=0")),
+        ([*RUN, "lora.targets=[q]"], ("lora.targets=['q']", "lora.r=0")),
+        ([*ADAPTED, "lora.r=-1"], ("lora.r=-1",)),
+        ([*ADAPTED, "lora.alpha=0"], ("lora.alpha=0",)),
+        ([*ADAPTED, "lora.dropout=1"], ("lora.dropout=1",)),
+        ([*ADAPTED, "lora.targets=[q_proj,v,experts]"], ("q_proj", "experts", *TARGETS)),
+        ([*ADAPTED, "lora.targets=[]"], ("lora.targets=[]", *TARGETS)),
+        ([*ADAPTED, "lora.quantized=true"], ("lora.quantized",)),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(words: list[str], parts: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_of(*words)
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("name", ["plan", "bench"])
+def test_a_command_that_knows_no_adapters_says_so(name: str) -> None:
+    module = script(name)
+    words = {"plan": ["total_tokens=1000000"], "bench": ["bench.output=o.json"]}[name]
+    schema = {"plan": "PlanConfig", "bench": "BenchConfig"}[name]
+    with pytest.raises(ConfigError, match=r"lora\.r=8 "):
+        load_config(getattr(module, schema), [*words, "init_from=base", "lora.r=8"], name)
+
+
+def test_a_run_keeps_its_adapters() -> None:
+    state = {"config": to_dict(config_of(*ADAPTED))}
+    for word in (
+        "lora.r=4",
+        "lora.alpha=8",
+        "lora.targets=[q]",
+        "lora.dora=true",
+        "lora.rank_stabilized=true",
+    ):
+        with pytest.raises(ConfigError, match=word.split("=")[0]):
+            check_resumable(config_of(*ADAPTED, word), state)
+    assert check_resumable(config_of(*ADAPTED, "lora.dropout=0.1"), state) == ["lora.dropout: 0.0 -> 0.1"]
+
+
+def test_a_run_of_before_has_no_adapters() -> None:
+    old = to_dict(config_of(*RUN))
+    del old["lora"]
+    assert check_resumable(config_of(*RUN), {"config": old}) == []
+    with pytest.raises(ConfigError, match=r"lora\.r=8 \(was 0\)"):
+        check_resumable(config_of(*ADAPTED), {"config": old})
