@@ -180,8 +180,7 @@ class Chat:
         order = sorted(marks, key=lambda number: written.index(marks[number]))
         between = re.split("|".join(marks.values()), written) if marks else [written]
         regions: list[tuple[int, int] | None] = [None] * len(messages)
-        place = len(between[0])
-        matches = text.startswith(between[0])
+        found, place = [between[0]], len(between[0])
         for number, following in zip(order, between[1:], strict=True):
             content = _content(messages[number])
             forms = (
@@ -193,11 +192,12 @@ class Chat:
                 content.lstrip("\n"),
             )
             form = next((form for form in forms if text.startswith(form + following, place)), None)
-            if form is None or not matches:
+            if form is None:
                 raise DialogueError(f"has in messages[{number}] a content that the chat template changes")
             regions[number] = (place, place + len(form))
+            found += [form, following]
             place += len(form) + len(following)
-        if place != len(text) or not matches:
+        if "".join(found) != text:
             raise DialogueError("is written in the chat template with parts that cannot be told")
         return regions
 

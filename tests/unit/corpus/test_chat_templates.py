@@ -54,7 +54,8 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[
     """For each template: ours, the tokenizer of transformers, and our tokenizer."""
     folder, base = tmp_path_factory.mktemp("templates"), byte_level(SPECIAL)
     made = {}
-    for name, template in {**TEMPLATES, "ours": OWN_TEMPLATE}.items():
+    counting = "{{ '%03d' % (messages[0]['content'] | length) }}" + CHATML
+    for name, template in {**TEMPLATES, "ours": OWN_TEMPLATE, "counting": counting}.items():
         roles = {"bos_token": "<s>", "eos_token": EOS.get(name, "</s>"), "pad_token": "<|pad|>"}
         kind = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
         place = save(base, folder / name, **roles, **kind)
@@ -178,6 +179,7 @@ def test_tools_are_written_by_a_template_that_has_them(chats: Any) -> None:
         ("mistral", turns("a", "b", system="s"), None, r"messages\[0\] a content that the chat template leaves out"),
         ("llama-2", [*turns("a", "b"), *turns("c", "d")[1:]], None, "roles must alternate"),
         ("thinking", [*turns("a"), {"role": "assistant"}], None, "UndefinedError"),
+        ("counting", turns("a", "b"), None, "parts that cannot be told"),
         ("chatml", turns("a", "    b"), None, "whose beginning the tokenizer joins"),
     ],
 )  # fmt: skip
