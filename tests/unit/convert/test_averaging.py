@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain.corpus.shards import Corpus
+from pretrain.corpus.writer import CorpusWriter
 from pretrain.errors import ConfigError
+from pretrain.evaluate.heldout import corpus_documents, first_tokens, score_documents
 from pretrain.trained import load_trained
-from support.trained_run import make_run, script
+from support.trained_run import TEXTS, make_run, script
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,52 @@ def test_the_weights_are_the_mean(
     for name, weight in found.weights.items():
         expected = torch.stack([part.weights[name].double() for part in parts]).mean(0).float()
         assert torch.equal(weight, expected), name
+
+
+def write_heldout(run_dir: Path, folder: Path) -> Path:
+    """A held-out corpus with the run's tokenizer."""
+    tokenizer = load_trained(run_dir).tokenizer
+    writer = CorpusWriter(
+        folder,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        chunk_tokens=256,
+        sources=["books"],
+    )
+    for number, text in enumerate(TEXTS):
+        tokens = tokenizer.encode_document(text)
+        writer.add_document(tokens, source="books", document_id=str(number), text_bytes=len(text.encode()))
+    writer.finish()
+    return folder / "manifest.json"
+
+
+def test_the_mean_is_evaluated_against_the_last(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heldout = write_heldout(run_dir, tmp_path / "heldout")
+    average(run_dir, tmp_path / "mean", last=2, heldout=str(heldout), max_tokens=100)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "held-out loss" in line]
+    told = {name: float(rest.split()[2].rstrip(",")) for name, rest in (line.split(": ") for line in lines)}
+    for name, folder in (("mean", tmp_path / "mean"), ("step 8", run_dir)):
+        trained = load_trained(folder)
+        scores = score_documents(
+            trained.decoder(torch.device("cpu"), torch.float32),
+            first_tokens(corpus_documents(Corpus(heldout)), 100),
+            sequence_length=trained.sequence_length,
+            micro_batch_sequences=8,
+            device=torch.device("cpu"),
+        )
+        assert told[name] == pytest.approx(scores.overall.loss, rel=0.02)  # there it may compute in bf16
+    assert told.keys() == {"mean", "step 8"}
+
+
+def test_without_held_out_text_it_says_so(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    average(run_dir, tmp_path / "mean", last=2)
+    assert "no held-out text; give heldout=DIR" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,13 @@ def test_a_stopped_run_is_not_started_again(tmp_path: Path, code: int) -> None:
     assert run.causes() == ["stopped on request"]
 
 
+def test_a_run_that_stopped_early_is_not_started_again(tmp_path: Path) -> None:
+    with play(tmp_path / "run", "event('finished', step=6, reason='stopped early: no gain')") as run:
+        assert run.wait() == 0
+    assert run.causes() == ["finished"]
+    assert "finished at step 6 (stopped early: no gain)" in run.text()
+
+
 def test_finished_counts_even_if_the_launcher_fails(tmp_path: Path) -> None:
     with play(tmp_path / "run", FINISH + "; sys.exit(1)") as run:
         assert run.wait() == 0
