@@ -486,7 +486,7 @@ def mask_of(description: dict[str, Any]) -> str:
     stated: list[str] = []
     if (framed := frame_of(description)) is not None:
         match description["post_processor"].get("special_tokens"):
-            case {**named}:
+            case dict(named):
                 stated = [name for name in named if name not in framed]
     return next((name for name in (*stated, *MASK_NAMES) if name in special), "")
 
