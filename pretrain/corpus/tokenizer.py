@@ -541,9 +541,11 @@ def mask_of(description: dict[str, Any]) -> str:
     special token; empty where it has none.
     """
     special = {token["content"] for token in description.get("added_tokens", []) if token["special"]}
-    framed = frame_of(description)
-    named = description["post_processor"].get("special_tokens", {}) if framed else {}
-    stated = [name for name in named if name not in (framed or ())]
+    stated: list[str] = []
+    if (framed := frame_of(description)) is not None:
+        match description["post_processor"].get("special_tokens"):
+            case dict(named):
+                stated = [name for name in named if name not in framed]
     return next((name for name in (*stated, *MASK_NAMES) if name in special), "")
 
 

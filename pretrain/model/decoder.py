@@ -127,7 +127,9 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig, layer: int, generator: torch.Generator, causal: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, generator: torch.Generator, causal: bool = True
+    ) -> None:
         super().__init__()
         width, std = config.d_model, config.init_std
         q_width, kv_width = config.n_heads * config.head_width, config.kv_heads * config.head_width
@@ -183,7 +185,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each normalized first and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int, generator: torch.Generator, causal: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, generator: torch.Generator, causal: bool = True
+    ) -> None:
         super().__init__()
         self.dropout = config.dropout
         self.recompute = config.activation_checkpointing
