@@ -1,9 +1,9 @@
 """Import a Hugging Face model: `python launch/import_model.py input=HF_DIR output=DIR`
 
-Reads config.json, safetensors and the tokenizer of a Llama, Mistral, SmolLM or Qwen3 model from a local folder, and
-writes DIR, which launch/train.py takes as init_from=DIR, and launch/eval.py, generate.py and export.py as run_dir=DIR.
-It appears only after `transformers` has computed the same logits from HF_DIR. Exit codes: 0 done, 1 the check or the
-writing failed and nothing was published, 2 the input or configuration is wrong.
+Reads config.json, safetensors and the tokenizer of a Llama, Mistral, SmolLM, Qwen2 or Qwen3 model from a local folder,
+and writes DIR, which launch/train.py takes as init_from=DIR, and launch/eval.py, generate.py and export.py as
+run_dir=DIR. It appears only after `transformers` has computed the same logits from HF_DIR. Exit codes: 0 done, 1 the
+check or the writing failed and nothing was published, 2 the input or configuration is wrong.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(config: ImportConfig) -> None:
     options = TokenizerConfig(path=str(folder), bos_token=config.bos_token, eos_token=config.eos_token)
     tokenizer = import_tokenizer(options)
 
-    from pretrain.convert.hugging_face_import import import_model
+    from pretrain.convert.hugging_face_import import import_model, model_words
 
     with waiting(f"importing {folder}"):
         imported, parity = import_model(folder, tokenizer, output)
@@ -65,20 +65,7 @@ def main(config: ImportConfig) -> None:
         f"transformers agrees on {parity.tokens} tokens: logits differ by at most {parity.max_difference:.2g} "
         f"(allowed {parity.tolerance:.2g})"
     )
-    model = imported.config.model
-    keys = (
-        "n_layers",
-        "d_model",
-        "n_heads",
-        "n_kv_heads",
-        "d_head",
-        "d_ff",
-        "vocab_size",
-        "rope_theta",
-        "norm_eps",
-    )
-    shape = [f"model.{key}={getattr(model, key)}" for key in keys if getattr(model, key) is not None]
-    shape += [f"model.{key}=true" for key in ("qk_norm", "tie_embeddings") if getattr(model, key)]
+    shape = model_words(imported.config.model)
     print(f"imported to {output}. Prepare text with tokenizer.path={output}, and train from this model with:")
     print(f"init_from={output} {' '.join(shape)}")
 

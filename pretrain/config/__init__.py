@@ -13,7 +13,16 @@ from pretrain.config.command_line import run_command
 from pretrain.config.data import BadChunk, DataConfig, Packing, SourceConfig, StageConfig
 from pretrain.config.engine import EngineConfig
 from pretrain.config.load import load_config, stored_config, to_dict, validate
-from pretrain.config.model import AttentionKernel, KernelsConfig, ModelConfig, Precision, Recompute, Switch
+from pretrain.config.model import (
+    AttentionKernel,
+    KernelsConfig,
+    ModelConfig,
+    Precision,
+    Recompute,
+    RopeScalingConfig,
+    RopeType,
+    Switch,
+)
 from pretrain.config.optimizer import OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
 from pretrain.config.records import EvaluationConfig, LoggingConfig, WandbMode
 from pretrain.config.run import AUTO, SubmitConfig, TrainConfig
@@ -38,6 +47,8 @@ __all__ = [
     "Precision",
     "PreflightConfig",
     "Recompute",
+    "RopeScalingConfig",
+    "RopeType",
     "ScheduleConfig",
     "ScheduleName",
     "SourceConfig",

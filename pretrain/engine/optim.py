@@ -39,7 +39,7 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, n_steps: int
 
 def is_matrix_of_block(name: str) -> bool:
     """Whether a parameter of the decoder is a matrix inside a block. Muon is meant for these."""
-    return name.startswith("blocks.") and not name.endswith("norm.weight")
+    return name.startswith("blocks.") and not name.endswith(("norm.weight", ".bias"))
 
 
 def moments_of(name: str, config: OptimConfig) -> tuple[str, ...]:
@@ -54,8 +54,8 @@ def parameter_groups(
 ) -> list[dict]:
     """Groups of trained parameters: with weight decay, without, and Muon's (`muon`: True). Empty groups are omitted.
 
-    Norm gains (`*norm.weight`) and the token embedding are decayed only if so configured. Parameters are grouped by
-    name and not by shape, because under ZeRO-3 every local parameter is flat.
+    Norm gains (`*norm.weight`) and the token embedding are decayed only if so configured, and biases never. Parameters
+    are grouped by name and not by shape, because under ZeRO-3 every local parameter is flat.
     """
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
@@ -66,7 +66,7 @@ def parameter_groups(
         elif name == "embed.weight":
             decay = config.decay_embeddings
         else:
-            decay = True
+            decay = not name.endswith(".bias")
         if config.name is OptimizerName.muon and is_matrix_of_block(name):
             matrices.append(parameter)
         else:
