@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from pretrain.config import (
     ModelConfig,
@@ -24,6 +24,7 @@ from pretrain.config import (
     to_dict,
 )
 from pretrain.convert.hugging_face import Parity, compare_logits, hugging_face_names
+from pretrain.convert.streamed import DTYPES, Weight, equal, open_safetensors
 from pretrain.convert.weights_only import save_weights
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.errors import ConfigError, RunError
@@ -90,8 +91,7 @@ def import_model(folder: Path, tokenizer: Tokenizer, output: Path) -> tuple[Trai
     model, sequence_length = model_of(raw, folder / "config.json")
     weights = _weights(folder, model)
     with published_together(output) as temporary:
-        save_weights(temporary, _untrained(model, sequence_length, tokenizer, weights))
-        del weights
+        save_weights(temporary, _untrained(model, sequence_length, tokenizer), weights)
         imported = load_trained(temporary)
         parity = compare_logits(imported, folder, torch.float32)
         if not parity.holds:
@@ -235,42 +235,37 @@ def _files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(listed.values()))]
 
 
-def _weights(folder: Path, model: ModelConfig) -> dict[str, torch.Tensor]:
-    """Whole fp32 weights under our names, after checking that they are exactly those of the decoder."""
+def _weights(folder: Path, model: ModelConfig) -> dict[str, Weight]:
+    """The weights under our names, in their order, after checking that they are exactly those of the decoder."""
     with torch.device("meta"):
         shapes = {name: weight.shape for name, weight in Decoder(model, seed=0).named_parameters()}
     ours_of = {theirs: ours for ours, theirs in hugging_face_names(model).items()}
-    weights: dict[str, torch.Tensor] = {}
+    weights: dict[str, Weight] = {}
     head = None
     for path in _files(folder):
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  it is no dictionary
-                    if name.endswith(_BUFFER):
-                        continue
-                    if name == "lm_head.weight" and model.tie_embeddings:
-                        head = file.get_tensor(name).float()
-                        continue
-                    ours = ours_of.get(name)
-                    if ours is None or tuple(file.get_slice(name).get_shape()) != tuple(shapes[ours]):
-                        raise ConfigError(
-                            f"{path} has the tensor {name!r}, which does not fit its config.json"
-                        )
-                    weights[ours] = file.get_tensor(name).float()
+            for name, weight in open_safetensors(path).items():
+                if name.endswith(_BUFFER):
+                    continue
+                if name == "lm_head.weight" and model.tie_embeddings:
+                    head = weight
+                    continue
+                ours = ours_of.get(name)
+                if ours is None or weight.shape != tuple(shapes[ours]) or weight.dtype not in DTYPES.values():
+                    raise ConfigError(f"{path} has the tensor {name!r}, which does not fit its config.json")
+                weights[ours] = weight
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
     missing = sorted(theirs for theirs, ours in ours_of.items() if ours not in weights)
     if missing:
         raise ConfigError(f"{folder} lacks the tensor {missing[0]!r}, and {len(missing) - 1} others")
-    if head is not None and not torch.equal(head, weights["embed.weight"]):
+    if head is not None and not equal(head, weights["embed.weight"]):
         raise ConfigError(f"{folder} has tie_word_embeddings=true, but its lm_head.weight is another matrix")
-    return weights
+    return {name: weights[name] for name in shapes}
 
 
-def _untrained(
-    model: ModelConfig, sequence_length: int, tokenizer: Tokenizer, weights: dict[str, torch.Tensor]
-) -> TrainedModel:
-    """The model at step 0 of a run with default options."""
+def _untrained(model: ModelConfig, sequence_length: int, tokenizer: Tokenizer) -> TrainedModel:
+    """The model at step 0 of a run with default options, without its weights."""
     given = [
         "run_dir=imported",
         "total_steps=1",
@@ -281,7 +276,7 @@ def _untrained(
     config.model = model
     return TrainedModel(
         config=config,
-        weights=weights,
+        weights={},
         tokenizer=tokenizer,
         step=0,
         tokens_seen=0,

@@ -15,9 +15,9 @@ from pretrain.config import OptimConfig, OptimizerName, ScheduleConfig, Schedule
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int, n_steps: int) -> float:
     """Learning rate of update `step` (1 to n_steps).
 
-    It is 0 while moments are filled (`moment_warmup_steps`), and rises linearly over the warm-up. Then it is constant, or
-    decays to `min_lr_frac` of the peak: linearly, along half a cosine (Loshchilov and Hutter, 2017), or linearly after a
-    constant phase (WSD: Hu et al., 2024).
+    It is 0 while moments are filled (`moment_warmup_steps`), and rises linearly over the warm-up. Then it is constant,
+    or decays to `min_lr_frac` of the peak: linearly, along half a cosine (Loshchilov and Hutter, 2017), or linearly
+    after a constant phase (WSD: Hu et al., 2024).
     """
     step, n_steps = step - schedule.moment_warmup_steps, n_steps - schedule.moment_warmup_steps
     if step <= 0:

@@ -10,8 +10,6 @@ import io
 import math
 import struct
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 
 from pretrain.convert.foreign.pickled import MAX_BYTES, Made, Name, Persistent, PickledError, decode
+from pretrain.convert.streamed import Weight, weight_of
 
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -34,27 +33,6 @@ _STORAGES = {
 }
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _STORAGES.values()}
 _MAX_ENTRIES = 1_000_000
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A tensor that is not in memory."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[int, int], torch.Tensor]
-    """Reads the elements [start, stop) of the flattened tensor."""
-    in_order: bool = True
-    """Whether the values lie in this order in a file, so that a part can be read without the whole."""
-
-    def whole(self) -> torch.Tensor:
-        """Reads all of it."""
-        return self.read(0, math.prod(self.shape)).view(self.shape)
-
-
-def weight_of(shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[], torch.Tensor]) -> Weight:
-    """A weight that `make` returns whole."""
-    return Weight(shape, dtype, lambda start, stop: make().contiguous().flatten()[start:stop], in_order=False)
 
 
 def joined(parts: list[Weight], dim: int = 0) -> Weight:
@@ -83,6 +61,8 @@ class Archive:
                 raise PickledError("it is shorter than its index says")
             with _Part(path, start, self._size) as file, zipfile.ZipFile(file) as archive:
                 self._entries = {entry.filename: entry for entry in archive.infolist()}
+        except FileNotFoundError as error:
+            raise PickledError(f"it lacks the file {path.name}") from error
         except zipfile.BadZipFile as error:
             raise PickledError(
                 "it is no archive of torch.save; torch before 1.6 wrote another format, which a newer torch can read "
@@ -127,6 +107,8 @@ class Archive:
             raise PickledError(f"it lacks the entry {name}")
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise PickledError(f"its entry {name} is packed, which torch.save does not do")
+        if not 0 <= entry.header_offset <= self._size - 30:
+            raise PickledError(f"its entry {name} is outside of it")
         header = self._bytes(self._start + entry.header_offset, 30)
         if header[:4] != b"PK\x03\x04":
             raise PickledError(f"its entry {name} is not where its directory says")

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import yaml  # type: ignore[import-untyped]
 
-from pretrain.convert.foreign.archive import Archive, Weight, numbers_of, weight_of
+from pretrain.convert.foreign.archive import Archive, numbers_of
 from pretrain.convert.foreign.pickled import MAX_BYTES, Made, PickledError, decode, plain
+from pretrain.convert.streamed import Weight, weight_of
 from pretrain.files import read_capped
 from pretrain.stored import is_file_name
 
@@ -63,9 +64,10 @@ def find(folder: Path) -> Found:
     if any(name.endswith("_optim_states.pt") for name in names):
         return Found("deepspeed", _unwrapped(_deepspeed(folder)), _hugging_face_config(folder))
     raise PickledError(
-        "it holds none of pytorch_model.bin, lit_model.pth, .metadata (torch.distributed.checkpoint), zero/ or "
-        "*_optim_states.pt (DeepSpeed), layer_*-model_states.pt (GPT-NeoX), mp_rank_* (Megatron), or a file `latest` "
-        "that names a folder with one of them"
+        "it holds none of model.safetensors, pytorch_model.bin, lit_model.pth, .metadata (of "
+        "torch.distributed.checkpoint), zero/ or *_optim_states.pt (DeepSpeed), layer_*-model_states.pt (GPT-NeoX), "
+        "mp_rank_* (Megatron), or a file `latest` that "
+        "names a folder with one of them"
     )
 
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from pretrain.config import ModelConfig, RopeScalingConfig, RopeType
-from pretrain.convert.foreign.archive import Weight, joined, weight_of
+from pretrain.convert.foreign.archive import joined
 from pretrain.convert.foreign.layouts import Found, parts_of
 from pretrain.convert.foreign.pickled import PickledError
 from pretrain.convert.hugging_face_import import model_of
+from pretrain.convert.streamed import Weight, weight_of
 
 _KEYS: dict[str, dict[str, tuple[str, ...]]] = {
     "litgpt": {

@@ -20,8 +20,6 @@ from typing import Any
 
 _CLONE_NEWUSER, _CLONE_NEWNET, _PR_SET_NO_NEW_PRIVS = 0x10000000, 0x40000000, 38
 _FREE_BYTES = 4 << 30
-_DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
-_PIECE_ELEMENTS = 4 << 20
 
 
 def leave_network() -> bool:
@@ -53,6 +51,7 @@ def extract(folder: Path, output: Path, given: dict[str, Any]) -> dict[str, Any]
     from pretrain.config import to_dict
     from pretrain.convert.foreign.layouts import find
     from pretrain.convert.foreign.naming import renamed, settings_of, vocabulary
+    from pretrain.convert.streamed import write_safetensors
 
     found = find(folder)
     settings, length = settings_of(found)
@@ -66,7 +65,7 @@ def extract(folder: Path, output: Path, given: dict[str, Any]) -> dict[str, Any]
     if found.kind == "universal":
         weights = {name: _shaped(weight, expected.get(name)) for name, weight in weights.items()}
     _check(weights, expected, model)
-    _write(weights, output)
+    write_safetensors(output, weights)
     return {
         "kind": found.kind,
         "model": to_dict(model),
@@ -110,6 +109,7 @@ def _shaped(weight: Any, shape: tuple[int, ...] | None) -> Any:
 def _check(weights: dict[str, Any], expected: dict[str, tuple[int, ...]], model: Any) -> None:
     """Raise PickledError unless these are exactly the weights of the model."""
     from pretrain.convert.foreign.pickled import PickledError
+    from pretrain.convert.streamed import DTYPES
 
     keys = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "vocab_size")
     values = ", ".join(
@@ -122,32 +122,10 @@ def _check(weights: dict[str, Any], expected: dict[str, tuple[int, ...]], model:
         needs = list(expected[name]) if name in expected else "absent"
         if has != needs:
             raise PickledError(f"its {name} is {has}, and {needs} in a model with {values}")
-        if str(weights[name].dtype) not in _DTYPES:
+        if weights[name].dtype not in DTYPES.values():
             raise PickledError(
                 f"its {name} has the type {weights[name].dtype}, which is no floating-point type"
             )
-
-
-def _write(weights: dict[str, Any], output: Path) -> None:
-    """Write a file of safetensors, a few million values at a time where the checkpoint has them in order."""
-    import torch
-
-    header, at = {}, 0
-    for name, weight in weights.items():
-        size = math.prod(weight.shape) * weight.dtype.itemsize
-        dtype = _DTYPES[str(weight.dtype)]
-        header[name] = {"dtype": dtype, "shape": list(weight.shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    text += b" " * (-len(text) % 8)
-    with output.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for weight in weights.values():
-            numel = math.prod(weight.shape)
-            step = _PIECE_ELEMENTS if weight.in_order else max(1, numel)
-            for start in range(0, numel, step):
-                values = weight.read(start, min(numel, start + step))
-                file.write(values.contiguous().view(torch.uint8).numpy().data)
 
 
 def main() -> int:
