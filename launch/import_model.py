@@ -108,9 +108,13 @@ def main(config: ImportConfig) -> None:
     given = config.model.given()
     with waiting(f"importing {folder}"):
         if any(folder.glob("*.safetensors")):
-            if given:
+            stated = {f"model.{key}": value for key, value in given.items()}
+            if config.sequence_length is not None:
+                stated["sequence_length"] = config.sequence_length
+            if stated:
+                key = min(stated)
                 raise ConfigError(
-                    f"model.{min(given)}={given[min(given)]}: {folder}/config.json says what the model is"
+                    f"{key}={stated[key]} is not used: {folder}/config.json says what the model is"
                 )
             imported, parity = import_model(folder, tokenizer, output)
         else:

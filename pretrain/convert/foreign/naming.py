@@ -162,24 +162,39 @@ def renamed(found: Found, model: ModelConfig) -> dict[str, Weight]:
         case "neox":
             return _each(_of_neox, parts_of(found.weights), model)
         case _:
-            return without_prefix(found.weights)
+            titan = without_prefix(found.weights, "tok_embeddings.weight")
+            if titan:
+                return _each(_of_titan, titan, model)
+            hugging_face = without_prefix(found.weights, "model.embed_tokens.weight")
+            if hugging_face:
+                return hugging_face
+    some = ", ".join(sorted(found.weights)[:3])
+    raise PickledError(
+        f"it has no model.embed_tokens.weight, so it is no model of Hugging Face's Llama kind; it has {some}"
+    )
 
 
-def without_prefix(weights: dict[str, Weight]) -> dict[str, Weight]:
-    """The model among the weights, whose names may begin with those of modules around it."""
-    last = "model.embed_tokens.weight"
+def without_prefix(weights: dict[str, Weight], last: str) -> dict[str, Weight]:
+    """The model among the weights, whose names may begin with those of modules around it. `last` is its embedding.
+
+    The result is empty if there is no such embedding.
+    """
     prefixes = [name.removesuffix(last) for name in weights if name.endswith(last)]
     prefixes = [prefix for prefix in prefixes if not prefix or prefix.endswith(".")]
     if not prefixes:
-        some = ", ".join(sorted(weights)[:3])
-        raise PickledError(f"it has no {last}, so it is no model of Hugging Face's Llama kind; it has {some}")
+        return {}
     prefix = min(prefixes, key=len)
     return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
 
 
 def vocabulary(found: Found) -> int | None:
     """Rows of the embedding, with what pads it."""
-    ends = ("embed_tokens.weight", "transformer.wte.weight", "word_embeddings.weight")
+    ends = (
+        "embed_tokens.weight",
+        "tok_embeddings.weight",
+        "transformer.wte.weight",
+        "word_embeddings.weight",
+    )
     rows: dict[str, int] = {}
     for name, weight in found.weights.items():
         plain_name = name.rpartition("@")[0] or name
@@ -195,6 +210,38 @@ def _each(
     for name, weight in weights.items():
         result |= convert(name, weight, model)
     return result
+
+
+def _of_titan(name: str, weight: Weight, model: ModelConfig) -> dict[str, Weight]:
+    """The names of Meta's Llama and of torchtitan. There, rotary positions pair neighbors and not halves of a head."""
+    around = {
+        "tok_embeddings.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+    }
+    inside = {
+        "attention.wq.weight": "self_attn.q_proj.weight",
+        "attention.wk.weight": "self_attn.k_proj.weight",
+        "attention.wv.weight": "self_attn.v_proj.weight",
+        "attention.wo.weight": "self_attn.o_proj.weight",
+        "attention_norm.weight": "input_layernorm.weight",
+        "ffn_norm.weight": "post_attention_layernorm.weight",
+        "feed_forward.w1.weight": "mlp.gate_proj.weight",
+        "feed_forward.w2.weight": "mlp.down_proj.weight",
+        "feed_forward.w3.weight": "mlp.up_proj.weight",
+    }
+    match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+    if match is None:  # other state, such as the optimizer's, may lie beside the model
+        return {around[name]: weight} if name in around else {}
+    theirs = f"model.layers.{match[1]}.{_known(inside, match[2], name)}"
+    if match[2] not in ("attention.wq.weight", "attention.wk.weight"):
+        return {theirs: weight}
+    if len(weight.shape) != 2 or weight.shape[0] % model.head_width:
+        raise PickledError(
+            f"its {name} has the shape {list(weight.shape)}, which has no heads of model.d_head={model.head_width}"
+        )
+    pairs = (weight.shape[0] // model.head_width, model.head_width // 2, 2)
+    return {theirs: _part(weight, weight.shape[0], lambda w: w.unflatten(0, pairs).transpose(1, 2))}
 
 
 def _of_litgpt(name: str, weight: Weight, model: ModelConfig) -> dict[str, Weight]:

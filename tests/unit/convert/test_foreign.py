@@ -135,6 +135,32 @@ def test_dcp(small: Any, tmp_path: Path) -> None:
     same(read, weights)
 
 
+def test_dcp_with_the_names_of_torchtitan(small: Any, tmp_path: Path) -> None:
+    """Imitated. Rotary positions of queries and keys pair neighbors there, and the halves of a head here."""
+    _, weights, model = small
+    names = {"embed_tokens": "tok_embeddings", "lm_head": "output", "self_attn.o_proj": "attention.wo"}
+    names |= {f"self_attn.{part}_proj": f"attention.w{part}" for part in "qkv"}
+    names |= {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+    names |= {
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3",
+    }
+    state = {"train_state": {"step": torch.tensor(3)}}
+    for full, weight in weights.items():
+        name = full.removeprefix("model.")
+        for ours, theirs in names.items():
+            name = name.replace(f"{ours}.weight", f"{theirs}.weight")
+        if name.endswith(("wq.weight", "wk.weight")):
+            halves = weight.unflatten(0, (-1, 2, model.head_width // 2))
+            weight = torch.stack([halves[:, 0], halves[:, 1]], dim=2).flatten(0, 2)
+        state[name] = weight
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    shape = {"n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48}
+    _, read = extracted(tmp_path / "dcp", tmp_path, **shape)
+    same(read, weights)
+
+
 # ---- what is refused ----
 
 
@@ -275,6 +301,28 @@ def test_the_reading_process_has_no_network_no_secrets_and_a_limit(tmp_path: Pat
     if not left:
         pytest.skip("this kernel lets no process give up the network")
     assert refused != 0
+
+
+def test_the_process_loads_no_pickle(small: Any, tmp_path: Path) -> None:
+    """Seen by the shim that watches a whole run in tests/unit/repository/test_security.py."""
+    hf, weights, _ = small
+    shutil.copy(hf / "config.json", tmp_path)
+    write_hf_bin(tmp_path, weights)
+    command = [
+        sys.executable,
+        "-m",
+        "pretrain.convert.foreign.worker",
+        str(tmp_path),
+        str(tmp_path / "out"),
+        "{}",
+    ]
+    shim, log = ROOT / "tests/support/fault_shims/pickles", tmp_path / "log"
+    env = {**os.environ, "PYTHONPATH": str(shim), "PICKLE_LOG": str(log)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"]["d_ff"] == 48
+    same(load_file(tmp_path / "out"), weights)
+    assert not log.exists() or not log.read_text()
 
 
 def test_a_secret_of_the_environment_does_not_reach_it(
