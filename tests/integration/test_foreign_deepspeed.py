@@ -56,11 +56,17 @@ def test_the_weights_are_those_of_deepspeeds_own_converter(saved: Path, stage: i
     assert not torch.equal(read["model.norm.weight"], before["model.norm.weight"]), "it was trained"
 
 
-def test_one_goes_the_whole_way_and_one_with_a_lost_rank_does_not(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.long
+def test_one_goes_the_whole_way(saved: Path, tmp_path: Path) -> None:
+    """The quick form, with another kind of checkpoint, is in tests/unit/convert/test_foreign.py."""
     folder = with_config(saved, 3, tmp_path)
     launch = script("import_model")
     launch.main(launch.ImportConfig(input=str(folder), output=str(tmp_path / "imported")))
     assert load_trained(tmp_path / "imported").sequence_length == 64
+
+
+def test_one_with_a_lost_rank_is_refused(saved: Path, tmp_path: Path) -> None:
+    folder = with_config(saved, 3, tmp_path)
     next(folder.glob("*/*zero_pp_rank_1_mp_rank_00_optim_states.pt")).unlink()
     with pytest.raises(PickledError, match="1 files of the optimizer for 2 ranks"):
         extract(folder, tmp_path / "out.safetensors", {})

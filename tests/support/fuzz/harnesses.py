@@ -539,12 +539,11 @@ def read_foreign(folder: Path) -> None:
             assert weight.whole().shape == weight.shape
 
 
-def foreign_archive(data: bytes) -> None:
-    read_foreign(write("bin/pytorch_model.bin", data).parent)
-
-
-def foreign_pickle(data: bytes) -> None:
-    """The same pickle as the index of torch.distributed.checkpoint, and in an archive of Megatron and DeepSpeed."""
+def foreign(data: bytes) -> None:
+    """An archive of torch.save; or a pickle, as the index of torch.distributed.checkpoint and in archives of others."""
+    if data.startswith(b"PK"):
+        read_foreign(write("bin/pytorch_model.bin", data).parent)
+        return
     files = foreign_files()
     for name, content in files.items():
         if name.startswith("dcp/__"):
@@ -625,10 +624,9 @@ HARNESSES = {
         ],
         is_json=True,
     ),
-    "foreign_archive": Harness(foreign_archive, lambda: [foreign_files()["pytorch_model.bin"]], words=PICKLE_WORDS),
-    "foreign_pickle": Harness(
-        foreign_pickle,
-        lambda: [c for n, c in foreign_files().items() if n.endswith(("data.pkl", ".metadata"))],
+    "foreign": Harness(
+        foreign,
+        lambda: [c for n, c in foreign_files().items() if n.endswith(("model.bin", "data.pkl", ".metadata"))],
         words=PICKLE_WORDS,
     ),
     "overrides": Harness(

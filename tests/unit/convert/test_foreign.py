@@ -14,7 +14,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from pretrain.convert.foreign.archive import Archive
 from pretrain.convert.foreign.pickled import Made, Name, PickledError, decode
 from pretrain.convert.foreign.worker import extract
 from pretrain.convert.hugging_face import export
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, RunError
 from pretrain.trained import load_trained
 from support import ROOT
 from support.foreign import write_hf_bin, write_litgpt, write_megatron, write_neox
@@ -326,19 +325,20 @@ def test_the_process_loads_no_pickle(small: Any, tmp_path: Path) -> None:
 
 
 def test_a_secret_of_the_environment_does_not_reach_it(
-    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pretrain.convert import foreign_import
 
     seen: list[dict[str, str]] = []
-    real: Callable[..., Any] = subprocess.run
 
-    def run(*args: Any, **options: Any) -> Any:
+    def run(command: list[str], **options: Any) -> Any:
         seen.append(options["env"])
-        return real(*args, **options)
+        return subprocess.CompletedProcess(command, len(seen) + 1, "", "a warning\nit is damaged\n")
 
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setattr(foreign_import.subprocess, "run", run)
-    with pytest.raises(ConfigError, match="it holds none of"):
+    with pytest.raises(ConfigError, match="cannot be imported: it is damaged"):
+        foreign_import._read(tmp_path, tmp_path / "out", {})
+    with pytest.raises(RunError, match=r"ended with code 3 \(it is damaged\)"):
         foreign_import._read(tmp_path, tmp_path / "out", {})
     assert "HF_TOKEN" not in seen[0] and "PATH" in seen[0]
