@@ -70,7 +70,6 @@ class Archive:
             ) from error
         except (
             ValueError,
-            NotImplementedError,
             EOFError,
             struct.error,
             OverflowError,
