@@ -91,12 +91,15 @@ def main(config: ImportConfig) -> None:
     from data_tools.config import TokenizerConfig
     from data_tools.progress import waiting
     from pretrain.convert.hugging_face import check_output, require_transformers
+    from pretrain.corpus.tokenizer import TOKENIZER_NAMES
 
     require_transformers()
     folder, output = Path(config.input).expanduser(), Path(config.output).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"input={config.input} is not a folder; download the model first")
     check_output(output, config.overwrite)
+    if config.tokenizer is None and not any((folder / name).is_file() for name in TOKENIZER_NAMES):
+        raise ConfigError(f"input={config.input} has no {' or '.join(TOKENIZER_NAMES)}; give tokenizer=PATH")
     options = TokenizerConfig(
         path=config.tokenizer or str(folder), bos_token=config.bos_token, eos_token=config.eos_token
     )

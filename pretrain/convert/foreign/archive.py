@@ -68,13 +68,7 @@ class Archive:
                 "it is no archive of torch.save; torch before 1.6 wrote another format, which a newer torch can read "
                 "and save again"
             ) from error
-        except (
-            ValueError,
-            EOFError,
-            struct.error,
-            OverflowError,
-            RuntimeError,
-        ) as error:
+        except (ValueError, EOFError, struct.error, OverflowError, RuntimeError) as error:
             raise PickledError(f"its directory is damaged ({error})") from error
         if len(self._entries) > _MAX_ENTRIES:
             raise PickledError(f"it has {len(self._entries):,} entries; at most {_MAX_ENTRIES:,} are read")

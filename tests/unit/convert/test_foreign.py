@@ -81,6 +81,13 @@ def test_a_bin_of_hugging_face_goes_the_whole_way(small: Any, tmp_path: Path) ->
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_a_checkpoint_without_a_tokenizer_says_which_key_to_give(tmp_path: Path) -> None:
+    launch = script("import_model")
+    (tmp_path / "latest").write_text("global_step5")
+    with pytest.raises(ConfigError, match=r"has no tokenizer\.model or tokenizer\.json; give tokenizer="):
+        launch.main(launch.ImportConfig(input=str(tmp_path), output=str(tmp_path / "out")))
+
+
 def test_a_bin_in_several_files_and_of_halves(small: Any, tmp_path: Path) -> None:
     hf, weights, _ = small
     rounded = {name: weight.bfloat16() for name, weight in weights.items()}
