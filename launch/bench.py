@@ -33,7 +33,7 @@ begin(__name__)
 
 from omegaconf import MISSING
 
-from pretrain.config import AUTO, Precision, TrainConfig, load_config, run_command, to_dict
+from pretrain.config import AUTO, Precision, RopeType, TrainConfig, load_config, run_command, to_dict
 from pretrain.config.checks import check_positive
 from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
@@ -158,6 +158,8 @@ def check_variant(text: str, config: BenchConfig) -> None:
             "kernels.fp8": config.kernels.fp8,
             "kernels.liger": config.kernels.liger,
             "model.qk_norm": model.qk_norm,
+            "model.attention_bias": model.attention_bias,
+            "model.rope_scaling.rope_type": model.rope_scaling.rope_type is not RopeType.default,
             "model.tie_embeddings": model.tie_embeddings,
             "model.activation_checkpointing": model.activation_checkpointing.value != "none",
             "model.dropout": model.dropout > 0,

@@ -1,16 +1,19 @@
-"""Import a Hugging Face model: `python launch/import_model.py input=HF_DIR output=DIR`
+"""Import a model of another program: `python launch/import_model.py input=FOLDER output=DIR`
 
-Reads config.json, safetensors and the tokenizer of a Llama, Mistral, SmolLM or Qwen3 model from a local folder, and
-writes DIR, which launch/train.py takes as init_from=DIR, and launch/eval.py, generate.py and export.py as run_dir=DIR.
-It appears only after `transformers` has computed the same logits from HF_DIR. Exit codes: 0 done, 1 the check or the
-writing failed and nothing was published, 2 the input or configuration is wrong.
+FOLDER is a Hugging Face folder (Llama, Mistral, SmolLM, Qwen2 or Qwen3; safetensors or pytorch_model.bin), or a
+checkpoint of torch.distributed.checkpoint, DeepSpeed ZeRO, litgpt, Megatron or GPT-NeoX that holds such a model. Where
+no file beside a checkpoint describes the model, state it: model.n_layers=24 model.d_model=2048 ... DIR is what
+launch/train.py takes as init_from=DIR, and launch/eval.py, generate.py and export.py as run_dir=DIR. It appears only
+after `transformers` has computed the same logits. Exit codes: 0 done, 1 the check or the writing failed and nothing
+was published, 2 the input or configuration is wrong.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,13 +30,53 @@ from pretrain.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
+class StatedModel:
+    """Keys of the model that the user states; null leaves a key to what lies beside the checkpoint."""
+
+    n_layers: int | None = None
+    """Number of transformer blocks."""
+    d_model: int | None = None
+    """Width of the residual stream."""
+    n_heads: int | None = None
+    """Number of query heads."""
+    n_kv_heads: int | None = None
+    """Number of key and value heads."""
+    d_head: int | None = None
+    """Width of one attention head."""
+    d_ff: int | None = None
+    """Inner width of the feed-forward layer."""
+    vocab_size: int | None = None
+    """Number of rows of the embedding."""
+    rope_theta: float | None = None
+    """Base of the rotary position frequencies."""
+    norm_eps: float | None = None
+    """Epsilon inside RMSNorm."""
+    qk_norm: bool | None = None
+    """Whether queries and keys are normalized."""
+    attention_bias: bool | None = None
+    """Whether queries, keys and values have biases."""
+    tie_embeddings: bool | None = None
+    """Whether the output head is the embedding."""
+
+    def given(self) -> dict[str, Any]:
+        """The keys that are not null."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(kw_only=True, slots=True)
 class ImportConfig:
     """What to import, and to which folder."""
 
     input: PathText = MISSING
-    """Folder with config.json, the weights and the tokenizer."""
+    """Folder of the model or checkpoint."""
     output: PathText = MISSING
     """Folder to write."""
+    tokenizer: PathText | None = None
+    """Folder or file of the tokenizer; null means the input folder."""
+    model: StatedModel = field(default_factory=StatedModel)
+    sequence_length: int | None = None
+    """Length in tokens that the model was trained for, where nothing beside the checkpoint states it."""
     bos_token: str | None = None
     """Token that begins a document; null takes it from tokenizer_config.json, as data_tools.prepare does."""
     eos_token: str | None = None
@@ -48,39 +91,43 @@ def main(config: ImportConfig) -> None:
     from data_tools.config import TokenizerConfig
     from data_tools.progress import waiting
     from pretrain.convert.hugging_face import check_output, require_transformers
+    from pretrain.corpus.tokenizer import TOKENIZER_NAMES
 
     require_transformers()
     folder, output = Path(config.input).expanduser(), Path(config.output).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"input={config.input} is not a folder; download the model first")
     check_output(output, config.overwrite)
-    options = TokenizerConfig(path=str(folder), bos_token=config.bos_token, eos_token=config.eos_token)
+    if config.tokenizer is None and not any((folder / name).is_file() for name in TOKENIZER_NAMES):
+        raise ConfigError(f"input={config.input} has no {' or '.join(TOKENIZER_NAMES)}; give tokenizer=PATH")
+    options = TokenizerConfig(
+        path=config.tokenizer or str(folder), bos_token=config.bos_token, eos_token=config.eos_token
+    )
     tokenizer = import_tokenizer(options)
 
-    from pretrain.convert.hugging_face_import import import_model
+    from pretrain.convert.foreign_import import import_foreign
+    from pretrain.convert.hugging_face_import import import_model, model_words
 
+    given = config.model.given()
     with waiting(f"importing {folder}"):
-        imported, parity = import_model(folder, tokenizer, output)
+        if any(folder.glob("*.safetensors")):
+            stated = {f"model.{key}": value for key, value in given.items()}
+            if config.sequence_length is not None:
+                stated["sequence_length"] = config.sequence_length
+            if stated:
+                key = min(stated)
+                raise ConfigError(
+                    f"{key}={stated[key]} is not used: {folder}/config.json says what the model is"
+                )
+            imported, parity = import_model(folder, tokenizer, output)
+        else:
+            imported, parity = import_foreign(folder, tokenizer, output, given, config.sequence_length)
     print(
         f"transformers agrees on {parity.tokens} tokens: logits differ by at most {parity.max_difference:.2g} "
         f"(allowed {parity.tolerance:.2g})"
     )
-    model = imported.config.model
-    keys = (
-        "n_layers",
-        "d_model",
-        "n_heads",
-        "n_kv_heads",
-        "d_head",
-        "d_ff",
-        "vocab_size",
-        "rope_theta",
-        "norm_eps",
-    )
-    shape = [f"model.{key}={getattr(model, key)}" for key in keys if getattr(model, key) is not None]
-    shape += [f"model.{key}=true" for key in ("qk_norm", "tie_embeddings") if getattr(model, key)]
     print(f"imported to {output}. Prepare text with tokenizer.path={output}, and train from this model with:")
-    print(f"init_from={output} {' '.join(shape)}")
+    print(f"init_from={output} {' '.join(model_words(imported.config.model))}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,11 @@ def parameter_sizes(model: ModelConfig) -> list[tuple[int, int]]:
         (width * model.d_ff, 3 * depth),  # gate, up, down
         (width, 2 * depth + 1),  # norms: two in each block, one before the head
     ]
-    return [*sizes, (model.head_width, 2 * depth)] if model.qk_norm else sizes
+    if model.qk_norm:
+        sizes.append((model.head_width, 2 * depth))
+    if model.attention_bias:
+        sizes += [(q, depth), (kv, 2 * depth)]
+    return sizes
 
 
 def count_parameters(model: ModelConfig) -> int:

@@ -99,9 +99,16 @@ def save(root: Path, step: int, partitions: dict[str, Partition], state: dict[st
     the checkpoint in bytes. Raises CheckpointError on every rank when any rank failed; then nothing is published and no
     temporary file is left.
     """
+    return save_written(root, step, lambda folder: _write_tensors(folder, partitions, world), state, world)
+
+
+def save_written(
+    root: Path, step: int, write: Callable[[Path], None], state: dict[str, Any], world: World
+) -> int:
+    """`save` with tensors that `write` puts into the folder it is given, in files named as this rank's."""
     final = checkpoint_path(root, step)
     with _workplace(final, world) as folder:
-        _write_tensors(folder, partitions, world)
+        write(folder)
         hashes = _together(world, lambda: _finish_files(_own_files(folder, world), final))
         files = {name: entry for one in hashes for name, entry in one.items()}
         _together(world, lambda: _publish(folder, final, files, state) if world.is_main else None)

@@ -14,7 +14,16 @@ from pretrain.config.data import BadChunk, DataConfig, Packing, SourceConfig, St
 from pretrain.config.engine import EngineConfig
 from pretrain.config.load import load_config, stored_config, to_dict, validate
 from pretrain.config.lora import LoraConfig
-from pretrain.config.model import AttentionKernel, KernelsConfig, ModelConfig, Precision, Recompute, Switch
+from pretrain.config.model import (
+    AttentionKernel,
+    KernelsConfig,
+    ModelConfig,
+    Precision,
+    Recompute,
+    RopeScalingConfig,
+    RopeType,
+    Switch,
+)
 from pretrain.config.objective import MlmConfig, Objective
 from pretrain.config.optimizer import EmaConfig, OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
 from pretrain.config.records import EvaluationConfig, LoggingConfig, WandbMode
@@ -52,6 +61,8 @@ __all__ = [
     "Precision",
     "PreflightConfig",
     "Recompute",
+    "RopeScalingConfig",
+    "RopeType",
     "ScheduleConfig",
     "ScheduleName",
     "SourceConfig",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from omegaconf import MISSING
@@ -28,6 +28,68 @@ class Recompute(Enum):
     full = "full"  # keep only the input of each block
 
 
+class RopeType(Enum):
+    """How rotary positions are scaled for a context longer than the original one."""
+
+    default = "default"  # not at all
+    linear = "linear"  # positions are divided by the factor
+    llama3 = "llama3"  # low frequencies only, as in Llama 3.1
+    yarn = "yarn"  # YaRN, as in Qwen2.5
+
+
+@dataclass(kw_only=True, slots=True)
+class RopeScalingConfig:
+    """Scaled rotary positions. The keys are those of `rope_scaling` (now `rope_parameters`) in a config.json of Hugging
+    Face."""
+
+    rope_type: RopeType = RopeType.default
+    """Which scaling to use; default means none."""
+    factor: float = 1.0
+    """Factor by which the context is longer than the original one."""
+    original_max_position_embeddings: int | None = None
+    """llama3 and yarn: length in tokens of the original context."""
+    low_freq_factor: float = 1.0
+    """llama3: dimensions that turn less often than this over the original context are scaled."""
+    high_freq_factor: float = 4.0
+    """llama3: dimensions that turn more often than this over the original context are kept."""
+    beta_fast: float = 32.0
+    """yarn: dimensions that turn more often than this over the original context are kept."""
+    beta_slow: float = 1.0
+    """yarn: dimensions that turn less often than this over the original context are scaled."""
+    attention_factor: float | None = None
+    """yarn: factor of cosines and sines; null means 0.1 ln(factor) + 1."""
+    truncate: bool = True
+    """yarn: round the borders between scaled and kept dimensions to whole dimensions."""
+
+    def __post_init__(self) -> None:
+        prefix, kind = "model.rope_scaling", self.rope_type
+        check_positive(
+            self, prefix, "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"
+        )
+        if self.factor < 1:
+            raise ConfigError(f"{prefix}.factor={self.factor} shortens the context; allowed: 1 or more")
+        if kind is RopeType.default and self.factor != 1:
+            raise ConfigError(
+                f"{prefix}.factor={self.factor} does nothing with {prefix}.rope_type=default; choose another type"
+            )
+        if kind in (RopeType.llama3, RopeType.yarn):
+            if self.original_max_position_embeddings is None:
+                raise ConfigError(
+                    f"{prefix}.rope_type={kind.value} needs {prefix}.original_max_position_embeddings, the length of "
+                    "the context before it was extended"
+                )
+            check_positive(self, prefix, "original_max_position_embeddings")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ConfigError(
+                f"{prefix}.high_freq_factor={self.high_freq_factor} must be above "
+                f"low_freq_factor={self.low_freq_factor}"
+            )
+        if self.beta_fast <= self.beta_slow:
+            raise ConfigError(f"{prefix}.beta_fast={self.beta_fast} must be above beta_slow={self.beta_slow}")
+        if self.attention_factor is not None:
+            check_positive(self, prefix, "attention_factor")
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """Shape of the decoder (Llama family)."""
@@ -48,10 +110,13 @@ class ModelConfig:
     """Number of rows of the embedding; null means the corpus's vocabulary rounded up to a multiple of 64."""
     rope_theta: float = 10000.0
     """Base of the rotary position frequencies (RoPE)."""
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     norm_eps: float = 1e-5
     """Epsilon inside RMSNorm."""
     qk_norm: bool = False
     """Apply RMSNorm to each query and key head before the rotary position embedding, as Qwen3 does."""
+    attention_bias: bool = False
+    """Add biases to queries, keys and values, as Qwen2 does."""
     tie_embeddings: bool = False
     """Use one matrix for both the token embedding and the output head."""
     dropout: float = 0.0
@@ -90,6 +155,15 @@ class ModelConfig:
             raise ConfigError(
                 f"model.n_kv_heads={self.n_kv_heads} must divide model.n_heads={self.n_heads} "
                 "so that every key head serves the same number of query heads"
+            )
+        if self.attention_bias and self.qk_norm:
+            raise ConfigError(
+                "model.attention_bias=true with model.qk_norm=true is a model that no Hugging Face class has, so it "
+                "could not be exported; set one of them to false"
+            )
+        if self.rope_scaling.rope_type is RopeType.yarn and self.rope_theta <= 1:
+            raise ConfigError(
+                f"model.rope_theta={self.rope_theta} must be above 1 with rope_scaling.rope_type=yarn"
             )
         check_fraction(self, "model", "dropout")
         if self.dropout >= 1:

@@ -93,14 +93,18 @@ class ScheduleConfig:
     """Number of steps over which the learning rate rises linearly from 0 to the peak."""
     warmup_frac: float | None = None
     """The same as a fraction of the run's steps, instead of warmup_steps; null means that warmup_steps counts."""
+    moment_warmup_steps: int = 0
+    """Number of steps at learning rate 0 before the schedule begins. They change no weight and fill the optimizer's
+    moments, which a model that comes from elsewhere does not bring."""
     decay_steps: int | None = None
     """Number of steps of the decay; null means all steps after the warm-up, or for wsd the last tenth of the run."""
     min_lr_frac: float = 0.1
     """Learning rate at the end of the decay, as a fraction of the peak."""
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise ConfigError(f"schedule.warmup_steps={self.warmup_steps} is negative; allowed: 0 or more")
+        for name in ("warmup_steps", "moment_warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"schedule.{name}={getattr(self, name)} is negative; allowed: 0 or more")
         if self.warmup_frac is not None:
             check_fraction(self, "schedule", "warmup_frac")
             if self.warmup_steps:

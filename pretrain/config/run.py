@@ -138,7 +138,12 @@ class TrainConfig(_Planned):
         self._check_warmup()
 
     def _check_warmup(self) -> None:
-        total = self.n_steps
+        total = self.n_steps - self.schedule.moment_warmup_steps
+        if total < 1:
+            raise ConfigError(
+                f"schedule.moment_warmup_steps={self.schedule.moment_warmup_steps} leaves none of the run's "
+                f"{self.n_steps} steps for training; use fewer"
+            )
         warmup = self.schedule.warmup_in(total)
         if warmup >= total and self.schedule.name is not ScheduleName.constant:
             raise ConfigError(

@@ -1,15 +1,16 @@
 """Exports a checkpoint as a Hugging Face folder, published only if it gives the same logits and tokens as the run.
 
-The folder holds config.json, generation_config.json, model*.safetensors (LlamaForCausalLM, or Qwen3ForCausalLM with
-QK-norm; after masked language modeling EuroBertForMaskedLM, which is Llama with attention in both directions), a
-tokenizer that `transformers.AutoTokenizer` loads and, for a sentencepiece tokenizer, its model file.
-`transformers` is an optional package, so it is imported where it is used.
+The folder holds config.json, generation_config.json, model*.safetensors (LlamaForCausalLM, Qwen3ForCausalLM with
+QK-norm, Qwen2ForCausalLM or SeedOssForCausalLM with biases; after masked language modeling EuroBertForMaskedLM, which
+is Llama with attention in both directions), a tokenizer that `transformers.AutoTokenizer` loads and, for a
+sentencepiece tokenizer, its model file. `transformers` is an optional package, so it is imported where it is used.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from pretrain.config import ModelConfig, TrainConfig
+from pretrain.config import ModelConfig, RopeType, TrainConfig
 from pretrain.corpus.chat_template import CHAT_TEMPLATE_NAME
 from pretrain.corpus.tokenizer import CHECK_TEXT, SPACE_SYMBOL, Tokenizer, frame
 from pretrain.errors import ConfigError, RunError
@@ -125,7 +126,7 @@ def hugging_face_config(config: TrainConfig, tokenizer: Tokenizer, dtype: torch.
     """The `transformers` configuration of the same model, for the class that `architecture` names."""
     import transformers
 
-    model, name = config.model, architecture(config)
+    model, name = config.model, architecture(config, tokenizer)
     if not hasattr(transformers, name):
         raise ConfigError(
             f"this version of transformers ({transformers.__version__}) has no {name}, which a model trained with "
@@ -134,6 +135,9 @@ def hugging_face_config(config: TrainConfig, tokenizer: Tokenizer, dtype: torch.
     others: dict[str, Any] = {}
     if not config.causal:
         others = {"is_causal": False} if model.qk_norm else {"mask_token_id": tokenizer.mask_id}
+    if name.startswith("SeedOss"):
+        others = {"attention_bias": True, "attention_out_bias": False}
+        others |= {"residual_dropout": 0.0, "attention_dropout": 0.0}
     return getattr(transformers, name).config_class(
         architectures=[name],
         vocab_size=model.vocab_size,
@@ -145,7 +149,7 @@ def hugging_face_config(config: TrainConfig, tokenizer: Tokenizer, dtype: torch.
         head_dim=model.head_width,
         max_position_embeddings=config.data.sequence_length,
         rms_norm_eps=model.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        rope_parameters=_rope_parameters(model),
         tie_word_embeddings=model.tie_embeddings,
         initializer_range=model.init_std,
         bos_token_id=tokenizer.bos_id,
@@ -156,15 +160,57 @@ def hugging_face_config(config: TrainConfig, tokenizer: Tokenizer, dtype: torch.
     )
 
 
-def architecture(config: TrainConfig) -> str:
+def architecture(config: TrainConfig, tokenizer: Tokenizer) -> str:
     """The class of `transformers` that computes the model without code of our own.
 
     With QK-norm there is none with a head for masked tokens, but Qwen3 attends in both directions where `is_causal` of
-    its configuration is false.
+    its configuration is false. Raises ConfigError where there is no such class.
     """
-    if config.model.qk_norm:
+    model = config.model
+    if not config.causal and model.attention_bias:
+        raise ConfigError(
+            "transformers has no class for a model with objective=mlm and model.attention_bias=true, so it cannot be "
+            "exported; import and export are for such models with objective=causal"
+        )
+    if model.qk_norm:
         return "Qwen3ForCausalLM"
+    if model.attention_bias:
+        return f"{_biased_family(tokenizer)}ForCausalLM"
     return "LlamaForCausalLM" if config.causal else "EuroBertForMaskedLM"
+
+
+def _biased_family(tokenizer: Tokenizer) -> str:
+    """Qwen2 or SeedOss, which compute the same with biases.
+
+    `AutoTokenizer` reads the tokenizer beside a Qwen2 model as if it were Qwen2's own, whatever its files say. Where
+    that gives other tokens, the model becomes a SeedOss, which has the same biases and reads any tokenizer.
+    """
+    if tokenizer.is_sentencepiece:
+        return "SeedOss"
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(tokenizer, Path(folder), 2048)
+        Path(folder, "config.json").write_text('{"model_type": "qwen2"}')
+        try:
+            check_tokenizer(tokenizer, Path(folder))
+        except Exception:  # tokenizers raises plain ones, for example where a vocabulary is not of BPE
+            return "SeedOss"
+    return "Qwen2"
+
+
+def _rope_parameters(model: ModelConfig) -> dict[str, Any]:
+    """Rotary positions as `transformers` names them; keys that the type does not use are left out."""
+    scaling = model.rope_scaling
+    used: tuple[str, ...] = ()
+    match scaling.rope_type:
+        case RopeType.linear:
+            used = ("factor",)
+        case RopeType.llama3:
+            used = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+        case RopeType.yarn:
+            used = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate")
+            used += ("attention_factor",) if scaling.attention_factor is not None else ()
+    found = {key: getattr(scaling, key) for key in used}
+    return {"rope_type": scaling.rope_type.value, "rope_theta": model.rope_theta, **found}
 
 
 def hugging_face_names(model: ModelConfig) -> dict[str, str]:
@@ -188,6 +234,10 @@ def hugging_face_names(model: ModelConfig) -> dict[str, str]:
     for layer in range(model.n_layers):
         for ours, theirs in inner.items():
             names[f"blocks.{layer}.{ours}.weight"] = f"model.layers.{layer}.{theirs}.weight"
+        for part in "qkv" if model.attention_bias else "":
+            names[f"blocks.{layer}.attention.{part}.bias"] = (
+                f"model.layers.{layer}.self_attn.{part}_proj.bias"
+            )
     return names
 
 
@@ -255,15 +305,19 @@ def compare_logits(trained: TrainedModel, folder: Path, dtype: torch.dtype) -> P
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     ids = trained.tokenizer.encode_document(CHECK_TEXT)[: trained.sequence_length]
-    tokens = torch.tensor([ids])
+    # In the second row the same text is stretched over the whole context, where a scaling of positions shows.
+    stretched = max(1, trained.sequence_length // len(ids))
+    positions = torch.arange(len(ids)) * torch.tensor([[1], [stretched]])
+    tokens = torch.tensor([ids, ids])
     rounded = {name: weight.to(dtype).float() for name, weight in trained.weights.items()}
     ours = build_decoder(trained.config.model, rounded, "cpu", torch.float32, trained.config.causal)
-    expected = ours.logits(tokens)
+    expected = ours.logits(tokens, positions)
     del rounded, ours
-    is_masked = architecture(trained.config).endswith("ForMaskedLM")
+    is_masked = architecture(trained.config, trained.tokenizer).endswith("ForMaskedLM")
     auto = AutoModelForMaskedLM if is_masked else AutoModelForCausalLM
     model = auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    found = model(tokens).logits
+    # Without a mask, transformers would take a gap between positions for the border of two texts.
+    found = model(tokens, position_ids=positions, attention_mask=torch.ones_like(tokens)).logits
     return Parity(
         tokens=len(ids),
         max_difference=float((found - expected).abs().max()),

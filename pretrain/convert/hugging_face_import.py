@@ -1,8 +1,8 @@
 """Imports a Hugging Face model as a run folder, published only if it gives the logits that `transformers` computes.
 
 Read are LlamaForCausalLM (and what shares its form: SmolLM, TinyLlama), MistralForCausalLM without a sliding window,
-and Qwen3ForCausalLM, with weights in safetensors. What this project's decoder does not have, such as biases in
-attention or scaled rotary positions, is refused by name: a model without them would be another model.
+Qwen2ForCausalLM and Qwen3ForCausalLM, with weights in safetensors. What this project's decoder does not have, such as
+a sliding window, is refused by name: a model without it would be another model.
 """
 
 from __future__ import annotations
@@ -12,25 +12,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from pretrain.config import ModelConfig, Precision, TrainConfig, load_config
+from pretrain.config import (
+    ModelConfig,
+    Precision,
+    RopeScalingConfig,
+    RopeType,
+    TrainConfig,
+    load_config,
+    to_dict,
+)
 from pretrain.convert.hugging_face import Parity, compare_logits, hugging_face_names
+from pretrain.convert.streamed import DTYPES, Weight, equal, open_safetensors
 from pretrain.convert.weights_only import save_weights
 from pretrain.corpus.chat_template import template_in
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.errors import ConfigError, RunError
 from pretrain.files import published_together, read_capped
 from pretrain.model.decoder import Decoder
+from pretrain.model.rotary import yarn_factor
 from pretrain.stored import is_file_name
 from pretrain.trained import TrainedModel, load_trained
 
-_FAMILIES = {"LlamaForCausalLM": False, "MistralForCausalLM": False, "Qwen3ForCausalLM": True}
-"""The classes that can be imported, and whether each normalizes queries and keys."""
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {},
+    "Qwen2ForCausalLM": {"attention_bias": True},
+    "Qwen3ForCausalLM": {"qk_norm": True},
+    "SeedOssForCausalLM": {"attention_bias": True},
+}
+"""The classes that can be imported, and what each has that is a key of our models."""
 _MAX_JSON_BYTES = 64 << 20
 _REQUIRED = {
     "hidden_act": ("silu",),
-    "attention_bias": (False,),
+    "attention_out_bias": (False,),
     "mlp_bias": (False,),
     "use_sliding_window": (False,),
     "pretraining_tp": (1,),
@@ -47,6 +63,23 @@ _SHAPE = {
     "vocab_size": "vocab_size",
 }
 _OPTIONAL = ("n_kv_heads", "d_head")
+_ORIGINAL = "original_max_position_embeddings"
+_ROPE_KEYS: dict[Any, set[str]] = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", _ORIGINAL, "low_freq_factor", "high_freq_factor"},
+    "yarn": {
+        "factor",
+        _ORIGINAL,
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    },
+}
+"""The types of rotary positions that can be imported, and the keys that each may have."""
 _BUFFER = "rotary_emb.inv_freq"  # older versions of transformers saved it; it follows from the configuration
 
 
@@ -59,8 +92,7 @@ def import_model(folder: Path, tokenizer: Tokenizer, output: Path) -> tuple[Trai
     model, sequence_length = model_of(raw, folder / "config.json")
     weights, template = _weights(folder, model), template_in(folder)
     with published_together(output) as temporary:
-        save_weights(temporary, _untrained(model, sequence_length, tokenizer, weights, template))
-        del weights
+        save_weights(temporary, _untrained(model, sequence_length, tokenizer, template), weights)
         imported = load_trained(temporary)
         parity = compare_logits(imported, folder, torch.float32)
         if not parity.holds:
@@ -80,6 +112,11 @@ def model_of(raw: dict[str, Any], path: Path) -> tuple[ModelConfig, int]:
     for key, allowed in _REQUIRED.items():
         if raw.get(key) is not None and raw[key] not in allowed:
             raise ConfigError(f"{path} has {key}={raw[key]}, which this program's decoder does not have")
+    if raw.get("attention_bias") not in (None, family == "SeedOssForCausalLM"):
+        raise ConfigError(
+            f"{path} has attention_bias={raw['attention_bias']} for {family}, but this program's decoder has biases of "
+            "queries, keys and values only, and only as Qwen2 has them"
+        )
     length, window = _size(raw, "max_position_embeddings", path), raw.get("sliding_window")
     if (
         window is not None
@@ -94,12 +131,24 @@ def model_of(raw: dict[str, Any], path: Path) -> tuple[ModelConfig, int]:
     }
     config = ModelConfig(
         **shape,
-        rope_theta=_rope_theta(raw, path),
+        **_rotary(raw, length, path),
         norm_eps=_number(raw, "rms_norm_eps", 1e-6, path),
-        qk_norm=_FAMILIES[family],
+        **_FAMILIES[family],
         tie_embeddings=raw.get("tie_word_embeddings") is True,
     )
     return config, length
+
+
+def model_words(model: ModelConfig) -> list[str]:
+    """The options of `launch/train.py` that give this model: the values that are not those of conf/model/tiny.yaml."""
+    words = [f"model.{key}={getattr(model, key)}" for key in _SHAPE if getattr(model, key) is not None]
+    words += [f"model.{key}={getattr(model, key)}" for key in ("rope_theta", "norm_eps")]
+    words += [
+        f"model.{key}=true" for key in ("qk_norm", "attention_bias", "tie_embeddings") if getattr(model, key)
+    ]
+    unscaled = to_dict(RopeScalingConfig())
+    scaled = {key: value for key, value in to_dict(model.rope_scaling).items() if value != unscaled[key]}
+    return words + [f"model.rope_scaling.{key}={str(value).lower()}" for key, value in scaled.items()]
 
 
 def _size(raw: dict[str, Any], key: str, path: Path) -> int:
@@ -109,12 +158,45 @@ def _size(raw: dict[str, Any], key: str, path: Path) -> int:
     return value
 
 
-def _rope_theta(raw: dict[str, Any], path: Path) -> float:
+def _rotary(raw: dict[str, Any], length: int, path: Path) -> dict[str, Any]:
+    """The base and the scaling of rotary positions. Raises ConfigError for what this program does not compute."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-    if kind != "default":
-        raise ConfigError(f"{path} has rotary positions of type {kind!r}; only 'default' can be imported")
-    return _number({**raw, **rope}, "rope_theta", 10_000.0, path)
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+        raise ConfigError(
+            f"{path} has rotary positions of type {kind!r}, which this program's decoder does not have; known are "
+            f"{', '.join(_ROPE_KEYS)} (those of 'dynamic' and 'longrope' depend on the length of the text at hand)"
+        )
+    rope = {key: value for key, value in rope.items() if value is not None}
+    theta = _number({**raw, **rope}, "rope_theta", 10_000.0, path)
+    unknown = sorted(
+        rope.keys() - _ROPE_KEYS[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    )
+    if unknown:
+        raise ConfigError(f"{path} has {unknown[0]}={rope[unknown[0]]} in rotary positions of type {kind!r}")
+    if kind == "default":
+        return {"rope_theta": theta}
+    values: dict[str, Any] = {
+        key: _number(rope, key, 1.0, path) for key in rope.keys() & _ROPE_KEYS[kind] - {"truncate"}
+    }
+    if kind in (
+        "llama3",
+        "yarn",
+    ):  # as in transformers, a key of the model comes before that of its rotary positions
+        places = (raw, rope, {_ORIGINAL: length})
+        values[_ORIGINAL] = next(
+            _size(place, _ORIGINAL, path) for place in places if place.get(_ORIGINAL) is not None
+        )
+    if "truncate" in rope:
+        values["truncate"] = rope["truncate"] is True
+    scales = values.pop("mscale", None), values.pop("mscale_all_dim", None)
+    if all(scales) and "attention_factor" not in values:
+        above, below = (yarn_factor(values["factor"], scale) for scale in scales)
+        values["attention_factor"] = above / below
+    try:
+        return {"rope_theta": theta, "rope_scaling": RopeScalingConfig(rope_type=RopeType(kind), **values)}
+    except ConfigError as error:
+        raise ConfigError(f"{path} has rotary positions that cannot be computed: {error}") from error
 
 
 def _number(raw: dict[str, Any], key: str, default: float, path: Path) -> float:
@@ -154,46 +236,39 @@ def _files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(listed.values()))]
 
 
-def _weights(folder: Path, model: ModelConfig) -> dict[str, torch.Tensor]:
-    """Whole fp32 weights under our names, after checking that they are exactly those of the decoder."""
+def _weights(folder: Path, model: ModelConfig) -> dict[str, Weight]:
+    """The weights under our names, in their order, after checking that they are exactly those of the decoder."""
     with torch.device("meta"):
         shapes = {name: weight.shape for name, weight in Decoder(model, seed=0).named_parameters()}
     ours_of = {theirs: ours for ours, theirs in hugging_face_names(model).items()}
-    weights: dict[str, torch.Tensor] = {}
+    weights: dict[str, Weight] = {}
     head = None
     for path in _files(folder):
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  it is no dictionary
-                    if name.endswith(_BUFFER):
-                        continue
-                    if name == "lm_head.weight" and model.tie_embeddings:
-                        head = file.get_tensor(name).float()
-                        continue
-                    ours = ours_of.get(name)
-                    if ours is None or tuple(file.get_slice(name).get_shape()) != tuple(shapes[ours]):
-                        raise ConfigError(
-                            f"{path} has the tensor {name!r}, which does not fit its config.json"
-                        )
-                    weights[ours] = file.get_tensor(name).float()
+            for name, weight in open_safetensors(path).items():
+                if name.endswith(_BUFFER):
+                    continue
+                if name == "lm_head.weight" and model.tie_embeddings:
+                    head = weight
+                    continue
+                ours = ours_of.get(name)
+                if ours is None or weight.shape != tuple(shapes[ours]) or weight.dtype not in DTYPES.values():
+                    raise ConfigError(f"{path} has the tensor {name!r}, which does not fit its config.json")
+                weights[ours] = weight
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
     missing = sorted(theirs for theirs, ours in ours_of.items() if ours not in weights)
     if missing:
         raise ConfigError(f"{folder} lacks the tensor {missing[0]!r}, and {len(missing) - 1} others")
-    if head is not None and not torch.equal(head, weights["embed.weight"]):
+    if head is not None and not equal(head, weights["embed.weight"]):
         raise ConfigError(f"{folder} has tie_word_embeddings=true, but its lm_head.weight is another matrix")
-    return weights
+    return {name: weights[name] for name in shapes}
 
 
 def _untrained(
-    model: ModelConfig,
-    sequence_length: int,
-    tokenizer: Tokenizer,
-    weights: dict[str, torch.Tensor],
-    template: str | None,
+    model: ModelConfig, sequence_length: int, tokenizer: Tokenizer, template: str | None
 ) -> TrainedModel:
-    """The model at step 0 of a run with default options."""
+    """The model at step 0 of a run with default options, without its weights."""
     given = [
         "run_dir=imported",
         "total_steps=1",
@@ -204,7 +279,7 @@ def _untrained(
     config.model = model
     return TrainedModel(
         config=config,
-        weights=weights,
+        weights={},
         tokenizer=tokenizer,
         step=0,
         tokens_seen=0,

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.config import to_dict
+from pretrain.convert.streamed import Weight, in_memory, write_safetensors
 from pretrain.corpus.chat_template import CHAT_TEMPLATE_NAME
-from pretrain.distributed import Partition, World
 from pretrain.files import write_atomically
 from pretrain.trained import TrainedModel
 
@@ -18,12 +17,14 @@ _NOT_A_RUN = "noresume"
 """The run id in such a checkpoint, which belongs to no run that could be resumed."""
 
 
-def save_weights(run_dir: Path, model: TrainedModel) -> None:
+def save_weights(run_dir: Path, model: TrainedModel, weights: dict[str, Weight] | None = None) -> None:
     """Write the tokenizer, its chat template, if any, and the weights as the checkpoint of `model.step` into `run_dir`.
 
-    The checkpoint holds no moments and no position in a corpus, so it can start a run but not continue one. Raises
-    CheckpointError where writing fails.
+    Without `weights` they are those in memory, `model.weights`. The checkpoint holds no moments and no position in a
+    corpus, so it can start a run but not continue one. Raises CheckpointError where writing fails.
     """
+    if weights is None:
+        weights = {name: in_memory(weight) for name, weight in model.weights.items()}
     write_atomically(run_dir / model.tokenizer.file_name, model.tokenizer.content)
     if model.chat_template is not None:
         write_atomically(run_dir / CHAT_TEMPLATE_NAME, model.chat_template.encode())
@@ -41,11 +42,23 @@ def save_weights(run_dir: Path, model: TrainedModel) -> None:
         "world_size": 1,
         "precision": model.precision.value,
         "config": to_dict(model.config),
-        "tensors": {name: list(weight.shape) for name, weight in model.weights.items()},
+        "tensors": {name: list(weight.shape) for name, weight in weights.items()},
     }
-    partitions = {f"weight.{name}": Partition(w.flatten(), w.numel()) for name, w in model.weights.items()}
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        checkpoint.save(run_dir, model.step, partitions, state, World(0, 1, 0, torch.device("cpu")))
-    finally:
-        dist.destroy_process_group()
+    checkpoint.save_written(
+        run_dir, model.step, lambda folder: _write(folder, weights), state, checkpoint.ALONE
+    )
+
+
+def _write(folder: Path, weights: dict[str, Weight]) -> None:
+    """Write flattened fp32 weights, in files that are named as those of rank 0 and hold about 1 GiB each."""
+    files: list[dict[str, Weight]] = [{}]
+    size = 0
+    for name, weight in weights.items():
+        if size and size + 4 * weight.numel > checkpoint.FILE_BYTES:
+            files.append({})
+            size = 0
+        files[-1][f"weight.{name}"] = Weight((weight.numel,), weight.dtype, weight.read, weight.in_order)
+        size += 4 * weight.numel
+    for number, members in enumerate(files, 1):
+        name = f"shard-00001-model-{number:05d}-of-{len(files):05d}.safetensors"
+        write_safetensors(folder / name, members, torch.float32)

@@ -24,6 +24,11 @@ from pretrain.remote import DamagedError, as_path, check_url, exists, folder_of,
 VOCABULARY_MULTIPLE = (
     64  # matrix kernels are faster where the output head's width is a multiple of 64 (nanoGPT: by 25%)
 )
+_OF_OTHERS = {
+    *("pytorch_model.bin", "pytorch_model.bin.index.json", "lit_model.pth", ".metadata", "zero", "latest"),
+    *("latest_universal", "latest_checkpointed_iteration.txt"),
+}
+"""Files that show a checkpoint which `launch/import_model.py` may read."""
 
 
 class Inputs(NamedTuple):
@@ -142,6 +147,11 @@ def _check_init_from(init_from: str, config: TrainConfig) -> None:
         what = "is a corpus"
     elif "config.json" in names:
         what = "is the folder of a Hugging Face model"
+        advice = (
+            f"import it (python launch/import_model.py input={init_from} output=DIR) and give init_from=DIR"
+        )
+    elif names & _OF_OTHERS:
+        what = "is a checkpoint of another program"
         advice = (
             f"import it (python launch/import_model.py input={init_from} output=DIR) and give init_from=DIR"
         )

@@ -18,9 +18,13 @@ _GAINS = ("norm.weight", "lora_magnitude_vector.weight")
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int, n_steps: int) -> float:
     """Learning rate of update `step` (1 to n_steps).
 
-    It rises linearly over the warm-up. Then it is constant, or decays to `min_lr_frac` of the peak: linearly, along
-    half a cosine (Loshchilov and Hutter, 2017), or linearly after a constant phase (WSD: Hu et al., 2024).
+    It is 0 while moments are filled (`moment_warmup_steps`), and rises linearly over the warm-up. Then it is constant,
+    or decays to `min_lr_frac` of the peak: linearly, along half a cosine (Loshchilov and Hutter, 2017), or linearly
+    after a constant phase (WSD: Hu et al., 2024).
     """
+    step, n_steps = step - schedule.moment_warmup_steps, n_steps - schedule.moment_warmup_steps
+    if step <= 0:
+        return 0.0
     warmup = schedule.warmup_in(n_steps)
     if step <= warmup:
         return peak * step / warmup
@@ -42,7 +46,7 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, n_steps: int
 
 def is_matrix_of_block(name: str) -> bool:
     """Whether a parameter of the decoder is a matrix inside a block. Muon is meant for these."""
-    return name.startswith("blocks.") and not name.endswith(_GAINS)
+    return name.startswith("blocks.") and not name.endswith((*_GAINS, ".bias"))
 
 
 def moments_of(name: str, config: OptimConfig) -> tuple[str, ...]:
@@ -57,8 +61,8 @@ def parameter_groups(
 ) -> list[dict]:
     """Groups of trained parameters: with weight decay, without, and Muon's (`muon`: True). Empty groups are omitted.
 
-    Gains (of norms, and of DoRA) and the token embedding are decayed only if so configured. Parameters are grouped by
-    name and not by shape, because under ZeRO-3 every local parameter is flat.
+    Gains (of norms, and of DoRA) and the token embedding are decayed only if so configured, and biases never.
+    Parameters are grouped by name and not by shape, because under ZeRO-3 every local parameter is flat.
     """
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
@@ -69,7 +73,7 @@ def parameter_groups(
         elif name == "embed.weight":
             decay = config.decay_embeddings
         else:
-            decay = True
+            decay = not name.endswith(".bias")
         if config.name is OptimizerName.muon and is_matrix_of_block(name):
             matrices.append(parameter)
         else:

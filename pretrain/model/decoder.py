@@ -29,6 +29,7 @@ from pretrain.model.attention import Documents, Visibility, attend, visibility
 from pretrain.model.kernels import PLAIN
 from pretrain.model.linear import linear
 from pretrain.model.recompute import recomputed
+from pretrain.model.rotary import rotary_tables, rotate
 from pretrain.model.sequence_parallel import SequenceGroup
 
 
@@ -80,18 +81,24 @@ class KVCache:
 
 
 class Linear(nn.Linear):
-    """Matrix product without bias; weights from a normal distribution. It is torch's, so that peft adapts it."""
+    """Matrix product; weights from a normal distribution. A bias, if any, begins at 0.
+
+    It is torch's class, so that peft adapts it.
+    """
 
     product: Callable[[Tensor, Tensor], Tensor] = staticmethod(linear)
 
-    def __init__(self, n_in: int, n_out: int, std: float, generator: torch.Generator) -> None:
+    def __init__(
+        self, n_in: int, n_out: int, std: float, generator: torch.Generator, bias: bool = False
+    ) -> None:
         nn.Module.__init__(self)  # torch's own would draw other weights
         self.in_features, self.out_features = n_in, n_out
         self.weight = _normal_parameter(n_out, n_in, std, generator)
-        self.register_parameter("bias", None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(n_out)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.weight)
+        y = self.product(x, self.weight)
+        return y if self.bias is None else y + self.bias
 
 
 class Embedding(nn.Module):
@@ -137,9 +144,9 @@ class Attention(nn.Module):
         self.d_head = config.head_width
         self.sequences: SequenceGroup | None = None
         """The ranks that share sequences with this one; None without sequence parallelism."""
-        self.q = Linear(width, q_width, std, generator)
-        self.k = Linear(width, kv_width, std, generator)
-        self.v = Linear(width, kv_width, std, generator)
+        self.q = Linear(width, q_width, std, generator, bias=config.attention_bias)
+        self.k = Linear(width, kv_width, std, generator, bias=config.attention_bias)
+        self.v = Linear(width, kv_width, std, generator, bias=config.attention_bias)
         self.q_norm = RMSNorm(self.d_head, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.d_head, config.norm_eps) if config.qk_norm else None
         self.output = Linear(q_width, width, _residual_std(config), generator)
@@ -152,7 +159,7 @@ class Attention(nn.Module):
         v = self.v(x).unflatten(-1, (-1, self.d_head)).transpose(1, 2)  # [B, G, T, K]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = _rotate(q.transpose(1, 2), cos, sin), _rotate(k.transpose(1, 2), cos, sin)
+        q, k = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         if self.sequences is not None:
@@ -353,7 +360,7 @@ class Decoder(nn.Module):
         """The input of the head: the normalized residual stream [B, T, D]. The arguments are those of `logits`."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        cos, sin = _rotary_tables(positions, self.config)
+        cos, sin = rotary_tables(positions, self.config)
         if cache is not None:
             visible: Visibility = cache.advance(positions)
         else:
@@ -400,18 +407,3 @@ def _normal_parameter(n_rows: int, n_columns: int, std: float, generator: torch.
         # The values are drawn in fp32 on the CPU and then rounded, so every dtype and device gets the same numbers.
         weight.copy_(torch.normal(0.0, std, (n_rows, n_columns), generator=generator, dtype=torch.float32))
     return nn.Parameter(weight)
-
-
-def _rotary_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, T, K] in fp32 of the positions [B, T] (Su et al., 2021)."""
-    even = torch.arange(0, config.head_width, 2, device=positions.device, dtype=torch.float32)
-    frequencies = 1.0 / config.rope_theta ** (even / config.head_width)  # [K/2]
-    angles = positions[:, None, :, None].float() * frequencies  # [B, 1, T, K/2]
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions to x [B, heads, T, K]. Dimension i pairs with i + K/2, as in Hugging Face's Llama."""
-    first, second = x.float().chunk(2, dim=-1)  # fp32: in bf16 the products would lose the angle's precision
-    return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)

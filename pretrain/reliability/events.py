@@ -50,6 +50,7 @@ class Event(StrEnum):
     CHUNK_SUBSTITUTED = (
         *("chunk_substituted", "step", "source", "epoch", "chunk", "first_sample", "substitute", "reason"),
     )
+    MOMENTS_FILLED = "moments_filled", "step"
     LOSS_SPIKE = "loss_spike", "step", "loss", "limit"
     ROLLED_BACK = "rolled_back", "step", "from_step", "passed_over_samples", "reason"
     STRAGGLER = "straggler", "step", "rank", "host", "cause", "share"

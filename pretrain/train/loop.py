@@ -285,6 +285,8 @@ def _after_step(run: Run, sums: Sums) -> ExitCode | None:
     """Stop, save or evaluate, on all ranks alike. Returns the exit code if the run ends with this step."""
     config, step = run.config, run.step
     _collect(run)
+    if step == config.schedule.moment_warmup_steps:
+        run.monitor.event(Event.MOMENTS_FILLED, step=step)
     if sums.compare:
         _compare_ranks(run)
     last = step == run.loader.n_steps

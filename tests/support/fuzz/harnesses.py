@@ -18,6 +18,7 @@ import selectors
 import socket
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -509,6 +510,99 @@ OVERRIDES = [
     "data={manifest: m}", "_target_=os.system", "+model._target_=os.system", "experiment=../x", "run_dir=\0",
 ]  # fmt: skip
 
+# --- checkpoints of other programs ---
+
+
+@cache
+def foreign_files() -> dict[str, bytes]:
+    """One tiny model as other programs save it, by the path of its file, and the pickles in these files."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    from pretrain.config import ModelConfig
+    from support.foreign import write_hf_bin, write_megatron
+
+    model = ModelConfig(n_layers=1, d_model=4, n_heads=2, d_ff=4, vocab_size=8)
+    blocks = {
+        "self_attn.q_proj": (4, 4), "self_attn.k_proj": (4, 4), "self_attn.v_proj": (4, 4), "self_attn.o_proj": (4, 4),
+        "mlp.gate_proj": (4, 4), "mlp.up_proj": (4, 4), "mlp.down_proj": (4, 4), "input_layernorm": (4,),
+        "post_attention_layernorm": (4,),
+    }  # fmt: skip
+    weights = {f"model.layers.0.{name}.weight": torch.ones(shape) for name, shape in blocks.items()}
+    weights |= {name: torch.ones(8, 4) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    weights["model.norm.weight"] = torch.ones(4)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_hf_bin(root, weights)
+        write_megatron(root, weights, model, ranks=1)
+        dcp.save(
+            {"model": {"model.embed_tokens.weight": torch.ones(8, 4)}},
+            checkpoint_id=root / "dcp",
+            no_dist=True,
+        )
+        found = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    for name in [name for name in found if name.endswith((".bin", ".pt"))]:
+        with zipfile.ZipFile(io.BytesIO(found[name])) as archive:
+            (inner,) = [entry for entry in archive.namelist() if entry.endswith("data.pkl")]
+            found[f"{name}/data.pkl"] = archive.read(inner)
+    return found
+
+
+def read_foreign(folder: Path) -> None:
+    """What the reading process does with a folder, up to the bytes of the tensors."""
+    from pretrain.config import ModelConfig
+    from pretrain.convert.foreign.layouts import find
+    from pretrain.convert.foreign.naming import renamed, settings_of, vocabulary
+    from pretrain.convert.foreign.pickled import PickledError
+
+    with refusing(), suppress(PickledError):
+        found = find(folder)
+        settings, _ = settings_of(found)
+        vocabulary(found)
+        stated = {"n_layers": 1, "d_model": 4, "n_heads": 2, "d_ff": 4, "vocab_size": 8}
+        for weight in renamed(found, ModelConfig(**(settings | stated))).values():
+            assert weight.whole().shape == weight.shape
+
+
+def foreign(data: bytes) -> None:
+    """An archive of torch.save; or a pickle, as the index of torch.distributed.checkpoint and in archives of others."""
+    if data.startswith(b"PK"):
+        read_foreign(write("bin/pytorch_model.bin", data).parent)
+        return
+    files = foreign_files()
+    for name, content in files.items():
+        if name.startswith("dcp/__"):
+            write(name, content)
+    read_foreign(write("dcp/.metadata", data).parent)
+    packed = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(files["pytorch_model.bin"])) as archive,
+        zipfile.ZipFile(packed, "w") as changed,
+    ):
+        for entry in archive.namelist():
+            changed.writestr(entry, data if entry.endswith("data.pkl") else archive.read(entry))
+    for folder, path in (
+        ("megatron", "mp_rank_00/model_optim_rng.pt"),
+        ("deepspeed", "zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+        ("universal", "zero/model.norm.weight/fp32.pt"),
+        ("litgpt", "lit_model.pth"),
+    ):
+        write(f"{folder}/{path}", packed.getvalue())
+        write("deepspeed/mp_rank_00_model_states.pt", packed.getvalue())
+        read_foreign(Path(folder))
+
+
+PICKLE_WORDS = (
+    b"cos\nsystem\n",
+    b"R.",
+    b"\x85R",
+    b"\x81}b",
+    b"K\xff",
+    b"\x8a\x09" + b"\xff" * 9,
+    b"(lp0\n",
+    b"h\x00",
+)
+
 HARNESSES = {
     "manifest": Harness(manifest, lambda: [corpus_files()["manifest.json"]], is_json=True),
     "documents": Harness(documents, lambda: [tar_member(".doc"), masked_documents()], is_json=True),
@@ -559,6 +653,11 @@ HARNESSES = {
             b'{"token": "another", "rank": 2, "host": "a"}\n{"alive": true}\n',
         ],
         is_json=True,
+    ),
+    "foreign": Harness(
+        foreign,
+        lambda: [c for n, c in foreign_files().items() if n.endswith(("model.bin", "data.pkl", ".metadata"))],
+        words=PICKLE_WORDS,
     ),
     "overrides": Harness(
         overrides,

@@ -45,6 +45,8 @@ def small_config(stage: int, precision: str, overrides: list[str]) -> TrainConfi
             "model.n_layers=2",
             "model.d_model=32",
             "model.d_ff=80",
+            # Every stage and optimizer is tested with biases too; a model has these or QK-norm.
+            f"model.attention_bias={'model.qk_norm=true' not in overrides}",
             f"model.vocab_size={VOCAB}",
             f"optim.lr={LR}",
             f"engine.zero_stage={stage}",

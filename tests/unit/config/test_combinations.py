@@ -103,9 +103,17 @@ def test_a_key_that_a_run_of_before_does_not_name_has_its_default() -> None:
     """So that a key can be added to the model without ending the runs that were made before."""
     config = small_config(3, "bf16", [])
     stored = to_dict(config)
-    for group, key in (("model", "qk_norm"), ("data", "document_masking"), ("optim", "eps")):
+    for group, key in (
+        ("model", "qk_norm"),
+        ("model", "rope_scaling"),
+        ("data", "document_masking"),
+        ("optim", "eps"),
+    ):
         del stored[group][key]
     assert check_resumable(config, {"config": stored}) == []
+    scaled = small_config(3, "bf16", ["model.rope_scaling.rope_type=linear", "model.rope_scaling.factor=2"])
+    with pytest.raises(ConfigError, match=r"model\.rope_scaling\.factor=2\.0 \(was 1\.0\)"):
+        check_resumable(scaled, {"config": stored})
     changed = small_config(3, "bf16", ["model.qk_norm=true"])
     with pytest.raises(ConfigError, match=r"model\.qk_norm=True \(was False\)"):
         check_resumable(changed, {"config": stored})

@@ -46,7 +46,7 @@ def test_every_group_option_composes(group: str, option: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (CONF_DIR / "experiment").glob("*.yaml")))
 def test_every_experiment_composes(name: str) -> None:
-    overrides = BASE if name == "none" else BASE[:2]
+    overrides = BASE if name in ("none", "continue") else BASE[:2]
     config = load_config(TrainConfig, [*overrides, f"experiment={name}"], "config")
     assert config.n_steps > 0
     assert validate(TrainConfig, to_dict(config)) == config
@@ -106,6 +106,14 @@ def test_every_experiment_composes(name: str) -> None:
         (["schedule.warmup_steps=100"], ["schedule.warmup_steps=100", "100 steps"]),
         (["schedule.warmup_frac=1"], ["schedule.warmup_frac=1.0", "smaller"]),
         (["schedule.warmup_frac=2"], ["schedule.warmup_frac=2.0", "0 to 1"]),
+        (["schedule.moment_warmup_steps=100"], ["schedule.moment_warmup_steps=100", "100 steps"]),
+        (["schedule.moment_warmup_steps=-1"], ["schedule.moment_warmup_steps=-1", "0 or more"]),
+        (["model.qk_norm=true", "model.attention_bias=true"], ["model.attention_bias", "model.qk_norm"]),
+        (["model.rope_scaling.factor=2"], ["model.rope_scaling.factor=2.0", "rope_type=default"]),
+        (["model.rope_scaling.rope_type=llama3"], ["rope_type=llama3", "original_max_position_embeddings"]),
+        (["model.rope_scaling.rope_type=dynamic"], ["model.rope_scaling.rope_type=dynamic", "yarn"]),
+        (["model.rope_scaling.factor=0.5"], ["model.rope_scaling.factor=0.5"]),
+        (["model.rope_scaling.beta_fast=1"], ["model.rope_scaling.beta_fast=1.0", "beta_slow=1.0"]),
         (
             ["schedule.warmup_frac=0.1", "schedule.warmup_steps=2"],
             ["schedule.warmup_frac=0.1", "schedule.warmup_steps=2"],

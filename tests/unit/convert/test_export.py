@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 import sentencepiece
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
-from pretrain.config import ModelConfig
+from data_tools.building.import_tokenizer import import_tokenizer
+from data_tools.config import TokenizerConfig
+from pretrain.config import ModelConfig, RopeScalingConfig, RopeType
 from pretrain.convert import hugging_face as export_module
 from pretrain.convert.hugging_face import CHECK_TEXT, check_tokenizer, compare_logits, export, write_tokenizer
 from pretrain.corpus.tokenizer import Tokenizer
@@ -26,12 +29,15 @@ from support.trained_run import SMALL, TEXTS, make_run, run_script, script, trai
 
 transformers = pytest.importorskip("transformers")
 
+LLAMA3 = RopeScalingConfig(rope_type=RopeType.llama3, factor=8.0, original_max_position_embeddings=32)
 MODELS = {
     "grouped": SMALL,
     "multi_head_wide": replace(SMALL, n_kv_heads=None, d_head=20),
     "tied": replace(SMALL, tie_embeddings=True),
     "rope_and_eps": replace(SMALL, rope_theta=500.0, norm_eps=1e-3),
     "qk_norm": replace(SMALL, qk_norm=True),
+    "biases": replace(SMALL, attention_bias=True, d_head=20),
+    "llama3": replace(SMALL, rope_scaling=LLAMA3),
     "qk_norm_tied_wide": replace(SMALL, qk_norm=True, tie_embeddings=True, n_kv_heads=1, d_head=12),
 }
 models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
@@ -57,7 +63,8 @@ def test_transformers_gives_the_same_logits(tmp_path: Path, model: ModelConfig) 
     assert parity.holds
     assert parity.max_difference < 2e-5
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    assert type(loaded).__name__ == ("Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM")
+    family = "Qwen3" if model.qk_norm else "SeedOss" if model.attention_bias else "Llama"
+    assert type(loaded).__name__ == f"{family}ForCausalLM"
     assert loaded.dtype == torch.float32
     tokens = torch.randint(0, 400, (3, 50), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -109,10 +116,36 @@ def test_transformers_fills_the_same_masks(tmp_path: Path) -> None:
 
 def test_transformers_without_the_class_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(tmp_path / "run", objective="mlm")
-    monkeypatch.setattr(export_module, "architecture", lambda config: "NoSuchClassForMaskedLM")
+    monkeypatch.setattr(export_module, "architecture", lambda *_: "NoSuchClassForMaskedLM")
     with pytest.raises(ConfigError, match="has no NoSuchClassForMaskedLM"):
         export(load_trained(tmp_path / "run"), tmp_path / "hf", dtype=torch.float32)
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_model_with_biases_is_a_qwen2_where_its_tokenizer_is_like_qwens(tmp_path: Path) -> None:
+    """Beside a Qwen2 model, AutoTokenizer takes the vocabulary only, and cuts words as Qwen does."""
+    own = transformers.Qwen2Tokenizer(extra_special_tokens=["<s>"])
+    made = own.backend_tokenizer
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(TEXTS, trainer)
+    trained = trained_model(tmp_path, replace(SMALL, attention_bias=True))
+    for name, regex in (("qwen2", None), ("seed_oss", "[0-9]|[^0-9]+")):
+        (tmp_path / name).mkdir()
+        if regex is not None:
+            split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), behavior="isolated")
+            level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, level])
+            made.train_from_iterator(TEXTS, trainer)
+        made.save(str(tmp_path / name / "tokenizer.json"))
+        options = TokenizerConfig(path=str(tmp_path / name), bos_token="<s>", eos_token="<|endoftext|>")
+        exported = replace(trained, tokenizer=import_tokenizer(options))
+        assert export(exported, tmp_path / f"hf-{name}", dtype=torch.float32).holds
+        assert json.loads((tmp_path / f"hf-{name}" / "config.json").read_text())["model_type"] == name
 
 
 def test_bf16_export_is_the_rounded_model(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +12,41 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pretrain.config import ModelConfig
-from pretrain.convert.hugging_face import export
+from pretrain.config import ModelConfig, RopeScalingConfig, RopeType
+from pretrain.convert.hugging_face import export, hugging_face_names
 from pretrain.convert.hugging_face_import import model_of
 from pretrain.errors import ConfigError, RunError
+from pretrain.model.decoder import build_decoder
 from pretrain.trained import load_trained
 from support.trained_run import SMALL, make_run, script
 
 transformers = pytest.importorskip("transformers")
 
+YARN = RopeScalingConfig(
+    rope_type=RopeType.yarn,
+    factor=4.0,
+    original_max_position_embeddings=16,
+    beta_fast=4.0,
+    beta_slow=0.5,
+    attention_factor=1.25,
+    truncate=False,
+)
 MODELS = {
     "llama": SMALL,
     "tied": replace(SMALL, tie_embeddings=True, rope_theta=500.0, norm_eps=1e-3),
+    "qwen2": replace(SMALL, attention_bias=True),
+    "linear": replace(SMALL, rope_scaling=RopeScalingConfig(rope_type=RopeType.linear, factor=3.0)),
+    "llama3": replace(
+        SMALL,
+        rope_scaling=RopeScalingConfig(
+            rope_type=RopeType.llama3,
+            factor=4.0,
+            original_max_position_embeddings=16,
+            low_freq_factor=0.5,
+            high_freq_factor=8.0,
+        ),
+    ),
+    "yarn": replace(SMALL, rope_scaling=YARN),
     "qwen3": replace(SMALL, qk_norm=True, n_kv_heads=1, d_head=12),
 }
 
@@ -48,6 +72,7 @@ def test_import_and_export_give_the_same_bits(
     assert f"model.d_ff={model.d_ff}" in capsys.readouterr().out
     imported = load_trained(tmp_path / "imported")
     assert (imported.step, imported.tokens_seen, imported.sequence_length) == (0, 0, 64)
+    assert imported.config.model.rope_scaling == model.rope_scaling
     export(imported, tmp_path / "again", dtype=torch.bfloat16, max_shard_bytes=max_shard_bytes)
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     assert files == sorted(path.name for path in (tmp_path / "again").glob("*.safetensors"))
@@ -55,7 +80,7 @@ def test_import_and_export_give_the_same_bits(
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen3"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 def test_models_that_transformers_has_saved_are_read(tmp_path: Path, family: str) -> None:
     folder = exported(tmp_path)
     shape = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -64,13 +89,68 @@ def test_models_that_transformers_has_saved_are_read(tmp_path: Path, family: str
         shape["sliding_window"] = None
     torch.manual_seed(1)
     theirs = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**shape))
+    with torch.no_grad():  # transformers begins with biases of 0
+        for name, weight in theirs.named_parameters():
+            if name.endswith("bias"):
+                weight.normal_()
     theirs.save_pretrained(folder)
     import_from(folder, tmp_path / "imported")
     imported = load_trained(tmp_path / "imported")
     assert imported.sequence_length == 96
-    assert torch.equal(
-        imported.weights["blocks.1.feed_forward.up.weight"], theirs.model.layers[1].mlp.up_proj.weight
-    )
+    layer = theirs.model.layers[1]
+    assert torch.equal(imported.weights["blocks.1.feed_forward.up.weight"], layer.mlp.up_proj.weight)
+    if family == "Qwen2":
+        assert torch.equal(imported.weights["blocks.1.attention.k.bias"], layer.self_attn.k_proj.bias)
+
+
+SCALINGS: list[dict[str, Any]] = [
+    {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 5e5},
+    {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+    {
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+        "rope_theta": 1e6,
+    },
+    {"rope_scaling": {"type": "yarn", "factor": 4}, "original_max_position_embeddings": 256},
+    {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 40,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.7,
+            "truncate": False,
+        }
+    },
+]
+
+
+@pytest.mark.parametrize("raw", SCALINGS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_scaled_positions_are_those_of_transformers(raw: dict[str, Any], biased: bool) -> None:
+    """At positions up to 16 times beyond the original length, where a scaling shows."""
+    kind = "Qwen2" if biased else "Llama"
+    raw = copy.deepcopy(raw) | {"max_position_embeddings": 2048, "num_key_value_heads": 2}
+    shape = {
+        key: value for key, value in GOOD.items() if key not in ("architectures", "max_position_embeddings")
+    }
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(**shape, **copy.deepcopy(raw))
+    ).eval()
+    torch.manual_seed(0)
+    state = theirs.state_dict()
+    for weight in state.values():
+        weight.normal_(std=0.2)
+    model, length = model_of(GOOD | raw | {"architectures": [f"{kind}ForCausalLM"]}, Path("config.json"))
+    assert length == 2048
+    weights = {ours: state[name] for ours, name in hugging_face_names(model).items()}
+    positions = torch.arange(40)[None] * 200
+    tokens = torch.randint(0, 448, (1, 40))
+    with torch.no_grad():
+        found = build_decoder(model, weights, "cpu", torch.float32).logits(tokens, positions)
+        expected = theirs(tokens, position_ids=positions, attention_mask=torch.ones_like(tokens)).logits
+        unscaled = replace(model, rope_scaling=RopeScalingConfig())
+        other = build_decoder(unscaled, weights, "cpu", torch.float32).logits(tokens, positions)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert (other - expected).abs().max() > 0.01
 
 
 GOOD: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 48}
@@ -80,13 +160,26 @@ GOOD |= {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 448, "m
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM"),
+        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM"),
         ({"architectures": None}, "architectures=None"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "'llama3'"),
-        ({"rope_scaling": "yarn"}, "'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope'"),
+        ({"rope_scaling": "su"}, "'su'"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, r"\['yarn'\]"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor=2"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, r"factor=0\.5"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "alpha": 1.0}}, r"alpha=1\.0"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 9}},
+            "low_freq_factor=9",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 0}},
+            "embeddings=0",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}, "rope_theta": 1.0}, r"rope_theta=1\.0"),
         ({"sliding_window": 32}, "sliding_window=32"),
         ({"hidden_size": "32"}, "hidden_size=32"),
         ({"num_hidden_layers": None}, "num_hidden_layers=None"),

@@ -91,12 +91,17 @@ def folders_that_are_no_runs(root: Path, corpus: TinyCorpus) -> dict[str, str]:
     (root / "begun" / "checkpoints").mkdir(parents=True)
     (root / "begun" / "run.json").write_text("{}")
     (root / "file").touch()
+    (root / "deepspeed").mkdir()
+    (root / "deepspeed" / "latest").write_text("global_step5")
     (root / "part" / "step-00000004").mkdir(parents=True)
     return {
         str(root / "typo"): "does not exist",
         str(root / "file"): "is a file",
         str(root / "hf"): f"import it (python launch/import_model.py input={root / 'hf'} output=DIR)",
         str(root / "gguf"): "is not the folder of a run",
+        str(
+            root / "deepspeed"
+        ): f"import it (python launch/import_model.py input={root / 'deepspeed'} output=DIR)",
         str(root / "empty"): "is not the folder of a run",
         str(root / "begun"): "has no checkpoint yet",
         str(root / "part"): "is a part of a run",

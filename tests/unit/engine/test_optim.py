@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.config import ModelConfig, OptimConfig, ScheduleConfig, ScheduleName
-from pretrain.engine.optim import build_optimizer, learning_rate, parameter_groups
+from pretrain.config import ModelConfig, OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
+from pretrain.engine.optim import build_optimizer, learning_rate, moments_of, parameter_groups
 from pretrain.model.decoder import Decoder
 
 PEAK = 2.0
@@ -72,6 +72,47 @@ def small_model(*, tied: bool) -> Decoder:
         n_layers=1, d_model=16, n_heads=2, d_ff=24, vocab_size=32, qk_norm=True, tie_embeddings=tied
     )
     return Decoder(config, seed=0)
+
+
+@pytest.mark.parametrize("name", OptimizerName)
+def test_biases_are_not_decayed(name: OptimizerName) -> None:
+    model = Decoder(
+        ModelConfig(n_layers=1, d_model=16, n_heads=2, d_ff=24, vocab_size=32, attention_bias=True), seed=0
+    )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model.named_parameters(), OptimConfig(name=name, decay_norms=True))
+    of = {names[id(p)]: (g["weight_decay"], g["muon"]) for g in groups for p in g["params"]}
+    biases = {name: group for name, group in of.items() if name.endswith("bias")}
+    assert len(biases) == 3 and set(biases.values()) == {(0.0, False)}
+    assert moments_of("blocks.0.attention.q.bias", OptimConfig(name=name)) == ("exp_avg", "exp_avg_sq")
+
+
+def test_the_schedule_begins_after_the_moments_are_filled() -> None:
+    schedule = ScheduleConfig(warmup_steps=3, moment_warmup_steps=4)
+    later = [learning_rate(schedule, PEAK, step, 24) for step in range(1, 25)]
+    alone = ScheduleConfig(warmup_steps=3)
+    assert later == [0.0] * 4 + [learning_rate(alone, PEAK, step, 20) for step in range(1, 21)]
+    assert later[4] == PEAK / 3
+
+
+@pytest.mark.parametrize("name", OptimizerName)
+def test_at_learning_rate_0_moments_change_and_weights_do_not(name: OptimizerName) -> None:
+    """What fills the moments of an imported model. tests/integration/test_continue.py shows it in a run."""
+    model = Decoder(
+        ModelConfig(n_layers=1, d_model=16, n_heads=2, d_ff=24, vocab_size=32, attention_bias=True), seed=0
+    )
+    config = OptimConfig(name=name, weight_decay=0.5)
+    optimizer = build_optimizer(parameter_groups(model.named_parameters(), config), config)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.param_groups = [group for group in optimizer.param_groups if not group["muon"]]
+    optimizer.step()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    assert trained and all(optimizer.state[p]["exp_avg"].abs().min() > 0 for p in trained)
 
 
 @pytest.mark.parametrize("tied", [False, True])

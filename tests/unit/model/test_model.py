@@ -34,6 +34,7 @@ SHAPES = {
     "wide_heads": replace(SMALL, d_head=20),
     "qk_norm": replace(SMALL, qk_norm=True),
     "tied": replace(SMALL, tie_embeddings=True),
+    "biases": replace(SMALL, attention_bias=True),
     "all": replace(SMALL, n_layers=3, d_head=10, qk_norm=True, tie_embeddings=True),
 }
 shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pretrain.config import AttentionKernel, ModelConfig, Recompute
-from pretrain.model.decoder import Block, Decoder, _rotary_tables
+from pretrain.model.decoder import Block, Decoder
 from pretrain.model.kernels import PLAIN
+from pretrain.model.rotary import rotary_tables
 from pretrain.plan.memory import saved_bytes_per_token, selected_bytes_per_token
 from support.launching import run_ranks
 
@@ -83,7 +84,7 @@ def test_what_is_kept_is_what_the_planner_says(n_kv_heads: int) -> None:
         config = replace(shape, activation_checkpointing=mode)
         block = Block(config, 0, torch.Generator().manual_seed(0)).bfloat16()
         x = torch.randn(2, length, config.d_model, dtype=torch.bfloat16, requires_grad=True)
-        cos, sin = _rotary_tables(torch.arange(length).expand(2, length), config)
+        cos, sin = rotary_tables(torch.arange(length).expand(2, length), config)
         with Held([x, cos, sin, *block.parameters()]) as held:
             y = block(x, cos, sin, None, None)
             kept[mode] = held.n_bytes - y.nbytes

@@ -36,7 +36,8 @@ from pretrain.config import (
 from pretrain.corpus.shards import Corpus
 from pretrain.errors import ConfigError
 from pretrain.model.attention import Documents, visibility
-from pretrain.model.decoder import Block, Decoder, _rotary_tables
+from pretrain.model.decoder import Block, Decoder
+from pretrain.model.rotary import rotary_tables
 from pretrain.plan.hardware import GPUS, known_gpu
 from pretrain.plan.memory import (
     Partitioning,
@@ -202,7 +203,7 @@ def test_saved_activations_equal_the_formula(kernel: AttentionKernel | None, n_k
     rows, length = 2, 64
     block = Block(config, 0, torch.Generator().manual_seed(0)).bfloat16()
     x = torch.randn(rows, length, config.d_model, dtype=torch.bfloat16, requires_grad=True)
-    cos, sin = _rotary_tables(torch.arange(length).expand(rows, length), config)
+    cos, sin = rotary_tables(torch.arange(length).expand(rows, length), config)
     documents = torch.zeros(rows, length, dtype=torch.long)
     visible = visibility(documents, kernel) if kernel else None
     starts = visible[:1] if isinstance(visible, Documents) else ()
@@ -223,8 +224,8 @@ def test_saved_activations_equal_the_formula(kernel: AttentionKernel | None, n_k
 # ---- against the rest of the program ----
 
 MODELS = st.builds(
-    lambda heads, repeats, width, **more: ModelConfig(
-        n_heads=heads * repeats, n_kv_heads=heads, d_model=2 * heads * repeats * width, **more
+    lambda heads, repeats, width, variant, **more: ModelConfig(
+        n_heads=heads * repeats, n_kv_heads=heads, d_model=2 * heads * repeats * width, **variant, **more
     ),
     heads=st.integers(1, 4),
     repeats=st.integers(1, 4),
@@ -233,7 +234,7 @@ MODELS = st.builds(
     d_ff=st.integers(1, 99),
     vocab_size=st.integers(8, 300),
     tie_embeddings=st.booleans(),
-    qk_norm=st.booleans(),
+    variant=st.sampled_from([{}, {"qk_norm": True}, {"attention_bias": True}]),
     activation_checkpointing=st.sampled_from(Recompute),
 )
 ENGINES = st.builds(
