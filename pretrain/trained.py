@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.tensors import load_weights
+from pretrain.checkpoint.tensors import StoredWeights, open_weights
 from pretrain.config import ModelConfig, Precision, TrainConfig
 from pretrain.corpus.tokenizer import Tokenizer, tokenizer_in
 from pretrain.errors import ConfigError
@@ -22,8 +24,8 @@ class TrainedModel:
     """A run at one checkpoint."""
 
     config: TrainConfig
-    weights: dict[str, Tensor]
-    """Whole fp32 parameters under the names of `Decoder.named_parameters()`."""
+    weights: Mapping[str, Tensor]
+    """Whole fp32 parameters under the names of `Decoder.named_parameters()`. They are in memory, or `StoredWeights`."""
     tokenizer: Tokenizer
     step: int
     tokens_seen: int
@@ -44,18 +46,28 @@ def load_trained(run_dir: str | Path, step: int | None = None, target: str | Non
     such checkpoint, where its configuration does not match its weights, or where the run folder has a
     different tokenizer.
     """
-    config, weights, state = load_weights(run_dir, step, target)
-    _check_model(config.model, {name: weight.shape for name, weight in weights.items()}, Path(run_dir))
-    tokenizer = Tokenizer(tokenizer_in(Path(run_dir)), sha256=state["tokenizer_sha256"])
-    return TrainedModel(
-        config=config,
-        weights=weights,
-        tokenizer=tokenizer,
-        step=state["step"],
-        tokens_seen=state["tokens_seen"],
-        sequence_length=state["sequence_length"],
-        precision=precision_of(state),
-    )
+    with open_trained(run_dir, step, target) as trained:
+        assert isinstance(trained.weights, StoredWeights)
+        return replace(trained, weights=trained.weights.read(trained.weights))
+
+
+@contextmanager
+def open_trained(
+    run_dir: str | Path, step: int | None = None, target: str | None = None
+) -> Iterator[TrainedModel]:
+    """What `load_trained` returns, with weights that are read when they are used, so the model may exceed memory."""
+    with open_weights(run_dir, step, target) as (config, weights, state):
+        _check_model(config.model, weights.shapes, Path(run_dir))
+        tokenizer = Tokenizer(tokenizer_in(Path(run_dir)), sha256=state["tokenizer_sha256"])
+        yield TrainedModel(
+            config=config,
+            weights=weights,
+            tokenizer=tokenizer,
+            step=state["step"],
+            tokens_seen=state["tokens_seen"],
+            sequence_length=state["sequence_length"],
+            precision=precision_of(state),
+        )
 
 
 def _check_model(config: ModelConfig, shapes: dict[str, torch.Size], run_dir: Path) -> None:

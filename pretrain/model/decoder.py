@@ -14,7 +14,7 @@ S key positions (T, or what the cache holds).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -357,7 +357,7 @@ class Decoder(nn.Module):
 
 
 def build_decoder(
-    config: ModelConfig, weights: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype
+    config: ModelConfig, weights: Mapping[str, Tensor], device: torch.device | str, dtype: torch.dtype
 ) -> Decoder:
     """A decoder in evaluation mode with the given weights, whose keys are the names in `Decoder.named_parameters()`.
 
