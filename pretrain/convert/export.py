@@ -121,11 +121,10 @@ def export_form(
         loss = None
         if heldout is not None:
             loss = heldout_loss(trained, weights, heldout, heldout_tokens)
-        n_bytes = sum(path.stat().st_size for path in folder.iterdir())
-        exported = Exported(form, n_bytes, error, parity, loss)
         facts = CardFacts(form, error, parity, loss, device_watts)
         (folder / CARD_NAME).write_text(model_card(trained, run_dir, facts), encoding="utf-8")
-    return exported
+        n_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    return Exported(form, n_bytes, error, parity, loss)
 
 
 def _gguf(

@@ -134,14 +134,22 @@ def gguf_weights(path: Path, trained: TrainedModel) -> LazyWeights:
     config = hugging_face_config(trained.config, trained.tokenizer, torch.float16)
     names = _Names(config, trained.config.model)
 
+    # The reader maps the file into memory. Only the places of the weights are taken from it, since pages that were read
+    # through a map count as memory of this process.
+    places = {
+        found.name: (found.data_offset, found.tensor_type, found.n_bytes)
+        for found in gguf.GGUFReader(path).tensors
+    }
+    shapes = parameter_shapes(trained.config.model)
+
     def read(ours: str) -> Tensor:
-        # The reader maps the file into memory; it is opened again so that the pages of other weights are let go.
-        tensors = gguf.GGUFReader(path).tensors
-        (found,) = (tensor for tensor in tensors if tensor.name == names.theirs_of[ours])
-        weight = np.array(gguf.quants.dequantize(found.data, found.tensor_type), dtype=np.float32)
+        offset, as_type, n_bytes = places[names.theirs_of[ours]]
+        shape = shapes[ours]
+        stored = np.fromfile(path, np.uint8, count=int(n_bytes), offset=int(offset)).reshape(*shape[:-1], -1)
+        weight = gguf.quants.dequantize(stored, as_type).reshape(shape)
         if (heads := names.heads(ours)) is not None:
             weight = _halves(weight, heads)
-        return torch.from_numpy(np.ascontiguousarray(weight))
+        return torch.from_numpy(np.array(weight, dtype=np.float32))
 
     return LazyWeights(list(names.theirs_of), read)
 

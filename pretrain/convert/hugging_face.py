@@ -11,15 +11,13 @@ import importlib
 import json
 import os
 import re
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pretrain.arithmetic import count_parameters
@@ -28,7 +26,7 @@ from pretrain.corpus.tokenizer import CHECK_TEXT, SPACE_SYMBOL, Tokenizer, frame
 from pretrain.errors import ConfigError, RunError
 from pretrain.files import published_together, write_atomically
 from pretrain.model.decoder import Decoder
-from pretrain.model.streamed import LazyWeights, streamed_decoder
+from pretrain.model.streamed import LazyWeights, stream_weights, streamed_decoder
 from pretrain.trained import TrainedModel
 
 MAX_SHARD_BYTES = 1_000_000_000
@@ -40,6 +38,7 @@ RELATIVE_TOLERANCE = 1e-4
 smaller differences."""
 MIN_ARGMAX_AGREEMENT = 0.99
 _UNREACHABLE_SCORE = -1e4
+_LARGE_CHECK_TOKENS = 128  # a 7B model takes minutes for them on two cores
 _IN_PARTS_BYTES = (
     1 << 20
 )  # what the package accelerate may keep in memory; no layer fits, so all stay on the disk
@@ -273,18 +272,23 @@ def compare_logits(trained: TrainedModel, folder: Path, dtype: torch.dtype | Non
     """
     from transformers import AutoModelForCausalLM
 
-    ids = trained.tokenizer.encode_document(CHECK_TEXT)[: trained.sequence_length]
+    n_tokens = min(
+        trained.sequence_length, _LARGE_CHECK_TOKENS if is_large(trained) else trained.sequence_length
+    )
+    ids = trained.tokenizer.encode_document(CHECK_TEXT)[:n_tokens]
     tokens = torch.tensor([ids])
     rounded = LazyWeights(
         list(trained.weights), lambda name: trained.weights[name].to(dtype or torch.float32).float()
     )
     ours = streamed_decoder(trained.config.model, rounded)
     expected = ours.logits(tokens)
-    with _read_in_parts(trained) as parts:
+    if is_large(trained):
+        model = _streamed_model(folder)
+    else:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, **parts, **reading
+            folder, dtype=torch.float32, local_files_only=True, **reading
         )
-        found = model(tokens).logits
+    found = model(tokens).logits
     return Parity(
         tokens=len(ids),
         max_difference=float((found - expected).abs().max()),
@@ -298,14 +302,38 @@ def is_large(trained: TrainedModel) -> bool:
     return 4 * count_parameters(trained.config.model) > WHOLE_MODEL_BYTES
 
 
-@contextmanager
-def _read_in_parts(trained: TrainedModel) -> Iterator[dict[str, Any]]:
-    """Arguments with which `transformers` leaves the weights of a large model on the disk until they are used."""
-    if not is_large(trained):
-        yield {}
-        return
-    with tempfile.TemporaryDirectory(prefix="pretrain-export-") as unused:
-        yield {"device_map": "auto", "max_memory": {"cpu": _IN_PARTS_BYTES}, "offload_folder": unused}
+def _streamed_model(folder: Path) -> Any:
+    """The model of `transformers` for a folder, which reads each weight when it needs it.
+
+    `from_pretrained` with weights left on the disk maps all files into memory and touches every page of them.
+    """
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    weights = stored_tensors(folder)
+    expected = {name for name, _ in model.named_parameters()}
+    if expected != set(weights):
+        raise RunError(f"the exported files lack or add {min(expected ^ set(weights))}")
+    stream_weights(model, weights)
+    return model
+
+
+def stored_tensors(folder: Path) -> LazyWeights:
+    """The tensors in the safetensors files of a folder, by the names that they have there."""
+    file_of: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            file_of |= dict.fromkeys(file.keys(), path)
+
+    def read(name: str) -> torch.Tensor:
+        with safe_open(file_of[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    return LazyWeights(list(file_of), read)
 
 
 # --- the tokenizer ---

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from pretrain.convert.hugging_face import (
     hugging_face_names,
     parameter_shapes,
     require,
+    stored_tensors,
     write_config,
     write_index,
 )
@@ -96,22 +96,15 @@ def is_int8(ours: str) -> bool:
 
 def exported_weights(folder: Path, model: ModelConfig) -> LazyWeights:
     """The weights in a Hugging Face folder in fp32, under our names: int8 or not. It needs no package of torchao."""
-    names = hugging_face_names(model)
-    file_of: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            file_of |= dict.fromkeys(file.keys(), path)
-
-    def tensor(name: str) -> Tensor:
-        with safe_open(file_of[name], framework="pt") as file:
-            return file.get_tensor(name).float()
+    names, stored = hugging_face_names(model), stored_tensors(folder)
+    known = set(stored)
 
     def read(ours: str) -> Tensor:
         theirs = names[ours]
-        if theirs in file_of:
-            return tensor(theirs)
+        if theirs in known:
+            return stored[theirs].float()
         module = theirs.removesuffix("weight")
-        return tensor(f"{module}_weight_qdata") * tensor(f"{module}_weight_scale")
+        return stored[f"{module}_weight_qdata"].float() * stored[f"{module}_weight_scale"].float()
 
     return LazyWeights(list(names), read)
 

@@ -73,7 +73,8 @@ def _head(trained: TrainedModel, facts: CardFacts) -> str:
         f"{front}# Language model, step {trained.step:,}\n\nA decoder-only language model, trained with pretrain and "
         f"exported with version {__version__} as {facts.form.name}.\n\n{use}\n\nEach figure below is marked: "
         "*measured* by the program, *counted* in files or settings, *stated* by those who made the corpus, or "
-        "*estimated*.\nThe model was not tested for safety, bias or truthfulness; what it writes may be wrong or harmful."
+        "*estimated*.\nThe model was not tested for safety, bias or truthfulness; what it writes may be wrong or "
+        "harmful."
     )
 
 

@@ -42,14 +42,21 @@ def streamed_decoder(config: ModelConfig, weights: Mapping[str, Tensor]) -> Deco
     """
     with torch.device("meta"):
         model = Decoder(config, seed=0)
+    stream_weights(model, weights)
+    return model
+
+
+def stream_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Let each module of a model without weights take them from `weights` while it runs, in fp32."""
     model.eval().requires_grad_(False)
     names: dict[int, str] = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in model.modules():
-        own = {key: names[id(parameter)] for key, parameter in module.named_parameters(recurse=False)}
-        if own:
-            module.register_forward_pre_hook(_filler(weights, own))
-            module.register_forward_hook(_emptier(dict(module.named_parameters(recurse=False))))
-    return model
+        empty = dict(module.named_parameters(recurse=False))
+        if empty:
+            module.register_forward_pre_hook(
+                _filler(weights, {key: names[id(p)] for key, p in empty.items()})
+            )
+            module.register_forward_hook(_emptier(empty))
 
 
 def _filler(weights: Mapping[str, Tensor], own: dict[str, str]) -> Callable[..., None]:
