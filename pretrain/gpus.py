@@ -56,6 +56,32 @@ PEAKS = [
     GpuPeak("T4", r"T4", 65e12, has_bf16=False),  # T4 data sheet; no bf16
 ]
 PEAK_OF = {peak.label: peak for peak in PEAKS}
+MAX_WATTS = {
+    "A100": 400,
+    "A800": 400,
+    "H100 SXM": 700,
+    "H100 PCIe": 350,
+    "H100 NVL": 400,
+    "H800 SXM": 700,
+    "H800 PCIe": 350,
+    "H200 SXM": 700,
+    "H200 NVL": 600,
+    "H20": 400,
+    "GH200": 1000,
+    "B200": 1000,
+    "L40S": 350,
+    "L40": 300,
+    "L4": 72,
+    "A40": 300,
+    "A30": 165,
+    "A10": 150,
+    "RTX 4090": 450,
+    "RTX 3090": 350,
+    "V100 SXM2": 300,
+    "V100 PCIe": 250,
+    "T4": 70,
+}
+"""The largest power in watts of each model in the same data sheets; of variants with one label, the largest."""
 
 
 def known_peak(name: str, precision: Precision) -> PeakFlops | None:

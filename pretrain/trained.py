@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from pretrain.checkpoint.folder import list_checkpoints, newest_state, root_of_run, step_of
 from pretrain.checkpoint.state import BaseReference
-from pretrain.checkpoint.tensors import load_base_weights, load_weights
+from pretrain.checkpoint.tensors import StoredWeights, load_base_weights, open_weights
 from pretrain.config import LoraConfig, ModelConfig, Precision, TrainConfig, Weights, Which, stored_config
 from pretrain.corpus.chat import OWN_TEMPLATE, Chat
 from pretrain.corpus.chat_template import template_in
@@ -39,8 +41,8 @@ class TrainedModel:
     """A run at one checkpoint."""
 
     config: TrainConfig
-    weights: dict[str, Tensor]
-    """Whole fp32 parameters under the names of `Decoder.named_parameters()`."""
+    weights: Mapping[str, Tensor]
+    """Whole fp32 parameters under the names of `Decoder.named_parameters()`. They are in memory, or `StoredWeights`."""
     tokenizer: Tokenizer
     step: int
     tokens_seen: int
@@ -78,33 +80,54 @@ def load_trained(
     they are not in the run folder. Raises ConfigError where there is no such checkpoint, where its configuration does
     not match its weights, or where the run folder has a different tokenizer.
     """
+    with open_trained(run_dir, step, target, which=which, weights=weights) as trained:
+        if isinstance(trained.weights, StoredWeights):
+            return replace(trained, weights=trained.weights.read(trained.weights))
+        return trained
+
+
+@contextmanager
+def open_trained(
+    run_dir: str | Path,
+    step: int | None = None,
+    target: str | None = None,
+    *,
+    which: Which = Which.newest,
+    weights: Weights = Weights.trained,
+) -> Iterator[TrainedModel]:
+    """What `load_trained` returns, with weights that are read when they are used, so the model may exceed memory.
+
+    Only those of a run of adapters are in memory, since they are merged.
+    """
     if which is Which.best:
         if step is not None:
             raise ConfigError(f"step={step} and which=best: give one of them")
         step = best_step(Path(run_dir), target)
-    config, tensors, state = load_weights(run_dir, step, target, weights)
-    adapters = None
-    if "base" in state:
-        require_peft()
-        adapters = Adapters(config.lora, tensors, state["base"])
-        base = load_base_weights(run_dir, adapters.base, target)
-        _check_model(config.model, {name: weight.shape for name, weight in base.items()}, Path(run_dir))
-        tensors = merged(config.model, adapters.config, base, tensors)
-        config = replace(config, lora=LoraConfig())  # from here on it is an ordinary model
-    _check_model(config.model, {name: weight.shape for name, weight in tensors.items()}, Path(run_dir))
-    tokenizer = Tokenizer(tokenizer_in(Path(run_dir)), sha256=state["tokenizer_sha256"])
-    return TrainedModel(
-        config=config,
-        weights=tensors,
-        tokenizer=tokenizer,
-        step=state["step"],
-        tokens_seen=state["tokens_seen"],
-        sequence_length=state["sequence_length"],
-        precision=precision_of(state),
-        chat_template=template_in(Path(run_dir)),
-        has_ema=bool(state.get("ema")),
-        adapters=adapters,
-    )
+    with open_weights(run_dir, step, target, weights) as (config, stored, state):
+        tensors: Mapping[str, Tensor] = stored
+        shapes, adapters = stored.shapes, None
+        if "base" in state:
+            require_peft()
+            adapters = Adapters(config.lora, stored.read(stored), state["base"])
+            base = load_base_weights(run_dir, adapters.base, target)
+            shapes = {name: weight.shape for name, weight in base.items()}
+            _check_model(config.model, shapes, Path(run_dir))
+            tensors = merged(config.model, adapters.config, base, adapters.weights)
+            config = replace(config, lora=LoraConfig())  # from here on it is an ordinary model
+        _check_model(config.model, shapes, Path(run_dir))
+        tokenizer = Tokenizer(tokenizer_in(Path(run_dir)), sha256=state["tokenizer_sha256"])
+        yield TrainedModel(
+            config=config,
+            weights=tensors,
+            tokenizer=tokenizer,
+            step=state["step"],
+            tokens_seen=state["tokens_seen"],
+            sequence_length=state["sequence_length"],
+            precision=precision_of(state),
+            chat_template=template_in(Path(run_dir)),
+            has_ema=bool(state.get("ema")),
+            adapters=adapters,
+        )
 
 
 def best_step(run_dir: Path, target: str | None = None) -> int:

@@ -23,7 +23,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -342,29 +342,59 @@ def load(
 
 def _read(verified: Verified, tensors: dict[str, torch.Tensor], world: World, *, no_dist: bool) -> None:
     """Fill `tensors` from the files. Raises CheckpointError where they do not match or have changed since hashing."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
+    with _listed_files(verified, world) as (folder, listed):
+        _fill(verified, folder, tensors, _reader(listed), no_dist=no_dist)
 
+
+@contextmanager
+def _listed_files(verified: Verified, world: World) -> Iterator[tuple[Path, str]]:
+    """The folder of a checkpoint on this host, and a folder with links to its listed files only.
+
+    The reader opens every file of its folder, so it gets the second one.
+    """
     with (
         _local_copy(verified, world) as folder,
         tempfile.TemporaryDirectory(prefix="pretrain-load-") as listed,
     ):
-        # The reader opens every file of its folder, so it gets a folder with links to the listed files only.
         for name in verified.files:
             os.symlink(folder.absolute() / name, Path(listed, name))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(listed), no_dist=no_dist)
-        except (CheckpointException, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{verified.path.name}: its tensors are not those of its state ({_cause(error)})"
-            ) from error
-        changed = [name for name, before in verified.stamps.items() if stamp(folder / name) != before]
+        yield folder, listed
+
+
+def _reader(listed: str) -> Any:
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return dcp.HuggingFaceStorageReader(listed)
+
+
+def _fill(
+    verified: Verified, folder: Path, tensors: dict[str, torch.Tensor], reader: Any, *, no_dist: bool
+) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    with _damage(verified), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
+    changed = [name for name, before in verified.stamps.items() if stamp(folder / name) != before]
     if changed:
         raise CheckpointError(
             f"{verified.path.name}: {changed[0]} was changed while it was read; start again"
         )
+
+
+@contextmanager
+def _damage(verified: Verified) -> Iterator[None]:
+    """Turn what the reader raises for files that do not fit together into a CheckpointError."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except (CheckpointException, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{verified.path.name}: its tensors are not those of its state ({_cause(error)})"
+        ) from error
 
 
 def _cause(error: BaseException) -> str:
@@ -436,19 +466,66 @@ def reference_to(base: Verified) -> BaseReference:
     return BaseReference(step=base.state["step"], complete_xxh3_128=hash_file(base.path / COMPLETE))
 
 
+class StoredWeights(Mapping[str, torch.Tensor]):
+    """The whole fp32 weights of a checkpoint by parameter name, or their moving averages where `kind` is `ema`.
+
+    Each is read from the files whenever it is asked for, so that a model that is larger than memory can be passed
+    through it, one weight at a time.
+    """
+
+    def __init__(self, verified: Verified, folder: Path, listed: str, kind: str = "weight") -> None:
+        self._verified, self._folder, self._reader = verified, folder, _reader(listed)
+        self._kind = kind
+        self.shapes = {name: torch.Size(shape) for name, shape in verified.state["tensors"].items()}
+        """The shape of each weight, known without reading it."""
+        with _damage(verified):
+            metadata = self._reader.read_metadata()
+        # Otherwise each access would read the headers of all files again: one file or more of each rank.
+        self._reader.read_metadata = lambda: metadata
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.read([name])[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Several weights at once. Raises CheckpointError where they are damaged, and KeyError."""
+        flat = {f"{self._kind}.{name}": torch.zeros(self.shapes[name].numel()) for name in names}
+        _fill(self._verified, self._folder, dict(flat), self._reader, no_dist=True)
+        weights = {key.removeprefix(f"{self._kind}."): tensor for key, tensor in flat.items()}
+        return {name: tensor.view(self.shapes[name]) for name, tensor in weights.items()}
+
+
 def load_weights(
     run_dir: str | Path,
     step: int | None = None,
     target: str | None = None,
     weights: Weights = Weights.trained,
 ) -> tuple[TrainConfig, dict[str, torch.Tensor], RunState]:
-    """The configuration, whole fp32 weights by parameter name, and state of a run's newest good checkpoint.
+    """What `open_weights` gives, with all weights in memory."""
+    with open_weights(run_dir, step, target, weights) as (config, stored, state):
+        return config, stored.read(stored), state
+
+
+@contextmanager
+def open_weights(
+    run_dir: str | Path,
+    step: int | None = None,
+    target: str | None = None,
+    weights: Weights = Weights.trained,
+) -> Iterator[tuple[TrainConfig, StoredWeights, RunState]]:
+    """The configuration, weights and state of a run's newest good checkpoint.
 
     The weights of a run of adapters are the adapters' only; `load_base_weights` gives the others.
 
     `weights` chooses between the trained weights and their moving average. With `step`, they come from the checkpoint
     of that step. The function works in a single process, without a process group. `target` is the URL of the
-    checkpoints where they are not in the run folder. Raises ConfigError where there is no such checkpoint.
+    checkpoints where they are not in the run folder; a remote one is downloaded for the time of the block. Raises
+    ConfigError where there is no such checkpoint.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -465,7 +542,9 @@ def load_weights(
             f"weights=ema: {found.verified.path} has no moving average of the weights, which a run keeps with "
             "ema.decay; leave weights=ema out"
         )
-    return config, _whole_weights(found.verified, "ema" if weights is Weights.ema else "weight"), state
+    kind = "ema" if weights is Weights.ema else "weight"
+    with _listed_files(found.verified, ALONE) as (folder, listed):
+        yield config, StoredWeights(found.verified, folder, listed, kind), state
 
 
 def load_base_weights(
@@ -475,12 +554,7 @@ def load_base_weights(
 
     Raises CheckpointError where they are damaged, or are not the `expected` ones.
     """
-    return _whole_weights(find_base(root_of_run(Path(run_dir), target), expected=expected))
-
-
-def _whole_weights(verified: Verified, kind: str = "weight") -> dict[str, torch.Tensor]:
-    """All weights of a checkpoint, or their averages (`ema`), by parameter name, read by a single process."""
-    shapes = {name: torch.Size(shape) for name, shape in verified.state["tensors"].items()}
-    flat = {f"{kind}.{name}": torch.zeros(shape.numel()) for name, shape in shapes.items()}
-    _read(verified, dict(flat), ALONE, no_dist=True)
-    return {name: flat[f"{kind}.{name}"].view(shape) for name, shape in shapes.items()}
+    found = find_base(root_of_run(Path(run_dir), target), expected=expected)
+    with _listed_files(found, ALONE) as (folder, listed):
+        stored = StoredWeights(found, folder, listed)
+        return stored.read(stored)

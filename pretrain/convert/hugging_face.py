@@ -8,7 +8,9 @@ sentencepiece tokenizer, its model file. `transformers` is an optional package, 
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -17,23 +19,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from pretrain.arithmetic import count_parameters
 from pretrain.config import ModelConfig, RopeType, TrainConfig
 from pretrain.corpus.chat_template import CHAT_TEMPLATE_NAME
 from pretrain.corpus.tokenizer import CHECK_TEXT, SPACE_SYMBOL, Tokenizer, frame
 from pretrain.errors import ConfigError, RunError
 from pretrain.files import published_together, write_atomically
-from pretrain.model.decoder import build_decoder
+from pretrain.model.decoder import Decoder
+from pretrain.model.streamed import LazyWeights, stream_weights, streamed_decoder
 from pretrain.trained import TrainedModel
 
-MAX_SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 1_000_000_000
+"""Size limit of a file of weights. It is in memory while it is written."""
+WHOLE_MODEL_BYTES = 2 << 30
+"""A model whose fp32 weights are larger is read from the disk in parts while it is compared."""
 RELATIVE_TOLERANCE = 1e-4
 """Largest accepted difference of two fp32 logits, relative to the largest logit. Summing in another order causes far
 smaller differences."""
 MIN_ARGMAX_AGREEMENT = 0.99
 _UNREACHABLE_SCORE = -1e4
+_LARGE_CHECK_TOKENS = 128  # a 7B model takes minutes for them on two cores
+_IN_PARTS_BYTES = (
+    1 << 20
+)  # what the package accelerate may keep in memory; no layer fits, so all stay on the disk
 
 
 @dataclass(frozen=True)
@@ -54,17 +65,35 @@ class Parity:
         """Whether the logits agree within the tolerance. It is also False where a logit is NaN."""
         return self.max_difference <= self.tolerance and self.argmax_agreement >= MIN_ARGMAX_AGREEMENT
 
+    def require(self, output: Path) -> None:
+        """Raise RunError unless it holds. `output` is the folder that is not written then."""
+        if not self.holds:
+            raise RunError(
+                f"the exported model differs from the trained one: logits by up to {self.max_difference:.3g} "
+                f"(allowed {self.tolerance:.3g}), same most probable token at {self.argmax_agreement:.1%} "
+                f"of {self.tokens} positions; {output} was not written"
+            )
+
 
 def require_transformers() -> None:
     """Raise ConfigError where the optional packages are not installed."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # not every progress bar of transformers heeds its own switch
+    require("tokenizers", "eval")
+    require("transformers", "eval")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # what matters is raised
+
+
+def require(package: str, extra: str) -> None:
+    """Raise ConfigError unless an optional package is installed; `extra` is the group that holds it."""
     try:
-        import tokenizers  # noqa: F401
-        import transformers
+        importlib.import_module(package)
     except ImportError as error:
         raise ConfigError(
-            f"export needs the package {error.name}; install it with: pip install 'pretrain[eval]'"
+            f"export needs the package {error.name}; install it with: pip install 'pretrain[{extra}]'"
         ) from error
-    transformers.utils.logging.disable_progress_bar()
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -94,28 +123,28 @@ def export(
     require_transformers()
     check_output(output, overwrite)
     with published_together(output) as folder:
-        try:
-            write_model(trained, folder, dtype, max_shard_bytes, progress)
-            fills_masks = not trained.config.causal
-            write_tokenizer(
-                trained.tokenizer,
-                folder,
-                trained.sequence_length,
-                trained.chat_template,
-                fills_masks=fills_masks,
-            )
-        except SafetensorError as error:
-            raise RunError(f"{output} cannot be written: {error}") from error
-        check_tokenizer(trained.tokenizer, folder, with_eos=fills_masks)
-        if trained.chat_template is not None:
-            check_chat_template(trained, folder)
-        parity = compare_logits(trained, folder, dtype)
-        if not parity.holds:
-            raise RunError(
-                f"the exported model differs from the trained one: logits by up to {parity.max_difference:.3g} "
-                f"(allowed {parity.tolerance:.3g}), same most probable token at {parity.argmax_agreement:.1%} "
-                f"of {parity.tokens} positions; {output} was not written"
-            )
+        return write_checked(
+            trained, folder, output, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress
+        )
+
+
+def write_checked(
+    trained: TrainedModel,
+    folder: Path,
+    output: Path,
+    *,
+    dtype: torch.dtype,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Callable[[int], None] = lambda n_bytes: None,
+) -> Parity:
+    """Write the model and its tokenizer into `folder`, which will become `output`, and compare them with the run's."""
+    try:
+        write_model(trained, folder, dtype, max_shard_bytes, progress)
+    except SafetensorError as error:
+        raise RunError(f"{output} cannot be written: {error}") from error
+    write_tokenizer_of(trained, folder)
+    parity = compare_logits(trained, folder, dtype)
+    parity.require(output)
     return parity
 
 
@@ -243,10 +272,7 @@ def hugging_face_names(model: ModelConfig) -> dict[str, str]:
 
 def exported_bytes(trained: TrainedModel, dtype: torch.dtype) -> int:
     """Size in bytes of the weights that `export` writes."""
-    return (
-        sum(trained.weights[name].numel() for name in hugging_face_names(trained.config.model))
-        * dtype.itemsize
-    )
+    return count_parameters(trained.config.model) * dtype.itemsize
 
 
 def write_model(
@@ -258,33 +284,56 @@ def write_model(
 ) -> None:
     """Write config.json, generation_config.json and the weights, in files of at most `max_shard_bytes`.
 
-    Weights are converted one file at a time. `progress` is called with the bytes of each file.
+    Weights are read and converted one file at a time. `progress` is called with the bytes of each file.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
-    from transformers import GenerationConfig
 
-    tokenizer, names = trained.tokenizer, hugging_face_names(trained.config.model)
-    config = hugging_face_config(trained.config, tokenizer, dtype)
-    config.save_pretrained(folder)
-    end_ids = _end_ids(trained)
-    filling = list(range(tokenizer.vocab_size, config.vocab_size))  # embedding rows without a token
-    if trained.config.causal:
-        GenerationConfig(
-            bos_token_id=tokenizer.bos_id,
-            eos_token_id=end_ids[0] if len(end_ids) == 1 else end_ids,
-            pad_token_id=tokenizer.pad_id,
-            suppress_tokens=filling or None,
-        ).save_pretrained(folder)
-    ours_of = {theirs: ours for ours, theirs in names.items()}
-    sizes = {theirs: trained.weights[ours].to("meta", dtype) for theirs, ours in ours_of.items()}
+    write_config(trained, folder, dtype)
+    ours_of = {theirs: ours for ours, theirs in hugging_face_names(trained.config.model).items()}
+    shapes = parameter_shapes(trained.config.model)
+    sizes = {
+        theirs: torch.empty(shapes[ours], device="meta", dtype=dtype) for theirs, ours in ours_of.items()
+    }
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_bytes)
     for file, members in split.filename_to_tensors.items():
         weights = {theirs: trained.weights[ours_of[theirs]].to(dtype).contiguous() for theirs in members}
         save_file(weights, folder / file, {"format": "pt"})
         progress(sum(weight.nbytes for weight in weights.values()))
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
+        write_index(folder, split.tensor_to_filename, split.metadata["total_size"])
+
+
+def write_config(trained: TrainedModel, folder: Path, dtype: torch.dtype, **more: Any) -> None:
+    """Write config.json, with the keys `more` in addition, and generation_config.json."""
+    from transformers import GenerationConfig
+
+    tokenizer = trained.tokenizer
+    config = hugging_face_config(trained.config, tokenizer, dtype)
+    config.update(more)
+    config.save_pretrained(folder)
+    if not trained.config.causal:
+        return  # such a model generates nothing
+    end_ids = _end_ids(trained)
+    filling = list(range(tokenizer.vocab_size, config.vocab_size))  # embedding rows without a token
+    GenerationConfig(
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=end_ids[0] if len(end_ids) == 1 else end_ids,
+        pad_token_id=tokenizer.pad_id,
+        max_length=trained.sequence_length,  # without it, some programs stop after 20 tokens
+        suppress_tokens=filling or None,
+    ).save_pretrained(folder)
+
+
+def write_index(folder: Path, file_of: dict[str, str], total_bytes: int) -> None:
+    """Write the file that says which tensor is in which of several files."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": file_of}
+    write_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
+
+
+def parameter_shapes(model: ModelConfig) -> dict[str, torch.Size]:
+    """The shape of each parameter of a decoder by name."""
+    with torch.device("meta"):
+        return {name: weight.shape for name, weight in Decoder(model, seed=0).named_parameters()}
 
 
 def _end_ids(trained: TrainedModel) -> list[int]:
@@ -297,25 +346,33 @@ def _end_ids(trained: TrainedModel) -> list[int]:
 
 
 @torch.no_grad()
-def compare_logits(trained: TrainedModel, folder: Path, dtype: torch.dtype) -> Parity:
+def compare_logits(trained: TrainedModel, folder: Path, dtype: torch.dtype | None, **reading: Any) -> Parity:
     """Load the folder with `transformers` and compare its logits with ours, both in fp32 on the CPU.
 
-    Our model also uses weights rounded to `dtype`, as they were written.
+    Our model also uses weights rounded to `dtype`, as they were written; None means as they are. A large model is not
+    held whole on either side. `reading` are further arguments of `from_pretrained`.
     """
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-    ids = trained.tokenizer.encode_document(CHECK_TEXT)[: trained.sequence_length]
     # In the second row the same text is stretched over the whole context, where a scaling of positions shows.
+    n_tokens = min(
+        trained.sequence_length, _LARGE_CHECK_TOKENS if is_large(trained) else trained.sequence_length
+    )
+    ids = trained.tokenizer.encode_document(CHECK_TEXT)[:n_tokens]
     stretched = max(1, trained.sequence_length // len(ids))
     positions = torch.arange(len(ids)) * torch.tensor([[1], [stretched]])
     tokens = torch.tensor([ids, ids])
-    rounded = {name: weight.to(dtype).float() for name, weight in trained.weights.items()}
-    ours = build_decoder(trained.config.model, rounded, "cpu", torch.float32, trained.config.causal)
+    rounded = LazyWeights(
+        list(trained.weights), lambda name: trained.weights[name].to(dtype or torch.float32).float()
+    )
+    ours = streamed_decoder(trained.config.model, rounded, trained.config.causal)
     expected = ours.logits(tokens, positions)
-    del rounded, ours
     is_masked = architecture(trained.config, trained.tokenizer).endswith("ForMaskedLM")
     auto = AutoModelForMaskedLM if is_masked else AutoModelForCausalLM
-    model = auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    if is_large(trained):
+        model = _streamed_model(folder, auto)
+    else:
+        model = auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **reading)
     # Without a mask, transformers would take a gap between positions for the border of two texts.
     found = model(tokens, position_ids=positions, attention_mask=torch.ones_like(tokens)).logits
     return Parity(
@@ -326,7 +383,57 @@ def compare_logits(trained: TrainedModel, folder: Path, dtype: torch.dtype) -> P
     )
 
 
+def is_large(trained: TrainedModel) -> bool:
+    """Whether a model is too large to be held whole in fp32."""
+    return 4 * count_parameters(trained.config.model) > WHOLE_MODEL_BYTES
+
+
+def _streamed_model(folder: Path, auto: Any) -> Any:
+    """The model that `auto`, a class of `transformers`, makes for a folder; it reads each weight when it needs it.
+
+    `from_pretrained` with weights left on the disk maps all files into memory and touches every page of them.
+    """
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with init_empty_weights():
+        model = auto.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    weights = stored_tensors(folder)
+    expected = {name for name, _ in model.named_parameters()}
+    if expected != set(weights):
+        raise RunError(f"the exported files lack or add {min(expected ^ set(weights))}")
+    stream_weights(model, weights)
+    return model
+
+
+def stored_tensors(folder: Path) -> LazyWeights:
+    """The tensors in the safetensors files of a folder, by the names that they have there."""
+    file_of: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            file_of |= dict.fromkeys(file.keys(), path)
+
+    def read(name: str) -> torch.Tensor:
+        with safe_open(file_of[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    return LazyWeights(list(file_of), read)
+
+
 # --- the tokenizer ---
+
+
+def write_tokenizer_of(trained: TrainedModel, folder: Path) -> None:
+    """Write a run's tokenizer, with its chat template, and check that `transformers` gives the same tokens."""
+    fills_masks = not trained.config.causal
+    write_tokenizer(
+        trained.tokenizer, folder, trained.sequence_length, trained.chat_template, fills_masks=fills_masks
+    )
+    check_tokenizer(trained.tokenizer, folder, with_eos=fills_masks)
+    if trained.chat_template is not None:
+        check_chat_template(trained, folder)
 
 
 def write_tokenizer(

@@ -14,7 +14,7 @@ S key positions (T, or what the cache holds).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -376,7 +376,7 @@ class Decoder(nn.Module):
 
 def build_decoder(
     config: ModelConfig,
-    weights: dict[str, Tensor],
+    weights: Mapping[str, Tensor],
     device: torch.device | str,
     dtype: torch.dtype,
     causal: bool = True,
