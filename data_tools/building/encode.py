@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.building.gather import Gathered, json_array, part_path, read_part, save_arrays
+from data_tools.building.gather import Gathered, json_array, part_path, read_digests, read_part, save_arrays
 from data_tools.config import DocumentFormat
 from data_tools.progress import stage
 from data_tools.reading import dialogue
@@ -173,31 +173,25 @@ def _encode_part(job: _Job) -> None:
     tokenizer = _tokenizers.get(job.tokenizer)
     if tokenizer is None:
         tokenizer = _tokenizers[job.tokenizer] = Tokenizer.trusted(job.tokenizer)
-    documents = list(read_part(job.text))
+    part = read_part(job.text)
+    order, split, text_bytes, source = read_digests(job.text).T
+    is_heldout = split < job.heldout_below
     if job.format is DocumentFormat.chat:
-        texts, arrays = _encode_dialogues(tokenizer, [document.text for document in documents])
+        texts, arrays = _encode_dialogues(tokenizer, part.texts)
+        heldout = list(compress(texts, is_heldout))
     else:
-        texts = [{"text": document.text} for document in documents]
-        encoded = tokenizer.encode_documents([document.text for document in documents])
+        encoded = tokenizer.encode_documents(part.texts)
         arrays = {"tokens": encoded.tokens, "starts": encoded.starts}
-    heldout = [document.split < job.heldout_below for document in documents]
-    rows = [
-        (document.source, len(text["text"].encode()), held_out)
-        for document, text, held_out in zip(documents, texts, heldout, strict=True)
-    ]
-    for document, text in zip(documents, texts, strict=True):
-        if document.language:
-            text["language"] = document.language
-    content = {
-        "ids": [document.id for document in documents],
-        "heldout": list(compress(texts, heldout)),
-    }
+        heldout = [{"text": text} for text in compress(part.texts, is_heldout)]
+    for fields, language in zip(heldout, compress(part.languages, is_heldout), strict=True):
+        if language:
+            fields["language"] = language
     save_arrays(
         job.tokens,
         **arrays,
-        documents=np.array(rows, dtype=np.int64),
-        order=np.array([document.order for document in documents], dtype=np.uint64),
-        text=json_array(content),
+        documents=np.column_stack([source, text_bytes, is_heldout]).astype(np.int64),
+        order=order,
+        text=json_array({"ids": part.ids, "heldout": heldout}),
     )
 
 
