@@ -160,7 +160,8 @@ def test_units_that_are_encoded_together_keep_their_ids(
     tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pretrain.corpus.tokenizer._BLOCK_CHARS", 40)
-    texts = ["", "道可道，非常道。", "a\0b", "\0", "name\n\n  of 名\u2581可名", "x" * 100, "\0 c\0", "e"]
+    together = ["", "道可道，非常道。", "name\n\n  of 名\u2581可名", "x" * 100]
+    texts = [*together, "a\0b", "\0", "\0 c\0", "e" * 50, "f"]  # a unit with NUL is encoded on its own
     for kind, tokenizer in tokenizers.items():
         assert (tokenizer._model._separator_id is None) is (kind == "unigram")
         processor = SentencePieceProcessor(model_file=str(tokenizer.path))
