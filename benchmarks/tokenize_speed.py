@@ -64,8 +64,9 @@ def gather_text(files: list[Path], work: Path) -> Text:
     lines = work / "lines.jsonl"
     with lines.open("w", encoding="utf-8") as out:
         for number in range(len(gathered.parts)):
-            for document in read_part(part_path(work, number)):
-                out.write(json.dumps({"id": document.id, "text": document.text}, ensure_ascii=False) + "\n")
+            part = read_part(part_path(work, number))
+            for name, text in zip(part.ids, part.texts, strict=True):
+                out.write(json.dumps({"id": name, "text": text}, ensure_ascii=False) + "\n")
     return Text(config, gathered, work, lines)
 
 

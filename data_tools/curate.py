@@ -46,7 +46,15 @@ from data_tools.curation.collection import (
 )
 from data_tools.curation.compare import compare_task, decide, settle
 from data_tools.curation.executors import ExecutorConfig, run_phase
-from data_tools.curation.phases import DECONTAMINATE, CleanTask, FilterTask, Layout, Tally, write_json
+from data_tools.curation.phases import (
+    DECONTAMINATE,
+    CleanTask,
+    FilterTask,
+    Layout,
+    OutputFormat,
+    Tally,
+    write_json,
+)
 from data_tools.curation.sample import shown, summary, try_stages
 from data_tools.reading.encodings import UTF_8
 from data_tools.reading.evaluation_sets import evaluation_files
@@ -93,6 +101,8 @@ class CurateConfig:
     """Folder for the result."""
     overwrite: bool = False
     """Replace a result in `output` that was curated from other input or with other options."""
+    output_format: OutputFormat = OutputFormat.jsonl
+    """Format of the curated text: jsonl, or parquet (zstd), which a later curation cannot name in dedup.against."""
     unit_bytes: int = 64 << 20
     """Bytes of input per task; an interruption loses at most this much work per task."""
     max_bad_frac: float = 0.001
@@ -174,7 +184,7 @@ def _curate(config: CurateConfig) -> int:
         print(f"already curated: {output / REPORT} was made from this input with these options")
         return 0
     try:
-        with _work(output, recipe) as layout:
+        with _work(output, recipe, config.output_format) as layout:
             collection = Collection(config.curation.dedup, layout.work, len(units), earlier)
             report = _run(config, units, left_out, collection, layout)
             write_json(layout.work / REPORT, report | {"recipe": recipe})
@@ -220,7 +230,12 @@ def _run(
         raise ConfigError(f"input={','.join(config.input)} leaves no document; dropped: {dropped or 'none'}")
     cleaned.add(filtered)
     digest = _digest(layout, "filter", n_units)
-    _write_index(config, layout, n_units, digest["sha256"])
+    if layout.format is OutputFormat.jsonl:
+        _write_index(config, layout, n_units, digest["sha256"])
+    else:
+        (layout.work / SIGNATURES).mkdir(
+            exist_ok=True
+        )  # published empty, in the place of those of an earlier output
     return {
         "created_by": f"pretrain {__version__}",
         "tally": cleaned.to_json(),
@@ -322,6 +337,8 @@ def _recipe(config: CurateConfig, units: list[Unit]) -> dict[str, Any]:
     del options["read"]["ignore"]  # the files that are left say it
     if options["read"]["encoding"] == UTF_8:  # once the only one
         del options["read"]["encoding"]
+    if config.output_format is OutputFormat.jsonl:  # likewise
+        del options["output_format"]
     # Everything that decides the content of the input, but not its location.
     facts = [(u.name, u.source, u.kind, u.start, u.stop, u.version) for u in units]
     listing = json.dumps(facts, ensure_ascii=False)
@@ -404,7 +421,7 @@ def _is_finished(output: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
 
 
 @contextmanager
-def _work(output: Path, recipe: dict[str, Any]) -> Iterator[Layout]:
+def _work(output: Path, recipe: dict[str, Any], output_format: OutputFormat) -> Iterator[Layout]:
     """The locked work folder of a recipe. Work folders of other recipes are removed."""
     work = output / WORK
     with locked(work, f"another process is curating into output={output}"):
@@ -413,7 +430,7 @@ def _work(output: Path, recipe: dict[str, Any]) -> Iterator[Layout]:
                 shutil.rmtree(other)
         folder = work / _key(recipe)
         folder.mkdir(exist_ok=True)
-        yield Layout(folder)
+        yield Layout(folder, output_format)
 
 
 def _publish(work: Path, output: Path) -> None:

@@ -38,11 +38,12 @@ import numpy as np
 
 from data_tools.building.gather import (
     Gathered,
-    PartDocument,
+    PartTexts,
     check_bad,
     json_array,
     nothing_left,
     part_path,
+    read_digests,
     read_part,
     save_arrays,
 )
@@ -236,51 +237,51 @@ def _encode_part(job: _Job) -> None:
     tokenizer = _tokenizers.get(job.tokenizer)
     if tokenizer is None:
         tokenizer = _tokenizers[job.tokenizer] = Tokenizer.trusted(job.tokenizer)
-    documents, left_out = list(read_part(job.text)), LeftOutDialogues()
+    part, left_out = read_part(job.text), LeftOutDialogues()
+    order, split, text_bytes, source = read_digests(job.text).T
+    is_heldout = split < job.heldout_below
+    ids, languages = part.ids, part.languages
     if job.chat is not None:
-        documents, texts, arrays = _encode_dialogues(job, tokenizer, documents, left_out)
+        kept, texts, arrays = _encode_dialogues(job, tokenizer, part, is_heldout, left_out)
+        ids, languages = list(compress(ids, kept)), list(compress(languages, kept))
+        order, source, is_heldout = order[kept], source[kept], is_heldout[kept]
+        text_bytes = np.array([len(text["text"].encode()) for text in texts], np.int64)
+        heldout = list(compress(texts, is_heldout))
     else:
-        texts = [{"text": document.text} for document in documents]
-        encoded = tokenizer.encode_documents([document.text for document in documents])
+        encoded = tokenizer.encode_documents(part.texts)
         arrays = {"tokens": encoded.tokens, "starts": encoded.starts}
-    heldout = [document.split < job.heldout_below for document in documents]
-    rows = [
-        (document.source, len(text["text"].encode()), held_out)
-        for document, text, held_out in zip(documents, texts, heldout, strict=True)
-    ]
-    for document, text in zip(documents, texts, strict=True):
-        if document.language:
-            text["language"] = document.language
-    content: dict[str, Any] = {
-        "ids": [document.id for document in documents],
-        "heldout": list(compress(texts, heldout)),
-    }
+        heldout = [{"text": text} for text in compress(part.texts, is_heldout)]
+    for fields, language in zip(heldout, compress(languages, is_heldout), strict=True):
+        if language:
+            fields["language"] = language
+    content: dict[str, Any] = {"ids": ids, "heldout": heldout}
     if job.chat is not None:
         content["left_out"] = asdict(left_out)
     save_arrays(
         job.tokens,
         **arrays,
-        documents=np.array(rows, dtype=np.int64).reshape(-1, 3),
-        order=np.array([document.order for document in documents], dtype=np.uint64),
+        documents=np.column_stack([source, text_bytes, is_heldout]).astype(np.int64),
+        order=order,
         text=json_array(content),
     )
 
 
 def _encode_dialogues(
-    job: _Job, tokenizer: Tokenizer, documents: list[PartDocument], left_out: LeftOutDialogues
-) -> tuple[list[PartDocument], list[dict[str, Any]], dict[str, np.ndarray]]:
+    job: _Job, tokenizer: Tokenizer, part: PartTexts, is_heldout: np.ndarray, left_out: LeftOutDialogues
+) -> tuple[np.ndarray, list[dict[str, Any]], dict[str, np.ndarray]]:
     """Encode dialogues, and count what is left out.
 
-    Returns the documents that are left, the fields of each if it is held out, and the arrays of tokens and targets.
+    Returns which documents are left, the fields of each of these if it is held out, and the arrays of tokens and
+    targets.
     """
     assert job.chat is not None
     chat = _chats.get(job.tokenizer)
     if chat is None:
         template = read_template(job.tokenizer.parent / CHAT_TEMPLATE_NAME)
         chat = _chats[job.tokenizer] = Chat(tokenizer, template, job.chat.date)
-    kept, texts, encoded = [], [], []
-    for document in documents:
-        found = dialogue.load(document.text)
+    kept, texts, encoded = np.zeros(len(part.ids), np.bool_), [], []
+    for number, (document_id, text) in enumerate(zip(part.ids, part.texts, strict=True)):
+        found = dialogue.load(text)
         one, reason = None, "bad_record"
         try:
             one, found = _within(job.chat, chat, found, left_out)
@@ -288,15 +289,15 @@ def _encode_dialogues(
         except SpecialTokenError:
             reason = "special_token"
         except DialogueError as error:
-            left_out.problem = left_out.problem or f"{document.id} {error}"
+            left_out.problem = left_out.problem or f"{document_id} {error}"
         if one is not None and not one.targets:
             one, reason = None, "no_answer"
         if one is None:
             left_out.dropped[reason] = left_out.dropped.get(reason, 0) + 1
             left_out.bytes += len(dialogue.plain(found.messages).encode())
-            left_out.heldout += document.split < job.heldout_below
+            left_out.heldout += int(is_heldout[number])
             continue
-        kept.append(document)
+        kept[number] = True
         encoded.append(one)
         tools = {"tools": found.tools} if found.tools else {}
         texts.append({"text": dialogue.plain(found.messages), "messages": found.messages, **tools})

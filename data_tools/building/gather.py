@@ -2,8 +2,10 @@
 
 A part consists of two files, each complete or absent:
 
-    text-00000.jsonl     one line per document: [id, source index, order, split, text, language]
-    text-00000.npz       digests and lengths, and the state that is needed to continue after this part
+    text-00000.json      ids, texts and languages of its documents
+    text-00000.npz       their hashes, sizes and sources, and the state that is needed to continue after this part
+
+Documents are short, often a single sentence, so what costs microseconds is done for many at once.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from binascii import hexlify
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+import xxhash
 
 from data_tools import text as clean
 from data_tools.config import DocumentFormat, PrepareConfig
@@ -37,6 +41,8 @@ GATHERED_NAME = "gathered.json"
 _MAX_U64 = (1 << 64) - 1
 _PROBE_CHARS = 1000  # characters at the beginning of each document from which its script is detected
 _NAMED_SOURCES = 12
+# Documents that are cleaned together: a memory of little more than the longest one takes.
+_BATCH_DOCUMENTS, _BATCH_CHARS = 256, 1 << 18
 
 
 class SourceSample(NamedTuple):
@@ -72,22 +78,15 @@ class Gathered:
     """Hash over the hashes of all texts, in the order in which they were read."""
 
 
-@dataclass(slots=True)
-class PartDocument:
-    """One document of a part."""
+class PartTexts(NamedTuple):
+    """The documents of a part, in the order of `read_digests`."""
 
-    id: str
-    """Id of the document."""
-    source: int
-    """Index of the source in `Gathered.sources`."""
-    order: int
-    """Hash that decides the document's position in the corpus."""
-    split: int
-    """Hash that decides whether the document is held out."""
-    text: str
-    """The text; for a dialogue, the result of `dialogue.dump`."""
-    language: str
-    """Language code, or empty where it is not known."""
+    ids: list[str]
+    """Id of each document."""
+    texts: list[str]
+    """The texts; for dialogues, the results of `dialogue.dump`."""
+    languages: list[str]
+    """Language code of each document, or empty where it is not known."""
 
 
 @dataclass(slots=True)
@@ -116,21 +115,22 @@ class _State:
 
 def part_path(work: Path, number: int) -> Path:
     """Path of the text of a part."""
-    return work / f"text-{number:05d}.jsonl"
+    return work / f"text-{number:05d}.json"
 
 
-def read_digests(work: Path, number: int) -> np.ndarray:
-    """Order, split, text bytes and source index of the documents of a part: uint64 [documents, 4]."""
-    with np.load(part_path(work, number).with_suffix(".npz"), allow_pickle=False) as saved:
+def read_digests(path: Path) -> np.ndarray:
+    """Order, split, text bytes and source index of the documents of a part: uint64 [documents, 4].
+
+    Order and split are hashes of the text: one decides the document's position in the corpus, the other whether it is
+    held out.
+    """
+    with np.load(path.with_suffix(".npz"), allow_pickle=False) as saved:
         return saved["digests"]
 
 
-def read_part(path: Path, wanted: np.ndarray | None = None) -> Iterator[PartDocument]:
-    """The documents of a part, or only those marked in `wanted` (bool [documents])."""
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for number, line in enumerate(file):
-            if wanted is None or wanted[number]:
-                yield PartDocument(*json.loads(line))
+def read_part(path: Path) -> PartTexts:
+    """The documents of a part."""
+    return PartTexts(**json.loads(path.read_bytes()))
 
 
 def gather(
@@ -156,15 +156,15 @@ class _Gatherer:
     def __init__(self, config: PrepareConfig, work: Path, left_out: Sequence[LeftOut]) -> None:
         self._config, self._work, self._left_out = config, work, left_out
         self._state = _State()
-        self._seen: set[int] = set()  # about 100 bytes of memory per document
-        self._source_index: dict[str, int] = {}
+        self._seen: set[bytes] = set()  # about 100 bytes of memory per document
+        self._source_index: dict[tuple[str, str], int] = {}  # by source and license
         self._digests: list[np.ndarray] = []  # per part, as `read_digests` gives them
         self._start_part()
         self._load()
 
     def _start_part(self) -> None:
-        self._lines: list[bytes] = []
-        self._rows: list[tuple[int, int, int, int]] = []
+        # Id, text, language, hash of the text, its bytes, index of the source, and beginning of each document.
+        self._rows: list[tuple[str, str, str, bytes, int, int, str]] = []
         self._bytes = 0
 
     def _load(self) -> None:
@@ -174,8 +174,10 @@ class _Gatherer:
                 self._digests.append(saved["digests"])
                 state = saved["state"].tobytes()
             self._state = parse(_State, state, str(path), "a part of a preparation", MAX_REPORT_VALUES)
-            self._seen.update(order << 64 | split for order, split, *_ in self._digests[-1].tolist())
-        self._source_index = {name: i for i, name in enumerate(self._state.licenses)}
+            hashes = self._digests[-1][:, :2].astype(">u8").tobytes()
+            self._seen.update(hashes[begin : begin + 16] for begin in range(0, len(hashes), 16))
+        names = enumerate(self._state.licenses.items())
+        self._source_index = {(name, known): i for i, (name, licenses) in names for known in licenses}
 
     def run(self, files: list[InputFile]) -> None:
         sizes = [file.size_bytes for file in files]
@@ -186,15 +188,15 @@ class _Gatherer:
         with stage("reading and cleaning", sum(sizes)) as progress:
             progress.skip(sum(sizes[:first_file]))
             for number in range(first_file, len(files)):
-                position, has_documents = 0, False
-                for record, item in enumerate(read_documents(files[number], self._config), 1):
-                    progress.advance(item.position_bytes - position)
-                    position = item.position_bytes
-                    has_documents = has_documents or not isinstance(item, Rejected)
-                    if number == first_file and record <= skipped_records:
-                        continue
-                    self._state.next_file, self._state.next_record = number, record
-                    self._take(item)
+                position, record, has_documents = 0, 0, False
+                for items in _batches(read_documents(files[number], self._config)):
+                    progress.advance(items[-1].position_bytes - position)
+                    position = items[-1].position_bytes
+                    has_documents = has_documents or any(isinstance(item, Document) for item in items)
+                    done = max(0, skipped_records - record) if number == first_file else 0
+                    self._state.next_file = number
+                    self._take(items[done:], record + done)
+                    record += len(items)
                 progress.advance(sizes[number] - position)
                 self._state.read_bytes += sizes[number] if has_documents else 0
         if self._rows:
@@ -204,44 +206,57 @@ class _Gatherer:
             self._lose(file.name, file.reason, lost, lost_bytes)
             check_bad(self._config, self._state.funnel, f"{file.name} {file.reason}", is_file=True)
 
-    def _take(self, item: Document | Rejected) -> None:
-        if isinstance(item, Rejected):
-            self._reject(item)
-            return
-        funnel = self._state.funnel
-        funnel.read += 1
+    def _take(self, items: Sequence[Document | Rejected], record: int) -> None:
+        """Take the items that follow the first `record` records of a file."""
+        documents = [item for item in items if isinstance(item, Document)]
+        texts = iter(self._cleaned([document.text for document in documents]))
+        for number, item in enumerate(items, record + 1):
+            self._state.next_record = number
+            if isinstance(item, Rejected):
+                self._reject(item)
+            else:
+                self._add(item, *next(texts))
+
+    def _cleaned(self, texts: Sequence[str]) -> Iterable[tuple[str, str]]:
+        """The texts as they are stored and as they are read."""
         if self._config.format is DocumentFormat.chat:  # messages have already been cleaned one by one
-            text, plain = item.text, dialogue.plain(dialogue.load(item.text).messages)
-        else:
-            text = plain = clean.clean(item.text)
+            return ((text, dialogue.plain(dialogue.load(text).messages)) for text in texts)
+        texts = clean.clean_all(texts)
+        return zip(texts, texts, strict=True)
+
+    def _add(self, document: Document, text: str, plain: str) -> None:
+        state, funnel = self._state, self._state.funnel
+        funnel.read += 1
         problem = clean.length_problem(plain, self._config.min_chars, self._config.max_chars)
-        digest = clean.digest(text)
-        key = digest.order << 64 | digest.split
+        content = text.encode()
+        digest = xxhash.xxh3_128_digest(content)
         # A chain of hashes, because a hash object cannot be saved with the state of a part.
-        chained = f"{self._state.read_sha256}{key:032x}"
-        self._state.read_sha256 = hashlib.sha256(chained.encode()).hexdigest()
-        if problem is None and key in self._seen:
+        state.read_sha256 = hashlib.sha256(state.read_sha256.encode() + hexlify(digest)).hexdigest()
+        if problem is None and digest in self._seen:
             problem = "duplicate"
         if problem is not None:
             funnel.drop(problem)
             return
-        self._seen.add(key)
-        licenses = self._state.licenses.setdefault(item.source, [])
-        if item.license not in licenses:
-            licenses.append(item.license)
-        source = self._source_index.setdefault(item.source, len(self._source_index))
-        n_bytes = len(plain.encode())
-        visible_chars, cjk_chars = clean.count_cjk(plain[:_PROBE_CHARS])
-        self._state.probed_chars += visible_chars
-        self._state.cjk_chars += cjk_chars
-        line = json.dumps([item.id[:MAX_ID_CHARS], source, *digest, text, item.language], ensure_ascii=False)
-        self._lines.append(line.encode() + b"\n")
-        self._rows.append((*digest, n_bytes, source))
+        self._seen.add(digest)
+        source = self._source_index.get((document.source, document.license))
+        if source is None:
+            source = self._new_source(document)
+        n_bytes = len(content) if plain is text else len(plain.encode())
+        name, probe = document.id[:MAX_ID_CHARS], plain[:_PROBE_CHARS]
+        self._rows.append((name, text, document.language, digest, n_bytes, source, probe))
         self._bytes += n_bytes
         funnel.kept += 1
         funnel.kept_bytes += n_bytes
         if self._bytes >= self._config.part_bytes:
             self._finish_part()
+
+    def _new_source(self, document: Document) -> int:
+        """The index of a source that has not had this license yet."""
+        licenses = self._state.licenses
+        licenses.setdefault(document.source, []).append(document.license)
+        source = list(licenses).index(document.source)
+        self._source_index[document.source, document.license] = source
+        return source
 
     def _reject(self, item: Rejected) -> None:
         if item.file:
@@ -262,9 +277,14 @@ class _Gatherer:
     def _finish_part(self) -> None:
         number = len(self._digests)
         self._state.parts.append(self._bytes)
-        digests = np.array(self._rows, dtype=np.uint64)
-        path = part_path(self._work, number)
-        write_atomically(path, b"".join(self._lines))
+        ids, texts, languages, hashes, n_bytes, sources, probes = zip(*self._rows, strict=True)
+        visible_chars, cjk_chars = clean.count_cjk("\n".join(probes))
+        self._state.probed_chars += visible_chars
+        self._state.cjk_chars += cjk_chars
+        halves = np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64).reshape(-1, 2)
+        digests = np.column_stack([halves, np.array(n_bytes, np.uint64), np.array(sources, np.uint64)])
+        part, path = PartTexts(list(ids), list(texts), list(languages)), part_path(self._work, number)
+        write_atomically(path, json.dumps(part._asdict(), ensure_ascii=False).encode())
         save_arrays(path.with_suffix(".npz"), digests=digests, state=json_array(asdict(self._state)))
         self._digests.append(digests)
         self._start_part()
@@ -312,6 +332,19 @@ class _Gatherer:
                 "tokenizer.source_weights leaves no text to train a tokenizer on; raise a weight"
             )
         return sample
+
+
+def _batches(items: Iterable[Document | Rejected]) -> Iterator[list[Document | Rejected]]:
+    """The items in groups of bounded size."""
+    group, n_chars = list[Document | Rejected](), 0
+    for item in items:
+        group.append(item)
+        n_chars += len(item.text) if isinstance(item, Document) else _BATCH_CHARS
+        if n_chars >= _BATCH_CHARS or len(group) == _BATCH_DOCUMENTS:
+            yield group
+            group, n_chars = [], 0
+    if group:
+        yield group
 
 
 def nothing_left(config: PrepareConfig, funnel: Funnel) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.building.gather import Gathered, read_digests
+from data_tools.building.gather import Gathered, part_path, read_digests
 from data_tools.building.workspace import Recipe
 from data_tools.report.funnel import stage_counts
 from pretrain import __version__
@@ -102,7 +102,7 @@ def texts_sha256(work: Path, n_parts: int) -> str:
     """sha256 over the hash and size of every text that was gathered, in the order of reading."""
     total = hashlib.sha256()
     for number in range(n_parts):
-        total.update(read_digests(work, number).astype("<u8").tobytes())
+        total.update(read_digests(part_path(work, number)).astype("<u8").tobytes())
     return total.hexdigest()
 
 

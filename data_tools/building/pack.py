@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,24 +27,23 @@ from data_tools.report.statistics import DocumentCounts
 from pretrain.corpus.chat_template import CHAT_TEMPLATE_NAME
 from pretrain.corpus.manifest import CorpusSource, Manifest
 from pretrain.corpus.tokenizer import Tokenizer, tokenizer_in
-from pretrain.corpus.writer import CorpusWriter
+from pretrain.corpus.writer import CorpusWriter, Documents
 from pretrain.files import create_file
 
 LARGEST_CHUNK_TOKENS = 1 << 18
 SMALLEST_CHUNK_TOKENS = 1 << 12
 CHUNKS_WANTED = 512  # enough chunks to shuffle a small corpus well
 GROUP_PARTS = 64
+_BLOCK_TOKENS = 1 << 20  # that are put in order together
 
 
-class _PlacedDocument(NamedTuple):
-    tokens: np.ndarray
-    source: int
-    id: str
-    text_bytes: int
-    heldout: dict[str, Any] | None
-    """Fields of a held-out document in documents.jsonl.gz, without id and source; None for a training document."""
-    targets: np.ndarray | None
-    target_bytes: int
+class _Block(NamedTuple):
+    """Consecutive documents of the corpus, of which some are held out."""
+
+    training: Documents
+    heldout: Documents
+    fields: list[dict[str, Any]]
+    """Fields of the held-out documents in documents.jsonl.gz, without id and source."""
 
 
 def choose_chunk_tokens(n_tokens: int) -> int:
@@ -86,23 +86,16 @@ def pack(
     text = HeldoutText(corpus / HELDOUT_FOLDER / HELDOUT_TEXT) if has_heldout else None
     counts = DocumentCounts(tokenizer)
     with stage("writing shards", gathered.funnel.kept_bytes) as progress:
-        for document in _placed(work, len(gathered.parts)):
-            source = gathered.sources[document.source][0]
-            target = training
-            if document.heldout is not None and heldout is not None and text is not None:
-                target = heldout
-                text.add({"id": document.id, "source": source, **document.heldout})
-            else:
-                counts.add(document.tokens, document.text_bytes)
-            target.add_document(
-                document.tokens,
-                source=source,
-                document_id=document.id,
-                text_bytes=document.text_bytes,
-                targets=document.targets,
-                target_bytes=document.target_bytes,
-            )
-            progress.advance(document.text_bytes)
+        for block in _placed(work, len(gathered.parts)):
+            if block.training.ids:
+                training.add_documents(block.training)
+                counts.add_all(block.training.tokens, block.training.starts, block.training.text_bytes)
+            if block.heldout.ids and heldout is not None and text is not None:
+                heldout.add_documents(block.heldout)
+                rows = zip(block.heldout.ids, block.heldout.source.tolist(), block.fields, strict=True)
+                for name, source, fields in rows:
+                    text.add({"id": name, "source": gathered.sources[source][0], **fields})
+            progress.advance(int(block.training.text_bytes.sum() + block.heldout.text_bytes.sum()))
         heldout_manifest = None
         if heldout is not None and text is not None:
             text.close()
@@ -136,34 +129,82 @@ def _training_tokens(path: Path) -> int:
         return int(lengths[saved["documents"][:, 2] == 0].sum())
 
 
-def _placed(work: Path, n_parts: int) -> Iterator[_PlacedDocument]:
+def _placed(work: Path, n_parts: int) -> Iterator[_Block]:
     """All documents, in the order of the corpus."""
     dealt = sorted(range(n_parts), key=lambda number: xxhash.xxh3_64_intdigest(str(number).encode()))
     for first in range(0, n_parts, GROUP_PARTS):
-        group = sorted(dealt[first : first + GROUP_PARTS])
-        yield from _placed_within([load_encoded(tokens_path(work, number)) for number in group])
+        group = _merged([tokens_path(work, number) for number in sorted(dealt[first : first + GROUP_PARTS])])
+        place = np.argsort(group.order, kind="stable")
+        is_heldout = group.documents[:, 2].astype(bool)
+        # For each held-out document, the index of its fields in `heldout`.
+        text_of = np.cumsum(is_heldout) - 1
+        ends = np.cumsum(np.diff(group.starts)[place])
+        for rows in np.split(place, np.flatnonzero(np.diff(ends // _BLOCK_TOKENS)) + 1):
+            chosen = rows[is_heldout[rows]]
+            fields = [group.heldout[number] for number in text_of[chosen].tolist()]
+            yield _Block(_documents(group, rows[~is_heldout[rows]]), _documents(group, chosen), fields)
 
 
-def _placed_within(parts: list[EncodedPart]) -> Iterator[_PlacedDocument]:
-    place = np.argsort(np.concatenate([part.order for part in parts]), kind="stable")
-    part_of = np.concatenate([np.full(len(part.ids), number) for number, part in enumerate(parts)])[place]
-    row_of = np.concatenate([np.arange(len(part.ids)) for part in parts])[place]
-    # Converted to lists, because single elements of arrays are slow to read.
-    starts, documents = ([getattr(part, name).tolist() for part in parts] for name in ("starts", "documents"))
-    # For each held-out document, the index of its fields in `heldout` of its part.
-    text_of = [(np.cumsum(part.documents[:, 2]) - 1).tolist() for part in parts]
-    for number, row in zip(part_of.tolist(), row_of.tolist(), strict=True):
-        part = parts[number]
-        source, text_bytes, held_out = documents[number][row]
-        targets = None
-        if part.targets is not None and part.target_starts is not None:
-            targets = part.targets[slice(*part.target_starts[row : row + 2])] - part.starts[row]
-        yield _PlacedDocument(
-            tokens=part.tokens[starts[number][row] : starts[number][row + 1]],
-            source=source,
-            id=part.ids[row],
-            text_bytes=text_bytes,
-            heldout=part.heldout[text_of[number][row]] if held_out else None,
-            targets=targets,
-            target_bytes=0 if part.target_bytes is None else int(part.target_bytes[row]),
-        )
+def _merged(paths: list[Path]) -> EncodedPart:
+    """Several parts as one. Their tokens are in memory once, and one part twice."""
+    starts = [np.zeros(1, np.int64)]
+    parts = list[EncodedPart]()
+    sizes = [_n_tokens(path) for path in paths]
+    ends = np.cumsum([0, *sizes])
+    tokens: np.ndarray | None = None
+    for path, end in zip(paths, ends[1:], strict=True):
+        part = load_encoded(path)
+        if tokens is None:
+            tokens = np.empty(int(ends[-1]), part.tokens.dtype)
+        begin = end - len(part.tokens)
+        tokens[begin:end] = part.tokens
+        starts.append(part.starts[1:] + begin)
+        targets = None if part.targets is None else part.targets + begin
+        parts.append(replace(part, tokens=part.tokens[:0].copy(), targets=targets))
+    assert tokens is not None
+    merged = EncodedPart(
+        tokens=tokens,
+        starts=np.concatenate(starts),
+        documents=np.concatenate([part.documents for part in parts]),
+        order=np.concatenate([part.order for part in parts]),
+        ids=[name for part in parts for name in part.ids],
+        heldout=[fields for part in parts for fields in part.heldout],
+    )
+    if parts[0].targets is None:
+        return merged
+    n_targets = [np.diff(part.target_starts) for part in parts]
+    return replace(
+        merged,
+        targets=np.concatenate([part.targets for part in parts]),
+        target_starts=np.concatenate([[0], np.cumsum(np.concatenate(n_targets))]),
+        target_bytes=np.concatenate([part.target_bytes for part in parts]),
+    )
+
+
+def _n_tokens(path: Path) -> int:
+    with np.load(path, allow_pickle=False) as saved:
+        return int(saved["starts"][-1])
+
+
+def _documents(group: EncodedPart, rows: np.ndarray) -> Documents:
+    """The documents of the given rows."""
+    begins = group.starts[rows]
+    places, starts = _ranges(begins, group.starts[rows + 1])
+    found = Documents(
+        tokens=group.tokens[places],
+        starts=starts,
+        source=group.documents[rows, 0],
+        ids=[group.ids[row] for row in rows.tolist()],
+        text_bytes=group.documents[rows, 1],
+    )
+    if group.targets is not None and group.target_starts is not None and group.target_bytes is not None:
+        places, ends = _ranges(group.target_starts[rows], group.target_starts[rows + 1])
+        found.targets = group.targets[places] + np.repeat(starts[:-1] - begins, np.diff(ends))
+        found.target_bytes = group.target_bytes[rows]
+    return found
+
+
+def _ranges(begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of all ranges, one range after another, and where each begins among them, with the end."""
+    starts = np.concatenate([[0], np.cumsum(ends - begins)])
+    return np.repeat(begins - starts[:-1], ends - begins) + np.arange(starts[-1]), starts

@@ -151,11 +151,12 @@ def _sample(gathered: Gathered, work: Path) -> Iterator[str]:
     """The texts of the tokenizer's sample."""
     times, below, _ = np.array(gathered.sample, np.uint64).T
     for number in range(len(gathered.parts)):
-        order, split, _, source = read_digests(work, number).T
+        path = part_path(work, number)
+        order, split, _, source = read_digests(path).T
         copies = (times[source] + (order < below[source])) * (split >= gathered.heldout_below)
-        documents = read_part(part_path(work, number), copies > 0)
-        for document, count in zip(documents, copies[copies > 0].tolist(), strict=True):
-            yield from repeat(document.text, count)
+        if copies.any():
+            for text, count in zip(read_part(path).texts, copies.tolist(), strict=True):
+                yield from repeat(text, count)
 
 
 def _trainer_lines(gathered: Gathered, work: Path) -> Iterator[str]:

@@ -56,6 +56,9 @@ PRODUCTS = (
 # Raise this with every change of the program that gives different bytes for the same input.
 PIPELINE_VERSION = 3
 
+# Raise this with every change of the files of an interrupted preparation: those of an older program are removed.
+WORK_VERSION = 2
+
 # Options that do not change the corpus. The input is represented by its files.
 _NOT_IN_KEY = ("input", "output", "overwrite", "workers", "max_bad_records", "card", "ignore")
 
@@ -89,7 +92,12 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        content = {"pipeline": PIPELINE_VERSION, "options": self.options, "input": self.input}
+        content = {
+            "pipeline": PIPELINE_VERSION,
+            "work": WORK_VERSION,
+            "options": self.options,
+            "input": self.input,
+        }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, other: Recipe) -> list[str]:

@@ -137,6 +137,11 @@ def read_index(folder: Path, where: str) -> SignatureIndex:
     try:
         content = read_capped(path, _MAX_INDEX_BYTES)
     except OSError as error:
+        if next((folder / DOCUMENTS).glob("part-*.parquet"), None):
+            raise ConfigError(
+                f"{where} was curated with output_format=parquet, which has no signatures; curate it again with "
+                "output_format=jsonl"
+            ) from None
         raise ConfigError(
             f"{where} holds no signatures ({path}: {error.strerror}); name the output folder of a curation"
         ) from None

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +30,7 @@ from data_tools.curation.dedup import (
     write_tables,
 )
 from data_tools.curation.executors import TaskProgress
+from data_tools.curation.parquet import ParquetRows
 from data_tools.gzipped import Gzipped
 from data_tools.reading.units import Bad, ReadConfig, Unit, read_unit
 from data_tools.record import CurationStage, Record
@@ -172,6 +174,13 @@ def from_line(line: bytes) -> Record:
     return Record(**value)
 
 
+class OutputFormat(Enum):
+    """How curated text is stored."""
+
+    jsonl = "jsonl"
+    parquet = "parquet"
+
+
 # ---- first phase -----------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +189,8 @@ class Layout:
     """Paths of the files of a curation in its work folder."""
 
     work: Path
+    format: OutputFormat = OutputFormat.jsonl
+    """Format of the curated text."""
 
     def kept(self, rank: int) -> Path:
         return self.work / "kept" / f"{rank:05d}.jsonl"
@@ -191,7 +202,7 @@ class Layout:
         return self.work / "removed" / f"{rank:05d}.npy"
 
     def documents(self, rank: int) -> Path:
-        return self.work / "documents" / f"part-{rank:05d}.jsonl"
+        return self.work / "documents" / f"part-{rank:05d}.{self.format.value}"
 
     def signatures(self, rank: int) -> Path:
         return self.work / SIGNATURES / rows_name(self.documents(rank).name)
@@ -313,10 +324,12 @@ class FilterTask:
         described = self._described(removals["kept"])
         lines = load_array(self.layout.lines, mapped=True)
         tally, rejects = Tally(), _Rejects(self.layout.rejected, rank)
-        written, n_written = hashlib.sha256(), 0
         places: list[tuple[int, int]] = []
+        n_written = 0
         documents = self.layout.documents(rank)
+        is_parquet = self.layout.format is OutputFormat.parquet
         with self.layout.kept(rank).open("rb") as kept, _written(documents) as file, rejects:
+            rows = ParquetRows(file) if is_parquet else None
             for number, line in enumerate(kept):
                 progress.advance(len(line))
                 record = from_line(line)
@@ -334,14 +347,18 @@ class FilterTask:
                     continue
                 tally.change(record)
                 tally.keep(record, len(record.text.encode("utf-8", "replace")))
+                if rows is not None:
+                    rows.add(record)
+                    continue
                 out = to_line(record)
                 file.write(out)
-                written.update(out)
                 places.append((number, n_written))
                 n_written += len(out)
-        self._write_signatures(rank, places)
-        digest = {"bytes": n_written, "sha256": written.hexdigest()}
-        write_json(self.layout.digest("filter", rank), digest)
+            if rows is not None:
+                rows.finish()
+        if not is_parquet:  # rows address documents by their place in a file of JSON lines
+            self._write_signatures(rank, places)
+        write_json(self.layout.digest("filter", rank), _digest_of(documents))
         write_json(self.layout.tally("filter", rank), tally.to_json())
 
     def _described(self, documents: np.ndarray) -> dict[int, dict[str, Any]]:
@@ -381,6 +398,13 @@ class FilterTask:
             return True
         record.text = "\n".join(left).strip("\n")
         return False
+
+
+def _digest_of(path: Path) -> dict[str, Any]:
+    """Bytes and sha256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def _standing(kept: dict[str, Any] | None, similarity: float) -> dict[str, Any] | None:

@@ -40,6 +40,7 @@ _ZST_BYTES = 1024
 _ZST_WINDOW_BYTES = 128 << 20
 _XZ_MEMORY_BYTES = 128 << 20  # the highest preset of xz needs 65 MiB
 _MANY_VALUES = 500_000
+_JSON = json.JSONDecoder()
 # Values are counted only in longer JSON: shorter JSON takes little memory, whatever it holds.
 _COUNTED_LINE_BYTES = 1 << 20
 
@@ -235,6 +236,18 @@ class Line:
 
     def json(self, encoding: str = UTF_8) -> Any:
         """The JSON value of the line, whose bytes are released. Raises ValueError."""
+        content = self._give_up()
+        if encoding == UTF_8 and len(content) <= _COUNTED_LINE_BYTES:
+            try:
+                text = content.decode()
+                value, end = _JSON.raw_decode(text)
+                if text[end:] in ("\n", ""):
+                    return value
+            except (ValueError, RecursionError):
+                pass  # below, at twice the cost: what is not as usual, and what is wrong
+        else:
+            text = ""
+        self.content, content, text = content, b"", ""
         return parse_json(self._give_up(), encoding)
 
     def _give_up(self) -> bytes:

@@ -192,9 +192,10 @@ def _jsonl(raw: IO[bytes], span: Span, at: _Place) -> Iterator[Entry]:
     at.set(span.start, 1)
     stop = sys.maxsize if span.stop is None else span.stop
     file, encoding = _opened(raw, span)
+    is_plain = file is raw  # then the line tells the position, without a system call
     for line in lines(file, span.bounds.record_bytes, span.start, stop):
         at.set(line.end, line.number + 1)
-        yield _entry_of_line(line, raw.tell(), span, encoding)
+        yield _entry_of_line(line, line.end if is_plain else raw.tell(), span, encoding)
 
 
 def _entry_of_line(line: Line, position_bytes: int, span: Span, encoding: str) -> Entry:

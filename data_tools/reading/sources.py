@@ -52,7 +52,7 @@ class InputFile:
     purpose, for tests of Python's own reader, so those that are no text are dropped as if by a rule."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen ones take three times as long to make
 class Document:
     """One text before cleaning."""
 
@@ -138,16 +138,19 @@ def _input_file(file: FoundFile, label: str, license: str) -> InputFile:
 
 def _readable(name: str) -> str:
     """A name with bytes that are not valid UTF-8 replaced."""
-    return name.encode("utf-8", "replace").decode()
+    return name if name.isascii() else name.encode("utf-8", "replace").decode()
 
 
 def read_documents(file: InputFile, config: PrepareConfig) -> Iterator[Document | Rejected]:
     """Every record of a file, and what cannot be read of it. Raises ConfigError where a package is missing."""
-    for item in _read(file, config):
-        if isinstance(item, Rejected) and item.is_error and not file.is_named:
-            yield Rejected("not_text", item.where, item.position_bytes, is_error=False)
-        else:
-            yield item
+    if file.is_named:
+        return _read(file, config)
+    return (
+        Rejected("not_text", item.where, item.position_bytes, is_error=False)
+        if isinstance(item, Rejected) and item.is_error
+        else item
+        for item in _read(file, config)
+    )
 
 
 def _read(file: InputFile, config: PrepareConfig) -> Iterator[Document | Rejected]:
@@ -208,16 +211,18 @@ def _columns(schema: Any, config: PrepareConfig) -> list[str]:
 
 
 def _document(file: InputFile, entry: Entry, config: PrepareConfig) -> Document | Rejected:
-    where, record = f"{file.path}:{entry.number}", entry.fields
+    record = entry.fields
     try:
         if config.format is DocumentFormat.chat:
             found = dialogue.parse(record)
             if not dialogue.has_turn_of(found.messages, [role.value for role in config.chat.loss_roles]):
+                where = f"{file.path}:{entry.number}"
                 return Rejected("no_answer", where, entry.position_bytes, is_error=False)
             text = dialogue.dump(found)
         else:
             text = _text_of(record, config.text_field) if entry.text is None else entry.text
     except ValueError as error:
+        where = f"{file.path}:{entry.number}"
         if entry.lost_bytes:
             lost = (entry.lost, entry.lost_bytes)
             place = f"{file.name}:{entry.number}"
@@ -225,21 +230,25 @@ def _document(file: InputFile, entry: Entry, config: PrepareConfig) -> Document 
                 "unread", f"{where} {error}", entry.position_bytes, True, place, str(error), *lost
             )
         return Rejected("bad_record", f"{where} {error}", entry.position_bytes, is_error=True)
-    given = {
-        key: _readable(value)
-        for key in ("source", "license", "language")
-        if isinstance(value := record.get(key), str)
-    }
     own_id = record.get("id")
-    is_id = isinstance(own_id, str | int) and not isinstance(own_id, bool) and own_id != ""
+    if isinstance(own_id, str | int) and not isinstance(own_id, bool) and own_id != "":
+        name = _readable(str(own_id))
+    else:
+        name = file.name if entry.is_file else f"{file.name}:{entry.number}"
     return Document(
-        id=_readable(str(own_id)) if is_id else file.name if entry.is_file else f"{file.name}:{entry.number}",
-        source=given.get("source") or file.source,
-        license=given.get("license") or file.license,
+        id=name,
+        source=_given(record, "source") or file.source,
+        license=_given(record, "license") or file.license,
         text=text,
         position_bytes=entry.position_bytes,
-        language=given.get("language", ""),
+        language=_given(record, "language"),
     )
+
+
+def _given(record: dict[str, Any], key: str) -> str:
+    """What a record says under a key; empty where that is no text."""
+    value = record.get(key)
+    return _readable(value) if isinstance(value, str) else ""
 
 
 def _text_of(record: dict[str, Any], text_field: str) -> str:

@@ -8,6 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ class Fit:
     """Documents whose text is the same after encoding and decoding."""
 
     def add(self, other: Fit) -> None:
-        for name, value in asdict(other).items():
-            setattr(self, name, getattr(self, name) + value)
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def as_dict(self) -> dict[str, float]:
         """The totals, and their ratios."""
@@ -73,9 +74,7 @@ def measure(
     scripts: dict[str, Fit] = {}
     languages: dict[str, Fit] = {}
     is_byte: dict[int, bool] = {}
-    left = SAMPLE_BYTES
-    for text, language in documents:
-        ids = tokenizer.encode(text)
+    for text, language, ids in _encoded(tokenizer, documents):
         counts = Counter(ids)
         is_byte |= {i: tokenizer.is_part_of_character(i) for i in counts.keys() - is_byte.keys()}
         n_characters, n_cjk = count_cjk(text)
@@ -93,13 +92,25 @@ def measure(
         scripts.setdefault(CJK if 2 * n_cjk > n_characters else OTHER, Fit()).add(fit)
         if language:
             languages.setdefault(language, Fit()).add(fit)
-        left -= fit.bytes
-        if left <= 0:
-            break
     by_script, by_language = (
         {name: fit.as_dict() for name, fit in sorted(fits.items())} for fits in (scripts, languages)
     )
     return by_script, by_language
+
+
+def _encoded(
+    tokenizer: Tokenizer, documents: Iterable[tuple[str, str]]
+) -> Iterator[tuple[str, str, list[int]]]:
+    """The documents that are measured, with their tokens."""
+    chosen, left = list[tuple[str, str]](), SAMPLE_BYTES
+    for text, language in documents:
+        chosen.append((text, language))
+        left -= len(text.encode())
+        if left <= 0:
+            break
+    tokens, starts = tokenizer.encode_documents([text for text, _ in chosen])
+    for (text, language), (start, end) in zip(chosen, pairwise(starts.tolist()), strict=True):
+        yield text, language, tokens[start + 1 : end - 1].tolist()
 
 
 def heldout_texts(path: Path) -> Iterator[tuple[str, str]]:

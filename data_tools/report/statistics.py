@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import PurePath
 from typing import Any
 
@@ -51,23 +52,27 @@ class DocumentCounts:
         self._waiting.append((tokens, text_bytes))
         self._waiting_tokens += len(tokens)
         if self._waiting_tokens >= _COUNTED_TOKENS:
-            self._count()
+            self._count_waiting()
 
-    def _count(self) -> None:
+    def _count_waiting(self) -> None:
         """Count the documents that are waiting."""
-        if not self._waiting:
-            return
-        lengths = np.array([len(tokens) for tokens, _ in self._waiting], np.int64)
-        text_bytes = np.array([size for _, size in self._waiting], np.int64)
+        if self._waiting:
+            tokens, sizes = zip(*self._waiting, strict=True)
+            starts = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
+            self.add_all(np.concatenate(tokens), starts, np.array(sizes, np.int64))
+        self._waiting, self._waiting_tokens = [], 0
+
+    def add_all(self, tokens: np.ndarray, starts: np.ndarray, text_bytes: np.ndarray) -> None:
+        """Add many documents. Document k has the tokens [starts[k], starts[k + 1])."""
+        lengths = np.diff(starts)
         if self._tokenizer.is_sentencepiece:
-            tokens = np.concatenate([tokens for tokens, _ in self._waiting])
-            starts = np.cumsum(lengths) - lengths
             n_characters, n_cjk = (
-                np.add.reduceat(counts[tokens], starts, dtype=np.int64)
+                np.add.reduceat(counts[tokens], starts[:-1], dtype=np.int64)
                 for counts in (self._characters, self._cjk)
             )
         else:
-            texts = (self._tokenizer.decode(tokens[:_PROBE_TOKENS].tolist()) for tokens, _ in self._waiting)
+            probes = (tokens[start : min(start + _PROBE_TOKENS, end)] for start, end in pairwise(starts))
+            texts = (self._tokenizer.decode(probe.tolist()) for probe in probes)
             n_characters, n_cjk = np.array([count_cjk(text) for text in texts], np.int64).T
         self._lengths.update(lengths.tolist())
         is_cjk = 2 * n_cjk > n_characters
@@ -81,11 +86,10 @@ class DocumentCounts:
                 self._scripts.setdefault(script, Counter()).update(
                     {name: int(n) for name, n in counts.items()}
                 )
-        self._waiting, self._waiting_tokens = [], 0
 
     def to_json(self) -> dict[str, Any]:
         """`lengths`, in tokens, and `scripts` (`cjk`: most characters are Chinese, Japanese or Korean)."""
-        self._count()
+        self._count_waiting()
         return {
             "lengths": length_statistics(self._lengths),
             "scripts": {name: dict(counts) for name, counts in sorted(self._scripts.items())},

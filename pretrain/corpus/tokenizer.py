@@ -41,6 +41,10 @@ _WHOLE = re.compile(r"(?s).+")
 # Finds a vocabulary piece that spans the end of a unit. It searches a text of all pieces, separated by NUL characters.
 _ACROSS_UNITS = re.compile(rf"[^{SPACE_SYMBOL}\0]{SPACE_SYMBOL}|\n[^\n\0]")
 _LONG_UNIT_CHARS = 24
+# Units are encoded many at a time, with this character between them: a call of sentencepiece takes as long as encoding
+# ten characters.
+_SEPARATOR = "\0"
+_BLOCK_CHARS = 1 << 14
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not valid UTF-8
 
@@ -221,6 +225,8 @@ class Tokenizer:
         """Whether a token stands for some of the UTF-8 bytes of a character that is not in the vocabulary."""
         if _BYTE_PIECE.fullmatch(piece := self.piece(token)):
             return True
+        if self.is_sentencepiece:  # its other entries are text
+            return False
         return _REPLACEMENT not in piece and _REPLACEMENT in self.decode([token])
 
 
@@ -268,6 +274,7 @@ class _SentencePiece:
         self.mask_id = next((i for i in found.values() if i != unk and processor.is_control(i)), None)
         symbol_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
         self._units = self._choose_units(has_bytes=unk not in symbol_ids)
+        self._separator_id = self._find_separator()
         self._space_symbol_ids = processor.encode(SPACE_SYMBOL) if self._units is _WHOLE else symbol_ids
 
     def _choose_units(self, has_bytes: bool) -> re.Pattern[str]:
@@ -278,6 +285,25 @@ class _SentencePiece:
             return _WHOLE
         pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
         return _BETWEEN_SPACE_SYMBOLS if _ACROSS_UNITS.search("\0".join(pieces)) else _UNITS
+
+    def _find_separator(self) -> int | None:
+        """The id of the character that can stand between units without changing their ids; None where none can.
+
+        That holds for a model that merges pairs (BPE) and has no pair with this character. Its scores are ranks, so
+        they are whole numbers. The scores of a unigram model are summed up over the whole text and rounded.
+        """
+        sample, tokens = f"a{_SEPARATOR}a{_SEPARATOR}{_SEPARATOR}a", list(range(self.vocab_size))
+        pieces, scores = self._processor.id_to_piece(tokens), self._processor.get_score(tokens)
+        ids = self._processor.encode(_SEPARATOR)
+        if (
+            self._units is _WHOLE
+            or self._processor.normalize(sample) != sample
+            or any(_SEPARATOR in piece for piece in pieces)
+            or not all(score.is_integer() for score in scores)
+            or [pieces[token] for token in ids] != ["<0x00>"]
+        ):
+            return None
+        return ids[0]
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
         """Encode each distinct unit only once, since texts repeat their words."""
@@ -291,14 +317,45 @@ class _SentencePiece:
             # Texts with few spaces, such as Chinese, would give long units that do not repeat.
             if units is _UNITS and text.count(" ") * _LONG_UNIT_CHARS < len(text):
                 units = _BETWEEN_SPACE_SYMBOLS
-            rows += map(number, units.findall(text))
+            if units is _BETWEEN_SPACE_SYMBOLS and SPACE_SYMBOL not in text:
+                rows += [number(text)] if text else []
+            else:
+                rows += map(number, units.findall(text))
             rows.append(_EOS)
             n_rows.append(len(rows))
+        special = [[self.ids.bos], [self.ids.eos], self._space_symbol_ids]
+        flat, lengths = self._encode_units(list(numbers)[1:])
+        flat = np.concatenate([*special, flat])
+        lengths = np.concatenate([[len(ids) for ids in special], lengths])
+        return _put_together(flat, lengths, rows, n_rows, token_dtype(self.vocab_size))
+
+    def _encode_units(self, units: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all units, one unit after another, and the number of ids of each."""
+        if self._separator_id is None:
+            return self._encode_separately(units)
+        found = []
+        for block in _blocks(units):
+            together = _SEPARATOR.join(block)
+            ids = self._processor.encode(together, return_type="numpy")
+            is_separator = ids == self._separator_id
+            ends = np.flatnonzero(is_separator)
+            if len(ends) == len(block) - 1 == together.count(_SEPARATOR):
+                found.append((ids[~is_separator], np.diff(ends, prepend=-1, append=len(ids)) - 1))
+            else:  # a unit holds the separator
+                found.append(self._encode_separately(block))
+        if not found:
+            return self._encode_separately(units)
+        flat, lengths = zip(*found, strict=True)
+        return np.concatenate(flat), np.concatenate(lengths)
+
+    def _encode_separately(self, units: list[str]) -> tuple[np.ndarray, np.ndarray]:
         # For short units, sentencepiece returns lists faster than arrays.
-        is_long = sum(map(len, numbers)) > _LONG_UNIT_CHARS * len(numbers)
-        found = self._processor.encode(list(numbers), num_threads=1, return_type="numpy" if is_long else int)
-        ids = [[self.ids.bos], [self.ids.eos], self._space_symbol_ids, *found[1:]]
-        return _put_together(ids, np.array(rows, np.int64), np.array(n_rows), token_dtype(self.vocab_size))
+        is_long = sum(map(len, units)) > _LONG_UNIT_CHARS * len(units)
+        ids = self._processor.encode(units, num_threads=1, return_type="numpy" if is_long else int)
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        if is_long:
+            return np.concatenate(ids), lengths
+        return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
 
     def special_tokens(self) -> dict[str, int]:
         """The control pieces, and the one for unknown text: they have no text of their own."""
@@ -357,25 +414,33 @@ class _Numbers(dict[str, int]):
         return number
 
 
+def _blocks(units: list[str]) -> Iterator[list[str]]:
+    """The units in groups of bounded size."""
+    begin = n_chars = 0
+    for number, unit in enumerate(units):
+        n_chars += len(unit)
+        if n_chars >= _BLOCK_CHARS:
+            yield units[begin : number + 1]
+            begin, n_chars = number + 1, 0
+    if begin < len(units):
+        yield units[begin:]
+
+
 def _put_together(
-    ids: Sequence[Sequence[int]], rows: np.ndarray, n_rows: np.ndarray, dtype: np.dtype
+    ids: np.ndarray, lengths: np.ndarray, rows: list[int], n_rows: list[int], dtype: np.dtype
 ) -> EncodedTexts:
     """Replace unit numbers by token ids.
 
-    `ids` holds the token ids of each unit, and `rows` the unit numbers of all texts; text k ends at index
-    `n_rows[k + 1]` of `rows`.
+    `ids` holds the token ids of all units, `lengths` the number of each unit's, and `rows` the unit numbers of all
+    texts; text k ends at index `n_rows[k + 1]` of `rows`.
     """
-    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-    if isinstance(ids[-1], np.ndarray):
-        flat = np.concatenate(ids, dtype=dtype, casting="unsafe")
-    else:
-        flat = np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum()))
+    flat, units = ids.astype(dtype), np.array(rows, np.int64)
     begins = np.cumsum(lengths) - lengths
-    counts = lengths[rows]
+    counts = lengths[units]
     ends = np.concatenate([[0], np.cumsum(counts)])
     # Within a unit the index into `flat` and the index into the result both grow by one, so their difference is
     # constant.
-    places = np.repeat(begins[rows] - ends[:-1], counts) + np.arange(ends[-1])
+    places = np.repeat(begins[units] - ends[:-1], counts) + np.arange(ends[-1])
     return EncodedTexts(flat[places], ends[n_rows])
 
 

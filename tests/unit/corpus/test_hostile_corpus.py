@@ -55,7 +55,9 @@ class Forger(CorpusWriter):
     change: Callable[[int, list[Piece]], list[Any]]
 
     def _flush_chunk(self) -> None:
-        self._pieces = self.change(self._n_chunks, self._pieces)
+        keys = ("starts", "source", "ids", "offsets", "text_bytes")
+        pieces = self.change(self._n_chunks, list(zip(*map(self._columns.__getitem__, keys), strict=True)))
+        self._columns |= dict(zip(keys, map(list, zip(*pieces, strict=True)), strict=True))
         super()._flush_chunk()
 
 

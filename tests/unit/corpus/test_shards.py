@@ -25,7 +25,7 @@ from pretrain.corpus.check import verify_corpus
 from pretrain.corpus.ids import chunks_of
 from pretrain.corpus.manifest import CorpusSource, CorruptShardError, Manifest, load_manifest, token_dtype
 from pretrain.corpus.shards import Corpus, documents_of
-from pretrain.corpus.writer import CorpusWriter
+from pretrain.corpus.writer import CorpusWriter, Documents
 from pretrain.errors import ConfigError
 
 os.environ["WDS_SECURE"] = "1"  # read when webdataset is imported
@@ -52,6 +52,32 @@ def write(
         source = ("code", "prose")[number % 2]
         writer.add_document(tokens, source=source, document_id=f"文 {number}", text_bytes=10 * number)
     return writer.finish()
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_documents_that_are_added_together_give_the_same_bytes(count: int, tmp_path: Path) -> None:
+    documents = random_documents(count)
+    alone = write(tmp_path / "alone", documents)
+    header = {"tokenizer_sha256": "0" * 64, "vocab_size": 1000, "bos_id": 1, "eos_id": 2}
+    sources = [CorpusSource(name="code", license="MIT"), "prose"]
+    writer = CorpusWriter(
+        tmp_path / "together",
+        **header,
+        chunk_tokens=alone.chunk_tokens,
+        sources=sources,
+        shard_bytes=SHARD_BYTES,
+    )
+    numbers = np.arange(count)
+    writer.add_documents(
+        Documents(
+            tokens=np.concatenate(documents).astype(np.uint16),
+            starts=np.cumsum([0, *map(len, documents)]),
+            source=numbers % 2,
+            ids=[f"文 {number}" for number in range(count)],
+            text_bytes=10 * numbers,
+        )
+    )
+    assert writer.finish().root_sha256 == alone.root_sha256
 
 
 def test_no_more_shards_are_written_than_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,6 +174,23 @@ def test_many_documents_give_what_each_gives(tokenizers: dict[str, Tokenizer], t
         assert len(tokens) == starts[-1]
 
 
+def test_units_that_are_encoded_together_keep_their_ids(
+    tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.corpus.tokenizer._BLOCK_CHARS", 40)
+    together = ["", "道可道，非常道。", "name\n\n  of 名\u2581可名", "x" * 100]
+    texts = [*together, "a\0b", "\0", "\0 c\0", "e" * 50, "f"]  # a unit with NUL is encoded on its own
+    for kind, tokenizer in tokenizers.items():
+        assert (tokenizer._model._separator_id is None) is (kind == "unigram")
+        processor = SentencePieceProcessor(model_file=str(tokenizer.path))
+        tokens, starts = tokenizer.encode_documents(texts)
+        cut = [tokens[a + 1 : b - 1].tolist() for a, b in itertools.pairwise(starts)]
+        for text, ids in zip(texts, cut, strict=True):
+            if "\u2581" not in text:
+                assert ids == processor.encode(text)
+            assert tokenizer.decode(ids) == text
+
+
 def test_units_are_what_the_text_is_made_of() -> None:
     text = "def f(x):\n    return x\n\n\u2581 b  \n c  "
     units = _UNITS.findall(text)

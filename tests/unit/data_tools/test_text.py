@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.text import MARKS, UNSPACED, WORD, WORD_END, WORD_START, has_marks
+from data_tools.text import MARKS, UNSPACED, WORD, WORD_END, WORD_START, clean, clean_all, has_marks
 
 # One sentence in scripts with marks: Hindi, Bengali, Tamil, Telugu, pointed Hebrew, pointed Arabic, Persian, Yoruba.
 MARKED = [
@@ -46,3 +46,13 @@ def test_a_text_without_marks_has_the_same_words_either_way(text: str) -> None:
 def test_scripts_without_spaces() -> None:
     assert re.fullmatch(f"[{UNSPACED}]+", "ภาษาไทยພາສາမြန်မာភាសាひらカタﾊﾝ漢𠮷")
     assert not re.search(f"[{UNSPACED}]", "한국어 हिन्दी አማርኛ ქართული Tiếng Việt")
+
+
+@given(
+    st.lists(
+        st.text(st.sampled_from("ab \n\r\t\0\x85\ufeff\ud800e\u0301\u0344\u1100\u1161道"), max_size=6),
+        max_size=6,
+    )
+)
+def test_texts_are_cleaned_together_as_alone(texts: list[str]) -> None:
+    assert list(clean_all(texts)) == [clean(text) for text in texts]

@@ -6,22 +6,28 @@ import json
 import struct
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from support import ROOT
 from support.short_programs import PROGRAMS, TEXTS
 
 pytest.importorskip("py3langid")
+from py3langid.langid import MODEL_FILE, LanguageIdentifier, visit_counts
 
 from data_tools.record import Record
 from data_tools.stages import language
 from data_tools.stages.language import (
     LanguageConfig,
     LanguageStage,
+    _features_by,
     is_traditional,
 )
 from pretrain.errors import ConfigError
@@ -213,3 +219,20 @@ def test_a_bad_model_is_named(tmp_path: Path) -> None:
 def test_a_wrong_option_is_named(options: dict, key: str) -> None:
     with pytest.raises(ConfigError, match=rf"curation\.language\.{key}"):
         LanguageConfig(**options)
+
+
+@settings(max_examples=30, deadline=None)
+@given(text=st.one_of(st.binary(max_size=40), st.text(max_size=40).map(str.encode)))
+@example(text=b"")
+@example(text=f"{VERSE} {TRADITIONAL}".encode())
+def test_all_places_at_once_give_the_features_of_the_automaton(text: bytes) -> None:
+    model, features_of = automaton()
+    rows = [row << 8 for row in model.tk_row]
+    counts = visit_counts(model.tk_nextmove, rows, model.tk_output, text) or {}
+    assert list(Counter(features_of(text)).items()) == list(counts.items())
+
+
+@cache
+def automaton() -> tuple[Any, Callable[[bytes], list[int]]]:
+    model = LanguageIdentifier.from_model_file(MODEL_FILE)
+    return model, _features_by(model)
