@@ -25,6 +25,8 @@ class FormLoss:
 
     text: str
     """Path of the manifest of the held-out corpus."""
+    root_sha256: str
+    """Hash of that corpus, which names it without a path of this machine."""
     tokens: int
     """Number of tokens that were predicted."""
     checkpoint: float
@@ -66,4 +68,10 @@ def heldout_loss(
         ).overall
         for weights in (trained.weights, exported)
     ]
-    return FormLoss(str(corpus.manifest_path), scores[0].tokens, scores[0].loss, scores[1].loss)
+    return FormLoss(
+        str(corpus.manifest_path),
+        corpus.manifest.root_sha256,
+        scores[0].tokens,
+        scores[0].loss,
+        scores[1].loss,
+    )

@@ -268,10 +268,11 @@ def _evaluation(trained: TrainedModel, run_dir: Path, facts: CardFacts) -> str:
             f"measured in training, at step {last['step']:,}",
         )
         for key, value in last.items()
-        if key.startswith(HELDOUT_PREFIX) and isinstance(value, int | float)
+        if key.startswith(HELDOUT_PREFIX) and isinstance(value, int | float) and not key.endswith("time_s")
     ]
     if facts.loss is not None:
-        how = f"measured in fp32 on the first {facts.loss.tokens:,} tokens of {code_span(facts.loss.text)}"
+        corpus = code_span(facts.loss.root_sha256[:12])
+        how = f"measured in fp32 on the first {facts.loss.tokens:,} tokens of the held-out corpus {corpus}"
         rows += [
             ("loss of the checkpoint", f"{facts.loss.checkpoint:.5f} nats per token", how),
             (f"loss of this export ({facts.form.name})", f"{facts.loss.exported:.5f} nats per token", how),

@@ -27,7 +27,7 @@ FACTS = CardFacts(
     form=FORM,
     weight_error=0.0019,
     parity=Parity(tokens=64, max_difference=1.5e-7, tolerance=2e-4, argmax_agreement=1.0),
-    loss=FormLoss(text="heldout/manifest.json", tokens=4096, checkpoint=2.5, exported=2.503),
+    loss=FormLoss("/home/me/heldout/manifest.json", "ab" * 32, tokens=4096, checkpoint=2.5, exported=2.503),
     device_watts=None,
 )
 HOSTILE = CorpusSource(
@@ -91,6 +91,7 @@ def record_run(run_dir: Path, peak_source: str | None, last_step: int = 3) -> No
                 "step": 2,
                 "heldout/loss": 3.25,
                 "heldout/bits_per_byte": 1.5,
+                "heldout/time_s": 2.0,
             },
         ],
     )
@@ -128,6 +129,9 @@ def test_figures_of_the_run(trained: TrainedModel, tmp_path: Path) -> None:
     assert row(card, "parameters")[0] == f"{sum(w.numel() for w in trained.weights.values()):,}"
     assert row(card, "sha256 of its file in the run")[0] == f"`{trained.tokenizer.sha256}`"
     assert "The model saw 6,144 tokens" in card
+    assert "held-out corpus `abababababab`" in card
+    assert "/home/me" not in card
+    assert "time" not in card.partition("## Evaluation")[2].partition("##")[0]
     assert "| 200 |" in card
 
 
