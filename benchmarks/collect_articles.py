@@ -1,4 +1,4 @@
-"""Collect encyclopedic articles in 22 languages for `benchmarks/curation_quality.py`.
+"""Collect encyclopedic articles in 23 languages for `benchmarks/curation_quality.py`.
 
     git clone https://github.com/google-deepmind/xquad
     apt-get download stellarium-data && dpkg-deb -x stellarium-data_*.deb stellarium
