@@ -36,9 +36,10 @@ def is_met(figure: Figure) -> bool:
 
 
 def _row(figure: Figure) -> str:
-    theirs = "" if figure.theirs is None else f"{figure.theirs:.3f}"
+    theirs = figure.theirs if isinstance(figure.theirs, float) else None
+    peer = f"{theirs:.3f}" if theirs is not None else str(figure.theirs or "")
     verdict = "" if not figure.goal else "met" if is_met(figure) else "MISSED"
-    cells = (figure.name, f"{figure.ours:.3f}", figure.counted, figure.goal, verdict, theirs)
+    cells = (figure.name, f"{figure.ours:.3f}", figure.counted, figure.goal, verdict, peer)
     return f"| {' | '.join(cells)} |"
 
 

@@ -72,7 +72,7 @@ from pretrain.files import sync_folder, written_atomically
 from pretrain.printing import print_error, visible
 from pretrain.remote import open_file
 
-CURATION_VERSION = 3
+CURATION_VERSION = 4
 """Raise this with every change of the program that gives different bytes for the same input."""
 WORK = ".work"
 _PRODUCTS = (DOCUMENTS, SIGNATURES, "rejected", REPORT)

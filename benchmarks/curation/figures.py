@@ -20,8 +20,8 @@ class Figure(NamedTuple):
     """Numerator and denominator, such as `3 of 1013`."""
     goal: str = ""
     """What the value should satisfy, such as `<= 0.03`; empty where there is no goal."""
-    theirs: float | None = None
-    """The same value of datatrove with its default settings; None where it was not measured."""
+    theirs: float | str | None = None
+    """The same value of datatrove with its default settings, or why there is none; None where it was not measured."""
 
 
 def records(path: Path) -> Iterator[dict[str, str]]:

@@ -22,6 +22,7 @@ from data_tools.stages.pii.stage import PiiStage
 
 SENTENCES = Path(__file__).with_suffix(".tsv")
 SEEDS = range(6)
+_LEAK_CHARS = 10
 OPTIONAL = ("national_id", "iban")
 PEER_KINDS = ("email", "ip")
 """What datatrove's formatter replaces."""
@@ -35,6 +36,7 @@ ALPHABETS = {
     "W": WORD,
     "H": "0123456789abcdef",
     "B": WORD + "+/",
+    "S": WORD + "-_",
 }
 
 
@@ -56,7 +58,7 @@ class Maker:
 
     def fill(self, form: str) -> str:
         """A text with each `<...>` replaced by a new value."""
-        return re.sub(r"<([DNLUWHB])([0-9]+)>|<([a-z_A-Z]+)>", self._value, form)
+        return re.sub(r"<([DNLUWHBS])([0-9]+)>|<([a-z_A-Z]+)>", self._value, form)
 
     def _value(self, match: re.Match[str]) -> str:
         if match[1]:
@@ -84,6 +86,10 @@ class Maker:
         special = (100, 127, 169, 172, 192, 198, 203)
         first = self.random.choice([n for n in range(11, 223) if n not in special])
         return f"{first}." + ".".join(str(self.random.randrange(256)) for _ in range(3))
+
+    def escaped_line(self) -> str:
+        """The end of a line inside a string of JSON."""
+        return r"\n"
 
     def version(self) -> str:
         """Four numbers as versions have them, all below 256."""
@@ -174,6 +180,12 @@ def _peer() -> Callable[[Case], str]:
     return lambda case: formatter.format(case.text)
 
 
+def leaks(part: str, cleaned: str) -> bool:
+    """Whether ten characters in a row of the personal data, or all of it, are left."""
+    length = min(len(part), _LEAK_CHARS)
+    return any(part[at : at + length] in cleaned for at in range(len(part) - length + 1))
+
+
 class Rates(NamedTuple):
     """What was counted over the cases of a kind."""
 
@@ -185,7 +197,7 @@ class Rates(NamedTuple):
     @classmethod
     def of(cls, cases: list[Case], clean: Callable[[Case], str]) -> Rates:
         personal = [case for case in cases if case.part is not None]
-        found = sum(case.part not in clean(case) for case in personal if case.part)
+        found = sum(not leaks(case.part, clean(case)) for case in personal if case.part)
         return cls(found, len(personal), sum(clean(case) != case.text for case in cases if case.part is None))
 
     @property
@@ -206,9 +218,23 @@ def measure(corpora: Path) -> list[Figure]:
         rates = Rates.of(own, ours)
         theirs = Rates.of(own, peer) if kind in PEER_KINDS else None
         counted = f"{rates.found} of {rates.personal}"
-        figures.append(Figure(f"{kind}: recall", rates.recall, counted, ">= 0.9", theirs and theirs.recall))
+        figures.append(
+            Figure(
+                f"{kind}: recall",
+                rates.recall,
+                counted,
+                ">= 0.9",
+                theirs.recall if theirs else "no such stage",
+            )
+        )
         counted = f"{rates.found} of {rates.found + rates.wrong}"
         figures.append(
-            Figure(f"{kind}: precision", rates.precision, counted, ">= 0.95", theirs and theirs.precision)
+            Figure(
+                f"{kind}: precision",
+                rates.precision,
+                counted,
+                ">= 0.95",
+                theirs.precision if theirs else "no such stage",
+            )
         )
     return figures

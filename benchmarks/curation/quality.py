@@ -1,7 +1,8 @@
 """What the quality stage drops on the web's terms: good text of every form and script, and pages nobody wants.
 
-Encyclopedia articles are `train/wiki_*.jsonl`, each in one language, and `train/factbook.jsonl`; only those of 50 words
-or more count, for shorter ones are dropped for their length. The other texts are in `quality_texts.json` beside this
+Encyclopedia articles are `train/wiki_*.jsonl`, each in one language, `train/factbook.jsonl`, and those that
+`benchmarks/collect_articles.py` collects, `articles/LANGUAGE.jsonl`; only those of 50 words or more count, for shorter
+ones are dropped for their length. The other texts are in `quality_texts.json` beside this
 file. Languages are given, not detected, so that the figures are this stage's own.
 """
 
@@ -28,6 +29,13 @@ _SCRIPTS = {
     "fr": "fra_Latn",
     "ru": "rus_Cyrl",
     "el": "ell_Grek",
+    "ar": "arb_Arab",
+    "hr": "hrv_Latn",
+    "nl": "nld_Latn",
+    "pt": "por_Latn",
+    "ro": "ron_Latn",
+    "tr": "tur_Latn",
+    "uk": "ukr_Cyrl",
 }
 
 
@@ -35,7 +43,11 @@ def measure(corpora: Path) -> list[Figure]:
     """Fraction of articles dropped by language, of good texts dropped, and of junk kept."""
     figures = [
         _dropped(f"encyclopedia articles dropped, {path.stem}", _articles(path), "<= 0.03")
-        for path in [*sorted((corpora / "train").glob("wiki_*.jsonl")), corpora / "train/factbook.jsonl"]
+        for path in [
+            *sorted((corpora / "train").glob("wiki_*.jsonl")),
+            corpora / "train/factbook.jsonl",
+            *sorted((corpora / "articles").glob("*.jsonl")),
+        ]
         if path.exists()
     ]
     texts = json.loads(_TEXTS.read_text(encoding="utf-8"))
@@ -50,7 +62,7 @@ def measure(corpora: Path) -> list[Figure]:
 
 
 def _articles(path: Path) -> list[tuple[str, str]]:
-    language = "en" if path.stem in ("wiki_vital", "factbook") else path.stem.rsplit("_", 1)[1]
+    language = "en" if path.stem in ("wiki_vital", "factbook") else path.stem.rsplit("_", 1)[-1]
     texts = [record["text"] for record in sample(path, _ARTICLES)]
     return [(text, language) for text in texts if len(split(text, language).numbers) >= 1.2 * _LEAST_WORDS]
 

@@ -129,4 +129,4 @@ def _shared_lines(corpora: Path) -> list[Figure]:
 
 
 def _figure(name: str, part: int, whole: int, goal: str) -> Figure:
-    return Figure(name, part / max(1, whole), f"{part} of {whole}", goal)
+    return Figure(name, part / max(1, whole), f"{part} of {whole}", goal, "no such stage")

@@ -124,7 +124,7 @@ def build_stages(config: CurationConfig, index: Path) -> list[CurationStage]:
     builders: dict[str, Callable[[], CurationStage]] = {
         "normalize": lambda: NormalizeStage(config.normalize),
         "language": lambda: LanguageStage(config.language),
-        "boilerplate": lambda: BoilerplateStage(config.boilerplate),
+        "boilerplate": lambda: BoilerplateStage(config.boilerplate, config.quality.is_curated),
         "quality": lambda: QualityStage(config.quality),
         "harm": lambda: HarmStage(config.harm),
         "decontaminate": lambda: DecontaminateStage(replace(config.decontaminate, index=str(index))),

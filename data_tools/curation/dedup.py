@@ -22,8 +22,8 @@ import numpy as np
 import xxhash
 
 from data_tools.curation.addresses import address_hashes
-from data_tools.curation.web_prose import is_web_prose
 from data_tools.record import Record
+from data_tools.stages.web_prose import is_web_prose
 from data_tools.text import MARKS, UNSPACED, has_marks
 from pretrain.errors import ConfigError
 from pretrain.files import written_atomically

@@ -7,6 +7,7 @@ The rules are conservative. A line is removed only where hardly anything else lo
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from data_tools.record import Record
@@ -88,16 +89,19 @@ class BoilerplateConfig:
 
 
 class BoilerplateStage:
-    """Removes lines of boilerplate, and counts them as `boilerplate.lines`. Code is not changed."""
+    """Removes lines of boilerplate, and counts them as `boilerplate.lines`. Code and chosen sources are not changed."""
 
     name = "boilerplate"
 
-    def __init__(self, config: BoilerplateConfig) -> None:
-        self._config = config
+    def __init__(
+        self, config: BoilerplateConfig, is_curated: Callable[[str], bool] = lambda source: False
+    ) -> None:
+        """`is_curated` tells the sources that people chose, which are no pages of the web."""
+        self._config, self._is_curated = config, is_curated
 
     def process(self, record: Record) -> str | None:
         """Returns `only_boilerplate` where nothing is left after the removal of lines."""
-        if is_code(record):
+        if self._is_curated(record.source) or is_code(record):
             return None
         record.text, removed = without_boilerplate(record.text)
         record.count("boilerplate.lines", removed)

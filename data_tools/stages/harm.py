@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data_tools.record import CHINESE, CHINESE_TRADITIONAL, CODE, UNKNOWN, Record
+from data_tools.stages.decontamination.canonical import LOOK_ALIKES
 from data_tools.text import UNSPACED, WORD, WORD_END, WORD_START
 from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
@@ -26,6 +27,9 @@ _LISTED_ENTRIES = 10
 # Scripts without spaces, in which an entry is found anywhere and shares count characters.
 _UNSPACED = re.compile(rf"[{UNSPACED}]")
 _WORD = re.compile(rf"[{WORD}]")
+# Letters of other scripts among Latin ones, as in `сasino` with a Cyrillic first letter.
+_MIXED = re.compile(r"[a-z][\u0370-\u04ff]|[\u0370-\u04ff][a-z]")
+_MIXED_WORD = re.compile(r"[a-z\u0370-\u04ff]+")
 _EDGES = (r"\b", WORD_START, WORD_END)
 
 
@@ -116,6 +120,8 @@ class HarmStage:
         # if no language was detected, every list is tried
         patterns = self._words.values() if language == UNKNOWN else [self._words.get(language)]
         text = record.text.lower()
+        if not text.isascii() and _MIXED.search(text):
+            text = _MIXED_WORD.sub(_with_latin, text)
         return [entry for pattern in patterns if pattern for entry in pattern.findall(text)]
 
     def _has_too_many_words(self, record: Record) -> bool:
@@ -172,6 +178,11 @@ class HarmStage:
             for language, path in sorted(files.items())
             if path and (pattern := entry_pattern(read_list(path)))
         }
+
+
+def _with_latin(word: re.Match[str]) -> str:
+    """A word with the Latin letters that its letters look like, where it has Latin ones too; others stay."""
+    return word[0].translate(LOOK_ALIKES) if _MIXED.search(word[0]) else word[0]
 
 
 def read_list(path: str) -> list[str]:

@@ -26,6 +26,7 @@ from data_tools.record import CHINESE, CHINESE_TRADITIONAL, CODE, ENGLISH, Recor
 from data_tools.stages import junk
 from data_tools.stages import words as text_of
 from data_tools.stages.layout import layout
+from data_tools.stages.web_prose import is_dialogue, is_law
 from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 
@@ -43,6 +44,9 @@ _NO_FULL_STOP = ("th", "lo")
 _FORMED, _PARTLY_FORMED = 0.5, 0.25
 _LEAST_LINES, _MOST_LINES = 10, 100
 _NOTICE_CHARS = 200
+# Fewer characters in repeated runs (half as many without blanks), if less than a quarter of the text, are a name that a
+# short article mentions again. The thresholds of Chinese were made for its short texts.
+_LEAST_CHARS_AGAIN = 120
 _BAD_PHRASES = (
     "javascript",
     *("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies"),
@@ -251,10 +255,10 @@ class QualityConfig:
     """Thresholds for documents of `curated_sources` in every language; code among them is judged by `code`."""
     curated_sources: list[str] = field(default_factory=list)
     """Sources that people chose (books, poems, reviews, reference works), by name or pattern such as `zh_*`; `*`: all.
-    No lines are removed from their documents."""
+    No lines are removed from their documents, neither by this stage nor by `boilerplate`."""
     remove_lines: bool = True
-    """Remove the lines that C4 drops from documents that are kept; never from code, nor from texts of which a quarter
-    of the lines have the form of verse, lists, tables or formulas."""
+    """Remove the lines that C4 drops from documents that are kept; never from code, laws and dialogues, nor from texts
+    of which a quarter of the lines have the form of verse, lists, tables or formulas."""
     require_terminal_punctuation: bool = False
     """Count lines without terminal punctuation among those that C4 drops; FineWeb found that this removes too much."""
     min_line_words: int = 3
@@ -424,7 +428,11 @@ def measure(text: str, language: str, config: QualityConfig) -> tuple[dict[str, 
     n_chars = max(1, len(text))
     figures = _word_signals(text, lower, words, language)
     figures |= _line_signals(text, lines, words, language)
-    figures |= {name: chars / n_chars for name, chars in text_of.gram_chars(words).items()}
+    least_chars_again = 0 if text_of.is_chinese(language) else _LEAST_CHARS_AGAIN // (1 + words.unspaced)
+    figures |= {
+        name: chars / n_chars if chars >= min(least_chars_again, n_chars / 4) else 0
+        for name, chars in text_of.gram_chars(words).items()
+    }
     figures["sentences"] = text_of.count_sentences(kept, words.unspaced)
     figures["unspaced"] = int(words.unspaced)
     return {"quality." + name: round(value, 5) if value else 0 for name, value in figures.items()}, bad
@@ -488,7 +496,9 @@ class QualityStage:
     def _keeps_lines(self, record: Record, figures: Mapping[str, Signal]) -> bool:
         if record.language == CODE or self.config.is_curated(record.source):
             return True
-        return float(figures["quality.formed_lines"]) >= _PARTLY_FORMED
+        if float(figures["quality.formed_lines"]) >= _PARTLY_FORMED:
+            return True
+        return is_law(record.text) or is_dialogue(record.text)
 
     def _score(self, text: str) -> float:
         """Probability of the label, by the user's classifier."""

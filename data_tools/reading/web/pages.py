@@ -165,18 +165,19 @@ def _content(headers: Any, stream: IO[bytes]) -> Any:
 
 
 def main_text(html: bytes, content_type: str | None) -> str:
-    """The main text of a page; empty where it has none, or where the extractor cannot parse it.
+    """The main text of a page; empty where it has none.
 
     Pages are read independently of each other, so repeated text is not removed. Raises ValueError for a page that is
-    made to be slow.
+    made to be slow, and for one at which the extractor fails.
     """
     from trafilatura import extract
 
     _check_tags(html)
     try:
         text = extract(_decoded(html, content_type), include_comments=False, deduplicate=False)
-    except Exception:  # untrusted pages make parsers fail in any way, and one page is no reason to stop
-        return ""
+    except Exception as error:
+        # untrusted pages make parsers fail in any way; the page is counted as one that cannot be read
+        raise ValueError(f"is a page whose text cannot be extracted ({type(error).__name__})") from error
     return text or ""
 
 

@@ -38,7 +38,7 @@ _MARKUP = (
     ("<", re.compile(r"</?[a-zA-Z][^<>\n]{0,300}>")),
 )
 # Both cases of a letter become the same Latin letter, so that text in these scripts is still compared in any case.
-_LOOK_ALIKES = str.maketrans(
+LOOK_ALIKES = str.maketrans(
     "авеһіјкӏмнорԛсѕтухѵԝԁαβεηικμνορτυχζօսցհոıɑɡøłđħŧ",
     "abehijklmhopqcstyxvwdabehikmvoptyxzoughniagoldht",
 )
@@ -154,7 +154,7 @@ def _fold(character: str) -> str:
     """A character without marks and case, in NFKC: one or more characters, or a space for a sign."""
     apart = unicodedata.normalize("NFKD", character)
     bare = "".join(part for part in apart if unicodedata.category(part) not in _MARKS) or apart
-    folded = unicodedata.normalize("NFKC", bare).casefold().translate(_LOOK_ALIKES)
+    folded = unicodedata.normalize("NFKC", bare).casefold().translate(LOOK_ALIKES)
     return folded if len(folded) == 1 or any(map(str.isalpha, folded)) else " "
 
 

@@ -25,7 +25,8 @@ _LOCAL_PART = re.compile(
 _URL_BEFORE = re.compile(r"//(?:[^\s/@:]{0,64}:)?\Z")
 _NAME_OF_ANY_SCRIPT = re.compile(r"[\u4e00-\u9fff\w](?:[\w.+-]{0,30}[\w])?\Z")
 _NO_TOP_LEVEL = frozenset(
-    "png jpg jpeg gif svg webp css js ts py html json tgz zip gz whl git jar so dll "  # files: icon@2x.png
+    "png jpg jpeg gif svg webp css js ts py html json tgz zip gz whl git jar so dll conf cfg ini yml yaml toml xml txt "
+    "log lock csv tsv sql exe bin pdf docx "  # files: icon@2x.png
     "test example invalid localhost local lan internal".split()  # RFC 2606, RFC 6762 and habit
 )
 # The generic top-level domains with most names. In code and after [at], others are attributes: `a@b.transpose`.
@@ -44,6 +45,10 @@ def find_emails(text: str, is_code: bool) -> Iterator[PiiMatch]:
     yield from _find_hidden_emails(text, is_code)
     if "@" not in text:
         return
+    if "换成@" in text or "換成@" in text or "改" in text or "替换" in text:
+        for match in _REPLACED_SIGN.finditer(text):
+            value = f"{match[1]}@{match[3]}".lower()
+            yield PiiMatch(match.start(), match.end(), "email", "email", value)
     for match in _AT_DOMAIN.finditer(text):
         at = match.start()
         local = (_NAME_OF_ANY_SCRIPT if match[3] else _LOCAL_PART).search(text, max(0, at - 64), at)
@@ -72,13 +77,13 @@ def _is_domain(domain: str, is_strict: bool) -> bool:
 _HIDDEN_SIGN = re.compile(
     r"[\[({<（&%](?: ?(?:at|AT|At|@|a|dot|DOT|Dot|艾特|arroba) ?[\])}>）]|#0{0,3}64;|#[xX]0{0,2}40;|commat;|40)"
 )
-_SPOKEN_SIGNS = (("AT", " AT "), ("dot", " dot "), ("dot", "-dot-"), ("@", " @ "))
+_SPOKEN_SIGNS = (("AT", " AT "), ("_AT_", "_AT_"), ("dot", " dot "), ("dot", "-dot-"), ("@", " @ "))
 """Each with a part of it that most texts do not have."""
 _BRACKETED_AT = (
     r"(?: {0,2}(?:[\[({<（] ?(?:[aA][tT]|@|a|艾特|arroba) ?[\])}>）]|&#0{0,3}64;|&#[xX]0{0,2}40;|&commat;) {0,2}"
-    r"|%40|@|-at-)"
+    r"|%40|@|-at-|_AT_)"
 )
-_DOT = r"(?:\.| {0,2}[\[({<（] ?(?:[dD][oO][tT]|\.|点) ?[\])}>）] {0,2}| (?:DOT|dot) |-dot-)"
+_DOT = r"(?:\.| {0,2}[\[({<（] ?(?:[dD][oO][tT]|\.|点) ?[\])}>）] {0,2}| (?:DOT|dot) |-dot-|_DOT_)"
 _HIDDEN, _SPOKEN = (
     re.compile(
         rf"(?<![A-Za-z0-9._%+-])([A-Za-z0-9_+-]{{1,40}}(?:{dot}[A-Za-z0-9_+-]{{1,40}}){{0,3}}){at}"
@@ -88,6 +93,15 @@ _HIDDEN, _SPOKEN = (
         (f"({_BRACKETED_AT})", _DOT),
         ("( at (?=[A-Za-z0-9.-]{1,60} dot )| AT | @ )", r"(?:\.| (?:DOT|dot) )"),
     )
+)
+# Chinese writers put `name#host.com（#换成@）`, so that no program reads it.
+_REPLACED_SIGN = re.compile(
+    r"(?<![A-Za-z0-9._%+-])([A-Za-z0-9._+-]{1,40})([#*$&!^])((?:[A-Za-z0-9-]{1,40}\.){1,4}[A-Za-z]{2,24})"
+    r"(?=[ ，,（(]{0,3}(?:请|請)?(?:把|将|將)?\2号?(?:换成|換成|改为|改為|改成|替换为|替换成|=)@)"
+)
+_MAIL_AFTER = re.compile(
+    r" (?:is|was) (?:my|our|the|his|her|a) (?:new )?(?:e-?mail|mail|address)|\W{1,3}e?-?mail (?:me|us)\b",
+    re.IGNORECASE,
 )
 _MAIL_BEFORE = re.compile(
     r"(?:mail|contact|reach|write|address|邮箱|郵箱|邮件|信箱)[^\n]{0,40}\Z", re.IGNORECASE
@@ -123,7 +137,8 @@ def _is_spoken(match: re.Match[str]) -> bool:
     if (at == " at " and dot == ".") or not re.search("[A-Za-z]", local):
         return False
     before = match.string[max(0, match.start() - 60) : match.start()]
-    if _MAIL_BEFORE.search(before) and local.lower() not in (
+    is_mail = _MAIL_BEFORE.search(before) or _MAIL_AFTER.match(match.string, match.end())
+    if is_mail and local.lower() not in (
         "me",
         "us",
         "them",
@@ -171,13 +186,15 @@ _NO_ADDRESS_BEFORE = re.compile(
     r"|§|第|条|章|节|節|款|编号)[\s:：=(\"']*\Z"
 )
 _NO_ADDRESS_AFTER = re.compile(
-    r"[)\"']?\s?(?:版|节|章|条|款|(?:is )?released?\b|runtime\b|\((?:build|beta|rc)\b)"
+    r"[)\"']?\s?(?:版|节|章|条|款|(?:(?:is|was|has been|were) )?(?:now )?(?:released?|available|published)\b"
+    r"|came out\b|runtime\b|\((?:build|beta|rc)\b)"
 )
 _NETWORK_BEFORE = re.compile(
     r"(?:(?<![a-z])ips?\b|ipv4|address|\bhosts?\b|hostname|(?<!sql )(?<!http )(?<!windows )(?<!exchange )server\b"
     r"|\bdns|\bping\b|gateway|\bproxy\b|\blog(?:ged|in|s|on)?\b"
     r"|\bfrom\b|\bclients?\b|\bpeers?\b|\bremote|\bconnect|\bssh\b|\bcurl\b|\btelnet\b|\bresolver?s?\b|\bvisitors?\b"
     r"|\bblock|\bban|\battack|\brequest|\bsubnet|\brouter?|\btraceroute|\binet\b|\bwhois\b|\baddr|\bsrc\b|\bdst\b"
+    r"|\b(?:allow|deny|listen|bind|upstream|nameserver|forwarded|firewall|spamm?er|hacker|адрес|сервер)"
     r"|地址|服务器|主机|来自|来源|访问|登录|登陆|客户端|网关|节点|攻击|://|@)[^\n]{0,24}\Z"
 )
 _NETWORK_AFTER = re.compile(
@@ -186,7 +203,8 @@ _NETWORK_AFTER = re.compile(
 _HEADING_AFTER = re.compile(r"\.\s[A-Z]")
 _WORD_BEFORE = re.compile(r"([^\W一-鿿][\w.#+-]+)[ \t(\[\"'=:]{1,3}\Z")
 _FUNCTION_WORDS = frozenset(
-    "a an the at to of for by is was are were and or on in with via as be than like through against it".split()
+    "a an the at to of for by is was are were and or on in with via as be than like through against it used uses using "
+    "had has got been called".split()
 )
 
 

@@ -136,18 +136,22 @@ _TOLL_FREE = frozenset(
 # Words that stand before a phone number and hardly ever before another number.
 _SURE_WORDS = (
     r"(?:tele|cell|mobile|home|work|smart|i)?phones?|tel(?:e?fono|[ée]fono|efon|[ée]phone|efoon|efone|s)?|t[ée]l"
-    r"|(?:tele)?fax|ph|mob(?:ile?|il)?|m[óo]vil|cel(?:l|ular|lulare)?|handy|gsm|whats ?app|viber|wechat|hotline|sms"
-    r"|(?:ruf|handy)nummer|portable|tlf|tfn|puh|fone|тел(?:ефон)?|моб"
+    r"|(?:tele)?fax|ph|mob(?:ile?|il)?|m[óo]vil|mobiel|tfno|cel(?:l|ular|lulare)?|handy|gsm|whats ?app|viber|wechat"
+    r"|hotline|sms"
+    r"|(?:ruf|handy|telefon)nummer|portable|tlf|tfn|puh(?:elin)?|festnetz|fone|тел(?:ефону?)?|моб|τηλ(?:έφωνο)?|kom(?:órka)?|cep"
+    r"|handphone|điện thoại|s?đt|telp|zadzwoń|(?:по)?звоните|(?:по)?звонить|дзвоніть"
 )
 _SURE_CHINESE = (  # and Japanese and Korean
-    "电话|電話|传真|傳真|热线|熱線|手机|手機|行動|座机|座機|携帯|联系方式|聯絡方式|微信同号"
-    "|전화|휴대폰|핸드폰|연락처"
+    "电话|電話|传真|傳真|热线|熱線|手机|手機|行動|座机|座機|携帯|联系方式|聯絡方式|微信同号|ファックス"
+    "|전화|휴대폰|핸드폰|연락처|팩스|โทร|फ़ोन|फोन|मोबाइल|هاتف|جوال|موبايل|טלפון|נייד"
 )
 _WORDS = (
     r"call(?:ed|ing)?|dial|ring|text|reach|contact|telegram|signal|(?:an)?ruf(?:en)?|appele[zr]|ll[aá]m[ae](?:me)?"
-    r"|chiam[ai]|ligue|kontakt"
+    r"|chiam[ai]|ligue|ligar|kontakt|hubungi|liên hệ|bel(?:len)?"
 )
-_WORDS_CHINESE = "联系|聯絡|联络|致电|致電|拨打|撥打|微信|来电|呼叫|咨询|報名|报名|客服"
+_WORDS_CHINESE = (
+    "問い?合わ?せ|連絡先|문의|संपर्क|اتصل|联系|聯絡|联络|致电|致電|拨打|撥打|微信|来电|呼叫|咨询|報名|报名|客服"
+)
 
 
 def _word(words: str, chinese: str, gap: str) -> re.Pattern[str]:
@@ -394,6 +398,10 @@ def _national_phones(cluster: re.Match[str], is_code: bool, last_phone: int) -> 
     if len(cluster[0]) > 80 or re.match(r"[A-Za-z_*]", text[cluster.end() : cluster.end() + 1]):
         return
     start = cluster.start()
+    if text.endswith("%2B", 0, start):  # a + in an address of the web
+        if _international("+" + cluster[0]):
+            yield PiiMatch(start - 3, cluster.end(), "phone", "international", cluster[0])
+        return
     if re.search(r"[A-Za-z_0-9][-.,]?\Z|[+/$€£¥￥]\Z", text[max(0, start - 2) : start].removesuffix("(")):
         return
     before = _line_before(cluster, 48)
@@ -433,7 +441,14 @@ def _phones_after_word(
             if digits.removeprefix("1")[:3] in _TOLL_FREE or _DATE.fullmatch(written):
                 continue
             is_written = (
-                is_sure or digits[0] == "0" or (len(digits) > 8 and ("-" in written or ")" in written))
+                is_sure
+                or digits[0] == "0"
+                or (len(digits) > 8 and ("-" in written or ")" in written))
+                or (
+                    len(digits) > 8
+                    and last - first > 2
+                    and _is_usual_form(tuple(re.findall("[0-9]+", written)))
+                )
             )
             valid = _international("+" + digits[2:]) if digits.startswith("00") else _regions(digits)
             if not valid and first == 0 and is_sure and 9 <= len(digits) <= 11:
@@ -463,7 +478,7 @@ _RULES = (
 # --- identity documents of other countries, after their names ---
 
 _NUMBERED = (
-    r"(?:[ .]{0,2}(?:nos?|numbers?|nr|num(?:mer|[ée]ro|ero)?|id|code|card|号码?|號碼?|编号|番号)\b\.?)?"
+    r"(?:[ .]{0,2}(?:nos?|n[º°]|numbers?|nr|num(?:mer|[ée]ro|ero)?|id|code|card|号码?|號碼?|字[号號]|编号|番号)\b\.?)?"
     r"(?: is|是|为)?[\s:：#=(（\"']{0,4}"
 )
 # The names of a document, and the form of its number, as in python-stdnum and Presidio's recognizers. A name in
@@ -489,7 +504,7 @@ _DOCUMENTS = (
         r"[A-Z0-9]{1,2}[0-9][A-Z0-9]{6,10}",
     ),
     (
-        "steuer-?id(?:nr)?, steueridentifikationsnummer, idnr, PESEL, TCKN, kimlik(?: no)?, f[øo]dselsnummer",
+        r"steuer-?id(?:nr)?, steueridentifikationsnummer, idnr\.?, PESEL, TCKN, kimlik(?: no)?, f[øo]dselsnummer",
         r"[0-9]{2} ?[0-9]{3} ?[0-9]{3} ?[0-9]{3}",
     ),
     (

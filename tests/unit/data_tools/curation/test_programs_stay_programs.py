@@ -16,9 +16,9 @@ pytest.importorskip("py3langid")
 from data_tools.curate import curate
 from data_tools.curation.choice import CurationConfig, build_stages
 from data_tools.curation.dedup import DedupConfig, line_hashes
-from data_tools.curation.web_prose import is_dialogue, is_law, is_web_prose
 from data_tools.record import Record
 from data_tools.report.funnel import funnel_table
+from data_tools.stages.web_prose import is_dialogue, is_law, is_web_prose
 from support.curating import PROSE, config
 from support.short_programs import PROGRAMS
 

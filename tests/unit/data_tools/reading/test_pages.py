@@ -178,3 +178,16 @@ def test_a_charset_that_no_page_has_is_passed_over(charset: str) -> None:
     pytest.importorskip("trafilatura", exc_type=ImportError)
     html = page(CHINESE_BODY).encode()
     assert main_text(html, f"text/html; charset={charset}") == main_text(html, "text/html; charset=utf-8")
+
+
+def test_a_page_at_which_the_extractor_fails_is_a_problem_and_no_empty_page(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trafilatura = pytest.importorskip("trafilatura", exc_type=ImportError)
+
+    def fails(*args: object, **options: object) -> str:
+        raise RecursionError
+
+    monkeypatch.setattr(trafilatura, "extract", fails)
+    with pytest.raises(ValueError, match="RecursionError"):
+        main_text(b"<html><body><p>Text</p></body></html>", None)

@@ -156,3 +156,12 @@ def test_what_stays_is_in_order(lines: list[str]) -> None:
 def test_this_repository_has_no_boilerplate_in_its_guide() -> None:
     readme = (ROOT / "README.md").read_text()
     assert without_boilerplate(readme) == (readme, 0)
+
+
+def test_sources_that_people_chose_keep_their_lines() -> None:
+    text = f"{PROSE}\nSkip to content\nPage 3 of 12"
+    stage = BoilerplateStage(BoilerplateConfig(), lambda source: source == "poems")
+    records = {source: Record(id="1", text=text, source=source) for source in ("poems", "web")}
+    assert not any(map(stage.process, records.values()))
+    assert records["poems"].text == text
+    assert records["web"].text == PROSE

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.record import CODE, ENGLISH, Record
-from data_tools.stages.code_text import grams, is_code, is_code_name, is_code_text, piece_of, score, tokens_of
+from data_tools.stages.code_text import grams, is_code, is_code_name, is_code_text, piece_of, tokens_of
 from support.short_programs import PROGRAMS, TEXTS
 
 
@@ -86,7 +86,7 @@ def test_the_score_is_the_sum_of_weights_of_runs() -> None:
     assert tokens_of("def f_1(x):\n    Read") == ["NL", "def", "SP", "w_w", "(", "w", ")", ":", "NL+", "W"]
     assert grams("a a")[("w", "SP", "w")] == 1
     assert grams("a a")[("w",)] == 2
-    assert score("") < 0
+    assert not is_code_text("")
 
 
 @pytest.mark.parametrize(

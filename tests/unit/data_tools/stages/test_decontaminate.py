@@ -298,7 +298,7 @@ def plain_letters(text: str) -> str:
     """The same letters, found slowly; a blank stands for what separates words."""
     apart = unicodedata.normalize("NFKD", text)
     bare = "".join(c for c in apart if unicodedata.category(c) not in ("Mn", "Mc", "Me", "Cf"))
-    folded = unicodedata.normalize("NFKC", bare).casefold().translate(canonical._LOOK_ALIKES)
+    folded = unicodedata.normalize("NFKC", bare).casefold().translate(canonical.LOOK_ALIKES)
     return "".join(c if c.isalpha() else " " for c in folded)
 
 

@@ -207,3 +207,21 @@ def test_an_entry_is_no_part_of_a_word_with_marks(tmp_path: Path) -> None:
     assert judge(inside, "hi", word_lists={"hi": str(own)})[1].signals == {}
     _, record = judge("वह कुत्ता, गध और கல।", "hi", word_lists={"hi": str(own)})
     assert record.signals["harm.entries"] == "कुत्ता, गध, கல"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a \u0441asino here", ["casino"]),  # with a Cyrillic first letter
+        ("a ca\u0455ino here", ["casino"]),
+        ("a c\u03b1sino here", ["casino"]),
+        ("\u0441\u0430\u0441", []),  # a word of one script is left as it is
+    ],
+)
+def test_entries_are_found_with_letters_of_another_script(
+    tmp_path: Path, text: str, found: list[str]
+) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("casino\ncac\n", encoding="utf-8")
+    stage = HarmStage(HarmConfig(word_lists={"en": str(words), "zh": ""}))
+    assert stage.matches(Record(id="1", text=text, source="s", language="en")) == found

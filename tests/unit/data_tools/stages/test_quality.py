@@ -27,6 +27,7 @@ from data_tools.stages.quality import (
     QualityMode,
     QualityStage,
     ThresholdsConfig,
+    curated_thresholds,
     measure,
     reasons,
 )
@@ -400,9 +401,9 @@ def test_annotating_allows_the_same_decision_later(parts: list[str], language: s
 def test_thresholds_can_be_retuned_from_signals() -> None:
     noted = Record(id="1", text=ENGLISH, source="s", language="en")
     QualityStage(QualityConfig(mode=QualityMode.annotate)).process(noted)
-    strict = replace(ThresholdsConfig(), min_words=500, max_top_2gram=0.0)
-    assert reasons(noted.signals, strict) == ["low_words", "high_top_2gram"]
-    assert reasons(noted.signals, replace(strict, min_words=None, max_top_2gram=None)) == []
+    strict = replace(ThresholdsConfig(), min_words=500, max_mean_word_length=0.0)
+    assert reasons(noted.signals, strict) == ["low_words", "high_mean_word_length"]
+    assert reasons(noted.signals, replace(strict, min_words=None, max_mean_word_length=None)) == []
 
 
 def test_a_figure_at_its_bound_breaks_no_rule() -> None:
@@ -675,3 +676,26 @@ def test_perplexity(tmp_path: Path) -> None:
     QualityStage(QualityConfig(mode=QualityMode.annotate, perplexity_path=str(arpa))).process(noted)
     # the -0.5, river -0.1, </s> -1; unknown -1, </s> -1: 3.6 over 5
     assert noted.signals["quality.perplexity"] == round(10 ** (3.6 / 5), 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "keeps"),
+    [
+        (f"Article 1\nThe state.\n{ENGLISH}\nArticle 2\nThe people\n{ENGLISH}\nArticle 3\nThe courts", True),
+        (f"Ann: {ENGLISH}\nOn\nBen: No, why?\nAnn: I said so.\nBen: So\nAnn: Yes.\nBen: Well", True),
+        (f"{ENGLISH}\nShare this\nThe end\n{ENGLISH}", False),
+    ],
+)
+def test_short_lines_of_laws_and_dialogues_stay(text: str, keeps: bool) -> None:
+    record = Record(id="1", text=text, source="web", language="en")
+    QualityStage(QualityConfig(english=curated_thresholds(), formed=curated_thresholds())).process(record)
+    assert (record.text == text) == keeps
+
+
+def test_a_name_that_a_short_article_mentions_again_is_no_repetition() -> None:
+    name = "the Northern Society for the History of Stars"
+    text = f"{ENGLISH} It was founded by {name}. Today {name} has a library."
+    figures = measure(text, "en", QualityConfig())[0]
+    assert figures["quality.duplicate_5gram"] == 0
+    repeated = measure(f"{name}. " * 9, "en", QualityConfig())[0]
+    assert repeated["quality.duplicate_5gram"] > 0.5
