@@ -60,8 +60,12 @@ class HeldOutResult:
         named: dict[str, float] = self.overall.as_dict()
         if len(self.sources) > 1:
             for source, scores in self.sources.items():
-                for name in ("loss", "bits_per_byte", "tokens"):
-                    named[f"source/{source}/{name}"] = getattr(scores, name)
+                known = scores.as_dict()
+                named |= {
+                    f"source/{source}/{name}": known[name]
+                    for name in ("loss", "bits_per_byte", "tokens")
+                    if name in known
+                }
         return named
 
 
