@@ -89,6 +89,21 @@ def test_merged_weights_compute_what_the_adapters_do(kind: str, tied: bool) -> N
     assert len(changed) == 2 * len(lora.targets)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_weights_follow_the_formulas(kind: str) -> None:
+    """W + s B A of the papers, with the rows brought to the trained lengths for DoRA."""
+    lora, adapters, base = KINDS[kind], trained_adapters(KINDS[kind]), base_weights()
+    scale = {"plain": 16 / 4, "dora": 16 / 4, "rank_stabilized": 3 / 2, "few": 16 / 2}[kind]
+    found = merged(MODEL, lora, base_weights(), adapters)
+    for name in ("blocks.0.attention.v", "blocks.1.feed_forward.down"):
+        a, b = adapters[f"{name}.lora_A.weight"], adapters[f"{name}.lora_B.weight"]
+        expected = base[f"{name}.weight"] + scale * b @ a
+        if lora.dora:
+            lengths = adapters[f"{name}.lora_magnitude_vector.weight"]
+            expected = expected * (lengths / expected.norm(dim=1))[:, None]
+        torch.testing.assert_close(found[f"{name}.weight"], expected)
+
+
 def test_adapters_of_another_configuration_are_refused() -> None:
     with pytest.raises(ConfigError, match="not those that its configuration describes"):
         adapted_decoder(MODEL, LoraConfig(r=8), base_weights(), trained_adapters(KINDS["plain"]))
