@@ -15,7 +15,7 @@ from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.folder import root_of, root_of_run
 from pretrain.checkpoint.state import BaseReference, RunState
 from pretrain.checkpoint.tensors import Verified
-from pretrain.config import TrainConfig, to_dict
+from pretrain.config import Objective, TrainConfig, to_dict
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.data.inputs import tokenizer_path
 from pretrain.distributed import Partition, World, on_main
@@ -82,7 +82,7 @@ def _copy(config: TrainConfig, root: Path, tokenizer_sha256: str, world: World) 
     """Write the weights of `init_from` to `base/`, instead of any that an earlier start has left there."""
     assert config.init_from is not None
     source = source_of(config.init_from, world, tokenizer_sha256)
-    _check_same_model(config, source)
+    check_same_model(config, source)
     mark("base")
     shares = _shares(source, config, world)
     shapes = source.state["tensors"]
@@ -105,8 +105,14 @@ def _copy(config: TrainConfig, root: Path, tokenizer_sha256: str, world: World) 
     checkpoint.save(folder, source.state["step"], partitions, state, world)
 
 
-def _check_same_model(config: TrainConfig, source: Verified) -> None:
-    """Raise ConfigError where a key that the weights' shapes do not show differs: heads, positions, norms."""
+def check_same_model(config: TrainConfig, source: Verified) -> None:
+    """Raise ConfigError where what the weights' shapes do not show differs: heads, positions, norms, objective."""
+    objective = source.state["config"].get("objective", Objective.causal.value)
+    if objective != config.objective.value:
+        raise ConfigError(
+            f"objective={config.objective.value}, but init_from={config.init_from} was trained with {objective}, and "
+            "adapters need the same model; give the objective of that run"
+        )
     theirs, ours = source.state["config"].get("model", {}), to_dict(config.model)
     for key, value in ours.items():
         if shapes_the_run(f"model.{key}") and key != "init_std" and theirs.get(key, value) != value:

@@ -12,11 +12,11 @@ import torch
 
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.tensors import CheckpointError
-from pretrain.config import load_config
+from pretrain.config import TrainConfig, load_config
 from pretrain.distributed import World
 from pretrain.errors import ConfigError, RunError
 from pretrain.model.lora import adapted_decoder
-from pretrain.train.base import source_of
+from pretrain.train.base import check_same_model, source_of
 from pretrain.trained import load_trained
 from support.checkpoints import assert_same_state, read_tensors
 from support.launching import Ranks, run_ranks
@@ -154,13 +154,25 @@ def test_adapters_are_no_base(adapted: Path) -> None:
         source_of(str(adapted), ALONE, tokenizer)
 
 
-def test_another_model_is_refused(corpus: TinyCorpus, straight: Path, tmp_path: Path) -> None:
-    """Heads and positions do not show in the shapes of weights."""
-    words = arguments(corpus, tmp_path / "run", straight, "model.rope_theta=500")
-    run_ranks(1, TRAIN, *words, log_dir=tmp_path / "logs", expect=2)
-    log = (tmp_path / "logs" / "rank-0.log").read_text()
-    assert "model.rope_theta=500" in log
-    assert "trained with 10000" in log
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("model.rope_theta=500", ("model.rope_theta=500", "trained with 10000")),
+        ("objective=mlm", ("objective=mlm", "trained with causal")),
+    ],
+)
+def test_another_model_is_refused(
+    corpus: TinyCorpus, straight: Path, tmp_path: Path, word: str, parts: tuple[str, ...]
+) -> None:
+    """Positions and what may be seen do not show in the shapes of weights."""
+    source = checkpoint.find_latest(straight).verified
+    assert source is not None
+    rows, _ = source.state["tensors"]["embed.weight"]
+    words = arguments(corpus, tmp_path / "run", straight, f"model.vocab_size={rows}")
+    check_same_model(load_config(TrainConfig, words, "config"), source)
+    with pytest.raises(ConfigError) as caught:
+        check_same_model(load_config(TrainConfig, [*words, word], "config"), source)
+    assert [part for part in parts if part not in str(caught.value)] == []
 
 
 # --- what reads it ---

@@ -117,6 +117,15 @@ OF_OTHERS = {
     "load": "init_from",
     "model_name_or_path": "init_from",
     "pretrained": "init_from",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "use_lora": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target": "lora.targets",
+    "target_modules": "lora.targets",
+    "use_dora": "lora.dora",
+    "use_rslora": "lora.rank_stabilized",
     "tokenizer_name": "tokenizer.path",
     "tokenizer_path": "tokenizer.path",
     "num_workers": "data.loader_workers",
@@ -153,7 +162,9 @@ NOT_HERE = {
     ),
     "tensor parallelism": ("model_parallel_size", "tensor_model_parallel_size", "tp", "tensor_parallel_size"),
     "expert parallelism": ("expert_model_parallel_size", "num_experts", "ep"),
-    "LoRA": ("lora_r", "lora_rank", "lora_alpha", "use_lora"),
+    "training of 4-bit or 8-bit weights (QLoRA)": (
+        *("load_in_4bit", "load_in_8bit", "quantization_bit", "qlora", "quantized"),
+    ),
 }
 
 

@@ -35,7 +35,10 @@ def test_adapters_are_off_by_default() -> None:
         ([*ADAPTED, "lora.dropout=1"], ("lora.dropout=1",)),
         ([*ADAPTED, "lora.targets=[q_proj,v,experts]"], ("q_proj", "experts", *TARGETS)),
         ([*ADAPTED, "lora.targets=[]"], ("lora.targets=[]", *TARGETS)),
-        ([*ADAPTED, "lora.quantized=true"], ("lora.quantized",)),
+        ([*ADAPTED, "lora.quantized=true"], ("lora.quantized", "QLoRA")),
+        ([*ADAPTED, "load_in_4bit=true"], ("load_in_4bit", "QLoRA")),
+        ([*RUN, "lora_rank=8"], ("lora_rank", "did you mean lora.r?")),
+        ([*RUN, "use_rslora=true"], ("use_rslora", "did you mean lora.rank_stabilized?")),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(words: list[str], parts: tuple[str, ...]) -> None:
