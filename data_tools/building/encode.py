@@ -102,14 +102,14 @@ class EncodedPart:
     """Id of each document."""
     heldout: list[dict[str, Any]]
     """Fields of each held-out document in documents.jsonl.gz, without id and source."""
-    left_out: LeftOutDialogues
-    """What is not in this part, though it was gathered."""
     targets: np.ndarray | None = None
     """Starts and stops of the targets in `tokens`; None without a loss mask."""
     target_starts: np.ndarray | None = None
     """Offset of each document in `targets`, and the end."""
     target_bytes: np.ndarray | None = None
     """UTF-8 bytes of the text of each document's targets."""
+    left_out: LeftOutDialogues = field(default_factory=LeftOutDialogues)
+    """What is not in this part, though it was gathered."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ class TextStream:
     """The text of one continuation.
 
     The pieces that `add` and `finish` return are, put together, `Tokenizer.decode_after` of the prompt and all tokens,
-    up to the first of the texts in `stop`. A piece is given out once later tokens cannot change it: bytes of an
-    incomplete character and what may be the beginning of a text to stop at are held back.
+    up to the one of the texts in `stop` that is complete first. A piece is given out once later tokens cannot change
+    it: bytes of an incomplete character and what may be the beginning of a text to stop at are held back.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
@@ -49,10 +49,11 @@ class TextStream:
 
     def _until_stop(self, text: str) -> str:
         text = self._held + text
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        # The one that is complete first counts, however the text is cut into pieces.
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         n_held = max(
             (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
         )

@@ -53,7 +53,7 @@ def test_memory_grows_by_less_than_64_mib(
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before = peak_bytes()
     weights = _weights(tmp_path, model)
-    save_weights(tmp_path / "run", _untrained(model, length, tokenizer), weights)
+    save_weights(tmp_path / "run", _untrained(model, length, tokenizer, None), weights)
     grown = peak_bytes() - before
     written = sum(path.stat().st_size for path in (tmp_path / "run/checkpoints").rglob("*.safetensors"))
     assert written > least_mib * MIB

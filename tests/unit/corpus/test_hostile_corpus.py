@@ -718,7 +718,7 @@ def test_commands_print_text_of_models_and_corpora_visibly(capsys: pytest.Captur
     where = {"first_token": 0, "n_tokens": 1, "chunk": 0, "start": 0}
     print(provenance._name(Piece(corpus=hostile, source=hostile, document=hostile, **where)))
     provenance._print_text(hostile, 1000)
-    generate.show({"prompt": NAMES[0], "text": "\x1b[2J\tb\nc", "sample": 0, "finished": True}, many=True)
+    generate.show(NAMES[0], 0, NAMES[0], "\x1b[2J\tb\nc", finished=True)
     scores = Scores(loss=1.0, perplexity=2.7, bits_per_byte=1.0, tokens=1, text_bytes=1, documents=1)
     trained = SimpleNamespace(step=1, tokens_seen=1)
     options = SimpleNamespace(max_documents=None, max_tokens=None)

@@ -468,7 +468,7 @@ def test_a_single_text_is_streamed_and_stops(run_dir: Path, capsys: pytest.Captu
         return printed, json.loads(last)["samples"][0]
 
     printed, whole = run_with()
-    assert printed.startswith("It is") and whole["text"][:3] in printed
+    assert printed.startswith("It is") and visible(whole["text"], keep="\n\t") in printed
     stop = next(character for character in whole["text"][2:] if character.isalpha())
     printed, cut = run_with(stop=[stop])
     assert cut["text"] == whole["text"][: whole["text"].index(stop)]

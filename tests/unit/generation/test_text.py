@@ -61,10 +61,17 @@ def test_nothing_from_the_stop_on_is_given_out(
     if whole:
         start = data.draw(st.integers(0, len(whole) - 1))
         stops.append(whole[start : start + data.draw(st.integers(1, 6))])
-    places = [at for stop in stops if (at := whole.find(stop)) >= 0]
+    places = [(at + len(stop), at) for stop in stops if (at := whole.find(stop)) >= 0]
     found, stopped = pieces(tokenizer, [1], tokens, *stops)
     assert stopped == bool(places)
-    assert "".join(found) == whole[: min(places, default=len(whole))]
+    assert "".join(found) == whole[: min(places, default=(0, len(whole)))[1]]
+
+
+def test_of_two_stops_the_one_that_is_complete_first_counts(tokenizer: Tokenizer) -> None:
+    for stop, text in ((["abc", "b"], "xa"), (["bc", "abc"], "x"), (["b", "ab"], "x")):
+        assert "".join(pieces(tokenizer, [1], tokenizer.encode("xabc"), *stop)[0]) == text
+        letters = [token for letter in "xabc" for token in tokenizer.encode(letter)]
+        assert "".join(pieces(tokenizer, [1], letters, *stop)[0]) == text
 
 
 def test_a_beginning_of_the_stop_is_held_back_until_it_is_none(tokenizer: Tokenizer) -> None:
