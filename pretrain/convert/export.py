@@ -67,7 +67,7 @@ def require_packages(form: Form, large: bool) -> None:
     elif form.stored is Stored.int8:
         require_torchao()
     elif large:
-        require("accelerate", "finetune")
+        require("accelerate", "export")
 
 
 def written_bytes(trained: TrainedModel, form: Form) -> int:

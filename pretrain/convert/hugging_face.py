@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import re
 import tempfile
@@ -78,6 +79,9 @@ class Parity:
 def require_transformers() -> None:
     """Raise ConfigError where the optional packages are not installed."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # not every progress bar of transformers heeds its own switch
+    # transformers imports torchao where it is installed, and that warns of its own files.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     require("tokenizers", "eval")
     require("transformers", "eval")
     import transformers

@@ -27,7 +27,7 @@ from support.workers.engine_worker import small_config
 TABLE = ROOT / "tests/support/counts.json"
 STAGES = {"zero0": (0, "fp32"), "zero1": (1, "bf16"), "zero2": (2, "bf16"), "zero3": (3, "bf16")}
 # Nothing is kept between the passes, so that stage 3 shows each gather.
-OVERRIDES = ["engine.max_live_elements=1", "engine.prefetch_bucket_elements=1"]
+OVERRIDES = ["engine.max_live_elements=1", "engine.prefetch_bucket_elements=1", "model.attention_bias=false"]
 RANKS = 2
 
 Counts = dict[str, list[list]]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -45,9 +45,14 @@ def launched(arguments: list[str], log: Path) -> Iterator[dict[str, list[psutil.
         while len(tree["rank"]) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
             below = root.children(recursive=True)
-            lines = {p: " ".join(p.cmdline()) for p in below if p.is_running()}
+            lines, parents = {}, {}
+            for process in below:
+                with suppress(psutil.Error):  # it has ended meanwhile
+                    lines[process], parents[process] = " ".join(process.cmdline()), process.ppid()
             tree["launch"] = [p for p, line in lines.items() if "deepspeed.launcher.launch" in line]
-            tree["rank"] = [p for p in below if p.ppid() == tree["launch"][0].pid] if tree["launch"] else []
+            tree["rank"] = (
+                [p for p in parents if parents[p] == tree["launch"][0].pid] if tree["launch"] else []
+            )
         yield tree
     finally:
         for process in [*tree["rank"], *tree["launch"], root]:

@@ -14,6 +14,7 @@ import pytest
 from data_tools import curate, remove
 from data_tools.building import workspace
 from data_tools.building.workspace import Recipe
+from data_tools.curation.phases import OutputFormat
 from pretrain import files
 from pretrain.corpus.node_cache import NodeCache
 from pretrain.errors import ConfigError
@@ -129,7 +130,7 @@ def test_corpora_are_not_prepared_through_links(tmp_path: Path, outside: Path, t
     (output / curate.WORK).unlink(missing_ok=True)
     (output / curate.WORK).mkdir()
     (output / curate.WORK / "lock").symlink_to(outside / "file")
-    with pytest.raises(ConfigError, match="lock is a link"), curate._work(output, {}):
+    with pytest.raises(ConfigError, match="lock is a link"), curate._work(output, {}, OutputFormat.jsonl):
         pytest.fail("it was opened")
     assert_untouched(outside)
 

@@ -83,7 +83,7 @@ def test_the_command_writes_nothing_but_the_sample(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(
-        tmp_path / "a.jsonl", [PROSE.replace("Tuesday", "<b>Tuesday</b>"), "\u001b]0;bad\u0007 short"]
+        tmp_path / "a.jsonl", [PROSE.replace("Tuesday", "<b>Tuesday</b>"), "\u001b]0;bad\u0007 but short"]
     )
     output = tmp_path / "out"
     assert curate(config(path, output, "sample=5")) == 0
