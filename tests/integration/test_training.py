@@ -11,14 +11,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from starlette.testclient import TestClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_tools.prepare import prepare
+from data_tools.text import clean
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.config import TrainConfig, load_config
 from pretrain.corpus.shards import Corpus, documents_of
 from pretrain.data.loader import TrainLoader
+from pretrain.generation.sampling import Sampling
+from pretrain.generation.server import Served, build_app
+from pretrain.generation.service import Service
+from pretrain.generation.writer import Writer
 from pretrain.reliability.journal import read_metrics
+from pretrain.trained import TrainedModel, load_trained
 from support import ROOT
 from support.dialogues import chat_config, dialogues
 from support.gate import Gate
@@ -361,6 +369,33 @@ def test_dialogues_fine_tune_a_run(corpus: TinyCorpus, straight: Path, tmp_path:
     assert before["tokens"] == after["tokens"] == n_targets
     while_training = read_metrics(run_dir)[-1]["heldout/tokens"]  # less the first tokens of chunks
     assert n_targets - heldout.n_chunks <= while_training <= n_targets
+    assert_is_served(load_trained(run_dir))
+
+
+def assert_is_served(trained: TrainedModel) -> None:
+    """The server answers with what the model writes after the prompt in the form of its training."""
+    turns = [{"role": "user", "content": "What is a shard?"}]
+    chat = trained.chat()
+    model = trained.decoder(torch.device("cpu"), torch.float32)
+    writer = Writer(model, trained.tokenizer, sampling=Sampling(temperature=0), max_new_tokens=8, chat=chat)
+    service = Service(model, trained.tokenizer, batch_sequences=1, max_waiting=1)
+    served = Served(
+        name="chat",
+        tokenizer=trained.tokenizer,
+        context_tokens=trained.sequence_length,
+        max_new_tokens=8,
+        clean=clean,
+        chat=chat,
+    )
+    client = TestClient(build_app(service, served, ["testserver"]))
+    body = {"messages": turns, "temperature": 0, "max_tokens": 8}
+    answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    (expected,) = writer.write([writer.answer_to(turns)])
+    assert answer.json()["choices"][0]["message"]["content"] == expected.text
+    assert answer.json()["usage"]["prompt_tokens"] == len(chat.encode_prompt(turns))
+    service.close()
+    chat.close()
 
 
 def test_a_trained_run_is_evaluated_exported_and_generates(
