@@ -124,6 +124,11 @@ class PlanConfig(TrainConfig):
                 f"lora.r={self.lora.r} is not known to the planner, which plans runs that train all weights; "
                 "leave it out"
             )
+        if self.ema.decay is not None:
+            raise ConfigError(
+                f"ema.decay={self.ema.decay} is not known to the planner; leave it out, and add 4 bytes per parameter, "
+                "divided by the ranks, to each rank's memory and to its copy for saving"
+            )
         if data.manifest is None and not data.sources:
             data.manifest = "unused"
         if self.table is Table.scaling and data.tokens is None:

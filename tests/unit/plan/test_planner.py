@@ -668,6 +668,7 @@ def test_the_planned_option_is_one_that_training_takes() -> None:
         ([*EXAMPLE, "cluster.gpu=v100", "engine.precision=bf16"], ["cluster.gpu=v100", "bf16"]),
         ([*EXAMPLE, "cluster.gpus_per_node=0", "cluster.ranks_per_node=2"], ["cluster.gpus_per_node=0"]),
         ([*EXAMPLE, "engine=zero3_ulysses"], ["engine.sequence_parallel_ranks=2"]),
+        ([*EXAMPLE, "ema.decay=0.999"], ["ema.decay=0.999"]),
         ([*EXAMPLE, "data.token=5"], ["data.token", "did you mean tokens?"]),
         ([*EXAMPLE, "cluster.nodes=1", "cluster.gpus_per_node=1", "model=70b"], ["1 x h100"]),
     ],
