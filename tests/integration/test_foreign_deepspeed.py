@@ -41,7 +41,7 @@ def with_config(saved: Path, stage: int, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), 2, 3])
 def test_the_weights_are_those_of_deepspeeds_own_converter(saved: Path, stage: int, tmp_path: Path) -> None:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -72,7 +72,7 @@ def test_one_with_a_lost_rank_is_refused(saved: Path, tmp_path: Path) -> None:
         extract(folder, tmp_path / "out.safetensors", {})
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_a_universal_checkpoint(saved: Path, stage: int, tmp_path: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

@@ -96,7 +96,8 @@ def test_a_skipped_collective_names_those_that_wait_for_it(tmp_path: Path) -> No
 def test_the_hub_itself_is_killed(tmp_path: Path) -> None:
     codes, event, _ = run_into("its watcher is killed", 0, tmp_path)
     assert (event["rank"], event["cause"]) == (0, "lost")
-    assert codes[1] == codes[2] == -signal.SIGKILL
+    # Rank 0 ends first, so the others may fail by themselves before their watchers end them.
+    assert {codes[1], codes[2]} <= {1, -signal.SIGKILL}
 
 
 @pytest.mark.parametrize("trouble", ["none", "is slow but gets on"])

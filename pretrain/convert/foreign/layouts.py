@@ -171,14 +171,18 @@ def _dcp_weight(folder: Path, name: str, described: dict[str, Any], places: dict
     shape = numbers_of(described.get("size"))
     chunks: list[tuple[tuple[int, ...], Weight]] = []
     for chunk in described["chunks"] if isinstance(described["chunks"], list) else []:
-        offsets, sizes = (numbers_of(plain(chunk).get(key)) for key in ("offsets", "sizes"))
+        part = plain(chunk)
+        if not isinstance(part, dict):
+            raise PickledError(f"a part of its tensor {name!r} is not described")
+        offsets, sizes = (numbers_of(part.get(key)) for key in ("offsets", "sizes"))
         info = places.get((name, offsets), places.get((name, None)))
-        if not isinstance(info, dict) or not is_file_name(str(info.get("relative_path"))):
+        file = info.get("relative_path") if isinstance(info, dict) else None
+        if not isinstance(info, dict) or not isinstance(file, str) or not is_file_name(file):
             raise PickledError(f"it has no place for the tensor {name!r}")
         place = numbers_of((info.get("offset"), info.get("length")))
         if place is None or offsets is None:
             raise PickledError(f"the place of its tensor {name!r} is no number")
-        archive = Archive(folder / info["relative_path"], *place)
+        archive = Archive(folder / file, *place)
         weight = archive.tensor_of(archive.root)
         if weight is None or weight.shape != sizes:
             raise PickledError(f"the file of its tensor {name!r} holds something else")

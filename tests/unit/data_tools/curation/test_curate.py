@@ -113,6 +113,7 @@ def test_any_number_of_workers_gives_the_same_bytes(
 
 
 @pytest.mark.integration
+@pytest.mark.long  # test_ray_does_the_same shows in less time that tasks and their results reach Ray's workers
 def test_ray_gives_the_same_bytes(raw_text: Path, curated: Path, tmp_path: Path) -> None:
     if not find_spec("ray"):  # not imported here: what curation sets in the environment comes first
         pytest.skip("ray is not installed")
