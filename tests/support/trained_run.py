@@ -18,6 +18,7 @@ import torch.distributed as dist
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.config import ModelConfig, TrainConfig, load_config, to_dict
 from pretrain.corpus.tokenizer import Tokenizer
+from pretrain.corpus.writer import CorpusWriter
 from pretrain.distributed import Partition, World
 from pretrain.model.decoder import Decoder
 from support import ROOT
@@ -142,3 +143,21 @@ def _save(run_dir: Path, config: TrainConfig, decoder: Decoder, tokenizer: Token
         checkpoint.save(run_dir, step, partitions, state, World(0, 1, 0, torch.device("cpu")))
     finally:
         dist.destroy_process_group()
+
+
+def write_heldout(tokenizer: Tokenizer, folder: Path) -> Path:
+    """Write TEXTS as a held-out corpus. Returns the path of its manifest."""
+    writer = CorpusWriter(
+        folder,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        chunk_tokens=256,
+        sources=["books"],
+    )
+    for number, text in enumerate(TEXTS):
+        tokens = tokenizer.encode_document(text)
+        writer.add_document(tokens, source="books", document_id=str(number), text_bytes=len(text.encode()))
+    writer.finish()
+    return folder / "manifest.json"

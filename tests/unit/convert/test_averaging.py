@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from pretrain.corpus.shards import Corpus
-from pretrain.corpus.writer import CorpusWriter
 from pretrain.errors import ConfigError
 from pretrain.evaluate.heldout import corpus_documents, first_tokens, score_documents
 from pretrain.trained import load_trained
-from support.trained_run import TEXTS, make_run, script
+from support.trained_run import make_run, script, write_heldout
 
 
 @pytest.fixture(scope="module")
@@ -49,29 +48,10 @@ def test_the_weights_are_the_mean(
         assert torch.equal(weight, expected), name
 
 
-def write_heldout(run_dir: Path, folder: Path) -> Path:
-    """A held-out corpus with the run's tokenizer."""
-    tokenizer = load_trained(run_dir).tokenizer
-    writer = CorpusWriter(
-        folder,
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        chunk_tokens=256,
-        sources=["books"],
-    )
-    for number, text in enumerate(TEXTS):
-        tokens = tokenizer.encode_document(text)
-        writer.add_document(tokens, source="books", document_id=str(number), text_bytes=len(text.encode()))
-    writer.finish()
-    return folder / "manifest.json"
-
-
 def test_the_mean_is_evaluated_against_the_last(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    heldout = write_heldout(run_dir, tmp_path / "heldout")
+    heldout = write_heldout(load_trained(run_dir).tokenizer, tmp_path / "heldout")
     average(run_dir, tmp_path / "mean", last=2, heldout=str(heldout), max_tokens=100)
     lines = [line for line in capsys.readouterr().out.splitlines() if "held-out loss" in line]
     told = {name: float(rest.split()[2].rstrip(",")) for name, rest in (line.split(": ") for line in lines)}

@@ -19,11 +19,10 @@ from pretrain.convert.form import Form, Format, Stored, form_of
 from pretrain.convert.heldout_loss import heldout_loss
 from pretrain.convert.int8 import exported_weights
 from pretrain.corpus.shards import Corpus
-from pretrain.corpus.writer import CorpusWriter
 from pretrain.errors import ConfigError, RunError
 from pretrain.model.streamed import streamed_decoder
 from pretrain.trained import TrainedModel, load_trained, open_trained
-from support.trained_run import SMALL, TEXTS, make_run, script
+from support.trained_run import SMALL, TEXTS, make_run, script, write_heldout
 
 transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
@@ -57,24 +56,6 @@ def trained(runs: dict[str, Path]) -> Iterator[TrainedModel]:
 def exported(run_dir: Path, output: Path, form: Form, **options: Any) -> Exported:
     with open_trained(run_dir) as found:
         return export_form(found, run_dir, output, form, **options)
-
-
-def heldout_corpus(folder: Path, trained: TrainedModel) -> Corpus:
-    tokenizer = trained.tokenizer
-    writer = CorpusWriter(
-        folder,
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        chunk_tokens=256,
-        sources=["a"],
-    )
-    for number, text in enumerate(TEXTS):
-        tokens = tokenizer.encode_document(text)
-        writer.add_document(tokens, source="a", document_id=str(number), text_bytes=len(text.encode()))
-    writer.finish()
-    return Corpus(folder / "manifest.json")
 
 
 # --- weights that are read when they are used ---
@@ -243,7 +224,7 @@ def test_a_wrong_weight_is_not_published(
 def test_the_loss_of_a_form_is_that_of_the_model_others_load(
     runs: dict[str, Path], trained: TrainedModel, tmp_path: Path
 ) -> None:
-    corpus = heldout_corpus(tmp_path / "heldout", trained)
+    corpus = Corpus(write_heldout(trained.tokenizer, tmp_path / "heldout"))
     found = exported(runs["llama"], tmp_path / "out", INT8, heldout=corpus, heldout_tokens=120)
     assert found.loss is not None
     assert found.loss.cost != 0
@@ -262,7 +243,7 @@ def test_the_loss_of_a_form_is_that_of_the_model_others_load(
 
 
 def test_fp32_costs_nothing(runs: dict[str, Path], trained: TrainedModel, tmp_path: Path) -> None:
-    corpus = heldout_corpus(tmp_path / "heldout", trained)
+    corpus = Corpus(write_heldout(trained.tokenizer, tmp_path / "heldout"))
     form = Form(Format.hugging_face, Stored.fp32)
     found = exported(runs["llama"], tmp_path / "out", form, heldout=corpus, heldout_tokens=200)
     assert found.weight_error == 0
@@ -273,7 +254,7 @@ def test_fp32_costs_nothing(runs: dict[str, Path], trained: TrainedModel, tmp_pa
 def test_held_out_text_of_another_tokenizer_is_refused(
     runs: dict[str, Path], trained: TrainedModel, tmp_path: Path
 ) -> None:
-    corpus = heldout_corpus(tmp_path / "heldout", trained)
+    corpus = Corpus(write_heldout(trained.tokenizer, tmp_path / "heldout"))
     corpus.manifest.tokenizer_sha256 = "0" * 64
     with pytest.raises(ConfigError, match=r"heldout=.*different tokenizer"):
         exported(runs["llama"], tmp_path / "out", F16, heldout=corpus, heldout_tokens=50)
@@ -284,7 +265,7 @@ def test_the_script_prints_what_the_form_costs(
     runs: dict[str, Path], trained: TrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launch = script("export")
-    corpus = heldout_corpus(tmp_path / "heldout", trained)
+    corpus = Corpus(write_heldout(trained.tokenizer, tmp_path / "heldout"))
     options = {"run_dir": str(runs["llama"]), "format": Format.gguf, "dtype": Stored.int8}
     launch.main(
         launch.ExportConfig(
