@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import sentencepiece
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.config import ModelConfig, TrainConfig, load_config, to_dict
-from pretrain.corpus.tokenizer import Tokenizer
+from pretrain.corpus.tokenizer import CHECK_TEXT, Tokenizer
 from pretrain.corpus.writer import CorpusWriter
 from pretrain.distributed import Partition, World
 from pretrain.model.decoder import Decoder
@@ -143,6 +144,21 @@ def _save(run_dir: Path, config: TrainConfig, decoder: Decoder, tokenizer: Token
         checkpoint.save(run_dir, step, partitions, state, World(0, 1, 0, torch.device("cpu")))
     finally:
         dist.destroy_process_group()
+
+
+def train_with_options(path: Path, **options: Any) -> Tokenizer:
+    """Train a sentencepiece model on `CHECK_TEXT` as another program would, with the given options only."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CHECK_TEXT.split("\n") * 3),
+        model_writer=model,
+        vocab_size=420,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    path.write_bytes(model.getvalue())
+    return Tokenizer.trusted(path)
 
 
 def write_heldout(tokenizer: Tokenizer, folder: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,7 +23,15 @@ from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.errors import ConfigError, RunError
 from pretrain.generation.fill_mask import fill_masks
 from pretrain.trained import TrainedModel, load_trained
-from support.trained_run import SMALL, TEXTS, make_run, run_script, script, train_tokenizer
+from support.trained_run import (
+    SMALL,
+    TEXTS,
+    make_run,
+    run_script,
+    script,
+    train_tokenizer,
+    train_with_options,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -336,17 +342,7 @@ OTHERS = {
 @pytest.mark.parametrize("options", OTHERS.values(), ids=OTHERS)
 def test_a_sentencepiece_model_of_others_does_the_same(tmp_path: Path, options: dict[str, Any]) -> None:
     """The text comes from `CHECK_TEXT`, so that it has the characters."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CHECK_TEXT.split("\n") * 3),
-        model_writer=model,
-        vocab_size=420,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **options,
-    )
-    (tmp_path / "other.model").write_bytes(model.getvalue())
-    ours = Tokenizer.trusted(tmp_path / "other.model")
+    ours = train_with_options(tmp_path / "other.model", **options)
     theirs = exported_tokenizer(ours, tmp_path / "hf")
     check_tokenizer(ours, tmp_path / "hf")
     ids = (ours.bos_id, ours.eos_id, ours.pad_id, ours.unk_id)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Theirs
 
@@ -21,7 +19,7 @@ from pretrain.convert.gguf_tokenizer import _LLAMA3, _QWEN2, check_gguf_tokenize
 from pretrain.corpus.tokenizer import CHECK_TEXT, Tokenizer
 from pretrain.errors import ConfigError, RunError
 from pretrain.trained import TrainedModel, load_trained
-from support.trained_run import SMALL, make_run, train_tokenizer
+from support.trained_run import SMALL, make_run, train_tokenizer, train_with_options
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("transformers")
@@ -153,18 +151,9 @@ def test_a_pre_tokenizer_without_a_name_is_refused(
 def test_a_sentencepiece_model_that_gguf_lacks_is_refused(
     tmp_path: Path, options: dict[str, Any], named: str
 ) -> None:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CHECK_TEXT.split("\n") * 3),
-        model_writer=model,
-        vocab_size=420,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **options,
-    )
-    (tmp_path / "other.model").write_bytes(model.getvalue())
+    other = train_with_options(tmp_path / "other.model", **options)
     with pytest.raises(ConfigError, match=f"{named}.*format=hugging_face"):
-        gguf_vocabulary(Tokenizer.trusted(tmp_path / "other.model"))
+        gguf_vocabulary(other)
 
 
 def test_a_unigram_model_in_tokenizer_json_is_refused(tmp_path: Path) -> None:
