@@ -8,7 +8,6 @@ fields; it may lie deep in a JSON file. A CSV file without a header has no field
 
 from __future__ import annotations
 
-import csv
 import io
 import os
 import re
@@ -19,6 +18,7 @@ from typing import IO, Any, NamedTuple
 from data_tools.reading.bounded import Bounds, lines, unpacked
 from data_tools.reading.listing import FORMATS, suffix_of
 from data_tools.reading.reader import NoTextError, Span, entries
+from data_tools.reading.spanning import csv_rows
 from pretrain.errors import ConfigError
 from pretrain.printing import print_error
 from pretrain.remote import is_url, open_file
@@ -95,7 +95,7 @@ def read_items(path: str, fields: list[str]) -> Iterator[list[str]]:
             for content in _lines(file, bounds):
                 items = re.split("[\r\n]", content.decode("utf-8-sig"))
                 yield from ([item.strip()] for item in items if item.strip())
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{KEY}: {path} cannot be read: {error}") from error
 
 
@@ -171,9 +171,16 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(part)
 
 
+def _rows(file: IO[bytes], delimiter: str, bounds: Bounds) -> Iterator[list[str]]:
+    """The rows of a table. Raises ValueError for a bad one: a part of a set would let text pass."""
+    for row in csv_rows(file, bounds.record_bytes, delimiter):
+        if row.problem:
+            raise ValueError(f"the row at byte {row.begin:,} {row.problem}")
+        yield row.values
+
+
 def _items_of_table(file: IO[bytes], suffix: str, fields: list[str], bounds: Bounds) -> Iterator[list[str]]:
-    texts = (content.decode("utf-8-sig") for content in _lines(file, bounds))
-    rows = csv.reader(texts, delimiter="\t" if suffix == ".tsv" else ",")
+    rows = _rows(file, "\t" if suffix == ".tsv" else ",", bounds)
     first = next(rows, [])
     # MMLU has no header, and the letter of the answer is in its rows.
     known = {field.casefold() for field in fields if len(field) > 1}

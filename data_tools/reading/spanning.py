@@ -21,6 +21,7 @@ _STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.S)
 _LITERAL = re.compile(rb"[^ \t\r\n,\]}]*+")
 _QUOTE = re.compile(b'"')
 _MANY_VALUES = 500_000
+_ANY_SIZE = (1 << 31) - 1  # the largest limit that csv takes on every system
 _HALF = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8
 
 
@@ -198,7 +199,7 @@ def csv_rows(file: IO[bytes], max_bytes: int, delimiter: str) -> Iterator[CsvRow
     Raises ValueError where a row has more than `max_bytes` bytes, mostly because a quote is not closed, and CutOffError
     where the file ends within a quoted value.
     """
-    csv.field_size_limit(max_bytes)
+    csv.field_size_limit(_ANY_SIZE)  # for the whole process; what bounds a value is the bound on its row
     source = _CsvLines(file, max_bytes, delimiter.encode())
     rows = csv.reader(source, delimiter=delimiter)
     while True:
