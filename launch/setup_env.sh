@@ -112,11 +112,11 @@ locked() { sed -n "s/^$1==\([^ ;+]*\).*/\1/p" "$LOCK"; }
 locked_lines() { awk -v names=" $* " '/^[^ ]/ { split($0, pin, "=="); keep = index(names, " " pin[1] " ") } keep' "$LOCK"; }
 
 # install_hashed REQUIREMENTS [ARGUMENT...]: install packages, refusing files whose hash is not listed and dependencies
-# that are not listed. Two packages exist as source only; they are built with the environment's setuptools, which is
+# that are not listed. Three packages exist as source only; they are built with the environment's setuptools, which is
 # listed too, and not with the newest one.
 install_hashed() {
     pip install --no-compile --no-deps --require-hashes --no-build-isolation --use-pep517 \
-        --only-binary :all: --no-binary antlr4-python3-runtime,deepspeed "${@:2}" -r "$1"
+        --only-binary :all: --no-binary antlr4-python3-runtime,deepspeed,rouge-score "${@:2}" -r "$1"
 }
 
 install_torch() {
