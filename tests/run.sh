@@ -40,7 +40,7 @@ else # many at a time, but for those that measure speeds
         kept="and not long"
     fi
     # More workers than cores, since a test that waits leaves a core to others.
-    run -n 4 --dist loadfile -m "not (integration or cluster or container)"
+    run -n 4 --dist loadfile -m "not (integration or cluster or container) $kept"
     if [ "${CI:-}" != true ]; then # property tests with other examples each time; the printed seed repeats them
         run -n auto --dist loadfile -m hypothesis --hypothesis-profile=explore --hypothesis-seed=$((RANDOM << 15 | RANDOM))
     fi
