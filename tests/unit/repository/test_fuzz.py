@@ -17,7 +17,7 @@ from support.fuzz.harnesses import CANARY, HARNESSES
 from support.fuzz.run import fuzz
 
 CRASHERS = sorted((ROOT / "tests/support/fuzz/crashers").glob("*/*"))
-SECONDS = 5 if os.environ.get("CI") == "true" else 60
+SECONDS = 2 if os.environ.get("CI") == "true" else 60
 
 
 @pytest.fixture(autouse=True)
