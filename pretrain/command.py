@@ -23,6 +23,7 @@ from types import TracebackType
 LAUNCH = (
     "train",
     "average",
+    "compare",
     "eval",
     "export",
     "generate",

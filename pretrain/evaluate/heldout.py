@@ -79,6 +79,7 @@ class TokenDocument(NamedTuple):
     """bool [tokens]: which tokens count, in a corpus with a loss mask; None where all do."""
     target_bytes: int = 0
     """Size in UTF-8, in bytes, of the text of the tokens that count, in a corpus with a loss mask."""
+    id: str = ""
 
     @property
     def labels(self) -> np.ndarray:
@@ -270,6 +271,10 @@ def _text_before(corpus: Corpus, n_tokens: int) -> np.ndarray:
     return np.stack([text_bytes_of, np.bincount(sources, share > 0, n_sources)], axis=1)
 
 
+OnScores = Callable[[TokenDocument, float, int], None]
+"""Called with a document, the sum of its negative log-likelihoods in nats, and the number of its predicted tokens."""
+
+
 @torch.no_grad()
 def score_documents(
     model: Decoder,
@@ -280,6 +285,7 @@ def score_documents(
     device: torch.device,
     progress: Callable[[TokenDocument], None] | None = None,
     masking: Masking | None = None,
+    on_scores: OnScores | None = None,
 ) -> HeldOutResult:
     """Score whole documents. Each token is predicted exactly once, from earlier tokens of its document.
 
@@ -288,14 +294,15 @@ def score_documents(
 
     A document longer than `sequence_length` T is read in windows of T tokens. Each window starts T/2 tokens after the
     previous one and scores only the tokens that no earlier window scored, so every token has at least T/2 tokens of
-    context, or all that exist. `progress` is called with each document after it is queued. Raises ValueError where
-    there are no documents, and ConfigError where no token counts.
+    context, or all that exist. `progress` is called with each document after it is queued, and `on_scores` once it is
+    scored. Raises ValueError where there are no documents, and ConfigError where no token counts.
     """
     totals: dict[str, _Totals] = {}
     for document in documents:
-        totals.setdefault(document.source, _Totals(model, micro_batch_sequences, device, masking)).add(
-            document, sequence_length
+        of_source = totals.setdefault(
+            document.source, _Totals(model, micro_batch_sequences, device, masking, on_scores)
         )
+        of_source.add(document, sequence_length)
         if progress is not None:
             progress(document)
     found = {name: total.finish() for name, total in sorted(totals.items())}
@@ -315,21 +322,31 @@ class _Totals:
     """Sums over the documents of one source. Windows are buffered here until they are batched."""
 
     def __init__(
-        self, model: Decoder, micro_batch_sequences: int, device: torch.device, masking: Masking | None
+        self,
+        model: Decoder,
+        micro_batch_sequences: int,
+        device: torch.device,
+        masking: Masking | None,
+        on_scores: OnScores | None,
     ) -> None:
         self.model, self.batch_size, self.device = model, micro_batch_sequences, device
         self.nll_sum, self.n_predicted, self.text_bytes, self.documents = 0.0, 0, 0, 0
         self._masking = masking and masking.for_heldout()
-        self._windows: list[Window] = []
+        self._on_scores = on_scores
+        self._windows: list[tuple[Window, int]] = []
+        """The windows that wait, each with the number of its document among those that wait."""
+        self._documents: list[TokenDocument] = []
 
     def add(self, document: TokenDocument, sequence_length: int) -> None:
         self.text_bytes += document.text_bytes if document.is_target is None else document.target_bytes
         self.documents += 1
         tokens, labels = document.tokens.astype(np.int64), document.labels
         if self._masking is None:
-            self._windows += windows(tokens, labels, sequence_length)
+            found = windows(tokens, labels, sequence_length)
         else:
-            self._windows += masked_windows(*self._masking.hidden_document(tokens, labels), sequence_length)
+            found = masked_windows(*self._masking.hidden_document(tokens, labels), sequence_length)
+        self._windows += [(window, len(self._documents)) for window in found]
+        self._documents.append(document)
         if len(self._windows) >= _BUFFERED_BATCHES * self.batch_size:
             self._flush()
 
@@ -342,15 +359,25 @@ class _Totals:
         return _scores(*sums, of_all_text=self._masking is None)
 
     def _flush(self) -> None:
-        self._windows.sort(key=lambda window: len(window.tokens))
+        self._windows.sort(key=lambda waiting: len(waiting[0].tokens))
+        of_documents = np.zeros((len(self._documents), 2))
         for first in range(0, len(self._windows), self.batch_size):
-            tokens, labels, is_padding = _pad(self._windows[first : first + self.batch_size])
+            batch = self._windows[first : first + self.batch_size]
+            tokens, labels, is_padding = _pad([window for window, _ in batch])
             # Padding is on the right, where no token of a causal model sees it.
             document_ids = None if self.model.causal else is_padding.long().to(self.device)
-            sums = self.model(tokens.to(self.device), labels.to(self.device), document_ids=document_ids)
-            self.nll_sum += float(sums.nll_sum)
-            self.n_predicted += int(sums.n_predicted)
+            sums = self.model(
+                tokens.to(self.device), labels.to(self.device), document_ids=document_ids, by_sequence=True
+            )
+            rows = torch.stack([sums.nll_sum.double(), sums.n_predicted.double()], 1).cpu().numpy()
+            np.add.at(of_documents, [number for _, number in batch], rows)
+        self.nll_sum += float(of_documents[:, 0].sum())
+        self.n_predicted += int(of_documents[:, 1].sum())
+        if self._on_scores is not None:
+            for document, (nll_sum, n_predicted) in zip(self._documents, of_documents.tolist(), strict=True):
+                self._on_scores(document, nll_sum, int(n_predicted))
         self._windows.clear()
+        self._documents.clear()
 
 
 class Window(NamedTuple):
@@ -429,7 +456,9 @@ def first_tokens(documents: Iterable[TokenDocument], max_tokens: int) -> Iterato
 def corpus_documents(corpus: Corpus) -> Iterator[TokenDocument]:
     """The documents of a prepared corpus. Raises CorruptShardError."""
     for found in documents_of(corpus):
-        yield TokenDocument(found.source, found.tokens, found.text_bytes, found.is_target, found.target_bytes)
+        yield TokenDocument(
+            found.source, found.tokens, found.text_bytes, found.is_target, found.target_bytes, found.id
+        )
 
 
 def _scores(

@@ -34,10 +34,10 @@ from pretrain.model.sequence_parallel import SequenceGroup
 
 
 class LossSums(NamedTuple):
-    """Sums over the predicted positions of a batch, so that any split of a batch adds up."""
+    """Sums over the predicted positions of a batch, or of each of its sequences. Those of all parts add up."""
 
     nll_sum: Tensor
-    """Sum of the negative log-likelihoods of the labels in nats: fp32 scalar."""
+    """Sum of the negative log-likelihoods of the labels in nats: fp32 scalar, or [B] by sequence."""
     z_sum: Tensor
     """Sum of the squared log-partitions (logsumexp of the logits): fp32 scalar; has a gradient if config.z_loss > 0."""
     n_predicted: Tensor
@@ -237,10 +237,18 @@ class Head(nn.Module):
             else _normal_parameter(n_rows, config.d_model, config.init_std, generator)
         )
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
-        """For hidden [B, T, D]: (logits [B, T, V],) without labels, (nll_sum, z_sum) with labels [B, T]."""
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, by_sequence: bool = False
+    ) -> tuple[Tensor, ...]:
+        """For hidden [B, T, D]: (logits [B, T, V],) without labels, (nll_sum, z_sum) with labels [B, T].
+
+        With `by_sequence` these are the sums [B] of each sequence.
+        """
         if labels is None:
             return (linear(hidden, self.weight),)
+        if by_sequence:
+            rows = [self.forward(h[None], y[None]) for h, y in zip(hidden, labels, strict=True)]
+            return tuple(torch.stack(sums) for sums in zip(*rows, strict=True))
         hidden, labels = hidden.flatten(0, 1), labels.flatten()
         if self.fused:  # z_sum is omitted, because nothing uses it when its weight is 0
             nll_sum = liger.nll_sum(hidden, self.weight, labels, IGNORED_LABEL)
@@ -325,8 +333,9 @@ class Decoder(nn.Module):
         labels: Tensor,
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
+        by_sequence: bool = False,
     ) -> LossSums:
-        """The loss sums of a batch. All arguments are int64 [B, T].
+        """The loss sums of a batch, or with `by_sequence` of each of its sequences. All tensors are int64 [B, T].
 
         A token attends to itself and, within its own document, to earlier tokens (all tokens if not causal); without
         `document_ids` a sequence is one document. If ranks share sequences, T is this rank's part, except in
@@ -334,8 +343,9 @@ class Decoder(nn.Module):
         `positions` are the rotary positions (0, 1, ... by default); labels of -100 are not predicted.
         """
         hidden = self.hidden(tokens, positions, document_ids)
-        nll_sum, z_sum = self.head(hidden, labels)
-        return LossSums(nll_sum, z_sum, (labels != IGNORED_LABEL).sum())
+        nll_sum, z_sum = self.head(hidden, labels, by_sequence)
+        predicted = labels != IGNORED_LABEL
+        return LossSums(nll_sum, z_sum, predicted.sum(-1) if by_sequence else predicted.sum())
 
     def logits(
         self,

@@ -106,7 +106,12 @@ def test_a_defect_keeps_its_traceback(command: list[str], tmp_path: Path) -> Non
     code = tmp_path / "code"
     for name in ("pretrain", "data_tools", "launch", "conf"):
         shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pretrain/config/run.py", "pretrain/reliability/journal.py", "data_tools/tables.py"):
+    for name in (
+        "pretrain/config/run.py",
+        "pretrain/reliability/journal.py",
+        "pretrain/evaluate/compare.py",
+        "data_tools/tables.py",
+    ):
         (code / name).unlink()
     done = subprocess.run([sys.executable, *command], cwd=code, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
