@@ -27,6 +27,7 @@ LAUNCH = (
     "export",
     "generate",
     "import_model",
+    "ladder",
     "plan",
     "provenance",
     "selftest",
