@@ -4,7 +4,8 @@ Prints the memory per rank by part, step time, MFU, days, cost, checkpoints, goo
 the fastest first. All keys of launch/train.py (run_dir and data.manifest are optional) and of the cluster are accepted.
 Values that are not given are chosen: the global batch (about 4 million tokens), the vocabulary (32,000), and with
 search=true the ZeRO stage, micro-batch, activation checkpointing and offload. search=false plans only the given
-configuration. json=true adds one line of JSON at the end; table=scaling prints the table of docs/scaling.md instead.
+configuration. json=true adds one line of JSON at the end; table=scaling prints the table of docs/scaling.md instead,
+and table=recipes that of docs/recipes.md. ladder=DIR predicts the loss from your own runs (launch/ladder.py).
 docs/planning.md explains the output.
 """
 
@@ -32,7 +33,10 @@ from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
 from pretrain.model.precision import resolve_precision
 from pretrain.plan.hardware import GIB, known_gpu
+from pretrain.plan.ladder import read_fit
+from pretrain.plan.loss import ladder_parameters
 from pretrain.plan.planner import Site, make_plan
+from pretrain.plan.recipes import recipes_table
 from pretrain.plan.report import plan_lines, plan_values
 from pretrain.plan.scaling import scaling_table
 from pretrain.plan.time import Cluster
@@ -45,6 +49,7 @@ TRAINED_MICRO_BATCH = next(f.default for f in fields(TrainConfig) if f.name == "
 class Table(Enum):
     plan = "plan"
     scaling = "scaling"
+    recipes = "recipes"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,11 +107,14 @@ class PlanConfig(TrainConfig):
     search: bool = True
     """Try all combinations of ZeRO stage, micro-batch, activation checkpointing and offload; false plans only the
     configured one."""
+    ladder: PathText | None = None
+    """Folder of a ladder (launch/ladder.py), or its fit.json, which predicts the loss. Without global_batch_sequences
+    the batch follows the ladder, too."""
     json: bool = False
     """Print the plan as JSON on the last line of stdout."""
     table: Table = Table.plan
-    """What to print: the plan of this run, or with `scaling` the table of docs/scaling.md, which depends on no other
-    key."""
+    """What to print: the plan of this run, or with `scaling` or `recipes` the table of docs/scaling.md or
+    docs/recipes.md, which depends on no other key."""
 
     def __post_init__(self) -> None:
         if MISSING in (self.data, self.cluster, self.model, self.engine):
@@ -131,7 +139,7 @@ class PlanConfig(TrainConfig):
             )
         if data.manifest is None and not data.sources:
             data.manifest = "unused"
-        if self.table is Table.scaling and data.tokens is None:
+        if self.table is not Table.plan and data.tokens is None:
             data.tokens = 1
         if data.tokens is not None:
             if self.total_tokens not in (None, data.tokens) or self.total_steps is not None:
@@ -146,7 +154,12 @@ class PlanConfig(TrainConfig):
             raise ConfigError("the length of the run is missing; give total_tokens=N")
         if self.model.vocab_size is None:
             self.model.vocab_size = ASSUMED_VOCABULARY
-        if self.global_batch_sequences is None:
+        if self.global_batch_sequences is None and self.ladder is not None:
+            wanted = (
+                read_fit(self.ladder).batch_tokens.at(ladder_parameters(self.model)) / data.sequence_length
+            )
+            self.global_batch_sequences = ranks * max(1, round(wanted / ranks))
+        elif self.global_batch_sequences is None:
             doublings = math.log2(max(1.0, CHOSEN_BATCH_TOKENS / data.sequence_length / ranks))
             self.global_batch_sequences = ranks * 2 ** int(doublings)
         if self.search:  # the search tries all sizes, so this one only has to be valid
@@ -176,6 +189,9 @@ def main(config: PlanConfig) -> None:
     if config.table is Table.scaling:
         print(scaling_table())
         return
+    if config.table is Table.recipes:
+        print(recipes_table())
+        return
     given = config.cluster
     gpu = known_gpu(given.gpu)
     nic = given.nic_gbit_per_second
@@ -192,10 +208,11 @@ def main(config: PlanConfig) -> None:
         restart_s=given.restart_s,
         host_bytes_per_node=gpu.host_bytes * given.gpus_per_node if memory is None else memory * GIB,
     )
+    fit = None if config.ladder is None else read_fit(config.ladder)
     plan = make_plan(config, cluster, site, config.search)
-    print("\n".join(plan_lines(plan)))
+    print("\n".join(plan_lines(plan, fit)))
     if config.json:
-        print(json.dumps(plan_values(plan)))
+        print(json.dumps(plan_values(plan, fit)))
 
 
 if __name__ == "__main__":

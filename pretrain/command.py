@@ -28,6 +28,7 @@ LAUNCH = (
     "export",
     "generate",
     "import_model",
+    "ladder",
     "plan",
     "provenance",
     "selftest",

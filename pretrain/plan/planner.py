@@ -295,6 +295,11 @@ class Plan:
         return self.ranked[0]
 
     @property
+    def tokens(self) -> int:
+        """Number of tokens of the whole run."""
+        return self.config.n_steps * self.best.step.tokens
+
+    @property
     def days(self) -> float:
         """Wall time of all steps in days, including saves and failures."""
         return self.config.n_steps * self.best.step.total_s / self.goodput.frac / 86400

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from pretrain.arithmetic import count_parameters
+from pretrain.config import TrainConfig
 from pretrain.plan.hardware import GIB
+from pretrain.plan.ladder import INTERVAL_FRAC, LadderFit, predict
+from pretrain.plan.loss import CHINCHILLA
 from pretrain.plan.planner import (
     CALIBRATED,
     FITTED,
@@ -76,17 +80,63 @@ def time_figures(plan: Plan) -> dict[str, Figure]:
         "advised_every_steps": Figure(max(1, round(good.interval_s / step.total_s)), "steps", PROJECTED),
         "goodput_frac": Figure(good.frac, "", PROJECTED),
         "data_bytes_per_second": Figure(data_bytes_per_s(plan), "bytes/s", known),
-        "corpus_bytes": Figure(
-            token_bytes(plan.config.model) * plan.config.n_steps * step.tokens, "bytes", PROJECTED
-        ),
+        "corpus_bytes": Figure(token_bytes(plan.config.model) * plan.tokens, "bytes", PROJECTED),
         "checkpoints_bytes": Figure(
             checkpoints_kept(plan.config) * good.checkpoint_bytes, "bytes", PROJECTED
         ),
     }
 
 
-def plan_values(plan: Plan) -> dict[str, Any]:
-    """The whole plan as JSON-ready values."""
+def loss_figures(config: TrainConfig, n_tokens: int, fit: LadderFit | None = None) -> dict[str, Figure]:
+    """The held-out loss at the end of the run: by a published law, or by the user's own ladder.
+
+    Empty where no law speaks of such a run: of masked tokens, or of weights that were trained before.
+    """
+    if not config.causal or config.init_from is not None:
+        return {}
+    if fit is None:
+        expected = CHINCHILLA.loss(count_parameters(config.model), n_tokens)
+        return {"expected_loss": Figure(expected, "nats per token", PROJECTED)}
+    found = predict(fit, config.model, n_tokens)
+    batch = max(1, round(found.batch_tokens / config.data.sequence_length))
+    return {
+        "expected_loss": Figure(found.loss, "nats per token", PROJECTED),
+        "expected_loss_low": Figure(found.low, "nats per token", PROJECTED),
+        "expected_loss_high": Figure(found.high, "nats per token", PROJECTED),
+        "beyond_largest_model": Figure(found.beyond_size, "times", PROJECTED),
+        "beyond_longest_run": Figure(found.beyond_tokens, "times", PROJECTED),
+        "ladder_lr": Figure(found.lr, "", PROJECTED),
+        "ladder_global_batch_sequences": Figure(batch, "sequences", PROJECTED),
+    }
+
+
+def loss_lines(config: TrainConfig, n_tokens: int, fit: LadderFit | None = None) -> list[str]:
+    """The same as lines of text, with what they hold for."""
+    figures = loss_figures(config, n_tokens, fit)
+    if not figures:
+        return []
+    lines = [f"  {name:<32}{_shown(figure)}  {figure['known']}" for name, figure in figures.items()]
+    if fit is None:
+        about = [
+            "  of Chinchilla's text in its 32,000 tokens (Hoffmann et al., 2022, fitted by Besiroglu et al., 2024);",
+            "  for your text and tokenizer, train a ladder (launch/ladder.py) and give ladder=DIR",
+        ]
+    else:
+        size, length = figures["beyond_largest_model"]["value"], figures["beyond_longest_run"]["value"]
+        about = [
+            f"  {fit.metric} of {len(fit.rungs)} runs; low and high should hold {INTERVAL_FRAC:.0%} of cases, as far "
+            "as the law holds"
+        ]
+        if size > 1 or length > 1:
+            about.append(
+                f"  EXTRAPOLATED to {max(1.0, size):.3g} times the ladder's largest model and "
+                f"{max(1.0, length):.3g} times its longest run: nothing checks the law out there"
+            )
+    return ["held-out loss at the end", *lines, *about, ""]
+
+
+def plan_values(plan: Plan, fit: LadderFit | None = None) -> dict[str, Any]:
+    """The whole plan as JSON-ready values, with the loss that `fit` predicts."""
     fits = [j for j in plan.ranked if j.problem is None]
     return {
         "ranks": plan.cluster.n_ranks,
@@ -107,6 +157,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
             for name, by_rank, into_node in sent_bytes(plan.best, plan.cluster)
         },
         "time": time_figures(plan),
+        "loss": loss_figures(plan.config, plan.tokens, fit),
         "uncertainties": [
             {"what": what, "more_frac": more, "known": PROJECTED} for what, more in uncertainties(plan)
         ],
@@ -124,8 +175,8 @@ def plan_values(plan: Plan) -> dict[str, Any]:
     }
 
 
-def plan_lines(plan: Plan) -> list[str]:
-    """The plan as lines of text."""
+def plan_lines(plan: Plan, fit: LadderFit | None = None) -> list[str]:
+    """The plan as lines of text, with the loss that `fit` predicts."""
     config, cluster, best = plan.config, plan.cluster, plan.best
     lines = [
         f"{cluster.nodes} nodes x {cluster.gpus_per_node} {cluster.gpu.label}, "
@@ -155,6 +206,7 @@ def plan_lines(plan: Plan) -> list[str]:
         "time, cost, storage",
         *(f"  {name:<32}{_shown(figure)}  {figure['known']}" for name, figure in time_figures(plan).items()),
         "",
+        *loss_lines(plan.config, plan.tokens, fit),
         "what is not known, and how much longer or dearer the run is at its bad end, the widest first",
         *(f"  +{more:>6.1%}  {what}  {PROJECTED}" for what, more in uncertainties(plan)),
         "",

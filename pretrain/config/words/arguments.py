@@ -136,13 +136,15 @@ def is_own_file(name: str) -> bool:
 
 
 def presets(folder: Path) -> list[str]:
-    """The names of a group's files, those of model sizes from small to large."""
+    """The names of a group's files, with the folder of each that lies in one: by folder, and by model size."""
 
-    def order(name: str) -> tuple[float, str]:
-        size = re.match(r"(\d+)([mb])(?![a-z])", name)
-        return (int(size[1]) * {"m": 1e6, "b": 1e9}[size[2]] if size else 0, name)
+    def order(name: str) -> tuple[str, float, str]:
+        parent, _, own = name.rpartition("/")
+        size = re.match(r"([\d.]+)([mb])(?![a-z])", own)
+        return (parent, float(size[1]) * {"m": 1e6, "b": 1e9}[size[2]] if size else 0, own)
 
-    return sorted((path.stem for path in folder.glob("*.yaml")), key=order)
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml"))
+    return sorted((name.removesuffix(".yaml") for name in found), key=order)
 
 
 def _unknown(schema: type, key: str) -> str:

@@ -12,6 +12,7 @@ import pytest
 from pretrain.arithmetic import count_parameters
 from pretrain.config import Precision, TrainConfig, load_config, to_dict, validate
 from pretrain.config.load import CONF_DIR
+from pretrain.config.words.arguments import presets
 from pretrain.errors import ConfigError
 
 BASE = ["run_dir=/tmp/run", "data.manifest=/tmp/corpus/manifest.json", "total_steps=100"]
@@ -44,7 +45,7 @@ def test_every_group_option_composes(group: str, option: str) -> None:
     assert config.data.corpora()
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (CONF_DIR / "experiment").glob("*.yaml")))
+@pytest.mark.parametrize("name", presets(CONF_DIR / "experiment"))
 def test_every_experiment_composes(name: str) -> None:
     overrides = BASE if name in ("none", "continue") else BASE[:2]
     config = load_config(TrainConfig, [*overrides, f"experiment={name}"], "config")
@@ -60,6 +61,11 @@ def test_every_experiment_composes(name: str) -> None:
         (["model=2b"], ["model=2b", "conf/model", "tiny, 125m, 350m, 1b, 3b, 7b, 13b, 70b"]),
         (["model=1"], ["model=1", "conf/model", "tiny"]),
         (["experiment=[none]"], ["experiment=[none]", "conf/experiment", "quickstart"]),
+        (
+            ["experiment=olmo/2b"],
+            ["experiment=olmo/2b", "olmo/190m, olmo/370m, olmo/760m, olmo/1.3b, olmo2/1b"],
+        ),
+        (["experiment=olmo"], ["experiment=olmo does not name", "olmo/190m"]),
         (["optim=null"], ["optim=null", "adamw, muon"]),
         (["optim.lr=fast"], ["optim.lr=fast", "number"]),
         (["+optim.warmth=1"], ["optim.warmth", "weight_decay"]),

@@ -26,6 +26,7 @@ from data_tools.config import PrepareConfig
 from data_tools.curate import CurateConfig
 from pretrain.command import COMMANDS
 from pretrain.config import SubmitConfig, TrainConfig, load_config
+from pretrain.config.words.arguments import presets
 from pretrain.config.words.kinds import find_kind
 from pretrain.data.inputs import check_lengths
 from pretrain.errors import ConfigError
@@ -401,8 +402,8 @@ def test_python_blocks_compile(page: Path) -> None:
 def test_configuration_page_lists_every_file(group: str) -> None:
     row = re.search(rf"^\| `{group}` \|(.*)\|$", (ROOT / "docs/configuration.md").read_text(), flags=re.M)
     assert row is not None
-    listed = set(re.findall(r"`(\w+)`", row.group(1)))
-    assert listed == {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")} - {"none"}
+    listed = set(re.findall(r"`(?!launch/)([\w./]+)`", row.group(1)))
+    assert listed == set(presets(ROOT / "conf" / group)) - {"none"}
 
 
 def test_every_fault_has_a_named_test() -> None:
