@@ -119,15 +119,15 @@ def main(config: ImportConfig) -> None:
                 raise ConfigError(
                     f"{key}={stated[key]} is not used: {folder}/config.json says what the model is"
                 )
-            imported, parity = import_model(folder, tokenizer, output)
+            model, parity = import_model(folder, tokenizer, output)
         else:
-            imported, parity = import_foreign(folder, tokenizer, output, given, config.sequence_length)
+            model, parity = import_foreign(folder, tokenizer, output, given, config.sequence_length)
     print(
         f"transformers agrees on {parity.tokens} tokens: logits differ by at most {parity.max_difference:.2g} "
         f"(allowed {parity.tolerance:.2g})"
     )
     print(f"imported to {output}. Prepare text with tokenizer.path={output}, and train from this model with:")
-    print(f"init_from={output} {' '.join(model_words(imported.config.model))}")
+    print(f"init_from={output} {' '.join(model_words(model))}")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from pretrain.checkpoint.tensors import CheckpointError
 from pretrain.config import TrainConfig, load_config
 from pretrain.distributed import World
 from pretrain.errors import ConfigError, RunError
-from pretrain.model.lora import adapted_decoder
 from pretrain.train.base import check_same_model, source_of
 from pretrain.trained import load_trained
+from support.adapted import adapted_decoder
 from support.checkpoints import assert_same_state, read_tensors
 from support.launching import Ranks, run_ranks
 from support.tiny import TinyCorpus, events, run_arguments

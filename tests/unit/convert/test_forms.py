@@ -22,6 +22,7 @@ from pretrain.corpus.shards import Corpus
 from pretrain.errors import ConfigError, RunError
 from pretrain.model.streamed import streamed_decoder
 from pretrain.trained import TrainedModel, load_trained, open_trained
+from support.peak import peak_bytes
 from support.trained_run import SMALL, TEXTS, make_run, script, write_heldout
 
 transformers = pytest.importorskip("transformers")
@@ -284,11 +285,6 @@ def test_the_script_prints_what_the_form_costs(
 # --- memory ---
 
 
-def status_bytes(name: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    return int(text.partition(f"{name}:")[2].split()[0]) * 1024
-
-
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with weights of 200 MB in fp32, each of which has at most 1.4 MB."""
@@ -308,7 +304,6 @@ def test_a_model_is_not_held_whole(
     assert n_bytes > 200_000_000
     monkeypatch.setattr("pretrain.convert.hugging_face.WHOLE_MODEL_BYTES", 0)
     exported(runs["llama"], tmp_path / "small", form)  # what is imported at first use does not count
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
-    before = status_bytes("VmRSS")
+    before = peak_bytes(reset=True)
     exported(large, tmp_path / "out", form, max_shard_bytes=10_000_000)
-    assert status_bytes("VmHWM") - before < 0.2 * n_bytes
+    assert peak_bytes() - before < 0.2 * n_bytes
