@@ -28,6 +28,7 @@ from pretrain.convert.hugging_face import (
     WEIGHTS_NAME,
     Parity,
     compare_logits,
+    convert_tokenizer,
     hugging_face_names,
     is_large,
     require,
@@ -35,7 +36,8 @@ from pretrain.convert.hugging_face import (
 from pretrain.convert.streamed import DTYPES, Weight, equal, open_safetensors
 from pretrain.convert.weights_only import save_weights
 from pretrain.corpus.chat_template import template_in
-from pretrain.corpus.tokenizer import Tokenizer
+from pretrain.corpus.tokenizer import HUGGING_FACE_NAME, MAX_MODEL_BYTES, SENTENCEPIECE_NAME, Tokenizer
+from pretrain.corpus.tokenizer_trial import try_tokenizer
 from pretrain.errors import ConfigError, RunError
 from pretrain.files import published_together, read_capped
 from pretrain.model.decoder import Decoder
@@ -88,6 +90,7 @@ _ROPE_KEYS: dict[Any, set[str]] = {
     },
 }
 """The types of rotary positions that can be imported, and the keys that each may have."""
+_MAX_PIECE_CHARS = 256  # a conversion looks at all ways to cut a piece; those of this program have at most 16
 _BUFFER = "rotary_emb.inv_freq"  # older versions of transformers saved it; it follows from the configuration
 
 
@@ -117,6 +120,27 @@ def import_model(folder: Path, tokenizer: Tokenizer, output: Path) -> tuple[Mode
                 f"{parity.tolerance:.3g}); {output} was not written"
             )
     return model, parity
+
+
+def tokenizer_of_export(folder: Path) -> Tokenizer | None:
+    """The sentencepiece model of a folder that this program has exported; None for any other folder.
+
+    It is the tokenizer of the corpora that the exported model has seen; the tokenizer.json beside it, which gives the
+    same tokens, is another file. It is told by that file, which must be what an export makes of it.
+    """
+    path, converted = folder / SENTENCEPIECE_NAME, folder / HUGGING_FACE_NAME
+    if not (path.is_file() and converted.is_file()):
+        return None
+    try:
+        content = read_capped(path, MAX_MODEL_BYTES)
+        try_tokenizer(content, path)
+        tokenizer = Tokenizer.from_content(content, path)
+        if max(len(tokenizer.piece(number)) for number in range(tokenizer.vocab_size)) > _MAX_PIECE_CHARS:
+            return None
+        expected = json.loads(convert_tokenizer(tokenizer).to_str())
+    except Exception:  # a file of this name may be anything, and tokenizers raises plain exceptions
+        return None
+    return tokenizer if expected == _read_json(converted) else None
 
 
 def model_of(raw: dict[str, Any], path: Path) -> tuple[ModelConfig, int]:

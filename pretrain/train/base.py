@@ -16,11 +16,8 @@ from pretrain.checkpoint.folder import root_of, root_of_run
 from pretrain.checkpoint.state import BaseReference, RunState
 from pretrain.checkpoint.tensors import Verified
 from pretrain.config import Objective, TrainConfig, to_dict
-from pretrain.corpus.tokenizer import Tokenizer
-from pretrain.data.inputs import tokenizer_path
 from pretrain.distributed import Partition, World, on_main
 from pretrain.errors import ConfigError
-from pretrain.files import write_atomically
 from pretrain.model.decoder import Decoder
 from pretrain.reliability.heartbeat import mark
 from pretrain.remote import is_url
@@ -96,10 +93,6 @@ def _copy(config: TrainConfig, root: Path, tokenizer_sha256: str, world: World) 
     def prepare() -> None:
         for earlier in checkpoint.list_checkpoints(folder):
             checkpoint.remove(earlier)
-        tokenizer = Tokenizer(tokenizer_path(config.data.corpora()[0].manifest), tokenizer_sha256)
-        local = checkpoint.base_root(Path(config.run_dir))  # so that every command reads it like a run
-        local.mkdir(parents=True, exist_ok=True)
-        write_atomically(local / tokenizer.file_name, tokenizer.content)
 
     on_main(prepare, world)
     checkpoint.save(folder, source.state["step"], partitions, state, world)

@@ -74,6 +74,7 @@ def test_import_and_export_give_the_same_bits(
     imported = load_trained(tmp_path / "imported")
     assert (imported.step, imported.tokens_seen, imported.sequence_length) == (0, 0, 64)
     assert imported.config.model.rope_scaling == model.rope_scaling
+    assert imported.tokenizer.sha256 == load_trained(tmp_path / "run").tokenizer.sha256
     export(imported, tmp_path / "again", dtype=torch.bfloat16, max_shard_bytes=max_shard_bytes)
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     assert files == sorted(path.name for path in (tmp_path / "again").glob("*.safetensors"))
