@@ -693,9 +693,8 @@ def test_adapters_take_less_memory_and_time_and_an_average_more() -> None:
     totals = {name: one.device_total for name, one in best.items()}
     assert totals["adapters"] < totals["both"] < totals["all"] < totals["average"]
     steps = {name: one.step for name, one in best.items()}
-    assert (
-        0.6 < steps["adapters"].compute_s / steps["all"].compute_s < 0.8
-    )  # 4/6 of the products with weights
+    # A third of the products with weights is spared; what passes through memory is not.
+    assert 2 / 3 < steps["adapters"].compute_s / steps["all"].compute_s < 0.95
     assert steps["adapters"].model_flops == 64 * 4096 * flops_per_token(model, 4096, LoraConfig(r=16))
     assert steps["average"].optimizer_s == pytest.approx(steps["all"].optimizer_s * 42 / 30)
     assert steps["average"].compute_s == steps["all"].compute_s
