@@ -79,51 +79,62 @@ def main(config: AverageConfig) -> None:
     if config.last is not None:
         steps = last_steps(config.run_dir, config.last, config.checkpoint_target)
     with waiting(f"averaging {len(steps)} checkpoints"):
-        mean = average(config.run_dir, steps, output, config.checkpoint_target)
+        average(config.run_dir, steps, output, config.checkpoint_target)
     print(f"wrote the mean of the steps {', '.join(map(str, steps))} to {output}")
     if config.max_tokens:
-        compare(config, mean, steps[-1])
+        compare(config, output, steps[-1])
 
 
-def compare(config: AverageConfig, mean: TrainedModel, last: int) -> None:
-    """Print the held-out loss of the mean, of the last checkpoint and of its moving average, if there is such text."""
+def compare(config: AverageConfig, output: Path, last: int) -> None:
+    """Print the held-out loss of the mean, of the last checkpoint and of its moving average, if there is such text.
+
+    One model at a time is in memory.
+    """
+    from pretrain.trained import open_trained
+
+    with open_trained(config.run_dir, last, config.checkpoint_target) as trained:
+        corpus = heldout_of(config, trained)
+        has_ema = trained.has_ema
+    if corpus is None:
+        return
+    with open_trained(output) as mean:
+        print_loss("mean", mean, corpus, config.max_tokens)
+    for name, weights in ((f"step {last}", Weights.trained), (f"step {last}, moving average", Weights.ema)):
+        if weights is Weights.trained or has_ema:
+            with open_trained(config.run_dir, last, config.checkpoint_target, weights=weights) as trained:
+                print_loss(name, trained, corpus, config.max_tokens)
+
+
+def print_loss(name: str, trained: TrainedModel, corpus: Corpus, max_tokens: int) -> None:
+    """Evaluate a model on the first tokens of a held-out corpus, and print its loss."""
     from data_tools.progress import waiting
     from pretrain.device import own_device
     from pretrain.evaluate.heldout import corpus_documents, first_tokens, score_documents
     from pretrain.model.kernels import DTYPES
-    from pretrain.trained import load_trained, precision_on
+    from pretrain.trained import precision_on
 
-    corpus = heldout_of(config, mean)
-    if corpus is None:
-        return
     device = own_device()
-    dtype = DTYPES[precision_on(device, Precision.auto)]
-    rows = {"mean": mean}
-    for name, weights in ((f"step {last}", Weights.trained), (f"step {last}, moving average", Weights.ema)):
-        if weights is Weights.trained or mean.has_ema:
-            rows[name] = load_trained(config.run_dir, last, config.checkpoint_target, weights=weights)
-    for name, trained in rows.items():
-        with waiting(f"evaluating {name}"):
-            found = score_documents(
-                trained.decoder(device, dtype),
-                first_tokens(corpus_documents(corpus), config.max_tokens),
-                sequence_length=trained.sequence_length,
-                micro_batch_sequences=8,
-                device=device,
-            ).overall
-        print(
-            f"{name}: held-out loss {found.loss:.4f}, {found.bits_per_byte:.4f} bits per byte, {found.tokens:,} tokens"
-        )
+    with waiting(f"evaluating {name}"):
+        found = score_documents(
+            trained.decoder(device, DTYPES[precision_on(device, Precision.auto)]),
+            first_tokens(corpus_documents(corpus), max_tokens),
+            sequence_length=trained.sequence_length,
+            micro_batch_sequences=8,
+            device=device,
+        ).overall
+    print(
+        f"{name}: held-out loss {found.loss:.4f}, {found.bits_per_byte:.4f} bits per byte, {found.tokens:,} tokens"
+    )
 
 
-def heldout_of(config: AverageConfig, mean: TrainedModel) -> Corpus | None:
+def heldout_of(config: AverageConfig, trained: TrainedModel) -> Corpus | None:
     """The held-out corpus that is given, or else the run's own; None with a line that says why there is none.
 
     A URL that only the run folder names is not opened.
     """
     from pretrain.corpus.shards import Corpus
 
-    evaluation = mean.config.evaluation
+    evaluation = trained.config.evaluation
     path = config.heldout
     if path is None and evaluation.decides is not None:
         path = evaluation.corpora[evaluation.decides]
@@ -134,7 +145,7 @@ def heldout_of(config: AverageConfig, mean: TrainedModel) -> Corpus | None:
         print("not evaluated: the run has no held-out text; give heldout=DIR")
         return None
     corpus = Corpus(path)
-    if corpus.manifest.tokenizer_sha256 != mean.tokenizer.sha256:
+    if corpus.manifest.tokenizer_sha256 != trained.tokenizer.sha256:
         raise ConfigError(
             f"heldout={path} was prepared with a different tokenizer than run_dir was trained with"
         )

@@ -42,6 +42,18 @@ if TYPE_CHECKING:
     from pretrain.trained import TrainedModel
 
 REPORT_EVERY_S = 5.0
+OF_CONTINUATIONS = (
+    "n_samples",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "stop",
+    "seed",
+    "batch_sequences",
+)
+"""Options that say how a text goes on, and so nothing to a model that fills masks."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -170,6 +182,8 @@ def check_prompts(texts: list[str], trained: TrainedModel, config: GenerateConfi
             f"chat=true: the model of run_dir={config.run_dir} was trained with objective=mlm, which fills masks and "
             "writes no answers; give prompt= with a mask"
         )
+    if not trained.config.causal:
+        check_options_of_masks(config)
     for text in texts or [""]:
         if trained.config.causal and mask is not None and mask in text:
             raise ConfigError(
@@ -180,6 +194,17 @@ def check_prompts(texts: list[str], trained: TrainedModel, config: GenerateConfi
             raise ConfigError(
                 f"prompt={text!r} has no mask token, and the model of run_dir={config.run_dir} was trained with "
                 f"objective=mlm, which fills masks and continues no text; write {mask} where a token is hidden"
+            )
+
+
+def check_options_of_masks(config: GenerateConfig) -> None:
+    """Raise ConfigError for an option that a model that fills masks cannot heed, if it was given."""
+    unchanged = GenerateConfig()
+    for name in OF_CONTINUATIONS:
+        if (value := getattr(config, name)) != getattr(unchanged, name):
+            raise ConfigError(
+                f"{name}={value} has no effect: the model of run_dir={config.run_dir} was trained with objective=mlm, "
+                "which fills each mask with its most probable tokens; leave it out"
             )
 
 

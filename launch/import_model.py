@@ -100,14 +100,14 @@ def main(config: ImportConfig) -> None:
     check_output(output, config.overwrite)
     if config.tokenizer is None and not any((folder / name).is_file() for name in TOKENIZER_NAMES):
         raise ConfigError(f"input={config.input} has no {' or '.join(TOKENIZER_NAMES)}; give tokenizer=PATH")
+    from pretrain.convert.foreign_import import import_foreign
+    from pretrain.convert.hugging_face_import import import_model, model_words, tokenizer_of_export
+
     options = TokenizerConfig(
         path=config.tokenizer or str(folder), bos_token=config.bos_token, eos_token=config.eos_token
     )
-    tokenizer = import_tokenizer(options)
-
-    from pretrain.convert.foreign_import import import_foreign
-    from pretrain.convert.hugging_face_import import import_model, model_words
-
+    is_own = (config.tokenizer, config.bos_token, config.eos_token) == (None, None, None)
+    tokenizer = (tokenizer_of_export(folder) if is_own else None) or import_tokenizer(options)
     given = config.model.given()
     with waiting(f"importing {folder}"):
         if any(folder.glob("*.safetensors")):
@@ -119,15 +119,15 @@ def main(config: ImportConfig) -> None:
                 raise ConfigError(
                     f"{key}={stated[key]} is not used: {folder}/config.json says what the model is"
                 )
-            imported, parity = import_model(folder, tokenizer, output)
+            model, parity = import_model(folder, tokenizer, output)
         else:
-            imported, parity = import_foreign(folder, tokenizer, output, given, config.sequence_length)
+            model, parity = import_foreign(folder, tokenizer, output, given, config.sequence_length)
     print(
         f"transformers agrees on {parity.tokens} tokens: logits differ by at most {parity.max_difference:.2g} "
         f"(allowed {parity.tolerance:.2g})"
     )
     print(f"imported to {output}. Prepare text with tokenizer.path={output}, and train from this model with:")
-    print(f"init_from={output} {' '.join(model_words(imported.config.model))}")
+    print(f"init_from={output} {' '.join(model_words(model))}")
 
 
 if __name__ == "__main__":

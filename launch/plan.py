@@ -1,7 +1,8 @@
 """Plan a run: `python launch/plan.py model=7b cluster.nodes=16 cluster.gpu=h100 total_tokens=10_000_000_000`
 
 Prints the memory per rank by part, step time, MFU, days, cost, checkpoints, goodput, and the engine options that fit,
-the fastest first. All keys of launch/train.py (run_dir and data.manifest are optional) and of the cluster are accepted.
+the fastest first. All keys of launch/train.py (run_dir, data.manifest and init_from are optional) and of the cluster
+are accepted.
 Values that are not given are chosen: the global batch (about 4 million tokens), the vocabulary (32,000), and with
 search=true the ZeRO stage, micro-batch, activation checkpointing and offload. search=false plans only the given
 configuration. json=true adds one line of JSON at the end; table=scaling prints the table of docs/scaling.md instead,
@@ -127,16 +128,8 @@ class PlanConfig(TrainConfig):
                 f"engine.sequence_parallel_ranks={self.engine.sequence_parallel_ranks} is not known to the planner; "
                 "leave it out"
             )
-        if self.lora.r:
-            raise ConfigError(
-                f"lora.r={self.lora.r} is not known to the planner, which plans runs that train all weights; "
-                "leave it out"
-            )
-        if self.ema.decay is not None:
-            raise ConfigError(
-                f"ema.decay={self.ema.decay} is not known to the planner; leave it out, and add 4 bytes per parameter, "
-                "divided by the ranks, to each rank's memory and to its copy for saving"
-            )
+        if self.lora.r and self.init_from is None:
+            self.init_from = "unused"
         if data.manifest is None and not data.sources:
             data.manifest = "unused"
         if self.table is not Table.plan and data.tokens is None:

@@ -58,14 +58,26 @@ def block_parameters(model: ModelConfig) -> int:
     return (non_embedding_parameters(model) - model.d_model) // model.n_layers
 
 
-def adapter_parameters(model: ModelConfig, lora: LoraConfig) -> int:
-    """The number of values in all adapters: two factors per matrix and, with DoRA, one value per row."""
+def adapted_shapes(model: ModelConfig, lora: LoraConfig) -> list[tuple[int, int]]:
+    """(columns, rows) of the matrices of one block that get an adapter; none without adapters."""
     q, kv = model.n_heads * model.head_width, model.kv_heads * model.head_width
     width, inner = model.d_model, model.d_ff
     shapes = {"q": (width, q), "k": (width, kv), "v": (width, kv), "output": (q, width)}
     shapes |= {"gate": (width, inner), "up": (width, inner), "down": (inner, width)}
-    each = (shapes[name] for name in set(lora.targets))
-    return model.n_layers * sum(lora.r * (n_in + n_out) + n_out * lora.dora for n_in, n_out in each)
+    return [shape for name, shape in shapes.items() if lora.r and name in lora.targets]
+
+
+def adapter_sizes(model: ModelConfig, lora: LoraConfig) -> list[tuple[int, int]]:
+    """(elements, count) for each kind of parameter of adapters: two factors per matrix and, with DoRA, its rows'
+    lengths."""
+    shapes, depth = adapted_shapes(model, lora), model.n_layers
+    factors = [(lora.r * side, depth) for shape in shapes for side in shape]
+    return factors + ([(n_out, depth) for _, n_out in shapes] if lora.dora else [])
+
+
+def adapter_parameters(model: ModelConfig, lora: LoraConfig) -> int:
+    """The number of values in all adapters."""
+    return sum(size * count for size, count in adapter_sizes(model, lora))
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int, lora: LoraConfig | None = None) -> float:

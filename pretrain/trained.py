@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pretrain.checkpoint.folder import list_checkpoints, newest_state, root_of_run, step_of
 from pretrain.checkpoint.state import BaseReference
-from pretrain.checkpoint.tensors import StoredWeights, load_base_weights, open_weights
+from pretrain.checkpoint.tensors import StoredWeights, open_base_weights, open_weights
 from pretrain.config import LoraConfig, ModelConfig, Precision, TrainConfig, Weights, Which, stored_config
 from pretrain.corpus.chat import OWN_TEMPLATE, Chat
 from pretrain.corpus.chat_template import template_in
@@ -33,7 +33,7 @@ class Adapters:
     weights: dict[str, Tensor]
     """Whole fp32 parameters by the names in the run's checkpoints."""
     base: BaseReference
-    """The weights that they belong to, which `load_base_weights` reads."""
+    """The weights that they belong to, which `open_base_weights` reads."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TrainedModel:
 
     config: TrainConfig
     weights: Mapping[str, Tensor]
-    """Whole fp32 parameters under the names of `Decoder.named_parameters()`. They are in memory, or `StoredWeights`."""
+    """Whole fp32 parameters under the names of `Decoder.named_parameters()`. They are in memory, or read when used."""
     tokenizer: Tokenizer
     step: int
     tokens_seen: int
@@ -81,9 +81,10 @@ def load_trained(
     not match its weights, or where the run folder has a different tokenizer.
     """
     with open_trained(run_dir, step, target, which=which, weights=weights) as trained:
-        if isinstance(trained.weights, StoredWeights):
-            return replace(trained, weights=trained.weights.read(trained.weights))
-        return trained
+        stored = trained.weights
+        return replace(
+            trained, weights=stored.read(stored) if isinstance(stored, StoredWeights) else dict(stored)
+        )
 
 
 @contextmanager
@@ -97,20 +98,21 @@ def open_trained(
 ) -> Iterator[TrainedModel]:
     """What `load_trained` returns, with weights that are read when they are used, so the model may exceed memory.
 
-    Only those of a run of adapters are in memory, since they are merged.
+    Those of a run of adapters are merged then, and only the adapters are in memory.
     """
     if which is Which.best:
         if step is not None:
             raise ConfigError(f"step={step} and which=best: give one of them")
         step = best_step(Path(run_dir), target)
-    with open_weights(run_dir, step, target, weights) as (config, stored, state):
+    with ExitStack() as stack:
+        config, stored, state = stack.enter_context(open_weights(run_dir, step, target, weights))
         tensors: Mapping[str, Tensor] = stored
         shapes, adapters = stored.shapes, None
         if "base" in state:
             require_peft()
             adapters = Adapters(config.lora, stored.read(stored), state["base"])
-            base = load_base_weights(run_dir, adapters.base, target)
-            shapes = {name: weight.shape for name, weight in base.items()}
+            base = stack.enter_context(open_base_weights(run_dir, adapters.base, target))
+            shapes = base.shapes
             _check_model(config.model, shapes, Path(run_dir))
             tensors = merged(config.model, adapters.config, base, adapters.weights)
             config = replace(config, lora=LoraConfig())  # from here on it is an ordinary model

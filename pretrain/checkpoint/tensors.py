@@ -520,7 +520,7 @@ def open_weights(
 ) -> Iterator[tuple[TrainConfig, StoredWeights, RunState]]:
     """The configuration, weights and state of a run's newest good checkpoint.
 
-    The weights of a run of adapters are the adapters' only; `load_base_weights` gives the others.
+    The weights of a run of adapters are the adapters' only; `open_base_weights` gives the others.
 
     `weights` chooses between the trained weights and their moving average. With `step`, they come from the checkpoint
     of that step. The function works in a single process, without a process group. `target` is the URL of the
@@ -547,14 +547,22 @@ def open_weights(
         yield config, StoredWeights(found.verified, folder, listed, kind), state
 
 
-def load_base_weights(
+@contextmanager
+def open_base_weights(
     run_dir: str | Path, expected: BaseReference, target: str | None = None
-) -> dict[str, torch.Tensor]:
-    """The frozen fp32 weights of a run of adapters by parameter name.
+) -> Iterator[StoredWeights]:
+    """The frozen fp32 weights of a run of adapters by parameter name, each read when it is used.
 
     Raises CheckpointError where they are damaged, or are not the `expected` ones.
     """
     found = find_base(root_of_run(Path(run_dir), target), expected=expected)
     with _listed_files(found, ALONE) as (folder, listed):
-        stored = StoredWeights(found, folder, listed)
+        yield StoredWeights(found, folder, listed)
+
+
+def load_base_weights(
+    run_dir: str | Path, expected: BaseReference, target: str | None = None
+) -> dict[str, torch.Tensor]:
+    """What `open_base_weights` gives, with all weights in memory."""
+    with open_base_weights(run_dir, expected, target) as stored:
         return stored.read(stored)

@@ -6,16 +6,19 @@ The average of the last checkpoints before the learning rate decays stands for p
 
 from __future__ import annotations
 
-from dataclasses import replace
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from pretrain.checkpoint.folder import list_checkpoints, root_of_run, step_of
+from pretrain.convert.hugging_face import parameter_shapes
+from pretrain.convert.streamed import weight_of
 from pretrain.convert.weights_only import save_weights
 from pretrain.errors import ConfigError
 from pretrain.files import published_together
-from pretrain.trained import TrainedModel, load_trained
+from pretrain.trained import open_trained
 
 
 def last_steps(run_dir: str, count: int, target: str | None = None) -> list[int]:
@@ -31,20 +34,23 @@ def last_steps(run_dir: str, count: int, target: str | None = None) -> list[int]
     return steps[-count:]
 
 
-def average(run_dir: str, steps: list[int], output: Path, target: str | None = None) -> TrainedModel:
+def average(run_dir: str, steps: list[int], output: Path, target: str | None = None) -> None:
     """Write the mean of the weights at these steps as a run folder, at the last of them. Raises ConfigError.
 
-    One checkpoint at a time is in memory, beside the sum, which is fp64: 12 bytes per parameter in all.
+    One weight at a time is in memory, and its sum in fp64. Checkpoints at a URL are on this disk together meanwhile.
     """
-    total: dict[str, torch.Tensor] = {}
-    for step in steps:
-        trained = load_trained(run_dir, step, target)
-        if not total:
-            total = {name: weight.double() for name, weight in trained.weights.items()}
-            continue
-        for name, weight in trained.weights.items():
-            total[name] += weight
-    mean = replace(trained, weights={name: (weight / len(steps)).float() for name, weight in total.items()})
-    with published_together(output) as temporary:
-        save_weights(temporary, mean)
-    return mean
+    with ExitStack() as stack:
+        parts = [stack.enter_context(open_trained(run_dir, step, target)) for step in steps]
+
+        def mean(name: str) -> torch.Tensor:
+            total = parts[0].weights[name].double()
+            for part in parts[1:]:
+                total += part.weights[name]
+            return total.div_(len(parts)).float()
+
+        shapes = parameter_shapes(parts[-1].config.model)
+        weights = {
+            name: weight_of(shapes[name], torch.float32, partial(mean, name)) for name in parts[-1].weights
+        }
+        with published_together(output) as temporary:
+            save_weights(temporary, parts[-1], weights)

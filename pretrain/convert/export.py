@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,7 +135,9 @@ def _gguf(
     write_gguf(trained, path, kind, trained.chat_template, progress=progress)
     check_gguf_tokenizer(trained.tokenizer, path)
     weights = gguf_weights(path, trained)
-    reading = {"gguf_file": path.name, "head_dim": trained.config.model.head_width}
+    reading: dict[str, Any] = {"gguf_file": path.name}
+    if not trained.config.model.attention_bias:  # the configuration of Qwen2 has no such key
+        reading["head_dim"] = trained.config.model.head_width
     return weights, _parity(trained, weights, folder, output, **reading)
 
 

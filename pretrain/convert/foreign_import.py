@@ -19,7 +19,6 @@ from pretrain.convert.hugging_face import Parity, hugging_face_config
 from pretrain.convert.hugging_face_import import import_model
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.errors import ConfigError, RunError
-from pretrain.trained import TrainedModel
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
@@ -28,7 +27,7 @@ _PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
 
 def import_foreign(
     folder: Path, tokenizer: Tokenizer, output: Path, given: dict[str, Any], sequence_length: int | None
-) -> tuple[TrainedModel, Parity]:
+) -> tuple[ModelConfig, Parity]:
     """Write the run folder `output` with the weights of the checkpoint in `folder`.
 
     `given` are the keys of our models that the user states; they come before those of the checkpoint's own

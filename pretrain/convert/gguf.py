@@ -1,7 +1,8 @@
 """Writes a model as a GGUF file, which llama.cpp and its relatives read, and reads its weights back.
 
 The file is written one weight at a time. Matrices are stored as F16, or as Q8_0: blocks of 32 int8 values with one fp16
-scale. Norms are stored as F32, as llama.cpp does. The package `gguf` is optional, so it is imported where it is used.
+scale. Norms and biases are stored as F32, as llama.cpp does. The package `gguf` is optional, so it is imported where it
+is used.
 """
 
 from __future__ import annotations
@@ -15,14 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.config import ModelConfig
+from pretrain.config import RopeType, TrainConfig
 from pretrain.convert.gguf_tokenizer import GgufVocabulary, gguf_vocabulary
-from pretrain.convert.hugging_face import (
-    hugging_face_config,
-    hugging_face_names,
-    parameter_shapes,
-    require,
-)
+from pretrain.convert.hugging_face import hugging_face_names, parameter_shapes, require
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.errors import ConfigError
 from pretrain.model.streamed import LazyWeights
@@ -30,8 +26,6 @@ from pretrain.trained import TrainedModel
 
 _BLOCK = 32
 """Values that share a scale in Q8_0. A row must consist of whole blocks."""
-_ARCHITECTURES = {"llama": "LLAMA", "qwen3": "QWEN3"}
-"""Kind of model in config.json: its name in the package `gguf`."""
 
 
 class GgufType(Enum):
@@ -44,29 +38,35 @@ class GgufType(Enum):
 class _Names:
     """The names of the weights in a GGUF file, and the order of rows there."""
 
-    def __init__(self, trained_config: Any, model: ModelConfig) -> None:
+    def __init__(self, config: TrainConfig) -> None:
         import gguf
 
-        kind = trained_config.model_type
-        if kind not in _ARCHITECTURES:
+        model = config.model
+        if not config.causal:
             raise ConfigError(
-                f"a GGUF file of a {kind} model is not written; known are {', '.join(_ARCHITECTURES)}; use "
-                "format=hugging_face"
+                "format=gguf has no form for a model trained with objective=mlm, whose tokens see later ones; "
+                "use format=hugging_face"
             )
-        rope = trained_config.rope_parameters["rope_type"]
-        if rope != "default":
+        if model.rope_scaling.rope_type is not RopeType.default:
             raise ConfigError(
-                f"a GGUF file of a model with rotary positions of type {rope} is not written; use format=hugging_face"
+                f"model.rope_scaling.rope_type={model.rope_scaling.rope_type.value} is not written as GGUF, since "
+                "transformers does not read it there and could not check the file; use format=hugging_face"
             )
-        self.architecture = getattr(gguf.MODEL_ARCH, _ARCHITECTURES[kind])
+        if model.attention_bias and model.n_heads * model.head_width != model.d_model:
+            raise ConfigError(
+                f"model.d_head={model.d_head} is not written as GGUF with biases, since transformers would read "
+                f"{model.d_model // model.n_heads} there and could not check the file; use format=hugging_face"
+            )
+        kind = "QWEN3" if model.qk_norm else "QWEN2" if model.attention_bias else "LLAMA"
+        self.architecture = getattr(gguf.MODEL_ARCH, kind)
         table = gguf.get_tensor_name_map(self.architecture, model.n_layers)
         self.theirs_of = {
-            ours: str(table.get_name(theirs, try_suffixes=(".weight",)))
+            ours: str(table.get_name(theirs, try_suffixes=(".weight", ".bias")))
             for ours, theirs in hugging_face_names(model).items()
         }
         # llama.cpp rotates neighbors (0 with 1) in the architecture "llama", and halves (0 with K/2), as we do, in
         # others. So rows of queries and keys change places.
-        self._heads = {"q": model.n_heads, "k": model.kv_heads} if kind == "llama" else {}
+        self._heads = {"q": model.n_heads, "k": model.kv_heads} if kind == "LLAMA" else {}
 
     def heads(self, ours: str) -> int | None:
         """The number of heads whose rows change places in this weight; None where none do."""
@@ -86,7 +86,7 @@ def write_gguf(
     import gguf
 
     model, stored = trained.config.model, getattr(gguf.GGMLQuantizationType, kind.value)
-    names = _Names(hugging_face_config(trained.config, trained.tokenizer, torch.float16), model)
+    names = _Names(trained.config)
     shapes = parameter_shapes(model)
     _check_blocks(shapes, kind)
     vocabulary = gguf_vocabulary(trained.tokenizer).padded(model.vocab_size or 0)
@@ -131,8 +131,7 @@ def gguf_weights(path: Path, trained: TrainedModel) -> LazyWeights:
     """The weights in a GGUF file in fp32, under our names. Each is read with the package `gguf` when it is used."""
     import gguf
 
-    config = hugging_face_config(trained.config, trained.tokenizer, torch.float16)
-    names = _Names(config, trained.config.model)
+    names = _Names(trained.config)
 
     # The reader maps the file into memory. Only the places of the weights are taken from it, since pages that were read
     # through a map count as memory of this process.

@@ -33,6 +33,8 @@ from pretrain.model.decoder import Decoder
 from pretrain.model.streamed import LazyWeights, stream_weights, streamed_decoder
 from pretrain.trained import TrainedModel
 
+WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+"""The file of weights and, where there are several, the one that says which weight is in which of them."""
 MAX_SHARD_BYTES = 1_000_000_000
 """Size limit of a file of weights. It is in memory while it is written."""
 WHOLE_MODEL_BYTES = 2 << 30
@@ -96,7 +98,7 @@ def require(package: str, extra: str) -> None:
         importlib.import_module(package)
     except ImportError as error:
         raise ConfigError(
-            f"export needs the package {error.name}; install it with: pip install 'pretrain[{extra}]'"
+            f"this needs the package {error.name}; install it with: pip install 'pretrain[{extra}]'"
         ) from error
 
 
@@ -331,7 +333,7 @@ def write_config(trained: TrainedModel, folder: Path, dtype: torch.dtype, **more
 def write_index(folder: Path, file_of: dict[str, str], total_bytes: int) -> None:
     """Write the file that says which tensor is in which of several files."""
     index = {"metadata": {"total_size": total_bytes}, "weight_map": file_of}
-    write_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
+    write_atomically(folder / INDEX_NAME, json.dumps(index, indent=2).encode())
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, torch.Size]:
@@ -405,17 +407,25 @@ def _streamed_model(folder: Path, auto: Any) -> Any:
         model = auto.from_config(config, dtype=torch.float32)
     model.tie_weights()
     weights = stored_tensors(folder)
-    expected = {name for name, _ in model.named_parameters()}
-    if expected != set(weights):
-        raise RunError(f"the exported files lack or add {min(expected ^ set(weights))}")
-    stream_weights(model, weights)
+    if missing := {name for name, _ in model.named_parameters()} - set(weights):
+        raise RunError(f"the files of {folder} lack {min(missing)}")
+    stream_weights(
+        model, weights
+    )  # what else is there, such as a tied head, transformers does not use either
     return model
 
 
 def stored_tensors(folder: Path) -> LazyWeights:
-    """The tensors in the safetensors files of a folder, by the names that they have there."""
+    """The tensors in the safetensors files of a model, by the names that they have there.
+
+    Other files of its folder, such as the same weights in the form of another program, are not among them.
+    """
+    index = folder / INDEX_NAME
+    names = {WEIGHTS_NAME}
+    if index.exists():
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
     file_of: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder / name for name in names):
         with safe_open(path, framework="pt") as file:
             file_of |= dict.fromkeys(file.keys(), path)
 

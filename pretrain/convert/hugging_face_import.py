@@ -23,17 +23,27 @@ from pretrain.config import (
     load_config,
     to_dict,
 )
-from pretrain.convert.hugging_face import Parity, compare_logits, hugging_face_names
+from pretrain.convert.hugging_face import (
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    Parity,
+    compare_logits,
+    convert_tokenizer,
+    hugging_face_names,
+    is_large,
+    require,
+)
 from pretrain.convert.streamed import DTYPES, Weight, equal, open_safetensors
 from pretrain.convert.weights_only import save_weights
 from pretrain.corpus.chat_template import template_in
-from pretrain.corpus.tokenizer import Tokenizer
+from pretrain.corpus.tokenizer import HUGGING_FACE_NAME, MAX_MODEL_BYTES, SENTENCEPIECE_NAME, Tokenizer
+from pretrain.corpus.tokenizer_trial import try_tokenizer
 from pretrain.errors import ConfigError, RunError
 from pretrain.files import published_together, read_capped
 from pretrain.model.decoder import Decoder
 from pretrain.model.rotary import yarn_factor
 from pretrain.stored import is_file_name
-from pretrain.trained import TrainedModel, load_trained
+from pretrain.trained import TrainedModel, open_trained
 
 _FAMILIES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {},
@@ -80,27 +90,57 @@ _ROPE_KEYS: dict[Any, set[str]] = {
     },
 }
 """The types of rotary positions that can be imported, and the keys that each may have."""
+_MAX_PIECE_CHARS = 256  # a conversion looks at all ways to cut a piece; those of this program have at most 16
 _BUFFER = "rotary_emb.inv_freq"  # older versions of transformers saved it; it follows from the configuration
 
 
-def import_model(folder: Path, tokenizer: Tokenizer, output: Path) -> tuple[TrainedModel, Parity]:
+def import_model(folder: Path, tokenizer: Tokenizer, output: Path) -> tuple[ModelConfig, Parity]:
     """Write the run folder `output` with the weights in `folder` as the checkpoint of step 0.
 
-    Raises ConfigError for a model that cannot be imported, and RunError where its logits differ.
+    A model that is larger than memory is neither copied nor compared as a whole. Raises ConfigError for a model that
+    cannot be imported, and RunError where its logits differ.
     """
     raw = _read_json(folder / "config.json")
     model, sequence_length = model_of(raw, folder / "config.json")
+    if not isinstance(raw.get("model_type"), str):
+        raise ConfigError(
+            f"{folder}/config.json has no model_type, by which transformers tells what to compare with"
+        )
     weights, template = _weights(folder, model), template_in(folder)
+    untrained = _untrained(model, sequence_length, tokenizer, template)
+    if is_large(untrained):
+        require("accelerate", "export")
     with published_together(output) as temporary:
-        save_weights(temporary, _untrained(model, sequence_length, tokenizer, template), weights)
-        imported = load_trained(temporary)
-        parity = compare_logits(imported, folder, torch.float32)
+        save_weights(temporary, untrained, weights)
+        with open_trained(temporary) as imported:
+            parity = compare_logits(imported, folder, torch.float32)
         if not parity.holds:
             raise RunError(
                 f"the imported model differs from {folder}: logits by up to {parity.max_difference:.3g} (allowed "
                 f"{parity.tolerance:.3g}); {output} was not written"
             )
-    return imported, parity
+    return model, parity
+
+
+def tokenizer_of_export(folder: Path) -> Tokenizer | None:
+    """The sentencepiece model of a folder that this program has exported; None for any other folder.
+
+    It is the tokenizer of the corpora that the exported model has seen; the tokenizer.json beside it, which gives the
+    same tokens, is another file. It is told by that file, which must be what an export makes of it.
+    """
+    path, converted = folder / SENTENCEPIECE_NAME, folder / HUGGING_FACE_NAME
+    if not (path.is_file() and converted.is_file()):
+        return None
+    try:
+        content = read_capped(path, MAX_MODEL_BYTES)
+        try_tokenizer(content, path)
+        tokenizer = Tokenizer.from_content(content, path)
+        if max(len(tokenizer.piece(number)) for number in range(tokenizer.vocab_size)) > _MAX_PIECE_CHARS:
+            return None
+        expected = json.loads(convert_tokenizer(tokenizer).to_str())
+    except Exception:  # a file of this name may be anything, and tokenizers raises plain exceptions
+        return None
+    return tokenizer if expected == _read_json(converted) else None
 
 
 def model_of(raw: dict[str, Any], path: Path) -> tuple[ModelConfig, int]:
@@ -220,13 +260,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _files(folder: Path) -> list[Path]:
     """The files of weights of a model."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX_NAME
     if not index.exists():
-        if not (folder / "model.safetensors").is_file():
-            raise ConfigError(
-                f"{folder} has no model.safetensors; weights in other formats cannot be imported"
-            )
-        return [folder / "model.safetensors"]
+        if not (folder / WEIGHTS_NAME).is_file():
+            raise ConfigError(f"{folder} has no {WEIGHTS_NAME}; weights in other formats cannot be imported")
+        return [folder / WEIGHTS_NAME]
     listed = _read_json(index).get("weight_map")
     if not isinstance(listed, dict):
         raise ConfigError(f"{index} has no weight_map")

@@ -20,6 +20,7 @@ from torch import Tensor
 from pretrain.config import ModelConfig
 from pretrain.convert.hugging_face import (
     MAX_SHARD_BYTES,
+    WEIGHTS_NAME,
     hugging_face_names,
     parameter_shapes,
     require,
@@ -29,8 +30,6 @@ from pretrain.convert.hugging_face import (
 )
 from pretrain.model.streamed import LazyWeights
 from pretrain.trained import TrainedModel
-
-_WEIGHTS = "model.safetensors"
 
 
 def require_torchao() -> None:
@@ -69,7 +68,7 @@ def write_int8(
         total_bytes += n_bytes
         progress(n_bytes)
     if len(files) == 1:
-        files[0][0].rename(folder / _WEIGHTS)
+        files[0][0].rename(folder / WEIGHTS_NAME)
         return
     file_of: dict[str, str] = {}
     for number, (file, names) in enumerate(files, 1):

@@ -48,12 +48,6 @@ def weight_of(shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[], tor
     return Weight(shape, dtype, lambda start, stop: make().contiguous().flatten()[start:stop], in_order=False)
 
 
-def in_memory(tensor: torch.Tensor) -> Weight:
-    """A weight that is in memory after all."""
-    flat = tensor.detach().contiguous().flatten()
-    return Weight(tuple(tensor.shape), tensor.dtype, lambda start, stop: flat[start:stop])
-
-
 def equal(first: Weight, second: Weight) -> bool:
     """Whether two weights have the same shape and values. Their types may differ."""
     return first.shape == second.shape and all(

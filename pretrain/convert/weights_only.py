@@ -8,7 +8,7 @@ import torch
 
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.config import to_dict
-from pretrain.convert.streamed import Weight, in_memory, write_safetensors
+from pretrain.convert.streamed import Weight, write_safetensors
 from pretrain.corpus.chat_template import CHAT_TEMPLATE_NAME
 from pretrain.files import write_atomically
 from pretrain.trained import TrainedModel
@@ -17,14 +17,12 @@ _NOT_A_RUN = "noresume"
 """The run id in such a checkpoint, which belongs to no run that could be resumed."""
 
 
-def save_weights(run_dir: Path, model: TrainedModel, weights: dict[str, Weight] | None = None) -> None:
-    """Write the tokenizer, its chat template, if any, and the weights as the checkpoint of `model.step` into `run_dir`.
+def save_weights(run_dir: Path, model: TrainedModel, weights: dict[str, Weight]) -> None:
+    """Write the tokenizer, its chat template, if any, and `weights` as the checkpoint of `model.step` into `run_dir`.
 
-    Without `weights` they are those in memory, `model.weights`. The checkpoint holds no moments and no position in a
+    Those of `model` are not read. The checkpoint holds no moments and no position in a
     corpus, so it can start a run but not continue one. Raises CheckpointError where writing fails.
     """
-    if weights is None:
-        weights = {name: in_memory(weight) for name, weight in model.weights.items()}
     write_atomically(run_dir / model.tokenizer.file_name, model.tokenizer.content)
     if model.chat_template is not None:
         write_atomically(run_dir / CHAT_TEMPLATE_NAME, model.chat_template.encode())

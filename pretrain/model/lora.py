@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from pretrain.config import ModelConfig
 from pretrain.config.lora import LoraConfig
 from pretrain.errors import ConfigError, RunError
-from pretrain.model.decoder import Decoder, build_decoder
+from pretrain.model.decoder import Decoder, Linear
+from pretrain.model.streamed import LazyWeights
 
 Gathered = Callable[[list[nn.Parameter]], AbstractContextManager]
 _ADAPTER = "default"
@@ -107,34 +108,51 @@ def add_adapters(
         )
 
 
-def adapted_decoder(
-    model: ModelConfig, lora: LoraConfig, base: dict[str, Tensor], adapters: dict[str, Tensor]
-) -> Decoder:
-    """A decoder in fp32 on the CPU, in evaluation mode, with adapters that are not merged."""
-    decoder = build_decoder(model, base, "cpu", torch.float32)
-    add_adapters(decoder, lora, seed=0)
-    parameters = {plain_name(name): p for name, p in decoder.named_parameters() if p.requires_grad}
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    if shapes != {name: weight.shape for name, weight in adapters.items()}:
-        raise ConfigError("the adapters in the checkpoint are not those that its configuration describes")
-    for name, parameter in parameters.items():
-        parameter.data.copy_(adapters[name])
-    return decoder.eval().requires_grad_(False)
+def adapter_shapes(model: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter of the adapters, by its plain name."""
+    with torch.device("meta"):
+        decoder = Decoder(model, seed=0)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in decoder.named_modules():
+        if isinstance(module, Linear) and name.rpartition(".")[2] in lora.targets:
+            shapes[f"{name}.lora_A.weight"] = (lora.r, module.in_features)
+            shapes[f"{name}.lora_B.weight"] = (module.out_features, lora.r)
+            if lora.dora:
+                shapes[f"{name}.lora_magnitude_vector.weight"] = (module.out_features,)
+    return shapes
 
 
 def merged(
-    model: ModelConfig, lora: LoraConfig, base: dict[str, Tensor], adapters: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """The weights of an ordinary decoder that computes the same as `base` with `adapters`. It reuses the memory of
-    `base`."""
-    from peft.tuners.lora import LoraLayer
+    model: ModelConfig, lora: LoraConfig, base: Mapping[str, Tensor], adapters: Mapping[str, Tensor]
+) -> LazyWeights:
+    """The weights of an ordinary decoder that computes the same as `base` with `adapters`.
 
-    decoder = adapted_decoder(model, lora, base, adapters)
-    for module in decoder.modules():
-        if isinstance(module, LoraLayer):
-            module.merge()  # type: ignore[operator]
-    return {
-        plain_name(name): parameter.detach()
-        for name, parameter in decoder.named_parameters()
-        if not is_adapter(name)
-    }
+    Each is merged whenever it is read, so that none but the adapters must be in memory. Raises ConfigError where the
+    adapters are not those of the configuration.
+    """
+    if {name: tuple(weight.shape) for name, weight in adapters.items()} != adapter_shapes(model, lora):
+        raise ConfigError("the adapters in the checkpoint are not those that its configuration describes")
+    adapted = {f"{name.partition('.lora_')[0]}.weight" for name in adapters}
+
+    def read(name: str) -> Tensor:
+        return _merged_weight(lora, name, base[name], adapters) if name in adapted else base[name]
+
+    return LazyWeights(list(base), read)
+
+
+def _merged_weight(lora: LoraConfig, name: str, weight: Tensor, adapters: Mapping[str, Tensor]) -> Tensor:
+    """One matrix with its adapter, as peft merges them. `weight` is left as it is."""
+    import peft
+
+    with torch.device("meta"):
+        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    holder = nn.ModuleDict({"matrix": linear})
+    with torch.random.fork_rng(devices=[]):  # peft draws values, which are replaced here
+        peft.inject_adapter_in_model(peft_config(lora, ["matrix"]), holder)
+    layer: Any = holder["matrix"]
+    for part, parameter in layer.named_parameters():
+        if is_adapter(f".{part}"):
+            parameter.data.copy_(adapters[plain_name(f"{name.removesuffix('.weight')}.{part}")])
+    layer.merge()
+    return layer.get_base_layer().weight.detach()

@@ -10,6 +10,9 @@ working parameter. They were found by counting the storages of real runs (test_p
     stage 2   w             4/N       8/N       w/N
     stage 3   w/N + w S/P   4/N       8/N       4/N
 
+A moving average of the weights takes 4/N more in every stage. With adapters (LoRA), P in the first column counts the
+frozen weights and the adapters, and in the others only the adapters.
+
 In bf16, stages 1 and 2 also convert their share of the gradients to fp32 during the update, which takes 4/N more.
 ZeRO: Rajbhandari et al., 2020. Activations are the tensors that autograd keeps for each operation of
 `pretrain.model.decoder`; compare Korthikanti et al., 2022.
@@ -17,10 +20,17 @@ ZeRO: Rajbhandari et al., 2020. Activations are the tensors that autograd keeps 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from pretrain.arithmetic import block_parameters, count_parameters, parameter_sizes
-from pretrain.config import ModelConfig, Precision, Recompute
+from pretrain.arithmetic import (
+    adapted_shapes,
+    adapter_parameters,
+    adapter_sizes,
+    block_parameters,
+    count_parameters,
+    parameter_sizes,
+)
+from pretrain.config import EmaConfig, LoraConfig, ModelConfig, Precision, Recompute
 from pretrain.config.engine import NVME_SUB_GROUP_ELEMENTS, EngineConfig
 from pretrain.plan.hardware import GIB
 
@@ -40,14 +50,44 @@ class Partitioning:
     """Number of ranks that together hold one copy of the state; the job has n_ranks / ranks_per_copy copies."""
 
 
-def persistent_elements(model: ModelConfig, engine: EngineConfig) -> int:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Updates:
+    """What the updates of a run change: all weights or only adapters, and a moving average of them."""
+
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+
+    def sizes(self, model: ModelConfig) -> list[tuple[int, int]]:
+        """(elements, count) for each kind of parameter, frozen or trained."""
+        return parameter_sizes(model) + adapter_sizes(model, self.lora)
+
+    def trained_sizes(self, model: ModelConfig) -> list[tuple[int, int]]:
+        """(elements, count) for each kind of parameter that is trained."""
+        return adapter_sizes(model, self.lora) if self.lora.r else parameter_sizes(model)
+
+    def total(self, model: ModelConfig) -> int:
+        """The number of values, frozen or trained."""
+        return count_parameters(model) + adapter_parameters(model, self.lora)
+
+    def trained(self, model: ModelConfig) -> int:
+        """The number of values that are trained."""
+        return adapter_parameters(model, self.lora) if self.lora.r else count_parameters(model)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of a checkpoint per trained value: it, two moments and its average, in fp32."""
+        return 12 if self.ema.decay is None else 16
+
+
+ALL_WEIGHTS = Updates()
+
+
+def persistent_elements(model: ModelConfig, engine: EngineConfig, updates: Updates = ALL_WEIGHTS) -> int:
     """S: number of elements in the parameters that ZeRO stage 3 keeps whole on every rank."""
     if engine.zero_stage != 3:
         return 0
     return sum(
-        size * count
-        for size, count in parameter_sizes(model)
-        if size <= engine.persistence_threshold_elements
+        size * count for size, count in updates.sizes(model) if size <= engine.persistence_threshold_elements
     )
 
 
@@ -56,7 +96,7 @@ def element_bytes(engine: EngineConfig) -> int:
     return 4 if engine.precision is Precision.fp32 else 2
 
 
-def kept_elements(model: ModelConfig, engine: EngineConfig) -> int:
+def kept_elements(model: ModelConfig, engine: EngineConfig, updates: Updates = ALL_WEIGHTS) -> int:
     """Number of gathered elements that ZeRO stage 3 keeps between the forward and the backward pass.
 
     When a module is done, DeepSpeed 0.19 looks `max_live_elements` elements ahead and keeps the parameters that will be
@@ -67,34 +107,41 @@ def kept_elements(model: ModelConfig, engine: EngineConfig) -> int:
         return 0
     (matrix, matrices), *_ = parameter_sizes(model)
     limit, tail = engine.max_live_elements, matrix + model.d_model
-    blocks = min(model.n_layers, max(0, -(-(limit - tail) // block_parameters(model))))
-    partitioned = count_parameters(model) - persistent_elements(model, engine)
+    blocks = min(model.n_layers, max(0, -(-(limit - tail) // block_elements(model, updates))))
+    partitioned = updates.total(model) - persistent_elements(model, engine, updates)
     if matrix <= engine.persistence_threshold_elements:
         return partitioned * blocks // model.n_layers
     kept_matrices = (limit > 0) + (limit > 2 * tail and matrices == 2)  # the head, the embedding
     return (partitioned - matrix * matrices) * blocks // model.n_layers + matrix * kept_matrices
 
 
-def state_bytes(model: ModelConfig, engine: EngineConfig, partitioning: Partitioning) -> dict[str, int]:
+def block_elements(model: ModelConfig, updates: Updates) -> int:
+    """The number of values of one transformer block, with its adapters."""
+    return block_parameters(model) + adapter_parameters(model, updates.lora) // model.n_layers
+
+
+def state_bytes(
+    model: ModelConfig, engine: EngineConfig, partitioning: Partitioning, updates: Updates = ALL_WEIGHTS
+) -> dict[str, int]:
     """Bytes of weights, masters, moments and gradients that a rank holds between steps, in memory or on disk."""
     n, zero_stage = partitioning.ranks_per_copy, engine.zero_stage
-    total, width = count_parameters(model), element_bytes(engine)
-    cut = sum(count * -(-size // n) for size, count in parameter_sizes(model))
-    share = cut if zero_stage == 3 else -(-total // n)
-    small = persistent_elements(model, engine)
+    total, trained, width = updates.total(model), updates.trained(model), element_bytes(engine)
+    cut = _cut_evenly(updates.trained_sizes(model), n)
+    share = cut if zero_stage == 3 else -(-trained // n)
     match zero_stage:
         case 0:
-            return {"parameters": 4 * total, "masters": 0, "moments": 8 * total, "gradients": 4 * total}
+            held = {"parameters": 4 * total, "masters": 0, "moments": 8 * trained, "gradients": 4 * trained}
         case 1 | 2:
-            return {
+            held = {
                 "parameters": width * total,
                 "masters": 4 * share,
                 "moments": 8 * share,
-                "gradients": width * (total if zero_stage == 1 else share),
+                "gradients": width * (trained if zero_stage == 1 else share),
             }
         case _:
+            small = persistent_elements(model, engine, updates)
             held = {
-                "parameters": width * share,
+                "parameters": width * _cut_evenly(updates.sizes(model), n),
                 "persistent parameters": width * small
                 if n > 1
                 else 0,  # a single rank already holds everything whole
@@ -104,7 +151,14 @@ def state_bytes(model: ModelConfig, engine: EngineConfig, partitioning: Partitio
             }
             if engine.hpz_partition_ranks > 1:
                 held["secondary parameters (hpZ)"] = width * -(-total // engine.hpz_partition_ranks)
-            return held
+    if updates.ema.decay is not None:
+        held["moving average"] = 4 * (share if zero_stage else cut)
+    return held
+
+
+def _cut_evenly(sizes: list[tuple[int, int]], n_ranks: int) -> int:
+    """The number of values on one of the ranks over which each parameter is cut."""
+    return sum(count * -(-size // n_ranks) for size, count in sizes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,27 +194,54 @@ def saved_bytes_per_token(model: ModelConfig, width: int, sequence_length: int, 
     return width * elements + 4 * statistics + (width * sequence_length if masked else 0)
 
 
-def selected_bytes_per_token(model: ModelConfig, width: int) -> int:
+def selected_bytes_per_token(model: ModelConfig, width: int, lora: LoraConfig | None = None) -> int:
     """Bytes per token that selective activation checkpointing keeps of one block.
 
     It keeps the block's input (D), the results of products (queries, keys, values, the attention layer's output (D),
-    gate and up (2 F), the feed-forward layer's output (D)), the result of attention itself (H K), and one fp32
-    log-sum-exp per head.
+    gate and up (2 F), the feed-forward layer's output (D)), the result of attention itself (H K), one fp32
+    log-sum-exp per head, and the results of both factors of each adapter.
     """
     q, kv = model.n_heads * model.head_width, model.kv_heads * model.head_width
-    return width * (3 * model.d_model + 2 * q + 2 * kv + 2 * model.d_ff) + 4 * model.n_heads
+    elements = 3 * model.d_model + 2 * q + 2 * kv + 2 * model.d_ff
+    if lora is not None:
+        elements += sum(lora.r + n_out for _, n_out in adapted_shapes(model, lora))
+    return width * elements + 4 * model.n_heads
 
 
-def activation_bytes(model: ModelConfig, engine: EngineConfig, each: Pass) -> dict[str, int]:
+def adapter_bytes_per_token(model: ModelConfig, lora: LoraConfig, width: int) -> int:
+    """Bytes per token that autograd keeps of the adapters of one block for its backward pass.
+
+    It keeps what lies between the two factors; with dropout, the input that is left and one byte for each of its
+    elements; with DoRA, the results of the matrix and of the adapter, which the rows' lengths multiply.
+    """
+    shapes = adapted_shapes(model, lora)
+    n_in, n_out = (sum(shape[side] for shape in shapes) for side in (0, 1))
+    return width * (lora.r * len(shapes) + 2 * n_out * lora.dora) + (width + 1) * n_in * (lora.dropout > 0)
+
+
+def dora_bytes(model: ModelConfig, lora: LoraConfig, width: int) -> int:
+    """Bytes that autograd keeps of the adapters of one block with DoRA, however many tokens there are.
+
+    peft multiplies the factors with each other: it keeps a unit matrix, one factor and three vectors of rows.
+    """
+    shapes = adapted_shapes(model, lora) if lora.dora else []
+    return width * sum(n_in * n_in + n_in * lora.r + 3 * n_out for n_in, n_out in shapes)
+
+
+def activation_bytes(
+    model: ModelConfig, engine: EngineConfig, each: Pass, updates: Updates = ALL_WEIGHTS
+) -> dict[str, int]:
     """Peak bytes of the activations of one micro batch, by part."""
-    width, tokens = element_bytes(engine), each.tokens
+    width, tokens, lora = element_bytes(engine), each.tokens, updates.lora
     block = tokens * saved_bytes_per_token(model, width, each.sequence_length, each.masked)
+    block += tokens * adapter_bytes_per_token(model, lora, width) + dora_bytes(model, lora, width)
     stream = width * tokens * model.d_model
     match model.activation_checkpointing:
         case Recompute.none:
             kept, at_work = model.n_layers * block, 0
         case Recompute.selective:
-            kept, at_work = model.n_layers * tokens * selected_bytes_per_token(model, width), block
+            kept = model.n_layers * tokens * selected_bytes_per_token(model, width, lora)
+            at_work = block
         case Recompute.full:
             kept, at_work = model.n_layers * stream, block
     assert model.vocab_size is not None
@@ -176,47 +257,54 @@ def activation_bytes(model: ModelConfig, engine: EngineConfig, each: Pass) -> di
     }
 
 
-def buffer_bytes(model: ModelConfig, engine: EngineConfig, partitioning: Partitioning) -> dict[str, int]:
+def buffer_bytes(
+    model: ModelConfig, engine: EngineConfig, partitioning: Partitioning, updates: Updates = ALL_WEIGHTS
+) -> dict[str, int]:
     """Peak bytes of gathered parameters and of the buckets for communication."""
-    width, zero_stage, total = element_bytes(engine), engine.zero_stage, count_parameters(model)
-    largest = max(size for size, _ in parameter_sizes(model))
+    width, zero_stage, trained = element_bytes(engine), engine.zero_stage, updates.trained(model)
     if zero_stage == 0:
         return {"buckets": 0}
     # A gradient that is larger than a bucket is sent alone. One bucket is filled while the other is being sent.
-    bucket = max(min(engine.reduce_bucket_elements, total), largest)
+    largest_trained = max(size for size, _ in updates.trained_sizes(model))
+    bucket = max(min(engine.reduce_bucket_elements, trained), largest_trained)
     found = {"buckets": 2 * width * bucket}
     if zero_stage == 3:
-        partitioned = total - persistent_elements(model, engine)
-        ahead = engine.prefetch_bucket_elements + max(block_parameters(model), largest)
-        live = min(partitioned, kept_elements(model, engine) + ahead)
+        largest = max(size for size, _ in updates.sizes(model))
+        partitioned = updates.total(model) - persistent_elements(model, engine, updates)
+        ahead = engine.prefetch_bucket_elements + max(block_elements(model, updates), largest)
+        live = min(partitioned, kept_elements(model, engine, updates) + ahead)
         found["gathered parameters"] = width * live
     elif engine.precision is not Precision.fp32:
-        found["gradients in fp32"] = 4 * -(-total // partitioning.ranks_per_copy)
+        found["gradients in fp32"] = 4 * -(-trained // partitioning.ranks_per_copy)
     return found
 
 
 def memory_bytes(
-    model: ModelConfig, engine: EngineConfig, partitioning: Partitioning, each: Pass
+    model: ModelConfig,
+    engine: EngineConfig,
+    partitioning: Partitioning,
+    each: Pass,
+    updates: Updates = ALL_WEIGHTS,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Peak bytes of one rank by part: on the device, and in host memory."""
-    device: dict[str, int] = state_bytes(model, engine, partitioning)
+    device: dict[str, int] = state_bytes(model, engine, partitioning, updates)
     host: dict[str, int] = {}
     if engine.offload_optimizer:
-        for part in ("masters", "moments", "gradients"):
-            if part != "gradients" or engine.zero_stage > 1:
+        for part in ("masters", "moments", "gradients", "moving average"):
+            if part in device and (part != "gradients" or engine.zero_stage > 1):
                 host[part] = device.pop(part)
     if engine.nvme_path is not None:  # gradients stay in memory, and so do four buffers of one sub-group
         del host["masters"], host["moments"]
-        share = -(-count_parameters(model) // partitioning.ranks_per_copy)
+        share = -(-updates.trained(model) // partitioning.ranks_per_copy)
         host["buffers for NVMe"] = 4 * 4 * min(NVME_SUB_GROUP_ELEMENTS, share)
     if engine.offload_params:
         host["parameters"] = device.pop("parameters")
-    device |= buffer_bytes(model, engine, partitioning)
+    device |= buffer_bytes(model, engine, partitioning, updates)
     if engine.offload_optimizer and "gradients in fp32" in device:
         host["gradients in fp32"] = device.pop("gradients in fp32")
-    device |= activation_bytes(model, engine, each)
+    device |= activation_bytes(model, engine, each, updates)
     # A save copies weights and moments to page-locked memory, which is kept for the next save.
-    host["copy for saving"] = 12 * -(-count_parameters(model) // partitioning.n_ranks)
+    host["copy for saving"] = updates.saved_bytes * -(-updates.trained(model) // partitioning.n_ranks)
     device["context"] = int(CONTEXT_BYTES)
     device["fragmentation"] = int(FRAGMENTATION_FRAC * (sum(device.values()) - device["context"]))
     return device, host

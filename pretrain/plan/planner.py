@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from pretrain.arithmetic import advised_interval_s, between_failures_s, count_parameters
+from pretrain.arithmetic import advised_interval_s, between_failures_s
 from pretrain.config import AUTO, AttentionKernel, ModelConfig, Precision, Recompute, TrainConfig
 from pretrain.config.engine import EngineConfig
 from pretrain.errors import ConfigError
 from pretrain.plan.hardware import GIB
-from pretrain.plan.memory import Partitioning, Pass, memory_bytes
+from pretrain.plan.memory import ALL_WEIGHTS, Partitioning, Pass, Updates, memory_bytes
 from pretrain.plan.time import (
     CALIBRATIONS,
     HOST_S_PER_BLOCK,
@@ -30,8 +30,6 @@ from pretrain.plan.time import (
 )
 
 MEASURED, FITTED, PROJECTED = "measured", "fitted", "projected"
-BYTES_PER_PARAMETER_SAVED = 12
-"""Bytes per parameter in a checkpoint: a weight and two moments in fp32."""
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 """Micro batches that a search tries."""
 CALIBRATED = ("a100", "a100_40", "h100")
@@ -75,6 +73,8 @@ class Option:
     """The input of each forward and backward pass."""
     accum_steps: int
     """Number of micro batches per step."""
+    updates: Updates = ALL_WEIGHTS
+    """What is trained."""
 
     @property
     def name(self) -> str:
@@ -174,7 +174,13 @@ def options(config: TrainConfig, cluster: Cluster, search: bool = True) -> Itera
                             masked=masked,
                         ),
                         accum_steps=share // micro,
+                        updates=updates_of(config),
                     )
+
+
+def updates_of(config: TrainConfig) -> Updates:
+    """What a run trains."""
+    return Updates(lora=config.lora, ema=config.ema)
 
 
 def _with(engine: EngineConfig, zero_stage: int, optimizer: bool, params: bool) -> EngineConfig:
@@ -199,7 +205,7 @@ def assess(
     host_s_per_block: float | None = None,
 ) -> AssessedOption:
     """The memory and time that an option takes, and whether it fits the cluster."""
-    device, host = memory_bytes(option.model, option.engine, option.partitioning, option.each)
+    device, host = memory_bytes(option.model, option.engine, option.partitioning, option.each, option.updates)
     step = step_time(
         option.model,
         option.engine,
@@ -209,6 +215,7 @@ def assess(
         option.accum_steps,
         constants=constants,
         host_s_per_block=host_s_per_block,
+        updates=option.updates,
     )
     problem = None
     needs, has = sum(device.values()), cluster.gpu.memory_bytes
@@ -254,13 +261,12 @@ class Goodput:
     """Fraction of wall time spent in training. The rest is stalls, plus half an interval and a restart per failure."""
 
 
-def goodput(
-    model: ModelConfig, cluster: Cluster, site: Site, mtbf_hours: float | None, failures: float = 1.0
-) -> Goodput:
+def goodput(config: TrainConfig, cluster: Cluster, site: Site, failures: float = 1.0) -> Goodput:
     """The expected goodput of a long run. `failures` multiplies the rate of failures."""
-    saved = BYTES_PER_PARAMETER_SAVED * count_parameters(model)
+    updates = updates_of(config)
+    saved = updates.saved_bytes * updates.trained(config.model)
     stall = saved / cluster.n_ranks / cluster.gpu.pcie_bytes_per_s
-    mtbf = between_failures_s(cluster.n_ranks, mtbf_hours) / failures
+    mtbf = between_failures_s(cluster.n_ranks, config.checkpoint.mtbf_hours) / failures
     write = saved / site.storage_bytes_per_s
     interval = max(advised_interval_s(stall, mtbf), write)
     lost = stall / interval + (interval / 2 + site.restart_s) / mtbf
@@ -321,7 +327,7 @@ def make_plan(config: TrainConfig, cluster: Cluster, site: Site, search: bool = 
             f"none of {len(ranked)} options fits {cluster.n_ranks} x {cluster.gpu.name}: {least.option.name}, which "
             f"takes the least, is left out because {least.problem}; use more or larger devices, or shorter sequences"
         )
-    found = goodput(config.model, cluster, site, config.checkpoint.mtbf_hours)
+    found = goodput(config, cluster, site)
     if found.frac <= 0:
         raise ConfigError(
             f"the job would fail every {found.mtbf_s / 3600:.2f} h and lose more than it gains; use fewer ranks, "
@@ -341,7 +347,7 @@ def uncertainties(plan: Plan) -> list[tuple[str, float]]:
     halved = replace(plan.cluster, nic_bits_per_s=plan.cluster.nic_bits_per_s / 2)
     hidden = replace(constants, exposed_frac=1.0)
     twice = 2 * HOST_S_PER_BLOCK[option.engine.zero_stage]
-    often = goodput(plan.config.model, plan.cluster, plan.site, plan.config.checkpoint.mtbf_hours, failures=3)
+    often = goodput(plan.config, plan.cluster, plan.site, failures=3)
     unlike = OTHER_STACKS if plan.cluster.gpu.name in CALIBRATED else 2 * OTHER_STACKS
     found = [
         ("this program's kernels against those of the published runs", math.exp(unlike) - 1),
@@ -376,7 +382,7 @@ def checkpoints_kept(config: TrainConfig) -> int:
 def sent_bytes(assessed: AssessedOption, cluster: Cluster) -> list[tuple[str, float, float]]:
     """For each collective: its kind and phase, the bytes that a rank sends per step, and those that enter a node."""
     option = assessed.option
-    micro, once = collectives(option.model, option.engine, option.partitioning, cluster)
+    micro, once = collectives(option.model, option.engine, option.partitioning, cluster, option.updates)
     return [
         (f"{c.kind}, {c.when}", times * c.sent_bytes, times * c.between_nodes_bytes)
         for group, times in ((micro, option.accum_steps), (once, 1))

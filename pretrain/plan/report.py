@@ -31,6 +31,7 @@ COUNTED = {
     "masters",
     "moments",
     "gradients",
+    "moving average",
 }
 RANKED_LINES = 8
 
@@ -186,6 +187,7 @@ def plan_lines(plan: Plan, fit: LadderFit | None = None) -> list[str]:
         f"sequence_length={config.data.sequence_length}, global_batch_sequences={config.global_batch_sequences} "
         f"({best.step.tokens:,} tokens), vocabulary {config.model.vocab_size:,}, "
         f"document_masking={str(config.data.document_masking).lower()}",
+        *trained_lines(plan),
         f"best option: {best.option.name}, {best.option.accum_steps} micro batches per step",
         f"  {' '.join(best.option.overrides)}",
         "",
@@ -212,6 +214,20 @@ def plan_lines(plan: Plan, fit: LadderFit | None = None) -> list[str]:
         "",
     ]
     return lines + ranked_lines(plan.ranked)
+
+
+def trained_lines(plan: Plan) -> list[str]:
+    """What is trained, where that is not all weights and nothing else."""
+    updates, model = plan.best.option.updates, plan.config.model
+    lines = []
+    if updates.lora.r:
+        share = f"{updates.trained(model):,} of {updates.total(model):,} parameters are trained"
+        lines.append(
+            f"{share}: adapters of rank {updates.lora.r}; the others are frozen and have no gradients"
+        )
+    if updates.ema.decay is not None:
+        lines.append("a moving average of what is trained is kept (ema.decay)")
+    return lines
 
 
 def _shown(figure: Figure) -> str:

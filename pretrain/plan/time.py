@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pretrain.arithmetic import (
+    adapter_parameters,
     attention_flops_per_token,
-    count_parameters,
     flops_per_token,
     matmul_flops_per_token,
 )
@@ -20,8 +20,11 @@ from pretrain.config.engine import EngineConfig
 from pretrain.errors import ConfigError
 from pretrain.plan.hardware import Gpu
 from pretrain.plan.memory import (
+    ALL_WEIGHTS,
     Partitioning,
     Pass,
+    Updates,
+    adapter_bytes_per_token,
     element_bytes,
     kept_elements,
     persistent_elements,
@@ -134,19 +137,23 @@ class Collective:
 
 
 def collectives(
-    model: ModelConfig, engine: EngineConfig, partitioning: Partitioning, cluster: Cluster
+    model: ModelConfig,
+    engine: EngineConfig,
+    partitioning: Partitioning,
+    cluster: Cluster,
+    updates: Updates = ALL_WEIGHTS,
 ) -> tuple[list[Collective], list[Collective]]:
     """The collectives of each micro batch, and those that run once per step.
 
     ZeRO stages 0 and 1 all-reduce gradients once per step, stage 2 in every micro batch, because DeepSpeed reduces its
     buckets to all ranks and not only to their owners. Stage 3 gathers parameters for the forward pass, again for the
     backward pass unless it has kept them, and scatters the sum of the gradients. Stages 1 and 2 gather parameters
-    after the update.
+    after the update. Frozen weights are gathered by stage 3, and have no gradients.
     """
     width, zero_stage = element_bytes(engine), engine.zero_stage
-    total, n = count_parameters(model), partitioning.ranks_per_copy
+    trained, n = updates.trained(model), partitioning.ranks_per_copy
     everywhere = (cluster.n_ranks, min(cluster.gpus_per_node, cluster.n_ranks))
-    buckets = max(1, -(-total // engine.reduce_bucket_elements))
+    buckets = max(1, -(-trained // engine.reduce_bucket_elements))
 
     def make(kind: str, when: str, elements: float, calls: int, group: tuple[int, int]) -> Collective:
         return Collective(
@@ -159,26 +166,31 @@ def collectives(
         )
 
     if zero_stage < 3:
-        reduced = make("all-reduce", "backward" if zero_stage == 2 else "update", total, buckets, everywhere)
-        gathered = [make("all-gather", "update", total, 1, everywhere)] if zero_stage else []
+        reduced = make(
+            "all-reduce", "backward" if zero_stage == 2 else "update", trained, buckets, everywhere
+        )
+        gathered = [make("all-gather", "update", trained, 1, everywhere)] if zero_stage else []
         return ([reduced], gathered) if zero_stage == 2 else ([], [reduced, *gathered])
     shards = (n, min(cluster.gpus_per_node, n))
-    small, kept = persistent_elements(model, engine), kept_elements(model, engine)
-    forward, backward = total - small, total - small - kept
+    small, kept = persistent_elements(model, engine, updates), kept_elements(model, engine, updates)
+    forward = updates.total(model) - small
+    backward = forward - kept
     blocks = model.n_layers + 2
     near = min(engine.hpz_partition_ranks, n)
     again = (near, near) if near > 1 else shards
     each = [
         make("all-gather", "forward", forward / (2 if engine.quantized_weights else 1), blocks, shards),
         make("all-gather", "backward", backward, blocks if backward else 0, again),
-        make("reduce-scatter", "backward", total / (4 if engine.quantized_gradients else 1), buckets, shards),
+        make(
+            "reduce-scatter", "backward", trained / (4 if engine.quantized_gradients else 1), buckets, shards
+        ),
     ]
     once = [make("all-gather", "update", small, 1, shards)] if small else []
     copies = cluster.n_ranks // n
     if copies > 1:  # hybrid sharding: each rank sums its gradients with those of its peers in other copies
         per_node = max(1, cluster.gpus_per_node // n)
-        calls = max(1, -(-total // n // engine.reduce_bucket_elements))
-        once.append(make("all-reduce", "update", total / n, calls, (copies, per_node)))
+        calls = max(1, -(-trained // n // engine.reduce_bucket_elements))
+        once.append(make("all-reduce", "update", trained / n, calls, (copies, per_node)))
     return [c for c in each if c.payload_bytes], once
 
 
@@ -208,41 +220,58 @@ def peak_flops(gpu: Gpu, precision: Precision) -> float:
 
 
 def compute_s(
-    model: ModelConfig, engine: EngineConfig, each: Pass, gpu: Gpu, constants: Calibration
+    model: ModelConfig,
+    engine: EngineConfig,
+    each: Pass,
+    gpu: Gpu,
+    constants: Calibration,
+    updates: Updates = ALL_WEIGHTS,
 ) -> tuple[float, float]:
     """Seconds of the forward and the backward pass of one micro batch, including recomputation."""
-    peak = peak_flops(gpu, engine.precision)
-    dense, attention = matmul_flops_per_token(model), attention_flops_per_token(model, each.sequence_length)
+    peak, lora = peak_flops(gpu, engine.precision), updates.lora
+    weights, attention = matmul_flops_per_token(model), attention_flops_per_token(model, each.sequence_length)
+    dense = weights + 6.0 * adapter_parameters(model, lora)
     if each.masked:
         attention *= MASK_FACTOR
     kept = saved_bytes_per_token(model, element_bytes(engine), each.sequence_length, each.masked)
+    kept += adapter_bytes_per_token(model, lora, element_bytes(engine))
     memory = constants.passes * kept * model.n_layers / gpu.hbm_bytes_per_s
     per_token = (
         dense / (peak * constants.matmul_frac) + attention / (peak * constants.attention_frac) + memory
     )
     forward = each.tokens * per_token / 3
+    # Frozen weights have no gradient, which is a third of the products with them.
+    spared = each.tokens * weights / 3 / (peak * constants.matmul_frac) if lora.r else 0.0
     again = {
         Recompute.none: 0.0,
         Recompute.selective: each.tokens * memory / 3,  # everything but products and attention is recomputed
         Recompute.full: forward,
     }
-    return forward, 2 * forward + again[model.activation_checkpointing]
+    return forward, 2 * forward - spared + again[model.activation_checkpointing]
 
 
-def optimizer_s(model: ModelConfig, engine: EngineConfig, partitioning: Partitioning, gpu: Gpu) -> float:
+def optimizer_s(
+    model: ModelConfig,
+    engine: EngineConfig,
+    partitioning: Partitioning,
+    gpu: Gpu,
+    updates: Updates = ALL_WEIGHTS,
+) -> float:
     """Seconds of an AdamW update.
 
     It reads weight, gradient and two moments, and writes weight, moments and the bf16 weight: 28 + 2 bytes per
-    parameter.
+    parameter. An update of the moving average reads it and the weight, and writes it: 12 bytes.
     """
-    share = count_parameters(model) / (partitioning.ranks_per_copy if engine.zero_stage else 1)
+    share = updates.trained(model) / (partitioning.ranks_per_copy if engine.zero_stage else 1)
+    ema = updates.ema
+    averaged = 0.0 if ema.decay is None else 12 * share / ema.every_steps
     if not engine.offload_optimizer:
-        return 30 * share / (gpu.hbm_bytes_per_s * HBM_FRAC)
+        return (30 * share + averaged) / (gpu.hbm_bytes_per_s * HBM_FRAC)
     over = share * (4 + element_bytes(engine)) / gpu.pcie_bytes_per_s
     disk = (
         24 * share / NVME_BYTES_PER_S if engine.nvme_path is not None else 0.0
     )  # 12 bytes are read and 12 are written
-    return over + 30 * share / HOST_BYTES_PER_S + disk
+    return over + (30 * share + averaged) / HOST_BYTES_PER_S + disk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -283,6 +312,7 @@ def step_time(
     *,
     constants: Calibration | None = None,
     host_s_per_block: float | None = None,
+    updates: Updates = ALL_WEIGHTS,
 ) -> StepTime:
     """The time of one step of `accum_steps` micro batches.
 
@@ -292,8 +322,8 @@ def step_time(
     by default.
     """
     fitted = constants or CALIBRATIONS[cluster.gpu.calibrated_as]
-    micro, once = collectives(model, engine, partitioning, cluster)
-    forward, backward = compute_s(model, engine, each, cluster.gpu, fitted)
+    micro, once = collectives(model, engine, partitioning, cluster, updates)
+    forward, backward = compute_s(model, engine, each, cluster.gpu, fitted, updates)
     host = HOST_S_PER_BLOCK[engine.zero_stage] if host_s_per_block is None else host_s_per_block
     third = host * model.n_layers / 3
     forward = max(forward, third)
@@ -302,7 +332,7 @@ def step_time(
     for collective in (*micro, *once):
         seconds[collective.when] += collective_s(collective, cluster, fitted)
     if engine.offload_params:  # partitions are copied from the host before they are gathered
-        from_host = element_bytes(engine) * count_parameters(model) / partitioning.ranks_per_copy
+        from_host = element_bytes(engine) * updates.total(model) / partitioning.ranks_per_copy
         seconds["forward"] += from_host / cluster.gpu.pcie_bytes_per_s
         seconds["backward"] += from_host / cluster.gpu.pcie_bytes_per_s
     exposed = accum_steps * sum(
@@ -316,10 +346,10 @@ def step_time(
     return StepTime(
         compute_s=accum_steps * (forward + backward),
         exposed_communication_s=exposed,
-        optimizer_s=optimizer_s(model, engine, partitioning, cluster.gpu),
+        optimizer_s=optimizer_s(model, engine, partitioning, cluster.gpu, updates),
         communication_s=accum_steps * (seconds["forward"] + seconds["backward"]) + seconds["update"],
         tokens=tokens,
-        model_flops=tokens * flops_per_token(model, each.sequence_length),
+        model_flops=tokens * flops_per_token(model, each.sequence_length, updates.lora),
     )
 
 

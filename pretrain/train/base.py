@@ -7,7 +7,7 @@ does not depend on the other run's folder, and its own checkpoints hold the adap
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,11 +16,8 @@ from pretrain.checkpoint.folder import root_of, root_of_run
 from pretrain.checkpoint.state import BaseReference, RunState
 from pretrain.checkpoint.tensors import Verified
 from pretrain.config import Objective, TrainConfig, to_dict
-from pretrain.corpus.tokenizer import Tokenizer
-from pretrain.data.inputs import tokenizer_path
 from pretrain.distributed import Partition, World, on_main
 from pretrain.errors import ConfigError
-from pretrain.files import write_atomically
 from pretrain.model.decoder import Decoder
 from pretrain.reliability.heartbeat import mark
 from pretrain.remote import is_url
@@ -96,10 +93,6 @@ def _copy(config: TrainConfig, root: Path, tokenizer_sha256: str, world: World) 
     def prepare() -> None:
         for earlier in checkpoint.list_checkpoints(folder):
             checkpoint.remove(earlier)
-        tokenizer = Tokenizer(tokenizer_path(config.data.corpora()[0].manifest), tokenizer_sha256)
-        local = checkpoint.base_root(Path(config.run_dir))  # so that every command reads it like a run
-        local.mkdir(parents=True, exist_ok=True)
-        write_atomically(local / tokenizer.file_name, tokenizer.content)
 
     on_main(prepare, world)
     checkpoint.save(folder, source.state["step"], partitions, state, world)
@@ -113,10 +106,19 @@ def check_same_model(config: TrainConfig, source: Verified) -> None:
             f"objective={config.objective.value}, but init_from={config.init_from} was trained with {objective}, and "
             "adapters need the same model; give the objective of that run"
         )
-    theirs, ours = source.state["config"].get("model", {}), to_dict(config.model)
+    theirs, ours = (
+        _derived(model) for model in (source.state["config"].get("model", {}), to_dict(config.model))
+    )
     for key, value in ours.items():
         if shapes_the_run(f"model.{key}") and key != "init_std" and theirs.get(key, value) != value:
             raise ConfigError(
                 f"model.{key}={value}, but init_from={config.init_from} was trained with {theirs[key]}, and adapters "
                 "need the same model; give the model options of that run"
             )
+
+
+def _derived(model: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a model with the values that stand for null in it; an import states them."""
+    n_heads = model.get("n_heads")
+    values = {"n_kv_heads": n_heads, "d_head": model.get("d_model", 0) // n_heads if n_heads else None}
+    return model | {key: value for key, value in values.items() if key in model and model[key] is None}

@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from omegaconf import MISSING, OmegaConf
 
 from pretrain.checkpoint.state import Identity, RunState
+from pretrain.checkpoint.tensors import base_root
 from pretrain.config import AUTO, Objective, TrainConfig, to_dict
 from pretrain.corpus.chat_template import CHAT_TEMPLATE_NAME
 from pretrain.corpus.manifest import Manifest
@@ -85,7 +86,8 @@ def write_run_files(
 ) -> dict[str, Any]:
     """Write config.json, run.json, the tokenizer and the chat template, if any; rank 0 calls this.
 
-    Returns the content of run.json.
+    The last two also go to the folder of the frozen weights of a run of adapters, so that every command reads it like a
+    run. Returns the content of run.json.
     """
     tokenizer = Tokenizer(tokenizer_path(config.data.corpora()[0].manifest), tokenizer_sha256)
     path = run_dir / "run.json"
@@ -100,7 +102,10 @@ def write_run_files(
     identity["attempt"] = max(identity["attempt"], state["attempt"] if state else 0) + 1
     write_atomically(path, (json.dumps(identity, indent=1) + "\n").encode())
     write_atomically(run_dir / "config.json", (json.dumps(to_dict(config), indent=1) + "\n").encode())
-    write_atomically(run_dir / tokenizer.file_name, tokenizer.content)
-    if (template := chat_template_of(config, manifests)) is not None:
-        write_atomically(run_dir / CHAT_TEMPLATE_NAME, template.encode())
+    template = chat_template_of(config, manifests)
+    for folder in (run_dir, base_root(run_dir)) if config.lora.r else (run_dir,):
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / tokenizer.file_name, tokenizer.content)
+        if template is not None:
+            write_atomically(folder / CHAT_TEMPLATE_NAME, template.encode())
     return identity

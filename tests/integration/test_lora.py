@@ -12,12 +12,12 @@ import torch
 
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.tensors import CheckpointError
-from pretrain.config import TrainConfig, load_config
+from pretrain.config import TrainConfig, Weights, load_config
 from pretrain.distributed import World
 from pretrain.errors import ConfigError, RunError
-from pretrain.model.lora import adapted_decoder
 from pretrain.train.base import check_same_model, source_of
 from pretrain.trained import load_trained
+from support.adapted import adapted_decoder
 from support.checkpoints import assert_same_state, read_tensors
 from support.launching import Ranks, run_ranks
 from support.tiny import TinyCorpus, events, run_arguments
@@ -27,7 +27,16 @@ from support.training import TRAIN, losses, steps_done, wait_for
 pytestmark = pytest.mark.integration
 N_STEPS, N_ADAPTERS = 8, 14
 ALONE = World(0, 1, 0, torch.device("cpu"))
-RANK_4 = ["lora.r=4", "lora.dropout=0.1", "optim.lr=1e-2", f"total_steps={N_STEPS}"]
+RANK_4 = [
+    "lora.r=4",
+    "lora.dropout=0.1",
+    "optim.lr=1e-2",
+    "ema.decay=0.5",
+    "evaluation.every_steps=4",  # the second finds no such gain, and ends the run at step 8 of 12
+    "evaluation.patience=1",
+    "evaluation.min_gain=9",
+    "evaluation.max_sequences=4",
+]
 
 
 def arguments(corpus: TinyCorpus, run_dir: Path, base: Path, *more: str) -> list[str]:
@@ -60,10 +69,19 @@ def test_events_say_what_is_trained(adapted: Path) -> None:
     assert checked["norm"] > 0.1
 
 
+def test_it_stops_early_and_keeps_an_average(adapted: Path) -> None:
+    (finished,) = (event for event in events(adapted) if event["event"] == "finished")
+    assert finished["step"] == N_STEPS
+    assert "heldout/loss" in finished["reason"] and "step 4" in finished["reason"]
+    told = [event["losses"] for event in events(adapted) if event["event"] == "evaluated"]
+    assert [set(losses) for losses in told] == [{"loss", "ema/loss"}] * 2
+    assert all(losses["loss"] != losses["ema/loss"] for losses in told)
+
+
 def test_checkpoints_hold_adapters_and_the_base_is_the_other_run(adapted: Path, straight: Path) -> None:
     saved = read_tensors(checkpoint.checkpoint_path(adapted, N_STEPS))
     assert all(".lora_" in key for key in saved)
-    assert len(saved) == 3 * 2 * N_ADAPTERS  # weight and two moments of two factors
+    assert len(saved) == 4 * 2 * N_ADAPTERS  # weight, two moments and an average of two factors
     ours, theirs = (
         read_tensors(checkpoint.checkpoint_path(root, 12)) for root in (adapted / "base", straight)
     )
@@ -190,6 +208,63 @@ def test_a_run_of_adapters_is_merged_for_use(adapted: Path) -> None:
     assert float((expected - found).abs().max()) < 1e-5 * max(1.0, float(expected.abs().max()))
     alone = load_trained(adapted / "base").decoder("cpu", torch.float32).logits(tokens)
     assert float((alone - found).abs().max()) > 1e-3
+
+
+def test_the_average_of_the_adapters_is_merged_too(adapted: Path) -> None:
+    trained, averaged = load_trained(adapted), load_trained(adapted, weights=Weights.ema)
+    assert averaged.adapters is not None
+    saved = read_tensors(checkpoint.checkpoint_path(adapted, N_STEPS))
+    base = checkpoint.load_base_weights(adapted, averaged.adapters.base)
+    name = "blocks.1.feed_forward.up"
+    a, b = (saved[f"ema.{name}.lora_{part}.weight"] for part in "AB")
+    expected = base[f"{name}.weight"] + 16 / 4 * b.view(-1, 4) @ a.view(4, -1)
+    torch.testing.assert_close(averaged.weights[f"{name}.weight"], expected)
+    assert float((averaged.weights[f"{name}.weight"] - trained.weights[f"{name}.weight"]).abs().max()) > 1e-4
+
+
+def test_checkpoints_of_adapters_are_averaged_as_whole_models(adapted: Path, tmp_path: Path) -> None:
+    words = (f"run_dir={adapted}", f"output={tmp_path / 'mean'}", "last=2", "max_tokens=0")
+    run_command("average", "AverageConfig", *words)
+    mean, parts = load_trained(tmp_path / "mean"), [load_trained(adapted, step) for step in (4, N_STEPS)]
+    assert (mean.adapters, mean.config.lora.r, mean.step) == (None, 0, N_STEPS)
+    for name, weight in mean.weights.items():
+        expected = torch.stack([part.weights[name].double() for part in parts]).mean(0).float()
+        assert torch.equal(weight, expected), name
+
+
+def whole_model(adapted: Path, folder: Path) -> Path:
+    """What docs/finetuning.md says of beginning another run with it: the export in fp32, imported."""
+    run_command("export", "ExportConfig", f"run_dir={adapted}", f"output={folder / 'merged'}", "dtype=fp32")
+    words = (f"input={folder / 'merged'}", f"output={folder / 'imported'}")
+    run_command("import_model", "ImportConfig", *words)
+    return folder / "imported"
+
+
+def test_its_export_is_imported_as_what_a_run_begins_with(
+    adapted: Path, corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    imported = whole_model(adapted, tmp_path)
+    merged = load_trained(adapted)
+    source = source_of(str(imported), ALONE, merged.tokenizer.sha256)
+    shape = [f"model.vocab_size={merged.config.model.vocab_size}"]
+    check_same_model(
+        load_config(TrainConfig, arguments(corpus, tmp_path, imported, *shape), "config"), source
+    )
+    found = load_trained(imported).weights
+    assert found.keys() == merged.weights.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in merged.weights.items())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("more", [["lora.r=2", "optim.lr=1e-2"], []], ids=["adapters", "all weights"])
+def test_a_run_begins_with_it(adapted: Path, corpus: TinyCorpus, tmp_path: Path, more: list[str]) -> None:
+    """Its loss begins below that of the base of the adapters, since they have learned from the same text."""
+    imported = whole_model(adapted, tmp_path)
+    for name, source in (("merged", imported), ("base", adapted / "base")):
+        words = run_arguments(corpus, tmp_path / name, f"init_from={source}", "total_steps=3", *more)
+        run_ranks(1, TRAIN, *words, log_dir=tmp_path / f"logs-{name}")
+    merged, base = (float.fromhex(losses(tmp_path / name)[0]) for name in ("merged", "base"))
+    assert merged < base - 0.005
 
 
 def run_command(name: str, schema: str, *words: str) -> None:

@@ -1,7 +1,7 @@
 """One rank that counts the bytes of collectives per step, and of stored state, in a real run of the engine.
 
 Argument: a JSON list of jobs {stage, precision, overrides, out}. Each job makes an engine and does two steps, of which
-the second is counted.
+the second is counted. The base of adapters are random weights.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch
 
 from benchmarks.harness.collectives import Traffic, counted, watch
-from pretrain.distributed import World, init_world, shutdown_world
+from pretrain.config import TrainConfig
+from pretrain.distributed import World, init_world, share, shutdown_world
 from pretrain.engine.engine import Engine
+from pretrain.model.decoder import Decoder
 from support.workers.engine_worker import batches_of_step, small_config
 
 
@@ -31,18 +33,27 @@ def storage_bytes(tensors: list[torch.Tensor]) -> int:
 
 def held(engine: Engine, stage: int) -> dict[str, int]:
     """Bytes that this rank holds between two updates, by part. `state` is all of it, each storage counted once."""
-    masters, parameters = list(engine.state._placements), list(engine._parameters.values())
+    masters = list(engine.state._placements)
+    parameters = [*engine._parameters.values(), *engine.state._frozen.values()]
     found = {
         "moments": [t for s in engine._optimizer.state.values() for kind, t in s.items() if kind != "step"],
         "masters": masters,
         "parameters": [p.ds_tensor if stage == 3 else p.data for p in parameters],
     }
+    if engine.state.ema_keys:
+        found["moving average"] = list(engine.state._ema.values())
     if stage == 3:
         found["persistent parameters"] = [p.data for p in parameters if p.ds_persist]
         found["gradients"] = [engine._deepspeed.optimizer.grad_partitions_flat_buffer]
     sizes = {name: storage_bytes(tensors) for name, tensors in found.items()}
     state = [t for name, tensors in found.items() if name != "gradients" for t in tensors]
     return sizes | {"state": storage_bytes(state)}
+
+
+def base_of(config: TrainConfig, world: World) -> dict[str, torch.Tensor]:
+    """This rank's share of each of the weights that adapters are trained on."""
+    named = Decoder(config.model, seed=1).named_parameters()
+    return {f"weight.{name}": p.detach().flatten()[slice(*share(p.numel(), world))] for name, p in named}
 
 
 def gradients_at_rest(engine: Engine) -> list[int]:
@@ -76,7 +87,7 @@ def phased(traffic: Traffic, phase: str, call: Callable[..., Any]) -> Callable[.
 
 def run(job: dict, world: World) -> None:
     config = small_config(job["stage"], job["precision"], job.get("overrides", []))
-    engine = Engine(config, world)
+    engine = Engine(config, world, base_of(config, world) if config.lora.r else None)
     micro = config.micro_batch_sequences
     seen = gradients_at_rest(engine) if job["stage"] < 3 else []
     traffic = Traffic()

@@ -47,13 +47,16 @@ def test_what_cannot_work_is_refused_by_name(words: list[str], parts: tuple[str,
     assert [part for part in parts if part not in str(caught.value)] == []
 
 
-@pytest.mark.parametrize("name", ["plan", "bench"])
-def test_a_command_that_knows_no_adapters_says_so(name: str) -> None:
-    module = script(name)
-    words = {"plan": ["total_tokens=1000000"], "bench": ["bench.output=o.json"]}[name]
-    schema = {"plan": "PlanConfig", "bench": "BenchConfig"}[name]
+def test_the_benchmark_knows_no_adapters_and_says_so() -> None:
+    module = script("bench")
     with pytest.raises(ConfigError, match=r"lora\.r=8 "):
-        load_config(getattr(module, schema), [*words, "init_from=base", "lora.r=8"], name)
+        load_config(module.BenchConfig, ["bench.output=o.json", "init_from=base", "lora.r=8"], "bench")
+
+
+def test_the_planner_takes_adapters_without_a_run_that_they_begin_with() -> None:
+    module = script("plan")
+    config = load_config(module.PlanConfig, ["total_tokens=1000000", "lora.r=8"], "plan")
+    assert (config.lora.r, config.init_from) == (8, "unused")
 
 
 def test_a_run_keeps_its_adapters() -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain.config import ModelConfig
 from pretrain.corpus.shards import Corpus
 from pretrain.errors import ConfigError
 from pretrain.evaluate.heldout import corpus_documents, first_tokens, score_documents
 from pretrain.trained import load_trained
+from support.peak import peak_bytes
 from support.trained_run import make_run, script, write_heldout
 
 
@@ -46,6 +48,19 @@ def test_the_weights_are_the_mean(
     for name, weight in found.weights.items():
         expected = torch.stack([part.weights[name].double() for part in parts]).mean(0).float()
         assert torch.equal(weight, expected), name
+
+
+def test_one_weight_at_a_time_is_in_memory(tmp_path: Path) -> None:
+    """100 MB in each checkpoint, of which the largest weight has 1.4 MB."""
+    for step in (3, 5):
+        make_run(tmp_path / str(step), ModelConfig(n_layers=16, d_model=384, n_heads=4, d_ff=896), step=step)
+    name = "step-00000003"
+    shutil.move(tmp_path / "3" / "checkpoints" / name, tmp_path / "5" / "checkpoints" / name)
+    before = peak_bytes(reset=True)
+    average(tmp_path / "5", tmp_path / "mean", last=2)
+    grown = peak_bytes() - before
+    assert sum(path.stat().st_size for path in (tmp_path / "mean").rglob("*.safetensors")) > 100_000_000
+    assert grown < 25_000_000, f"{grown:,}"
 
 
 def test_the_mean_is_evaluated_against_the_last(

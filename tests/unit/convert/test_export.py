@@ -182,6 +182,7 @@ def test_the_configuration_says_what_the_model_is(tmp_path: Path) -> None:
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 3)
     generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (1, 2)
+    assert generation["max_length"] == 64
     assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == (
         tmp_path / "run" / "tokenizer.model"
     ).read_bytes()

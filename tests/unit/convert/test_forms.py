@@ -13,15 +13,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pretrain.config import ModelConfig
+from pretrain.config import ModelConfig, RopeScalingConfig, RopeType
 from pretrain.convert.export import Exported, export_form
 from pretrain.convert.form import Form, Format, Stored, form_of
 from pretrain.convert.heldout_loss import heldout_loss
 from pretrain.convert.int8 import exported_weights
+from pretrain.corpus.chat import OWN_TEMPLATE
 from pretrain.corpus.shards import Corpus
 from pretrain.errors import ConfigError, RunError
 from pretrain.model.streamed import streamed_decoder
 from pretrain.trained import TrainedModel, load_trained, open_trained
+from support.peak import peak_bytes
 from support.trained_run import SMALL, TEXTS, make_run, script, write_heldout
 
 transformers = pytest.importorskip("transformers")
@@ -33,7 +35,9 @@ MODELS = {
     "llama": BLOCKS,
     "llama_tied_wide": replace(BLOCKS, tie_embeddings=True, n_kv_heads=1, d_head=24, rope_theta=500.0),
     "qwen3": replace(BLOCKS, qk_norm=True),
+    "qwen2_tied": replace(BLOCKS, attention_bias=True, tie_embeddings=True),
 }
+ORIGINAL: dict[str, Any] = {"factor": 8.0, "original_max_position_embeddings": 32}
 INT8 = Form(Format.hugging_face, Stored.int8)
 F16, Q8_0 = Form(Format.gguf, Stored.fp16), Form(Format.gguf, Stored.int8)
 OF_NAME = {"int8": INT8, "f16": F16, "q8_0": Q8_0}
@@ -188,6 +192,62 @@ def test_gguf_of_qwen3_keeps_the_order_of_rows(runs: dict[str, Path], tmp_path: 
     assert reader.fields["general.architecture"].contents() == "qwen3"
 
 
+def test_gguf_of_qwen2_has_its_biases(runs: dict[str, Path], tmp_path: Path) -> None:
+    exported(runs["qwen2_tied"], tmp_path / "out", Q8_0)
+    reader = gguf.GGUFReader(tmp_path / "out" / "model-q8_0.gguf")
+    by_name = {tensor.name: tensor for tensor in reader.tensors}
+    assert reader.fields["general.architecture"].contents() == "qwen2"
+    assert "output.weight" not in by_name  # tied
+    with open_trained(runs["qwen2_tied"]) as found:
+        for part in "qkv":
+            stored = by_name[f"blk.1.attn_{part}.bias"]
+            assert stored.tensor_type.name == "F32"
+            assert np.array_equal(stored.data, found.weights[f"blocks.1.attention.{part}.bias"])
+
+
+def test_gguf_has_the_chat_template(runs: dict[str, Path], tmp_path: Path) -> None:
+    with open_trained(runs["llama"]) as found:
+        export_form(replace(found, chat_template=OWN_TEMPLATE), runs["llama"], tmp_path / "out", F16)
+        exported(runs["llama"], tmp_path / "without", F16)
+    for folder, expected in (("out", OWN_TEMPLATE), ("without", None)):
+        fields = gguf.GGUFReader(tmp_path / folder / "model-f16.gguf").fields
+        stored = fields.get("tokenizer.chat_template")
+        assert (stored and stored.contents()) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rope_scaling": RopeScalingConfig(rope_type=RopeType.linear, factor=2.0)}, "rope_type=linear"),
+        ({"rope_scaling": RopeScalingConfig(rope_type=RopeType.yarn, **ORIGINAL)}, "rope_type=yarn"),
+        ({"rope_scaling": RopeScalingConfig(rope_type=RopeType.llama3, **ORIGINAL)}, "rope_type=llama3"),
+        ({"attention_bias": True, "d_head": 24}, r"model\.d_head=24 .* would read 8"),
+    ],
+)
+def test_what_transformers_would_read_otherwise_in_gguf_is_refused(
+    trained: TrainedModel, runs: dict[str, Path], tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    config = replace(trained.config, model=replace(trained.config.model, **changes))
+    with pytest.raises(ConfigError, match=named):
+        export_form(replace(trained, config=config), runs["llama"], tmp_path / "out", F16)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_model_that_fills_masks_is_int8_but_not_gguf(tmp_path: Path, qk_norm: bool) -> None:
+    """In GGUF, a qwen3 would be read as a causal model."""
+    make_run(tmp_path / "run", replace(BLOCKS, qk_norm=qk_norm), objective="mlm")
+    found = exported(tmp_path / "run", tmp_path / "int8", INT8)
+    assert found.parity is not None
+    assert found.parity.max_difference < 1e-5
+    loaded = json.loads((tmp_path / "int8" / "config.json").read_text())
+    assert loaded["architectures"] == ["Qwen3ForCausalLM" if qk_norm else "EuroBertForMaskedLM"]
+    for form in (F16, Q8_0):
+        with pytest.raises(ConfigError, match=r"format=gguf .*objective=mlm"):
+            exported(tmp_path / "run", tmp_path / "gguf", form)
+    assert not (tmp_path / "gguf").exists()
+
+
 def test_rows_that_are_no_whole_blocks_are_refused(tmp_path: Path) -> None:
     make_run(tmp_path / "run", replace(SMALL))  # d_ff=48
     with pytest.raises(ConfigError, match=r"48.*dtype=fp16"):
@@ -284,11 +344,6 @@ def test_the_script_prints_what_the_form_costs(
 # --- memory ---
 
 
-def status_bytes(name: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    return int(text.partition(f"{name}:")[2].split()[0]) * 1024
-
-
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with weights of 200 MB in fp32, each of which has at most 1.4 MB."""
@@ -308,7 +363,6 @@ def test_a_model_is_not_held_whole(
     assert n_bytes > 200_000_000
     monkeypatch.setattr("pretrain.convert.hugging_face.WHOLE_MODEL_BYTES", 0)
     exported(runs["llama"], tmp_path / "small", form)  # what is imported at first use does not count
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
-    before = status_bytes("VmRSS")
+    before = peak_bytes(reset=True)
     exported(large, tmp_path / "out", form, max_shard_bytes=10_000_000)
-    assert status_bytes("VmHWM") - before < 0.2 * n_bytes
+    assert peak_bytes() - before < 0.2 * n_bytes

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pretrain.config import ModelConfig, RopeScalingConfig, RopeType
+from pretrain.convert import hugging_face as export_module
 from pretrain.convert.hugging_face import export, hugging_face_names
 from pretrain.convert.hugging_face_import import model_of
 from pretrain.errors import ConfigError, RunError
@@ -73,6 +74,7 @@ def test_import_and_export_give_the_same_bits(
     imported = load_trained(tmp_path / "imported")
     assert (imported.step, imported.tokens_seen, imported.sequence_length) == (0, 0, 64)
     assert imported.config.model.rope_scaling == model.rope_scaling
+    assert imported.tokenizer.sha256 == load_trained(tmp_path / "run").tokenizer.sha256
     export(imported, tmp_path / "again", dtype=torch.bfloat16, max_shard_bytes=max_shard_bytes)
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     assert files == sorted(path.name for path in (tmp_path / "again").glob("*.safetensors"))
@@ -216,6 +218,8 @@ def test_other_weights_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
     refused(ConfigError, r"lm_head\.weight")
+    (folder / "config.json").write_text(json.dumps({**raw, "model_type": None}))
+    refused(ConfigError, "no model_type")
     (folder / "config.json").write_text(json.dumps(raw))
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
     refused(ConfigError, r"'\.\./x\.safetensors'")
@@ -224,6 +228,33 @@ def test_other_weights_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     refused(ConfigError, r"model\.safetensors cannot be read")
     file.unlink()
     refused(ConfigError, "model.safetensors")
+
+
+@pytest.mark.parametrize("max_shard_bytes", [20_000, 5_000_000])
+def test_a_large_model_is_compared_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_shard_bytes: int
+) -> None:
+    """With what else may lie there: a tied head, buffers of old versions, and weights for another program."""
+    folder = exported(tmp_path, MODELS["tied"], max_shard_bytes=max_shard_bytes)
+    index = folder / "model.safetensors.index.json"
+    file_of = json.loads(index.read_text())["weight_map"] if index.exists() else {}
+    file = folder / file_of.get("model.embed_tokens.weight", "model.safetensors")
+    weights = load_file(file)
+    head = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(weights | head | buffer, file, {"format": "pt"})
+    save_file({"tok_embeddings.weight": torch.ones(3)}, folder / "consolidated.safetensors")
+    monkeypatch.setattr("pretrain.convert.hugging_face.WHOLE_MODEL_BYTES", 0)
+    read: list[str] = []
+    real = export_module.stream_weights
+    monkeypatch.setattr(
+        export_module, "stream_weights", lambda m, w: read.append(type(m).__name__) or real(m, w)
+    )
+    import_from(folder, tmp_path / "imported")
+    assert read == ["LlamaForCausalLM"]  # and not from_pretrained
+    monkeypatch.setattr("pretrain.convert.hugging_face_import._number", lambda raw, key, default, path: 0.5)
+    with pytest.raises(RunError, match="logits"):
+        import_from(folder, tmp_path / "other")
 
 
 def test_a_model_with_other_logits_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,9 +53,18 @@ def one_rank(process_group: None) -> Iterator[None]:
     patch.undo()
 
 
-def base_of(config: Any) -> dict[str, torch.Tensor]:
+def base_model(config: Any) -> Decoder:
     model = Decoder(config.model, seed=5)
-    return {f"weight.{name}": p.detach().flatten().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):  # of queries, keys and values, as Qwen2 has them; they begin as 0
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()))
+    return model
+
+
+def base_of(config: Any) -> dict[str, torch.Tensor]:
+    named = base_model(config).named_parameters()
+    return {f"weight.{name}": p.detach().flatten().clone() for name, p in named}
 
 
 def engine_of(stage: int, precision: str, *overrides: str) -> Engine:
@@ -82,7 +91,7 @@ def state_of(engine: Engine) -> dict[str, torch.Tensor]:
 def plain_losses(*overrides: str) -> list[float]:
     """The same in bare PyTorch with peft: one process, fp32, the whole batch at once."""
     config = small_config(0, "fp32", [*ADAPTED, *overrides])
-    model = Decoder(config.model, seed=5)
+    model = base_model(config)
     add_adapters(model, config.lora, config.seed)
     named = [(plain_name(name), p) for name, p in model.named_parameters() if p.requires_grad]
     optim, losses = config.optim, []
@@ -109,6 +118,7 @@ def test_losses_equal_a_plain_loop_with_peft(stage: int, precision: str, variant
     assert found == pytest.approx(plain_losses(*VARIANTS[variant]), abs=TOLERANCE[precision])
     assert found[-1] < found[0] - 0.01
     assert all(".lora_" in name for name in engine.state.shapes)
+    assert sum(name.endswith(".bias") for name in engine.state._frozen) == 6
     assert engine.state.n_frozen == sum(values.numel() for values in base_of(engine.config).values())
 
 

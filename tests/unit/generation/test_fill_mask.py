@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,25 @@ def test_models_do_only_what_they_were_trained_for(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as raised:
             generate.main(generate.GenerateConfig(run_dir=str(tmp_path / run), prompt=prompt))
         assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_options_of_continuations_are_refused_where_masks_are_filled(tmp_path: Path) -> None:
+    """Each that has no effect, and none that has its usual value."""
+    make_run(tmp_path / "run", objective="mlm")
+    generate = script("generate")
+    given = {"run_dir": str(tmp_path / "run"), "prompt": ["a <mask>"]}
+    changes = {"n_samples": 2, "max_new_tokens": 3, "temperature": 0.0, "top_p": 0.5, "min_p": 0.1}
+    changes |= {"repetition_penalty": 1.1, "stop": ["."], "seed": 1, "batch_sequences": 2}
+    assert set(changes) == set(generate.OF_CONTINUATIONS)
+    heeded = {"run_dir", "prompt", "prompt_file", "step", "which", "weights", "checkpoint_target", "top_k"}
+    heeded |= {"precision", "json", "chat", "system"}  # the last two are refused by name elsewhere
+    assert {field.name for field in fields(generate.GenerateConfig)} == heeded | set(changes)
+    for name, value in changes.items():
+        with pytest.raises(
+            ConfigError, match=rf"^{name}={re.escape(str(value))} has no effect.*objective=mlm"
+        ):
+            generate.main(generate.GenerateConfig(**given, **{name: value}))
+    generate.main(generate.GenerateConfig(**given, temperature=0.8, top_k=2))
 
 
 def test_the_script_scores_masked_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,8 @@ from pretrain.config import LoraConfig, ModelConfig
 from pretrain.config.lora import TARGETS
 from pretrain.errors import ConfigError, RunError
 from pretrain.model.decoder import Decoder, Linear, build_decoder
-from pretrain.model.lora import adapted_decoder, add_adapters, is_adapter, merged, n_adapters, plain_name
+from pretrain.model.lora import adapter_shapes, add_adapters, is_adapter, merged, n_adapters, plain_name
+from support.adapted import adapted_decoder
 
 MODEL = ModelConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, vocab_size=64)
 KINDS = {
@@ -56,6 +57,7 @@ def test_only_adapters_are_trained_and_counted(kind: str) -> None:
     assert {name: named[name].shape for name in before} == {name: p.shape for name, p in before.items()}
     assert n_adapters(list(trained)) == 2 * len(lora.targets)
     assert sum(named[name].numel() for name in trained) == adapter_parameters(MODEL, lora)
+    assert {name: tuple(named[name].shape) for name in trained} == adapter_shapes(MODEL, lora)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,7 +81,9 @@ def test_merged_weights_compute_what_the_adapters_do(kind: str, tied: bool) -> N
     lora, model = KINDS[kind], replace(MODEL, tie_embeddings=tied)
     adapters = trained_adapters(lora, model)
     apart = adapted_decoder(model, lora, base_weights(model), adapters).logits(TOKENS).detach()
-    weights = merged(model, lora, base_weights(model), adapters)
+    base = base_weights(model)
+    weights = merged(model, lora, base, adapters)
+    assert all(torch.equal(weights[name], weights[name]) for name in weights)  # the base is left as it is
     together = build_decoder(model, weights, "cpu", torch.float32).logits(TOKENS)
     alone = build_decoder(model, base_weights(model), "cpu", torch.float32).logits(TOKENS)
     largest = float(apart.abs().max())
@@ -106,7 +110,7 @@ def test_merged_weights_follow_the_formulas(kind: str) -> None:
 
 def test_adapters_of_another_configuration_are_refused() -> None:
     with pytest.raises(ConfigError, match="not those that its configuration describes"):
-        adapted_decoder(MODEL, LoraConfig(r=8), base_weights(), trained_adapters(KINDS["plain"]))
+        merged(MODEL, LoraConfig(r=8), base_weights(), trained_adapters(KINDS["plain"]))
 
 
 def test_an_adapter_that_is_not_made_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

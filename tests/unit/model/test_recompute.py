@@ -16,9 +16,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pretrain.config import AttentionKernel, ModelConfig, Recompute
+from pretrain.config import AttentionKernel, LoraConfig, ModelConfig, Recompute
 from pretrain.model.decoder import Block, Decoder
 from pretrain.model.kernels import PLAIN
+from pretrain.model.lora import add_adapters
 from pretrain.model.rotary import rotary_tables
 from pretrain.plan.memory import saved_bytes_per_token, selected_bytes_per_token
 from support.launching import run_ranks
@@ -99,6 +100,21 @@ def test_what_is_kept_is_what_the_planner_says(n_kv_heads: int) -> None:
     assert kept[Recompute.none] == tokens * (formula + norms)
     # A product has two of its kind as its gradient; 7 are computed again.
     assert products == {Recompute.none: 14, Recompute.selective: 14, Recompute.full: 14 + 7}
+
+
+def test_selective_mode_keeps_the_products_of_adapters_too() -> None:
+    lora, length = LoraConfig(r=4, targets=["k", "output", "up"]), 64
+    config = ModelConfig(n_layers=1, d_model=256, n_heads=8, n_kv_heads=2, d_ff=704, vocab_size=512)
+    config = replace(config, activation_checkpointing=Recompute.selective)
+    decoder = Decoder(config, seed=0).bfloat16()
+    add_adapters(decoder, lora, seed=1)
+    block = decoder.blocks[0]
+    x = torch.randn(2, length, config.d_model, dtype=torch.bfloat16, requires_grad=True)
+    cos, sin = rotary_tables(torch.arange(length).expand(2, length), config)
+    with Held([x, cos, sin, *block.parameters()]) as held:
+        y = block(x, cos, sin, None, None)
+        kept = held.n_bytes - y.nbytes
+    assert kept == 2 * length * (selected_bytes_per_token(config, 2, lora) - 2 * config.d_model)
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain import arithmetic
-from pretrain.arithmetic import block_parameters, count_parameters, flops_per_token, parameter_sizes
+from pretrain.arithmetic import (
+    adapted_shapes,
+    block_parameters,
+    count_parameters,
+    flops_per_token,
+    parameter_sizes,
+)
 from pretrain.config import (
     AttentionKernel,
+    EmaConfig,
     EngineConfig,
+    LoraConfig,
     ModelConfig,
     Precision,
     Recompute,
@@ -37,12 +45,16 @@ from pretrain.corpus.shards import Corpus
 from pretrain.errors import ConfigError
 from pretrain.model.attention import Documents, visibility
 from pretrain.model.decoder import Block, Decoder
+from pretrain.model.lora import add_adapters
 from pretrain.model.rotary import rotary_tables
 from pretrain.plan.hardware import GPUS, known_gpu
 from pretrain.plan.memory import (
     Partitioning,
     Pass,
+    Updates,
     activation_bytes,
+    adapter_bytes_per_token,
+    dora_bytes,
     memory_bytes,
     persistent_elements,
     saved_bytes_per_token,
@@ -54,8 +66,9 @@ from pretrain.plan.planner import (
     make_plan,
     options,
     uncertainties,
+    updates_of,
 )
-from pretrain.plan.report import plan_values
+from pretrain.plan.report import plan_lines, plan_values
 from pretrain.plan.scaling import SHAPES, best_step, scaling_table
 from pretrain.plan.time import (
     CALIBRATIONS,
@@ -104,6 +117,24 @@ VARIANTS = {
     "partly-": ["engine.max_live_elements=12000", "engine.prefetch_bucket_elements=1"],
     "four-": ["micro_batch_sequences=1"],
 }
+ADAPTERS = ["init_from=base", "lora.r=2"]
+MORE_VARIANTS = {
+    "ema-": ["ema.decay=0.9"],
+    "lora-": ADAPTERS,
+    "lora-partly-": [*ADAPTERS, *VARIANTS["partly-"]],
+    "dora-": [*ADAPTERS, "lora.dora=true", "lora.targets=[v,down]"],
+    "both-": [*ADAPTERS, "ema.decay=0.9"],
+}
+MORE_CASES = [
+    ("ema-", 0, "fp32"),
+    ("ema-", 3, "bf16"),
+    ("lora-", 0, "fp32"),
+    ("lora-", 2, "bf16"),
+    ("lora-", 3, "bf16"),
+    ("lora-partly-", 3, "bf16"),
+    ("dora-", 3, "fp32"),
+    ("both-", 1, "fp32"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -111,15 +142,15 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict]:
     """What rank 0 counted, by `<variant><stage>-<precision>-<ranks>`."""
     root = tmp_path_factory.mktemp("counted")
     for ranks in (1, 2):
+        cases = [(variant, *stage) for stage in STAGES for variant in VARIANTS]
         jobs = [
             {
                 "stage": stage,
                 "precision": precision,
-                "overrides": overrides,
+                "overrides": (VARIANTS | MORE_VARIANTS)[variant],
                 "out": str(root / f"{variant}{stage}-{precision}-{ranks}"),
             }
-            for stage, precision in STAGES
-            for variant, overrides in VARIANTS.items()
+            for variant, stage, precision in cases + MORE_CASES * (ranks == 2)
         ]
         run_ranks(
             ranks, "tests/support/workers/plan_worker.py", json.dumps(jobs), log_dir=root / f"logs-{ranks}"
@@ -130,7 +161,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict]:
 def planned(
     stage: int, precision: str, ranks: int, variant: str = ""
 ) -> tuple[TrainConfig, Partitioning, Cluster]:
-    config = small_config(stage, precision, VARIANTS[variant])
+    config = small_config(stage, precision, (VARIANTS | MORE_VARIANTS)[variant])
     return config, Partitioning(n_ranks=ranks, ranks_per_copy=ranks), cluster_of(1, ranks)
 
 
@@ -140,10 +171,17 @@ def planned(
 def test_state_held_equals_the_formula(
     counted: Callable[[str], dict], stage: int, precision: str, ranks: int
 ) -> None:
+    check_state(counted, stage, precision, ranks)
+
+
+def check_state(
+    counted: Callable[[str], dict], stage: int, precision: str, ranks: int, variant: str = ""
+) -> None:
     """Exactly, by part; but a gradient that lies across two ranks' shares is kept whole in stage 2."""
-    config, partitioning, _ = planned(stage, precision, ranks)
-    expected = state_bytes(config.model, config.engine, partitioning)
-    seen = counted(f"{stage}-{precision}-{ranks}")["held"]
+    config, partitioning, _ = planned(stage, precision, ranks, variant)
+    updates = updates_of(config)
+    expected = state_bytes(config.model, config.engine, partitioning, updates)
+    seen = counted(f"{variant}{stage}-{precision}-{ranks}")["held"]
     gradients, rest = expected.pop("gradients"), dict(expected)
     if stage == 0:
         rest.pop("masters")  # the parameters themselves
@@ -151,7 +189,7 @@ def test_state_held_equals_the_formula(
         rest.pop("persistent parameters", None)  # one rank holds all whole: the same storages
     assert {name: seen[name] for name in rest} == rest
     assert seen["state"] == sum(expected.values())
-    largest = max(size for size, _ in parameter_sizes(config.model))
+    largest = max(size for size, _ in updates.trained_sizes(config.model))
     across = 4 * largest if stage == 2 else 0
     assert gradients <= seen["gradients"] <= gradients + across
 
@@ -162,9 +200,13 @@ def test_state_held_equals_the_formula(
 def test_bytes_of_collectives_equal_the_formula(
     counted: Callable[[str], dict], stage: int, precision: str, variant: str
 ) -> None:
+    check_collectives(counted, stage, precision, variant)
+
+
+def check_collectives(counted: Callable[[str], dict], stage: int, precision: str, variant: str) -> None:
     """Exactly; what decides and sums a loss or a norm is a few bytes beside it, under 100 per collective."""
     config, partitioning, cluster = planned(stage, precision, 2, variant)
-    micro, once = collectives(config.model, config.engine, partitioning, cluster)
+    micro, once = collectives(config.model, config.engine, partitioning, cluster, updates_of(config))
     accum = config.grad_accum_steps(2)
     expected: dict[str, float] = {}
     for group, times in ((micro, accum), (once, 1)):
@@ -194,6 +236,36 @@ def test_a_snapshot_is_twelve_bytes_per_parameter(counted: Callable[[str], dict]
     assert counted(f"3-bf16-{ranks}")["snapshot"] == 12 * count_parameters(config.model) // ranks
 
 
+@pytest.mark.integration
+@pytest.mark.parametrize(("variant", "stage", "precision"), MORE_CASES)
+def test_adapters_and_averages_equal_the_formula(
+    counted: Callable[[str], dict], variant: str, stage: int, precision: str
+) -> None:
+    """In memory, in a snapshot, and sent."""
+    check_state(counted, stage, precision, 2, variant)
+    check_collectives(counted, stage, precision, variant)
+    config, _, _ = planned(stage, precision, 2, variant)
+    updates = updates_of(config)
+    held = counted(f"{variant}{stage}-{precision}-2")
+    assert held["snapshot"] == updates.saved_bytes * updates.trained(config.model) // 2
+    assert ("moving average" in held["held"]) == (config.ema.decay is not None)
+    assert updates.trained(config.model) < updates.total(config.model) / 10 or not config.lora.r
+
+
+def kept_bytes(forward: Callable[[], object], known: list[torch.Tensor]) -> int:
+    """Bytes of the storages that autograd keeps of a forward pass, apart from those of `known`."""
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    others = {tensor.untyped_storage().data_ptr() for tensor in known}
+    return sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in others)
+
+
 @pytest.mark.parametrize("kernel", [None, AttentionKernel.sdpa, AttentionKernel.flash])
 @pytest.mark.parametrize("n_kv_heads", [8, 2])
 def test_saved_activations_equal_the_formula(kernel: AttentionKernel | None, n_kv_heads: int) -> None:
@@ -207,18 +279,36 @@ def test_saved_activations_equal_the_formula(kernel: AttentionKernel | None, n_k
     documents = torch.zeros(rows, length, dtype=torch.long)
     visible = visibility(documents, kernel) if kernel else None
     starts = visible[:1] if isinstance(visible, Documents) else ()
-    known = {t.untyped_storage().data_ptr() for t in (*block.parameters(), cos, sin, *starts)}
-    saved: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        block(x, cos, sin, visible, None)
-    seen = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in known)
+    seen = kept_bytes(lambda: block(x, cos, sin, visible, None), [*block.parameters(), cos, sin, *starts])
     formula = saved_bytes_per_token(config, 2, length, kernel is AttentionKernel.sdpa)
     assert seen == rows * length * (formula + 2 * (8 - 2) * config.d_model)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraConfig(r=4),
+        LoraConfig(r=2, targets=["down"], dropout=0.1),
+        LoraConfig(r=4, targets=["q", "v", "output"], dora=True, dropout=0.1),
+    ],
+    ids=["all", "down", "dora"],
+)
+def test_saved_activations_of_adapters_equal_the_formula(lora: LoraConfig) -> None:
+    """A CPU keeps what is said above, but of a frozen norm only the input, and a dropout's mask in bf16."""
+    config = ModelConfig(
+        n_layers=1, d_model=256, n_heads=8, n_kv_heads=2, d_head=40, d_ff=704, vocab_size=512
+    )
+    rows, length = 2, 64
+    decoder = Decoder(config, seed=0).bfloat16()
+    add_adapters(decoder, lora, seed=1)
+    block = decoder.blocks[0].train()
+    x = torch.randn(rows, length, config.d_model, dtype=torch.bfloat16, requires_grad=True)
+    cos, sin = rotary_tables(torch.arange(length).expand(rows, length), config)
+    seen = kept_bytes(lambda: block(x, cos, sin, None, None), [*block.parameters(), cos, sin])
+    formula = saved_bytes_per_token(config, 2, length, False) + adapter_bytes_per_token(config, lora, 2)
+    formula += 2 * (4 - 2) * config.d_model
+    formula += sum(n_in for n_in, _ in adapted_shapes(config, lora)) * (lora.dropout > 0)
+    assert seen == rows * length * formula + dora_bytes(config, lora, 2)
 
 
 # ---- against the rest of the program ----
@@ -306,16 +396,25 @@ def test_stage_3_halves_with_twice_the_ranks(model: ModelConfig, precision: Prec
         assert size / 2 <= many[part] <= size / 2 + 8 * n_parameters
 
 
+UPDATES = st.builds(
+    Updates,
+    lora=st.sampled_from([LoraConfig(), LoraConfig(r=2), LoraConfig(r=3, targets=["up"], dora=True)]),
+    ema=st.sampled_from([EmaConfig(), EmaConfig(decay=0.9)]),
+)
+
+
 @settings(deadline=None)
-@given(MODELS, ENGINES, PASSES)
-def test_offload_moves_state_and_loses_none(model: ModelConfig, engine: EngineConfig, each: Pass) -> None:
+@given(MODELS, ENGINES, PASSES, UPDATES)
+def test_offload_moves_state_and_loses_none(
+    model: ModelConfig, engine: EngineConfig, each: Pass, updates: Updates
+) -> None:
     partitioning = Partitioning(n_ranks=4, ranks_per_copy=4)
     here, off = (
-        memory_bytes(model, replace(engine, offload_optimizer=flag), partitioning, each)
+        memory_bytes(model, replace(engine, offload_optimizer=flag), partitioning, each, updates)
         for flag in (False, True)
     )
     device, host = off
-    state = state_bytes(model, engine, partitioning)
+    state = state_bytes(model, engine, partitioning, updates)
     assert all(device.get(part, 0) + host.get(part, 0) == size for part, size in state.items())
     assert sum(device.values()) < sum(here[0].values())
     assert host["masters"] == state["masters"]
@@ -563,6 +662,50 @@ def test_zero_plus_plus_and_nvme_are_planned_from_their_keys() -> None:
     assert nvme.step.optimizer_s > host.step.optimizer_s
 
 
+def test_adapters_take_less_memory_and_time_and_an_average_more() -> None:
+    """By hand: what 8 ranks of ZeRO-3 hold of 1,000,000 trained values, and what a step of them computes."""
+    more = {
+        "all": [],
+        "adapters": ["init_from=base", "lora.r=16"],
+        "average": ["ema.decay=0.999"],
+        "both": ["init_from=base", "lora.r=16", "ema.decay=0.999"],
+    }
+    plans = {
+        name: make_plan(
+            a_config("engine=zero2", "micro_batch_sequences=8", "data.sequence_length=4096", *words),
+            cluster_of(1),
+            SITE,
+            search=False,
+        )
+        for name, words in more.items()
+    }
+    best = {name: plan.best for name, plan in plans.items()}
+    model = plans["all"].config.model
+    trained = best["adapters"].option.updates.trained(model)
+    assert (
+        trained
+        == 22 * 16 * ((2048 + 2048) * 2 + (2048 + 256) * 2 + (2048 + 5632) * 3)
+        < 0.02 * count_parameters(model)
+    )
+    assert best["average"].device["moving average"] == 4 * -(-count_parameters(model) // 8)
+    assert best["both"].device["moving average"] == best["both"].device["masters"] == 4 * trained // 8
+    assert best["adapters"].device["parameters"] == 2 * (count_parameters(model) + trained)
+    totals = {name: one.device_total for name, one in best.items()}
+    assert totals["adapters"] < totals["both"] < totals["all"] < totals["average"]
+    steps = {name: one.step for name, one in best.items()}
+    # A third of the products with weights is spared; what passes through memory is not.
+    assert 2 / 3 < steps["adapters"].compute_s / steps["all"].compute_s < 0.95
+    assert steps["adapters"].model_flops == 64 * 4096 * flops_per_token(model, 4096, LoraConfig(r=16))
+    assert steps["average"].optimizer_s == pytest.approx(steps["all"].optimizer_s * 42 / 30)
+    assert steps["average"].compute_s == steps["all"].compute_s
+    saved = {name: plan.goodput.checkpoint_bytes for name, plan in plans.items()}
+    assert (saved["all"], saved["average"]) == (12 * count_parameters(model), 16 * count_parameters(model))
+    assert (saved["adapters"], saved["both"]) == (12 * trained, 16 * trained)
+    assert f"{trained:,} of" in "\n".join(plan_lines(plans["both"]))
+    assert "moving average" in "\n".join(plan_lines(plans["both"]))
+    assert plan_values(plans["both"])["memory"]["moving average"]["known"] == "measured"
+
+
 def test_cost_and_days_follow_from_the_step() -> None:
     plan = make_plan(a_config(), cluster_of(1), SITE)
     seconds = plan.config.n_steps * plan.best.step.total_s / plan.goodput.frac
@@ -668,7 +811,6 @@ def test_the_planned_option_is_one_that_training_takes() -> None:
         ([*EXAMPLE, "cluster.gpu=v100", "engine.precision=bf16"], ["cluster.gpu=v100", "bf16"]),
         ([*EXAMPLE, "cluster.gpus_per_node=0", "cluster.ranks_per_node=2"], ["cluster.gpus_per_node=0"]),
         ([*EXAMPLE, "engine=zero3_ulysses"], ["engine.sequence_parallel_ranks=2"]),
-        ([*EXAMPLE, "ema.decay=0.999"], ["ema.decay=0.999"]),
         ([*EXAMPLE, "data.token=5"], ["data.token", "did you mean tokens?"]),
         ([*EXAMPLE, "cluster.nodes=1", "cluster.gpus_per_node=1", "model=70b"], ["1 x h100"]),
     ],
