@@ -41,10 +41,10 @@ _WHOLE = re.compile(r"(?s).+")
 # Finds a vocabulary piece that spans the end of a unit. It searches a text of all pieces, separated by NUL characters.
 _ACROSS_UNITS = re.compile(rf"[^{SPACE_SYMBOL}\0]{SPACE_SYMBOL}|\n[^\n\0]")
 _LONG_UNIT_CHARS = 24
-# Units are encoded many at a time, with this character between them: a call of sentencepiece takes as long as encoding
-# ten characters.
+# Units are encoded many at a time, with this character after each: a call of sentencepiece takes as long as encoding
+# ten characters. Its memory grows with the text, and in longer blocks it leaves the processor's cache.
 _SEPARATOR = "\0"
-_BLOCK_CHARS = 1 << 14
+_BLOCK_CHARS = 1 << 11
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not valid UTF-8
 
@@ -309,22 +309,26 @@ class _SentencePiece:
         """Encode each distinct unit only once, since texts repeat their words."""
         numbers = _Numbers()
         number = numbers.__getitem__
+        wholes: list[str] = []
         rows: list[int] = []
         n_rows = [0]
         for text in texts:
-            rows.append(_BOS)
             units = self._units
             # Texts with few spaces, such as Chinese, would give long units that do not repeat.
             if units is _UNITS and text.count(" ") * _LONG_UNIT_CHARS < len(text):
                 units = _BETWEEN_SPACE_SYMBOLS
-            if units is _BETWEEN_SPACE_SYMBOLS and SPACE_SYMBOL not in text:
-                rows += [number(text)] if text else []
+            if units is _BETWEEN_SPACE_SYMBOLS and text and SPACE_SYMBOL not in text:
+                wholes.append(
+                    text
+                )  # whole texts hardly ever repeat, so they are numbered backwards from the end
+                rows += (_BOS, -len(wholes), _EOS)
             else:
+                rows.append(_BOS)
                 rows += map(number, units.findall(text))
-            rows.append(_EOS)
+                rows.append(_EOS)
             n_rows.append(len(rows))
         special = [[self.ids.bos], [self.ids.eos], self._space_symbol_ids]
-        flat, lengths = self._encode_units(list(numbers)[1:])
+        flat, lengths = self._encode_units([*list(numbers)[1:], *reversed(wholes)])
         flat = np.concatenate([*special, flat])
         lengths = np.concatenate([[len(ids) for ids in special], lengths])
         return _put_together(flat, lengths, rows, n_rows, token_dtype(self.vocab_size))
@@ -333,20 +337,12 @@ class _SentencePiece:
         """The ids of all units, one unit after another, and the number of ids of each."""
         if self._separator_id is None:
             return self._encode_separately(units)
-        found = []
-        for block in _blocks(units):
-            together = _SEPARATOR.join(block)
-            ids = self._processor.encode(together, return_type="numpy")
-            is_separator = ids == self._separator_id
-            ends = np.flatnonzero(is_separator)
-            if len(ends) == len(block) - 1 == together.count(_SEPARATOR):
-                found.append((ids[~is_separator], np.diff(ends, prepend=-1, append=len(ids)) - 1))
-            else:  # a unit holds the separator
-                found.append(self._encode_separately(block))
-        if not found:
+        blocks = ["".join([f"{unit}{_SEPARATOR}" for unit in block]) for block in _blocks(units)]
+        if not blocks or sum(block.count(_SEPARATOR) for block in blocks) > len(units):  # a unit holds it
             return self._encode_separately(units)
-        flat, lengths = zip(*found, strict=True)
-        return np.concatenate(flat), np.concatenate(lengths)
+        ids = np.concatenate(self._processor.encode(blocks, num_threads=1, return_type="numpy"))
+        is_separator = ids == self._separator_id
+        return ids[~is_separator], np.diff(np.flatnonzero(is_separator), prepend=-1) - 1
 
     def _encode_separately(self, units: list[str]) -> tuple[np.ndarray, np.ndarray]:
         # For short units, sentencepiece returns lists faster than arrays.
@@ -432,7 +428,7 @@ def _put_together(
     """Replace unit numbers by token ids.
 
     `ids` holds the token ids of all units, `lengths` the number of each unit's, and `rows` the unit numbers of all
-    texts; text k ends at index `n_rows[k + 1]` of `rows`.
+    texts, of which negative ones count from the end; text k ends at index `n_rows[k + 1]` of `rows`.
     """
     flat, units = ids.astype(dtype), np.array(rows, np.int64)
     begins = np.cumsum(lengths) - lengths

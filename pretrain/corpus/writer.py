@@ -195,8 +195,9 @@ class CorpusWriter:
         offsets = np.maximum(start - begins, 0)
         is_begun = offsets == 0
         ids = documents.ids[first:end]
-        for name in ids[not is_begun[0] :]:
-            self._id_rows.extend((hash_id(name), self._n_chunks))
+        hashes = np.array([hash_id(name) for name in ids[not is_begun[0] :]], np.uint64)
+        rows = np.column_stack([hashes, np.full(len(hashes), self._n_chunks, np.uint64)])
+        self._id_rows.frombytes(rows.tobytes())
         added: dict[str, list[Any]] = {
             "starts": (begins + offsets - start + self._filled).tolist(),
             "source": documents.source[first:end].tolist(),
