@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import xxhash
+from pydantic_core import to_json
 
 from data_tools import text as clean
 from data_tools.config import DocumentFormat, PrepareConfig
@@ -279,33 +280,33 @@ class _Gatherer:
                 kept.append(row)
         funnel.read += len(digests)
         funnel.kept += len(kept)
+        columns: list[Sequence[Any]] = [ids, languages, contents, digests, sizes, sources, plains]
+        if len(kept) < len(digests):
+            columns = [[column[row] for row in kept] for column in columns]
+        ids, languages, contents, digests, sizes, sources, plains = columns
         rows = self._rows
-        rows.ids += [ids[row][:MAX_ID_CHARS] for row in kept]
-        rows.languages += [languages[row] for row in kept]
-        rows.contents += [contents[row] for row in kept]
-        rows.digests += [digests[row] for row in kept]
-        rows.sources += [self._source(sources[row]) for row in kept]
-        rows.sizes += (added := [sizes[row] for row in kept])
-        self._bytes += sum(added)
-        funnel.kept_bytes += sum(added)
+        rows.ids += [name[:MAX_ID_CHARS] for name in ids]
+        rows.languages += languages
+        rows.contents += contents
+        rows.digests += digests
+        rows.sizes += sizes
+        for source in dict.fromkeys(sources):
+            if source not in self._source_index:
+                self._add_source(*source)
+        rows.sources += map(self._source_index.__getitem__, sources)
+        self._bytes += sum(sizes)
+        funnel.kept_bytes += sum(sizes)
         if self._config.tokenizer.path is None:  # the script decides how a tokenizer is trained
-            probes = "\n".join([plains[row][:_PROBE_CHARS] for row in kept])
+            probes = "\n".join([plain[:_PROBE_CHARS] for plain in plains])
             visible_chars, cjk_chars = clean.count_cjk(probes)
             state.probed_chars += visible_chars
             state.cjk_chars += cjk_chars
 
-    def _source(self, document: tuple[str, str]) -> int:
-        """The index of the source of a document."""
-        found = self._source_index.get(document)
-        return self._new_source(*document) if found is None else found
-
-    def _new_source(self, name: str, license: str) -> int:
-        """The index of a source that has not had this license yet."""
+    def _add_source(self, name: str, license: str) -> None:
+        """Take in a source that has not had this license yet."""
         licenses = self._state.licenses
         licenses.setdefault(name, []).append(license)
-        source = list(licenses).index(name)
-        self._source_index[name, license] = source
-        return source
+        self._source_index[name, license] = list(licenses).index(name)
 
     def _reject(self, item: Rejected) -> None:
         if item.file:
@@ -431,6 +432,8 @@ def sample_bound(digests: np.ndarray, sample_bytes: int) -> tuple[int, int]:
 
     `digests` is uint64 [documents, 3 or more]: (order, split, bytes, ...).
     """
+    if (all_bytes := int(digests[:, 2].sum())) < sample_bytes:
+        return min(int(digests[:, 0].max()) + 1, _MAX_U64), all_bytes
     ordered = digests[np.argsort(digests[:, 0], kind="stable")]
     total = np.cumsum(ordered[:, 2])
     count = min(int(np.searchsorted(total, np.uint64(sample_bytes))) + 1, len(ordered))
@@ -464,7 +467,7 @@ def choose_sample(digests: np.ndarray, weights: Sequence[float], sample_bytes: i
 
 def json_array(value: Any) -> np.ndarray:
     """JSON as an array of bytes, so that it can be stored beside other arrays in one .npz."""
-    return np.frombuffer(json.dumps(value, ensure_ascii=False).encode(), dtype=np.uint8)
+    return np.frombuffer(to_json(value), dtype=np.uint8)
 
 
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:

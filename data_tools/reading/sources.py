@@ -218,8 +218,12 @@ def _of_run(file: InputFile, run: Run, config: PrepareConfig) -> Documents | Non
         sources = [_source_of(file, record) for record in run.fields]
     if "language" in given:
         languages = [_given(record, "language") for record in run.fields]
-    pairs = zip(run.fields, run.lines, strict=True)
-    ids = [_own_id(record) or f"{file.name}:{line.number}" for record, line in pairs]
+    own_ids = [record.get("id") for record in run.fields]
+    if set(map(type, own_ids)) == {int}:
+        ids = list(map(str, own_ids))
+    else:
+        pairs = zip(own_ids, run.lines, strict=True)
+        ids = [_id_of(own_id) or f"{file.name}:{line.number}" for own_id, line in pairs]
     return Documents(ids, sources, cast("list[str]", texts), languages, run.position_bytes)
 
 
@@ -277,7 +281,9 @@ def _add(waiting: Documents, file: InputFile, entry: Entry, config: PrepareConfi
                 "unread", f"{where} {error}", entry.position_bytes, True, place, str(error), *lost
             )
         return Rejected("bad_record", f"{where} {error}", entry.position_bytes, is_error=True)
-    waiting.ids.append(_own_id(record) or (file.name if entry.is_file else f"{file.name}:{entry.number}"))
+    waiting.ids.append(
+        _id_of(record.get("id")) or (file.name if entry.is_file else f"{file.name}:{entry.number}")
+    )
     waiting.sources.append(_source_of(file, record))
     waiting.texts.append(text)
     waiting.languages.append(_given(record, "language"))
@@ -286,11 +292,11 @@ def _add(waiting: Documents, file: InputFile, entry: Entry, config: PrepareConfi
     return None
 
 
-def _own_id(record: dict[str, Any]) -> str:
-    """The id that a record states; empty where there is none."""
-    own_id = record.get("id")
-    is_id = isinstance(own_id, str | int) and not isinstance(own_id, bool)
-    return _readable(str(own_id)) if is_id else ""
+def _id_of(value: object) -> str:
+    """An id that a record states; empty where it is none."""
+    if isinstance(value, str):
+        return _readable(value)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else ""
 
 
 def _source_of(file: InputFile, record: dict[str, Any]) -> tuple[str, str]:
