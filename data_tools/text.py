@@ -66,12 +66,12 @@ def clean_all(texts: Sequence[str]) -> Sequence[str]:
     return texts
 
 
-def length_problem(text: str, min_chars: int, max_chars: int) -> str | None:
-    """The reason for dropping a document for its length, or None. Leading and trailing white space does not count."""
-    length = len(text.strip())
-    if length < min_chars:
-        return "too_short"
-    return "too_long" if length > max_chars else None
+def length_problems(texts: Sequence[str], min_chars: int, max_chars: int) -> list[str | None]:
+    """The reason for dropping each document for its length, or None. White space around a text does not count."""
+    return [
+        None if min_chars <= length <= max_chars else "too_short" if length < min_chars else "too_long"
+        for length in map(len, map(str.strip, texts))
+    ]
 
 
 def count_cjk(text: str) -> tuple[int, int]:

@@ -2,8 +2,9 @@
 
 A part consists of two files, each complete or absent:
 
-    text-00000.json      ids, texts and languages of its documents
-    text-00000.npz       their hashes, sizes and sources, and the state that is needed to continue after this part
+    text-00000.txt       the texts of its documents, with a NUL character between them
+    text-00000.npz       their ids, languages, hashes, sizes and sources, and the state that is needed to continue
+                         after this part
 
 Documents are short, often a single sentence, so what costs microseconds is done for many at once.
 """
@@ -14,20 +15,21 @@ import hashlib
 import io
 import json
 from binascii import hexlify
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import xxhash
+from pydantic_core import to_json
 
 from data_tools import text as clean
 from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.progress import stage
 from data_tools.reading import dialogue
 from data_tools.reading.listing import LeftOut
-from data_tools.reading.sources import Document, InputFile, Rejected, read_documents
+from data_tools.reading.sources import Documents, InputFile, Rejected, read_documents
 from data_tools.report.funnel import Funnel, estimated_documents
 from data_tools.report.schemas import MAX_REPORT_BYTES, MAX_REPORT_VALUES
 from data_tools.tables import shown
@@ -41,8 +43,7 @@ GATHERED_NAME = "gathered.json"
 _MAX_U64 = (1 << 64) - 1
 _PROBE_CHARS = 1000  # characters at the beginning of each document from which its script is detected
 _NAMED_SOURCES = 12
-# Documents that are cleaned together: a memory of little more than the longest one takes.
-_BATCH_DOCUMENTS, _BATCH_CHARS = 256, 1 << 18
+_BETWEEN = "\0"  # in no text: cleaning drops control characters, and the JSON of dialogues escapes them
 
 
 class SourceSample(NamedTuple):
@@ -90,6 +91,22 @@ class PartTexts(NamedTuple):
 
 
 @dataclass(slots=True)
+class _Rows:
+    """Columns of the documents of the part that is being gathered."""
+
+    ids: list[str] = field(default_factory=list)
+    languages: list[str] = field(default_factory=list)
+    contents: list[bytes] = field(default_factory=list)
+    """The texts in UTF-8; for dialogues, the results of `dialogue.dump`."""
+    digests: list[bytes] = field(default_factory=list)
+    """Hashes of the contents."""
+    sizes: list[int] = field(default_factory=list)
+    """UTF-8 bytes of the text."""
+    sources: list[int] = field(default_factory=list)
+    """Index of each source."""
+
+
+@dataclass(slots=True)
 class _State:
     """The state after the documents that were read so far, without their digests."""
 
@@ -115,7 +132,7 @@ class _State:
 
 def part_path(work: Path, number: int) -> Path:
     """Path of the text of a part."""
-    return work / f"text-{number:05d}.json"
+    return work / f"text-{number:05d}.txt"
 
 
 def read_digests(path: Path) -> np.ndarray:
@@ -130,7 +147,9 @@ def read_digests(path: Path) -> np.ndarray:
 
 def read_part(path: Path) -> PartTexts:
     """The documents of a part."""
-    return PartTexts(**json.loads(path.read_bytes()))
+    texts = path.read_bytes().decode().split(_BETWEEN)
+    with np.load(path.with_suffix(".npz"), allow_pickle=False) as saved:
+        return PartTexts(texts=texts, **json.loads(saved["names"].tobytes()))
 
 
 def gather(
@@ -163,8 +182,7 @@ class _Gatherer:
         self._load()
 
     def _start_part(self) -> None:
-        # Id, text, language, hash of the text, its bytes, index of the source, and beginning of each document.
-        self._rows: list[tuple[str, str, str, bytes, int, int, str]] = []
+        self._rows = _Rows()
         self._bytes = 0
 
     def _load(self) -> None:
@@ -189,74 +207,106 @@ class _Gatherer:
             progress.skip(sum(sizes[:first_file]))
             for number in range(first_file, len(files)):
                 position, record, has_documents = 0, 0, False
-                for items in _batches(read_documents(files[number], self._config)):
-                    progress.advance(items[-1].position_bytes - position)
-                    position = items[-1].position_bytes
-                    has_documents = has_documents or any(isinstance(item, Document) for item in items)
+                for item in read_documents(files[number], self._config):
+                    progress.advance(item.position_bytes - position)
+                    position = item.position_bytes
+                    has_documents = has_documents or isinstance(item, Documents)
                     done = max(0, skipped_records - record) if number == first_file else 0
+                    n_records = len(item) if isinstance(item, Documents) else 1
                     self._state.next_file = number
-                    self._take(items[done:], record + done)
-                    record += len(items)
+                    if isinstance(item, Documents):
+                        self._take(item.after(done), record + done)
+                    elif not done:
+                        self._state.next_record = record + 1
+                        self._reject(item)
+                    record += n_records
                 progress.advance(sizes[number] - position)
                 self._state.read_bytes += sizes[number] if has_documents else 0
-        if self._rows:
+        if self._rows.ids:
             self._finish_part()
         for file in self._left_out:
             lost, lost_bytes = (1, file.size_bytes) if file.holds_documents else (0, 0)
             self._lose(file.name, file.reason, lost, lost_bytes)
             check_bad(self._config, self._state.funnel, f"{file.name} {file.reason}", is_file=True)
 
-    def _take(self, items: Sequence[Document | Rejected], record: int) -> None:
-        """Take the items that follow the first `record` records of a file."""
-        documents = [item for item in items if isinstance(item, Document)]
-        texts = iter(self._cleaned([document.text for document in documents]))
-        for number, item in enumerate(items, record + 1):
-            self._state.next_record = number
-            if isinstance(item, Rejected):
-                self._reject(item)
-            else:
-                self._add(item, *next(texts))
+    def _take(self, documents: Documents, record: int) -> None:
+        """Take documents that follow the first `record` records of a file."""
+        texts, plains = self._cleaned(documents.texts)
+        contents = [text.encode() for text in texts]
+        sizes = [len(content) for content in contents]
+        if plains is not texts:
+            sizes = [len(plain.encode()) for plain in plains]
+        # Where a document may fill the part, each is taken by itself.
+        step = len(texts) if self._bytes + sum(sizes) < self._config.part_bytes else 1
+        columns = (documents.ids, documents.languages, contents, sizes, documents.sources, plains)
+        for start in range(0, len(texts), step or 1):
+            chosen = columns if step > 1 else tuple(column[start : start + 1] for column in columns)
+            self._state.next_record = record + start + step
+            self._add(*chosen)
+            if self._bytes >= self._config.part_bytes:
+                self._finish_part()
 
-    def _cleaned(self, texts: Sequence[str]) -> Iterable[tuple[str, str]]:
+    def _cleaned(self, texts: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
         """The texts as they are stored and as they are read."""
         if self._config.format is DocumentFormat.chat:  # messages have already been cleaned one by one
-            return ((text, dialogue.plain(dialogue.load(text).messages)) for text in texts)
+            return texts, [dialogue.plain(dialogue.load(text).messages) for text in texts]
         texts = clean.clean_all(texts)
-        return zip(texts, texts, strict=True)
+        return texts, texts
 
-    def _add(self, document: Document, text: str, plain: str) -> None:
-        state, funnel = self._state, self._state.funnel
-        funnel.read += 1
-        problem = clean.length_problem(plain, self._config.min_chars, self._config.max_chars)
-        content = text.encode()
-        digest = xxhash.xxh3_128_digest(content)
+    def _add(
+        self,
+        ids: Sequence[str],
+        languages: Sequence[str],
+        contents: Sequence[bytes],
+        sizes: Sequence[int],
+        sources: Sequence[tuple[str, str]],
+        plains: Sequence[str],
+    ) -> None:
+        """Add documents to the part, those that are dropped excepted."""
+        state, seen, funnel = self._state, self._seen, self._state.funnel
+        digests = [xxhash.xxh3_128_digest(content) for content in contents]
         # A chain of hashes, because a hash object cannot be saved with the state of a part.
-        state.read_sha256 = hashlib.sha256(state.read_sha256.encode() + hexlify(digest)).hexdigest()
-        if problem is None and digest in self._seen:
-            problem = "duplicate"
-        if problem is not None:
-            funnel.drop(problem)
-            return
-        self._seen.add(digest)
-        source = self._source_index.get((document.source, document.license))
-        if source is None:
-            source = self._new_source(document)
-        n_bytes = len(content) if plain is text else len(plain.encode())
-        name, probe = document.id[:MAX_ID_CHARS], plain[:_PROBE_CHARS]
-        self._rows.append((name, text, document.language, digest, n_bytes, source, probe))
-        self._bytes += n_bytes
-        funnel.kept += 1
-        funnel.kept_bytes += n_bytes
-        if self._bytes >= self._config.part_bytes:
-            self._finish_part()
+        chained = state.read_sha256.encode()
+        for digest in digests:
+            chained = hexlify(hashlib.sha256(chained + hexlify(digest)).digest())
+        state.read_sha256 = chained.decode()
+        problems = clean.length_problems(plains, self._config.min_chars, self._config.max_chars)
+        kept = list[int]()
+        for row, (digest, problem) in enumerate(zip(digests, problems, strict=True)):
+            if problem is not None or digest in seen:
+                funnel.drop(problem or "duplicate")
+            else:
+                seen.add(digest)
+                kept.append(row)
+        funnel.read += len(digests)
+        funnel.kept += len(kept)
+        columns: list[Sequence[Any]] = [ids, languages, contents, digests, sizes, sources, plains]
+        if len(kept) < len(digests):
+            columns = [[column[row] for row in kept] for column in columns]
+        ids, languages, contents, digests, sizes, sources, plains = columns
+        rows = self._rows
+        rows.ids += [name[:MAX_ID_CHARS] for name in ids]
+        rows.languages += languages
+        rows.contents += contents
+        rows.digests += digests
+        rows.sizes += sizes
+        for source in dict.fromkeys(sources):
+            if source not in self._source_index:
+                self._add_source(*source)
+        rows.sources += map(self._source_index.__getitem__, sources)
+        self._bytes += sum(sizes)
+        funnel.kept_bytes += sum(sizes)
+        if self._config.tokenizer.path is None:  # the script decides how a tokenizer is trained
+            probes = "\n".join([plain[:_PROBE_CHARS] for plain in plains])
+            visible_chars, cjk_chars = clean.count_cjk(probes)
+            state.probed_chars += visible_chars
+            state.cjk_chars += cjk_chars
 
-    def _new_source(self, document: Document) -> int:
-        """The index of a source that has not had this license yet."""
+    def _add_source(self, name: str, license: str) -> None:
+        """Take in a source that has not had this license yet."""
         licenses = self._state.licenses
-        licenses.setdefault(document.source, []).append(document.license)
-        source = list(licenses).index(document.source)
-        self._source_index[document.source, document.license] = source
-        return source
+        licenses.setdefault(name, []).append(license)
+        self._source_index[name, license] = list(licenses).index(name)
 
     def _reject(self, item: Rejected) -> None:
         if item.file:
@@ -277,15 +327,15 @@ class _Gatherer:
     def _finish_part(self) -> None:
         number = len(self._digests)
         self._state.parts.append(self._bytes)
-        ids, texts, languages, hashes, n_bytes, sources, probes = zip(*self._rows, strict=True)
-        visible_chars, cjk_chars = clean.count_cjk("\n".join(probes))
-        self._state.probed_chars += visible_chars
-        self._state.cjk_chars += cjk_chars
-        halves = np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64).reshape(-1, 2)
-        digests = np.column_stack([halves, np.array(n_bytes, np.uint64), np.array(sources, np.uint64)])
-        part, path = PartTexts(list(ids), list(texts), list(languages)), part_path(self._work, number)
-        write_atomically(path, json.dumps(part._asdict(), ensure_ascii=False).encode())
-        save_arrays(path.with_suffix(".npz"), digests=digests, state=json_array(asdict(self._state)))
+        rows, path = self._rows, part_path(self._work, number)
+        halves = np.frombuffer(b"".join(rows.digests), ">u8").astype(np.uint64).reshape(-1, 2)
+        columns = np.array([rows.sizes, rows.sources], np.uint64)
+        digests = np.column_stack([halves, *columns])
+        names = json_array({"ids": rows.ids, "languages": rows.languages})
+        write_atomically(path, _BETWEEN.encode().join(rows.contents))
+        save_arrays(
+            path.with_suffix(".npz"), digests=digests, names=names, state=json_array(asdict(self._state))
+        )
         self._digests.append(digests)
         self._start_part()
 
@@ -332,19 +382,6 @@ class _Gatherer:
                 "tokenizer.source_weights leaves no text to train a tokenizer on; raise a weight"
             )
         return sample
-
-
-def _batches(items: Iterable[Document | Rejected]) -> Iterator[list[Document | Rejected]]:
-    """The items in groups of bounded size."""
-    group, n_chars = list[Document | Rejected](), 0
-    for item in items:
-        group.append(item)
-        n_chars += len(item.text) if isinstance(item, Document) else _BATCH_CHARS
-        if n_chars >= _BATCH_CHARS or len(group) == _BATCH_DOCUMENTS:
-            yield group
-            group, n_chars = [], 0
-    if group:
-        yield group
 
 
 def nothing_left(config: PrepareConfig, funnel: Funnel) -> str:
@@ -395,6 +432,8 @@ def sample_bound(digests: np.ndarray, sample_bytes: int) -> tuple[int, int]:
 
     `digests` is uint64 [documents, 3 or more]: (order, split, bytes, ...).
     """
+    if (all_bytes := int(digests[:, 2].sum())) < sample_bytes:
+        return min(int(digests[:, 0].max()) + 1, _MAX_U64), all_bytes
     ordered = digests[np.argsort(digests[:, 0], kind="stable")]
     total = np.cumsum(ordered[:, 2])
     count = min(int(np.searchsorted(total, np.uint64(sample_bytes))) + 1, len(ordered))
@@ -428,7 +467,7 @@ def choose_sample(digests: np.ndarray, weights: Sequence[float], sample_bytes: i
 
 def json_array(value: Any) -> np.ndarray:
     """JSON as an array of bytes, so that it can be stored beside other arrays in one .npz."""
-    return np.frombuffer(json.dumps(value, ensure_ascii=False).encode(), dtype=np.uint8)
+    return np.frombuffer(to_json(value), dtype=np.uint8)
 
 
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:

@@ -207,4 +207,6 @@ def _documents(group: EncodedPart, rows: np.ndarray) -> Documents:
 def _ranges(begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The numbers of all ranges, one range after another, and where each begins among them, with the end."""
     starts = np.concatenate([[0], np.cumsum(ends - begins)])
-    return np.repeat(begins - starts[:-1], ends - begins) + np.arange(starts[-1]), starts
+    places = np.repeat(begins - starts[:-1], ends - begins)
+    places += np.arange(starts[-1])
+    return places, starts

@@ -57,7 +57,7 @@ PRODUCTS = (
 PIPELINE_VERSION = 3
 
 # Raise this with every change of the files of an interrupted preparation: those of an older program are removed.
-WORK_VERSION = 2
+WORK_VERSION = 3
 
 # Options that do not change the corpus. The input is represented by its files.
 _NOT_IN_KEY = ("input", "output", "overwrite", "workers", "max_bad_records", "card", "ignore")

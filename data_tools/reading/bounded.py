@@ -9,10 +9,11 @@ import gzip
 import io
 import json
 import lzma
+import secrets
 import sys
 import zlib
 from bz2 import BZ2Decompressor
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -41,6 +42,10 @@ _ZST_WINDOW_BYTES = 128 << 20
 _XZ_MEMORY_BYTES = 128 << 20  # the highest preset of xz needs 65 MiB
 _MANY_VALUES = 500_000
 _JSON = json.JSONDecoder()
+# Lines that are parsed together: little more memory than the longest line takes.
+_GROUP_LINES, _GROUP_BYTES = 256, 1 << 18
+_MARK = secrets.token_hex(16)  # a string that no file can foresee
+_BETWEEN = f',"{_MARK}",'.encode()
 # Values are counted only in longer JSON: shorter JSON takes little memory, whatever it holds.
 _COUNTED_LINE_BYTES = 1 << 20
 
@@ -297,6 +302,46 @@ def lines(file: IO[bytes], max_bytes: int, start: int = 0, stop: int = sys.maxsi
         raise CutOffError(str(error)) from error
     except zlib.error as error:
         raise OSError(str(error)) from error
+
+
+def line_groups(found: Iterable[Line]) -> Iterator[list[Line]]:
+    """Lines in groups of bounded size. Where reading fails, the lines before come first."""
+    group, n_bytes = list[Line](), 0
+    try:
+        for line in found:
+            n_bytes += 0 if line.content is None else len(line.content)
+            group.append(line)
+            if n_bytes >= _GROUP_BYTES and len(group) > 1:  # a long line is parsed by itself
+                yield group[:-1]
+                group = group[-1:]
+                n_bytes = len(line.content or b"")
+            if n_bytes >= _GROUP_BYTES or len(group) == _GROUP_LINES:
+                yield group
+                group, n_bytes = [], 0
+    except OSError:
+        if group:
+            yield group
+        raise
+    if group:
+        yield group
+
+
+def parsed_together(group: list[Line]) -> list[dict[str, Any]] | None:
+    """The JSON objects of lines in UTF-8; None where a line holds anything else, and is to be parsed by itself.
+
+    The lines become one array with a mark between them. Each is a value of its own if all marks are found at their
+    places: a line that opens a bracket and does not close it would take marks into its own value.
+    """
+    contents = [line.content for line in group if line.content is not None]
+    if len(group) == 1 or len(contents) < len(group):
+        return None
+    try:
+        values = json.loads((b"[" + _BETWEEN.join(contents) + b"]").decode())
+    except (ValueError, RecursionError):
+        return None
+    objects = values[::2]
+    is_whole = len(objects) == len(group) and values[1::2] == [_MARK] * (len(group) - 1)
+    return objects if is_whole and set(map(type, objects)) == {dict} else None
 
 
 def _skip_line(file: IO[bytes], max_bytes: int) -> int:

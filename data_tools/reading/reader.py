@@ -14,7 +14,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import IO, Any, NamedTuple
 
-from data_tools.reading.bounded import BROKEN, Bounds, CutOffError, Line, head_of, lines, unpacked
+from data_tools.reading.bounded import (
+    BROKEN,
+    Bounds,
+    CutOffError,
+    Line,
+    head_of,
+    line_groups,
+    lines,
+    parsed_together,
+    unpacked,
+)
 from data_tools.reading.columns.columnar import ArrowStream, Header, ParquetFile, Row
 from data_tools.reading.encodings import HEAD_BYTES, UTF_8, advice, decode, encoding_of, is_wide, recoded
 from data_tools.reading.listing import is_url, reason_of
@@ -76,6 +86,22 @@ class Entry(NamedTuple):
     """Where it is not known: the number of bytes of the file that hold these documents."""
 
 
+class Run(NamedTuple):
+    """Good records that follow one another in a file of JSON lines. Together they cost half as much as one by one."""
+
+    lines: list[Line]
+    """The line of each record."""
+    position_bytes: int
+    """How much of the file has been read."""
+    fields: list[dict[str, Any]]
+    """The fields of each record."""
+
+    def entries(self) -> Iterator[Entry]:
+        """The records one by one."""
+        for line, fields in zip(self.lines, self.fields, strict=True):
+            yield Entry(line.begin, line.number, self.position_bytes, fields)
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """What to read of a file, and how."""
@@ -125,7 +151,16 @@ def entries(raw: IO[bytes], span: Span) -> Iterator[Entry]:
 
     Raises ConfigError where a package is missing.
     """
-    readers = {
+    for found in runs(raw, span):
+        if isinstance(found, Run):
+            yield from found.entries()
+        else:
+            yield found
+
+
+def runs(raw: IO[bytes], span: Span) -> Iterator[Entry | Run]:
+    """As `entries`, but good records that cost less together come together."""
+    readers: dict[str, Callable[[IO[bytes], Span, _Place], Iterator[Entry | Run]]] = {
         "jsonl": _jsonl,
         "json": _json,
         "csv": _csv,
@@ -147,7 +182,7 @@ def entries(raw: IO[bytes], span: Span) -> Iterator[Entry]:
             return
         if entry is None:
             break
-        at.records += 1
+        at.records += len(entry.fields) if isinstance(entry, Run) else 1
         yield entry
     if not at.records and span.start == 0 and span.stop is None:
         problem = "holds no record"
@@ -188,14 +223,19 @@ def _opened(raw: IO[bytes], span: Span) -> tuple[IO[bytes], str]:
     return (recoded(file, encoding), UTF_8) if is_wide(encoding) else (file, encoding)
 
 
-def _jsonl(raw: IO[bytes], span: Span, at: _Place) -> Iterator[Entry]:
+def _jsonl(raw: IO[bytes], span: Span, at: _Place) -> Iterator[Entry | Run]:
     at.set(span.start, 1)
     stop = sys.maxsize if span.stop is None else span.stop
     file, encoding = _opened(raw, span)
-    is_plain = file is raw  # then the line tells the position, without a system call
-    for line in lines(file, span.bounds.record_bytes, span.start, stop):
-        at.set(line.end, line.number + 1)
-        yield _entry_of_line(line, line.end if is_plain else raw.tell(), span, encoding)
+    for group in line_groups(lines(file, span.bounds.record_bytes, span.start, stop)):
+        at.set(group[-1].end, group[-1].number + 1)
+        position_bytes = raw.tell()
+        fields = parsed_together(group) if encoding == UTF_8 else None
+        if fields is not None:
+            yield Run(group, position_bytes, fields)
+        else:
+            for line in group:
+                yield _entry_of_line(line, position_bytes, span, encoding)
 
 
 def _entry_of_line(line: Line, position_bytes: int, span: Span, encoding: str) -> Entry:
@@ -221,7 +261,7 @@ def _entry_of_line(line: Line, position_bytes: int, span: Span, encoding: str) -
     return Entry(*head, fields)
 
 
-def _json(raw: IO[bytes], span: Span, at: _Place) -> Iterator[Entry]:
+def _json(raw: IO[bytes], span: Span, at: _Place) -> Iterator[Entry | Run]:
     """JSON lines, an array of objects, or objects that may span lines; the content decides."""
     at.set(0, 1)
     max_bytes = span.bounds.record_bytes

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.reading import dialogue
@@ -27,13 +27,15 @@ from data_tools.reading.listing import (
     suffix_of,
 )
 from data_tools.reading.python_text import python_files
-from data_tools.reading.reader import Entry, NoTextError, Span, entries
+from data_tools.reading.reader import Entry, NoTextError, Run, Span, runs
 from pretrain.errors import ConfigError
 from pretrain.files import open_regular
 
 _NO_DIALOGUES = {"text", "warc"}
 PYTHON = "python"
 UTF8_BYTES_PER_CHAR = 4
+# Documents that are returned together: a memory of little more than the longest one takes.
+_GROUP_DOCUMENTS, _GROUP_CHARS = 256, 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +54,30 @@ class InputFile:
     purpose, for tests of Python's own reader, so those that are no text are dropped as if by a rule."""
 
 
-@dataclass(slots=True)  # frozen ones take three times as long to make
-class Document:
-    """One text before cleaning."""
+@dataclass(slots=True)
+class Documents:
+    """Texts that follow one another in a file, before cleaning. They are columns, because short texts take less time
+    than an object for each. Their number is bounded, and so is their size but for the last one."""
 
-    id: str
-    source: str
-    license: str
-    text: str
-    """The text; for a dialogue, the result of `dialogue.dump`."""
-    position_bytes: int
+    ids: list[str] = field(default_factory=list)
+    sources: list[tuple[str, str]] = field(default_factory=list)
+    """Name of the source, and license, of each."""
+    texts: list[str] = field(default_factory=list)
+    """The texts; for dialogues, the results of `dialogue.dump`."""
+    languages: list[str] = field(default_factory=list)
+    """Language codes that data_tools.curate has written; empty where they are not known."""
+    position_bytes: int = 0
     """Number of bytes of the file that have been read so far."""
-    language: str = ""
-    """Language code that data_tools.curate has written; empty if it is not known."""
+    n_chars: int = 0
+    """Length of the texts that were added one by one."""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def after(self, n: int) -> Documents:
+        """The documents without the first `n`."""
+        columns = (self.ids, self.sources, self.texts, self.languages)
+        return Documents(*(column[n:] for column in columns), self.position_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,19 +154,16 @@ def _readable(name: str) -> str:
     return name if name.isascii() else name.encode("utf-8", "replace").decode()
 
 
-def read_documents(file: InputFile, config: PrepareConfig) -> Iterator[Document | Rejected]:
+def read_documents(file: InputFile, config: PrepareConfig) -> Iterator[Documents | Rejected]:
     """Every record of a file, and what cannot be read of it. Raises ConfigError where a package is missing."""
-    if file.is_named:
-        return _read(file, config)
-    return (
-        Rejected("not_text", item.where, item.position_bytes, is_error=False)
-        if isinstance(item, Rejected) and item.is_error
-        else item
-        for item in _read(file, config)
-    )
+    for item in _read(file, config):
+        if isinstance(item, Rejected) and item.is_error and not file.is_named:
+            yield Rejected("not_text", item.where, item.position_bytes, is_error=False)
+        else:
+            yield item
 
 
-def _read(file: InputFile, config: PrepareConfig) -> Iterator[Document | Rejected]:
+def _read(file: InputFile, config: PrepareConfig) -> Iterator[Documents | Rejected]:
     kind = FORMATS.get(suffix_of(file.path.name), "text")  # files of the input `python` have other suffixes
     most_bytes = config.max_chars * UTF8_BYTES_PER_CHAR if kind == "text" else config.max_record_bytes
     if kind == "text" and file.size_bytes > most_bytes and file.path.name.endswith((".txt", ".md")):
@@ -170,11 +180,51 @@ def _read(file: InputFile, config: PrepareConfig) -> Iterator[Document | Rejecte
         yield Rejected("unread", where, 0, True, file.name, problem, lost_bytes=file.size_bytes)
         return
     with raw:
-        for entry in entries(raw, span):
-            if entry.problem:
-                yield _rejected(file, entry, kind, config)
-            else:
-                yield _document(file, entry, config)
+        waiting = Documents()
+        for found in runs(raw, span):
+            together = _of_run(file, found, config) if isinstance(found, Run) else None
+            for entry in _one_by_one(found) if together is None else ():
+                bad = (
+                    _rejected(file, entry, kind, config)
+                    if entry.problem
+                    else _add(waiting, file, entry, config)
+                )
+                if waiting and (bad or len(waiting) == _GROUP_DOCUMENTS or waiting.n_chars >= _GROUP_CHARS):
+                    yield waiting
+                    waiting = Documents()
+                if bad:
+                    yield bad
+            if together is not None:
+                if waiting:
+                    yield waiting
+                    waiting = Documents()
+                yield together
+        if waiting:
+            yield waiting
+
+
+def _one_by_one(found: Entry | Run) -> Iterable[Entry]:
+    return found.entries() if isinstance(found, Run) else (found,)
+
+
+def _of_run(file: InputFile, run: Run, config: PrepareConfig) -> Documents | None:
+    """The documents of records that were read together; None where one of them has no text, or they are dialogues."""
+    texts = [record.get(config.text_field) for record in run.fields]
+    if config.format is DocumentFormat.chat or set(map(type, texts)) != {str}:
+        return None
+    given = set[str]().union(*run.fields)
+    sources, languages = [(file.source, file.license)] * len(texts), [""] * len(texts)
+    if given & {"source", "license"}:
+        sources = [_source_of(file, record) for record in run.fields]
+    if "language" in given:
+        languages = [_given(record, "language") for record in run.fields]
+    own_ids = [record.get("id") for record in run.fields]
+    if set(map(type, own_ids)) == {int}:
+        ids = list(map(str, own_ids))
+    else:
+        pairs = zip(own_ids, run.lines, strict=True)
+        ids = [_id_of(own_id) or f"{file.name}:{line.number}" for own_id, line in pairs]
+    return Documents(ids, sources, cast("list[str]", texts), languages, run.position_bytes)
 
 
 def _rejected(file: InputFile, entry: Entry, kind: str, config: PrepareConfig) -> Rejected:
@@ -210,7 +260,8 @@ def _columns(schema: Any, config: PrepareConfig) -> list[str]:
     return list(dict.fromkeys((*content, *more)))
 
 
-def _document(file: InputFile, entry: Entry, config: PrepareConfig) -> Document | Rejected:
+def _add(waiting: Documents, file: InputFile, entry: Entry, config: PrepareConfig) -> Rejected | None:
+    """Add the document of a record. Returns why it has none."""
     record = entry.fields
     try:
         if config.format is DocumentFormat.chat:
@@ -230,19 +281,26 @@ def _document(file: InputFile, entry: Entry, config: PrepareConfig) -> Document 
                 "unread", f"{where} {error}", entry.position_bytes, True, place, str(error), *lost
             )
         return Rejected("bad_record", f"{where} {error}", entry.position_bytes, is_error=True)
-    own_id = record.get("id")
-    if isinstance(own_id, str | int) and not isinstance(own_id, bool) and own_id != "":
-        name = _readable(str(own_id))
-    else:
-        name = file.name if entry.is_file else f"{file.name}:{entry.number}"
-    return Document(
-        id=name,
-        source=_given(record, "source") or file.source,
-        license=_given(record, "license") or file.license,
-        text=text,
-        position_bytes=entry.position_bytes,
-        language=_given(record, "language"),
+    waiting.ids.append(
+        _id_of(record.get("id")) or (file.name if entry.is_file else f"{file.name}:{entry.number}")
     )
+    waiting.sources.append(_source_of(file, record))
+    waiting.texts.append(text)
+    waiting.languages.append(_given(record, "language"))
+    waiting.n_chars += len(text)
+    waiting.position_bytes = entry.position_bytes
+    return None
+
+
+def _id_of(value: object) -> str:
+    """An id that a record states; empty where it is none."""
+    if isinstance(value, str):
+        return _readable(value)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else ""
+
+
+def _source_of(file: InputFile, record: dict[str, Any]) -> tuple[str, str]:
+    return _given(record, "source") or file.source, _given(record, "license") or file.license
 
 
 def _given(record: dict[str, Any], key: str) -> str:

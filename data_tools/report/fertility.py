@@ -76,7 +76,7 @@ def measure(
     is_byte: dict[int, bool] = {}
     for text, language, ids in _encoded(tokenizer, documents):
         counts = Counter(ids)
-        is_byte |= {i: tokenizer.is_part_of_character(i) for i in counts.keys() - is_byte.keys()}
+        is_byte |= {i: tokenizer.is_part_of_character(i) for i in counts if i not in is_byte}
         n_characters, n_cjk = count_cjk(text)
         fit = Fit(
             documents=1,

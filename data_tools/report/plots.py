@@ -1,102 +1,99 @@
-"""The plots of a corpus's card, as SVG, from its statistics.
+"""The plots of a corpus's card, as SVG, from its statistics: bars with their values.
 
-Only this module imports matplotlib, and only to draw. One version of matplotlib gives the same bytes on every machine,
-because its own font is used, and neither the user's settings nor a date. Text is stored as text, so that the reader's
-fonts can show names in any script.
+The files are written without a plotting library, which takes longer to load and to draw them than a small corpus takes
+to prepare. Text is stored as text, so that the reader's fonts can show names in any script.
 """
 
 from __future__ import annotations
 
-import io
-import logging
-import sys
-import warnings
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import escape
 
 from pretrain.files import write_atomically
 from pretrain.printing import visible
 
 _SHOWN, _ALT_BARS, _LABEL_CHARS = 20, 6, 60
-_SETTINGS = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "pretrain",
-    "font.family": ["sans-serif"],
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib
-    "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
+_FONT = 12
+_BAR, _STEP = 18, 26  # thickness of a horizontal bar, and distance from one to the next
+_LONGEST = 360  # length of the longest bar
+_COLUMN = 64  # width of a vertical bar with its margin
+_TALLEST = 180  # height of the tallest bar
+_MARGIN, _TOP = 12, 44
+_NOT_XML = dict.fromkeys((0xFFFE, 0xFFFF), "\ufffd")
 
 Bars = list[tuple[str, int]]
 
 
 def write_plots(statistics: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Draw the plots into `folder`. Returns alternative text for each file name.
-
-    There are no plots where matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        print("the card has no plots: matplotlib is not installed", file=sys.stderr)
-        return {}
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    """Draw the plots into `folder`. Returns alternative text for each file name."""
     alternatives = {}
     if folder.is_symlink():  # plots are written only inside the corpus
         folder.unlink()
     folder.mkdir(exist_ok=True)
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        # The font that measures Chinese names lacks their characters, but readers see their own font.
-        warnings.filterwarnings("ignore", message=r"Glyph \d+")
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_SETTINGS)
-        for name, describe in _PLOTS.items():
-            bars, title, unit, upright = describe(statistics)
-            write_atomically(folder / f"{name}.svg", _draw(bars, title, unit, upright))
-            shown = ", ".join(
-                f"{visible(label, limit=_LABEL_CHARS)}: {value:,}" for label, value in bars[:_ALT_BARS]
-            )
-            more = f" and {len(bars) - _ALT_BARS} more" if len(bars) > _ALT_BARS else ""
-            alternatives[f"{name}.svg"] = f"{title} ({unit}). {shown}{more}."
+    for name, describe in _PLOTS.items():
+        bars, title, unit, upright = describe(statistics)
+        bars = [(visible(label, limit=_LABEL_CHARS), value) for label, value in bars]
+        heading = f"{title} ({unit})"
+        write_atomically(folder / f"{name}.svg", (_upright if upright else _lying)(bars, heading).encode())
+        shown = ", ".join(f"{label}: {value:,}" for label, value in bars[:_ALT_BARS])
+        more = f" and {len(bars) - _ALT_BARS} more" if len(bars) > _ALT_BARS else ""
+        alternatives[f"{name}.svg"] = f"{heading}. {shown}{more}."
     return alternatives
 
 
-def _draw(bars: Bars, title: str, unit: str, upright: bool) -> bytes:
-    """Draw a bar chart, with vertical bars for sizes and horizontal ones for names."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+def _lying(bars: Bars, heading: str) -> str:
+    """A chart of horizontal bars, which leave room for names."""
+    begin = _MARGIN + max((_width(label) for label, _ in bars), default=0) + 8
+    longest = max([1, *(value for _, value in bars)])
+    parts = []
+    for row, (label, value) in enumerate(bars):
+        top, length = _TOP + row * _STEP, _LONGEST * value / longest
+        middle = top + _BAR - 5
+        parts.append(_text(begin - 6, middle, label, "end"))
+        parts.append(_bar(begin, top, length, _BAR))
+        parts.append(_text(begin + length + 4, middle, f"{value:,}"))
+    width = begin + _LONGEST + max((_width(f"{value:,}") for _, value in bars), default=0) + _MARGIN
+    return _chart(heading, width, _TOP + len(bars) * _STEP + _MARGIN, parts)
 
-    labels = [
-        visible(label, limit=_LABEL_CHARS).replace("$", r"\$") for label, _ in bars
-    ]  # else matplotlib would read it as mathematics
-    values = [value for _, value in bars]
-    places = range(len(bars))
-    height = 3.2 if upright else 0.9 + 0.26 * len(bars)
-    figure = Figure(figsize=(7, height), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
-    if upright:
-        drawn = axes.bar(places, values, color="#4477aa")
-        axes.set_xticks(places, labels, rotation=45 if len(bars) > 8 else 0)
-        axes.set_xlim(-0.6, max(len(bars), 6) - 0.4)
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.set_ylabel(unit)
-    else:
-        drawn = axes.barh(places, values, color="#4477aa")
-        axes.set_yticks(places, labels)
-        axes.invert_yaxis()
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel(unit)
-    axes.bar_label(drawn, [f"{value:,}" for value in values], padding=2, fontsize=7)
-    axes.margins(**{"y" if upright else "x": 0.12})
-    axes.set_title(title, loc="left")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+
+def _upright(bars: Bars, heading: str) -> str:
+    """A chart of vertical bars, for sizes in ascending order."""
+    widths = [_width(text) for label, value in bars for text in (label, f"{value:,}")]
+    column = max([_COLUMN, *(width + 8 for width in widths)])
+    tallest = max([1, *(value for _, value in bars)])
+    bottom = _TOP + _FONT + _TALLEST
+    parts = []
+    for row, (label, value) in enumerate(bars):
+        middle, height = _MARGIN + (row + 0.5) * column, _TALLEST * value / tallest
+        parts.append(_bar(middle - 0.4 * column, bottom - height, 0.8 * column, height))
+        parts.append(_text(middle, bottom - height - 4, f"{value:,}", "middle"))
+        parts.append(_text(middle, bottom + _FONT + 4, label, "middle"))
+    return _chart(heading, 2 * _MARGIN + len(bars) * column, bottom + 2 * _FONT + _MARGIN, parts)
+
+
+def _chart(heading: str, width: float, height: float, parts: list[str]) -> str:
+    size = f'{max(width, 2 * _MARGIN + _width(heading)):.0f}" height="{height:.0f}"'
+    style = f'font-family="sans-serif" font-size="{_FONT}"'
+    head = f'<rect width="100%" height="100%" fill="white"/>\n{_text(_MARGIN, 24, heading)}'
+    body = "\n".join([head, *parts])
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="{size} {style}>\n{body}\n</svg>\n'
+
+
+def _bar(x: float, y: float, width: float, height: float) -> str:
+    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="#4477aa"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
+    text = escape(text.translate(_NOT_XML))
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
+
+
+def _width(text: str) -> float:
+    """About the width of a text in the reader's font."""
+    return sum(_FONT if unicodedata.east_asian_width(sign) in "WF" else 0.6 * _FONT for sign in text)
 
 
 def _largest(counts: Sequence[tuple[str, int]], others: str) -> Bars:

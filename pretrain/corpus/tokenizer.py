@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import chain
+from itertools import chain, compress
+from operator import not_
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -41,10 +42,10 @@ _WHOLE = re.compile(r"(?s).+")
 # Finds a vocabulary piece that spans the end of a unit. It searches a text of all pieces, separated by NUL characters.
 _ACROSS_UNITS = re.compile(rf"[^{SPACE_SYMBOL}\0]{SPACE_SYMBOL}|\n[^\n\0]")
 _LONG_UNIT_CHARS = 24
-# Units are encoded many at a time, with this character between them: a call of sentencepiece takes as long as encoding
-# ten characters.
+# Units are encoded many at a time, with this character after each: a call of sentencepiece takes as long as encoding
+# ten characters. Its memory grows with the text, and in longer blocks it leaves the processor's cache.
 _SEPARATOR = "\0"
-_BLOCK_CHARS = 1 << 14
+_BLOCK_CHARS = 1 << 11
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not valid UTF-8
 
@@ -306,6 +307,18 @@ class _SentencePiece:
         return ids[0]
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
+        dtype = token_dtype(self.vocab_size)
+        is_one_unit = [self._is_one_unit(text) for text in texts]
+        if not any(is_one_unit):
+            return self._encode_cut(texts, dtype)
+        units = list(compress(texts, is_one_unit))
+        found = _framed(*self._encode_units(units), self.ids, dtype)
+        if len(units) == len(texts):
+            return found
+        others = compress(texts, map(not_, is_one_unit))
+        return _interleaved(found, self._encode_cut(list(others), dtype), np.array(is_one_unit))
+
+    def _encode_cut(self, texts: Sequence[str], dtype: np.dtype) -> EncodedTexts:
         """Encode each distinct unit only once, since texts repeat their words."""
         numbers = _Numbers()
         number = numbers.__getitem__
@@ -313,40 +326,38 @@ class _SentencePiece:
         n_rows = [0]
         for text in texts:
             rows.append(_BOS)
-            units = self._units
-            # Texts with few spaces, such as Chinese, would give long units that do not repeat.
-            if units is _UNITS and text.count(" ") * _LONG_UNIT_CHARS < len(text):
-                units = _BETWEEN_SPACE_SYMBOLS
-            if units is _BETWEEN_SPACE_SYMBOLS and SPACE_SYMBOL not in text:
-                rows += [number(text)] if text else []
-            else:
-                rows += map(number, units.findall(text))
+            rows += map(number, self._units_of(text).findall(text))
             rows.append(_EOS)
             n_rows.append(len(rows))
         special = [[self.ids.bos], [self.ids.eos], self._space_symbol_ids]
         flat, lengths = self._encode_units(list(numbers)[1:])
         flat = np.concatenate([*special, flat])
         lengths = np.concatenate([[len(ids) for ids in special], lengths])
-        return _put_together(flat, lengths, rows, n_rows, token_dtype(self.vocab_size))
+        return _put_together(flat, lengths, rows, n_rows, dtype)
+
+    def _units_of(self, text: str) -> re.Pattern[str]:
+        """The units that a text is cut into."""
+        # Texts with few spaces, such as Chinese, would give long units that do not repeat.
+        is_dense = self._units is _UNITS and text.count(" ") * _LONG_UNIT_CHARS < len(text)
+        return _BETWEEN_SPACE_SYMBOLS if is_dense else self._units
+
+    def _is_one_unit(self, text: str) -> bool:
+        return SPACE_SYMBOL not in text and self._units_of(text) is _BETWEEN_SPACE_SYMBOLS
 
     def _encode_units(self, units: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all units, one unit after another, and the number of ids of each."""
         if self._separator_id is None:
             return self._encode_separately(units)
-        found = []
-        for block in _blocks(units):
-            together = _SEPARATOR.join(block)
-            ids = self._processor.encode(together, return_type="numpy")
-            is_separator = ids == self._separator_id
-            ends = np.flatnonzero(is_separator)
-            if len(ends) == len(block) - 1 == together.count(_SEPARATOR):
-                found.append((ids[~is_separator], np.diff(ends, prepend=-1, append=len(ids)) - 1))
-            else:  # a unit holds the separator
-                found.append(self._encode_separately(block))
-        if not found:
+        blocks = ["".join([f"{unit}{_SEPARATOR}" for unit in block]) for block in _blocks(units)]
+        if not blocks or sum(block.count(_SEPARATOR) for block in blocks) > len(units):  # a unit holds it
             return self._encode_separately(units)
-        flat, lengths = zip(*found, strict=True)
-        return np.concatenate(flat), np.concatenate(lengths)
+        # One by one, because for a list the package starts threads, which takes longer than to encode a short text.
+        ids = np.concatenate([self._processor.encode(block, return_type="numpy") for block in blocks])
+        is_separator = ids == self._separator_id
+        ends = np.flatnonzero(is_separator)
+        lengths = ends.copy()
+        lengths[1:] -= ends[:-1] + 1
+        return ids[~is_separator], lengths
 
     def _encode_separately(self, units: list[str]) -> tuple[np.ndarray, np.ndarray]:
         # For short units, sentencepiece returns lists faster than arrays.
@@ -426,6 +437,27 @@ def _blocks(units: list[str]) -> Iterator[list[str]]:
         yield units[begin:]
 
 
+def _framed(ids: np.ndarray, lengths: np.ndarray, special: SpecialIds, dtype: np.dtype) -> EncodedTexts:
+    """The ids of texts, one text after another, with bos before and eos after each."""
+    starts = np.concatenate([[0], np.cumsum(lengths + 2)])
+    tokens, is_text = np.empty(starts[-1], dtype), np.ones(starts[-1], np.bool_)
+    for places, token in ((starts[:-1], special.bos), (starts[1:] - 1, special.eos)):
+        tokens[places], is_text[places] = token, False
+    tokens[is_text] = ids
+    return EncodedTexts(tokens, starts)
+
+
+def _interleaved(first: EncodedTexts, second: EncodedTexts, is_first: np.ndarray) -> EncodedTexts:
+    """The texts of both, in an order that `is_first` (bool [texts]) tells."""
+    lengths = np.empty(len(is_first), np.int64)
+    lengths[is_first], lengths[~is_first] = np.diff(first.starts), np.diff(second.starts)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    from_first = np.repeat(is_first, lengths)
+    tokens = np.empty(starts[-1], first.tokens.dtype)
+    tokens[from_first], tokens[~from_first] = first.tokens, second.tokens
+    return EncodedTexts(tokens, starts)
+
+
 def _put_together(
     ids: np.ndarray, lengths: np.ndarray, rows: list[int], n_rows: list[int], dtype: np.dtype
 ) -> EncodedTexts:
@@ -440,7 +472,8 @@ def _put_together(
     ends = np.concatenate([[0], np.cumsum(counts)])
     # Within a unit the index into `flat` and the index into the result both grow by one, so their difference is
     # constant.
-    places = np.repeat(begins[units] - ends[:-1], counts) + np.arange(ends[-1])
+    places = np.repeat(begins[units] - ends[:-1], counts)
+    places += np.arange(ends[-1])
     return EncodedTexts(flat[places], ends[n_rows])
 
 

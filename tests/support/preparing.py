@@ -6,11 +6,14 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from data_tools.config import PrepareConfig
+from data_tools.reading.sources import InputFile, Rejected, read_documents
 from pretrain.corpus.shards import Corpus
 from pretrain.corpus.tokenizer import Tokenizer
 from support import ROOT
@@ -72,3 +75,23 @@ def content(folder: Path, *without: str) -> dict[str, str]:
 def run(*arguments: str, module: str = "prepare", **options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"data_tools.{module}", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)  # type: ignore
+
+
+class Document(NamedTuple):
+    """One of the documents that are read together."""
+
+    id: str
+    source: str
+    license: str
+    text: str
+    language: str
+
+
+def read_one_by_one(file: InputFile, config: PrepareConfig) -> Iterator[Document | Rejected]:
+    """What `read_documents` gives, without groups."""
+    for item in read_documents(file, config):
+        if isinstance(item, Rejected):
+            yield item
+        else:
+            rows = zip(item.ids, item.sources, item.texts, item.languages, strict=True)
+            yield from (Document(name, *source, text, language) for name, source, text, language in rows)

@@ -10,6 +10,7 @@ import json
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow
@@ -18,7 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data_tools.reading.bounded import BOMB_FREE_BYTES, Bounds, TooManyValuesError, lines, unpacked
+from data_tools.reading.bounded import (
+    BOMB_FREE_BYTES,
+    Bounds,
+    Line,
+    TooManyValuesError,
+    line_groups,
+    lines,
+    parsed_together,
+    unpacked,
+)
 from data_tools.reading.columns.columnar import ParquetFile
 from data_tools.reading.columns.parquet_pages import read_thrift
 from support import ROOT, bombs
@@ -99,6 +109,75 @@ def test_any_bytes_are_lines_or_a_named_error(data: bytes, suffix: str) -> None:
                 line.json()
     except OSError:
         pass
+
+
+# --- lines together ---
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+GOOD_LINES = st.dictionaries(st.text(max_size=3), VALUES, max_size=3).map(
+    lambda value: json.dumps(value).encode()
+)
+BAD_LINES = st.sampled_from(
+    [
+        b"[1",
+        b"2]",
+        b'{"a": 1},{"b": 2}',
+        b'{"a": 1',
+        b'"b": 2}',
+        b'{"a": "',
+        b'"}',
+        b"{} x",
+        b"[]",
+        b"\xff",
+        b"{}\xef",
+    ]
+)
+
+
+def parsed_singly(group: list[Line]) -> list[Any] | None:
+    try:
+        values = [Line(line.number, line.begin, line.content, line.end).json() for line in group]
+    except ValueError:
+        return None
+    return values if all(isinstance(value, dict) for value in values) else None
+
+
+@given(st.lists(st.one_of(GOOD_LINES, GOOD_LINES, BAD_LINES), min_size=2, max_size=6))
+def test_lines_that_are_parsed_together_give_what_each_gives(contents: list[bytes]) -> None:
+    group = list(lines(io.BytesIO(b"\n".join(contents)), 1000))
+    assert parsed_together(group) == parsed_singly(group)
+
+
+def test_no_line_reaches_into_the_next() -> None:
+    for contents in ([b'{"a": [1', b"2]}"], [b"{},{}", b"[", b"]"], [b'{"a": "', b'"}'], [b"{}", b"[{}]"]):
+        group = list(lines(io.BytesIO(b"\n".join(contents)), 1000))
+        assert len(group) == len(contents)
+        assert parsed_together(group) is None
+    forged = f'{{}},"{"0" * 32}",{{}}'.encode()  # as if the mark were known
+    assert parsed_together(list(lines(io.BytesIO(forged + b"\n[\n]"), 1000))) is None
+
+
+def test_groups_are_bounded_and_come_before_an_error() -> None:
+    def group_sizes(sizes: list[int]) -> list[list[int]]:
+        found = (Line(1, 0, bytes(size), size) for size in sizes)
+        return [[len(line.content or b"") for line in group] for group in line_groups(found)]
+
+    assert group_sizes([1] * 600) == [[1] * 256, [1] * 256, [1] * 88]
+    assert group_sizes([10, 1 << 18, 10, 20]) == [[10], [1 << 18], [10, 20]]
+    assert group_sizes([200_000] * 3) == [[200_000]] * 3
+
+    def broken() -> Iterator[Line]:
+        yield Line(1, 0, b"a", 1)
+        raise OSError("broken")
+
+    found = line_groups(broken())
+    assert [line.content for line in next(found)] == [b"a"]
+    with pytest.raises(OSError, match="broken"):
+        next(found)
 
 
 # --- Parquet ---

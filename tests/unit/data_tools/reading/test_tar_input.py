@@ -16,11 +16,12 @@ import pytest
 from data_tools.config import DocumentFormat, PrepareConfig, TokenizerConfig
 from data_tools.reading.bounded import Bounds
 from data_tools.reading.listing import expand_ranges
-from data_tools.reading.sources import Document, Rejected, find_files, read_documents
+from data_tools.reading.sources import Rejected, find_files
 from data_tools.reading.tars import samples
 from data_tools.reading.units import ReadConfig, read_unit, units_of
 from data_tools.record import Record
 from pretrain.errors import ConfigError
+from support.preparing import Document, read_one_by_one
 
 os.environ["WDS_SECURE"] = "1"  # read when webdataset is imported
 
@@ -72,7 +73,7 @@ def curated(folder: Path, **options: int) -> tuple[list[Record], list[tuple[str,
 
 def prepared(folder: Path, **options: object) -> list:
     config = PrepareConfig(input=[str(folder)], output="", **options)
-    return [item for file in find_files(config) for item in read_documents(file, config)]
+    return [item for file in find_files(config) for item in read_one_by_one(file, config)]
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -333,7 +334,7 @@ def write_shards(folder: Path) -> None:
 def test_shards_by_a_range(tmp_path: Path) -> None:
     write_shards(tmp_path)
     config = PrepareConfig(input=[f"{tmp_path}/web-{{009..011}}.tar"], output="")
-    documents = [d for file in find_files(config) for d in read_documents(file, config)]
+    documents = [d for file in find_files(config) for d in read_one_by_one(file, config)]
     assert all(isinstance(d, Document) for d in documents)
     assert [(d.id, d.text, d.source) for d in documents] == [
         (f"web-{number:03}.tar:1", f"shard {number}", "web") for number in (9, 10, 11)

@@ -26,11 +26,12 @@ from data_tools.curation.executors import TaskProgress
 from data_tools.curation.phases import CleanTask, Layout, Tally
 from data_tools.reading.evaluation_sets import read_items
 from data_tools.reading.listing import LeftOut
-from data_tools.reading.sources import Document, InputFile, Rejected, find_files, read_documents
+from data_tools.reading.sources import InputFile, Rejected, find_files
 from data_tools.reading.units import Bad, ReadConfig, read_unit, units_of
 from data_tools.record import Record
 from data_tools.report.funnel import Unread
 from pretrain.errors import ConfigError
+from support.preparing import Document, read_one_by_one
 
 N = 40
 ROWS = [
@@ -75,7 +76,7 @@ def curated(entry: Path, **options: object) -> tuple[list[Record], list[Bad], li
 
 def prepared(entry: Path, **options: object) -> tuple[list[Document], list[Rejected], list[LeftOut]]:
     config, left_out = PrepareConfig(input=[str(entry)], output="", **options), list[LeftOut]()
-    items = [item for file in find_files(config, left_out.extend) for item in read_documents(file, config)]
+    items = [item for file in find_files(config, left_out.extend) for item in read_one_by_one(file, config)]
     documents = [item for item in items if isinstance(item, Document)]
     return documents, [item for item in items if isinstance(item, Rejected)], left_out
 
@@ -560,7 +561,7 @@ def test_a_file_of_python_that_is_no_text_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "badsyntax_pep3120.py"
     path.write_bytes(b'print("b\xf6se")\n')
     file = InputFile("python/bad.py", path, "python", "PSF-2.0", path.stat().st_size, 0, is_named=False)
-    (item,) = read_documents(file, PrepareConfig(input=["python"], output="x"))
+    (item,) = read_one_by_one(file, PrepareConfig(input=["python"], output="x"))
     assert isinstance(item, Rejected) and (item.reason, item.is_error) == ("not_text", False)
-    (item,) = read_documents(replace(file, is_named=True), PrepareConfig(input=["x"], output="x"))
+    (item,) = read_one_by_one(replace(file, is_named=True), PrepareConfig(input=["x"], output="x"))
     assert isinstance(item, Rejected) and item.is_error
