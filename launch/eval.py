@@ -267,7 +267,7 @@ def read_text(entry: str, config: EvalConfig, trained: TrainedModel) -> tuple[It
     import numpy as np
 
     from data_tools.config import PrepareConfig
-    from data_tools.reading.sources import Document, find_files, read_documents
+    from data_tools.reading.sources import Rejected, find_files, read_documents
     from data_tools.text import clean
     from pretrain.evaluate.heldout import TokenDocument
 
@@ -275,11 +275,12 @@ def read_text(entry: str, config: EvalConfig, trained: TrainedModel) -> tuple[It
 
     def texts() -> Iterator[tuple[str, str, str]]:
         for file in find_files(options):
-            for document in read_documents(file, options):
-                if not isinstance(document, Document):
-                    raise ConfigError(f"input={entry}: {document.where} ({document.reason})")
-                if text := clean(document.text):  # the form in which the model has seen text
-                    yield document.source, document.id, text
+            for found in read_documents(file, options):
+                if isinstance(found, Rejected):
+                    raise ConfigError(f"input={entry}: {found.where} ({found.reason})")
+                for (source, _), document_id, text in zip(found.sources, found.ids, found.texts, strict=True):
+                    if cleaned := clean(text):  # the form in which the model has seen text
+                        yield source, document_id, cleaned
 
     found = list(islice(texts(), config.max_documents))
     if not found:

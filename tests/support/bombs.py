@@ -256,7 +256,7 @@ def curate(folder: Path) -> tuple[int, list[str]]:
 
 def prepare(folder: Path, format: str = "text") -> tuple[int, list[str]]:
     from data_tools.config import DocumentFormat, PrepareConfig, TokenizerConfig
-    from data_tools.reading.sources import Document, find_files, read_documents
+    from data_tools.reading.sources import Rejected, find_files, read_documents
     from pretrain.errors import ConfigError
 
     config = PrepareConfig(
@@ -266,9 +266,9 @@ def prepare(folder: Path, format: str = "text") -> tuple[int, list[str]]:
     try:
         for file in find_files(config):
             for item in read_documents(file, config):
-                if not isinstance(item, Document):
+                if isinstance(item, Rejected):
                     return count, [item.where]
-                count += 1
+                count += len(item)
     except ConfigError as error:
         return count, [str(error)]
     return count, []
