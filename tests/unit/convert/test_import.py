@@ -234,7 +234,7 @@ def test_other_weights_are_refused_and_leave_nothing(tmp_path: Path) -> None:
 def test_a_large_model_is_compared_in_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_shard_bytes: int
 ) -> None:
-    """With what else may lie there: a tied head, buffers of old versions, and weights for another program."""
+    """With what else may lie there: a tied head, buffers of old versions, and files that are not the model's."""
     folder = exported(tmp_path, MODELS["tied"], max_shard_bytes=max_shard_bytes)
     index = folder / "model.safetensors.index.json"
     file_of = json.loads(index.read_text())["weight_map"] if index.exists() else {}
@@ -243,7 +243,7 @@ def test_a_large_model_is_compared_in_parts(
     head = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     save_file(weights | head | buffer, file, {"format": "pt"})
-    save_file({"tok_embeddings.weight": torch.ones(3)}, folder / "consolidated.safetensors")
+    save_file({"model.norm.weight": torch.zeros(32)}, folder / "original.safetensors")
     monkeypatch.setattr("pretrain.convert.hugging_face.WHOLE_MODEL_BYTES", 0)
     read: list[str] = []
     real = export_module.stream_weights
