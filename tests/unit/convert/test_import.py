@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,9 @@ def test_a_large_model_is_compared_in_parts(
     assert read == ["LlamaForCausalLM"]  # and not from_pretrained
     monkeypatch.setattr("pretrain.convert.hugging_face_import._number", lambda raw, key, default, path: 0.5)
     with pytest.raises(RunError, match="logits"):
+        import_from(folder, tmp_path / "other")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ConfigError, match=r"accelerate.*pretrain\[export\]"):
         import_from(folder, tmp_path / "other")
 
 
