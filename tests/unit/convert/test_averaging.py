@@ -51,15 +51,15 @@ def test_the_weights_are_the_mean(
 
 
 def test_one_weight_at_a_time_is_in_memory(tmp_path: Path) -> None:
-    """100 MB in each checkpoint, of which the largest weight has 1.4 MB."""
+    """50 MB in each checkpoint, of which the largest weight has 1.4 MB."""
     for step in (3, 5):
-        make_run(tmp_path / str(step), ModelConfig(n_layers=16, d_model=384, n_heads=4, d_ff=896), step=step)
+        make_run(tmp_path / str(step), ModelConfig(n_layers=8, d_model=384, n_heads=4, d_ff=896), step=step)
     name = "step-00000003"
     shutil.move(tmp_path / "3" / "checkpoints" / name, tmp_path / "5" / "checkpoints" / name)
     before = peak_bytes(reset=True)
     average(tmp_path / "5", tmp_path / "mean", last=2)
     grown = peak_bytes() - before
-    assert sum(path.stat().st_size for path in (tmp_path / "mean").rglob("*.safetensors")) > 100_000_000
+    assert sum(path.stat().st_size for path in (tmp_path / "mean").rglob("*.safetensors")) > 50_000_000
     assert grown < 25_000_000, f"{grown:,}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -234,7 +235,7 @@ def test_other_weights_are_refused_and_leave_nothing(tmp_path: Path) -> None:
 def test_a_large_model_is_compared_in_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_shard_bytes: int
 ) -> None:
-    """With what else may lie there: a tied head, buffers of old versions, and weights for another program."""
+    """With what else may lie there: a tied head, buffers of old versions, and files that are not the model's."""
     folder = exported(tmp_path, MODELS["tied"], max_shard_bytes=max_shard_bytes)
     index = folder / "model.safetensors.index.json"
     file_of = json.loads(index.read_text())["weight_map"] if index.exists() else {}
@@ -243,7 +244,7 @@ def test_a_large_model_is_compared_in_parts(
     head = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     save_file(weights | head | buffer, file, {"format": "pt"})
-    save_file({"tok_embeddings.weight": torch.ones(3)}, folder / "consolidated.safetensors")
+    save_file({"model.norm.weight": torch.zeros(32)}, folder / "original.safetensors")
     monkeypatch.setattr("pretrain.convert.hugging_face.WHOLE_MODEL_BYTES", 0)
     read: list[str] = []
     real = export_module.stream_weights
@@ -254,6 +255,9 @@ def test_a_large_model_is_compared_in_parts(
     assert read == ["LlamaForCausalLM"]  # and not from_pretrained
     monkeypatch.setattr("pretrain.convert.hugging_face_import._number", lambda raw, key, default, path: 0.5)
     with pytest.raises(RunError, match="logits"):
+        import_from(folder, tmp_path / "other")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ConfigError, match=r"accelerate.*pretrain\[export\]"):
         import_from(folder, tmp_path / "other")
 
 

@@ -411,8 +411,7 @@ def test_every_fault_has_a_named_test() -> None:
     text = (ROOT / "docs/reliability.md").read_text().partition("## Faults, and how long they take")[2]
     rows = re.findall(r"^\| (\d+) \|.*\| ([^|]*) \|$", text, flags=re.M)
     assert [int(number) for number, _ in rows] == list(range(1, 22))
-    sources = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
-    names = {name for source in sources for name in re.findall(r"^def (test_\w+)", source, flags=re.M)}
+    names = {name for tests in tests_by_file().values() for name in tests}
     for number, tests in rows:
         cited = re.findall(r"`(test_\w+)`", tests)
         assert cited, f"row {number}"
@@ -427,6 +426,26 @@ def texts_of_the_program() -> Iterator[tuple[Path, str]]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 yield path, node.value
+
+
+@cache
+def tests_by_file() -> dict[str, list[str]]:
+    """The names of the tests in each file."""
+    files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    return {file: re.findall(r"^ *def (test_\w+)", text, flags=re.M) for file, text in files.items()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_a_page_names_exist(page: Path) -> None:
+    """In backquotes, with or without the file: `test_x`, `test_file.py`, `test_file.py::test_x`; some are cut short."""
+    defined = tests_by_file()
+    for named in re.findall(r"`(?:tests/[\w/]+/)?(test_\w+(?:\.py)?(?:::test_\w+)?)`", page.read_text()):
+        file, _, test = named.rpartition("::")
+        if named.endswith(".py"):
+            assert named in defined
+        else:
+            among = defined[file] if file else [name for names in defined.values() for name in names]
+            assert any(name.startswith(test) for name in among), named
 
 
 def test_messages_recommend_only_what_exists() -> None:
