@@ -389,17 +389,17 @@ def read_tasks(config: EvalConfig) -> list[Asked]:
 def look_in_corpus(found: list[Asked], corpus: str) -> None:
     """Look for the text of all items in the training corpus, which is read once."""
     from data_tools.progress import stage
-    from data_tools.stages.decontamination.runs import runs
+    from data_tools.stages.decontamination.runs import blocks, runs
     from pretrain.evaluate.overlap import Wanted, open_corpus, texts_of
 
     wanted = Wanted([question.texts for asked in found for question in asked.questions], runs)
     opened, tokenizer = open_corpus(Path(corpus).expanduser())
     total_bytes = sum(source.text_bytes for source in opened.manifest.sources)
     with stage(f"looking for the tasks' text in {corpus}", total_bytes) as progress:
-        for text in texts_of(opened, tokenizer):
-            for key, hashes in runs(text, wanted.keys).items():
+        for block in blocks(texts_of(opened, tokenizer)):
+            for key, hashes in runs(block, wanted.keys).items():
                 wanted.look_in(key, hashes)
-            progress.advance(len(text.encode()))
+            progress.advance(len(block.encode()))
     answers = iter(wanted.in_corpus())
     for asked in found:
         asked.in_corpus = {question.id: next(answers) for question in asked.questions}
