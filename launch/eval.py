@@ -218,7 +218,7 @@ def score_text(config: EvalConfig, loaded: Loaded) -> dict[str, Any]:
                 kind="text",
                 task_sha256="",
                 n_examples=0,
-                main="loss",
+                main="bits_per_byte" if masking is None else "loss",
                 scores=scored(statistics, config.seed),
                 items=records,
             ),
@@ -270,6 +270,7 @@ def read_text(entry: str, config: EvalConfig, trained: TrainedModel) -> tuple[It
     from data_tools.reading.sources import Document, find_files, read_documents
     from data_tools.text import clean
     from pretrain.evaluate.heldout import TokenDocument
+    from pretrain.evaluate.results import hash_of
 
     options = PrepareConfig(input=[entry], output="", text_field=config.text_field, max_chars=MAX_CHARS)
 
@@ -286,7 +287,11 @@ def read_text(entry: str, config: EvalConfig, trained: TrainedModel) -> tuple[It
         raise ConfigError(f"input={entry} holds no text")
     documents = (
         TokenDocument(
-            source, np.array(trained.tokenizer.encode_document(text)), len(text.encode()), id=document_id
+            source,
+            np.array(trained.tokenizer.encode_document(text)),
+            len(text.encode()),
+            id=document_id,
+            text_hash=hash_of(text.encode()),
         )
         for source, document_id, text in found
     )

@@ -27,7 +27,7 @@ from pretrain.generation.sampling import Sampling
 from pretrain.generation.writer import Writer
 from pretrain.model.decoder import Decoder
 from pretrain.trained import load_trained
-from support.trained_run import make_run, script, train_tokenizer, write_heldout
+from support.trained_run import TEXTS, make_run, script, train_tokenizer, write_heldout
 
 CPU = torch.device("cpu")
 REVIEWS = [
@@ -178,7 +178,7 @@ def test_a_dialogue(tokenizer: Tokenizer) -> None:
     encoder = Encoder(tokenizer, 64, "\n\n", clean, chat)
     turns = [("user", "a?"), ("assistant", "b"), ("user", "so?")]
     prompt = chat.encode_prompt([{"role": role, "content": text} for role, text in turns])
-    asked = question("so?", ["man", "truth"], [Solved("a?", "b")])
+    asked = question("so?", [" man", "truth"], [Solved("a?", "b")])
     assert encoder.prompt(asked, 4) == prompt
     assert encoder.choices(asked)[0].tokens == prompt + tokenizer.encode("man")
     with pytest.raises(CannotEncodeError, match="special token"):
@@ -227,6 +227,23 @@ def test_the_command_scores_tasks_and_text(
     assert one["sentiment"][0].overlap.too_short == len(REVIEWS)
     assert sum(row["items"] for row in one["sentiment"][0].by_label.values()) == len(REVIEWS)
     check_items(run_dir, one)
+
+
+def test_text_is_compared_by_document(run_dir: Path, tmp_path: Path) -> None:
+    """Of two models, of which the other one has seen the same text with other ids."""
+    other = tmp_path / "run"
+    make_run(other, step=5)
+    text = tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": f"{TEXTS[0]} {n}" * (1 + n % 3)}) for n in range(12)]
+    text.write_text("\n".join(lines))
+    for name, run in (("a", run_dir), ("b", other)):
+        evaluate(run, f"input=[{text}]", f"output={tmp_path / name}", "max_documents=10")
+    a, b = (results_in(tmp_path / name) for name in "ab")
+    (found,) = compare(a, b)
+    assert (found.score, found.is_paired, found.n_items) == ("bits_per_byte", True, 10)
+    losses = [sum(item.statistics["loss"][0] for item in side["text"][0].items) for side in (a, b)]
+    n_bytes = sum(item.statistics["bits_per_byte"][1] for item in a["text"][0].items)
+    assert found.difference == pytest.approx((losses[1] - losses[0]) / np.log(2) / n_bytes)
 
 
 def check_items(run_dir: Path, found: dict[str, Any]) -> None:
