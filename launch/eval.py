@@ -153,6 +153,8 @@ def main(config: EvalConfig) -> None:
             f"tasks=: the model of run_dir={config.run_dir} was trained with objective=mlm, which fills masks and "
             "answers no questions"
         )
+    if config.output is not None:
+        make_folder(Path(config.output).expanduser())
     device = own_device()
     precision = precision_on(device, config.precision)
     loaded = Loaded(trained, trained.decoder(device, DTYPES[precision]), device, precision)
@@ -306,11 +308,17 @@ def results_head(config: EvalConfig, loaded: Loaded) -> dict[str, Any]:
     return {"format": FORMAT, **facts(config, loaded), "chat": config.chat, **empty}
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of results, before hours of work. Raises ConfigError where something else has its name."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"output={folder} is not a folder; give another name") from error
+
+
 def write_results(results: Results, output: str) -> None:
     """Write the results of one task into the folder of results."""
-    folder = Path(output).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    results.write(folder / f"{results.task}.json")
+    results.write(Path(output).expanduser() / f"{results.task}.json")
 
 
 def print_table(

@@ -289,6 +289,14 @@ def test_two_tasks_of_one_name_and_a_run_without_it(run_dir: Path, tasks: list[s
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_that_is_a_file(run_dir: Path, tasks: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    module = script("eval")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"output=.* is not a folder"):
+            module.main(module.EvalConfig(run_dir=str(run_dir), tasks=[tasks[1]], output=str(output)))
+
+
 def test_results_of_another_format_are_refused(run_dir: Path, tasks: list[str], tmp_path: Path) -> None:
     evaluate(run_dir, f"tasks=[{tasks[1]}]", f"output={tmp_path}", "max_items=2")
     raw = json.loads((tmp_path / "quiz.json").read_text())
