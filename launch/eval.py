@@ -153,6 +153,8 @@ def main(config: EvalConfig) -> None:
             f"tasks=: the model of run_dir={config.run_dir} was trained with objective=mlm, which fills masks and "
             "answers no questions"
         )
+    if config.output is not None:
+        make_folder(Path(config.output).expanduser())
     device = own_device()
     precision = precision_on(device, config.precision)
     loaded = Loaded(trained, trained.decoder(device, DTYPES[precision]), device, precision)
@@ -218,7 +220,7 @@ def score_text(config: EvalConfig, loaded: Loaded) -> dict[str, Any]:
                 kind="text",
                 task_sha256="",
                 n_examples=0,
-                main="loss",
+                main="bits_per_byte" if masking is None else "loss",
                 scores=scored(statistics, config.seed),
                 items=records,
             ),
@@ -270,6 +272,7 @@ def read_text(entry: str, config: EvalConfig, trained: TrainedModel) -> tuple[It
     from data_tools.reading.sources import Rejected, find_files, read_documents
     from data_tools.text import clean
     from pretrain.evaluate.heldout import TokenDocument
+    from pretrain.evaluate.results import hash_of
 
     options = PrepareConfig(input=[entry], output="", text_field=config.text_field, max_chars=MAX_CHARS)
 
@@ -287,7 +290,11 @@ def read_text(entry: str, config: EvalConfig, trained: TrainedModel) -> tuple[It
         raise ConfigError(f"input={entry} holds no text")
     documents = (
         TokenDocument(
-            source, np.array(trained.tokenizer.encode_document(text)), len(text.encode()), id=document_id
+            source,
+            np.array(trained.tokenizer.encode_document(text)),
+            len(text.encode()),
+            id=document_id,
+            text_hash=hash_of(text.encode()),
         )
         for source, document_id, text in found
     )
@@ -302,11 +309,17 @@ def results_head(config: EvalConfig, loaded: Loaded) -> dict[str, Any]:
     return {"format": FORMAT, **facts(config, loaded), "chat": config.chat, **empty}
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of results, before hours of work. Raises ConfigError where something else has its name."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"output={folder} is not a folder; give another name") from error
+
+
 def write_results(results: Results, output: str) -> None:
     """Write the results of one task into the folder of results."""
-    folder = Path(output).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    results.write(folder / f"{results.task}.json")
+    results.write(Path(output).expanduser() / f"{results.task}.json")
 
 
 def print_table(
@@ -390,17 +403,17 @@ def read_tasks(config: EvalConfig) -> list[Asked]:
 def look_in_corpus(found: list[Asked], corpus: str) -> None:
     """Look for the text of all items in the training corpus, which is read once."""
     from data_tools.progress import stage
-    from data_tools.stages.decontamination.runs import runs
+    from data_tools.stages.decontamination.runs import blocks, runs
     from pretrain.evaluate.overlap import Wanted, open_corpus, texts_of
 
     wanted = Wanted([question.texts for asked in found for question in asked.questions], runs)
     opened, tokenizer = open_corpus(Path(corpus).expanduser())
     total_bytes = sum(source.text_bytes for source in opened.manifest.sources)
     with stage(f"looking for the tasks' text in {corpus}", total_bytes) as progress:
-        for text in texts_of(opened, tokenizer):
-            for key, hashes in runs(text, wanted.keys).items():
+        for block in blocks(texts_of(opened, tokenizer)):
+            for key, hashes in runs(block, wanted.keys).items():
                 wanted.look_in(key, hashes)
-            progress.advance(len(text.encode()))
+            progress.advance(len(block.encode()))
     answers = iter(wanted.in_corpus())
     for asked in found:
         asked.in_corpus = {question.id: next(answers) for question in asked.questions}

@@ -58,6 +58,7 @@ def main(config: TrainConfig) -> int:
 
 def _train(inputs: "Inputs", watchdog: Watchdog) -> int:
     mark("import")
+    from data_tools.text import clean
     from pretrain.distributed import gather_objects, init_world, shutdown_world
     from pretrain.train.loop import train
 
@@ -67,7 +68,7 @@ def _train(inputs: "Inputs", watchdog: Watchdog) -> int:
     engine = inputs.config.engine
     world = init_world(engine.timeout_s, engine.sequence_parallel_ranks)
     watchdog.join(gather_objects(watchdog.address, world)[0])
-    code = train(inputs, world, watchdog)
+    code = train(inputs, world, watchdog, clean)
     mark("leave")
     shutdown_world()
     return code

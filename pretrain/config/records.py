@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from pretrain.config.checks import check_positive
-from pretrain.config.texts import ManifestText
+from pretrain.config.texts import ManifestText, PathText
 from pretrain.errors import ConfigError
 
 PLAIN_SET = "heldout"
@@ -28,7 +28,7 @@ class WandbMode(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class EvaluationConfig:
-    """How the held-out loss is computed during training."""
+    """How the held-out loss and the scores of tasks are computed during training."""
 
     manifest: ManifestText | None = None
     """Path or URL of the manifest.json of a held-out corpus that has the training corpus's tokenizer; null disables
@@ -47,9 +47,14 @@ class EvaluationConfig:
     max_sequences: int | None = 512
     """Number of sequences per evaluation and set, taken from the start of the held-out corpus; null takes all of
     them."""
+    tasks: list[PathText] = field(default_factory=list)
+    """Task files (classification and multiple choice) that are scored at each evaluation."""
+    task_items: int = 200
+    """Number of items of each task that are scored, drawn at random but the same at each evaluation and in each run."""
 
     def __post_init__(self) -> None:
         check_positive(self, "evaluation", "every_steps")
+        check_positive(self, "evaluation", "task_items")
         if self.max_sequences is not None:
             check_positive(self, "evaluation", "max_sequences")
         for name in self.sets:

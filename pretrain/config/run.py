@@ -117,6 +117,11 @@ class TrainConfig(_Planned):
             raise ConfigError(
                 f"lora.r={self.lora.r} trains adapters on the weights of another run; give init_from=RUN_DIR"
             )
+        if self.evaluation.tasks and not self.causal:
+            raise ConfigError(
+                f"evaluation.tasks={self.evaluation.tasks} needs objective=causal: a model that fills masks answers no "
+                "questions"
+            )
         _check_sequence_parallel(self)
         if self.data.manifest is None and not self.data.sources:
             raise ConfigError("data.manifest is missing; give the manifest.json of a prepared corpus")

@@ -382,19 +382,22 @@ class Engine:
         return norm, skipped
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> LossSums:
-        """The loss sums of this rank's batch, without dropout. Under ZeRO stage 3 all ranks call this together."""
+    def evaluate(self, batch: Batch, by_sequence: bool = False) -> LossSums:
+        """The loss sums of this rank's batch, or of each of its sequences, without dropout.
+
+        Under ZeRO stage 3 all ranks call this together.
+        """
         mark("evaluation")
         if self._sequences is not None:
             batch = self._sequences.own_part(batch)
         self._deepspeed.eval()
-        return self._forward(batch)
+        return self._forward(batch, by_sequence)
 
-    def _forward(self, batch: Batch) -> LossSums:
+    def _forward(self, batch: Batch, by_sequence: bool = False) -> LossSums:
         tokens, labels, positions, document_ids = (
             t.to(self.world.device, non_blocking=True) for t in batch[:4]
         )
         # Then each sequence counts as one document, and causal attention needs no mask.
         if self.config.causal and not self.config.data.document_masking:
-            return self._deepspeed(tokens, labels, positions)
-        return self._deepspeed(tokens, labels, positions, document_ids)
+            return self._deepspeed(tokens, labels, positions, by_sequence=by_sequence)
+        return self._deepspeed(tokens, labels, positions, document_ids, by_sequence=by_sequence)

@@ -65,7 +65,7 @@ class Encoder:
     def _with(self, question: Question, choice: str) -> tuple[list[int], list[int]]:
         """The tokens of the prompt and those that the choice adds."""
         if self.chat is not None:
-            return self._dialogue(question), self.tokenizer.encode(choice)
+            return self._dialogue(question), self.tokenizer.encode(choice.strip())  # as templates trim it
         text = self._text(question)
         # Most tokenizers join a space to the word after it, so it belongs to the choice; lm-eval does the same.
         prompt = text.rstrip()

@@ -80,6 +80,8 @@ class TokenDocument(NamedTuple):
     target_bytes: int = 0
     """Size in UTF-8, in bytes, of the text of the tokens that count, in a corpus with a loss mask."""
     id: str = ""
+    text_hash: str = ""
+    """Hash of the text, by which results of models with other tokenizers know it; empty where only tokens are known."""
 
     @property
     def labels(self) -> np.ndarray:
@@ -93,7 +95,7 @@ class TokenDocument(NamedTuple):
             return self
         text_bytes = round(self.text_bytes * n_tokens / len(self.tokens))
         if self.is_target is None:
-            return self._replace(tokens=self.tokens[:n_tokens], text_bytes=text_bytes)
+            return self._replace(tokens=self.tokens[:n_tokens], text_bytes=text_bytes, text_hash="")
         is_target = self.is_target[:n_tokens]
         target_bytes = round(self.target_bytes * is_target.sum() / max(1, self.is_target.sum()))
         return self._replace(

@@ -163,6 +163,11 @@ def records(
     return found
 
 
+def hash_of(content: bytes) -> str:
+    """The hash by which an item is known again."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def document_result(
     document: TokenDocument, nll_sum: float, n_predicted: int, *, of_all_text: bool
 ) -> ItemResult:
@@ -171,7 +176,7 @@ def document_result(
     text_bytes = document.text_bytes if document.is_target is None else document.target_bytes
     if of_all_text:
         statistics["bits_per_byte"] = [nll_sum / math.log(2), float(text_bytes)]
-    digest = hashlib.sha256(document.tokens.astype("<i8").tobytes()).hexdigest()[:16]
+    digest = document.text_hash or hash_of(document.tokens.astype("<i8").tobytes())
     return ItemResult(
         id=f"{document.source}: {document.id}",
         hash=digest,

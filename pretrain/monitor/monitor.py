@@ -30,7 +30,7 @@ from pretrain.gpus import PeakFlops
 from pretrain.monitor.event_lines import event_line
 from pretrain.printing import say
 from pretrain.reliability.events import Event, EventLog
-from pretrain.reliability.journal import HELDOUT_PREFIX, LEDGER_FOLDER, METRICS_FILE, ROLLBACK
+from pretrain.reliability.journal import HELDOUT_PREFIX, LEDGER_FOLDER, METRICS_FILE, ROLLBACK, TASK_PREFIX
 from pretrain.reliability.journal import read_ledger as read_ledger
 from pretrain.reliability.journal import read_metrics as read_metrics
 from pretrain.reliability.json_lines import JsonLines, utc_now
@@ -303,18 +303,21 @@ class Monitor:
             self._progress(record, line["eta_s"])
             self._since_line = (0, 0.0)
 
-    def evaluation(self, step: int, result: dict[str, float]) -> None:
-        """Record held-out results, each under the name heldout/<name>.
+    def evaluation(self, step: int, result: dict[str, float], tasks: dict[str, float] | None = None) -> None:
+        """Record held-out results, each under the name heldout/<name>, and those of tasks, under task/<name>.
 
-        The progress line has the losses only, unless there is a single set.
+        The progress line has the losses only, unless there is a single set, and the tasks' scores without their errors.
         """
         if self._rank != 0:
             return
         named = {HELDOUT_PREFIX + name.removeprefix(HELDOUT_PREFIX): value for name, value in result.items()}
+        of_tasks = {TASK_PREFIX + name: value for name, value in (tasks or {}).items()}
         self._metrics.append(
-            {"kind": "evaluation", "attempt": self._attempt, "time": utc_now(), "step": step} | named
+            {"kind": "evaluation", "attempt": self._attempt, "time": utc_now(), "step": step}
+            | named
+            | of_tasks
         )
-        self._log_wandb(step, named)
+        self._log_wandb(step, named | of_tasks)
         losses = {key: v for key, v in named.items() if key.endswith("loss") and "/source/" not in key}
         time_s = named.get(f"{HELDOUT_PREFIX}time_s")
         self._events.append(
@@ -326,6 +329,7 @@ class Monitor:
         )
         plain = all("/" not in key.removeprefix(HELDOUT_PREFIX) for key in named)
         shown = named if plain else losses | {f"{HELDOUT_PREFIX}time_s": time_s or 0.0}
+        shown |= {key: v for key, v in of_tasks.items() if not key.endswith("_standard_error")}
         say(f"step {step}/{self.n_steps}  " + "  ".join(f"{k} {v:,.4g}" for k, v in shown.items()))
 
     def checkpoint(self, saved: Saved) -> None:

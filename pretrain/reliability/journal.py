@@ -25,6 +25,8 @@ from pretrain.reliability.json_lines import read_lines
 METRICS_FILE = "metrics.jsonl"
 LEDGER_FOLDER = "ledger"
 HELDOUT_PREFIX = "heldout/"
+TASK_PREFIX = "task/"
+"""Beginnings of the names of what an evaluation measures: on held-out text, and on tasks."""
 ROLLBACK = "rollback"
 """The kind of a line in the metrics and the ledger which says that the line's step and all later ones are undone."""
 
@@ -36,7 +38,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """One record for each step that led to the run's present state, ordered by step.
 
     Steps that a killed attempt did after its last checkpoint are left out as soon as the next attempt has resumed.
-    Held-out results (keys heldout/...) are part of the record of their step.
+    Results of evaluations (keys heldout/... and task/...) are part of the record of their step.
     """
     lines = [
         line
@@ -51,7 +53,8 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     history = {record["step"]: record for record in _still_true(kinds["step"], first_steps)}
     for result in _still_true(kinds["evaluation"], first_steps):
         if result["step"] in history:
-            history[result["step"]] |= {k: v for k, v in result.items() if k.startswith(HELDOUT_PREFIX)}
+            measured = {k: v for k, v in result.items() if k.startswith((HELDOUT_PREFIX, TASK_PREFIX))}
+            history[result["step"]] |= measured
     return list(history.values())
 
 

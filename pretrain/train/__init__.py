@@ -6,5 +6,5 @@ The package is used as follows:
 
     inputs = resolve_inputs(config, launched_world_size())      # reads the manifests; needs no torch
     world = init_world(config.engine.timeout_s)
-    code = train(inputs, world, watchdog)                       # an ExitCode: finished, or stopped with the state saved
+    code = train(inputs, world, watchdog, clean)                # an ExitCode: finished, or stopped with the state saved
 """

@@ -7,6 +7,7 @@ that change training (stop, skip, roll back) use only sums over the ranks, so th
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from pretrain.engine.engine import StepResult
 from pretrain.engine.optim import learning_rate
 from pretrain.errors import ConfigError, ExitCode
 from pretrain.evaluate.heldout import HeldOutResult, evaluate_loss
+from pretrain.evaluate.in_loop import evaluate_tasks
 from pretrain.monitor.monitor import StepRecord
 from pretrain.printing import say
 from pretrain.reliability.events import Event
@@ -41,9 +43,10 @@ from pretrain.train.loss_guard import GuardDecision, LossGuard
 from pretrain.train.run import Run, assemble, heldout_corpora, restore, state_of
 
 
-def train(inputs: Inputs, world: World, watchdog: Watchdog) -> ExitCode:
+def train(inputs: Inputs, world: World, watchdog: Watchdog, clean: Callable[[str], str]) -> ExitCode:
     """Train until the last step or a request to stop. All ranks call this together.
 
+    `clean` brings the text of tasks into the form that the training text has.
     Raises ConfigError where the configuration cannot start or continue the run, or where the run diverges too often,
     and RunError where a disk, a checkpoint, data or a rank fails.
     """
@@ -53,7 +56,7 @@ def train(inputs: Inputs, world: World, watchdog: Watchdog) -> ExitCode:
     target = config.checkpoint.target
     folder = None if target is None or is_url(target) else Path(as_path(target))
     on_main(lambda: lock_run(run_dir, folder), world)
-    run = assemble(inputs, world, run_dir, watchdog)
+    run = assemble(inputs, world, run_dir, watchdog, clean)
     if run.step >= run.loader.n_steps:
         code = ExitCode.FINISHED
         if world.is_main:
@@ -418,11 +421,21 @@ def _write_ledger(run: Run, batches: list[Batch]) -> None:
 
 
 def _evaluate(run: Run) -> None:
-    """Compute and record the losses of all held-out sets, and those of the averaged weights if the run keeps them."""
-    config = run.config.evaluation
-    if not config.corpora:
-        return
+    """Compute and record the losses of all held-out sets and the scores of all tasks, and those of the averaged weights
+    if the run keeps them."""
     started = time.monotonic()
+    if not run.config.evaluation.corpora and not run.tasks:
+        return
+    figures = _heldout_figures(run)
+    tasks = _task_figures(run)
+    run.monitor.evaluation(run.step, figures | {"time_s": time.monotonic() - started}, tasks)
+
+
+def _heldout_figures(run: Run) -> dict[str, float]:
+    """The losses of all held-out sets. The loss that decides is noted."""
+    config = run.config.evaluation
+    if config.decides is None:
+        return {}
     results = _heldout_results(run)
     figures = {
         metric_of(name, figure): value
@@ -433,11 +446,29 @@ def _evaluate(run: Run) -> None:
         with run.engine.state.averaged():
             for name, result in _heldout_results(run).items():
                 figures |= {metric_of(name, f"ema/{key}"): v for key, v in result.figures().items()}
-    assert config.decides is not None
     loss = results[config.decides].overall.loss
     run.heldout_losses[run.step] = loss
     run.early_stop.note(run.step, loss)
-    run.monitor.evaluation(run.step, figures | {"time_s": time.monotonic() - started})
+    return figures
+
+
+def _task_figures(run: Run) -> dict[str, float]:
+    """The scores of all tasks, and the seconds that they took."""
+    if not run.tasks:
+        return {}
+    started = time.monotonic()
+
+    def scores() -> dict[str, float]:
+        forward = partial(run.engine.evaluate, by_sequence=True)
+        return evaluate_tasks(
+            forward, run.tasks, micro_batch_sequences=run.config.micro_batch, world=run.world
+        )
+
+    figures = scores()
+    if run.engine.state.ema_keys:
+        with run.engine.state.averaged():
+            figures |= {f"ema/{name}": value for name, value in scores().items()}
+    return figures | {"time_s": time.monotonic() - started}
 
 
 def _heldout_results(run: Run) -> dict[str, HeldOutResult]:

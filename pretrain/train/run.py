@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,8 @@ from pretrain.checkpoint.tensors import CheckpointError, FoundCheckpoint, Verifi
 from pretrain.config import AUTO, Precision, TrainConfig, to_dict
 from pretrain.corpus.manifest import Manifest
 from pretrain.corpus.shards import Corpus
-from pretrain.data.inputs import Inputs
+from pretrain.corpus.tokenizer import Tokenizer
+from pretrain.data.inputs import Inputs, tokenizer_path
 from pretrain.data.loader import TrainLoader
 from pretrain.data.masking import Masking
 from pretrain.data.state import OrderState
@@ -30,6 +32,7 @@ from pretrain.engine.loss_scale import LossScale
 from pretrain.engine.peak import emulation_warning, rank_peak_flops
 from pretrain.errors import ConfigError
 from pretrain.evaluate.heldout import check_heldout
+from pretrain.evaluate.in_loop import LoopTask, prepare
 from pretrain.model.lora import n_adapters
 from pretrain.model.precision import precision_of
 from pretrain.monitor.monitor import Monitor
@@ -87,6 +90,8 @@ class Run:
     """Held-out loss of each evaluation, by step: that of the set that decides."""
     watchdog: Watchdog
     """This rank's watcher process."""
+    tasks: list[LoopTask]
+    """The tasks that are scored at each evaluation."""
     step: int
     """Number of completed optimizer updates."""
     searched: bool
@@ -101,7 +106,9 @@ class Run:
     """Time at which the last save began, in seconds on the monotonic clock."""
 
 
-def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) -> Run:
+def assemble(
+    inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog, clean: Callable[[str], str]
+) -> Run:
     """Find the newest checkpoint, build the parts of the run, and load the state. All ranks call this together. Raises
     ConfigError where the configuration does not fit, and CheckpointError where there are only damaged checkpoints."""
     config, manifests, masking = inputs
@@ -113,7 +120,7 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
     if searched and state and (known := batch_search.earlier_result(state, changed, world)) is not None:
         config = replace(config, micro_batch_sequences=known)
     loader = _loader(config, world, state, inputs)
-    on_main(lambda: _check_heldout(config, manifests, masking), world)
+    tasks = on_main(lambda: _check_evaluation(inputs, config, loader.tokenizer_sha256, clean), world)
     identity = on_main(
         lambda: write_run_files(config, run_dir, state, loader.tokenizer_sha256, manifests), world
     )
@@ -152,6 +159,7 @@ def assemble(inputs: Inputs, world: World, run_dir: Path, watchdog: Watchdog) ->
         saver=Saver(root, config.checkpoint, world, heldout_losses),
         heldout_losses=heldout_losses,
         watchdog=watchdog,
+        tasks=tasks,
         step=0,
         searched=searched,
         base=base.reference if base else None,
@@ -197,6 +205,30 @@ def _check_heldout(config: TrainConfig, manifests: dict[str, Manifest], masking:
             key=config.evaluation.key_of(name),
             masking=masking,
         )
+
+
+def _check_evaluation(
+    inputs: Inputs, config: TrainConfig, tokenizer_sha256: str, clean: Callable[[str], str]
+) -> list[LoopTask]:
+    """Check the held-out text, and read the tasks of the run, of which it says what is scored. Raises ConfigError.
+
+    Rank 0 alone reads the tasks, so all ranks have the same choices to score, whatever their disks hold.
+    """
+    _check_heldout(config, inputs.manifests, inputs.masking)
+    evaluation = config.evaluation
+    if not evaluation.tasks:
+        return []
+    tokenizer = Tokenizer(tokenizer_path(config.data.corpora()[0].manifest), tokenizer_sha256)
+    found = prepare(
+        evaluation.tasks,
+        tokenizer,
+        sequence_length=config.data.sequence_length,
+        max_items=evaluation.task_items,
+        clean=clean,
+    )
+    for task in found:
+        say(task.note)
+    return found
 
 
 def _newest_checkpoint(root: Path, world: World) -> FoundCheckpoint:

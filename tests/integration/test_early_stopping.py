@@ -1,4 +1,4 @@
-"""Runs that stop early, with several held-out sets and averaged weights: killed, started again, and used afterwards."""
+"""Runs that stop early, with several held-out sets, a task and averaged weights: killed, started again, and used."""
 
 from __future__ import annotations
 
@@ -33,7 +33,34 @@ def arguments(corpus: TinyCorpus, run_dir: Path) -> list[str]:
         "evaluation.min_gain=0.5",
         "ema.decay=0.9",
         "data.loader_workers=0",
+        f"evaluation.tasks=[{write_task(run_dir.parent)}]",
+        "evaluation.task_items=3",
     )
+
+
+def write_task(folder: Path) -> Path:
+    """A task of which 3 of 5 items are scored: 6 choices, which are 3 or 2 forward passes on 1 or 2 ranks."""
+    items = [
+        {"text": f"import {name}", "label": str(n % 2)}
+        for n, name in enumerate(["os", "re", "io", "abc", "ast"])
+    ]
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    keys = {
+        "kind": "classification",
+        "data": "items.jsonl",
+        "prompt": "{text}",
+        "labels": {"0": " # no", "1": " # yes"},
+    }
+    (folder / "imports.json").write_text(json.dumps(keys))
+    return folder / "imports.json"
+
+
+TASK = {
+    f"task/{ema}imports/{score}{error}"
+    for ema in ("", "ema/")
+    for score in ("accuracy", "gold_bits_per_byte")
+    for error in ("", "_standard_error")
+}
 
 
 @pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.long)])
@@ -52,10 +79,12 @@ def ending(run_dir: Path) -> tuple[int, str]:
 
 
 def heldout(run_dir: Path) -> dict[int, dict[str, str]]:
-    """The bits of all held-out losses by step."""
+    """The bits of all held-out losses and scores of tasks by step."""
     return {
         record["step"]: {
-            k: v.hex() for k, v in record.items() if k.startswith("heldout/") and k.endswith("loss")
+            k: v.hex()
+            for k, v in record.items()
+            if k.startswith(("heldout/", "task/")) and (k.endswith("loss") or k in TASK)
         }
         for record in read_metrics(run_dir)
     }
@@ -68,7 +97,9 @@ def test_it_finishes_where_nothing_is_gained(early: Path) -> None:
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(early)] == [4, 6]
     measured = heldout(early)
     names = {"heldout/loss", "heldout/own/loss", "heldout/ema/loss", "heldout/own/ema/loss"}
-    assert [set(measured[step]) for step in range(1, 7)] == [set(), names, set(), names, set(), names]
+    assert [set(measured[step]) for step in range(1, 7)] == [set(), names | TASK] * 3
+    bits = [float.fromhex(measured[step]["task/imports/gold_bits_per_byte"]) for step in (2, 4, 6)]
+    assert bits[0] > bits[1] > bits[2] > 0
     told = [event for event in events(early) if event["event"] == "evaluated"]
     assert [event["step"] for event in told] == [2, 4, 6]
     assert {f"heldout/{name}" for name in told[0]["losses"]} == names

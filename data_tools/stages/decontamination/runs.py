@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -11,6 +11,29 @@ from data_tools.stages.decontamination.canonical import Hashes, Stream, powers, 
 WORDS, CHARACTERS = 13, 20
 """Length of a run. Characters are those of scripts without spaces."""
 _FEWEST = (8, 12)  # words, or characters, of a shorter text that is looked for as a whole
+
+
+# Between texts: a word and a Han character that no text has, so that a run over the end of a text is like no other.
+_WORD_BETWEEN, _CHARACTER_BETWEEN = "\nzqxjkvzqxjkv\n", "\U0003134a\n"
+_BLOCK_CHARS = 1 << 16
+
+
+def blocks(texts: Iterable[str]) -> Iterator[str]:
+    """Texts joined to larger ones with the same runs, which are hashed several times faster than many short ones."""
+    block, n_chars = list[str](), 0
+    for text in texts:
+        block.append(text)
+        n_chars += len(text)
+        if n_chars >= _BLOCK_CHARS:
+            yield _joined(block)
+            block, n_chars = [], 0
+    if block:
+        yield _joined(block)
+
+
+def _joined(texts: list[str]) -> str:
+    between = _WORD_BETWEEN + ("" if all(map(str.isascii, texts)) else _CHARACTER_BETWEEN)
+    return between.join(texts)
 
 
 def runs(text: str, keys: Iterable[int] | None = None) -> dict[int, Hashes]:
@@ -27,7 +50,7 @@ def runs(text: str, keys: Iterable[int] | None = None) -> dict[int, Hashes]:
             own = [sign * min(most, len(stream.begins))] if len(stream.begins) >= _FEWEST[is_unspaced] else []
             for key in own if keys is None else (key for key in keys if key * sign > 0):
                 found.setdefault(key, []).append(_hashes(stream, abs(key)))
-    return {key: np.unique(np.concatenate(parts)) for key, parts in found.items()}
+    return {key: np.concatenate(parts) for key, parts in found.items()}
 
 
 def _hashes(stream: Stream, n_tokens: int) -> Hashes:

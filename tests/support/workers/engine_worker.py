@@ -163,7 +163,10 @@ def run(job: dict, world: World) -> None:
         if follower is not None:
             follower.follow(step)
             follower.exchange(world)
-        engine.evaluate(batches[0])  # an evaluation between two updates must not change the training
+        # An evaluation between two updates must not change the training.
+        whole, each = engine.evaluate(batches[0]), engine.evaluate(batches[0], by_sequence=True)
+        assert torch.allclose(each.nll_sum.sum(), whole.nll_sum, rtol=1e-4)
+        assert each.n_predicted.tolist() == (batches[0].labels != -100).sum(-1).tolist()
         (nll,) = sum_over_ranks([float(result.nll_sum)], world)
         losses.append(nll / result.n_predicted if result.n_predicted else None)
         norms.append(result.grad_norm)

@@ -27,7 +27,7 @@ from pretrain.generation.sampling import Sampling
 from pretrain.generation.writer import Writer
 from pretrain.model.decoder import Decoder
 from pretrain.trained import load_trained
-from support.trained_run import make_run, script, train_tokenizer, write_heldout
+from support.trained_run import TEXTS, make_run, script, train_tokenizer, write_heldout
 
 CPU = torch.device("cpu")
 REVIEWS = [
@@ -178,7 +178,7 @@ def test_a_dialogue(tokenizer: Tokenizer) -> None:
     encoder = Encoder(tokenizer, 64, "\n\n", clean, chat)
     turns = [("user", "a?"), ("assistant", "b"), ("user", "so?")]
     prompt = chat.encode_prompt([{"role": role, "content": text} for role, text in turns])
-    asked = question("so?", ["man", "truth"], [Solved("a?", "b")])
+    asked = question("so?", [" man", "truth"], [Solved("a?", "b")])
     assert encoder.prompt(asked, 4) == prompt
     assert encoder.choices(asked)[0].tokens == prompt + tokenizer.encode("man")
     with pytest.raises(CannotEncodeError, match="special token"):
@@ -229,6 +229,23 @@ def test_the_command_scores_tasks_and_text(
     check_items(run_dir, one)
 
 
+def test_text_is_compared_by_document(run_dir: Path, tmp_path: Path) -> None:
+    """Of two models, of which the other one has seen the same text with other ids."""
+    other = tmp_path / "run"
+    make_run(other, step=5)
+    text = tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": f"{TEXTS[0]} {n}" * (1 + n % 3)}) for n in range(12)]
+    text.write_text("\n".join(lines))
+    for name, run in (("a", run_dir), ("b", other)):
+        evaluate(run, f"input=[{text}]", f"output={tmp_path / name}", "max_documents=10")
+    a, b = (results_in(tmp_path / name) for name in "ab")
+    (found,) = compare(a, b)
+    assert (found.score, found.is_paired, found.n_items) == ("bits_per_byte", True, 10)
+    losses = [sum(item.statistics["loss"][0] for item in side["text"][0].items) for side in (a, b)]
+    n_bytes = sum(item.statistics["bits_per_byte"][1] for item in a["text"][0].items)
+    assert found.difference == pytest.approx((losses[1] - losses[0]) / np.log(2) / n_bytes)
+
+
 def check_items(run_dir: Path, found: dict[str, Any]) -> None:
     """What the results say of items is what the model says when it is asked directly."""
     trained = load_trained(run_dir)
@@ -270,6 +287,14 @@ def test_two_tasks_of_one_name_and_a_run_without_it(run_dir: Path, tasks: list[s
     with pytest.raises(ConfigError, match="objective=mlm, which fills masks"):
         module.main(module.EvalConfig(run_dir=str(mlm), tasks=[tasks[1]], output=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file(run_dir: Path, tasks: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    module = script("eval")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"output=.* is not a folder"):
+            module.main(module.EvalConfig(run_dir=str(run_dir), tasks=[tasks[1]], output=str(output)))
 
 
 def test_results_of_another_format_are_refused(run_dir: Path, tasks: list[str], tmp_path: Path) -> None:

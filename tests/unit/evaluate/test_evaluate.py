@@ -612,12 +612,20 @@ def test_the_bound_on_tokens_with_a_loss_mask(tmp_path: Path) -> None:
         list(first_tokens(documents[1:], 20))
 
 
-def test_the_script_scores_as_many_tokens_as_asked(tmp_path: Path) -> None:
+def test_the_script_scores_as_many_tokens_as_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """And says so: below the table and in the JSON."""
     make_run(tmp_path / "run")
     text = write_lines(tmp_path / "held.jsonl")
-    arguments = [f"run_dir={tmp_path / 'run'}", f"input=[{text}]", "--json"]
-    everything, part = (run_script("eval", *arguments, *more).stdout for more in ([], ["max_tokens=20"]))
+    evaluate_script = script("eval")
+
+    def printed(max_tokens: int | None) -> str:
+        arguments = {"run_dir": str(tmp_path / "run"), "input": [str(text)], "json": True}
+        evaluate_script.main(evaluate_script.EvalConfig(**arguments, max_tokens=max_tokens))
+        return capsys.readouterr().out
+
+    everything, part = printed(None), printed(20)
     assert "of each input at most 20 tokens" in part and "at most" not in everything
     whole, found = (json.loads(output.splitlines()[-1]) for output in (everything, part))
     assert (whole["max_tokens"], found["max_tokens"]) == (None, 20)

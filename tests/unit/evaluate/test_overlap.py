@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.stages.decontamination.runs import CHARACTERS, WORDS, runs
+from data_tools.stages.decontamination.runs import CHARACTERS, WORDS, blocks, runs
 from pretrain.errors import ConfigError
 from pretrain.evaluate.overlap import Wanted, open_corpus, texts_of
 from support.trained_run import TEXTS, train_tokenizer, write_heldout
@@ -27,15 +28,16 @@ def test_items_are_found_in_the_shards(tmp_path: Path) -> None:
         ["a single man"],  # too short
         ["any such man may be on his first"],  # 8 words of a text are looked for as they are
         ["However little known the feelings or views of a man may be"],  # 12 words, one of which is left out
+        [SENTENCE],  # as in another item
     ]
     wanted = Wanted(items, runs)
     corpus, own = open_corpus(tmp_path / "corpus")
     texts = list(texts_of(corpus, own))
     assert texts == TEXTS
-    for text in texts:
+    for text in blocks(texts):
         for key, hashes in runs(text, wanted.keys).items():
             wanted.look_in(key, hashes)
-    assert wanted.in_corpus() == [True, False, True, False, None, False, False]
+    assert wanted.in_corpus() == [True, False, True, False, None, False, False, True]
 
 
 def test_a_folder_without_a_corpus(tmp_path: Path) -> None:
@@ -55,8 +57,22 @@ def test_runs_are_those_of_all_windows(one: list[str], other: list[str]) -> None
         return {"".join(row[at : at + n]) for at in range(len(row) - n + 1)}
 
     found, theirs = runs(" ".join(one), [n]).get(n, []), runs(" ".join(other), [n]).get(n, [])
-    assert len(found) == len(windows(one))
+    assert len(set(found)) == len(windows(one))
     assert len(set(found) & set(theirs)) == len(windows(one) & windows(other))
+
+
+text = st.text(st.sampled_from("ab c道可é"), max_size=40)
+
+
+@given(st.lists(text, max_size=6), text, st.integers(1, 3))
+def test_joined_texts_have_the_runs_of_each(parts: list[str], item: str, n: int) -> None:
+    """An item shares the same runs with them as with the texts one by one: none goes over the end of a text."""
+
+    def found(texts: Iterable[str]) -> set[tuple[int, int]]:
+        rows = [runs(text, [n, -n]) for text in texts]
+        return {(key, value) for row in rows for key, hashes in row.items() for value in hashes.tolist()}
+
+    assert found(blocks(parts)) & found([item]) == found(parts) & found([item])
 
 
 def test_lengths_of_runs() -> None:
