@@ -92,9 +92,7 @@ class LadderConfig(TrainConfig):
             raise ConfigError(
                 "a ladder compares losses on held-out text; give evaluation.manifest=DIR/heldout"
             )
-        # Each run of the ladder replaces the length.
-        self.total_tokens, self.total_steps, self.total_epochs = 1_000_000_000, None, None
-        TrainConfig.__post_init__(self)
+        # What belongs to a training run is checked for each run of the ladder, which has another batch and length.
 
 
 OWN = {f.name for f in fields(LadderConfig)} - {f.name for f in fields(TrainConfig)}
@@ -117,22 +115,20 @@ def shared_words(words: list[str]) -> list[str]:
 def main(config: LadderConfig) -> int:
     """Train the runs that are not finished, and fit the laws."""
     require_scipy()
-    from pretrain.data.inputs import resolve_inputs
-
     shared = shared_words(sys.argv[1:])
-    config = resolve_inputs(config, config.ranks).config  # type: ignore[assignment]
+    base = base_of(config, shared)
     given = {key_of(word) for word in shared}
     rungs = rungs_of(
-        config.model,
+        base.model,
         depths=config.depths,
         head_width=config.head_width,
         tokens=config.tokens,
         tokens_per_parameter=config.tokens_per_parameter,
         lr_multipliers=config.lr_multipliers,
-        sequence_length=config.data.sequence_length,
-        batch_multiple=config.micro_batch * config.ranks,
-        batch_sequences=config.global_batch_sequences if "global_batch_sequences" in given else None,
-        lr=config.optim.lr if "optim.lr" in given else None,
+        sequence_length=base.data.sequence_length,
+        batch_multiple=base.micro_batch * config.ranks,
+        batch_sequences=base.global_batch_sequences if "global_batch_sequences" in given else None,
+        lr=base.optim.lr if "optim.lr" in given else None,
     )
     folder = Path(config.output)
     commands = [command_of(config, rung, shared, folder) for rung in rungs]
@@ -147,7 +143,7 @@ def main(config: LadderConfig) -> int:
         if code != ExitCode.FINISHED:
             print(f"the ladder ends here with exit code {code:d}; the same command goes on", file=sys.stderr)
             return code
-    report(fit(config, rungs, folder), folder)
+    report(fit(base, rungs, folder), folder)
     return ExitCode.FINISHED
 
 
@@ -157,6 +153,16 @@ def require_scipy() -> None:
 
     if find_spec("scipy") is None:
         raise ConfigError("a ladder needs the package scipy; install it with: pip install 'pretrain[eval]'")
+
+
+def base_of(config: LadderConfig, shared: list[str]) -> TrainConfig:
+    """What all runs share, with the corpus's vocabulary. Raises ConfigError where it is wrong."""
+    from pretrain.data.inputs import resolve_inputs
+
+    micro = config.micro_batch_sequences
+    batch = config.ranks * (micro if isinstance(micro, int) and micro > 0 else 1)
+    words = ["run_dir=unused", "total_tokens=1_000_000_000", f"global_batch_sequences={batch}", *shared]
+    return resolve_inputs(load_config(TrainConfig, words, "config"), config.ranks).config
 
 
 def command_of(config: LadderConfig, rung: Rung, shared: list[str], folder: Path) -> list[str]:
@@ -204,7 +210,7 @@ def train(command: list[str], run_dir: Path) -> ExitCode:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def fit(config: LadderConfig, rungs: list[Rung], folder: Path) -> LadderFit:
+def fit(config: TrainConfig, rungs: list[Rung], folder: Path) -> LadderFit:
     """Fit the laws to the losses of the finished runs, and write the fit file."""
     from pretrain.plan.ladder_fit import fit_ladder, write_fit
 
@@ -241,6 +247,7 @@ def report(found: LadderFit, folder: Path) -> None:
         print(f"{rung.name:<24}{rung.n_parameters:>14,}{rung.tokens:>16,}{rung.loss:>9.4f}{law:>9.4f}")
     law = found.law
     print(f"loss = {law.e:.4g} + {law.a:.4g} / N^{law.alpha:.4g} + {law.b:.4g} / D^{law.beta:.4g}")
+    print(f"the runs depart from it by up to {found.departure_frac:.1%}")
     print(f"wrote {folder / FIT_FILE}; python launch/plan.py ladder={folder} predicts a larger run")
 
 
