@@ -11,6 +11,7 @@ all runs, otherwise they are OLMo's for each size. Exit codes: 0 finished, 1 a r
 
 from __future__ import annotations
 
+import math
 import shlex
 import signal
 import sys
@@ -131,15 +132,15 @@ def main(config: LadderConfig) -> int:
         lr=base.optim.lr if "optim.lr" in given else None,
     )
     folder = Path(config.output)
-    commands = [command_of(config, rung, shared, folder) for rung in rungs]
+    all_words = [words_of(config, rung, shared, folder) for rung in rungs]
     remember(folder, [*shared, f"ranks={config.ranks}"])  # a batch is a multiple of the ranks
-    for number, (rung, words) in enumerate(zip(rungs, commands, strict=True), 1):
+    for number, (rung, words) in enumerate(zip(rungs, all_words, strict=True), 1):
         about = f"run {number} of {len(rungs)}: {rung.name}, {rung.n_parameters:,} parameters, {rung.tokens:,} tokens"
         if is_finished(folder / rung.name):
             print(f"{about}: finished before", flush=True)
             continue
         print(about, flush=True)
-        code = train(words, folder / rung.name)
+        code = train([*launcher_of(config), *words], folder / rung.name)
         if code != ExitCode.FINISHED:
             print(f"the ladder ends here with exit code {code:d}; the same command goes on", file=sys.stderr)
             return code
@@ -165,8 +166,8 @@ def base_of(config: LadderConfig, shared: list[str]) -> TrainConfig:
     return resolve_inputs(load_config(TrainConfig, words, "config"), config.ranks).config
 
 
-def command_of(config: LadderConfig, rung: Rung, shared: list[str], folder: Path) -> list[str]:
-    """The command that trains a run. Raises ConfigError where its configuration is wrong."""
+def words_of(config: LadderConfig, rung: Rung, shared: list[str], folder: Path) -> list[str]:
+    """The arguments of launch/train.py for a run. Raises ConfigError where its configuration is wrong."""
     given = {key_of(word) for word in shared} & set(YIELDING)
     values = rung.words(config.data.sequence_length)
     if "optim.lr" in given and len(config.lr_multipliers) > 1:
@@ -175,13 +176,18 @@ def command_of(config: LadderConfig, rung: Rung, shared: list[str], folder: Path
     words = [*shared, *(f"{key}={value}" for key, value in values.items() if key not in given)]
     words.append(f"run_dir={folder / rung.name}")
     load_config(TrainConfig, words, "config").grad_accum_steps(config.ranks)
+    return words
+
+
+def launcher_of(config: LadderConfig) -> list[str]:
+    """What starts the ranks of a run, up to launch/train.py. The port is free now, so this is called for each run."""
     if config.launcher is not None:
         launcher = shlex.split(config.launcher)
     elif config.ranks == 1:
         launcher = [sys.executable]
     else:
         launcher = ["deepspeed", "--num_gpus", str(config.ranks), "--master_port", str(free_port())]
-    return [*launcher, str(Path(__file__).resolve().parent / "train.py"), *words]
+    return [*launcher, str(Path(__file__).resolve().parent / "train.py")]
 
 
 def remember(folder: Path, shared: list[str]) -> None:
@@ -223,17 +229,19 @@ def fit(config: TrainConfig, rungs: list[Rung], folder: Path) -> LadderFit:
 
 
 def result_of(rung: Rung, run_dir: Path, metric: str, sequence_length: int) -> RungResult:
-    """The loss of a finished run. Raises ConfigError where it has none."""
+    """The loss of a finished run. Raises ConfigError where it is none."""
     last = read_metrics(run_dir)[-1]
-    if not isinstance(last.get(metric), float):
+    loss = last.get(metric)
+    if not isinstance(loss, float) or not math.isfinite(loss):
         raise ConfigError(
-            f"{run_dir} has no {metric} at its last step; remove the folder to train the run again"
+            f"{run_dir} ended with {metric}={loss}, which no law can be fitted to; remove the folder to train the run "
+            "again, in a ladder with a lower optim.lr"
         )
     return RungResult(
         name=rung.name,
         n_parameters=rung.n_parameters,
         tokens=last["tokens_seen"],
-        loss=last[metric],
+        loss=loss,
         lr=rung.lr,
         batch_tokens=rung.batch_sequences * sequence_length,
     )

@@ -306,8 +306,8 @@ def arguments(corpus: TinyCorpus, output: Path, *more: str) -> list[str]:
 class Trainer:
     """Stands in for the training runs: it writes what a finished run of a known law would, or stops."""
 
-    def __init__(self, stop_at: int | None = None) -> None:
-        self.stop_at, self.trained = stop_at, []
+    def __init__(self, stop_at: int | None = None, loss: float | None = None) -> None:
+        self.stop_at, self.loss, self.trained = stop_at, loss, []
 
     def __call__(self, command: list[str], run_dir: Path) -> ExitCode:
         config = load_config(TrainConfig, command[2:], "config")
@@ -319,7 +319,7 @@ class Trainer:
         size = ladder_parameters(replace(config.model, vocab_size=512))
         step = {"kind": "step", "step": config.n_steps, "attempt": 1, "tokens_seen": tokens}
         evaluation = {"kind": "evaluation", "step": config.n_steps, "attempt": 1}
-        evaluation["heldout/loss"] = LAW.loss(size, tokens)
+        evaluation["heldout/loss"] = LAW.loss(size, tokens) if self.loss is None else self.loss
         (run_dir / "metrics.jsonl").write_text(f"{json.dumps(step)}\n{json.dumps(evaluation)}\n")
         finished = {"event": "finished", "step": config.n_steps}
         (run_dir / "events.jsonl").write_text(json.dumps(finished) + "\n")
@@ -427,6 +427,15 @@ def test_runs_of_another_ladder_are_not_mixed_in(
         words = arguments(corpus, tmp_path / "l", more)
         assert ladder(monkeypatch, trainer, words) == ExitCode.CONFIG_ERROR
         assert "another ladder" in capsys.readouterr().err and trainer.trained == []
+
+
+def test_a_run_that_diverged_is_named(
+    corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    words = arguments(corpus, tmp_path / "l")
+    assert ladder(monkeypatch, Trainer(loss=math.nan), words) == ExitCode.CONFIG_ERROR
+    said = capsys.readouterr().err
+    assert "heldout/loss=nan" in said and str(tmp_path / "l" / "d1-") in said and "optim.lr" in said
 
 
 @pytest.mark.long
