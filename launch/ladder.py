@@ -11,6 +11,7 @@ all runs, otherwise they are OLMo's for each size. Exit codes: 0 finished, 1 a r
 
 from __future__ import annotations
 
+import math
 import shlex
 import signal
 import sys
@@ -92,9 +93,7 @@ class LadderConfig(TrainConfig):
             raise ConfigError(
                 "a ladder compares losses on held-out text; give evaluation.manifest=DIR/heldout"
             )
-        # Each run of the ladder replaces the length.
-        self.total_tokens, self.total_steps, self.total_epochs = 1_000_000_000, None, None
-        TrainConfig.__post_init__(self)
+        # What belongs to a training run is checked for each run of the ladder, which has another batch and length.
 
 
 OWN = {f.name for f in fields(LadderConfig)} - {f.name for f in fields(TrainConfig)}
@@ -117,37 +116,35 @@ def shared_words(words: list[str]) -> list[str]:
 def main(config: LadderConfig) -> int:
     """Train the runs that are not finished, and fit the laws."""
     require_scipy()
-    from pretrain.data.inputs import resolve_inputs
-
     shared = shared_words(sys.argv[1:])
-    config = resolve_inputs(config, config.ranks).config  # type: ignore[assignment]
+    base = base_of(config, shared)
     given = {key_of(word) for word in shared}
     rungs = rungs_of(
-        config.model,
+        base.model,
         depths=config.depths,
         head_width=config.head_width,
         tokens=config.tokens,
         tokens_per_parameter=config.tokens_per_parameter,
         lr_multipliers=config.lr_multipliers,
-        sequence_length=config.data.sequence_length,
-        batch_multiple=config.micro_batch * config.ranks,
-        batch_sequences=config.global_batch_sequences if "global_batch_sequences" in given else None,
-        lr=config.optim.lr if "optim.lr" in given else None,
+        sequence_length=base.data.sequence_length,
+        batch_multiple=base.micro_batch * config.ranks,
+        batch_sequences=base.global_batch_sequences if "global_batch_sequences" in given else None,
+        lr=base.optim.lr if "optim.lr" in given else None,
     )
     folder = Path(config.output)
-    commands = [command_of(config, rung, shared, folder) for rung in rungs]
+    all_words = [words_of(config, rung, shared, folder) for rung in rungs]
     remember(folder, [*shared, f"ranks={config.ranks}"])  # a batch is a multiple of the ranks
-    for number, (rung, words) in enumerate(zip(rungs, commands, strict=True), 1):
+    for number, (rung, words) in enumerate(zip(rungs, all_words, strict=True), 1):
         about = f"run {number} of {len(rungs)}: {rung.name}, {rung.n_parameters:,} parameters, {rung.tokens:,} tokens"
         if is_finished(folder / rung.name):
             print(f"{about}: finished before", flush=True)
             continue
         print(about, flush=True)
-        code = train(words, folder / rung.name)
+        code = train([*launcher_of(config), *words], folder / rung.name)
         if code != ExitCode.FINISHED:
             print(f"the ladder ends here with exit code {code:d}; the same command goes on", file=sys.stderr)
             return code
-    report(fit(config, rungs, folder), folder)
+    report(fit(base, rungs, folder), folder)
     return ExitCode.FINISHED
 
 
@@ -159,8 +156,18 @@ def require_scipy() -> None:
         raise ConfigError("a ladder needs the package scipy; install it with: pip install 'pretrain[eval]'")
 
 
-def command_of(config: LadderConfig, rung: Rung, shared: list[str], folder: Path) -> list[str]:
-    """The command that trains a run. Raises ConfigError where its configuration is wrong."""
+def base_of(config: LadderConfig, shared: list[str]) -> TrainConfig:
+    """What all runs share, with the corpus's vocabulary. Raises ConfigError where it is wrong."""
+    from pretrain.data.inputs import resolve_inputs
+
+    micro = config.micro_batch_sequences
+    batch = config.ranks * (micro if isinstance(micro, int) and micro > 0 else 1)
+    words = ["run_dir=unused", "total_tokens=1_000_000_000", f"global_batch_sequences={batch}", *shared]
+    return resolve_inputs(load_config(TrainConfig, words, "config"), config.ranks).config
+
+
+def words_of(config: LadderConfig, rung: Rung, shared: list[str], folder: Path) -> list[str]:
+    """The arguments of launch/train.py for a run. Raises ConfigError where its configuration is wrong."""
     given = {key_of(word) for word in shared} & set(YIELDING)
     values = rung.words(config.data.sequence_length)
     if "optim.lr" in given and len(config.lr_multipliers) > 1:
@@ -169,13 +176,18 @@ def command_of(config: LadderConfig, rung: Rung, shared: list[str], folder: Path
     words = [*shared, *(f"{key}={value}" for key, value in values.items() if key not in given)]
     words.append(f"run_dir={folder / rung.name}")
     load_config(TrainConfig, words, "config").grad_accum_steps(config.ranks)
+    return words
+
+
+def launcher_of(config: LadderConfig) -> list[str]:
+    """What starts the ranks of a run, up to launch/train.py. The port is free now, so this is called for each run."""
     if config.launcher is not None:
         launcher = shlex.split(config.launcher)
     elif config.ranks == 1:
         launcher = [sys.executable]
     else:
         launcher = ["deepspeed", "--num_gpus", str(config.ranks), "--master_port", str(free_port())]
-    return [*launcher, str(Path(__file__).resolve().parent / "train.py"), *words]
+    return [*launcher, str(Path(__file__).resolve().parent / "train.py")]
 
 
 def remember(folder: Path, shared: list[str]) -> None:
@@ -204,7 +216,7 @@ def train(command: list[str], run_dir: Path) -> ExitCode:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def fit(config: LadderConfig, rungs: list[Rung], folder: Path) -> LadderFit:
+def fit(config: TrainConfig, rungs: list[Rung], folder: Path) -> LadderFit:
     """Fit the laws to the losses of the finished runs, and write the fit file."""
     from pretrain.plan.ladder_fit import fit_ladder, write_fit
 
@@ -217,17 +229,19 @@ def fit(config: LadderConfig, rungs: list[Rung], folder: Path) -> LadderFit:
 
 
 def result_of(rung: Rung, run_dir: Path, metric: str, sequence_length: int) -> RungResult:
-    """The loss of a finished run. Raises ConfigError where it has none."""
+    """The loss of a finished run. Raises ConfigError where it is none."""
     last = read_metrics(run_dir)[-1]
-    if not isinstance(last.get(metric), float):
+    loss = last.get(metric)
+    if not isinstance(loss, float) or not math.isfinite(loss):
         raise ConfigError(
-            f"{run_dir} has no {metric} at its last step; remove the folder to train the run again"
+            f"{run_dir} ended with {metric}={loss}, which no law can be fitted to; remove the folder to train the run "
+            "again, in a ladder with a lower optim.lr"
         )
     return RungResult(
         name=rung.name,
         n_parameters=rung.n_parameters,
         tokens=last["tokens_seen"],
-        loss=last[metric],
+        loss=loss,
         lr=rung.lr,
         batch_tokens=rung.batch_sequences * sequence_length,
     )
@@ -241,6 +255,7 @@ def report(found: LadderFit, folder: Path) -> None:
         print(f"{rung.name:<24}{rung.n_parameters:>14,}{rung.tokens:>16,}{rung.loss:>9.4f}{law:>9.4f}")
     law = found.law
     print(f"loss = {law.e:.4g} + {law.a:.4g} / N^{law.alpha:.4g} + {law.b:.4g} / D^{law.beta:.4g}")
+    print(f"the runs depart from it by up to {found.departure_frac:.1%}")
     print(f"wrote {folder / FIT_FILE}; python launch/plan.py ladder={folder} predicts a larger run")
 
 

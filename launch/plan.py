@@ -110,7 +110,7 @@ class PlanConfig(TrainConfig):
     configured one."""
     ladder: PathText | None = None
     """Folder of a ladder (launch/ladder.py), or its fit.json, which predicts the loss. Without global_batch_sequences
-    the batch follows the ladder, too."""
+    the batch follows the ladder, and without model.vocab_size the vocabulary."""
     json: bool = False
     """Print the plan as JSON on the last line of stdout."""
     table: Table = Table.plan
@@ -145,12 +145,11 @@ class PlanConfig(TrainConfig):
             self.total_tokens, self.total_epochs = _tokens_of_epochs(data, self.total_epochs), None
         if self.total_tokens is None and self.total_steps is None:
             raise ConfigError("the length of the run is missing; give total_tokens=N")
+        fit = None if self.ladder is None else read_fit(self.ladder)
         if self.model.vocab_size is None:
-            self.model.vocab_size = ASSUMED_VOCABULARY
-        if self.global_batch_sequences is None and self.ladder is not None:
-            wanted = (
-                read_fit(self.ladder).batch_tokens.at(ladder_parameters(self.model)) / data.sequence_length
-            )
+            self.model.vocab_size = ASSUMED_VOCABULARY if fit is None else fit.vocab_size
+        if self.global_batch_sequences is None and fit is not None:
+            wanted = fit.batch_tokens.at(ladder_parameters(self.model)) / data.sequence_length
             self.global_batch_sequences = ranks * max(1, round(wanted / ranks))
         elif self.global_batch_sequences is None:
             doublings = math.log2(max(1.0, CHOSEN_BATCH_TOKENS / data.sequence_length / ranks))

@@ -7,6 +7,7 @@ answer is beyond the runs. Nothing here imports torch or numpy.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -139,6 +140,15 @@ class LadderFit:
     lr: PowerLaw
     """The learning rate by size, through the best run of each size and length."""
     batch_tokens: PowerLaw
+
+    @property
+    def departure_frac(self) -> float:
+        """How far the losses of the runs are from the law, at most: the best of each size and length counts."""
+        best: dict[tuple[int, int], float] = {}
+        for rung in self.rungs:
+            key = (rung.n_parameters, rung.tokens)
+            best[key] = min(rung.loss, best.get(key, math.inf))
+        return max(abs(loss / self.law.loss(*key) - 1) for key, loss in best.items())
 
 
 class Prediction(NamedTuple):

@@ -125,8 +125,8 @@ def loss_lines(config: TrainConfig, n_tokens: int, fit: LadderFit | None = None)
     else:
         size, length = figures["beyond_largest_model"]["value"], figures["beyond_longest_run"]["value"]
         about = [
-            f"  {fit.metric} of {len(fit.rungs)} runs; low and high should hold {INTERVAL_FRAC:.0%} of cases, as far "
-            "as the law holds"
+            f"  {fit.metric} of {len(fit.rungs)} runs, which depart from the law by up to {fit.departure_frac:.1%}; "
+            f"low and high should hold {INTERVAL_FRAC:.0%} of cases, as far as the law holds"
         ]
         if size > 1 or length > 1:
             about.append(

@@ -75,6 +75,15 @@ def test_one_spoiled_run_does_not_move_the_fit() -> None:
     assert fit_law(sizes, tokens, losses).loss(*BIG) == pytest.approx(CHINCHILLA.loss(*BIG), rel=2e-3)
 
 
+def test_runs_that_follow_no_law_are_told_apart() -> None:
+    """A learning rate that was too high for the larger models: they end above the smaller ones."""
+    runs = [
+        result(n, d, CHINCHILLA.loss(n, d) * (1.1 if n == SIZES[2] and d > 10**9 else 1)) for n, d in POINTS
+    ]
+    fit = fit_ladder(runs, "heldout/loss", 512, resamplings=20)
+    assert 0.05 < fit.departure_frac < 0.15
+
+
 def test_the_interval_holds_the_loss_and_grows_with_the_noise() -> None:
     widths = []
     for sigma in (0.001, 0.01):
@@ -110,6 +119,7 @@ def test_the_best_learning_rate_of_each_size_makes_the_law_of_the_rate() -> None
         for factor in (0.5, 1.0, 2.0)
     ]
     fit = fit_ladder(runs, "heldout/loss", 512, resamplings=20)
+    assert fit.departure_frac < 1e-3
     assert fit.lr.at(BIG[0]) == pytest.approx(OLMO_LR.at(BIG[0]), rel=1e-6)
     assert fit.law.loss(*BIG) == pytest.approx(CHINCHILLA.loss(*BIG), rel=1e-3)
 
@@ -244,11 +254,14 @@ def test_other_tokens_are_refused(fit: LadderFit) -> None:
 def test_the_plan_says_that_it_extrapolates(fit: LadderFit) -> None:
     config = load_config(
         TrainConfig,
-        ["run_dir=x", "data.manifest=y", "model=125m", "model.vocab_size=512", "total_tokens=1_000_000"],
+        [
+            *("run_dir=x", "data.manifest=y", "total_tokens=1_000_000"),
+            *("model=125m", "model.n_layers=6", "model.vocab_size=512"),
+        ],
         "config",
     )
     inside, beyond = (loss_lines(config, tokens, fit) for tokens in (10**8, 10**10))
-    assert not any("3.12 times" in line for line in inside)
+    assert not any("EXTRAPOLATED" in line for line in inside)
     assert any("EXTRAPOLATED" in line and "3.12 times its longest run" in line for line in beyond)
     figures = loss_figures(config, 10**8, fit)
     assert figures["expected_loss_low"]["value"] < figures["expected_loss_high"]["value"]
@@ -293,8 +306,8 @@ def arguments(corpus: TinyCorpus, output: Path, *more: str) -> list[str]:
 class Trainer:
     """Stands in for the training runs: it writes what a finished run of a known law would, or stops."""
 
-    def __init__(self, stop_at: int | None = None) -> None:
-        self.stop_at, self.trained = stop_at, []
+    def __init__(self, stop_at: int | None = None, loss: float | None = None) -> None:
+        self.stop_at, self.loss, self.trained = stop_at, loss, []
 
     def __call__(self, command: list[str], run_dir: Path) -> ExitCode:
         config = load_config(TrainConfig, command[2:], "config")
@@ -306,7 +319,7 @@ class Trainer:
         size = ladder_parameters(replace(config.model, vocab_size=512))
         step = {"kind": "step", "step": config.n_steps, "attempt": 1, "tokens_seen": tokens}
         evaluation = {"kind": "evaluation", "step": config.n_steps, "attempt": 1}
-        evaluation["heldout/loss"] = LAW.loss(size, tokens)
+        evaluation["heldout/loss"] = LAW.loss(size, tokens) if self.loss is None else self.loss
         (run_dir / "metrics.jsonl").write_text(f"{json.dumps(step)}\n{json.dumps(evaluation)}\n")
         finished = {"event": "finished", "step": config.n_steps}
         (run_dir / "events.jsonl").write_text(json.dumps(finished) + "\n")
@@ -327,7 +340,7 @@ def test_a_ladder_goes_on_where_it_stopped_and_predicts(
     corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     words = arguments(corpus, tmp_path / "l")
-    first, second, third = Trainer(stop_at=2), Trainer(), Trainer()
+    first, second, third = Trainer(stop_at=2), Trainer(), Trainer(stop_at=1)
     assert ladder(monkeypatch, first, words) == ExitCode.STOPPED
     assert not (tmp_path / "l" / "fit.json").exists()
     assert ladder(monkeypatch, second, words) == 0
@@ -338,12 +351,12 @@ def test_a_ladder_goes_on_where_it_stopped_and_predicts(
     assert fit.vocab_size == 512 and len(fit.rungs) == 6
     assert fit.law.loss(50_000, 20_000) == pytest.approx(LAW.loss(50_000, 20_000), rel=0.02)
     # Longer lists add runs.
-    assert ladder(monkeypatch, third, [*words, "depths=[1,2,3,4]"]) == 0
-    assert sorted(name.split("-")[0] for name in third.trained) == ["d4", "d4"]
+    assert ladder(monkeypatch, third, [*words, "depths=[1,2,3,4]"]) == ExitCode.STOPPED
+    assert [name.split("-")[0] for name in third.trained] == ["d4"]
 
     plan = script("plan")
     size = ["model.n_layers=4", "model.d_model=64", "model.n_heads=4", "model.n_kv_heads=4", "model.d_ff=256"]
-    given = [f"ladder={tmp_path / 'l'}", "total_tokens=200_000", "model.vocab_size=512", "json=true"]
+    given = [f"ladder={tmp_path / 'l'}", "total_tokens=200_000", "json=true"]
     given += ["cluster.nodes=1", "cluster.gpus_per_node=1", "data.sequence_length=64"]
     monkeypatch.setattr(sys, "argv", ["plan.py", *given, *size])
     with pytest.raises(SystemExit) as ending:
@@ -362,6 +375,9 @@ def test_a_ladder_goes_on_where_it_stopped_and_predicts(
     ("more", "named"),
     [
         (["total_steps=5"], ["total_steps=5", "tokens_per_parameter"]),
+        (["optim.lrr=5"], ["optim.lrr", "did you mean"]),
+        (["micro_batch_sequences=x"], ["micro_batch_sequences=x"]),
+        (["model.dropout=2"], ["model.dropout=2"]),
         (["evaluation.manifest=null"], ["evaluation.manifest"]),
         (["depths=[1,2]"], ["4 runs", "2 sizes"]),
         (["depths=[0,2,3]"], ["depths=[0, 2, 3]"]),
@@ -385,6 +401,23 @@ def test_a_wrong_ladder_is_refused_before_anything_is_trained(
     assert said.count("\n") == 1 and not (tmp_path / "l").exists()
 
 
+def test_a_batch_suits_the_ranks_and_the_micro_batch(
+    corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the batch of an ordinary run would be; and several ranks are started by DeepSpeed's launcher."""
+    commands = []
+
+    def trainer(command: list[str], run_dir: Path) -> ExitCode:
+        commands.append(command)
+        return ExitCode.STOPPED
+
+    words = arguments(corpus, tmp_path / "l", "ranks=3", "micro_batch_sequences=48")
+    assert ladder(monkeypatch, trainer, words) == ExitCode.STOPPED
+    assert commands[0][:3] == ["deepspeed", "--num_gpus", "3"]
+    given = dict(word.split("=", 1) for word in commands[0][6:])
+    assert given["global_batch_sequences"] == "144" and given["total_tokens"] == "618"
+
+
 def test_runs_of_another_ladder_are_not_mixed_in(
     corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -394,6 +427,15 @@ def test_runs_of_another_ladder_are_not_mixed_in(
         words = arguments(corpus, tmp_path / "l", more)
         assert ladder(monkeypatch, trainer, words) == ExitCode.CONFIG_ERROR
         assert "another ladder" in capsys.readouterr().err and trainer.trained == []
+
+
+def test_a_run_that_diverged_is_named(
+    corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    words = arguments(corpus, tmp_path / "l")
+    assert ladder(monkeypatch, Trainer(loss=math.nan), words) == ExitCode.CONFIG_ERROR
+    said = capsys.readouterr().err
+    assert "heldout/loss=nan" in said and str(tmp_path / "l" / "d1-") in said and "optim.lr" in said
 
 
 @pytest.mark.long
