@@ -546,7 +546,14 @@ def test_files_outside_of_the_folder_are_refused(folder: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "changes", [{"n_chunks": 5}, {"n_tokens": 7}, {"dtype": "uint32"}, {"chunk_tokens": 1}]
+    "changes",
+    [
+        {"n_chunks": 5},
+        {"n_tokens": 7},
+        {"dtype": "uint32"},
+        {"chunk_tokens": 1},
+        {"packed": {"sequence_tokens": 48, "dropped_documents": 0, "cut_documents": 0}},
+    ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(folder: Path, changes: dict[str, object]) -> None:
     edit(folder / "manifest.json", **changes)
