@@ -525,7 +525,7 @@ def test_whole_dialogues_are_packed_into_sequences(
 ) -> None:
     """By default where the length is given. Counts are without filler, and `show`, `verify` and `remove` know it."""
     source = write_jsonl(tmp_path / "talks.jsonl", dialogues(60))
-    options = {"chat.max_tokens": 200, "chunk_tokens": 400, "shard_bytes": 4096}
+    options = {"chat.max_tokens": 280, "chunk_tokens": 560, "shard_bytes": 4096}
     output, loose = tmp_path / "corpus", tmp_path / "loose"
     assert prepare(chat_config(loose, source, model=model, **options, **{"chat.pack": False})) == 0
     assert "dialogues are not packed" in capsys.readouterr().out
@@ -543,16 +543,21 @@ def test_whole_dialogues_are_packed_into_sequences(
     assert before == state(loose), "packing changes no dialogue"
     n_cut = json.loads((output / "prepare.json").read_text())["funnel"]["cut"]
     assert manifest.packed == Packed(
-        sequence_tokens=200, dropped_documents=60 - len(before), cut_documents=n_cut
+        sequence_tokens=280, dropped_documents=60 - len(before), cut_documents=n_cut
     )
     assert n_cut > 5
     assert 0 < manifest.filler_tokens < 0.5 * manifest.n_tokens
+    in_order, room = 0, 0  # sequences that dialogues need if they come in the order of their hashes
+    for one in documents_of(Corpus(loose / "manifest.json")):
+        in_order, room = (in_order + 1, 280) if len(one.tokens) > room else (in_order, room)
+        room -= len(one.tokens)
+    assert manifest.n_tokens // 280 < in_order
     n_tokens = sum(len(tokens) for tokens, _, _ in before.values())
     heldout = load_manifest(output / "heldout/manifest.json")
     assert manifest.document_tokens + heldout.document_tokens == n_tokens
     statistics = json.loads((output / "statistics.json").read_text())
     assert statistics["tokens"] + statistics["heldout"]["tokens"] == n_tokens
-    filler = f"packed into {manifest.n_tokens // 200} sequences of 200 tokens"
+    filler = f"packed into {manifest.n_tokens // 280} sequences of 280 tokens"
     assert filler in shown and filler in (output / "README.md").read_text()
     shards = {shard.name: shard.sha256 for shard in manifest.shards}
     assert verify(output) == [] and len(shards) > 2
@@ -560,7 +565,7 @@ def test_whole_dialogues_are_packed_into_sequences(
     corpus = Corpus(output / "manifest.json")
     text = describe_chunk(corpus, Tokenizer.trusted(output / "tokenizer.model"), 0)
     ends, starts = corpus.documents(0).ends, corpus.documents(0).starts
-    assert (ends[:-1] < starts[1:]).any() or ends[-1] < 400, "the chunk has filler"
+    assert (ends[:-1] < starts[1:]).any() or ends[-1] < 560, "the chunk has filler"
     assert "\n| \n" not in text
     removed = corpus.documents(corpus.n_chunks - 2).ids[1]
     assert remove(output, {removed}) == {removed: 1}
@@ -569,7 +574,7 @@ def test_whole_dialogues_are_packed_into_sequences(
     after = load_manifest(output / "manifest.json")
     assert after.packed == manifest.packed
     assert after.shards[0].sha256 == manifest.shards[0].sha256, "nothing was removed there"
-    with pytest.raises(ConfigError, match=r"chunk_tokens=256 is no multiple of chat\.max_tokens=200"):
+    with pytest.raises(ConfigError, match=r"chunk_tokens=256 is no multiple of chat\.max_tokens=280"):
         chat_config(output, source, model=model, **options | {"chunk_tokens": 256})
 
 
