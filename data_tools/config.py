@@ -53,10 +53,14 @@ class ChatConfig:
     """Whether the special token that ends such a turn is to be predicted too. Without it, a model does not learn to
     stop."""
     max_tokens: int | None = None
-    """Largest number of tokens in a dialogue: the length of the training sequences; null: any. Training cuts longer
-    ones, so that their end does not see their beginning."""
-    longer: Longer = Longer.drop
-    """What becomes of longer dialogues. cut: they end with the last turn to be predicted that fits."""
+    """Largest number of tokens in a dialogue: the length of the training sequences; null: any. Training then cuts
+    dialogues where a sequence ends, so that their end does not see their beginning."""
+    longer: Longer = Longer.cut
+    """What becomes of longer dialogues. cut: they end with the last turn to be predicted that fits; those that have
+    none are dropped. drop: all are dropped. Either is counted."""
+    pack: bool = True
+    """Pack whole dialogues into sequences of `max_tokens` tokens, where that is given, so that training cuts none. What
+    they leave free is filler, on which nothing is trained. false: dialogues follow each other without a gap."""
     date: str | None = None
     """YYYY-MM-DD, the date that a template which writes the current date gets, so that the same input gives the same
     tokens on every day."""
@@ -243,3 +247,18 @@ class PrepareConfig:
             raise ConfigError(
                 f"chunk_tokens={self.chunk_tokens} is more than {MAX_CHUNK_TOKENS:,}: chunks are held in memory"
             )
+        packed = self.packed_tokens
+        if packed is not None and packed > MAX_CHUNK_TOKENS:
+            raise ConfigError(
+                f"chat.max_tokens={packed} is more than {MAX_CHUNK_TOKENS:,}, the largest chunk; give a smaller one"
+            )
+        if packed is not None and (self.chunk_tokens or 0) % packed:
+            raise ConfigError(
+                f"chunk_tokens={self.chunk_tokens} is no multiple of chat.max_tokens={packed}, the length of the "
+                "sequences into which dialogues are packed; leave chunk_tokens out, or give a multiple"
+            )
+
+    @property
+    def packed_tokens(self) -> int | None:
+        """Length of the sequences into which whole dialogues are packed; None where none are."""
+        return self.chat.max_tokens if self.format is DocumentFormat.chat and self.chat.pack else None

@@ -50,7 +50,7 @@ from data_tools.names import (
 )
 from data_tools.reading.listing import LeftOut, print_left_out
 from data_tools.reading.sources import find_files
-from data_tools.report.card import HEADERS, describe, source_rows
+from data_tools.report.card import HEADERS, describe, packing_line, source_rows
 from data_tools.report.fertility import heldout_texts, measure
 from data_tools.report.funnel import curations_of, funnel_table
 from data_tools.report.schemas import read_prepare_report
@@ -213,9 +213,12 @@ def _report(output: Path) -> None:
     print()
     print(plain_table(source_rows(manifest, _SOURCES_SHOWN), HEADERS))
     print(
-        f"\n{manifest.n_tokens:,} tokens of a vocabulary of {manifest.vocab_size:,} in {manifest.n_chunks:,} chunks "
-        f"of {manifest.chunk_tokens:,}\ncorpus: {output / MANIFEST_NAME}"
+        f"\n{manifest.document_tokens:,} tokens of a vocabulary of {manifest.vocab_size:,} in "
+        f"{manifest.n_chunks:,} chunks of {manifest.chunk_tokens:,}"
     )
+    if manifest.loss_mask:
+        print(packing_line(manifest))
+    print(f"corpus: {output / MANIFEST_NAME}")
 
 
 if __name__ == "__main__":

@@ -143,6 +143,7 @@ class _Removal:
             shard_bytes=self.shard_bytes,
             files=files,
             loss_mask=was.loss_mask,
+            packed=was.packed,
         )
         counts = DocumentCounts(self.tokenizer)
         n_left = 0

@@ -23,7 +23,7 @@ import numpy as np
 
 from data_tools.building.workspace import load_tokenizer
 from data_tools.names import HELDOUT_FOLDER
-from data_tools.report.card import HEADERS, source_rows
+from data_tools.report.card import HEADERS, packing_line, source_rows
 from data_tools.tables import plain_table, shown
 from pretrain.corpus.manifest import MANIFEST_NAME, CorruptShardError, Manifest, load_manifest
 from pretrain.corpus.shards import Corpus
@@ -40,9 +40,10 @@ def describe(manifest: Manifest, folder: Path) -> str:
     tar_bytes = sum(shard.bytes for shard in manifest.shards)
     lines = [
         shown(str(folder)),
-        f"{manifest.n_tokens:,} tokens ({manifest.dtype}) of {manifest.n_documents:,} documents",
+        f"{manifest.document_tokens:,} tokens ({manifest.dtype}) of {manifest.n_documents:,} documents",
         f"{manifest.n_chunks:,} chunks of {manifest.chunk_tokens:,} tokens; shards: {len(manifest.shards):,} "
         f"({tar_bytes / 1e6:.1f} MB)",
+        *([packing_line(manifest)] if manifest.loss_mask else []),
         f"tokenizer: {manifest.vocab_size:,} entries, sha256 {manifest.tokenizer_sha256}",
         f"root hash: {manifest.root_sha256}",
         "",
@@ -51,7 +52,7 @@ def describe(manifest: Manifest, folder: Path) -> str:
     heldout = folder / HELDOUT_FOLDER / MANIFEST_NAME
     if heldout.exists():
         held = load_manifest(heldout)
-        lines += ["", f"held out: {held.n_tokens:,} tokens of {held.n_documents:,} documents"]
+        lines += ["", f"held out: {held.document_tokens:,} tokens of {held.n_documents:,} documents"]
     return "\n".join(lines)
 
 
@@ -59,9 +60,12 @@ def describe_chunk(corpus: Corpus, tokenizer: Tokenizer, chunk: int) -> str:
     """Where a chunk comes from, and its first lines. Raises CorruptShardError."""
     documents = corpus.documents(chunk)
     tokens = corpus.read(chunk, 0, _TOKENS_SHOWN)
-    text = tokenizer.decode(tokens.tolist())
+    places = np.arange(len(tokens))
+    is_filler = places >= documents.ends[documents.starts.searchsorted(places, side="right") - 1]
+    text = tokenizer.decode(tokens[~is_filler].tolist())
     if corpus.manifest.loss_mask:
-        text = marked_text(tokens, corpus.is_target(chunk, 0, len(tokens)), tokenizer)
+        is_target = corpus.is_target(chunk, 0, len(tokens))
+        text = marked_text(tokens[~is_filler], is_target[~is_filler], tokenizer)
     source = corpus.manifest.sources[int(documents.source[0])].name
     offset = int(documents.offsets[0])
     begins = f"begins at token {offset:,} of" if offset else "begins with"

@@ -22,7 +22,7 @@ class Counts(NamedTuple):
     cut: int = 0
     """Number of pieces that are not a whole document."""
     padding: int = 0
-    """Number of padding tokens."""
+    """Number of padding tokens, which are after the last document of a sequence."""
 
 
 class Batch(NamedTuple):

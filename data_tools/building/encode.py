@@ -24,6 +24,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -326,17 +327,15 @@ def _within(
         messages = whole.messages[:n_messages]
         return chat.encode_dialogue(messages, whole.tools, loss_roles=roles, loss_end=config.loss_end)
 
-    n_messages = len(whole.messages)
-    encoded = encode(n_messages)
-    limit = config.max_tokens
+    encoded, limit = encode(len(whole.messages)), config.max_tokens
     if limit is None or len(encoded.tokens) <= limit:
         return encoded, whole
-    while config.longer is Longer.cut and n_messages > 1:
-        n_messages -= 1
-        if (
-            whole.messages[n_messages - 1]["role"] in roles
-            and len((encoded := encode(n_messages)).tokens) <= limit
-        ):
-            left_out.cut += 1
-            return encoded, whole._replace(messages=whole.messages[:n_messages])
-    return None, whole
+    if config.longer is Longer.drop:
+        return None, whole
+    ends = [n for n in range(1, len(whole.messages)) if whole.messages[n - 1]["role"] in roles]
+    n_fitting = bisect_right(ends, limit, key=lambda n: len(encode(n).tokens))
+    if not n_fitting:
+        return None, whole
+    left_out.cut += 1
+    n_messages = ends[n_fitting - 1]
+    return encode(n_messages), whole._replace(messages=whole.messages[:n_messages])

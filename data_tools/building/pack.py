@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from data_tools.building.best_fit import best_fit
 from data_tools.building.encode import EncodedPart, load_encoded, tokens_path
 from data_tools.building.gather import Gathered
 from data_tools.config import DocumentFormat, PrepareConfig
@@ -25,7 +26,7 @@ from data_tools.names import HELDOUT_FOLDER, HELDOUT_TEXT
 from data_tools.progress import stage
 from data_tools.report.statistics import DocumentCounts
 from pretrain.corpus.chat_template import CHAT_TEMPLATE_NAME
-from pretrain.corpus.manifest import CorpusSource, Manifest
+from pretrain.corpus.manifest import CorpusSource, Manifest, Packed
 from pretrain.corpus.tokenizer import Tokenizer, tokenizer_in
 from pretrain.corpus.writer import CorpusWriter, Documents
 from pretrain.files import create_file
@@ -35,6 +36,7 @@ SMALLEST_CHUNK_TOKENS = 1 << 12
 CHUNKS_WANTED = 512  # enough chunks to shuffle a small corpus well
 GROUP_PARTS = 64
 _BLOCK_TOKENS = 1 << 20  # that are put in order together
+_BLOCK_SEQUENCES = 256  # that are packed together, at least; fewer would leave more filler
 
 
 class _Block(NamedTuple):
@@ -64,6 +66,9 @@ def pack(
     tokenizer = Tokenizer.trusted(tokenizer_in(corpus))
     n_tokens = sum(_training_tokens(tokens_path(work, number)) for number in range(len(gathered.parts)))
     chunk_tokens = config.chunk_tokens or choose_chunk_tokens(n_tokens)
+    packed = _packed(config, gathered)
+    if packed is not None:  # given sizes are multiples of a sequence already
+        chunk_tokens = max(1, chunk_tokens // packed.sequence_tokens) * packed.sequence_tokens
     has_heldout = gathered.funnel.heldout > 0
 
     def writer(folder: Path, files: list[str]) -> CorpusWriter:
@@ -78,6 +83,7 @@ def pack(
             shard_bytes=config.shard_bytes,
             files=files,
             loss_mask=config.format is DocumentFormat.chat,
+            packed=packed,
         )
 
     own_files = [name for name in (tokenizer.file_name, CHAT_TEMPLATE_NAME) if (corpus / name).exists()]
@@ -86,7 +92,7 @@ def pack(
     text = HeldoutText(corpus / HELDOUT_FOLDER / HELDOUT_TEXT) if has_heldout else None
     counts = DocumentCounts(tokenizer)
     with stage("writing shards", gathered.funnel.kept_bytes) as progress:
-        for block in _placed(work, len(gathered.parts)):
+        for block in _placed(work, len(gathered.parts), packed):
             if block.training.ids:
                 training.add_documents(block.training)
                 counts.add_all(block.training.tokens, block.training.starts, block.training.text_bytes)
@@ -129,8 +135,20 @@ def _training_tokens(path: Path) -> int:
         return int(lengths[saved["documents"][:, 2] == 0].sum())
 
 
-def _placed(work: Path, n_parts: int) -> Iterator[_Block]:
+def _packed(config: PrepareConfig, gathered: Gathered) -> Packed | None:
+    """How dialogues are packed; None where they are not."""
+    if config.packed_tokens is None:
+        return None
+    return Packed(
+        sequence_tokens=config.packed_tokens,
+        dropped_documents=gathered.funnel.dropped.get("too_many_tokens", 0),
+        cut_documents=gathered.funnel.cut,
+    )
+
+
+def _placed(work: Path, n_parts: int, packed: Packed | None) -> Iterator[_Block]:
     """All documents, in the order of the corpus."""
+    block_tokens = max(_BLOCK_TOKENS, _BLOCK_SEQUENCES * packed.sequence_tokens if packed else 0)
     dealt = sorted(range(n_parts), key=lambda number: xxhash.xxh3_64_intdigest(str(number).encode()))
     for first in range(0, n_parts, GROUP_PARTS):
         group = _merged([tokens_path(work, number) for number in sorted(dealt[first : first + GROUP_PARTS])])
@@ -139,10 +157,14 @@ def _placed(work: Path, n_parts: int) -> Iterator[_Block]:
         # For each held-out document, the index of its fields in `heldout`.
         text_of = np.cumsum(is_heldout) - 1
         ends = np.cumsum(np.diff(group.starts)[place])
-        for rows in np.split(place, np.flatnonzero(np.diff(ends // _BLOCK_TOKENS)) + 1):
-            chosen = rows[is_heldout[rows]]
+        for rows in np.split(place, np.flatnonzero(np.diff(ends // block_tokens)) + 1):
+            training, chosen = rows[~is_heldout[rows]], rows[is_heldout[rows]]
+            if packed is not None:
+                sizes = np.diff(group.starts)
+                training = training[best_fit(sizes[training], packed.sequence_tokens)]
+                chosen = chosen[best_fit(sizes[chosen], packed.sequence_tokens)]
             fields = [group.heldout[number] for number in text_of[chosen].tolist()]
-            yield _Block(_documents(group, rows[~is_heldout[rows]]), _documents(group, chosen), fields)
+            yield _Block(_documents(group, training), _documents(group, chosen), fields)
 
 
 def _merged(paths: list[Path]) -> EncodedPart:

@@ -141,6 +141,8 @@ def make_recipe(
         del options["format"]
     if config.max_record_bytes == RECORD_BYTES:
         del options["max_record_bytes"]
+    if config.packed_tokens is None:
+        options.pop("chat.pack", None)
     if config.encoding == "utf-8":
         del options["encoding"]
     listing = [(file.name, file.source, file.license, file.size_bytes, file.version) for file in files]

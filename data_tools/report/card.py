@@ -22,6 +22,21 @@ _MASKED = """
 HEADERS = ("source", "documents", "tokens", "text MB", "bytes per token", "license")
 
 
+def packing_line(manifest: Manifest) -> str:
+    """What the training sequences do to the dialogues of a corpus, in words."""
+    packed = manifest.packed
+    if packed is None:
+        return (
+            "dialogues are not packed: training cuts those that reach into the next sequence, unless they are prepared "
+            "with chat.max_tokens, the length of the sequences"
+        )
+    return (
+        f"whole dialogues are packed into {manifest.n_tokens // packed.sequence_tokens:,} sequences of "
+        f"{packed.sequence_tokens:,} tokens, {manifest.filler_tokens / manifest.n_tokens:.1%} of which is filler; of "
+        f"longer dialogues, {packed.dropped_documents:,} were dropped and {packed.cut_documents:,} cut at a turn"
+    )
+
+
 def source_rows(manifest: Manifest, limit: int | None = None) -> list[tuple[str, ...]]:
     """One row per source that has documents, largest first, and one row for all of them.
 
@@ -56,7 +71,7 @@ def describe(folder: Path, report: Mapping[str, Any]) -> None:
     n_sources = sum(source.documents > 0 for source in manifest.sources)
     description = stated["description"] or (
         f"Text for training language models, as tokens: {manifest.n_documents:,} documents, "
-        f"{manifest.n_tokens:,} tokens, sources: {n_sources:,}."
+        f"{manifest.document_tokens:,} tokens, sources: {n_sources:,}."
     )
     plots = write_plots(statistics, folder / PLOTS_FOLDER)
     text = _card(manifest, heldout, report, statistics, plots, (name, description))
@@ -114,20 +129,21 @@ def _head(manifest: Manifest, heldout: Manifest | None, tokenizer: Mapping[str, 
     if heldout is not None:
         held = (
             f"Kept out of training, in `heldout/`: documents: {heldout.n_documents:,}, tokens: "
-            f"{heldout.n_tokens:,}. It is a\ncorpus of the same form, with its text in "
+            f"{heldout.document_tokens:,}. It is a\ncorpus of the same form, with its text in "
             "`heldout/documents.jsonl.gz`."
         )
+    packed = f"\n- {packing_line(manifest)}" if manifest.loss_mask else ""
     fits = fit_lines(tokenizer.get("heldout_fit", {}), tokenizer.get("heldout_fit_by_language", {}))
     return f"""Written by {markdown(manifest.created_by)}.
 
 - documents: {manifest.n_documents:,}
-- tokens: {manifest.n_tokens:,}
+- tokens: {manifest.document_tokens:,}
 - chunks: {manifest.n_chunks:,} of {manifest.chunk_tokens:,} tokens, in shards: {len(manifest.shards):,}
 - root hash: `{manifest.root_sha256}`
 - tokenizer: {markdown(tokenizer.get("kind", "sentencepiece"))}, {manifest.vocab_size:,} entries, sha256 \
 `{manifest.tokenizer_sha256}`
 - tokens are {manifest.dtype}, little-endian; a document begins with bos = {manifest.bos_id} and ends with
-  eos = {manifest.eos_id}{_MASKED if manifest.loss_mask else ""}
+  eos = {manifest.eos_id}{_MASKED if manifest.loss_mask else ""}{packed}
 
 {held}
 

@@ -132,11 +132,11 @@ def corpus_figures(manifest: Manifest, heldout: Manifest | None, counts: Documen
     sources = sorted((s for s in manifest.sources if s.documents), key=lambda s: (-s.tokens, s.name))
     held = None
     if heldout is not None:
-        held = {"documents": heldout.n_documents, "tokens": heldout.n_tokens}
+        held = {"documents": heldout.n_documents, "tokens": heldout.document_tokens}
     return {
         "root_sha256": manifest.root_sha256,
         "documents": manifest.n_documents,
-        "tokens": manifest.n_tokens,
+        "tokens": manifest.document_tokens,
         "text_bytes": sum(source.text_bytes for source in sources),
         "heldout": held,
         **counts.to_json(),

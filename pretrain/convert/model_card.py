@@ -96,7 +96,10 @@ def _data(trained: TrainedModel) -> str:
             tokens = sum(source.tokens for source in rest)
             rows.append((markdown(corpus.name), f"{len(rest):,} others", f"{tokens:,}", "see the corpus"))
     seen = f"{trained.tokens_seen:,}"
-    text = f"The model saw {seen} tokens (counted); a corpus may have been read in part, or several times."
+    text = (
+        f"The model saw {seen} tokens (counted, padding and filler included); a corpus may have been read in part, or "
+        "several times."
+    )
     if rows:
         headers = ("corpus", "source", "tokens in the corpus (counted)", "license (stated)")
         text += "\n\n" + markdown_table(headers, rows)

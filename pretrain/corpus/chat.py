@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import os
 import re
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from pretrain.corpus.chat_template import DialogueError, Renderer
@@ -36,6 +39,9 @@ OWN_TEMPLATE = """\
 {%- endif %}
 """
 """The template of a tokenizer that comes without one. Its markers are ordinary text, so a vocabulary need not grow."""
+
+_OPENINGS_KEPT = 64
+"""Number of texts before an answer whose tokens a Chat remembers."""
 
 Message = Mapping[str, Any]
 """One turn in the form of OpenAI: `role`, `content` (text; it may be missing beside tool calls) and, where they
@@ -67,6 +73,11 @@ class Chat:
         self._special = special
         longest_first = sorted(tokenizer.special_tokens, key=len, reverse=True)
         self._special_name = re.compile("|".join(map(re.escape, longest_first)))
+        # Marks stand for contents in a second rendering. No dialogue can hold one, since they are drawn here.
+        self._mark_head = f"C{os.urandom(8).hex()}N"
+        self._mark = re.compile(f"{self._mark_head}([0-9]{{1,9}})E")
+        # What a template writes before an answer is nearly always the same.
+        self._encode_opening = lru_cache(_OPENINGS_KEPT)(tokenizer.encode_rendered)
         try:
             self._learn_form()
         except (DialogueError, ConfigError) as error:
@@ -107,15 +118,16 @@ class Chat:
         self._refuse_special_names(messages, tools)
         text, generated = self._renderer.render(messages, tools, now=self._date)
         regions = self._regions(messages, tools, text)
+        known = sorted(region for region in regions if region)
         spans = generated if generated and ASSISTANT in loss_roles else []
         for number, message in enumerate(messages):
             is_answer = message["role"] == ASSISTANT
             says_something = _content(message).strip() or message.get("tool_calls")
             if message["role"] in loss_roles and says_something and not (is_answer and generated):
                 find = self._answer if is_answer else self._other_turn
-                spans.append(find(text, messages, regions, number))
+                spans.append(find(text, known, regions, number))
         tokens = self._tokenizer.encode_rendered(text)
-        boundaries = _Boundaries(self._tokenizer, text, tokens, self._special, self._special_name)
+        boundaries = _Boundaries(self._encode_opening, text, tokens, self._special, self._special_name)
         targets: list[int] = []
         n_bytes = 0
         for start, stop in sorted(spans):
@@ -167,18 +179,22 @@ class Chat:
         The template is rendered again with unmistakable contents. What is between these must be between the true ones,
         and nothing else be there.
         """
-        nonce = os.urandom(8).hex()
-        marks = {n: f"C{nonce}N{n}E" for n, message in enumerate(messages) if _content(message).strip()}
+        marks = {
+            n: f"{self._mark_head}{n}E" for n, message in enumerate(messages) if _content(message).strip()
+        }
         marked = [{**message, "content": marks.get(n, "")} if n in marks else message
                   for n, message in enumerate(messages)]  # fmt: skip
         written = self._renderer.render(marked, tools, now=self._date).text
-        for number, mark in marks.items():
-            if written.count(mark) != 1:
-                what = "leaves out" if mark not in written else "writes more than once"
+        parts = self._mark.split(written)
+        between, order = parts[::2], [int(number) for number in parts[1::2]]
+        times = Counter(order)
+        for number in marks:
+            if times[number] != 1:
+                what = "writes more than once" if times[number] else "leaves out"
                 raise DialogueError(f"has in messages[{number}] a content that the chat template {what}")
+        if len(order) != len(marks):
+            raise DialogueError("is written in the chat template with parts that cannot be told")
         self._check_tools(messages, tools, text)
-        order = sorted(marks, key=lambda number: written.index(marks[number]))
-        between = re.split("|".join(marks.values()), written) if marks else [written]
         regions: list[tuple[int, int] | None] = [None] * len(messages)
         found, place = [between[0]], len(between[0])
         for number, following in zip(order, between[1:], strict=True):
@@ -223,16 +239,19 @@ class Chat:
     def _answer(
         self,
         text: str,
-        messages: Sequence[Message],
+        known: Sequence[tuple[int, int]],
         regions: Sequence[tuple[int, int] | None],
         number: int,
     ) -> tuple[int, int]:
-        """Where `text` holds what a model writes as the assistant's turn `number`, up to the token that ends it."""
-        known = sorted(region for region in regions if region)
+        """Where `text` holds what a model writes as the assistant's turn `number`, up to the token that ends it.
+
+        `known` are the regions of all contents, in ascending order.
+        """
         region = regions[number]
         if region is not None:
             start, written = region
-            before = text[max((stop for _, stop in known if stop <= start), default=0) : start]
+            place = bisect_left(known, region)
+            before = text[known[place - 1][1] if place else 0 : start]
             if before.endswith(self._opening + self._lead):
                 start -= len(self._lead)
             elif not self._opening or not before.endswith(self._opening):
@@ -251,9 +270,8 @@ class Chat:
                     f"has in messages[{number}] a tool call whose beginning cannot be told in the chat template"
                 )
             start = written = place + len(opening)
-        following = min(
-            (begin for begin, _ in known if begin >= written and begin > start), default=len(text)
-        )
+        place = bisect_left(known, max(written, start + 1), key=itemgetter(0))
+        following = known[place][0] if place < len(known) else len(text)
         end = text.find(self._end, written, following)
         if end < 0:
             raise DialogueError(
@@ -264,7 +282,7 @@ class Chat:
     def _other_turn(
         self,
         text: str,
-        messages: Sequence[Message],
+        known: Sequence[tuple[int, int]],
         regions: Sequence[tuple[int, int] | None],
         number: int,
     ) -> tuple[int, int]:
@@ -291,13 +309,13 @@ class _Boundaries:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        encode: Callable[[str], list[int]],
         text: str,
         tokens: list[int],
         special: Mapping[str, int],
         names: re.Pattern[str],
     ) -> None:
-        self._tokenizer, self._text, self._tokens = tokenizer, text, tokens
+        self._encode, self._text, self._tokens = encode, text, tokens
         found = [
             (match.start(), match.end(), match[0]) for match in names.finditer(text) if match[0] in special
         ]
@@ -317,7 +335,7 @@ class _Boundaries:
         if n_special and self._stops[n_special - 1] == place:
             return self._places[n_special - 1] + 1
         start, first = (self._starts[n_special - 1], self._places[n_special - 1]) if n_special else (0, 0)
-        alone = self._tokenizer.encode_rendered(self._text[start:place])
+        alone = self._encode(self._text[start:place])
         if self._tokens[first : first + len(alone)] != alone:
             around = self._text[max(start, place - 10) : place + 10]
             raise DialogueError(

@@ -147,7 +147,12 @@ class _Members:
         n_tokens = manifest.last_chunk_tokens if is_last else manifest.chunk_tokens
         try:
             found = parse_documents(
-                member, "", n_tokens=n_tokens, n_sources=len(manifest.sources), masked=manifest.loss_mask
+                member,
+                "",
+                n_tokens=n_tokens,
+                n_sources=len(manifest.sources),
+                masked=manifest.loss_mask,
+                sequence_tokens=manifest.sequence_tokens,
             )
         except CorruptShardError as error:
             return str(error).strip()

@@ -24,6 +24,9 @@ class ChunkDocuments:
     """The pieces of documents in one chunk. Every field except `targets` has one entry per piece."""
 
     starts: np.ndarray  # int64: offset of the piece's first token in the chunk; the first is 0
+    ends: (
+        np.ndarray
+    )  # int64: offset after the piece's last token; filler may lie between it and the next start
     source: np.ndarray  # int64: index into the manifest's sources
     ids: list[str]
     offsets: np.ndarray  # int64: offset of the piece's first token in its document
@@ -45,24 +48,38 @@ def tokens_problem(content: bytes, manifest: Manifest) -> str | None:
 
 
 def parse_documents(
-    content: bytes, where: str, *, n_tokens: int, n_sources: int, masked: bool
+    content: bytes,
+    where: str,
+    *,
+    n_tokens: int,
+    n_sources: int,
+    masked: bool,
+    sequence_tokens: int | None = None,
 ) -> ChunkDocuments:
     """Parse the .doc member of a chunk with `n_tokens` tokens, in a corpus with `n_sources` sources.
 
-    `masked` says whether the corpus has a loss mask. Raises CorruptShardError, whose text begins with `where`.
+    `masked` says whether the corpus has a loss mask, and `sequence_tokens` is the length of the sequences into which
+    whole documents were packed, if they were. Raises CorruptShardError, whose text begins with `where`.
     """
     try:
         if len(content) > _SMALL_BYTES and has_more_values(content, 8 * n_tokens + _SMALL_BYTES):
             raise ValueError
         raw: dict[str, Any] = json.loads(content.decode())
         arrays = {key: _integers(value) for key, value in raw.items() if key != "ids"}
-        found = ChunkDocuments(ids=raw["ids"], **arrays)
+        ends = arrays.pop("ends", None)
+        found = ChunkDocuments(
+            ids=raw["ids"], ends=np.append(arrays["starts"][1:], n_tokens) if ends is None else ends, **arrays
+        )
         if type(found.ids) is not list:
             raise TypeError
         id_bytes = len("".join(found.ids).encode())  # raises where an id is not a valid string
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CorruptShardError(f"{where} is not a list of documents; prepare the corpus again") from error
     problem = _pieces_problem(found, n_tokens, n_sources) or _targets_problem(found, n_tokens, masked)
+    if problem is None and (ends is None) is not (sequence_tokens is None):
+        problem = f"has {'no ' if ends is None else ''}ends of documents, but its manifest says otherwise"
+    if problem is None and sequence_tokens is not None:
+        problem = _packed_problem(found, n_tokens, sequence_tokens)
     if problem is None and id_bytes > MAX_ID_CHARS and max(map(len, found.ids)) > MAX_ID_CHARS:
         problem = f"has an id of more than {MAX_ID_CHARS} characters"
     if problem is not None:
@@ -94,6 +111,26 @@ def _pieces_problem(found: ChunkDocuments, n_tokens: int, n_sources: int) -> str
     for values in sizes:
         if values.min() < 0 or values.max() > _MAX_DOCUMENT_BYTES or (offsets[0] and values[0]):
             return "has impossible text sizes, or a text size for a piece that continues a document"
+    return None
+
+
+def _packed_problem(found: ChunkDocuments, n_tokens: int, sequence_tokens: int) -> str | None:
+    """What is wrong with how a chunk's documents are packed into sequences; None where it is valid.
+
+    In each sequence, whole documents follow each other from its first token on, and filler may follow the last one.
+    """
+    starts, ends = found.starts, found.ends
+    if len(ends) != len(starts) or found.offsets[0] or (ends <= starts).any() or ends[-1] > n_tokens:
+        return "has ends of documents that do not match their starts"
+    first, last = starts // sequence_tokens, (ends - 1) // sequence_tokens
+    is_next = (starts[1:] == ends[:-1]) & (first[1:] == last[:-1])
+    begins_one = (starts[1:] % sequence_tokens == 0) & (first[1:] == last[:-1] + 1)
+    if (
+        (first != last).any()
+        or not (is_next | begins_one).all()
+        or last[-1] != n_tokens // sequence_tokens - 1
+    ):
+        return f"has documents that are not packed whole into sequences of {sequence_tokens} tokens"
     return None
 
 

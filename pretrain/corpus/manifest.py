@@ -10,7 +10,7 @@ import io
 import json
 import re
 import tarfile
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -120,6 +120,18 @@ class FileInfo:
 
 
 @dataclass(kw_only=True, slots=True)
+class Packed:
+    """How a corpus of whole documents was packed: each lies within one sequence, and filler ends the sequence."""
+
+    sequence_tokens: Positive
+    """T: number of tokens of each sequence. It divides the chunks, the last one included."""
+    dropped_documents: Count = 0
+    """Documents that preparation left out because they are longer than a sequence, held-out ones included."""
+    cut_documents: Count = 0
+    """Longer documents that preparation shortened to a sequence, held-out ones included."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Manifest:
     """The list of a corpus's content. `root_sha256` covers all other fields and, through their hashes, every file."""
 
@@ -134,6 +146,7 @@ class Manifest:
     chunk_tokens: Annotated[Positive, Le(MAX_CHUNK_TOKENS)]
     n_chunks: Annotated[Positive, Le(MAX_CHUNKS)]
     n_tokens: Positive
+    """Number of tokens in all chunks, including filler."""
     n_documents: Count
     sources: Annotated[list[CorpusSource], MinLen(1), MaxLen(_MAX_LISTED)]
     shards: Annotated[list[ShardInfo], MinLen(1), MaxLen(MAX_SHARDS)]
@@ -141,12 +154,30 @@ class Manifest:
     loss_mask: bool = False
     """Whether only the tokens that the `.doc` members mark count in the loss. It is written only where it is true, so
     corpora without a mask keep their old hashes, and older programs reject a corpus with one."""
+    packed: Packed | None = None
+    """How whole documents were packed into sequences; None where documents follow each other without a gap. Like
+    `loss_mask`, it is written only where there is something to say."""
     root_sha256: Sha256 = ""
 
     @property
     def last_chunk_tokens(self) -> int:
         """Number of tokens in the corpus's last chunk, 1 to chunk_tokens."""
         return self.n_tokens - (self.n_chunks - 1) * self.chunk_tokens
+
+    @property
+    def sequence_tokens(self) -> int | None:
+        """Length of the sequences into which whole documents were packed; None where they were not."""
+        return self.packed.sequence_tokens if self.packed else None
+
+    @property
+    def filler_tokens(self) -> int:
+        """Number of tokens that belong to no document, because they fill up sequences of whole documents."""
+        return self.n_tokens - sum(source.tokens for source in self.sources) if self.packed else 0
+
+    @property
+    def document_tokens(self) -> int:
+        """Number of tokens of documents, so without filler."""
+        return self.n_tokens - self.filler_tokens
 
     def compute_root_sha256(self) -> str:
         """The hash of all other fields of the manifest."""
@@ -163,6 +194,10 @@ class Manifest:
             content[name] = [_as_dict(item) for item in content[name]]
         if self.loss_mask is False:
             del content["loss_mask"]
+        if self.packed is None:
+            del content["packed"]
+        else:
+            content["packed"] = asdict(self.packed)
         return content
 
     @classmethod
@@ -207,6 +242,12 @@ class Manifest:
             or not 0 < self.last_chunk_tokens <= self.chunk_tokens
         ):
             return "its numbers of chunks and tokens"
+        if self.packed is not None and (
+            self.chunk_tokens % self.packed.sequence_tokens
+            or self.last_chunk_tokens % self.packed.sequence_tokens
+            or self.filler_tokens < 0
+        ):
+            return "how its documents were packed"
         return None
 
 

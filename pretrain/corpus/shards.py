@@ -21,6 +21,11 @@ Where the manifest has `loss_mask`, only some tokens count in the loss, and a `.
 
     targets        [start, stop, start, stop, ...]: the tokens that count, as ascending offsets in the chunk
     target_bytes   size of the text of the document's targets in UTF-8, given with its first piece, otherwise 0
+
+Where the manifest has `packed`, documents are whole, each lies within one sequence of `packed.sequence_tokens` tokens,
+and the last one of a sequence may be followed by filler (eos), which belongs to no document. One more list says where:
+
+    ends           offset after the piece's last token
 """
 
 from __future__ import annotations
@@ -195,6 +200,7 @@ class Corpus:
                 n_tokens=self.tokens_in(chunk),
                 n_sources=len(self.manifest.sources),
                 masked=self.manifest.loss_mask,
+                sequence_tokens=self.manifest.sequence_tokens,
             )
         except CorruptShardError as error:
             error.source_path, error.chunk = str(self.manifest_path), chunk
@@ -382,9 +388,9 @@ def documents_of(corpus: Corpus) -> Iterator[StoredDocument]:
         if problem is not None:
             raise CorruptShardError(f"{corpus.manifest_path}: {member_name(chunk, DOCUMENTS)} {problem}")
         before = pieces
-        tokens = np.split(corpus.read(chunk, 0, n_tokens), pieces.starts[1:])
-        are_targets = np.split(corpus.is_target(chunk, 0, n_tokens), pieces.starts[1:])
-        for row, document_id in enumerate(pieces.ids):
+        tokens, are_targets = corpus.read(chunk, 0, n_tokens), corpus.is_target(chunk, 0, n_tokens)
+        extents = zip(pieces.starts.tolist(), pieces.ends.tolist(), strict=True)
+        for row, (document_id, (start, end)) in enumerate(zip(pieces.ids, extents, strict=True)):
             if pieces.offsets[row] == 0:
                 if parts:
                     yield document()
@@ -392,6 +398,6 @@ def documents_of(corpus: Corpus) -> Iterator[StoredDocument]:
                 head = (corpus.manifest.sources[pieces.source[row]].name, document_id)
                 text_bytes = int(pieces.text_bytes[row])
                 target_bytes = 0 if pieces.target_bytes is None else int(pieces.target_bytes[row])
-            parts.append(tokens[row])
-            masks.append(are_targets[row])
+            parts.append(tokens[start:end])
+            masks.append(are_targets[start:end])
     yield document()

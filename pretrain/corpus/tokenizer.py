@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import chain, compress
+from itertools import chain, compress, pairwise
 from operator import not_
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -383,9 +383,11 @@ class _SentencePiece:
     def encode_rendered(self, text: str) -> list[int]:
         special, names = self._special_names
         pieces = names.split(text)
+        encoded = self.encode_texts(pieces[::2])  # together, which is several times faster
+        tokens, extents = encoded.tokens.tolist(), pairwise(encoded.starts.tolist())
         found: list[int] = []
-        for text_before, name in zip(pieces[::2], [*pieces[1::2], None], strict=True):
-            found += self.encode_texts([text_before]).tokens[1:-1].tolist()
+        for (start, stop), name in zip(extents, [*pieces[1::2], None], strict=True):
+            found += tokens[start + 1 : stop - 1]
             if name is not None:
                 found.append(special[name])
         return found

@@ -8,7 +8,7 @@ import tarfile
 from array import array
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from pretrain.corpus.manifest import (
     TOKENS,
     CorpusSource,
     Manifest,
+    Packed,
     ShardInfo,
     describe_file,
     member_name,
@@ -65,8 +66,9 @@ class CorpusWriter:
 
     Every file is written under a temporary name, synced and renamed; `finish` writes the manifest last. `sources` are
     the sources that `add_document` may name, and `files` the names of other files in `folder` that belong to the
-    corpus. With `loss_mask`, every document must say which of its tokens count in the loss. Raises ConfigError where
-    `folder` already holds a corpus.
+    corpus. With `loss_mask`, every document must say which of its tokens count in the loss. With `packed`, a document
+    that does not fit into what is left of a sequence begins the next one, and eos fills up the one before; its length
+    must divide `chunk_tokens`. Raises ConfigError where `folder` already holds a corpus.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class CorpusWriter:
         shard_bytes: int = 1 << 30,
         files: Sequence[str] = (),
         loss_mask: bool = False,
+        packed: Packed | None = None,
     ) -> None:
         self.folder = Path(folder)
         if (self.folder / MANIFEST_NAME).exists():
@@ -98,8 +101,10 @@ class CorpusWriter:
             "eos_id": eos_id,
             "chunk_tokens": chunk_tokens,
             "loss_mask": loss_mask,
+            "packed": packed,
         }
         self._loss_mask = loss_mask
+        self._sequence_tokens, self._eos_id = packed.sequence_tokens if packed else None, eos_id
         self._dtype = token_dtype(vocab_size)
         self._vocab_size, self._chunk_tokens = vocab_size, chunk_tokens
         self._shard_bytes, self._files = shard_bytes, list(files)
@@ -115,6 +120,8 @@ class CorpusWriter:
         self._columns: dict[str, list[Any]] = {key: [] for key in _PIECE_KEYS}  # one value per piece
         if self._loss_mask:
             self._columns |= {"targets": [], "target_bytes": []}
+        if self._sequence_tokens is not None:
+            self._columns["ends"] = []
 
     def add_document(
         self,
@@ -130,8 +137,8 @@ class CorpusWriter:
 
         With a loss mask, `targets` are the tokens that count in the loss, as [start, stop, start, stop, ...] in
         ascending order, and `target_bytes` is the size of their text in UTF-8. Raises ValueError for token ids outside
-        the vocabulary (those of the stored type only when their chunk is written), for malformed targets, and where
-        targets are given without a loss mask or missing with one.
+        the vocabulary (those of the stored type only when their chunk is written), for malformed targets, where
+        targets are given without a loss mask or missing with one, and for a document longer than a packed sequence.
         """
         row = np.asarray(tokens)
         if row.ndim != 1 or not len(row):
@@ -170,6 +177,8 @@ class CorpusWriter:
 
     def add_documents(self, documents: Documents) -> None:
         """Append documents, which is much faster than one by one. The caller checks what `add_document` checks."""
+        if not len(documents.tokens):
+            return
         counts = (np.ones_like(documents.source), np.diff(documents.starts), documents.text_bytes)
         sums = [np.bincount(documents.source, values, len(self._sources)) for values in counts]
         for number in np.flatnonzero(sums[0]).tolist():
@@ -177,17 +186,56 @@ class CorpusWriter:
             totals.documents += int(sums[0][number])
             totals.tokens += int(sums[1][number])
             totals.text_bytes += int(sums[2][number])
+        ends = documents.starts[1:]
+        if self._sequence_tokens is not None:
+            documents, ends = self._packed(documents, self._sequence_tokens)
         done, n_tokens = 0, len(documents.tokens)
         while done < n_tokens:
             stop = min(done + self._chunk_tokens - self._filled, n_tokens)
-            self._add_pieces(documents, done, stop)
+            self._add_pieces(documents, ends, done, stop)
             self._buffer[self._filled : self._filled + stop - done] = documents.tokens[done:stop]
             self._filled += stop - done
             done = stop
             if self._filled == self._chunk_tokens:
                 self._flush_chunk()
 
-    def _add_pieces(self, documents: Documents, start: int, stop: int) -> None:
+    def _packed(self, documents: Documents, length: int) -> tuple[Documents, np.ndarray]:
+        """The documents with filler between them where one has to begin a sequence, and where each of them ends.
+
+        The sequence that was begun by earlier documents is filled up if the first one does not fit into it.
+        """
+        sizes = np.diff(documents.starts)
+        if int(sizes.max()) > length:
+            name = documents.ids[int(sizes.argmax())]
+            raise ValueError(f"document {name[:60]!r} is longer than the sequences of {length} tokens")
+        room = -self._filled % length
+        before = []  # filler in front of each document
+        for size in sizes.tolist():
+            before.append(room if size > room else 0)
+            room = (length if size > room else room) - size
+        if before[0]:
+            self._fill_up()
+            before[0] = 0
+        shift = np.cumsum(before)
+        starts = documents.starts[:-1] + shift
+        tokens = np.full(len(documents.tokens) + int(shift[-1]), self._eos_id, documents.tokens.dtype)
+        tokens[np.arange(len(documents.tokens)) + np.repeat(shift, sizes)] = documents.tokens
+        targets = documents.targets
+        if targets is not None and len(targets):
+            of_document = np.searchsorted(documents.starts, targets[::2], side="right") - 1
+            targets = targets + np.repeat(shift[of_document], 2)
+        moved = replace(documents, tokens=tokens, starts=np.append(starts, len(tokens)), targets=targets)
+        return moved, starts + sizes
+
+    def _fill_up(self) -> None:
+        """Fill the sequence that has been begun, if any, with eos, which belongs to no document."""
+        if self._sequence_tokens is not None and (room := -self._filled % self._sequence_tokens):
+            self._buffer[self._filled : self._filled + room] = self._eos_id
+            self._filled += room
+            if self._filled == self._chunk_tokens:
+                self._flush_chunk()
+
+    def _add_pieces(self, documents: Documents, ends: np.ndarray, start: int, stop: int) -> None:
         """Add the tokens [start, stop) of the documents to the lists of this chunk."""
         first = int(np.searchsorted(documents.starts, start, side="right")) - 1
         end = int(np.searchsorted(documents.starts, stop, side="left"))
@@ -208,6 +256,8 @@ class CorpusWriter:
         if documents.targets is not None and documents.target_bytes is not None:
             added["targets"] = _spans_within(documents.targets, start, stop, self._filled)
             added["target_bytes"] = (documents.target_bytes[first:end] * is_begun).tolist()
+        if self._sequence_tokens is not None:
+            added["ends"] = (ends[first:end] - start + self._filled).tolist()
         for key, values in added.items():
             self._columns[key] += values
 
@@ -241,6 +291,7 @@ class CorpusWriter:
 
     def finish(self) -> Manifest:
         """Write the last chunk, the index of ids and the manifest. Raises ValueError where no document was added."""
+        self._fill_up()
         if self._filled:
             self._flush_chunk()
         if self._shard is None:

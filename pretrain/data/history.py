@@ -20,7 +20,7 @@ from pretrain.corpus.ids import chunks_of
 from pretrain.corpus.shards import Corpus
 from pretrain.data.lanes import rank_samples
 from pretrain.data.order import Order, SourceSize
-from pretrain.data.packing import best_fit, concat
+from pretrain.data.packing import best_fit, ranges_of
 from pretrain.data.state import OrderState, chunk_read
 from pretrain.errors import ConfigError
 from pretrain.remote import ReadOptions, is_url, redact
@@ -211,21 +211,19 @@ class ReadHistory:
 
     def _segments(self, source: int, chunk: int, sequence: int, length: int) -> list[tuple[int, int]]:
         corpus = self.corpora[source]
-        n_tokens = corpus.tokens_in(chunk)
-        if self._state.packing == "concat":
-            return concat(n_tokens, length, sequence)
-        return best_fit(corpus.documents(chunk).starts, n_tokens, length)[sequence]
+        if self._state.packing == "concat" or corpus.manifest.packed is not None:
+            return ranges_of(corpus, chunk, length, sequence)
+        return best_fit(corpus.documents(chunk).starts, corpus.tokens_in(chunk), length)[sequence]
 
     def _pieces(self, source: int, chunk: int, segments: list[tuple[int, int]]) -> list[Piece]:
         corpus = self.corpora[source]
         documents = corpus.documents(chunk)
-        ends = np.append(documents.starts[1:], corpus.tokens_in(chunk))
         pieces = []
         for start, stop in segments:
             first = int(documents.starts.searchsorted(start, side="right")) - 1
             last = int(documents.starts.searchsorted(stop, side="left"))
             for i in range(first, last):
-                low, high = max(start, int(documents.starts[i])), min(stop, int(ends[i]))
+                low, high = max(start, int(documents.starts[i])), min(stop, int(documents.ends[i]))
                 pieces.append(
                     Piece(
                         corpus=self.names[source],

@@ -57,12 +57,15 @@ def resolve_inputs(config: TrainConfig, world_size: int) -> Inputs:
     manifests = {
         source.manifest: load_manifest(source.manifest, patience) for source in config.data.corpora()
     }
+    lengths = [stage.sequence_length for stage in config.stages]
     for path, manifest in manifests.items():
-        check_lengths([stage.sequence_length for stage in config.stages], manifest.chunk_tokens, path)
+        check_lengths(lengths, manifest.chunk_tokens, path)
+        check_packed(lengths, manifest, path)
     if config.total_epochs is not None:
         config.plan_epochs(steps_of_epochs(config, list(manifests.values())))
     for path in config.evaluation.corpora.values():
         manifests[path] = load_manifest(path, patience)
+        check_packed([config.data.sequence_length], manifests[path], path)
     first_path, first = next(iter(manifests.items()))
     for path, manifest in manifests.items():
         if (manifest.tokenizer_sha256, manifest.vocab_size) != (first.tokenizer_sha256, first.vocab_size):
@@ -78,11 +81,15 @@ def resolve_inputs(config: TrainConfig, world_size: int) -> Inputs:
             f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary of {first_path} "
             f"({first.vocab_size}); leave it out or give at least {needed}"
         )
-    masking = None
-    if config.objective is Objective.mlm:
-        tokenizer = Tokenizer(tokenizer_path(first_path), first.tokenizer_sha256)
-        masking = Masking.of(config.mlm, config.seed, tokenizer)
-    return Inputs(config, manifests, masking)
+    return Inputs(config, manifests, masking_of(config, first_path, first))
+
+
+def masking_of(config: TrainConfig, manifest_path: str, manifest: Manifest) -> Masking | None:
+    """What hides tokens in a run on this corpus; None unless the objective is mlm."""
+    if config.objective is not Objective.mlm:
+        return None
+    tokenizer = Tokenizer(tokenizer_path(manifest_path), manifest.tokenizer_sha256)
+    return Masking.of(config.mlm, config.seed, tokenizer)
 
 
 def steps_of_epochs(config: TrainConfig, manifests: Sequence[Manifest]) -> int:
@@ -103,6 +110,18 @@ def check_lengths(lengths: Sequence[int], chunk_tokens: int, manifest_path: str)
             raise ConfigError(
                 f"data.sequence_length={length} does not divide the chunks of {manifest_path}, which have "
                 f"{chunk_tokens} tokens; {fits} would, or prepare the corpus with other chunk_tokens"
+            )
+
+
+def check_packed(lengths: Sequence[int], manifest: Manifest, manifest_path: str) -> None:
+    """Raise ConfigError for a sequence length that would cut the documents of a corpus of whole documents."""
+    packed = manifest.sequence_tokens
+    for length in lengths:
+        if packed is not None and length % packed:
+            raise ConfigError(
+                f"data.sequence_length={length} would cut the dialogues of {manifest_path}, which are packed whole "
+                f"into sequences of {packed} tokens; give {packed} or a multiple, or prepare them again with "
+                f"chat.max_tokens={length}"
             )
 
 

@@ -18,7 +18,7 @@ from pretrain.config import BadChunk, DataConfig, SourceConfig
 from pretrain.config.data_stages import Step, Steps, micro_batch_of, n_steps_of, plan_stages
 from pretrain.corpus.manifest import Manifest
 from pretrain.corpus.shards import Corpus
-from pretrain.data.inputs import check_lengths
+from pretrain.data.inputs import check_lengths, check_packed
 from pretrain.data.lanes import (
     choose_lanes,
     end_sources,
@@ -270,3 +270,4 @@ def _check_corpora(sources: list[SourceConfig], corpora: list[Corpus], data: Dat
                     "prepare all sources of a run with the same tokenizer"
                 )
         check_lengths(lengths, corpus.chunk_tokens, source.manifest)
+        check_packed(lengths, corpus.manifest, source.manifest)

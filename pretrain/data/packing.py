@@ -1,17 +1,24 @@
-"""Which parts of a chunk's documents go into each of its sequences. Pure functions of where the documents start.
+"""Which parts of a chunk's documents go into each of its sequences. Pure functions of where the documents are.
 
 Concatenation cuts the chunk every T tokens, wherever documents start. Best fit (Ding et al. 2024, "Fewer Truncations
 Improve Language Modeling") places documents so that few are cut. Here the chunk's size determines the number of
 sequences, so that any sequence can be found without reading the ones before it. Documents that cannot be placed whole
 are cut to fill the remaining gaps. So no token is dropped, and only a corpus's last chunk, if it is short, is padded.
+
+A corpus of whole documents was packed when it was prepared (`Packed` in its manifest), so that none has to be cut. Its
+sequences end with filler, which is left out here: the reader pads them.
 """
 
 from __future__ import annotations
 
 import bisect
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:  # loader workers start faster without it
+    from pretrain.corpus.shards import Corpus
 
 Ints = NDArray[np.int64]
 Segments = list[list[tuple[int, int]]]
@@ -54,6 +61,28 @@ def best_fit(starts: Ints, n_tokens: int, length: int) -> Segments:
             bisect.insort(free, (room - taken, number))
             start += taken
     return [*sequences, *(sorted(segments) for segments in bins)]
+
+
+def ranges_of(corpus: Corpus, chunk: int, length: int, sequence: int) -> list[tuple[int, int]]:
+    """The token ranges of a sequence of a chunk whose documents stay in their order. Raises CorruptShardError.
+
+    For a corpus of whole documents, these are the documents of one or more packed sequences, without their filler.
+    """
+    n_tokens, packed_length = corpus.tokens_in(chunk), corpus.manifest.sequence_tokens
+    if packed_length is None:
+        return concat(n_tokens, length, sequence)
+    return whole(corpus.documents(chunk).ends, n_tokens, length, sequence, packed_length)
+
+
+def whole(ends: Ints, n_tokens: int, length: int, sequence: int, packed_length: int) -> list[tuple[int, int]]:
+    """The token ranges of a sequence that joins packed sequences of `packed_length` tokens.
+
+    `ends` are where the documents of the chunk end. `length` is a multiple of `packed_length`.
+    """
+    begins = range(sequence * length, min((sequence + 1) * length, n_tokens), packed_length)
+    return [
+        (begin, int(ends[ends.searchsorted(begin + packed_length, side="right") - 1])) for begin in begins
+    ]
 
 
 def concat(n_tokens: int, length: int, sequence: int) -> list[tuple[int, int]]:

@@ -18,7 +18,10 @@ import numpy as np
 import xxhash
 
 from pretrain.config import TrainConfig, to_dict, validate
+from pretrain.corpus.manifest import load_manifest
+from pretrain.data.inputs import masking_of
 from pretrain.data.loader import TrainLoader
+from pretrain.data.masking import Masking
 from pretrain.distributed import World, gather_objects
 from pretrain.errors import RunError
 
@@ -105,7 +108,7 @@ def _fits(config: TrainConfig, n_ranks: int) -> bool:
     return all(stage.batch_sequences % n_ranks == 0 for stage in config.stages)
 
 
-def _loader(config: TrainConfig, rank: int, n_ranks: int) -> TrainLoader:
+def _loader(config: TrainConfig, rank: int, n_ranks: int, masking: Masking | None = None) -> TrainLoader:
     return TrainLoader(
         config.data,
         config.seed,
@@ -117,6 +120,7 @@ def _loader(config: TrainConfig, rank: int, n_ranks: int) -> TrainLoader:
         total_tokens=config.total_tokens,
         total_epochs=config.total_epochs,
         state=None,
+        masking=masking,
     )
 
 
@@ -165,7 +169,10 @@ def _reader(config_json: str, rank: int, n_ranks: int, steps: tuple[int, int], l
     started = time.monotonic()
     with open(log, "a", encoding="utf-8") as file:
         file.write("\n")  # ends the line that a killed reader may have left half-written
-        loader = _loader(config, rank, n_ranks)
+        # Made here, because arguments of a process that is killed early must be small (see `Corpus.__reduce__`).
+        first = config.data.corpora()[0].manifest
+        masking = masking_of(config, first, load_manifest(first))
+        loader = _loader(config, rank, n_ranks, masking)
         batches = loader.steps(steps[0])
         for step in range(steps[0], steps[1] + 1):
             found = [

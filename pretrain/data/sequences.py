@@ -16,7 +16,7 @@ from pretrain.corpus.manifest import CorruptShardError
 from pretrain.corpus.shards import Corpus
 from pretrain.data.masking import Masking
 from pretrain.data.order import Location
-from pretrain.data.packing import Segments, best_fit, concat
+from pretrain.data.packing import Segments, best_fit, ranges_of
 from pretrain.data.permutation import Ints, key_of
 from pretrain.data.state import Substitution, chunk_read
 from pretrain.errors import RunError
@@ -114,10 +114,11 @@ class SequenceReader:
         segments = []
         for source, epoch, chunk, sequence, length, row in zip(*(a.tolist() for a in where), strict=True):
             chunk = self._chunk(source, epoch, chunk, int(samples[row]))
-            if self._best_fit:
+            corpus = self._corpora[source]
+            if self._best_fit and corpus.manifest.packed is None:
                 ranges = self._packing(source, chunk, length)[sequence]
             else:
-                ranges = concat(self._corpora[source].tokens_in(chunk), length, sequence)
+                ranges = ranges_of(corpus, chunk, length, sequence)
             segments += [_Segment(row, source, chunk, start, stop) for start, stop in ranges]
         return segments
 
@@ -162,11 +163,15 @@ class SequenceReader:
         return Sequences(packed, Counts(pieces, cut, padding))
 
     def _read_tokens(self, segments: list[_Segment]) -> list[NDArray[np.integer]]:
-        """The tokens of each segment, plus the token after it if its chunk has one, which is the last label."""
+        """The tokens of each segment, plus the token after it if its chunk has one, which is the last label.
+
+        What follows a segment of whole documents is another document or filler, and no label.
+        """
         read: list[NDArray[np.integer]] = [_NOTHING] * len(segments)
         for source, corpus in enumerate(self._corpora):
             mine = [i for i, segment in enumerate(segments) if segment.source == source]
-            ranges = [(segments[i].chunk, segments[i].start, segments[i].stop + 1) for i in mine]
+            more = 1 if corpus.manifest.packed is None else 0
+            ranges = [(segments[i].chunk, segments[i].start, segments[i].stop + more) for i in mine]
             for i, tokens in zip(mine, corpus.read_many(ranges), strict=True):
                 read[i] = tokens
         return read
@@ -183,7 +188,8 @@ class SequenceReader:
         low, high = documents.starts.searchsorted((segment.start, segment.stop))
         at = documents.starts[low:high] - segment.start
         begins[at] = True
-        ends = high < len(documents.starts) and documents.starts[high] == segment.stop
+        is_packed = corpus.manifest.packed is not None
+        ends = is_packed or (high < len(documents.starts) and documents.starts[high] == segment.stop)
         if self._hides is None:
             labels[at[at > 0] - 1] = IGNORED_LABEL
             if ends:

@@ -15,6 +15,7 @@ from pretrain.batch import IGNORED_LABEL, Batch
 from pretrain.corpus.shards import Corpus, documents_of
 from pretrain.data.loader import build_batch
 from pretrain.data.masking import Masking
+from pretrain.data.packing import ranges_of
 from pretrain.distributed import World, sum_over_ranks
 from pretrain.errors import ConfigError, RunError
 from pretrain.model.decoder import Decoder, LossSums
@@ -192,9 +193,12 @@ def _label_sources(
     hidden one is. Labels past the end of a chunk, which are ignored, get the source of its last token.
     """
     rows = []
-    for one, start in zip(chunk.tolist(), (sequence * sequence_length).tolist(), strict=True):
+    for one, number in zip(chunk.tolist(), sequence.tolist(), strict=True):
         documents, n_tokens = corpus.documents(one), corpus.tokens_in(one)
-        places = np.minimum(np.arange(sequence_length) + (start + first_label), n_tokens - 1)
+        ranges = ranges_of(corpus, one, sequence_length, number)
+        read = np.concatenate([np.arange(start, stop) for start, stop in ranges])
+        places = np.pad(read, (0, sequence_length - len(read)), constant_values=n_tokens - 1) + first_label
+        places = np.minimum(places, n_tokens - 1)
         rows.append(documents.source[np.searchsorted(documents.starts, places, side="right") - 1])
     return np.stack(rows)
 
@@ -266,7 +270,8 @@ def _text_before(corpus: Corpus, n_tokens: int) -> np.ndarray:
         sources += found.source[begins].tolist()
         chunk += 1
     start = np.array(starts)
-    length = np.diff(start, append=end)  # documents follow each other without a gap
+    # Documents follow each other without a gap, or only with filler, which is read with the document before it.
+    length = np.diff(start, append=end)
     share = np.clip((n_tokens - start) / length, 0, 1)
     n_sources = len(corpus.manifest.sources)
     text_bytes_of = np.bincount(sources, share * np.array(sizes), n_sources)

@@ -53,7 +53,7 @@ class StepRecord:
     tokens_seen: int
     samples_seen: int
     step_tokens: int
-    """Number of tokens in this step, over all ranks."""
+    """Number of tokens in this step, over all ranks, including padding."""
     sequence_length: int
     """Tokens per sequence."""
     predicted_tokens: int
@@ -74,7 +74,7 @@ class StepRecord:
     """Fraction of the document pieces in the step's sequences that are not whole documents; 0 without document
     masking."""
     padding_tokens: int
-    """Number of padding tokens among `step_tokens`, over all ranks."""
+    """Number of tokens among `step_tokens`, over all ranks, that belong to no document: padding and filler."""
     substituted_chunks: int
     """Number of chunks, in the run so far, that could not be read and were replaced by others."""
     skipped: bool
@@ -281,7 +281,8 @@ class Monitor:
         self._newest_step = record.step
         time_s = max(record.step_time_s, 1e-9)
         # A step that predicts nothing computes nothing, so its speed is not a training speed.
-        rate = record.step_tokens / time_s if record.predicted_tokens else None
+        n_tokens = record.step_tokens - record.padding_tokens
+        rate = n_tokens / time_s if record.predicted_tokens else None
         epochs = {f"epochs/{name}": value for name, value in record.epochs.items()}
         line = {key: value for key, value in asdict(record).items() if key != "epochs"} | epochs
         line |= {
@@ -294,7 +295,7 @@ class Monitor:
         self._metrics.append({"kind": "step", "attempt": self._attempt, "time": utc_now()} | line)
         if rate is not None:
             tokens, seconds = self._since_line
-            self._since_line = (tokens + record.step_tokens, seconds + time_s)
+            self._since_line = (tokens + n_tokens, seconds + time_s)
         if record.step % self._config.logging.every_steps == 0 or record.step in (
             self._first_step,
             self.n_steps,

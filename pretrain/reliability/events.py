@@ -19,7 +19,7 @@ from pretrain.reliability.json_lines import JsonLines, read_lines, utc_now
 EVENTS_FILE = "events.jsonl"
 _COMPUTED_IN = (
     *("world_size", "precision", "precision_decided_by", "precision_before", "kernels"),
-    *("parameters", "trained_parameters", "adapters", "base"),
+    *("parameters", "trained_parameters", "adapters", "base", "packed"),
 )
 
 

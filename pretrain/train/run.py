@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -292,6 +292,9 @@ def _begin(run: Run, found: FoundCheckpoint, changed: list[str]) -> None:
     facts["kernels"] = to_dict(chosen.kernels)
     state = run.engine.state
     facts |= {"trained_parameters": state.n_trained, "parameters": state.n_trained + state.n_frozen}
+    corpora = {source.name: run.manifests[source.manifest] for source in config.data.corpora()}
+    if packed := {name: _packing_of(manifest) for name, manifest in corpora.items() if manifest.packed}:
+        facts["packed"] = packed
     if run.base is not None:
         facts |= {"adapters": n_adapters(list(state.shapes)), "base": run.base}
     for reason in found.passed_over:
@@ -310,6 +313,12 @@ def _begin(run: Run, found: FoundCheckpoint, changed: list[str]) -> None:
     if config.init_from is not None and run.base is None:
         _init_from(config.init_from, run.engine, world, run.loader.tokenizer_sha256)
     run.monitor.event(Event.STARTED, n_steps=run.loader.n_steps, init_from=config.init_from, **facts)
+
+
+def _packing_of(manifest: Manifest) -> dict[str, Any]:
+    """How a corpus of whole dialogues was packed, and the share of its tokens that is filler."""
+    assert manifest.packed is not None
+    return asdict(manifest.packed) | {"filler_frac": manifest.filler_tokens / manifest.n_tokens}
 
 
 def _init_from(run_dir: str, engine: Engine, world: World, tokenizer_sha256: str) -> None:

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import xxhash
 
-from pretrain.config import TrainConfig, load_config
-from pretrain.data.selftest import SampleRead, _entries, _problem
+from pretrain.config import TrainConfig, load_config, to_dict
+from pretrain.data.inputs import resolve_inputs
+from pretrain.data.selftest import SampleRead, _entries, _loader, _problem, _reader
 from support import ROOT
 from support.launching import run_ranks
 from support.tiny import TinyCorpus, run_arguments
@@ -54,6 +57,23 @@ def test_a_damaged_corpus_fails(corpus: TinyCorpus, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "has xxh3-64" in done.stderr
     assert "the reader of rank 0 of 1 ended with code" in done.stderr
+
+
+def test_masked_language_modeling_is_read_with_its_masks(corpus: TinyCorpus, tmp_path: Path) -> None:
+    """What a reader hashes is what a run of that objective trains on."""
+    arguments = run_arguments(corpus, tmp_path / "run", "objective=mlm", "data.loader_workers=0")
+    config = load_config(TrainConfig, arguments, "config")
+    _reader(json.dumps(to_dict(config)), 0, 1, (1, 1), str(tmp_path / "log"))
+    (entry,) = _entries(tmp_path / "log")
+    masking = resolve_inputs(config, 1).masking
+    for hides, expected in ((masking, True), (None, False)):
+        batches = next(iter(_loader(config, 0, 1, hides).steps(1)))
+        rows = {
+            int(sample): xxhash.xxh3_64_intdigest(np.stack([t[row].numpy() for t in batch[:4]]).tobytes())
+            for batch in batches
+            for row, sample in enumerate(batch.samples)
+        }
+        assert (rows == dict(entry["samples"])) is expected
 
 
 @pytest.fixture(scope="module")

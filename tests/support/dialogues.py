@@ -46,7 +46,9 @@ def dialogues(count: int) -> list[dict[str, Any]]:
 
 
 def chat_config(output: Path, *inputs: Path, model: Path, **options: object) -> PrepareConfig:
-    options = {"chunk_tokens": 256, "shard_bytes": 8192, "heldout_frac": 0.1, **options}
+    length = int(str(options.get("chat.max_tokens", 1)))
+    chunk_tokens = max(1, 256 // length) * length
+    options = {"chunk_tokens": chunk_tokens, "shard_bytes": 8192, "heldout_frac": 0.1, **options}
     tokenizer = TokenizerConfig(path=str(model))
     return load_config(
         PrepareConfig,

@@ -116,6 +116,10 @@ def documents(data: bytes) -> None:
             assert borders[0] == 0 and (np.diff(borders) > 0).all(), "pieces that do not fill the chunk"
             assert (found.source >= 0).all() and (found.offsets >= 0).all() and (found.text_bytes >= 0).all()
             assert all(isinstance(name, str) for name in found.ids)
+    with refusing():
+        found = parse_documents(data, "x.doc", n_tokens=64, n_sources=1, masked=True, sequence_tokens=32)
+        assert (found.starts < found.ends).all() and (found.ends[:-1] <= found.starts[1:]).all()
+        assert (found.starts // 32 == (found.ends - 1) // 32).all() and set(found.starts // 32) == {0, 1}
 
 
 def masked_documents() -> bytes:

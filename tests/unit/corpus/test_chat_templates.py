@@ -55,7 +55,14 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[
     folder, base = tmp_path_factory.mktemp("templates"), byte_level(SPECIAL)
     made = {}
     counting = "{{ '%03d' % (messages[0]['content'] | length) }}" + CHATML
-    for name, template in {**TEMPLATES, "ours": OWN_TEMPLATE, "counting": counting}.items():
+    repeating = "{% if messages[2] %}{{ messages[0]['content'] }}{% endif %}" + CHATML
+    open_answers = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
+        "{% if loop.last or m.role == 'user' %}{{ '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    odd = {"counting": counting, "repeating": repeating, "open": open_answers}
+    for name, template in {**TEMPLATES, "ours": OWN_TEMPLATE, **odd}.items():
         roles = {"bos_token": "<s>", "eos_token": EOS.get(name, "</s>"), "pad_token": "<|pad|>"}
         kind = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
         place = save(base, folder / name, **roles, **kind)
@@ -181,6 +188,8 @@ def test_tools_are_written_by_a_template_that_has_them(chats: Any) -> None:
         ("thinking", [*turns("a"), {"role": "assistant"}], None, "UndefinedError"),
         ("counting", turns("a", "b"), None, "parts that cannot be told"),
         ("chatml", turns("a", "    b"), None, "whose beginning the tokenizer joins"),
+        ("repeating", turns("a", "b", "c", "d"), None, r"messages\[0\] a content that the chat template writes more"),
+        ("open", turns("a", "b", "c", "d"), None, r"messages\[1\] an answer that .* does not end with"),
     ],
 )  # fmt: skip
 def test_what_would_be_left_out_or_cannot_be_told_is_refused(

@@ -342,6 +342,7 @@ GOOD = {"starts": [0, 5], "source": [0, 1], "ids": ["a", "b"], "offsets": [3, 0]
         {"ids": ["a", "\ud800"]},
         {"unknown": [0, 0]},
         {"targets": [0, 1], "target_bytes": [0, 1]},
+        {"ends": [3, 9]},
     ],
 )
 def test_members_of_another_form_are_refused(changes: dict[str, Any]) -> None:
@@ -351,6 +352,38 @@ def test_members_of_another_form_are_refused(changes: dict[str, Any]) -> None:
     read(GOOD)
     with pytest.raises(CorruptShardError, match=r"^x "):
         read(GOOD | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ends": [2, 3]},
+        {"ends": [2, 3, 7, 8]},
+        {"ends": [2, 2, 7]},  # an empty document
+        {"ends": [3, 3, 7]},  # beyond the next start
+        {"ends": [1, 3, 7]},  # filler within a sequence
+        {"ends": [2, 3, 9]},
+        {"ends": [2, 3, 1 << 62]},
+        {"starts": [0, 2, 3]},  # a document that reaches into the next sequence
+        {"starts": [0, 2, 5]},  # filler at the beginning of one
+        {"starts": [0, 1, 2], "ends": [1, 2, 4]},  # a sequence of filler
+        {"offsets": [1, 0, 0], "text_bytes": [0, 0, 0]},
+    ],
+)
+def test_documents_that_are_not_packed_whole_are_refused(changes: dict[str, Any]) -> None:
+    """Of two sequences of 4 tokens, the first has two documents, the second has one, and both end with filler."""
+
+    def read(content: dict[str, Any]) -> None:
+        sizes = {"n_tokens": 8, "n_sources": 2, "masked": False}
+        parse_documents(json.dumps(content).encode(), "x", sequence_tokens=4, **sizes)  # type: ignore[arg-type]
+
+    good = {"starts": [0, 2, 4], "ends": [2, 3, 7], "source": [0, 1, 0], "ids": ["a", "b", "c"]}
+    good |= {"offsets": [0, 0, 0], "text_bytes": [0, 0, 9]}
+    read(good)
+    with pytest.raises(CorruptShardError, match=r"^x "):
+        read(good | changes)
+    with pytest.raises(CorruptShardError, match=r"^x has no ends"):
+        read({key: value for key, value in good.items() if key != "ends"})
 
 
 def test_targets_that_ascend_by_overflow_alone_are_refused() -> None:

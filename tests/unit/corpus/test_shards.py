@@ -23,7 +23,14 @@ from hypothesis import strategies as st
 from pretrain.corpus import ids as document_ids
 from pretrain.corpus.check import verify_corpus
 from pretrain.corpus.ids import chunks_of
-from pretrain.corpus.manifest import CorpusSource, CorruptShardError, Manifest, load_manifest, token_dtype
+from pretrain.corpus.manifest import (
+    CorpusSource,
+    CorruptShardError,
+    Manifest,
+    Packed,
+    load_manifest,
+    token_dtype,
+)
 from pretrain.corpus.shards import Corpus, documents_of
 from pretrain.corpus.writer import CorpusWriter, Documents
 from pretrain.errors import ConfigError
@@ -546,7 +553,14 @@ def test_files_outside_of_the_folder_are_refused(folder: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "changes", [{"n_chunks": 5}, {"n_tokens": 7}, {"dtype": "uint32"}, {"chunk_tokens": 1}]
+    "changes",
+    [
+        {"n_chunks": 5},
+        {"n_tokens": 7},
+        {"dtype": "uint32"},
+        {"chunk_tokens": 1},
+        {"packed": Packed(sequence_tokens=48)},
+    ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(folder: Path, changes: dict[str, object]) -> None:
     edit(folder / "manifest.json", **changes)

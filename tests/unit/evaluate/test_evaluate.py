@@ -40,6 +40,7 @@ from pretrain.trained import load_trained
 from support import ROOT
 from support.launching import Ranks
 from support.trained_run import SMALL, make_run, run_script, script, train_tokenizer
+from support.whole import whole_documents, write_whole
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 MODEL = replace(SMALL, vocab_size=64)
@@ -204,6 +205,31 @@ def test_packed_loss_is_that_of_the_targets(tmp_path: Path) -> None:
     assert result.loss == pytest.approx(np.mean(expected), rel=1e-6)
     assert result.text_bytes == sum(5 * (length - first_target(length, 0.5)) for length in LENGTHS)
     assert result.bits_per_byte == pytest.approx(sum(expected) / math.log(2) / result.text_bytes, rel=1e-6)
+
+
+@pytest.mark.parametrize(("sequence_length", "max_sequences"), [(16, None), (16, 9), (64, None), (32, 3)])
+def test_whole_documents_are_scored_as_each_alone(
+    tmp_path: Path, sequence_length: int, max_sequences: int | None
+) -> None:
+    """By source too, also where a sequence joins several packed ones; filler counts nowhere."""
+    sizes = np.random.default_rng(1).integers(2, 17, 40).tolist()
+    documents = whole_documents(sizes)
+    corpus, model = Corpus(write_whole(tmp_path, documents)), Decoder(replace(MODEL, vocab_size=320), seed=1)
+    assert corpus.manifest.filler_tokens > 0
+    end = corpus.manifest.n_tokens if max_sequences is None else max_sequences * sequence_length
+    read, text_bytes, n_documents = {"a": [], "b": []}, 0, 0  # type: ignore[var-annotated]
+    for chunk in range(corpus.n_chunks):
+        pieces = corpus.documents(chunk)
+        for name, start in zip(pieces.ids, pieces.starts.tolist(), strict=True):
+            if chunk * 64 + start < end:
+                one = documents[name]
+                read[one.source] += nll(model, np.array(one.tokens))[-len(one.labels) :]
+                text_bytes, n_documents = text_bytes + 2 * len(one.tokens), n_documents + 1
+    result = evaluate(model, corpus, sequence_length=sequence_length, max_sequences=max_sequences)
+    for name, values in read.items():
+        assert result.sources[name].tokens == len(values) > 20
+        assert result.sources[name].loss == pytest.approx(np.mean(values), rel=1e-5)
+    assert (result.overall.documents, result.overall.text_bytes) == (n_documents, text_bytes)
 
 
 def test_a_mask_that_leaves_nothing_is_said(tmp_path: Path) -> None:

@@ -33,6 +33,15 @@ from support.recording import TOKENS_PER_STEP, a_config, a_monitor, a_record
 # ---- what a step records ----
 
 
+def test_padding_is_no_token_of_the_speed(tmp_path: Path) -> None:
+    m = a_monitor(tmp_path)
+    m.step(a_record(1, step_time_s=0.5, padding_tokens=TOKENS_PER_STEP // 4))
+    m.close(0)
+    (record,) = read_metrics(tmp_path)
+    assert record["step_tokens"] == TOKENS_PER_STEP
+    assert record["tokens_per_second"] == TOKENS_PER_STEP * 0.75 / 0.5
+
+
 def test_derived_figures(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     m = a_monitor(tmp_path, first_step=101)
     for step in range(101, 121):

@@ -12,15 +12,18 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from data_tools.config import PrepareConfig, TokenizerConfig
+from data_tools.building.encode import LeftOutDialogues, _within
+from data_tools.config import ChatConfig, LossRole, PrepareConfig, TokenizerConfig
 from data_tools.prepare import prepare
 from data_tools.reading import dialogue
+from data_tools.reading.dialogue import Dialogue
 from data_tools.remove import remove
+from data_tools.show import describe_chunk
 from data_tools.verify import verify
 from pretrain.config import load_config
 from pretrain.corpus.chat import ASSISTANT, OWN_TEMPLATE, Chat, Message
 from pretrain.corpus.chat_template import DialogueError
-from pretrain.corpus.manifest import load_manifest
+from pretrain.corpus.manifest import Packed, load_manifest
 from pretrain.corpus.shards import Corpus, documents_of
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.errors import ConfigError
@@ -289,7 +292,7 @@ def test_a_data_set_with_nothing_to_learn_is_an_error(model: Path, tmp_path: Pat
     with pytest.raises(ConfigError, match=r"leaves no document: 3 read, dropped: 3 no_answer"):
         prepare(chat_config(tmp_path / "out", silent, model=model))
     long = write_jsonl(tmp_path / "long.jsonl", dialogues(9))
-    options = {"chat.max_tokens": 9, "chat.longer": "cut", "heldout_frac": 0}
+    options = {"chat.max_tokens": 9, "heldout_frac": 0}
     with pytest.raises(ConfigError, match=r"leaves no document: 9 read, dropped: 9 too_many_tokens"):
         prepare(chat_config(tmp_path / "out", long, model=model, **options))
     names = write_jsonl(
@@ -305,16 +308,43 @@ def test_longer_dialogues_are_cut_at_the_last_turn_that_fits(
     short, long = turns(("a question", "an answer")), turns(("Hi you", "Hello"), ("Say more", "word " * 99))
     source = write_jsonl(tmp_path / "in.jsonl", [{"messages": short}, {"messages": long}])
     options = {"chat.max_tokens": 100, "heldout_frac": 0, "model": model}
-    assert prepare(chat_config(tmp_path / "cut", source, **options, **{"chat.longer": "cut"})) == 0
+    assert prepare(chat_config(tmp_path / "cut", source, **options)) == 0
     assert "1 of them cut at the last turn within chat.max_tokens" in capsys.readouterr().out
     found = {d.id: d for d in documents_of(Corpus(tmp_path / "cut/manifest.json"))}
     assert found["in.jsonl:2"].tokens.tolist() == chat.encode_dialogue(long[:2]).tokens
     assert found["in.jsonl:1"].tokens.tolist() == chat.encode_dialogue(short).tokens
-    assert prepare(chat_config(tmp_path / "drop", source, **options)) == 0
+    assert load_manifest(tmp_path / "cut/manifest.json").packed == Packed(
+        sequence_tokens=100, cut_documents=1
+    )
+    assert prepare(chat_config(tmp_path / "drop", source, **options, **{"chat.longer": "drop"})) == 0
+    assert load_manifest(tmp_path / "drop/manifest.json").packed == Packed(
+        sequence_tokens=100, dropped_documents=1
+    )
     assert [d.id for d in documents_of(Corpus(tmp_path / "drop/manifest.json"))] == ["in.jsonl:1"]
     assert json.loads((tmp_path / "drop/prepare.json").read_text())["funnel"]["dropped"] == {
         "too_many_tokens": 1
     }
+
+
+def test_the_turn_to_cut_at_is_the_last_that_fits(chat: Chat) -> None:
+    """For every limit, against trying one turn after another. A turn to be predicted need not be the assistant's."""
+    pairs = [(f"question {n}", "an answer " * n) for n in range(1, 8)]
+    whole = Dialogue(messages_of({"messages": turns(*pairs, system="Be brief.")}), [])
+    for roles in ([LossRole.assistant], [LossRole.user, LossRole.system]):
+        names = [role.value for role in roles]
+        sizes = {
+            n: len(chat.encode_dialogue(whole.messages[:n], loss_roles=names).tokens)
+            for n in range(1, len(whole.messages) + 1)
+            if n == len(whole.messages) or whole.messages[n - 1]["role"] in names
+        }
+        for limit in range(1, max(sizes.values()) + 4, 3):
+            fitting = [n for n, size in sizes.items() if size <= limit]
+            counts = LeftOutDialogues()
+            one, left = _within(ChatConfig(max_tokens=limit, loss_roles=roles), chat, whole, counts)
+            assert (one is None) is (not fitting)
+            if one is not None:
+                assert (len(left.messages), len(one.tokens)) == (fitting[-1], sizes[fitting[-1]])
+            assert counts.cut == (bool(fitting) and fitting[-1] < len(whole.messages))
 
 
 def test_roles_and_ends_that_count_are_chosen(model: Path, chat: Chat, tmp_path: Path) -> None:
@@ -488,6 +518,64 @@ def test_removal_keeps_the_mask(prepared: Path, model: Path, tmp_path: Path) -> 
     assert load_manifest(output / "manifest.json").loss_mask
     with gzip.open(output / "heldout/documents.jsonl.gz", "rt", encoding="utf-8") as lines:
         assert all(json.loads(line)["messages"] for line in lines)
+
+
+def test_whole_dialogues_are_packed_into_sequences(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By default where the length is given. Counts are without filler, and `show`, `verify` and `remove` know it."""
+    source = write_jsonl(tmp_path / "talks.jsonl", dialogues(60))
+    options = {"chat.max_tokens": 280, "chunk_tokens": 560, "shard_bytes": 4096}
+    output, loose = tmp_path / "corpus", tmp_path / "loose"
+    assert prepare(chat_config(loose, source, model=model, **options, **{"chat.pack": False})) == 0
+    assert "dialogues are not packed" in capsys.readouterr().out
+    assert prepare(chat_config(output, source, model=model, **options)) == 0
+    shown = capsys.readouterr().out
+
+    def state(folder: Path) -> dict[str, tuple[list[int], list[bool], int]]:
+        return {
+            d.id: (d.tokens.tolist(), d.is_target.tolist(), d.target_bytes)
+            for path in (folder / "manifest.json", folder / "heldout/manifest.json")
+            for d in documents_of(Corpus(path))
+        }
+
+    before, manifest = state(output), load_manifest(output / "manifest.json")
+    assert before == state(loose), "packing changes no dialogue"
+    n_cut = json.loads((output / "prepare.json").read_text())["funnel"]["cut"]
+    assert manifest.packed == Packed(
+        sequence_tokens=280, dropped_documents=60 - len(before), cut_documents=n_cut
+    )
+    assert n_cut > 5
+    assert 0 < manifest.filler_tokens < 0.5 * manifest.n_tokens
+    in_order, room = 0, 0  # sequences that dialogues need if they come in the order of their hashes
+    for one in documents_of(Corpus(loose / "manifest.json")):
+        in_order, room = (in_order + 1, 280) if len(one.tokens) > room else (in_order, room)
+        room -= len(one.tokens)
+    assert manifest.n_tokens // 280 < in_order
+    n_tokens = sum(len(tokens) for tokens, _, _ in before.values())
+    heldout = load_manifest(output / "heldout/manifest.json")
+    assert manifest.document_tokens + heldout.document_tokens == n_tokens
+    statistics = json.loads((output / "statistics.json").read_text())
+    assert statistics["tokens"] + statistics["heldout"]["tokens"] == n_tokens
+    filler = f"packed into {manifest.n_tokens // 280} sequences of 280 tokens"
+    assert filler in shown and filler in (output / "README.md").read_text()
+    shards = {shard.name: shard.sha256 for shard in manifest.shards}
+    assert verify(output) == [] and len(shards) > 2
+
+    corpus = Corpus(output / "manifest.json")
+    text = describe_chunk(corpus, Tokenizer.trusted(output / "tokenizer.model"), 0)
+    ends, starts = corpus.documents(0).ends, corpus.documents(0).starts
+    assert (ends[:-1] < starts[1:]).any() or ends[-1] < 560, "the chunk has filler"
+    assert "\n| \n" not in text
+    removed = corpus.documents(corpus.n_chunks - 2).ids[1]
+    assert remove(output, {removed}) == {removed: 1}
+    assert state(output) == {name: found for name, found in before.items() if name != removed}
+    assert verify(output) == []
+    after = load_manifest(output / "manifest.json")
+    assert after.packed == manifest.packed
+    assert after.shards[0].sha256 == manifest.shards[0].sha256, "nothing was removed there"
+    with pytest.raises(ConfigError, match=r"chunk_tokens=256 is no multiple of chat\.max_tokens=280"):
+        chat_config(output, source, model=model, **options | {"chunk_tokens": 256})
 
 
 def test_show_brackets_what_is_learned(prepared: Path) -> None:
