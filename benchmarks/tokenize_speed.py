@@ -32,9 +32,9 @@ from data_tools.building.encode import encode_parts
 from data_tools.building.gather import Gathered, gather, part_path, read_part
 from data_tools.building.pack import pack
 from data_tools.building.vocabulary import train_tokenizer
-from data_tools.config import DocumentFormat, PrepareConfig
+from data_tools.config import PrepareConfig
 from data_tools.reading.sources import find_files
-from pretrain.corpus.tokenizer import SENTENCEPIECE_NAME
+from pretrain.corpus.tokenizer import SENTENCEPIECE_NAME, Tokenizer
 
 
 class Text(NamedTuple):
@@ -89,8 +89,8 @@ def ours(text: Text, model: Path) -> None:
     rmtree(corpus, ignore_errors=True)
     corpus.mkdir()
     (corpus / SENTENCEPIECE_NAME).write_bytes(model.read_bytes())
-    encode_parts(text.gathered, text.work, model, 1, DocumentFormat.text)
-    pack(text.config, text.gathered, text.work, corpus)
+    encode_parts(text.gathered, text.work, model, 1)
+    pack(text.config, text.gathered, text.work, corpus, Tokenizer.trusted(corpus / SENTENCEPIECE_NAME))
 
 
 def cost(work: Callable[[Text, Path], None], text: Text, model: Path) -> Cost:

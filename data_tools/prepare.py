@@ -129,12 +129,12 @@ def _build(config: PrepareConfig, recipe: Recipe, gathered: Gathered, work: Path
     for path in (model, work / CHAT_TEMPLATE_NAME):
         if path.exists():
             write_atomically(corpus / path.name, path.read_bytes())
+    tokenizer = Tokenizer.trusted(corpus / model.name)
     try:
-        manifest, heldout, counts = pack(config, gathered, work, corpus)
+        manifest, heldout, counts = pack(config, gathered, work, corpus, tokenizer)
     except OSError:  # on a full disk, half-written files would only keep it full
         shutil.rmtree(corpus, ignore_errors=True)
         raise
-    tokenizer = Tokenizer.trusted(corpus / model.name)
     kind = f"sentencepiece {config.tokenizer.model_type.value}"
     if config.tokenizer.path is not None:
         kind = f"{'sentencepiece' if tokenizer.is_sentencepiece else 'Hugging Face'}, imported"

@@ -27,7 +27,7 @@ from data_tools.progress import stage
 from data_tools.report.statistics import DocumentCounts
 from pretrain.corpus.chat_template import CHAT_TEMPLATE_NAME
 from pretrain.corpus.manifest import CorpusSource, Manifest, Packed
-from pretrain.corpus.tokenizer import Tokenizer, tokenizer_in
+from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.corpus.writer import CorpusWriter, Documents
 from pretrain.files import create_file
 
@@ -57,13 +57,12 @@ def choose_chunk_tokens(n_tokens: int) -> int:
 
 
 def pack(
-    config: PrepareConfig, gathered: Gathered, work: Path, corpus: Path
+    config: PrepareConfig, gathered: Gathered, work: Path, corpus: Path, tokenizer: Tokenizer
 ) -> tuple[Manifest, Manifest | None, DocumentCounts]:
-    """Write the corpus into the folder `corpus`, which holds its tokenizer and chat template already.
+    """Write the corpus into the folder `corpus`, which holds its `tokenizer` and chat template already.
 
     Returns the manifests of the training and the held-out part, and counts of the training documents.
     """
-    tokenizer = Tokenizer.trusted(tokenizer_in(corpus))
     n_tokens = sum(_training_tokens(tokens_path(work, number)) for number in range(len(gathered.parts)))
     chunk_tokens = config.chunk_tokens or choose_chunk_tokens(n_tokens)
     packed = _packed(config, gathered)
@@ -216,7 +215,7 @@ def _documents(group: EncodedPart, rows: np.ndarray) -> Documents:
         tokens=group.tokens[places],
         starts=starts,
         source=group.documents[rows, 0],
-        ids=[group.ids[row] for row in rows.tolist()],
+        ids=list(map(group.ids.__getitem__, rows.tolist())),
         text_bytes=group.documents[rows, 1],
     )
     if group.targets is not None and group.target_starts is not None and group.target_bytes is not None:

@@ -165,7 +165,22 @@ def _pieces(text: str, chars: int) -> str:
 
 
 def _packaged() -> Callable[[str], Identified]:
-    """Detect by script first, then by the naive Bayes model in the wheel of py3langid.
+    """Detect by script first, then by a model. Where the script decides for all texts, the model, which takes half a
+    second to load, is never loaded."""
+    by_model = cache(_naive_bayes)
+
+    def identify(text: str) -> Identified:
+        text = _ADDRESS.sub(" ", text)
+        found = by_script(text)
+        if found is not None:
+            return found
+        return by_model()(text) if any(map(str.isalpha, text)) else (UNKNOWN, 0.0)
+
+    return identify
+
+
+def _naive_bayes() -> Callable[[str], Identified]:
+    """Detect by the naive Bayes model in the wheel of py3langid.
 
     The package sums in single precision, in an order that depends on the processor's BLAS. Here sums are in double
     precision, so that differences between machines are far below the digits of the score. On short texts, rare
@@ -185,12 +200,6 @@ def _packaged() -> Callable[[str], Identified]:
     prior = model.nb_pc.astype(np.float64)
 
     def identify(text: str) -> Identified:
-        text = _ADDRESS.sub(" ", text)
-        found = by_script(text)
-        if found is not None:
-            return found
-        if not any(map(str.isalpha, text)):
-            return UNKNOWN, 0.0
         encoded = (text.lower() if text.isupper() else text).encode("utf-8", "replace")
         # A word as short as `No.` may have nothing that the model knows: then the prior decides, with a low score.
         counts = Counter(features_of(encoded))

@@ -128,6 +128,9 @@ def split(text: str, language: str) -> Split:
 _FEW_KEYS = 250
 TOP_GRAMS = (2, 3, 4)
 DUPLICATE_GRAMS = (5, 6, 7, 8, 9, 10)
+_NO_GRAMS = dict.fromkeys(
+    [f"top_{n}gram" for n in TOP_GRAMS] + [f"duplicate_{n}gram" for n in DUPLICATE_GRAMS], 0
+)
 
 
 def gram_chars(words: Split) -> dict[str, int]:
@@ -137,27 +140,31 @@ def gram_chars(words: Split) -> dict[str, int]:
     its spaces; none counts where each occurs once. Of overlapping repeated runs, only the first counts.
     """
     unit, gap = (2, 0) if words.unspaced else (1, 1)
-    ends = np.concatenate(([0], words.lengths.cumsum()))
+    ends = np.zeros(len(words.lengths) + 1, np.int64)
+    words.lengths.cumsum(out=ends[1:])
     first = words.numbers if unit == 1 else _numbered(_pairs(words.numbers[:-1], words.numbers[1:]))
     # A run can be repeated only if the shorter runs at both of its ends are, which leaves few candidates.
     repeats = np.bincount(first)[first] > 1
     group = first.copy()
-    figures = {f"top_{n}gram": 0 for n in TOP_GRAMS} | {f"duplicate_{n}gram": 0 for n in DUPLICATE_GRAMS}
+    figures = _NO_GRAMS.copy()
     for n in range(2, DUPLICATE_GRAMS[-1] + 1):
         length = n * unit
-        at = np.flatnonzero(repeats[:-unit] & repeats[unit:])
+        at = (repeats[:-unit] & repeats[unit:]).nonzero()[0]
+        if len(at) < 2:
+            break
         groups = _numbered(_pairs(group[at], first[at + length - unit]))
         counts = np.bincount(groups)[groups]
-        if n in TOP_GRAMS and len(at) and (best := int(counts.max())) > 1:
+        if (best := int(counts.max())) == 1:
+            break
+        if n in TOP_GRAMS:
             top = int(at[counts.argmax()])
             figures[f"top_{n}gram"] = best * (int(ends[top + length] - ends[top]) + gap * (n - 1))
-        at, groups = at[counts > 1], groups[counts > 1]
+        again = counts > 1
+        at, groups = at[again], groups[again]
         if n in DUPLICATE_GRAMS:
             figures[f"duplicate_{n}gram"] = _chars_again(at.tolist(), groups.tolist(), length, ends)
         repeats = np.zeros(len(first), bool)
         repeats[at], group[at] = True, groups
-        if not len(at):
-            break
     return figures
 
 
@@ -171,7 +178,7 @@ def _numbered(keys: np.ndarray) -> np.ndarray:
     if len(keys) < _FEW_KEYS:
         table: defaultdict[int, int] = defaultdict(count().__next__)
         return np.array(list(map(table.__getitem__, keys.tolist())), np.int64)
-    order = keys.argsort(kind="stable")
+    order = keys.argsort()
     ordered = keys[order]
     numbers = np.empty(len(keys), np.int64)
     numbers[order[:1]] = 0

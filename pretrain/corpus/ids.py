@@ -33,6 +33,12 @@ def hash_id(document_id: str) -> int:
     return xxhash.xxh3_64_intdigest(document_id.encode("utf-8", "surrogatepass"))
 
 
+def hash_ids(document_ids: list[str]) -> np.ndarray:
+    """`hash_id` of each id: uint64 [ids]."""
+    digest = xxhash.xxh3_64_intdigest
+    return np.array([digest(name.encode("utf-8", "surrogatepass")) for name in document_ids], np.uint64)
+
+
 def chunks_of(corpus: Corpus, document_id: str) -> list[int]:
     """The chunks that hold the document with this id, or all documents with this id; empty where there is none.
 

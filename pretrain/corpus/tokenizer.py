@@ -273,28 +273,36 @@ class _SentencePiece:
         found = {name: processor.piece_to_id(name) for name in MASK_NAMES}
         # A piece of another kind could occur in a text.
         self.mask_id = next((i for i in found.values() if i != unk and processor.is_control(i)), None)
-        symbol_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
-        self._units = self._choose_units(has_bytes=unk not in symbol_ids)
-        self._separator_id = self._find_separator()
-        self._space_symbol_ids = processor.encode(SPACE_SYMBOL) if self._units is _WHOLE else symbol_ids
+        self._symbol_bytes = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
 
-    def _choose_units(self, has_bytes: bool) -> re.Pattern[str]:
+    # What only encoding needs is found when it is needed: it takes longer than loading the model.
+
+    @cached_property
+    def _pieces(self) -> list[str]:
+        return self._processor.id_to_piece(list(range(self.vocab_size)))
+
+    @cached_property
+    def _space_symbol_ids(self) -> list[int]:
+        return self._processor.encode(SPACE_SYMBOL) if self._units is _WHOLE else self._symbol_bytes
+
+    @cached_property
+    def _units(self) -> re.Pattern[str]:
         """How to cut a text into units such that the concatenated ids of the units are the ids of the text."""
         sample = "  a  b\n  a\n\na \n"
         keeps_spaces = self._processor.normalize(sample) == sample.replace(" ", SPACE_SYMBOL)
-        if not has_bytes or not keeps_spaces:
+        if self.ids.unk in self._symbol_bytes or not keeps_spaces:
             return _WHOLE
-        pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
-        return _BETWEEN_SPACE_SYMBOLS if _ACROSS_UNITS.search("\0".join(pieces)) else _UNITS
+        return _BETWEEN_SPACE_SYMBOLS if _ACROSS_UNITS.search("\0".join(self._pieces)) else _UNITS
 
-    def _find_separator(self) -> int | None:
+    @cached_property
+    def _separator_id(self) -> int | None:
         """The id of the character that can stand between units without changing their ids; None where none can.
 
         That holds for a model that merges pairs (BPE) and has no pair with this character. Its scores are ranks, so
         they are whole numbers. The scores of a unigram model are summed up over the whole text and rounded.
         """
-        sample, tokens = f"a{_SEPARATOR}a{_SEPARATOR}{_SEPARATOR}a", list(range(self.vocab_size))
-        pieces, scores = self._processor.id_to_piece(tokens), self._processor.get_score(tokens)
+        sample, pieces = f"a{_SEPARATOR}a{_SEPARATOR}{_SEPARATOR}a", self._pieces
+        scores = self._processor.get_score(list(range(self.vocab_size)))
         ids = self._processor.encode(_SEPARATOR)
         if (
             self._units is _WHOLE

@@ -15,6 +15,8 @@ import functools
 import re
 import unicodedata
 from collections.abc import Iterator
+from itertools import compress, repeat
+from operator import ne, not_
 from typing import NamedTuple
 
 import numpy as np
@@ -158,6 +160,10 @@ def _fold(character: str) -> str:
     return folded if len(folded) == 1 or any(map(str.isalpha, folded)) else " "
 
 
+# Korean syllables are taken apart and put together again.
+_SYLLABLES = frozenset(map(chr, range(0xAC00, 0xD7A4)))
+
+
 class _Tables(NamedTuple):
     """Tables for folding, by code point."""
 
@@ -172,17 +178,27 @@ class _Tables(NamedTuple):
 
 @functools.cache
 def _tables() -> _Tables:
-    """Build the tables at their first use, in about 0.3 s."""
-    parts = [_fold(chr(code)) for code in range(_LIMIT)] + [" "]
+    """Build the tables at their first use, in about 0.1 s."""
+    characters = list(map(chr, range(_LIMIT)))
+    marks = set(compress(characters, map(_MARKS.__contains__, map(unicodedata.category, characters))))
+    # The other characters are single letters and signs, which stay as they are: five of six.
+    folding = marks.union(
+        map(chr, LOOK_ALIKES), compress(characters, map(ne, characters, map(str.casefold, characters)))
+    )
+    is_apart = map(unicodedata.is_normalized, repeat("NFKD"), characters)
+    folding.update(compress(characters, map(not_, is_apart)))
+    parts = [*characters, " "]
+    for character in folding - _SYLLABLES:
+        parts[ord(character)] = _fold(character)
     folded = np.frombuffer("".join(parts).encode("utf-32-le", "surrogatepass"), np.uint32)
-    starts = np.cumsum([0, *map(len, parts)])
-    single = np.array([ord(part) if len(part) == 1 else _LIMIT + 1 for part in parts], np.uint32)
+    lengths = np.fromiter(map(len, parts), np.int64, len(parts))
+    starts = np.append(0, np.cumsum(lengths))
+    single = np.where(lengths == 1, folded[np.minimum(starts[:-1], len(folded) - 1)], np.uint32(_LIMIT + 1))
     kinds = np.zeros(_LIMIT + 1, np.uint8)
-    for character in map(chr, range(_LIMIT)):
-        if character.isalpha():
-            kinds[ord(character)] = _UNSPACED if _NO_SPACES.match(character) else _WORD
-        elif unicodedata.category(character) in _MARKS:
-            kinds[ord(character)] = _IGNORED
+    kinds[list(map(ord, marks))] = _IGNORED
+    is_letter = np.fromiter(map(str.isalpha, characters), np.bool_, _LIMIT)
+    kinds[:-1][is_letter] = _WORD
+    kinds[list(map(ord, _NO_SPACES.findall("".join(compress(characters, is_letter)))))] = _UNSPACED
     values = np.arange(1, _LIMIT + 2, dtype=np.uint64)  # splitmix64
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         values *= np.uint64(_BASE)

@@ -215,8 +215,26 @@ _MARKUP_SIGN = re.compile(
 )
 
 
+# Each form of the pattern needs one of these; they are found in lower case, and twenty times as fast as the signs.
+_CLOSED_NAMES = ("word>", "wd>", "ecret>", "oken>", "key>")
+_IS_AFTER_NAME = re.compile("[是为為](?<=[nNtTyY钥鑰牌 ].)")
+
+
+def _may_have_markup(text: str) -> bool:
+    """Whether some form of `_MARKUP` is not ruled out by a string that it needs."""
+    lower = text.lower()
+    return (
+        ("</" in text and any(name in lower for name in _CLOSED_NAMES))
+        or ('value="' in lower and ('name="' in lower or 'key="' in lower))
+        or ("value:" in lower and "name:" in lower)
+        or (not text.isascii() and _IS_AFTER_NAME.search(text) is not None)
+    )
+
+
 def _find_in_markup(text: str) -> Iterator[PiiMatch]:
-    if ("</" not in text and "value" not in text and text.isascii()) or not _MARKUP_SIGN.search(text):
+    if "</" not in text and "value" not in text and text.isascii():
+        return
+    if not _may_have_markup(text) or not _MARKUP_SIGN.search(text):
         return
     for match in _MARKUP.finditer(text):
         group = next(group for group in (2, 4, 6, 7) if match[group])

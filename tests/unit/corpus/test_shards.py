@@ -32,7 +32,8 @@ from pretrain.corpus.manifest import (
     token_dtype,
 )
 from pretrain.corpus.shards import Corpus, documents_of
-from pretrain.corpus.writer import CorpusWriter, Documents
+from pretrain.corpus.writer import CorpusWriter, Documents, to_json
+from pretrain.corpus.writer import _header as tar_header
 from pretrain.errors import ConfigError
 
 os.environ["WDS_SECURE"] = "1"  # read when webdataset is imported
@@ -208,6 +209,19 @@ def test_tar_members_bear_no_trace_of_the_machine(original: Path) -> None:
     for member in members:
         assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
         assert member.mode == 0o644
+
+
+@given(name=st.from_regex(r"[0-9a-z.]{1,100}", fullmatch=True), size=st.integers(0, (8 << 30) - 1))
+def test_a_header_is_that_of_python(name: str, size: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    assert tar_header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
+
+
+@given(st.lists(st.text(max_size=5), max_size=5))
+def test_ids_are_written_as_python_writes_json(ids: list[str]) -> None:
+    columns = {"starts": [0, 5], "ids": ids}
+    assert to_json(columns) == json.dumps(columns, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def test_the_index_says_where_members_lie(original: Path) -> None:

@@ -302,6 +302,21 @@ def plain_letters(text: str) -> str:
     return "".join(c if c.isalpha() else " " for c in folded)
 
 
+def test_every_character_is_folded_as_by_itself() -> None:
+    """Most characters are left out when the tables are built, because they stay as they are."""
+    tables = canonical._tables()
+    kinds = tables.kinds.tolist()
+    codes = [*range(0x3000), *range(0xA000, 0xAC10), *range(0xF900, 0x10000), *range(0x10000, 0x32400, 7)]
+    for code in codes:
+        begin, end = tables.starts[code : code + 2].tolist()
+        folded = "".join(map(chr, tables.folded[begin:end].tolist()))
+        character = chr(code)
+        assert folded == canonical._fold(character)
+        is_mark = unicodedata.category(character) in ("Mn", "Mc", "Me", "Cf")
+        assert (kinds[code] == canonical._IGNORED) is is_mark
+        assert (kinds[code] > canonical._IGNORED) is character.isalpha()
+
+
 UNSPACED = "[\u3040-\u30ff\u3400-\u9fff]"
 
 

@@ -236,3 +236,25 @@ def test_all_places_at_once_give_the_features_of_the_automaton(text: bytes) -> N
 def automaton() -> tuple[Any, Callable[[bytes], list[int]]]:
     model = LanguageIdentifier.from_model_file(MODEL_FILE)
     return model, _features_by(model)
+
+
+def test_the_model_is_loaded_for_the_first_text_that_its_script_does_not_decide(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded: list[str] = []
+
+    def load() -> Callable[[str], tuple[str, float]]:
+        loaded.append("model")
+        return lambda text: ("en", 1.0)
+
+    monkeypatch.setattr(language, "_naive_bayes", load)
+    identify = language._packaged()
+    assert [identify(text)[0] for text in ("道可道，非常道。", "안녕하세요", "12:30", "")] == [
+        "zh",
+        "ko",
+        "und",
+        "und",
+    ]
+    assert not loaded
+    assert [identify(text)[0] for text in ("A truth", "Une vérité")] == ["en", "en"]
+    assert loaded == ["model"]
