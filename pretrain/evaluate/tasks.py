@@ -13,10 +13,10 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 
 from pretrain.errors import ConfigError
-from pretrain.files import read_capped, read_lines
+from pretrain.files import read_capped
 from pretrain.stored import FileName, Ge, Le, Line, MaxLen, MinLen, Positive, Text, parse
 
-_MAX_FILE_BYTES = 1 << 20
+_MAX_FILE_BYTES, _MAX_DATA_BYTES = 1 << 20, 1 << 30
 _WHAT = "a task"
 Fields = Annotated[list[Line], MinLen(1)]
 Value = str | int | float | bool | None
@@ -120,6 +120,7 @@ def load_task(path: str | Path) -> Task:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} is not {_WHAT}: it should be a mapping of keys to values")
     _check_keys(raw, path)
+    _check_labels(raw.get("labels"), path)
     task = parse(Task, json.dumps(raw, default=str), str(path), _WHAT)
     _check(task, path)
     task.name = task.name or path.stem
@@ -164,6 +165,16 @@ def _check_keys(raw: dict[Any, Any], path: Path) -> None:
         if kinds and raw.get("kind") in list(Kind) and raw["kind"] not in kinds:
             raise ConfigError(
                 f"{path} is not {_WHAT}: {key} belongs to kind: {kinds[0]}, and this task has kind: {raw['kind']}"
+            )
+
+
+def _check_labels(labels: Any, path: Path) -> None:
+    """Refuse labels that YAML took for something else: it reads an unquoted yes, no, on, off or null as no text."""
+    for label in labels if isinstance(labels, dict) else ():
+        if label is None or isinstance(label, bool):
+            raise ConfigError(
+                f"{path} is not {_WHAT}: labels has {label} as a label, which is how YAML reads a word such as yes, no, "
+                'on, off or null; write it in quotes, as in "no"'
             )
 
 
@@ -220,7 +231,7 @@ def _read(
     for name in [files] if isinstance(files, str) else files:
         path = Path(task.path).parent / Path(name).expanduser()
         try:
-            lines = read_lines(path)
+            lines = read_capped(path, _MAX_DATA_BYTES).decode("utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8"
             raise ConfigError(

@@ -256,6 +256,46 @@ JOURNAL = b"""{"event": "started", "attempt": 1, "step": 0}
 """
 
 
+# --- evaluation ---
+
+
+def task(data: bytes) -> None:
+    """Read a task file in both forms, the items of a task, and a file of results."""
+    from data_tools.text import clean
+    from pretrain.evaluate.questions import questions_of
+    from pretrain.evaluate.results import read_results
+    from pretrain.evaluate.tasks import load_task
+
+    for name, content in (("task/x.yaml", data), ("task/x.json", data), ("task/own.yaml", OWN_TASK)):
+        path = write(name, content)
+        write("task/items.jsonl", data if content is OWN_TASK else ITEMS)
+        with refusing():
+            questions_of(load_task(path), clean, 10)
+    with refusing():
+        read_results(write("task/results.json", data))
+
+
+OWN_TASK = (
+    b"""{kind: multiple_choice, data: items.jsonl, prompt: '{q}', examples: items.jsonl, n_examples: 1}"""
+)
+ITEMS = b'{"id": 1, "q": "a", "choices": ["b", "c"], "answer": 1, "references": ["d"], "label": "x"}\n' * 2
+TASKS = [
+    b"""kind: classification
+data: items.jsonl
+prompt: "{q} {{}}"
+labels: {x: one, y: two}
+where: {id: [1, 2]}
+examples_where: {id: 1}
+""",
+    b'{"kind": "generation", "data": ["items.jsonl"], "prompt": "{q}", "metrics": ["bleu"], "stop": ["\\n"]}',
+    ITEMS,
+    b"""{"format": 1, "task": "a", "kind": "text", "task_sha256": "", "run_dir": "r", "step": 1, "tokens_seen": 2,
+"precision": "fp32", "n_examples": 0, "chat": false, "main": "loss", "truncated": 0, "empty": 0, "unscored": [],
+"scores": {"loss": {"value": 1.5, "standard_error": null, "higher_is_better": false}}, "items": [{"id": "1",
+"hash": "h", "scores": {"loss": 1.5}, "statistics": {"loss": [3.0, 2.0]}}]}""",
+]
+
+
 # --- texts ---
 
 
@@ -622,6 +662,7 @@ HARNESSES = {
         is_json=True,
     ),
     "journal": Harness(journal, lambda: [JOURNAL], is_json=True),
+    "task": Harness(task, lambda: TASKS, is_json=True, words=(b"{a}", b"&a [*a]", b"!!python/name:os.system")),
     "dialogues": Harness(dialogues, lambda: DIALOGUES, is_json=True),
     "chat_template": Harness(
         chat_template,

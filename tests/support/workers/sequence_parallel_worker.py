@@ -74,6 +74,10 @@ def run(job: dict, world: World) -> None:
         losses.append(nll / result.n_predicted)
         norms.append(result.grad_norm)
     sums = [engine.evaluate(batch) for batch in batches_of_step(1, world)]
+    each = [engine.evaluate(batch, by_sequence=True) for batch in batches_of_step(1, world)]
+    for whole, rows in zip(sums, each, strict=True):  # of this rank's part of each sequence
+        assert torch.allclose(rows.nll_sum.sum(), whole.nll_sum, rtol=1e-4)
+        assert int(rows.n_predicted.sum()) == int(whole.n_predicted)
     both = [float(sum(s.nll_sum for s in sums)), float(sum(s.n_predicted for s in sums))]
     nll, n_predicted = sum_over_ranks(both, world)
     if "save" in job:

@@ -90,6 +90,17 @@ def test_yaml_that_is_no_task(tmp_path: Path, text: str) -> None:
         load_task(tmp_path / "task.yaml")
 
 
+def test_labels_that_yaml_takes_for_something_else(tmp_path: Path) -> None:
+    """Numbers are fine: an item's 0 is the label 0."""
+    path, head = tmp_path / "task.yaml", "kind: classification\ndata: x\nprompt: '{a}'\n"
+    for labels in ("{yes: a, no: b}", "{pos: a, null: b}"):
+        path.write_text(f"{head}labels: {labels}\n")
+        with pytest.raises(ConfigError, match="write it in quotes"):
+            load_task(path)
+    path.write_text(f"{head}labels: {{0: a, 'no': b}}\n")
+    assert load_task(path).labels == {"0": "a", "no": "b"}
+
+
 # --- items ---
 
 
@@ -119,6 +130,12 @@ def test_a_sample_is_the_same_at_each_call_and_not_the_beginning(tmp_path: Path)
     assert one == other
     assert one == sorted(one, key=int) and int(one[-1]) > 50
     assert len(read_items(task, 1000)) == 100
+
+
+def test_data_that_is_no_file(tmp_path: Path) -> None:
+    for data, says in (("/dev/zero", "is not a regular file"), ("nowhere.jsonl", "No such file")):
+        with pytest.raises(ConfigError, match=says):
+            asked(tmp_path, SENTIMENT | LABELS | {"data": data})
 
 
 def test_a_line_that_is_no_object_is_named(tmp_path: Path) -> None:
