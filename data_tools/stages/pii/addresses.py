@@ -146,7 +146,9 @@ def _is_spoken(match: re.Match[str]) -> bool:
         "site",
     ):
         return True
-    return not local.isupper() and dot != "." if at == " AT " else not local.isalpha()
+    if at == " AT " and dot == ".":
+        return before.endswith(("<", "("))
+    return not local.isupper() if at == " AT " else not local.isalpha()
 
 
 # --- IP addresses ---

@@ -44,7 +44,7 @@ _VALUE = (
 )
 _PASSWORD = re.compile(
     r"(?:pass(?:w(?:or)?[dt]|phrase|code|ord|e(?=[ :])|(?![a-z]|\.))|pwd|psk|pw(?![a-z])"
-    r"|contraseñ?n?a|clave|senha|kennwort|wachtwoord|has[łl]o|parolă?a?|şifre|heslo|lösenord|adgangskode|salasana|jelszó"
+    r"|contraseña|clave|senha|kennwort|wachtwoord|has[łl]o|parolă?a?|şifre|heslo|lösenord|adgangskode|salasana|jelszó"
     r"|пароль?|κωδικός|kata sandi|mật khẩu|identified(?:[ ]with[ ]\w{1,30})?[ ]by"
     r"|密码|密碼|口令|パスワード|비밀번호|암호|รหัสผ่าน|पासवर्ड|كلمة المرور|סיסמה)"
     rf"{_TAIL}{_TYPE}{_LINK}{_VALUE}",
@@ -59,7 +59,6 @@ _KEY = re.compile(
 )
 _PASSWORD_WORDS = (
     *"pass pw psk clave senha kennwort wachtwoord parola heslo salasana adgangskode haslo identified".split(),
-    "contrasena",
     "kata sandi",
 )
 _FOREIGN_PASSWORD_WORDS = (
@@ -117,6 +116,8 @@ def _password_span(match: re.Match[str]) -> tuple[int, int] | None:
     if _NO_SECRET_NAME.search(match["tail"]) or _NO_WORD_BEFORE.search(before):
         return None
     word = re.match("pass(?![A-Za-z])|pw|psk|", match[0], re.IGNORECASE)[0].lower()
+    if before.endswith("require"):  # of Redis
+        word = ""
     if word and any(match[link] is not None for link in ("said", "beside", "quoted_next", "given")):
         return None  # to pass something
     if word.startswith("p") and word != "pass" and before[-1:].islower() and text[at].islower():
@@ -197,21 +198,11 @@ _IN_URL = re.compile(
 _IN_ADDRESS = re.compile(
     r"(?<![\w:/.])[\w.-]{1,40}:([^\s:@/\"'<>]{6,80})@(?:tcp|unix|udp)\("  # Go's addresses of databases
     r"|:thin:[\w.-]{1,40}/([^\s@/\"'<>]{6,80})@"  # Oracle's
-    r"|^[ \t]{0,4}(?:requirepass|masterauth|snmp-server community)[ \t]+[\"']?([^\s\"']{6,200})"
+    r"|snmp-server community[ ]{1,4}([^\s\"']{6,200})"
     r"|^[\w.*-]{1,80}:(?:[0-9]{2,5}|\*):[\w.*-]{1,60}:[\w.*-]{1,60}:(\S{6,200})[ \t]*$",  # a line of ~/.pgpass
     re.MULTILINE,
 )
-_ADDRESS_SIGNS = (
-    "@tcp(",
-    "@unix(",
-    "@udp(",
-    ":thin:",
-    ":*:",
-    "5432:",
-    "requirepass",
-    "masterauth",
-    "community",
-)
+_ADDRESS_SIGNS = (":thin:", ":*:", "5432:", "snmp-server")
 _JSON_WEB_KEY = re.compile(r"\"(?:k|d|p|q|dp|dq|qi)\"[ ]?:[ ]?\"([A-Za-z0-9_-]{20,800})\"")
 _QUERY_SIGNS = ("key=", "sig=", "ak=", "sk=", "appid=", "signature=", "code=")
 _QUERY = re.compile(
@@ -233,9 +224,7 @@ _OPTION = re.compile(
 )
 _PIPED = re.compile(r"echo[ ](?:-n[ ])?[\"']?([^\s\"'|]{8,200})[\"']?[ ]\|[^\n]{1,80}--password-stdin")
 # ("NAME", "PASSWORD") of HTTP, and login("NAME", "PASSWORD")
-_PAIR = re.compile(
-    r"(?:auth=|login|Credentials?|BasicAuth)\([\"']([^\s\"']{1,60})[\"'],[ ]?[\"']([^\s\"']{6,100})[\"']\)"
-)
+_PAIR = re.compile(r"\([\"']([^\s\"']{1,60})[\"'],[ ]?[\"']([^\s\"']{6,100})[\"']\)")
 
 
 def _find_by_place(text: str) -> Iterator[PiiMatch]:
@@ -253,12 +242,14 @@ def _places_of_secrets(text: str) -> Iterator[tuple[int, int]]:
                 yield match.span(1)
             elif is_password(unquote(match[2]), is_quoted=True):
                 yield match.span(2)
-    if any(sign in text for sign in _ADDRESS_SIGNS):
+    if ("@" in text and ("@tcp(" in text or "@unix(" in text)) or any(
+        sign in text for sign in _ADDRESS_SIGNS
+    ):
         for match in _IN_ADDRESS.finditer(text):
             group = next(group for group in (1, 2, 3, 4) if match[group])
             if is_password(match[group], is_quoted=True):
                 yield match.span(group)
-    if any(sign in text for sign in _QUERY_SIGNS):
+    if "=" in text and ("?" in text or "&" in text) and any(sign in text for sign in _QUERY_SIGNS):
         for match in _QUERY.finditer(text):
             if is_key_text(unquote(match[1]), is_quoted=False) or len(match[1]) > 42:
                 yield match.span(1)
@@ -280,7 +271,8 @@ def _places_of_secrets(text: str) -> Iterator[tuple[int, int]]:
         for match in _PIPED.finditer(text):
             if is_password(match[1], is_quoted=True):
                 yield match.span(1)
-    if any(sign in text for sign in ("auth=(", "login(", "redential", "BasicAuth(")):
+    if '("' in text or "('" in text:
         for match in _PAIR.finditer(text):
-            if is_password(match[2], is_quoted=True):
+            is_login = text.endswith(("auth=", "login", "Credentials", "BasicAuth"), 0, match.start())
+            if is_login and is_password(match[2], is_quoted=True):
                 yield match.span(2)

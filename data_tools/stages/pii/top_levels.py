@@ -35,5 +35,5 @@ GENERIC = frozenset(
     "bzh alsace corsica istanbul moscow москва osaka kyoto nagoya okinawa taipei sydney melbourne miami boston vegas "
     "quebec rio capetown durban joburg africa lat arab krd kiwi abudhabi dubai google gle goog youtube amazon aws "
     "apple microsoft azure bing office xbox skype sky bmw audi seat volvo bosch siemens sap basf allianz ubs barclays "
-    "hsbc dbs citi sbi canon sony toshiba hitachi ntt samsung lg".split()
+    "hsbc dbs citi sbi canon sony toshiba hitachi ntt samsung lg uucp bitnet".split()
 )
