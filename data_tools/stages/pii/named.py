@@ -13,31 +13,39 @@ from data_tools.stages.pii.finding import PiiMatch, places, spans_around
 from data_tools.stages.pii.values import has_short_pieces, is_hexadecimal, is_key_text, is_password, is_random
 
 # A tail, as in `token_value` or `passwordField`, what closes the name, and what leads from it to its value.
-_TAIL = r"(?P<tail>[A-Za-z0-9_.-]{0,20})(?P<close>[\\\"'`\]*_]{0,4})(?:[ ]?\([^()\n]{0,24}\))?"
+_TAIL = (
+    r"(?P<tail>[A-Za-z0-9_.-]{0,20})(?P<close>[\\\"'`\]*_]{0,4})"
+    r"(?:[ ]?[(（][^()（）\n]{0,24}[)）])?[\u4e00-\u9fff]{0,4}?"
+)
+_OF = "(?:for|of|to|do|da|de|del|di|para|für|fürs|zum|pour|du|des|von|van|voor|för|dla|для|til)"
 _TYPE = (
     r"(?:[ ]?:[ ]?(?:const )?&?(?:'static )?\w{3,16}[?!]?(?=[ ]?=)|[ ](?:string|String|text|varchar)(?=[ ]?:?=)"
     r"|\[\d{0,4}\](?=[ ]?=))?"
 )
 _LINK = (
-    r"(?:\s{0,3}(?:=>|:=|->|→|={1,3}|[:：＝|])[*>]{0,2}(?P<assigned>\s{0,12})"
+    r"(?:(?:\s{0,3}|[ \t]{4,24})(?:=>|:=|->|→|={1,3}|[:：＝|])[*>]{0,2}(?P<assigned>\s{0,12})"
     r"|(?<=[\"'`])(?P<given>[ ]?,)\s{0,2}"  # 'NAME', 'VALUE'
     r"|(?P<called>\()[ ]?"  # setPassword('VALUE')
     r"|[ ]{1,4}(?P<quoted_next>(?=@?[\"']))"  # #define PASSWORD "VALUE", IDENTIFIED BY 'VALUE'
-    r"|\"?[ ]?(?P<markup>>)\s{0,3}"  # <password>VALUE</password>
+    r"|\"?[ ]?(?P<markup>>)[ \t]{0,3}"  # <password>VALUE</password>
     r"|\"?\s{1,4}(?:android:)?(?:value|content|connectionString)[ ]?(?P<attribute>=)[ ]?"
     r"|(?P<plist></\w{1,12}>)\s{0,12}<string>"
     r"|\s{1,20}value[ ]?(?P<member>:)[ ]?"  # name: PASSWORD, value: VALUE
     r"|[ ]?\{[^{}]{0,80}?\bdefault[ ]*(?P<default>=)[ ]*"  # variable "password" { default = "VALUE" }
-    r"|(?P<said>(?:[ ](?:for|of|to|do|da|de|del|di|para|für|pour|von|dla|для|til)[ ][^\n.,:=]{1,40}?)?"
-    r"(?:[ ](?:is|was|est|es|é|è|ist|lautet|är|er|on|jest|je|это|:|is:|are|=|has been)(?:[ ](?:now|still))?"
-    r"(?:[ ](?:(?:re)?set|changed))?(?:[ ]to)?:?[ ]{1,2}|[ ]?(?:是|为|為|は|는|은|이|가|改为|設為|设为|=|:)[ ]?))"
+    rf"|(?P<said>(?:[ ]{_OF}[ ][^\n.,:=]{{1,40}}?)?"
+    r"(?:[ ](?:is|was|to|est|es|é|è|ist|lautet|är|er|on|jest|je|это|:|is:|are|=|has been)"
+    r"(?:[ ](?:now|still))?"
+    r"(?:[ ](?:(?:re)?set|changed))?(?:[ ]to)?:?[ ]{1,2}"
+    r"|[ ]?(?:是|为|為|は|는|은|이|가|改为|改成|变成|設為|设为|设成|=|:)[ ]?))"
     r"|(?P<beside>[ \t]{1,4}(?:[0-9][ ])?|(?<=[^\x00-\x7f])))"
 )
 _SCHEME = (
     r"(?:(?:Bearer|Basic|Token|ApiKey|Api-Key|Api-Token|APPCODE|OAuth|Splunk|SSWS|GenieKey|Key|sso-key)[ ])?"
 )
 _VALUE = (
-    rf"(?:@?[bruf]?\\{{0,3}}(?P<quote>[\"'`]){_SCHEME}(?P<quoted>(?:(?!(?P=quote))[^\s\\]|\\(?!(?P=quote))){{6,4000}}+)"
+    rf"(?:(?:(?:\[\]byte|Data|bytes|Buffer\.from|String::from|Secret(?:Str)?|SecureString|unhexlify|fromhex)\("
+    rf"|[\w.]{{1,30}} (?:or|\?\?|\|\|) )?"
+    rf"@?[bruf]?\\{{0,3}}(?P<quote>[\"'`]){_SCHEME}(?P<quoted>(?:(?!(?P=quote))[^\s\\]|\\(?!(?P=quote))){{6,4000}}+)"
     rf"\\{{0,3}}(?P=quote)"
     rf"|{_SCHEME}(?:base64:)?(?P<bare>[a-z]{{4}}(?:[ ][a-z]{{4}}){{3}}(?![ ]?[a-z])|"
     rf"[A-Za-z0-9+/_=.~!@#$%^&*?|-]{{6,4000}}+)(?=[\s\"'`;,)<\]}}\\:]|[^\x00-\x7f]|\Z))"
@@ -74,7 +82,7 @@ _FOREIGN_KEY_WORDS = ("密钥", "密鑰", "秘钥", "秘鑰", "私钥", "私鑰"
 _KEY_BEFORE = re.compile(
     r"(?:api|app|access|account|private|priv|auth|encryption|encrypt|enc|signing|sign|admin|service|server|client|master|session|shared|storage"
     r"|bot|deploy|consumer|license|secret|aes|des|hmac|mch|v3|partner|subscription|rapidapi|ssh|preshared|wep|stream|insert"
-    r"|query|jwt|cookie|merchant|pay|write|webhook|project|root|rsa)[ _.-]?\Z|(?-i:[A-Z][A-Z0-9_]{1,30}_\Z)|[?&]\Z",
+    r"|query|jwt|cookie|merchant|pay|write|webhook|project|root)[ _.-]?\Z|(?-i:[A-Z][A-Z0-9_]{1,30}_\Z)|[?&]\Z",
     re.IGNORECASE,
 )
 _NO_KEY_BEFORE = re.compile(
@@ -162,7 +170,7 @@ def _key_span(match: re.Match[str], word: str) -> tuple[int, int] | None:
     if word == "auth" and before[-1:].islower() and text[at].islower():
         return None
     if _is_loose(match) and not (
-        len(value) >= 20
+        len(value) >= 16
         and any(map(str.isdigit, value))
         and (has_short_pieces(value, longest=2.6) or is_hexadecimal(value))
     ):
@@ -218,13 +226,28 @@ _OPTION = re.compile(
     r"|(?:mysql|mysqldump|mysqladmin|mariadb|mongo|mongosh|mongodump)\b[^\n]{0,80}?[ ]-p[ ]?|login\b[^\n]{0,80}?"
     r"[ ]-p[ ]?"
     r"|redis-cli\b[^\n]{0,80}?[ ]-a[ ]|openssl[ ]enc\b[^\n]{0,80}?[ ]-k[ ]|smbclient\b[^\n]{0,80}?[ ]-U[ ]?\w{1,40}%"
-    r"|secret[ ]set[ ]\w{1,60}[ ](?:-b|--body)[ =]?|net[ ]user[ ]\w{1,40}[ ]|useradd\b[^\n]{0,60}?[ ]-p[ ]"
+    r"|secret[ ]set[ ]\w{1,60}[ ](?:-b|--body)[ =]?|net[ ]user[ ]\w{1,40}[ ]|ssh-keygen\b[^\n]{0,80}?[ ]-N[ ]"
+    r"|(?:zip|unzip|7za?|rar)\b[^\n]{0,60}?[ ]-[Pp][ ]?|useradd\b[^\n]{0,60}?[ ]-p[ ]"
     r"|\b(?:curl|wget|https?)\b[^\n]{0,160}?[ ](?:-u|-a|--user|--auth)[ =]?[\"']?[^\s:\"'/@]{1,80}:)"
     r"[\"']?([^\s\"'`;|&<>]{6,200})"
 )
-_PIPED = re.compile(r"echo[ ](?:-n[ ])?[\"']?([^\s\"'|]{8,200})[\"']?[ ]\|[^\n]{1,80}--password-stdin")
-# ("NAME", "PASSWORD") of HTTP, and login("NAME", "PASSWORD")
-_PAIR = re.compile(r"\([\"']([^\s\"']{1,60})[\"'],[ ]?[\"']([^\s\"']{6,100})[\"']\)")
+_PIPED = re.compile(
+    r"echo[ ](?:-n[ ])?[\"']?(?:[\w-]{1,40}:)?([^\s\"'|]{8,200})[\"']?[ ]\|[^\n]{1,80}?(?:--password-stdin|chpasswd)"
+)
+# Given to a function after the name of a user or a host: `login("NAME", "PASSWORD")`.
+_LOGINS = (
+    "asicAuth(",
+    "onnect(",
+    "onnection(",
+    "PDO(",
+    "redential",
+    "login(",
+    "auth=(",
+    "begin(",
+    "_pw_set(",
+)
+_ARGUMENTS = re.compile(r"[\w=]{3,20}\(([^()\n]{1,80}?,\s{0,4}[^()\n]{3,160})\)")
+_ARGUMENT = re.compile(r"(?<=, )\s{0,4}[\"']([^\s\"'/,]{8,100})[\"']")
 
 
 def _find_by_place(text: str) -> Iterator[PiiMatch]:
@@ -267,12 +290,13 @@ def _places_of_secrets(text: str) -> Iterator[tuple[int, int]]:
         for match in _OPTION.finditer(text, start, min(len(text), end + 200)):
             if is_password(match[1], is_quoted=False) or is_key_text(match[1], is_quoted=False):
                 yield match.span(1)
-    if "-stdin" in text:
+    if "-stdin" in text or "chpasswd" in text:
         for match in _PIPED.finditer(text):
             if is_password(match[1], is_quoted=True):
                 yield match.span(1)
-    if '("' in text or "('" in text:
-        for match in _PAIR.finditer(text):
-            is_login = text.endswith(("auth=", "login", "Credentials", "BasicAuth"), 0, match.start())
-            if is_login and is_password(match[2], is_quoted=True):
-                yield match.span(2)
+    if ', "' in text or ", '" in text:
+        for at in (at for sign in _LOGINS for at in places(text, sign)):
+            if call := _ARGUMENTS.match(text, at):
+                for match in _ARGUMENT.finditer(text, *call.span(1)):
+                    if is_password(match[1], is_quoted=False) and not _is_word(match[1], is_said=False):
+                        yield match.span(1)
