@@ -84,7 +84,7 @@ _KEYS = re.compile(
     _FORMS.replace("<w>", "[A-Za-z0-9]").replace("<b>", "[A-Za-z0-9_-]").replace("<h>", "[0-9a-f]"),
     re.VERBOSE,
 )
-_NEED_CHANCE = ("API_KEY", "MAILGUN_KEY", "VAULT_TOKEN")
+_NEED_CHANCE = ("API_KEY", "MAILGUN_KEY", "VAULT_TOKEN", "HUGGING_FACE_TOKEN")
 """Forms that names made of words have too: `sk-cube-grid-spinner`, `key-`."""
 # The secret part of an address that lets anyone post to a chat.
 _WEBHOOK = re.compile(

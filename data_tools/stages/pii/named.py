@@ -23,14 +23,15 @@ _TYPE = (
     r"|\[\d{0,4}\](?=[ ]?=))?"
 )
 _LINK = (
-    r"(?:(?:\s{0,3}|[ \t]{4,24})(?:=>|:=|->|→|={1,3}|[:：＝|])[*>]{0,2}(?P<assigned>\s{0,12})"
-    r"|(?<=[\"'`])(?P<given>[ ]?,)\s{0,2}"  # 'NAME', 'VALUE'
+    r"(?:(?:\s{0,3}|[ \t]{4,24})(?:=>|->|→|={1,3}|(?:\.|\+|\?{1,2}|\|\||:{1,3})=|[:：＝|])[*>]{0,2}"
+    r"(?P<assigned>(?:[ ]?[|>][-+]?(?=\n))?\s{0,12})"  # TOKEN = VALUE, token: VALUE, also on the next line
+    r"|(?P<given>(?<=[\"'`])[ ]?,\s{0,2}|,)"  # 'NAME', 'VALUE'
     r"|(?P<called>\()[ ]?"  # setPassword('VALUE')
     r"|[ ]{1,4}(?P<quoted_next>(?=@?[\"']))"  # #define PASSWORD "VALUE", IDENTIFIED BY 'VALUE'
-    r"|\"?[ ]?(?P<markup>>)[ \t]{0,3}"  # <password>VALUE</password>
-    r"|\"?\s{1,4}(?:android:)?(?:value|content|connectionString)[ ]?(?P<attribute>=)[ ]?"
+    r"|\"?[ ]?(?P<markup>>)\s{0,12}"  # <password>VALUE</password>
+    r"|\"?(?:\s{1,4}|\s?/>\s{1,8}<)(?:android:)?(?:value|content|connectionString)[ ]?(?P<attribute>=)[ ]?"
     r"|(?P<plist></\w{1,12}>)\s{0,12}<string>"
-    r"|\s{1,20}value[ ]?(?P<member>:)[ ]?"  # name: PASSWORD, value: VALUE
+    r"|[,\s]{1,20}[\"']?value[\"']?[ ]?(?P<member>[:=])[ ]?"  # name: PASSWORD, value: VALUE
     r"|[ ]?\{[^{}]{0,80}?\bdefault[ ]*(?P<default>=)[ ]*"  # variable "password" { default = "VALUE" }
     rf"|(?P<said>(?:[ ]{_OF}[ ][^\n.,:=]{{1,40}}?)?"
     r"(?:[ ](?:is|was|to|est|es|é|è|ist|lautet|är|er|on|jest|je|это|:|is:|are|=|has been)"
@@ -60,7 +61,7 @@ _PASSWORD = re.compile(
 )
 _KEY = re.compile(
     r"(?:key(?!board|word|note|space|stone|frame|code|chain|ring|cap|pad|hole|less|up|down|press)"
-    r"|token(?!iz)|secret(?!ar|ion|e)|credential|authorization|auth(?![a-z])|jwt(?![a-z])|appcode"
+    r"|token(?!iz)|secret(?!ar|ion|e)|credential(?!s?[_.-]?id)|authorization|auth(?![a-z])|jwt(?![a-z])|appcode"
     r"|密[钥鑰]|秘[钥鑰]|私[钥鑰]|令牌|授权码)"
     rf"{_TAIL}{_TYPE}{_LINK}{_VALUE}",
     re.IGNORECASE,
@@ -78,6 +79,8 @@ _FOREIGN_PASSWORD_WORDS = (
 _KEY_WORDS = ("key", "token", "secret", "credential", "auth", "jwt", "appcode")
 _FOREIGN_KEY_WORDS = ("密钥", "密鑰", "秘钥", "秘鑰", "私钥", "私鑰", "令牌", "授权码")
 
+_IS_THE = (" is the ", " is my ", " is our ", " is your ")
+_VALUE_BEFORE = re.compile(r"([A-Za-z0-9@#$%^&*!?_+~-]{8,64}) is (?:the|my|our|your) \Z")
 # What stands before `key` where its value is a secret; elsewhere a key finds something, such as a record in a cache.
 _KEY_BEFORE = re.compile(
     r"(?:api|app|access|account|private|priv|auth|encryption|encrypt|enc|signing|sign|admin|service|server|client|master|session|shared|storage"
@@ -95,7 +98,7 @@ _NO_WORD_BEFORE = re.compile(
 )
 _NO_SECRET_NAME = re.compile(
     r"sha[0-9_-]|md5|hash|digest|checksum|tokeniz|tokens|encryption(?!_?-?key)|url|uri|path|file|type|algorithm|scope"
-    r"|endpoint|policy|length|len\b|expire|public|cache|primary|foreign|sort_|partition|address|fingerprint|arn"
+    r"|endpoint|policy|length|len\b|expire|public|cache|primary|foreign|sort_|partition|address|fingerprint|arn|\As[_.-]?id\Z"
     r"|name|version|region|ttl|limit|count|size|field|regex|pattern|prefix|format|class|selector",
     re.IGNORECASE,
 )
@@ -111,11 +114,21 @@ def find_named_secrets(text: str) -> Iterator[PiiMatch]:
         for at in places(lower, word):
             if (match := _PASSWORD.match(text, at)) and (span := _password_span(match)):
                 yield PiiMatch(*span, "secret", "YOUR_SECRET", "")
+            if span := _said_before(text, at):
+                yield PiiMatch(*span, "secret", "YOUR_SECRET", "")
     for word in _KEY_WORDS if is_ascii else (*_KEY_WORDS, *_FOREIGN_KEY_WORDS):
         for at in places(lower, word):
             if (match := _KEY.match(text, at)) and (span := _key_span(match, word)):
                 yield PiiMatch(*span, "secret", "YOUR_SECRET", "")
     yield from _find_by_place(text)
+
+
+def _said_before(text: str, at: int) -> tuple[int, int] | None:
+    """The value in `VALUE is the password`."""
+    match = _VALUE_BEFORE.search(text, max(0, at - 90), at) if text.endswith(_IS_THE, 0, at) else None
+    if match and is_password(match[1], is_quoted=False) and not _is_word(match[1], is_said=True):
+        return match.span(1)
+    return None
 
 
 def _password_span(match: re.Match[str]) -> tuple[int, int] | None:
@@ -131,6 +144,8 @@ def _password_span(match: re.Match[str]) -> tuple[int, int] | None:
     if word.startswith("p") and word != "pass" and before[-1:].islower() and text[at].islower():
         return None  # upward
     is_quoted = match["quoted"] is not None
+    if (match["given"] and not is_quoted) or (match["markup"] and "." in match["tail"]):
+        return None  # <pwd.h>
     group = "quoted" if is_quoted else "bare"
     value = match[group]
     if is_hexadecimal(value) and (match["assigned"] is not None or match["member"]):
