@@ -10,21 +10,28 @@ from collections.abc import Iterator
 from urllib.parse import unquote
 
 from data_tools.stages.pii.finding import PiiMatch, places, spans_around
-from data_tools.stages.pii.values import has_short_pieces, is_hexadecimal, is_key_text, is_password, is_random
+from data_tools.stages.pii.values import (
+    has_odd_letters,
+    has_short_pieces,
+    is_hexadecimal,
+    is_key_text,
+    is_password,
+    is_random,
+)
 
 # A tail, as in `token_value` or `passwordField`, what closes the name, and what leads from it to its value.
 _TAIL = (
     r"(?P<tail>[A-Za-z0-9_.-]{0,20})(?P<close>[\\\"'`\]*_]{0,4})"
     r"(?:[ ]?[(（][^()（）\n]{0,24}[)）])?[\u4e00-\u9fff]{0,4}?"
 )
-_OF = "(?:for|of|to|do|da|de|del|di|para|für|fürs|zum|pour|du|des|von|van|voor|för|dla|для|til)"
+_OF = "(?:for|of|to|do|da|de|del|di|para|für|fürs|zum|pour|du|des|von|van|voor|för|dla|для|от|til)"
 _TYPE = (
     r"(?:[ ]?:[ ]?(?:const )?&?(?:'static )?\w{3,16}[?!]?(?=[ ]?=)|[ ](?:string|String|text|varchar)(?=[ ]?:?=)"
     r"|\[\d{0,4}\](?=[ ]?=))?"
 )
 _LINK = (
-    r"(?:(?:\s{0,3}|[ \t]{4,24})(?:=>|->|→|={1,3}|(?:\.|\+|\?{1,2}|\|\||:{1,3})=|[:：＝|])[*>]{0,2}"
-    r"(?P<assigned>(?:[ ]?[|>][-+]?(?=\n))?\s{0,12})"  # TOKEN = VALUE, token: VALUE, also on the next line
+    r"(?:(?:\s{0,3}|[ \t]{4,24})(?:=>|->|<-|→|={1,3}|(?:\.|\+|\?{1,2}|\|\||:{1,3})=|[:：＝|])[*>]{0,2}"
+    r"(?P<assigned>(?:[ ]?[|>][-+]?(?=\n))?[ \t]{0,12}(?:\n[ \t]{1,12})?)"  # TOKEN = VALUE, also on the next line
     r"|(?P<given>(?<=[\"'`])[ ]?,\s{0,2}|,)"  # 'NAME', 'VALUE'
     r"|(?P<called>\()[ ]?"  # setPassword('VALUE')
     r"|[ ]{1,4}(?P<quoted_next>(?=@?[\"']))"  # #define PASSWORD "VALUE", IDENTIFIED BY 'VALUE'
@@ -37,6 +44,7 @@ _LINK = (
     r"(?:[ ](?:is|was|to|est|es|é|è|ist|lautet|är|er|on|jest|je|это|:|is:|are|=|has been)"
     r"(?:[ ](?:now|still))?"
     r"(?:[ ](?:(?:re)?set|changed))?(?:[ ]to)?:?[ ]{1,2}"
+    r"|(?:[ ][\w/-]{2,14}){1,2}?[:：][ ]|[ ][-–—][ ]"
     r"|[ ]?(?:是|为|為|は|는|은|이|가|改为|改成|变成|設為|设为|设成|=|:)[ ]?))"
     r"|(?P<beside>[ \t]{1,4}(?:[0-9][ ])?|(?<=[^\x00-\x7f])))"
 )
@@ -45,6 +53,7 @@ _SCHEME = (
 )
 _VALUE = (
     rf"(?:(?:(?:\[\]byte|Data|bytes|Buffer\.from|String::from|Secret(?:Str)?|SecureString|unhexlify|fromhex)\("
+    rf"|ConvertTo-SecureString (?:-String )?"
     rf"|[\w.]{{1,30}} (?:or|\?\?|\|\|) )?"
     rf"@?[bruf]?\\{{0,3}}(?P<quote>[\"'`]){_SCHEME}(?P<quoted>(?:(?!(?P=quote))[^\s\\]|\\(?!(?P=quote))){{6,4000}}+)"
     rf"\\{{0,3}}(?P=quote)"
@@ -55,7 +64,7 @@ _PASSWORD = re.compile(
     r"(?:pass(?:w(?:or)?[dt]|phrase|code|ord|e(?=[ :])|(?![a-z]|\.))|pwd|psk|pw(?![a-z])"
     r"|contraseña|clave|senha|kennwort|wachtwoord|has[łl]o|parolă?a?|şifre|heslo|lösenord|adgangskode|salasana|jelszó"
     r"|пароль?|κωδικός|kata sandi|mật khẩu|identified(?:[ ]with[ ]\w{1,30})?[ ]by"
-    r"|密码|密碼|口令|パスワード|비밀번호|암호|รหัสผ่าน|पासवर्ड|كلمة المرور|סיסמה)"
+    r"|密码|密碼|口令|授权码|パスワード|비밀번호|암호|รหัสผ่าน|पासवर्ड|كلمة المرور|סיסמה)"
     rf"{_TAIL}{_TYPE}{_LINK}{_VALUE}",
     re.IGNORECASE,
 )
@@ -71,7 +80,7 @@ _PASSWORD_WORDS = (
     "kata sandi",
 )
 _FOREIGN_PASSWORD_WORDS = (
-    *"密码 密碼 口令 contraseña hasło şifre lösenord jelszó парол κωδικός パスワード 비밀번호 암호".split(),
+    *"密码 密碼 口令 授权码 contraseña hasło şifre lösenord jelszó парол κωδικός パスワード 비밀번호 암호".split(),
     *"รหัสผ่าน पासवर्ड סיסמה".split(),
     "mật khẩu",
     "كلمة المرور",
@@ -83,9 +92,12 @@ _IS_THE = (" is the ", " is my ", " is our ", " is your ")
 _VALUE_BEFORE = re.compile(r"([A-Za-z0-9@#$%^&*!?_+~-]{8,64}) is (?:the|my|our|your) \Z")
 # What stands before `key` where its value is a secret; elsewhere a key finds something, such as a record in a cache.
 _KEY_BEFORE = re.compile(
-    r"(?:api|app|access|account|private|priv|auth|encryption|encrypt|enc|signing|sign|admin|service|server|client|master|session|shared|storage"
-    r"|bot|deploy|consumer|license|secret|aes|des|hmac|mch|v3|partner|subscription|rapidapi|ssh|preshared|wep|stream|insert"
-    r"|query|jwt|cookie|merchant|pay|write|webhook|project|root)[ _.-]?\Z|(?-i:[A-Z][A-Z0-9_]{1,30}_\Z)|[?&]\Z",
+    r"(?:api|app|access|account|private|priv|auth|encryption|encrypt|enc|signing|sign|admin|service"
+    r"|server|client|master|session|shared|storage"
+    r"|bot|deploy|consumer|license|secret|aes|des|hmac|mch|v3|partner|subscription|rapidapi|ssh|preshared|wep"
+    r"|stream|insert"
+    r"|query|jwt|cookie|merchant|pay|write|webhook|project|root|instrumentation)"
+    r"[ _.-]?\Z|(?-i:[A-Z][A-Z0-9_]{1,30}_\Z)|[?&]\Z",
     re.IGNORECASE,
 )
 _NO_KEY_BEFORE = re.compile(
@@ -165,6 +177,8 @@ def _is_loose(match: re.Match[str]) -> bool:
 
 def _is_word(value: str, is_said: bool) -> bool:
     """Whether a value may be a word of a sentence or a name."""
+    if value.isalpha() and len(value) >= 12 and has_odd_letters(value):
+        return False
     if re.fullmatch(r"[A-Z]?[a-z]+[-/]?[A-Za-z]*[0-9]{0,2}|[A-Za-z0-9]+(?:[-/_.=][A-Za-z0-9]+)+", value):
         return not has_short_pieces(value, longest=2.6)
     return bool(re.fullmatch("[0-9.:/-]+", value)) or not (is_said or any(map(str.isdigit, value)))
@@ -242,7 +256,8 @@ _OPTION = re.compile(
     r"[ ]-p[ ]?"
     r"|redis-cli\b[^\n]{0,80}?[ ]-a[ ]|openssl[ ]enc\b[^\n]{0,80}?[ ]-k[ ]|smbclient\b[^\n]{0,80}?[ ]-U[ ]?\w{1,40}%"
     r"|secret[ ]set[ ]\w{1,60}[ ](?:-b|--body)[ =]?|net[ ]user[ ]\w{1,40}[ ]|ssh-keygen\b[^\n]{0,80}?[ ]-N[ ]"
-    r"|(?:zip|unzip|7za?|rar)\b[^\n]{0,60}?[ ]-[Pp][ ]?|useradd\b[^\n]{0,60}?[ ]-p[ ]"
+    r"|(?:zip|unzip|7za?|rar)\b[^\n]{0,60}?[ ]-[Pp][ ]?|htpasswd\b[^\n]{0,40}?[ ]-\w*b\w*[ ]\S{1,60}[ ]\S{1,60}[ ]"
+    r"|useradd\b[^\n]{0,60}?[ ]-p[ ]"
     r"|\b(?:curl|wget|https?)\b[^\n]{0,160}?[ ](?:-u|-a|--user|--auth)[ =]?[\"']?[^\s:\"'/@]{1,80}:)"
     r"[\"']?([^\s\"'`;|&<>]{6,200})"
 )
@@ -258,10 +273,11 @@ _LOGINS = (
     "redential",
     "login(",
     "auth=(",
+    "auth = (",
     "begin(",
     "_pw_set(",
 )
-_ARGUMENTS = re.compile(r"[\w=]{3,20}\(([^()\n]{1,80}?,\s{0,4}[^()\n]{3,160})\)")
+_ARGUMENTS = re.compile(r"[\w= ]{3,20}\(([^()\n]{1,80}?,\s{0,4}[^()\n]{3,160})\)")
 _ARGUMENT = re.compile(r"(?<=, )\s{0,4}[\"']([^\s\"'/,]{8,100})[\"']")
 
 
