@@ -121,7 +121,7 @@ _SIGN_LITERALS = (
 # An encoded "-----BEGIN ... PRIVATE KEY", as Kubernetes keeps it, and the forms of PuTTY and SSH.com.
 _ENCODED_KEY = re.compile(
     r"LS0tLS1CRUdJTi(?:BSU0EgUFJJVk|BQUklWQV|BFQyBQUk|BPUEVOU1NI|BFTkNSWVBURU|BEU0Eg)[A-Za-z0-9+/]{40,}+={0,2}"
-    r"|Private-Lines: [0-9]{1,3}((?:\s{1,3}[A-Za-z0-9+/=]{4,80}(?![A-Za-z0-9:-]))+)"
+    r"|Private-Lines: [0-9]{1,3}((?:\s{1,3}(?!YOUR_)[A-Za-z0-9+/=]{4,80}(?![A-Za-z0-9:-]))+)"
     r"|---- BEGIN SSH2 ENCRYPTED PRIVATE KEY ----\s(?:[A-Z][\w-]{1,40}: [^\n]{1,200}\n){0,4}"
     r"([A-Za-z0-9+/=\s]{40,20000})----"
 )

@@ -58,7 +58,7 @@ _VALUE = (
     rf"@?[bruf]?\\{{0,3}}(?P<quote>[\"'`]){_SCHEME}(?P<quoted>(?:(?!(?P=quote))[^\s\\]|\\(?!(?P=quote))){{6,4000}}+)"
     rf"\\{{0,3}}(?P=quote)"
     rf"|{_SCHEME}(?:base64:)?(?P<bare>[a-z]{{4}}(?:[ ][a-z]{{4}}){{3}}(?![ ]?[a-z])|"
-    rf"[A-Za-z0-9+/_=.~!@#$%^&*?|-]{{6,4000}}+)(?=[\s\"'`;,)<\]}}\\:]|[^\x00-\x7f]|\Z))"
+    rf"[A-Za-z0-9+/_=.~!@#$%^&*?|-]{{6,4000}}+)(?![({{\[>]))"
 )
 _PASSWORD = re.compile(
     r"(?:pass(?:w(?:or)?[dt]|phrase|code|ord|e(?=[ :])|(?![a-z]|\.))|pwd|psk|pw(?![a-z])"
@@ -123,14 +123,19 @@ def find_named_secrets(text: str) -> Iterator[PiiMatch]:
         text.lower() if is_ascii else text.replace("İ", "I").lower()
     )  # the only letter whose length changes
     for word in _PASSWORD_WORDS if is_ascii else (*_PASSWORD_WORDS, *_FOREIGN_PASSWORD_WORDS):
+        end = 0  # of the last value, in which names are part of the value
         for at in places(lower, word):
-            if (match := _PASSWORD.match(text, at)) and (span := _password_span(match)):
-                yield PiiMatch(*span, "secret", "YOUR_SECRET", "")
-            if span := _said_before(text, at):
+            span = None
+            if at >= end and (match := _PASSWORD.match(text, at)):
+                span = _password_span(match)
+            if span := span or _said_before(text, at):
+                end = span[1]
                 yield PiiMatch(*span, "secret", "YOUR_SECRET", "")
     for word in _KEY_WORDS if is_ascii else (*_KEY_WORDS, *_FOREIGN_KEY_WORDS):
+        end = 0
         for at in places(lower, word):
-            if (match := _KEY.match(text, at)) and (span := _key_span(match, word)):
+            if at >= end and (match := _KEY.match(text, at)) and (span := _key_span(match, word)):
+                end = span[1]
                 yield PiiMatch(*span, "secret", "YOUR_SECRET", "")
     yield from _find_by_place(text)
 

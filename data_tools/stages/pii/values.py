@@ -17,6 +17,7 @@ _VARIABLE = re.compile(
     r"\\|[\^~=]?[0-9]+(?:\.[0-9]+)+\Z|0x[0-9A-Fa-f]{1,16}\Z|[$%#]?\{|[$%]\(|[$%]\w+[$%]?\Z|<|.*\{\{|.*\$\{|[\w.$:>-]*[(\[]"
 )
 _PIECES = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
+_JUDGED_CHARS = 128
 _SIGNS = re.compile(r"[-_.~:/+=|]")
 # Pairs and runs of letters that words do not have.
 _ODD_LETTERS = re.compile(
@@ -100,7 +101,8 @@ def is_login(value: str) -> bool:
 
 
 def is_key_text(value: str, is_quoted: bool) -> bool:
-    """Whether a value given to the name of a key is one."""
+    """Whether a value given to the name of a key is one. Of a long one the beginning tells."""
+    value = value[:_JUDGED_CHARS]
     if value.startswith(("$", "{", "<", "%(", "(?")):
         return False
     return is_random(value) or is_hexadecimal(value) or is_login(value) or (is_quoted and is_generated(value))
@@ -108,6 +110,7 @@ def is_key_text(value: str, is_quoted: bool) -> bool:
 
 def is_password(value: str, is_quoted: bool) -> bool:
     """Whether a value given to a password is one: it mixes kinds of characters and is no name or expression."""
+    value = value[:_JUDGED_CHARS]
     if _NOT_SECRET.search(value) or _VARIABLE.match(value) or value.endswith((")", "]", "}")):
         return False
     kinds = sum(
