@@ -36,16 +36,16 @@ _LINK = (
     r"|(?P<called>\()[ ]?"  # setPassword('VALUE')
     r"|[ ]{1,4}(?P<quoted_next>(?=@?[\"']))"  # #define PASSWORD "VALUE", IDENTIFIED BY 'VALUE'
     r"|\"?[ ]?(?P<markup>>)\s{0,12}"  # <password>VALUE</password>
-    r"|\"?(?:\s{1,4}|\s?/>\s{1,8}<)(?:android:)?(?:value|content|connectionString)[ ]?(?P<attribute>=)[ ]?"
+    r"|\"?(?:\s{1,4}|\s?/>\s{1,8}<)(?:android:)?(?:content|connectionString)[ ]?(?P<attribute>=)[ ]?"
     r"|(?P<plist></\w{1,12}>)\s{0,12}<string>"
-    r"|[,\s]{1,20}[\"']?value[\"']?[ ]?(?P<member>[:=])[ ]?"  # name: PASSWORD, value: VALUE
+    r"|\"?(?:[,\s]{1,20}|\s?/>\s{1,8}<)[\"']?(?:android:)?value[\"']?[ ]?(?P<member>[:=])[ ]?"  # name: X, value: Y
     r"|[ ]?\{[^{}]{0,80}?\bdefault[ ]*(?P<default>=)[ ]*"  # variable "password" { default = "VALUE" }
     rf"|(?P<said>(?:[ ]{_OF}[ ][^\n.,:=]{{1,40}}?)?"
     r"(?:[ ](?:is|was|to|est|es|é|è|ist|lautet|är|er|on|jest|je|это|:|is:|are|=|has been)"
     r"(?:[ ](?:now|still))?"
     r"(?:[ ](?:(?:re)?set|changed))?(?:[ ]to)?:?[ ]{1,2}"
     r"|(?:[ ][\w/-]{2,14}){1,2}?[:：][ ]|[ ][-–—][ ]"
-    r"|[ ]?(?:是|为|為|は|는|은|이|가|改为|改成|变成|設為|设为|设成|=|:)[ ]?))"
+    r"|[ ]?(?:是|为|為|は|는|은|이|가|改为|設為|设为|=|:)[ ]?))"
     r"|(?P<beside>[ \t]{1,4}(?:[0-9][ ])?|(?<=[^\x00-\x7f])))"
 )
 _SCHEME = (
@@ -158,8 +158,6 @@ def _password_span(match: re.Match[str]) -> tuple[int, int] | None:
         word = ""
     if word and any(match[link] is not None for link in ("said", "beside", "quoted_next", "given")):
         return None  # to pass something
-    if word.startswith("p") and word != "pass" and before[-1:].islower() and text[at].islower():
-        return None  # upward
     is_quoted = match["quoted"] is not None
     if (match["given"] and not is_quoted) or (match["markup"] and "." in match["tail"]):
         return None  # <pwd.h>
@@ -256,7 +254,7 @@ _NO_COOKIE = re.compile(r"_g|_fb|theme|lang|locale|consent|expires|path|domain|u
 # Given to a command: `--password X`, `sshpass -p X`, `-u NAME:X`.
 _OPTION = re.compile(
     r"(?:--?(?:[a-z]+-){0,3}(?:password|passwd|passphrase|token|secret|api-key|access-key|storepass|keypass)[ =]"
-    r"|sshpass[ ]-p[ ]?|-passin[ ]pass:|aws_secret_access_key[ ]|ldap\w{1,12}\b[^\n]{0,120}?[ ]-w[ ]"
+    r"|sshpass[ ]-p[ ]?|aws_secret_access_key[ ]|ldap\w{1,12}\b[^\n]{0,120}?[ ]-w[ ]"
     r"|(?:mysql|mysqldump|mysqladmin|mariadb|mongo|mongosh|mongodump)\b[^\n]{0,80}?[ ]-p[ ]?|login\b[^\n]{0,80}?"
     r"[ ]-p[ ]?"
     r"|redis-cli\b[^\n]{0,80}?[ ]-a[ ]|openssl[ ]enc\b[^\n]{0,80}?[ ]-k[ ]|smbclient\b[^\n]{0,80}?[ ]-U[ ]?\w{1,40}%"
@@ -299,7 +297,7 @@ def _places_of_secrets(text: str) -> Iterator[tuple[int, int]]:
                     yield match.span(3)
             elif match[1] and len(match[1]) >= 20 and is_key_text(match[1], is_quoted=False):
                 yield match.span(1)
-            elif is_password(unquote(match[2]), is_quoted=True):
+            elif is_password(match[2], is_quoted=True):
                 yield match.span(2)
     if ("@" in text and ("@tcp(" in text or "@unix(" in text)) or any(
         sign in text for sign in _ADDRESS_SIGNS

@@ -18,6 +18,7 @@ _VARIABLE = re.compile(
 )
 _PIECES = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
 _JUDGED_CHARS = 128
+_MAX_EQUAL_SIGNS = 6  # more are a list of assignments
 _SIGNS = re.compile(r"[-_.~:/+=|]")
 # Pairs and runs of letters that words do not have.
 _ODD_LETTERS = re.compile(
@@ -77,7 +78,7 @@ def is_random(value: str) -> bool:
 def is_hexadecimal(value: str) -> bool:
     """Whether a value is a key in hexadecimal digits, whose letters and digits may come in long runs; or a UUID."""
     is_form = re.fullmatch(
-        r"(?:0x)?(?:[0-9a-f]{32,128}|[0-9A-F]{32,128})|[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
+        r"[0-9a-f]{32,128}|[0-9A-F]{32,128}|[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
         value,
     )
     return bool(is_form) and entropy(value) >= 3 and not _NOT_SECRET.search(value)
@@ -103,7 +104,7 @@ def is_login(value: str) -> bool:
 def is_key_text(value: str, is_quoted: bool) -> bool:
     """Whether a value given to the name of a key is one. Of a long one the beginning tells."""
     value = value[:_JUDGED_CHARS]
-    if value.startswith(("$", "{", "<", "%(", "(?")):
+    if value.startswith(("$", "{", "<", "%(", "(?")) or value.count("=") > _MAX_EQUAL_SIGNS:
         return False
     return is_random(value) or is_hexadecimal(value) or is_login(value) or (is_quoted and is_generated(value))
 

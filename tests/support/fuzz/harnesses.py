@@ -517,14 +517,11 @@ OVERRIDES = [
 def earlier_curation() -> tuple[Any, dict[str, bytes]]:
     """How two curations compare documents, and the files of the earlier one, by path."""
     from data_tools.curation.collection import PartFacts, index_of
-    from data_tools.curation.dedup import DedupConfig, Signatures, load_array, rows_path
+    from data_tools.curation.dedup import DedupConfig, load_array, rows_path
 
     dedup = DedupConfig(bands=2, band_hashes=3, url=True, max_documents_per_domain=1)
     with tempfile.TemporaryDirectory() as folder:
-        signatures, lines = Signatures(dedup), b""
-        for record in curated_records():
-            signatures.add(record, len(lines))
-            lines += curated_line(record)
+        signatures, lines = sign_documents(dedup, "earlier")
         signatures.write(Path(folder), 0)
         rows = load_array(rows_path(Path(folder), 0)).tobytes()
     part = PartFacts(name="part-00000.jsonl", bytes=len(lines), documents=3)
@@ -536,27 +533,27 @@ def earlier_curation() -> tuple[Any, dict[str, bytes]]:
     }
 
 
-def curated_records() -> list[Any]:
+def sign_documents(dedup: Any, last_word: str) -> tuple[Any, bytes]:
+    """Signatures of three documents, and their lines. With another last word, the first is a near duplicate."""
+    from data_tools.curation.dedup import Signatures
+    from data_tools.curation.phases import to_line
     from data_tools.record import Record
 
-    texts = ["a few words that two curations have in common", "others that one has", ""]
-    return [
-        Record(id=str(number), text=text, source="s", url=f"http://a{number}.com/x" if number else None)
-        for number, text in enumerate(texts)
-    ]
-
-
-def curated_line(record: Any) -> bytes:
-    from data_tools.curation.phases import to_line
-
-    return to_line(record)
+    signatures, lines = Signatures(dedup), b""
+    words = " ".join(f"word{number}" for number in range(60))
+    for number, text in enumerate((f"{words} {last_word}", "words that both have", "")):
+        url = f"http://a{number}.com/x" if number else None
+        record = Record(id=str(number), text=text, source="s", url=url)
+        signatures.add(record, len(lines))
+        lines += to_line(record)
+    return signatures, lines
 
 
 def add_to_earlier(files: dict[str, bytes]) -> None:
     """Compare the documents of a curation with those of an earlier one, whose files others made."""
     from data_tools.curation.collection import Collection, earlier_parts
     from data_tools.curation.compare import compare_task, decide, settle
-    from data_tools.curation.dedup import Signatures, write_tables
+    from data_tools.curation.dedup import write_tables
     from data_tools.curation.executors import TaskProgress
     from data_tools.curation.phases import Layout
 
@@ -566,12 +563,10 @@ def add_to_earlier(files: dict[str, bytes]) -> None:
     with refusing():
         parts = earlier_parts(dedup, Path("output"))
         collection = Collection(dedup, layout.work, 1, parts)
-        signatures, lines = Signatures(dedup), b""
-        for record in curated_records():
-            signatures.add(record, len(lines))
-            lines += curated_line(record)
-        write("work/kept/00000.jsonl", lines)
-        signatures.write(layout.work, 0)
+        if not layout.kept(0).exists():
+            signatures, lines = sign_documents(dedup, "later")
+            signatures.write(layout.work, 0)
+            write(str(layout.kept(0)), lines)
         for rank, part in enumerate(parts, 1):
             write_tables(layout.work, rank, part.rows(dedup), dedup)
         settle(collection, layout)

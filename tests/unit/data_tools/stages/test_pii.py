@@ -388,7 +388,8 @@ PASSWORD = "kQ8v!Zr2Lm"
         "define('DB_PASSWORD', '", "IDENTIFIED BY '", "the password for the guest account is ",
         "I changed the password to ", "login admin, password ", "username admin password 0 ", "requirepass ",
         "| password | ", "**Password:** `", 'let password: String = "', 'Password = ConvertTo-SecureString "',
-        "Passwort fürs WLAN: ", "mot de passe : ", "La contraseña es ", "A senha do banco é ", "пароль: ", "hasło - ",
+        "Passwort fürs WLAN: ",
+        "Kennwort lautet ", "mot de passe : ", "La contraseña es ", "A senha do banco é ", "пароль: ", "hasło - ",
         "パスワードは", "비밀번호: ", "mật khẩu: ", "密码改成", "数据库密码（新）：", "口令 ", "Wachtwoord: ",
         "İ password: ",
     ],
@@ -427,6 +428,12 @@ def test_passwords_however_they_are_given(before: str) -> None:
         ("echo x9Kd82Lq | docker login -u ci --password-stdin r.io", "x9Kd82Lq"),
         ('http.SetBasicAuth("admin", "x9Kd82Lq")', "x9Kd82Lq"),
         ("x9Kd82Lq! is the password", "x9Kd82Lq!"),
+        (f"<key>APIToken</key>\n<string>{SECRET}</string>", SECRET),
+        (f'<meta name="api_token" content="{SECRET}">', SECRET),
+        (
+            "https://hooks.slack.com/services/TABCDEFGH/BABCDEFGH/kQvZrLmXpTnWcByHdsGfaJeu",
+            "TABCDEFGH/BABCDEFGH/kQvZrLmXpTnWcByHdsGfaJeu",
+        ),
         ("MAIL_PASSWORD=qxzv kbdj wqpf mnrt", "qxzv kbdj wqpf mnrt"),
     ],
 )
@@ -501,6 +508,14 @@ def test_names_are_no_keys() -> None:
         "pwd: /home/user/src2, the token count is 128000, SECRET_NAME=prod/db2",
         ".. _http-password-mgr:\n\nHTTPPasswordMgr Objects",
         "hf_servingcellpriorityparametersdescription",
+        "sk-learn-1-2-3-pipeline-of-many-words",
+        'token = "Seamless2TextToUnitDecoderV4"',
+        "credentialId: 'ff083f76-7804-4ef1-80e4-fe975bb9141b'",
+        f"Cookie: _gcl_au={SECRET}; theme={SECRET}",
+        "server_key: k8Q2vZr2LmX5pTn7WcB4.pem",
+        "token: `Basic ${Buffer.from('username:password').toString('base64')}`",
+        "pass '--size=8GB!' to the tool",
+        f"NextToken: '{SECRET}'",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
