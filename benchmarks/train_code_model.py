@@ -2,7 +2,7 @@
 
     python benchmarks/train_code_model.py --programs programs.jsonl --prose prose.jsonl [--test test.jsonl]
 
-Records have `text` and `kind` (the language, or the origin); those of --test also `label` (1 is code). Kinds count
+Each file has a record per line, with `text` and `kind` (the language, or the origin); those of --test also `label` (1 is code). Kinds count
 equally, however many texts they have: each text has the weight 1 / sqrt(texts of its kind).
 
 The shipped model was trained on 3,046 programs (the example files of the Pygments 2.18 source package; of GitHub
@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=code_text.MODEL)
     args = parser.parse_args()
     train(read(args.programs, 1) + read(args.prose, 0), args.output)
+    code_text.MODEL = args.output  # what was trained is what is measured
     code_text._model.cache_clear()
     report(read(args.test, None))
 

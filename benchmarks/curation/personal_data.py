@@ -1,7 +1,8 @@
 """Personal data and secrets: how many are found by kind, and how many look-alikes are left alone.
 
-The sentences are in personal_data.tsv. Their values are made from a seed, so that no real person's are there and no
-scanner of secrets takes the file for a leak.
+The rules were tuned on the sentences of personal_data.tsv. Those of personal_data_unseen.tsv were tried once, and no
+rule was changed for them, so that only they say what is found in new text. Their values are made from a seed, so that
+no real person's are there and no scanner of secrets takes the file for a leak.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from data_tools.stages.pii.numbers import luhn
 from data_tools.stages.pii.stage import PiiStage
 
 SENTENCES = Path(__file__).with_suffix(".tsv")
+UNSEEN = SENTENCES.with_name("personal_data_unseen.tsv")
 SEEDS = range(6)
 _LEAK_CHARS = 10
 OPTIONAL = ("national_id", "iban")
@@ -150,9 +152,9 @@ class Maker:
         return f"{good[:2]}{(int(good[2:4]) + 1) % 97:02}{good[4:]}"
 
 
-def all_cases(seeds: Iterable[int] = SEEDS) -> Iterator[Case]:
+def all_cases(seeds: Iterable[int] = SEEDS, sentences: Path = SENTENCES) -> Iterator[Case]:
     """Every sentence with new values for each seed."""
-    lines = SENTENCES.read_text(encoding="utf-8").splitlines()
+    lines = sentences.read_text(encoding="utf-8").splitlines()
     rows = [line.split("\t") for line in lines if not line.startswith("#")]
     for seed in seeds:
         make = Maker(seed)
@@ -210,31 +212,36 @@ class Rates(NamedTuple):
 
 
 def measure(corpora: Path) -> list[Figure]:
-    """Recall and precision by kind. datatrove replaces email and IP addresses only."""
-    cases, peer = list(all_cases()), _peer()
+    """Recall and precision by kind, and their spread over the seeds. datatrove replaces email and IP addresses."""
+    peer = _peer()
     figures = []
-    for kind in dict.fromkeys(case.kind for case in cases):
-        own = [case for case in cases if case.kind == kind]
-        rates = Rates.of(own, ours)
-        theirs = Rates.of(own, peer) if kind in PEER_KINDS else None
-        counted = f"{rates.found} of {rates.personal}"
-        figures.append(
-            Figure(
-                f"{kind}: recall",
-                rates.recall,
-                counted,
-                ">= 0.9",
-                theirs.recall if theirs else "no such stage",
-            )
-        )
-        counted = f"{rates.found} of {rates.found + rates.wrong}"
-        figures.append(
-            Figure(
-                f"{kind}: precision",
-                rates.precision,
-                counted,
-                ">= 0.95",
-                theirs.precision if theirs else "no such stage",
-            )
-        )
+    for label, sentences in (("", SENTENCES), (", unseen", UNSEEN)):
+        by_seed = [list(all_cases([seed], sentences)) for seed in SEEDS]
+        kinds = list(dict.fromkeys(case.kind for case in by_seed[0]))
+        for name, members in [(kind, (kind,)) for kind in kinds] + [("all kinds", tuple(kinds))]:
+            own = [[case for case in cases if case.kind in members] for cases in by_seed]
+            seeds = [Rates.of(cases, ours) for cases in own]
+            theirs = Rates.of([case for cases in own for case in cases], peer) if name in PEER_KINDS else None
+            figures += _figures(name + label, seeds, theirs)
     return figures
+
+
+def _figures(name: str, seeds: list[Rates], theirs: Rates | None) -> list[Figure]:
+    total = Rates(*map(sum, zip(*seeds, strict=True)))
+    recalls, precisions = ([getattr(rates, what) for rates in seeds] for what in ("recall", "precision"))
+    return [
+        Figure(
+            f"{name}: recall",
+            total.recall,
+            f"{total.found} of {total.personal}, seeds {min(recalls):.3f} to {max(recalls):.3f}",
+            ">= 0.9",
+            theirs.recall if theirs else "no such stage",
+        ),
+        Figure(
+            f"{name}: precision",
+            total.precision,
+            f"{total.found} of {total.found + total.wrong}, seeds {min(precisions):.3f} to {max(precisions):.3f}",
+            ">= 0.95",
+            theirs.precision if theirs else "no such stage",
+        ),
+    ]

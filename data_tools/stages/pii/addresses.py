@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from data_tools.stages.pii.finding import PiiMatch, places, spans_around
+from data_tools.stages.pii.top_levels import COUNTRIES, GENERIC
 
 # --- email ---
 
@@ -16,7 +17,7 @@ _LETTERS = (
 )
 _LABEL = rf"[{_LETTERS}0-9](?:[{_LETTERS}0-9-]{{0,62}})"
 _AT_DOMAIN = re.compile(
-    rf"@((?:{_LABEL}\.){{1,8}}([A-Za-z]{{2,24}}|xn--[a-z0-9-]{{2,24}}|[Ͱ-ϿЀ-ӿ]{{2,10}}))(?![{_LETTERS}0-9_(@]|-[{_LETTERS}0-9])"
+    rf"@((?:{_LABEL}\.){{1,8}}(xn--[a-z0-9-]{{2,24}}|[A-Za-z]{{2,24}}|[Ͱ-ϿЀ-ӿ]{{2,10}}))(?![{_LETTERS}0-9_(@]|-[{_LETTERS}0-9])"
     r"|@((?=[0-9A-Za-z-]{0,9}[\u4e00-\u9fff\u3040-\u30ff])[\u4e00-\u9fff\u3040-\u30ff0-9A-Za-z-]{1,30}\.(?:[A-Za-z]{2,3}\b|中国|中國|公司|网络|網絡|香港|台灣|台湾))"
 )
 _LOCAL_PART = re.compile(
@@ -24,19 +25,6 @@ _LOCAL_PART = re.compile(
 )
 _URL_BEFORE = re.compile(r"//(?:[^\s/@:]{0,64}:)?\Z")
 _NAME_OF_ANY_SCRIPT = re.compile(r"[\u4e00-\u9fff\w](?:[\w.+-]{0,30}[\w])?\Z")
-_NO_TOP_LEVEL = frozenset(
-    "png jpg jpeg gif svg webp css js ts py html json tgz zip gz whl git jar so dll conf cfg ini yml yaml toml xml txt "
-    "log lock csv tsv sql exe bin pdf docx "  # files: icon@2x.png
-    "test example invalid localhost local lan internal".split()  # RFC 2606, RFC 6762 and habit
-)
-# The generic top-level domains with most names. In code and after [at], others are attributes: `a@b.transpose`.
-_TOP_LEVEL = frozenset(
-    "com net org edu gov mil int info biz name pro mobi asia tel cat jobs travel museum aero coop post app dev page "
-    "blog cloud shop store online site website tech xyz top club vip live life email mail world today news media "
-    "agency group digital network systems solutions services academy school university foundation berlin london "
-    "paris tokyo nyc koeln hamburg wien studio design space link help support health care clinic legal law expert "
-    "guru team company center city fun art photo finance bank energy green solar global international".split()
-)
 _EXAMPLES = frozenset(("example.com", "example.net", "example.org"))
 
 
@@ -53,7 +41,7 @@ def find_emails(text: str, is_code: bool) -> Iterator[PiiMatch]:
         at = match.start()
         local = (_NAME_OF_ANY_SCRIPT if match[3] else _LOCAL_PART).search(text, max(0, at - 64), at)
         domain = (match[1] or match[3]).lower()
-        if not local or not _is_domain(domain, is_code):
+        if not local or not _is_domain(domain):
             continue
         # git@host:path, https://user@host, ftp://user:password@host, a@b.shape
         if (
@@ -66,24 +54,34 @@ def find_emails(text: str, is_code: bool) -> Iterator[PiiMatch]:
         yield PiiMatch(local.start(), match.end(), "email", "email", value)
 
 
-def _is_domain(domain: str, is_strict: bool) -> bool:
+def _is_domain(domain: str) -> bool:
     name, top = domain.rsplit(".", 1)
-    if top in _NO_TOP_LEVEL or ".".join([name.rsplit(".", 1)[-1], top]) in _EXAMPLES:
+    if ".".join([name.rsplit(".", 1)[-1], top]) in _EXAMPLES:
         return False
-    return not is_strict or len(top) == 2 or top in _TOP_LEVEL or not top.isascii() or top.startswith("xn--")
+    return top in COUNTRIES or top in GENERIC or not top.isascii() or top.startswith("xn--")
 
 
 # `(at)`, `[@]`, `[dot]`, `&#64;` and `%40`; the others are looked for as they are.
 _HIDDEN_SIGN = re.compile(
-    r"[\[({<（&%](?: ?(?:at|AT|At|@|a|dot|DOT|Dot|艾特|arroba) ?[\])}>）]|#0{0,3}64;|#[xX]0{0,2}40;|commat;|40)"
+    r"[\[({<（&%](?: ?(?:at|AT|At|@|a|dot|DOT|Dot|\.|艾特|arroba) ?[\])}>）]|#0{0,3}64;|#[xX]0{0,2}40;|commat;|40)"
 )
-_SPOKEN_SIGNS = (("AT", " AT "), ("_AT_", "_AT_"), ("dot", " dot "), ("dot", "-dot-"), ("@", " @ "))
+_SPOKEN_SIGNS = (
+    ("AT", " AT "),
+    ("_AT_", "_AT_"),
+    ("_dot_", "_dot_"),
+    ("dot", " dot "),
+    ("dot", "-dot-"),
+    ("@", " @ "),
+)
 """Each with a part of it that most texts do not have."""
 _BRACKETED_AT = (
     r"(?: {0,2}(?:[\[({<（] ?(?:[aA][tT]|@|a|艾特|arroba) ?[\])}>）]|&#0{0,3}64;|&#[xX]0{0,2}40;|&commat;) {0,2}"
-    r"|%40|@|-at-|_AT_)"
+    r"|%40|@|-at-|_AT_|_at_)"
 )
-_DOT = r"(?:\.| {0,2}[\[({<（] ?(?:[dD][oO][tT]|\.|点) ?[\])}>）] {0,2}| (?:DOT|dot) |-dot-|_DOT_)"
+_DOT = (
+    r"(?:\.| {0,2}[\[({<（] ?(?:[dD][oO][tT]|\.|点) ?[\])}>）] {0,2}| (?:DOT|dot) |-dot-|_DOT_|_dot_"
+    r"|&#0{0,3}46;|&#[xX]0{0,2}2[eE];|&period;)"
+)
 _HIDDEN, _SPOKEN = (
     re.compile(
         rf"(?<![A-Za-z0-9._%+-])([A-Za-z0-9_+-]{{1,40}}(?:{dot}[A-Za-z0-9_+-]{{1,40}}){{0,3}}){at}"
@@ -126,7 +124,7 @@ def _find_hidden_emails(text: str, is_code: bool) -> Iterator[PiiMatch]:
 def _hidden_email(match: re.Match[str]) -> Iterator[PiiMatch]:
     domain = re.sub(_DOT, ".", match[3]).lower()
     is_plain = match[2] in ("@", "-at-") and domain == match[3].lower()  # has rules of its own, or is none
-    if not is_plain and _is_domain(domain, is_strict=True):
+    if not is_plain and _is_domain(domain) and not domain.startswith("www."):
         value = f"{re.sub(_DOT, '.', match[1])}@{domain}".lower()
         yield PiiMatch(match.start(), match.end(), "email", "email", value)
 
@@ -148,6 +146,8 @@ def _is_spoken(match: re.Match[str]) -> bool:
         "site",
     ):
         return True
+    if at == " AT " and dot == ".":
+        return before.endswith(("<", "("))
     return not local.isupper() if at == " AT " else not local.isalpha()
 
 
@@ -180,7 +180,8 @@ _PRIVATE_V6 = _nets("fc00::/7 fe80::/10")
 _NO_ADDRESS_BEFORE = re.compile(
     r"(?:\b(?:versions?|release|build|revision|firmware|patch|update|upgrade|kernel|runtime|driver|ver|rev|v)\b\.?"
     r"|\b(?:chrome|chromium|firefox|safari|edge|opera|webkit)\b"
-    r"|\bupgraded? (?:to|from)|\bupdated? (?:to|from)|版本号?|版|固件|内核|驱动|升级到|[a-z][/-]|[=~<>!]=|\^"
+    r"|\bupgraded? (?:to|from)|\bupdated? (?:to|from)|\b(?:fixed|added|removed|introduced|deprecated|new) in|\bsince"
+    r"|版本号?|版|固件|内核|驱动|升级到|[a-z][/-]|[=~<>!]=|\^"
     r"|\b(?:sections?|sec\.|chapters?|clauses?|articles?|rules?|regulations?|para(?:graph)?s?\.?)"
     r"|\b(?:figures?|fig\.|tables?|appendix|oid)"
     r"|§|第|条|章|节|節|款|编号)[\s:：=(\"']*\Z"
@@ -190,7 +191,8 @@ _NO_ADDRESS_AFTER = re.compile(
     r"|came out\b|runtime\b|\((?:build|beta|rc)\b)"
 )
 _NETWORK_BEFORE = re.compile(
-    r"(?:(?<![a-z])ips?\b|ipv4|address|\bhosts?\b|hostname|(?<!sql )(?<!http )(?<!windows )(?<!exchange )server\b"
+    r"(?:(?<![a-z])ips?\b|ipv4|address|(?<![a-z])hosts?\b|hostname|(?<!sql )(?<!http )(?<!windows )"
+    r"(?<!exchange )server\b"
     r"|\bdns|\bping\b|gateway|\bproxy\b|\blog(?:ged|in|s|on)?\b"
     r"|\bfrom\b|\bclients?\b|\bpeers?\b|\bremote|\bconnect|\bssh\b|\bcurl\b|\btelnet\b|\bresolver?s?\b|\bvisitors?\b"
     r"|\bblock|\bban|\battack|\brequest|\bsubnet|\brouter?|\btraceroute|\binet\b|\bwhois\b|\baddr|\bsrc\b|\bdst\b"
@@ -201,6 +203,7 @@ _NETWORK_AFTER = re.compile(
     r":[0-9]{2,5}\b|/(?:8|1[0-9]|2[0-9]|3[0-2])\b(?!/)| - - |的请求|\s(?:port|端口)\b"
 )
 _HEADING_AFTER = re.compile(r"\.\s[A-Z]")
+_CHANGES_BEFORE = re.compile(r"(?:\A|\n)(?:#{1,4} \[?|\[)\Z")  # the heading of a list of changes
 _WORD_BEFORE = re.compile(r"([^\W一-鿿][\w.#+-]+)[ \t(\[\"'=:]{1,3}\Z")
 _FUNCTION_WORDS = frozenset(
     "a an the at to of for by is was are were and or on in with via as be than like through against it used uses using "
@@ -238,6 +241,8 @@ def _is_address(match: re.Match[str], octets: list[int], is_code: bool) -> bool:
     if _NO_ADDRESS_BEFORE.search(before[-24:]) or _NO_ADDRESS_AFTER.match(after):
         return False
     if before[-1:] in ("", "\n") and _HEADING_AFTER.match(text, end):
+        return False
+    if _CHANGES_BEFORE.search(before):
         return False
     if _NETWORK_AFTER.match(after):
         return True

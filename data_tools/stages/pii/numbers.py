@@ -11,7 +11,7 @@ from typing import Any
 from data_tools.stages.pii.finding import PiiMatch, id_check_digit, spans_around
 
 # Seven or more digits with at most two signs between them. No number that is looked for below is shorter.
-_CLUSTER = re.compile(r"[0-9](?:[ ()./\-\u00a0（）]{0,2}[0-9]){6,}")
+_CLUSTER = re.compile(r"[0-9](?:(?:[ ()./\-\u00a0（）]{0,2}| / )[0-9]){6,}")
 _BEFORE = r"(?<![0-9A-Za-z_])(?<![0-9][.,\-])(?<![0-9] )"
 _AFTER = r"(?![0-9A-Za-z_]|[.,\-][0-9]| [0-9])"
 
@@ -139,11 +139,12 @@ _SURE_WORDS = (
     r"|(?:tele)?fax|ph|mob(?:ile?|il)?|m[óo]vil|mobiel|tfno|cel(?:l|ular|lulare)?|handy|gsm|whats ?app|viber|wechat"
     r"|hotline|sms"
     r"|(?:ruf|handy|telefon)nummer|portable|tlf|tfn|puh(?:elin)?|festnetz|fone|тел(?:ефону?)?|моб|τηλ(?:έφωνο)?|kom(?:órka)?|cep"
-    r"|handphone|điện thoại|s?đt|telp|zadzwoń|(?:по)?звоните|(?:по)?звонить|дзвоніть"
+    r"|handphone|no\.? ?hp|hp(?= ?[:/])|tlm|natel|telem[óo]vel|di động|κινητό|mobitel|faks|мобільний"
+    r"|điện thoại|s?đt|telp|zadzwoń|(?:по)?звоните|(?:по)?звонить|дзвоніть"
 )
 _SURE_CHINESE = (  # and Japanese and Korean
-    "电话|電話|传真|傳真|热线|熱線|手机|手機|行動|座机|座機|携帯|联系方式|聯絡方式|微信同号|ファックス"
-    "|전화|휴대폰|핸드폰|연락처|팩스|โทร|फ़ोन|फोन|मोबाइल|هاتف|جوال|موبايل|טלפון|נייד"
+    "☎|☏|📞|📱|电话|電話|传真|傳真|热线|熱線|手机|手機|行動|座机|座機|携帯|联系方式|聯絡方式|微信同号|ファックス"
+    "|전화|휴대폰|핸드폰|연락처|팩스|โทร|มือถือ|फ़ोन|फोन|मोबाइल|هاتف|تلفن|فون|جوال|موبايل|טלפון|נייד"
 )
 _WORDS = (
     r"call(?:ed|ing)?|dial|ring|text|reach|contact|telegram|signal|(?:an)?ruf(?:en)?|appele[zr]|ll[aá]m[ae](?:me)?"
@@ -328,6 +329,7 @@ _DATE = re.compile(
     r"(?:1[0-9]|20)[0-9]{2}[-./ ](?:(?:1[0-9]|20)[0-9]{2}|[01]?[0-9][-./ ][0-3]?[0-9])(?: [0-9]{1,2})?"
     r"|[0-3]?[0-9][-./ ][0-3]?[0-9][-./ ](?:19|20)[0-9]{2}"
 )
+_MODEL_BEFORE = re.compile(r"(?:\b(?:model|modell|modelo|modèle|modello)|型号|型號)\W{0,3}\Z", re.IGNORECASE)
 _LOCAL = re.compile(r"[2-9][0-9]{2}[-. ][0-9]{4}|[2-8][0-9]{3}[- ]?[0-9]{4}|[2-8][0-9]{6}")
 
 
@@ -402,10 +404,16 @@ def _national_phones(cluster: re.Match[str], is_code: bool, last_phone: int) -> 
         if _international("+" + cluster[0]):
             yield PiiMatch(start - 3, cluster.end(), "phone", "international", cluster[0])
         return
+    if text.endswith(("wa.me/", "send?phone="), 0, start):  # a chat of WhatsApp
+        if _international("+" + cluster[0]):
+            yield PiiMatch(start, cluster.end(), "phone", "international", cluster[0])
+        return
     if re.search(r"[A-Za-z_0-9][-.,]?\Z|[+/$€£¥￥]\Z", text[max(0, start - 2) : start].removesuffix("(")):
         return
     before = _line_before(cluster, 48)
     near = _after_digits(before)
+    if _MODEL_BEFORE.search(near):
+        return
     is_sure = bool(_SURE_BEFORE.search(near)) or (
         0 <= start - last_phone <= 6
         and bool(re.fullmatch(r"\s?(?:[,/;、，|&]|or|and|或|和)\s?\(?", text[last_phone:start]))
@@ -478,7 +486,8 @@ _RULES = (
 # --- identity documents of other countries, after their names ---
 
 _NUMBERED = (
-    r"(?:[ .]{0,2}(?:nos?|n[º°]|numbers?|nr|num(?:mer|[ée]ro|ero)?|id|code|card|号码?|號碼?|字[号號]|编号|番号)\b\.?)?"
+    r"(?: (?:del?|of|do) \w{1,20})?(?:[ .-]{0,2}(?:nos?|n[º°]|numbers?|серия|№|nr"
+    r"|num(?:mer|[ée]ro|ero)?|id|code|card|号码?|號碼?|字[号號]|编号|番号)\b\.?)?"
     r"(?: is|是|为)?[\s:：#=(（\"']{0,4}"
 )
 # The names of a document, and the form of its number, as in python-stdnum and Presidio's recognizers. A name in
@@ -493,7 +502,7 @@ _DOCUMENTS = (
         "TFN, tax file, BSN, burgerservicenummer, NIF, NIPC, teudat zehut",
         r"[0-9]{3}[- .]?[0-9]{3}[- .]?[0-9]{2,3}",
     ),
-    ("CPF", r"[0-9]{3}\.?[0-9]{3}\.?[0-9]{3}-?[0-9]{2}"),  # Brazil
+    ("CPF, cpf", r"[0-9]{3}\.?[0-9]{3}\.?[0-9]{3}-?[0-9]{2}"),  # Brazil
     ("DNI, NIE, NIF, c[ée]dula, CC, RUN, RUT", r"[XYZ]?[0-9]{1,2}\.?[0-9]{3}\.?[0-9]{3}-?[0-9A-Za-z]?"),
     (
         "NIR, INSEE, s[ée]curit[ée] sociale, s[ée]cu",
@@ -526,7 +535,7 @@ _DOCUMENTS = (
     ("ID, identity, บัตรประชาชน", r"[0-9][- ]?[0-9]{4}[- ]?[0-9]{5}[- ]?[0-9]{2}[- ]?[0-9]"),  # Thailand
     (
         "passport, passeport, pasaporte, reisepass, passaporto, 护照, 護照, 旅券, паспорт",
-        r"[A-Z]{0,2} ?[0-9]{2} ?[0-9]{4,7}[A-Z]?",
+        r"[A-Z]{0,2} ?[0-9]{2} ?(?:[0-9]{4,7}[A-Z]?|[0-9]{2} ?(?:№ ?)?[0-9]{6})",
     ),
     ("港澳通行证, 通行证, 台胞证, 回乡证", r"[A-Z]?[0-9]{8,10}"),
     ("driver'?s licen[cs]e, driving licen[cs]e, DL, 驾驶证, 驾照", r"[A-Z]{0,5}[0-9][A-Z0-9-]{5,16}"),

@@ -11,7 +11,8 @@ from data_tools.record import CODE, Record
 from data_tools.stages.pii.addresses import find_emails, find_ipv4, find_ipv6
 from data_tools.stages.pii.config import PiiConfig
 from data_tools.stages.pii.finding import PiiMatch, placeholder
-from data_tools.stages.pii.keys import find_secrets
+from data_tools.stages.pii.keys import find_keys
+from data_tools.stages.pii.named import find_named_secrets
 from data_tools.stages.pii.numbers import find_numbers
 
 _KINDS = ("secret", "email", "ip", "id_number", "national_id", "iban", "bank_card", "phone")
@@ -52,7 +53,8 @@ class PiiStage:
         text = _fold_width(text)
         candidates: list[PiiMatch] = []
         if "secret" in self._kinds:
-            candidates += find_secrets(text)
+            candidates += find_keys(text)
+            candidates += find_named_secrets(text)
         if "email" in self._kinds:
             candidates += find_emails(text, is_code)
         if "ip" in self._kinds:
@@ -77,6 +79,8 @@ _WIDE_DOTS = re.compile(
     r"((?:IP|地址|服务器|主机|来自|登录|访问|网关)[^0-9\n]{0,6}[0-9]{1,3}(?:．[0-9]{1,3}){3}(?![0-9．]))|(?<=[A-Za-z0-9])．(?=[A-Za-z])"
 )
 
+_CHINESE_DOT = re.compile(r"(?<=[A-Za-z0-9])。(?=(?:com|cn|net|org)(?![A-Za-z0-9]))")  # name@host。com
+
 
 def _fold_width(text: str) -> str:
     """Replace full-width letters, digits and signs by ASCII ones; every character keeps its position."""
@@ -87,5 +91,7 @@ def _fold_width(text: str) -> str:
     elif _WIDE.search(text):
         folded = _WIDE_RUN.sub(lambda run: run[0].translate(_FOLD), text)
     else:
-        return text
+        folded = text
+    if "@" in folded and "。" in folded:
+        folded = _CHINESE_DOT.sub(".", folded)
     return _WIDE_DOTS.sub(lambda match: match[0].replace("．", "."), folded) if "．" in folded else folded

@@ -21,7 +21,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -554,6 +554,100 @@ OVERRIDES = [
     "data={manifest: m}", "_target_=os.system", "+model._target_=os.system", "experiment=../x", "run_dir=\0",
 ]  # fmt: skip
 
+# --- earlier curations ---
+
+
+@cache
+def earlier_curation() -> tuple[Any, dict[str, bytes]]:
+    """How two curations compare documents, and the files of the earlier one, by path."""
+    from data_tools.curation.collection import PartFacts, index_of
+    from data_tools.curation.dedup import DedupConfig, load_array, rows_path
+
+    dedup = DedupConfig(bands=2, band_hashes=3, url=True, max_documents_per_domain=1)
+    with tempfile.TemporaryDirectory() as folder:
+        signatures, lines = sign_documents(dedup, "earlier")
+        signatures.write(Path(folder), 0)
+        rows = load_array(rows_path(Path(folder), 0)).tobytes()
+    part = PartFacts(name="part-00000.jsonl", bytes=len(lines), documents=3)
+    index = index_of(dedup, [part], "0" * 64, "pretrain 0")
+    return dedup, {
+        "signatures/index.json": json.dumps(index).encode(),
+        "signatures/part-00000.rows": rows,
+        "documents/part-00000.jsonl": lines,
+    }
+
+
+def sign_documents(dedup: Any, last_word: str) -> tuple[Any, bytes]:
+    """Signatures of three documents, and their lines. With another last word, the first is a near duplicate."""
+    from data_tools.curation.dedup import Signatures
+    from data_tools.curation.phases import to_line
+    from data_tools.record import Record
+
+    signatures, lines = Signatures(dedup), b""
+    words = " ".join(f"word{number}" for number in range(60))
+    for number, text in enumerate((f"{words} {last_word}", "words that both have", "")):
+        url = f"http://a{number}.com/x" if number else None
+        record = Record(id=str(number), text=text, source="s", url=url)
+        signatures.add(record, len(lines))
+        lines += to_line(record)
+    return signatures, lines
+
+
+def add_to_earlier(files: dict[str, bytes]) -> None:
+    """Compare the documents of a curation with those of an earlier one, whose files others made."""
+    from data_tools.curation.collection import Collection, earlier_parts
+    from data_tools.curation.compare import compare_task, decide, settle
+    from data_tools.curation.dedup import write_tables
+    from data_tools.curation.executors import TaskProgress
+    from data_tools.curation.phases import Layout
+
+    for name, content in files.items():
+        write(f"earlier/{name}", content)
+    dedup, layout = replace(earlier_curation()[0], against=["earlier"]), Layout(Path("work"))
+    with refusing():
+        parts = earlier_parts(dedup, Path("output"))
+        collection = Collection(dedup, layout.work, 1, parts)
+        if not layout.kept(0).exists():
+            signatures, lines = sign_documents(dedup, "later")
+            signatures.write(layout.work, 0)
+            write(str(layout.kept(0)), lines)
+        for rank, part in enumerate(parts, 1):
+            write_tables(layout.work, rank, part.rows(dedup), dedup)
+        settle(collection, layout)
+        task, _ = compare_task(collection, layout)
+        for job in range(len(task.jobs)):
+            task.run(job, TaskProgress(Path("progress")))
+        decide(task)
+
+
+def signature_index(data: bytes) -> None:
+    add_to_earlier(earlier_curation()[1] | {"signatures/index.json": data})
+
+
+def signature_rows(data: bytes) -> None:
+    """Compare with rows of others. The index matches them, as that of an attacker would."""
+    from data_tools.curation.dedup import row_type
+
+    dedup, files = earlier_curation()
+    n_rows = len(data) // row_type(dedup).itemsize
+    rows = data[: n_rows * row_type(dedup).itemsize]
+    index = json.loads(files["signatures/index.json"])
+    index["parts"][0]["documents"] = n_rows
+    add_to_earlier(
+        files | {"signatures/index.json": json.dumps(index).encode(), "signatures/part-00000.rows": rows}
+    )
+
+
+def signed_documents(data: bytes) -> None:
+    """Compare with documents of others, which the index and the rows match in number and size."""
+    _, files = earlier_curation()
+    index = json.loads(files["signatures/index.json"])
+    index["parts"][0]["bytes"] = len(data)
+    add_to_earlier(
+        files | {"signatures/index.json": json.dumps(index).encode(), "documents/part-00000.jsonl": data}
+    )
+
+
 # --- checkpoints of other programs ---
 
 
@@ -698,6 +792,13 @@ HARNESSES = {
             b'{"token": "another", "rank": 2, "host": "a"}\n{"alive": true}\n',
         ],
         is_json=True,
+    ),
+    "signature_index": Harness(
+        signature_index, lambda: [earlier_curation()[1]["signatures/index.json"]], is_json=True
+    ),
+    "signature_rows": Harness(signature_rows, lambda: [earlier_curation()[1]["signatures/part-00000.rows"]]),
+    "signed_documents": Harness(
+        signed_documents, lambda: [earlier_curation()[1]["documents/part-00000.jsonl"]], is_json=True
     ),
     "foreign": Harness(
         foreign,

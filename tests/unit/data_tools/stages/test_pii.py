@@ -6,8 +6,10 @@ import codeop
 import ipaddress
 import re
 import statistics
+import string
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import example, given
@@ -20,6 +22,7 @@ from data_tools.stages.pii.config import PiiConfig
 from data_tools.stages.pii.finding import id_check_digit, placeholder
 from data_tools.stages.pii.numbers import luhn
 from data_tools.stages.pii.stage import PiiStage
+from data_tools.stages.pii.values import is_key_text
 
 # Assembled here, so that no scanner of secrets takes this file for a leak.
 GITHUB = "ghp_" + "aB3dE5fG7hI9jK1lM2nO4pQ6rS8tU0vW1xY2"
@@ -217,6 +220,7 @@ def test_identity_number_needs_checksum_date_and_province() -> None:
         "Avogadro (called so in 1776-1856), the call of 2009-12-28, phone model of 01.02.2003",
         "call 1-800-998-9938 or 1-900-993-2582",
         "cell phone ring tones 84221111000000",
+        "phone model 3310-2000-1",
     ],
 )
 def test_numbers_with_a_sign_or_another_meaning_stay(text: str) -> None:
@@ -234,6 +238,11 @@ def test_numbers_with_a_sign_or_another_meaning_stay(text: str) -> None:
         ("(02) 9374 4001 in Sydney", "(02) 9374 4001"),
         ("東京 03-3224-9999", "03-3224-9999"),
         ("電話 2345 6789", "2345 6789"),
+        ("Fax: 030 / 8182 3456", "030 / 8182 3456"),
+        ("No. HP: 085712345678", "085712345678"),
+        ("https://wa.me/5511987654321", "5511987654321"),
+        ("☎ 01 42 68 53 00", "01 42 68 53 00"),
+        ("มือถือ 089 234 5678", "089 234 5678"),
         ("tel 020 7946 1958 or 07911 123456", "07911 123456"),
         ("电话：（010）62770334", "（010）62770334"),
     ],
@@ -268,6 +277,12 @@ def test_phones_in_code_need_a_word(number: str) -> None:
         ("?to=jan%40onet.pl&x", "jan%40onet.pl"),
         ("li@webhost[dot]com", "li@webhost[dot]com"),
         ("Kontakt: müller@bücher.de", "müller@bücher.de"),
+        ("li_at_webhost_dot_com", "li_at_webhost_dot_com"),
+        ("li&#x40;webhost&#46;com", "li&#x40;webhost&#46;com"),
+        ("发到li88@webhost。com", "li88@webhost。com"),
+        ("li88@webhost(.)com", "li88@webhost(.)com"),
+        ("li@webhost.xn--p1ai", "li@webhost.xn--p1ai"),
+        ("<hostyle AT csn.ul.ie>", "hostyle AT csn.ul.ie"),
         ("почта иван@почта.рф", "иван@почта.рф"),
         ("<o'brien@trinity.ie>", "o'brien@trinity.ie"),
         ("Email：ｌｉｎ＠ｙａｈｏｏ．ｃｏｍ。", "ｌｉｎ＠ｙａｈｏｏ．ｃｏｍ"),
@@ -289,6 +304,10 @@ def test_emails_written_in_another_way(text: str, value: str) -> None:
         "we met at the dot com bubble",
         "2 @ 4.50 each",
         "foo@bar.baz(x)",
+        "systemctl start getty@tty1.service user@1000.service crypt@home.mount",
+        "call printf@got.plt, brew install openssl@3.rb, icon_40@3x.heic",
+        "Buy tickets AT ticketmaster.com now",
+        "see 3 (a) www.site.com for more",
     ],
 )
 def test_what_is_no_email_stays(text: str) -> None:
@@ -320,6 +339,7 @@ def test_addresses_by_the_words_around_them(text: str) -> None:
         "SQL Server 15.0.200.5",
         "西宁３．２１．４１．１北京３．８２．０１．８",
         "Rule 34.2.1.5 applies",
+        "## 20.33.44.55\nFixed in 20.33.44.54.\n[20.33.44.53] - 2024-01-02",
     ],
 )
 def test_versions_and_sections_are_no_addresses(text: str) -> None:
@@ -356,6 +376,111 @@ def test_secrets_by_the_name_they_are_assigned_to(text: str, value: str) -> None
     assert counts == {"pii.secret": 1}
 
 
+PASSWORD = "kQ8v!Zr2Lm"
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "password=", "db_password       = '", '{"passwd":"', 'PASSWORD "', "<password>", "<password>\n    ",
+        '<property name="password" value="', 'name: DB_PASSWORD\n  value: "', '"name": "db_password",\n "value": "',
+        'variable "db_password" {\n  default = "', "password: |\n  ", '$password ??= "', '$password .= "',
+        "setPassword('",
+        "define('DB_PASSWORD', '", "IDENTIFIED BY '", "the password for the guest account is ",
+        "I changed the password to ", "login admin, password ", "username admin password 0 ", "requirepass ",
+        "| password | ", "**Password:** `", 'let password: String = "', 'Password = ConvertTo-SecureString "',
+        "Passwort fürs WLAN: ",
+        "Kennwort lautet ", "mot de passe : ", "La contraseña es ", "A senha do banco é ", "пароль: ", "hasło - ",
+        "パスワードは", "비밀번호: ", "mật khẩu: ", "密码改成", "数据库密码（新）：", "口令 ", "Wachtwoord: ",
+        "İ password: ",
+    ],
+)  # fmt: skip
+def test_passwords_however_they_are_given(before: str) -> None:
+    closing = {"'": "'", '"': '"', "`": "`", ">": "</password>"}.get(before.rstrip()[-1], "")
+    text = f"{before}{PASSWORD}{closing}\nand more"
+    cleaned, counts = clean(text)
+    assert cleaned == f"{before}YOUR_SECRET{closing}\nand more" and counts == {"pii.secret": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("api_key <- " + f'"{SECRET}"', SECRET),
+        (f"- API Key: `{SECRET}`", SECRET),
+        (f'var jwtKey = []byte("{SECRET}")', SECRET),
+        (f'self.api_key = api_key or "{SECRET}"', SECRET),
+        (f"requests.get(u, headers={{'Authorization': 'SSWS {SECRET}'}})", SECRET),
+        (f"our secret {SECRET} leaked", SECRET),
+        (f"APP_KEY=base64:{SECRET}", SECRET),
+        (f'\\"token\\":\\"{SECRET}\\"', SECRET),
+        (f"PRIVATE_KEY=0x{'9fceb02d0a1b5e7c' * 4}", f"0x{'9fceb02d0a1b5e7c' * 4}"),
+        (f"支付密钥（APIv3）：{SECRET}", SECRET),
+        (f'{{"kty":"oct","k":"{SECRET}"}}', SECRET),
+        (f"https://{SECRET}@o1.ingest.sentry.io/2", SECRET),
+        (f"https://restapi.amap.com/v3/geo?key={SECRET}&q=1", SECRET),
+        (f"Set-Cookie: connect.sid=s%3A{SECRET}; Path=/", f"s%3A{SECRET}"),
+        ("postgres://a:x9%40Kd82Lq@pg/d", "x9%40Kd82Lq"),
+        ("root:x9Kd82Lq@tcp(127.0.0.1:3306)/app", "x9Kd82Lq"),
+        ("*:*:*:postgres:x9Kd82Lq", "x9Kd82Lq"),
+        ("jdbc:oracle:thin:scott/x9Kd82Lq@//ora:1521/ORCL", "x9Kd82Lq"),
+        ("sshpass -p x9Kd82Lq scp a b@h:", "x9Kd82Lq"),
+        ("curl -u ci:x9Kd82Lq https://x", "x9Kd82Lq"),
+        ("openssl rsa -in k -passin pass:x9Kd82Lq", "x9Kd82Lq"),
+        ("echo x9Kd82Lq | docker login -u ci --password-stdin r.io", "x9Kd82Lq"),
+        ('http.SetBasicAuth("admin", "x9Kd82Lq")', "x9Kd82Lq"),
+        ("x9Kd82Lq! is the password", "x9Kd82Lq!"),
+        (f"<key>APIToken</key>\n<string>{SECRET}</string>", SECRET),
+        (f'<meta name="api_token" content="{SECRET}">', SECRET),
+        (
+            "https://hooks.slack.com/services/TABCDEFGH/BABCDEFGH/kQvZrLmXpTnWcByHdsGfaJeu",
+            "TABCDEFGH/BABCDEFGH/kQvZrLmXpTnWcByHdsGfaJeu",
+        ),
+        ("MAIL_PASSWORD=qxzv kbdj wqpf mnrt", "qxzv kbdj wqpf mnrt"),
+    ],
+)
+def test_secrets_by_their_place(text: str, value: str) -> None:
+    before, _, after = text.partition(value)
+    cleaned, counts = clean(text)
+    assert cleaned.startswith(before) and cleaned.endswith(after) and value not in cleaned
+    assert counts == {"pii.secret": 1}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"LS0tLS1CRUdJTiBQUklWQVRFIEtFWS0tLS0t{SECRET * 90}",
+        f"Private-Lines: 2\n{SECRET}\n{SECRET}\nPrivate-MAC: 1",
+        f"---- BEGIN SSH2 ENCRYPTED PRIVATE KEY ----\nComment: k\n{SECRET}\n{SECRET}\n---- END SSH2",
+    ],
+)
+def test_private_keys_of_other_forms(body: str) -> None:
+    cleaned, counts = clean(f"tls.key: {body}")
+    assert SECRET not in cleaned and "YOUR_PRIVATE_KEY" in cleaned and counts == {"pii.secret": 1}
+
+
+@pytest.mark.parametrize(
+    ("alphabet", "length", "least"),
+    [
+        (string.ascii_letters, 16, 0.75),
+        (string.ascii_letters, 32, 0.93),
+        (string.ascii_letters + string.digits, 20, 0.96),
+        (string.ascii_lowercase + string.digits, 32, 0.98),
+        ("0123456789abcdef", 32, 1.0),
+    ],
+)
+def test_keys_of_few_digits_are_found(alphabet: str, length: int, least: float) -> None:
+    """Of keys of 20 letters and digits one in seven has fewer than two digits."""
+    rng = Random(0)
+    keys = ["".join(rng.choices(alphabet, k=length)) for _ in range(300)]
+    assert sum(is_key_text(key, is_quoted=False) for key in keys) >= least * len(keys)
+
+
+def test_names_are_no_keys() -> None:
+    source = "".join(Path(module.__file__).read_text() for module in (statistics, ipaddress, codeop))
+    names = set(re.findall(r"[A-Za-z_][A-Za-z_0-9]{15,}", source))
+    assert len(names) > 50 and not [name for name in names if is_key_text(name, is_quoted=True)]
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -367,6 +492,31 @@ def test_secrets_by_the_name_they_are_assigned_to(text: str, value: str) -> None
         "the password is required2",
         f"commit {'9fceb02d0a' * 4}",
         "https://user:password@host/x",
+        'you can pass "inline=False" to it, pass `x=1`',
+        '"minipass": "^7.0.3", "minipass-flush": "~1.0.5"',
+        "#include <pwd.h>\n#include <stdint.h>",
+        "PPPIOCSPASS = 0x40107447",
+        'IDENTIFIED BY "%(password)s"',
+        "password_validators = django.contrib.auth.password_validation.MinimumLengthValidator1",
+        '["Qwen2OmniToken2WavDiTModel", "Qwen2OmniToken2WavBigVGANModel"]',
+        "entering_forward_pass = self._training_state",
+        "the pass rate of compass 98B, Forgot your password? Reset it within 24 hours.",
+        "credentialsId: 'ff083f76-7804-4ef1-80e4-fe975bb9141b'",
+        f"cacheKey: '{SECRET}', nextPageToken: '{SECRET}', publicKey = '{SECRET}'",
+        f"certificate-authority-data: LS0tLS1CRUdJTiBDRVJUSUZJQ0FURS0tLS0tCk{SECRET}",
+        "Cookie: _ga=GA1.2.1234567890.0987654321; lang=de",
+        "密码必须为8到20位字符, la contraseña debe tener 8 caracteres, пароль не менее 8 символов",
+        "pwd: /home/user/src2, the token count is 128000, SECRET_NAME=prod/db2",
+        ".. _http-password-mgr:\n\nHTTPPasswordMgr Objects",
+        "hf_servingcellpriorityparametersdescription",
+        "sk-learn-1-2-3-pipeline-of-many-words",
+        'token = "Seamless2TextToUnitDecoderV4"',
+        "credentialId: 'ff083f76-7804-4ef1-80e4-fe975bb9141b'",
+        f"Cookie: _gcl_au={SECRET}; theme={SECRET}",
+        "server_key: k8Q2vZr2LmX5pTn7WcB4.pem",
+        "token: `Basic ${Buffer.from('username:password').toString('base64')}`",
+        "pass '--size=8GB!' to the tool",
+        f"NextToken: '{SECRET}'",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
@@ -417,7 +567,14 @@ def test_text_that_is_not_searched_for_markup_has_none(text: str) -> None:
 def test_the_sentences_of_the_benchmark(kind: str) -> None:
     """A quick part of what `benchmarks/curation_quality.py --topic personal_data` measures."""
     rates = personal_data.Rates.of(CASES[kind], personal_data.ours)
-    assert rates.recall >= 0.9 and rates.precision >= 0.95
+    assert rates.recall >= 0.95 and rates.precision >= 0.97
+
+
+def test_sentences_that_no_rule_was_made_for() -> None:
+    cases = list(personal_data.all_cases([7], personal_data.UNSEEN))
+    rates = personal_data.Rates.of(cases, personal_data.ours)
+    assert rates.personal > 200 and rates.recall >= 0.93 and rates.precision >= 0.97
+    assert not {case.text for case in cases} & {case.text for cases in CASES.values() for case in cases}
 
 
 PIECES = [
@@ -443,6 +600,11 @@ PIECES = [
     "tel 912 345 678",
     "password: Tr0ub4dor&3",
     "postgres://app:x9Kd82Lq@db.internal/x",
+    f"Private-Lines: 2\n{SECRET}\n{SECRET}\nPrivate-MAC: 1",
+    f"Cookie: connect.sid={SECRET}",
+    f"密码：{SECRET}",
+    "x9Kd82Lq! is the password",
+    f"setPassword('{SECRET}')",
 ]
 texts = st.lists(
     st.sampled_from(PIECES) | st.text("0123456789+-.@:() =/电话a\"'\n１", max_size=6), max_size=12
@@ -496,6 +658,17 @@ def test_text_outside_of_what_is_found_is_unchanged(text: str) -> None:
             "１．",
             "@例",
             "AB12",
+            "password is ",
+            "password\n",
+            "api_key: ",
+            "token ",
+            "key='",
+            "密码",
+            "cookie: a=b1;",
+            "curl -u a:",
+            "login('a', 'b",
+            "?key=a1",
+            "Private-Lines: 1\n",
         ),
     ],
 )
