@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from benchmarks.curation import personal_data
 from data_tools.record import CODE, Record
-from data_tools.stages.pii import keys
 from data_tools.stages.pii.config import PiiConfig
 from data_tools.stages.pii.finding import id_check_digit, placeholder
 from data_tools.stages.pii.numbers import luhn
@@ -545,22 +544,6 @@ def test_documents_of_other_countries_are_an_option(text: str, value: str, optio
 CASES: dict[str, list[personal_data.Case]] = {}
 for each in personal_data.all_cases(range(1)):
     CASES.setdefault(each.kind, []).append(each)
-
-
-WORDS_OF_MARKUP = (
-    "password SECRET token apiKey access_ key name value VALUE pwd 密钥 令牌 是 为 為 Xk2pQ9vLm4 </".split()
-)
-PIECES = st.sampled_from([*"<></=\":' \nSsKk\u212a\u017f", 'Name="', *WORDS_OF_MARKUP])
-
-
-@given(st.lists(PIECES, max_size=14).map("".join))
-@example("<db:password>hunter22</db:password>")
-@example('<add KEY="ApiSecret"  Value="x7Kq2m"/>')
-@example("Name: DB_TOKEN\n  VALUE: x7Kq2m")
-@example("toKen 是 Xk2pQ9vLm4Xk2pQ9vLm4")
-def test_text_that_is_not_searched_for_markup_has_none(text: str) -> None:
-    if keys._MARKUP.search(text):
-        assert keys._may_have_markup(text)
 
 
 @pytest.mark.parametrize("kind", CASES)
