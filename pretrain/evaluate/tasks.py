@@ -173,8 +173,8 @@ def _check_labels(labels: Any, path: Path) -> None:
     for label in labels if isinstance(labels, dict) else ():
         if label is None or isinstance(label, bool):
             raise ConfigError(
-                f"{path} is not {_WHAT}: labels has {label} as a label, which is how YAML reads a word such as yes, no, "
-                'on, off or null; write it in quotes, as in "no"'
+                f"{path} is not {_WHAT}: labels has {label} as a label, which is how YAML reads a word such as yes, "
+                'no, on, off or null; write it in quotes, as in "no"'
             )
 
 
