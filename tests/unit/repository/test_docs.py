@@ -411,7 +411,7 @@ def test_every_fault_has_a_named_test() -> None:
     text = (ROOT / "docs/reliability.md").read_text().partition("## Faults, and how long they take")[2]
     rows = re.findall(r"^\| (\d+) \|.*\| ([^|]*) \|$", text, flags=re.M)
     assert [int(number) for number, _ in rows] == list(range(1, 22))
-    names = {name for tests in tests_by_file().values() for name in tests}
+    names = {name for tests in names_of_tests().values() for name in tests}
     for number, tests in rows:
         cited = re.findall(r"`(test_\w+)`", tests)
         assert cited, f"row {number}"
@@ -429,7 +429,7 @@ def texts_of_the_program() -> Iterator[tuple[Path, str]]:
 
 
 @cache
-def tests_by_file() -> dict[str, list[str]]:
+def names_of_tests() -> dict[str, list[str]]:
     """The names of the tests in each file."""
     files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
     return {file: re.findall(r"^ *def (test_\w+)", text, flags=re.M) for file, text in files.items()}
@@ -438,7 +438,7 @@ def tests_by_file() -> dict[str, list[str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tests_that_a_page_names_exist(page: Path) -> None:
     """In backquotes, with or without the file: `test_x`, `test_file.py`, `test_file.py::test_x`; some are cut short."""
-    defined = tests_by_file()
+    defined = names_of_tests()
     for named in re.findall(r"`(?:tests/[\w/]+/)?(test_\w+(?:\.py)?(?:::test_\w+)?)`", page.read_text()):
         file, _, test = named.rpartition("::")
         if named.endswith(".py"):
