@@ -68,7 +68,9 @@ def main() -> int:
     if problems:
         return 1
     manifest = load_manifest(folder / MANIFEST_NAME)
-    print(f"{visible(str(folder))} is whole: {manifest.n_tokens:,} tokens, root hash {manifest.root_sha256}")
+    print(
+        f"{visible(str(folder))} is whole: {manifest.document_tokens:,} tokens, root hash {manifest.root_sha256}"
+    )
     return ExitCode.FINISHED
 
 
