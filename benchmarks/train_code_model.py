@@ -2,8 +2,9 @@
 
     python benchmarks/train_code_model.py --programs programs.jsonl --prose prose.jsonl [--test test.jsonl]
 
-Each file has a record per line, with `text` and `kind` (the language, or the origin); those of --test also `label` (1
-is code). Kinds count equally, however many texts they have: each text has the weight 1 / sqrt(texts of its kind).
+Each file has a record per line, with `text` and `kind` (the language, or the origin); those of --test also have
+`label` (1 is code). Kinds count equally, however many texts they have: each text has the weight
+1 / sqrt(texts of its kind).
 
 The shipped model was trained on 3,046 programs (the example files of the Pygments 2.18 source package; of GitHub
 Linguist's samples those of half of the languages; files of Debian 12 packages in 25 formats, Go, three.js, Django and

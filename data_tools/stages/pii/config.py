@@ -28,7 +28,7 @@ class PiiConfig:
     bank_card: bool = True
     """Replace card numbers of known issuers with a valid checksum (ISO/IEC 7812-1)."""
     secret: bool = True
-    """Replace private keys, the keys and tokens of some sixty services, and passwords and keys that are assigned to a
-    name such as `api_key`."""
+    """Replace private keys, the keys and tokens of some ninety services, and passwords and keys that are given to
+    a name such as `api_key` or stand where only secrets do."""
     salt: str = ""
     """Changes the placeholder of every value; use the same salt wherever results must agree."""

@@ -122,7 +122,8 @@ def find_named_secrets(text: str) -> Iterator[PiiMatch]:
     lower = (
         text.lower() if is_ascii else text.replace("İ", "I").lower()
     )  # the only letter whose length changes
-    for word in _PASSWORD_WORDS if is_ascii else (*_PASSWORD_WORDS, *_FOREIGN_PASSWORD_WORDS):
+    words = _PASSWORD_WORDS if is_ascii else _PASSWORD_WORDS + _FOREIGN_PASSWORD_WORDS
+    for word in [word for word in words if word in lower]:
         end = 0  # of the last value, in which names are part of the value
         for at in places(lower, word):
             span = None
@@ -131,7 +132,8 @@ def find_named_secrets(text: str) -> Iterator[PiiMatch]:
             if span := span or _said_before(text, at):
                 end = span[1]
                 yield PiiMatch(*span, "secret", "YOUR_SECRET", "")
-    for word in _KEY_WORDS if is_ascii else (*_KEY_WORDS, *_FOREIGN_KEY_WORDS):
+    words = _KEY_WORDS if is_ascii else _KEY_WORDS + _FOREIGN_KEY_WORDS
+    for word in [word for word in words if word in lower]:
         end = 0
         for at in places(lower, word):
             if at >= end and (match := _KEY.match(text, at)) and (span := _key_span(match, word)):
@@ -159,7 +161,8 @@ def _password_span(match: re.Match[str]) -> tuple[int, int] | None:
     if word and any(match[link] is not None for link in ("said", "beside", "quoted_next", "given")):
         return None  # to pass something
     is_quoted = match["quoted"] is not None
-    if (match["given"] and not is_quoted) or (match["markup"] and "." in match["tail"]):
+    needs_quotes = match["given"] or match[0][:10].lower() == "identified"
+    if (needs_quotes and not is_quoted) or (match["markup"] and "." in match["tail"]):
         return None  # <pwd.h>
     group = "quoted" if is_quoted else "bare"
     value = match[group]
@@ -319,7 +322,8 @@ def _places_of_secrets(text: str) -> Iterator[tuple[int, int]]:
             for match in _COOKIE_VALUE.finditer(text, *line.span(1)):
                 if not _NO_COOKIE.match(match[1]) and is_key_text(unquote(match[2]), is_quoted=False):
                     yield match.span(2)
-    options = sorted(at for sign in (" -", "net user ", "configure set ") for at in places(text, sign))
+    signs = [sign for sign in (" -", "net user ", "configure set ") if sign in text]
+    options = sorted(at for sign in signs for at in places(text, sign))
     for start, end in spans_around(options, 170, 60):
         for match in _OPTION.finditer(text, start, min(len(text), end + 200)):
             if is_password(match[1], is_quoted=False) or is_key_text(match[1], is_quoted=False):

@@ -620,32 +620,26 @@ def add_to_earlier(files: dict[str, bytes]) -> None:
         decide(task)
 
 
-def signature_index(data: bytes) -> None:
-    add_to_earlier(earlier_curation()[1] | {"signatures/index.json": data})
+def signatures(data: bytes) -> None:
+    """Compare with an earlier curation of which others made a file: the index, the documents or the rows.
 
-
-def signature_rows(data: bytes) -> None:
-    """Compare with rows of others. The index matches them, as that of an attacker would."""
+    The index matches the documents and the rows, as that of an attacker would.
+    """
     from data_tools.curation.dedup import row_type
 
     dedup, files = earlier_curation()
-    n_rows = len(data) // row_type(dedup).itemsize
-    rows = data[: n_rows * row_type(dedup).itemsize]
     index = json.loads(files["signatures/index.json"])
-    index["parts"][0]["documents"] = n_rows
-    add_to_earlier(
-        files | {"signatures/index.json": json.dumps(index).encode(), "signatures/part-00000.rows": rows}
-    )
-
-
-def signed_documents(data: bytes) -> None:
-    """Compare with documents of others, which the index and the rows match in number and size."""
-    _, files = earlier_curation()
-    index = json.loads(files["signatures/index.json"])
-    index["parts"][0]["bytes"] = len(data)
-    add_to_earlier(
-        files | {"signatures/index.json": json.dumps(index).encode(), "documents/part-00000.jsonl": data}
-    )
+    if data.startswith(b'{"format"'):
+        add_to_earlier(files | {"signatures/index.json": data})
+        return
+    if data.startswith(b"{"):
+        index["parts"][0]["bytes"] = len(data)
+        changed = {"documents/part-00000.jsonl": data}
+    else:
+        n_rows = len(data) // row_type(dedup).itemsize
+        index["parts"][0]["documents"] = n_rows
+        changed = {"signatures/part-00000.rows": data[: n_rows * row_type(dedup).itemsize]}
+    add_to_earlier(files | changed | {"signatures/index.json": json.dumps(index).encode()})
 
 
 # --- checkpoints of other programs ---
@@ -793,13 +787,7 @@ HARNESSES = {
         ],
         is_json=True,
     ),
-    "signature_index": Harness(
-        signature_index, lambda: [earlier_curation()[1]["signatures/index.json"]], is_json=True
-    ),
-    "signature_rows": Harness(signature_rows, lambda: [earlier_curation()[1]["signatures/part-00000.rows"]]),
-    "signed_documents": Harness(
-        signed_documents, lambda: [earlier_curation()[1]["documents/part-00000.jsonl"]], is_json=True
-    ),
+    "signatures": Harness(signatures, lambda: list(earlier_curation()[1].values()), is_json=True),
     "foreign": Harness(
         foreign,
         lambda: [c for n, c in foreign_files().items() if n.endswith(("model.bin", "data.pkl", ".metadata"))],

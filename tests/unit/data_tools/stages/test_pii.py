@@ -515,6 +515,8 @@ def test_names_are_no_keys() -> None:
         "server_key: k8Q2vZr2LmX5pTn7WcB4.pem",
         "token: `Basic ${Buffer.from('username:password').toString('base64')}`",
         "pass '--size=8GB!' to the tool",
+        "func PFXImportCertStore(pfx *Blob, password *uint16)",
+        "partition identified by UUID=fe3e1db5-6454-46d6-a14c-071208ebe4b1",
         f"NextToken: '{SECRET}'",
     ],
 )
