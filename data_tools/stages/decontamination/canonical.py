@@ -108,15 +108,15 @@ def _streams(text: str) -> Streams:
             for found in pattern.finditer(text):
                 codes[found.start() : found.end()] = 0x20
     if is_ascii:
-        return Streams(_stream(np.flatnonzero(tables.kinds[codes]), codes, None), None)
+        return Streams(_stream(tables.kinds[codes].nonzero()[0], codes, None), None)
     codes, places = _fold_codes(codes, tables)
     kinds = tables.kinds[codes]
-    heard = np.flatnonzero(kinds != _IGNORED)
+    heard = (kinds != _IGNORED).nonzero()[0]
     if len(heard) < len(kinds):
         kinds, codes = kinds[heard], codes[heard]
         places = heard if places is None else places[heard]
-    spaced = _stream(np.flatnonzero(kinds == _WORD), codes, places)
-    unspaced = np.flatnonzero(kinds == _UNSPACED)
+    spaced = _stream((kinds == _WORD).nonzero()[0], codes, places)
+    unspaced = (kinds == _UNSPACED).nonzero()[0]
     return Streams(spaced, _stream(unspaced, codes, places, single=True) if len(unspaced) else None)
 
 
@@ -124,16 +124,16 @@ def _stream(
     kept: NDArray[np.int64], codes: Codes, places: NDArray[np.int64] | None, single: bool = False
 ) -> Stream:
     """The stream of the characters at `kept`; with `single`, each of them is a token."""
-    starts = (
-        np.arange(len(kept))
-        if single
-        else np.flatnonzero(np.append(True, kept[1:] - kept[:-1] != 1))[: len(kept)]
-    )
+    is_start = np.ones(len(kept), np.bool_)
+    if not single:
+        np.not_equal(kept[1:] - kept[:-1], 1, out=is_start[1:])
+    starts = is_start.nonzero()[0]
     values = _tables().values[codes[kept]]
     values *= powers(len(values))[0][: len(values)]
     sums = np.zeros(len(kept) + 1, np.uint64)
     np.cumsum(values, out=sums[1:])
-    bounds = np.append(starts, len(kept))
+    bounds = np.full(len(starts) + 1, len(kept))
+    bounds[:-1] = starts
     begins, ends = kept[starts], kept[bounds[1:] - 1]
     if places is not None:
         begins, ends = places[begins], places[ends]

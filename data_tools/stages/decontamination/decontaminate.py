@@ -172,7 +172,7 @@ class DecontaminateStage:
         index = self._index
         hashes = stream.grams(GRAM_LETTERS[is_unspaced])
         # Few runs are seeds, so this table rules out nearly all of them.
-        maybe = np.flatnonzero(self._table[hashes >> np.uint64(65 - len(self._table).bit_length())])
+        maybe = self._table[hashes >> np.uint64(65 - len(self._table).bit_length())].nonzero()[0]
         if not len(maybe):
             return
         hashes = hashes[maybe]
