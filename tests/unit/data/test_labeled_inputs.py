@@ -15,6 +15,7 @@ from pretrain.data.loader import build_batch
 from pretrain.errors import ConfigError
 from support.labeled import CLASSES, MAX_TOKENS
 from support.tiny import TinyCorpus, run_arguments
+from support.trained_run import script
 
 
 def resolved(corpus: TinyCorpus, *more: str) -> TrainConfig:
@@ -90,3 +91,9 @@ def test_a_class_that_the_manifest_does_not_name_is_a_damaged_corpus(labeled: Ti
     corpus.manifest.classes = CLASSES[:2]
     with pytest.raises(CorruptShardError, match=r"of class 2.*names 2 classes"):
         build_batch(corpus, np.zeros(4, np.int64), np.arange(4), MAX_TOKENS, True)
+
+
+def test_the_planner_refuses_the_objective_by_name() -> None:
+    wanted = ["objective=classify", "model=tiny", "total_tokens=1000000"]
+    with pytest.raises(ConfigError, match="objective=classify is not known to the planner"):
+        load_config(script("plan").PlanConfig, wanted, "plan")
