@@ -26,6 +26,7 @@ class ModelType(Enum):
 class DocumentFormat(Enum):
     text = "text"
     chat = "chat"
+    labeled = "labeled"
 
 
 class LossRole(Enum):
@@ -72,6 +73,24 @@ class ChatConfig:
             raise ConfigError(f"chat.max_tokens={self.max_tokens} must be greater than 0")
         if self.date is not None and not _is_date(self.date):
             raise ConfigError(f"chat.date={self.date} is no date; give YYYY-MM-DD")
+
+
+@dataclass(kw_only=True, slots=True)
+class LabelsConfig:
+    """The classes of labeled documents, and how long a document may be."""
+
+    classes: list[str] = field(default_factory=list)
+    """The allowed labels, in the order of a classifier's outputs; [] takes all that are found, sorted. A record with
+    another label is bad. Give it where training and evaluation texts are prepared separately."""
+    max_tokens: int = 512
+    """Length of the training sequences, into which whole documents are packed. Of a longer document, the start is kept,
+    and that it was cut is counted."""
+
+    def __post_init__(self) -> None:
+        if not 4 <= self.max_tokens <= MAX_CHUNK_TOKENS:
+            raise ConfigError(f"labels.max_tokens={self.max_tokens} is outside 4 to {MAX_CHUNK_TOKENS:,}")
+        if len(set(self.classes)) < len(self.classes) or len(self.classes) == 1:
+            raise ConfigError(f"labels.classes={self.classes} must name two or more different classes")
 
 
 def _is_date(text: str) -> bool:
@@ -177,9 +196,12 @@ class PrepareConfig:
     """Replace a corpus in `output` that was prepared from other text or with other options."""
     format: DocumentFormat = DocumentFormat.text
     """chat: each record (of all kinds of files but text and WARC) is a dialogue in one of the forms of
-    docs/finetuning.md; the corpus gets a loss mask, for fine-tuning."""
+    docs/finetuning.md; the corpus gets a loss mask, for fine-tuning. labeled: each record is a text with a label, for
+    objective=classify (docs/classification.md)."""
     text_field: str = "text"
     """Field of a JSON line, or column of a Parquet file, that holds the text."""
+    label_field: str = "label"
+    """Field or column that holds the label with format=labeled: a text or a whole number."""
     license: str = "unknown"
     """License of documents that state no license."""
     require_licenses: bool = False
@@ -206,6 +228,8 @@ class PrepareConfig:
     """The tokenizer of the corpus."""
     chat: ChatConfig = field(default_factory=ChatConfig)
     """How dialogues become tokens."""
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
+    """The classes of labeled documents."""
     card: CardConfig = field(default_factory=CardConfig)
     """Statements for the card."""
     chunk_tokens: int | None = None
@@ -250,15 +274,21 @@ class PrepareConfig:
         packed = self.packed_tokens
         if packed is not None and packed > MAX_CHUNK_TOKENS:
             raise ConfigError(
-                f"chat.max_tokens={packed} is more than {MAX_CHUNK_TOKENS:,}, the largest chunk; give a smaller one"
+                f"{self._packed_key}={packed} is more than {MAX_CHUNK_TOKENS:,}, the largest chunk; give a smaller one"
             )
         if packed is not None and (self.chunk_tokens or 0) % packed:
             raise ConfigError(
-                f"chunk_tokens={self.chunk_tokens} is no multiple of chat.max_tokens={packed}, the length of the "
-                "sequences into which dialogues are packed; leave chunk_tokens out, or give a multiple"
+                f"chunk_tokens={self.chunk_tokens} is no multiple of {self._packed_key}={packed}, the length of the "
+                "sequences into which whole documents are packed; leave chunk_tokens out, or give a multiple"
             )
 
     @property
     def packed_tokens(self) -> int | None:
-        """Length of the sequences into which whole dialogues are packed; None where none are."""
+        """Length of the sequences into which whole documents are packed; None where none are."""
+        if self.format is DocumentFormat.labeled:
+            return self.labels.max_tokens
         return self.chat.max_tokens if self.format is DocumentFormat.chat and self.chat.pack else None
+
+    @property
+    def _packed_key(self) -> str:
+        return "labels.max_tokens" if self.format is DocumentFormat.labeled else "chat.max_tokens"

@@ -1,9 +1,9 @@
 """Prepare a corpus: python -m data_tools.prepare input=[PATH,...] output=DIR [KEY=VALUE ...]
 
 Reads text (JSONL, plain text, Parquet, tars of text, folders of them, or `input=[python]` for the code and
-documentation that every machine has) or, with `format=chat`, dialogues. Cleans it, holds out some documents for
-evaluation, trains a tokenizer, tokenizes in parallel, and writes token shards, a manifest and a card. Run again after
-an interruption, it continues where it stopped.
+documentation that every machine has); with `format=chat`, dialogues; with `format=labeled`, texts with labels. Cleans
+it, holds out some documents for evaluation, trains a tokenizer, tokenizes in parallel, and writes token shards, a
+manifest and a card. Run again after an interruption, it continues where it stopped.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def _prepare(config: PrepareConfig) -> int:
             if template is not None:
                 write_atomically(work / CHAT_TEMPLATE_NAME, template.encode())
             chat = config.chat if template is not None else None
-            left_out_dialogues = encode_parts(gathered, work, model, _n_workers(config), chat)
+            left_out_dialogues = encode_parts(
+                gathered, work, model, _n_workers(config), chat, config.labels.max_tokens
+            )
             take_out(config, gathered, left_out_dialogues)
             _build(config, recipe, gathered, work, corpus)
             write_atomically(work / "packed", b"")

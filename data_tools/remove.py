@@ -144,6 +144,7 @@ class _Removal:
             files=files,
             loss_mask=was.loss_mask,
             packed=was.packed,
+            classes=was.classes,
         )
         counts = DocumentCounts(self.tokenizer)
         n_left = 0

@@ -18,6 +18,7 @@ begin(__name__)
 
 import argparse
 import random
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -46,6 +47,7 @@ def describe(manifest: Manifest, folder: Path) -> str:
         *([packing_line(manifest)] if manifest.loss_mask else []),
         f"tokenizer: {manifest.vocab_size:,} entries, sha256 {manifest.tokenizer_sha256}",
         f"root hash: {manifest.root_sha256}",
+        *[f"classes: {shown(', '.join(manifest.classes))}"] * bool(manifest.classes),
         "",
         plain_table(source_rows(manifest), HEADERS),
     ]
@@ -65,7 +67,7 @@ def describe_chunk(corpus: Corpus, tokenizer: Tokenizer, chunk: int) -> str:
     text = tokenizer.decode(tokens[~is_filler].tolist())
     if corpus.manifest.loss_mask:
         is_target = corpus.is_target(chunk, 0, len(tokens))
-        text = marked_text(tokens[~is_filler], is_target[~is_filler], tokenizer)
+        text = marked_text(tokens[~is_filler], is_target[~is_filler], tokenizer, corpus.manifest.classes)
     source = corpus.manifest.sources[int(documents.source[0])].name
     offset = int(documents.offsets[0])
     begins = f"begins at token {offset:,} of" if offset else "begins with"
@@ -80,15 +82,20 @@ def describe_chunk(corpus: Corpus, tokenizer: Tokenizer, chunk: int) -> str:
     return "\n".join([head, *(f"| {line}" for line in lines)])
 
 
-def marked_text(tokens: np.ndarray, is_target: np.ndarray, tokenizer: Tokenizer) -> str:
-    """The text of tokens, with targets in brackets and a line break after each eos."""
+def marked_text(
+    tokens: np.ndarray, is_target: np.ndarray, tokenizer: Tokenizer, classes: Sequence[str] = ()
+) -> str:
+    """The text of tokens, with targets in brackets and a line break after each eos.
+
+    With `classes`, a target is the number of one.
+    """
     borders = np.flatnonzero(np.diff(is_target)) + 1
     turns = np.flatnonzero(tokens == tokenizer.eos_id) + 1
     text = ""
     cuts = np.union1d(borders, turns)
     for piece, mask in zip(np.split(tokens, cuts), np.split(is_target, cuts), strict=True):
         if len(piece):
-            words = tokenizer.decode(piece.tolist())
+            words = classes[piece[0]] if classes and mask[0] else tokenizer.decode(piece.tolist())
             text += f"⟦{words}⟧" if mask[0] else words
             text += "\n" if piece[-1] == tokenizer.eos_id else ""
     return text

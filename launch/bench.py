@@ -33,7 +33,16 @@ begin(__name__)
 
 from omegaconf import MISSING
 
-from pretrain.config import AUTO, Precision, RopeType, TrainConfig, load_config, run_command, to_dict
+from pretrain.config import (
+    AUTO,
+    Objective,
+    Precision,
+    RopeType,
+    TrainConfig,
+    load_config,
+    run_command,
+    to_dict,
+)
 from pretrain.config.checks import check_positive
 from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
@@ -144,7 +153,7 @@ def check_variant(text: str, config: BenchConfig) -> None:
     wrong = {
         "micro_batch_sequences": config.micro_batch_sequences == AUTO,
         "engine.sequence_parallel_ranks": config.engine.sequence_parallel_ranks > 1,
-        "objective": not config.causal,
+        "objective": config.objective is not Objective.causal,
     }
     if runner != "pretrain":
         wrong |= {

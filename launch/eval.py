@@ -5,7 +5,8 @@ objective=mlm is scored on masked tokens, the same at each call, and has no bits
 of text as for data_tools.prepare (.jsonl, .jsonl.gz, .parquet, .txt, .md, .tar), or a prepared corpus (its folder or
 manifest.json). A task is a file that says what the model is asked and what is right (docs/evaluation.md); each score
 stands beside its standard error. `output=DIR` gets a file for each task and one for the text, with a record of each
-item, which launch/compare.py reads. With json=true the last line on stdout is the result as JSON.
+item, which launch/compare.py reads. A classifier is scored on texts with labels instead (docs/classification.md). With
+json=true the last line on stdout is the result as JSON.
 Exit codes: 0 done, 2 the input or configuration is wrong.
 """
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
+    from pretrain.corpus.labels import LabeledDocument
+    from pretrain.corpus.shards import Corpus
     from pretrain.evaluate.heldout import HeldOutResult, TokenDocument
     from pretrain.evaluate.questions import Question, Unscored
     from pretrain.evaluate.results import ItemResult, Results
@@ -98,6 +101,8 @@ class EvalConfig:
     """Seed of the sampling of answers, and of the resampling for standard errors."""
     text_field: str = "text"
     """Field of a JSON line, or column of a Parquet file, that holds the text."""
+    label_field: str = "label"
+    """Field or column that holds the label of a text, for a classifier."""
     json: bool = False
     """Print the result as JSON on the last line of stdout."""
 
@@ -148,6 +153,9 @@ def main(config: EvalConfig) -> None:
     trained = load_trained(
         config.run_dir, config.step, config.checkpoint_target, which=config.which, weights=config.weights
     )
+    is_classifier = bool(trained.config.model.classes)
+    if is_classifier:
+        check_classifier(config, trained)
     if asked and not trained.config.causal:
         raise ConfigError(
             f"tasks=: the model of run_dir={config.run_dir} was trained with objective=mlm, which fills masks and "
@@ -160,7 +168,7 @@ def main(config: EvalConfig) -> None:
     loaded = Loaded(trained, trained.decoder(device, DTYPES[precision]), device, precision)
     said: dict[str, Any] = {}
     if config.input:
-        said = score_text(config, loaded)
+        said = score_classifier(config, loaded) if is_classifier else score_text(config, loaded)
     if asked:
         found = score_tasks(config, loaded, asked)
         print_tasks(found)
@@ -255,13 +263,26 @@ def read_corpus(manifest: Path, trained: TrainedModel) -> tuple[Iterator[TokenDo
     from pretrain.evaluate.heldout import corpus_documents
 
     corpus = Corpus(manifest)
-    made_with = (corpus.manifest.tokenizer_sha256, corpus.manifest.vocab_size)
-    if made_with != (trained.tokenizer.sha256, trained.tokenizer.vocab_size):
+    check_tokenizer(corpus, trained)
+    return corpus_documents(corpus), sum(source.text_bytes for source in corpus.manifest.sources)
+
+
+def check_tokenizer(corpus: Corpus, trained: TrainedModel) -> None:
+    """Raise ConfigError where a corpus was prepared with another tokenizer, or is labeled and the model is not."""
+    manifest = corpus.manifest
+    if (manifest.tokenizer_sha256, manifest.vocab_size) != (
+        trained.tokenizer.sha256,
+        trained.tokenizer.vocab_size,
+    ):
         raise ConfigError(
-            f"input={manifest} was prepared with a different tokenizer than run_dir was trained with; "
+            f"input={corpus.manifest_path} was prepared with a different tokenizer than run_dir was trained with; "
             "give the text itself, or prepare it with tokenizer.path=run_dir"
         )
-    return corpus_documents(corpus), sum(source.text_bytes for source in corpus.manifest.sources)
+    if manifest.classes and not trained.config.model.classes:
+        raise ConfigError(
+            f"input={corpus.manifest_path} has labeled documents, and run_dir was not trained with objective=classify; "
+            "give the text itself"
+        )
 
 
 def read_text(entry: str, config: EvalConfig, trained: TrainedModel) -> tuple[Iterator[TokenDocument], int]:
@@ -538,6 +559,117 @@ def notes_on(results: Results) -> list[str]:
     if results.overlap is not None and results.overlap.too_short:
         notes.append(f"{results.overlap.too_short:,} items are too short to be looked for in the corpus")
     return notes
+
+
+# ---- classifiers -----------------------------------------------------------------------------------------------------
+
+
+def score_classifier(config: EvalConfig, loaded: Loaded) -> dict[str, Any]:
+    """Put every document of all inputs into a class, and print the scores. Returns what the JSON says of them."""
+    import numpy as np
+
+    from data_tools.progress import stage
+    from pretrain.corpus.labels import beginning
+    from pretrain.evaluate.classifier import class_probabilities
+    from pretrain.evaluate.classifier_scores import classifier_scores
+
+    trained = loaded.trained
+    documents = [document for entry in config.input for document in read_labeled(entry, config, trained)]
+    kept = [beginning(d.tokens, trained.sequence_length, trained.tokenizer.eos_id) for d in documents]
+    with stage("classifying", sum(document.text_bytes for document in documents)) as progress:
+        probabilities = class_probabilities(
+            loaded.model,
+            kept,
+            micro_batch_sequences=config.micro_batch_sequences,
+            device=loaded.device,
+            progress=lambda rows: progress.advance(sum(documents[row].text_bytes for row in rows)),
+        )
+    labels = np.array([document.label for document in documents])
+    scores = classifier_scores(labels, probabilities, trained.config.model.classes)
+    scores["cut_documents"] = sum(len(k) < len(d.tokens) for k, d in zip(kept, documents, strict=True))
+    print_classes(
+        scores,
+        f"step {trained.step}, {trained.tokens_seen:,} tokens seen, computed in {loaded.precision.value}",
+    )
+    return scores
+
+
+def check_classifier(config: EvalConfig, trained: TrainedModel) -> None:
+    """Raise ConfigError for options that a classifier has no use for."""
+    from pretrain.evaluate.classifier_scores import require_scikit_learn
+
+    require_scikit_learn()
+    if config.tasks or config.output is not None:
+        raise ConfigError(
+            f"tasks={config.tasks} and output={config.output}: the model of run_dir={config.run_dir} was trained with "
+            "objective=classify, which answers no questions; give input=[PATH,...] with labels alone"
+        )
+    if config.max_tokens is not None:
+        raise ConfigError(
+            f"max_tokens={config.max_tokens} would cut documents of a classifier; give max_documents"
+        )
+    if config.sequence_length not in (None, trained.sequence_length):
+        raise ConfigError(
+            f"sequence_length={config.sequence_length}: the classifier of run_dir={config.run_dir} reads the first "
+            f"{trained.sequence_length} tokens of a document, as in training; leave it out"
+        )
+
+
+def read_labeled(entry: str, config: EvalConfig, trained: TrainedModel) -> list[LabeledDocument]:
+    """The documents of an input with their classes. Raises ConfigError for an unsuitable one."""
+    import numpy as np
+
+    from data_tools.reading.labeled import labeled_texts
+    from pretrain.corpus.labels import LabeledDocument, labeled_documents
+    from pretrain.corpus.shards import Corpus
+
+    path, classes = Path(entry).expanduser(), trained.config.model.classes
+    manifest = path / MANIFEST if (path / MANIFEST).is_file() else path
+    if manifest.name == MANIFEST:
+        corpus = Corpus(manifest)
+        check_tokenizer(corpus, trained)
+        if corpus.manifest.classes != classes:
+            raise ConfigError(
+                f"input={manifest} has the classes {', '.join(corpus.manifest.classes) or 'none'}, and run_dir="
+                f"{config.run_dir} was trained with {', '.join(classes)}; give the texts with their labels, or prepare "
+                f"them with labels.classes=[{','.join(classes)}]"
+            )
+        return list(islice(labeled_documents(corpus), config.max_documents))
+    found = labeled_texts(entry, classes, text_field=config.text_field, label_field=config.label_field)
+    texts = list(islice(found, config.max_documents))
+    if not texts:
+        raise ConfigError(f"input={entry} holds no text")
+    encode, numbers = trained.tokenizer.encode_document, {name: at for at, name in enumerate(classes)}
+    return [
+        LabeledDocument(np.array(encode(text)), numbers[label], len(text.encode())) for text, label in texts
+    ]
+
+
+def print_classes(scores: dict[str, Any], title: str) -> None:
+    """The scores of each class with its row of the confusion matrix, and those of all documents."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("class")
+    for name in ("precision", "recall", "F1", "documents"):
+        table.add_column(name, justify="right")
+    for name in scores["classes"]:
+        table.add_column(Text(f"taken for {visible(name, limit=20)}"), justify="right")
+    rows = zip(scores["classes"].items(), scores["confusion_matrix"], strict=True)
+    for at, ((name, of_class), row) in enumerate(rows, 1):
+        figures = [f"{of_class[key]:.4f}" for key in ("precision", "recall", "f1")]
+        counts = [f"{count:,}" for count in (of_class["documents"], *row)]
+        table.add_row(
+            Text(visible(name, limit=40)), *figures, *counts, end_section=at == len(scores["classes"])
+        )
+    macro = [f"{scores[f'macro_{key}']:.4f}" for key in ("precision", "recall", "f1")]
+    table.add_row("all (macro)", *macro, f"{scores['documents']:,}")
+    table.caption = (
+        f"accuracy {scores['accuracy']:.4f}, log loss {scores['log_loss']:.4f}, Brier score {scores['brier']:.4f}, "
+        f"calibration error {scores['ece']:.4f}; {scores['cut_documents']:,} documents were cut to their start"
+    )
+    print_whole(table)
 
 
 if __name__ == "__main__":

@@ -179,8 +179,8 @@ def print_result(exported: Exported) -> None:
         )
     if loss is not None:
         print(
-            f"held-out loss as {name}: {loss.exported:.5f} nats per token, {loss.cost:+.5f} against the checkpoint "
-            f"({loss.tokens:,} tokens of {visible(loss.text)})"
+            f"held-out loss as {name}: {loss.exported:.5f} nats per predicted token, {loss.cost:+.5f} against the "
+            f"checkpoint ({loss.tokens:,} tokens of {visible(loss.text)})"
         )
     else:
         print(f"what {name} costs was not measured; give heldout=MANIFEST of a prepared held-out corpus")

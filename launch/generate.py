@@ -132,11 +132,12 @@ def main(config: GenerateConfig) -> None:
 
     from pretrain.device import own_device
     from pretrain.model.kernels import DTYPES
-    from pretrain.trained import load_trained, precision_on
+    from pretrain.trained import check_writes_text, load_trained, precision_on
 
     trained = load_trained(
         config.run_dir, config.step, config.checkpoint_target, which=config.which, weights=config.weights
     )
+    check_writes_text(trained, config.run_dir)
     check_prompts(texts, trained, config)
     device = own_device()
     precision = precision_on(device, config.precision)

@@ -28,7 +28,7 @@ begin(__name__)
 
 from omegaconf import MISSING
 
-from pretrain.config import ClusterConfig, DataConfig, TrainConfig, run_command
+from pretrain.config import ClusterConfig, DataConfig, Objective, TrainConfig, run_command
 from pretrain.config.checks import check_positive
 from pretrain.config.texts import PathText
 from pretrain.errors import ConfigError
@@ -127,6 +127,11 @@ class PlanConfig(TrainConfig):
             raise ConfigError(
                 f"engine.sequence_parallel_ranks={self.engine.sequence_parallel_ranks} is not known to the planner; "
                 "leave it out"
+            )
+        if self.objective is Objective.classify:
+            raise ConfigError(
+                "objective=classify is not known to the planner; leave it out: a plan of the same model with "
+                "objective=causal, whose head is larger, is an upper bound of memory and time"
             )
         if self.lora.r and self.init_from is None:
             self.init_from = "unused"

@@ -75,12 +75,13 @@ def main(config: ServeConfig) -> None:
     from pretrain.generation.server import Served, build_app
     from pretrain.generation.service import Service
     from pretrain.model.kernels import DTYPES
-    from pretrain.trained import load_trained, precision_on
+    from pretrain.trained import check_writes_text, load_trained, precision_on
 
     listening = listen(config.host, config.port)
     trained = load_trained(
         config.run_dir, config.step, config.checkpoint_target, which=config.which, weights=config.weights
     )
+    check_writes_text(trained, config.run_dir)
     if not trained.config.causal:
         raise ConfigError(
             f"run_dir={config.run_dir} was trained with objective=mlm, which fills masks and writes no text; "

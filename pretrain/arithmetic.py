@@ -24,12 +24,16 @@ def parameter_sizes(model: ModelConfig) -> list[tuple[int, int]]:
     """(elements, count) for each kind of parameter of the decoder; a tied matrix counts once.
 
     `model.vocab_size` must be set. The first entry is the embedding; if the output head is not tied, its count is 2.
+    The head of a classifier is an entry of its own, the last one.
     """
     assert model.vocab_size is not None
     width, depth = model.d_model, model.n_layers
     q, kv = model.n_heads * model.head_width, model.kv_heads * model.head_width
     sizes = [
-        (model.vocab_size * width, 1 if model.tie_embeddings else 2),  # embedding, output head
+        (
+            model.vocab_size * width,
+            1 if model.tie_embeddings or model.classes else 2,
+        ),  # embedding, output head
         (width * q, 2 * depth),  # queries, output of attention
         (width * kv, 2 * depth),  # keys, values
         (width * model.d_ff, 3 * depth),  # gate, up, down
@@ -39,6 +43,8 @@ def parameter_sizes(model: ModelConfig) -> list[tuple[int, int]]:
         sizes.append((model.head_width, 2 * depth))
     if model.attention_bias:
         sizes += [(q, depth), (kv, 2 * depth)]
+    if model.classes:
+        sizes.append((len(model.classes) * width, 1))
     return sizes
 
 
@@ -50,7 +56,7 @@ def count_parameters(model: ModelConfig) -> int:
 def non_embedding_parameters(model: ModelConfig) -> int:
     """The parameters without token embedding and output head, as counted in scaling laws (Kaplan et al., 2020)."""
     _, *others = parameter_sizes(model)
-    return sum(size * count for size, count in others)
+    return sum(size * count for size, count in others) - len(model.classes) * model.d_model
 
 
 def block_parameters(model: ModelConfig) -> int:
@@ -88,9 +94,10 @@ def flops_per_token(model: ModelConfig, sequence_length: int, lora: LoraConfig |
     nothing is deducted for the causal mask or the document mask. Norms, rotary positions and softmax are left out.
 
     Frozen weights under adapters have no gradient, so their products count 4 instead of 6, and the adapters are added.
+    The head of a classifier is trained beside them.
     """
     if lora is not None and lora.r:
-        frozen = matmul_flops_per_token(model) * 4 / 6
+        frozen = matmul_flops_per_token(model) * 4 / 6 + 2.0 * len(model.classes) * model.d_model
         return (
             frozen + 6.0 * adapter_parameters(model, lora) + attention_flops_per_token(model, sequence_length)
         )
@@ -102,7 +109,7 @@ def matmul_flops_per_token(model: ModelConfig) -> float:
     assert model.vocab_size is not None
     q, kv = model.n_heads * model.head_width, model.kv_heads * model.head_width
     block = model.d_model * (2 * q + 2 * kv + 3 * model.d_ff)
-    return 6.0 * (model.n_layers * block + model.vocab_size * model.d_model)
+    return 6.0 * (model.n_layers * block + (len(model.classes) or model.vocab_size) * model.d_model)
 
 
 def attention_flops_per_token(model: ModelConfig, sequence_length: int) -> float:

@@ -20,7 +20,7 @@ from pretrain.corpus.tokenizer import Tokenizer, tokenizer_in
 from pretrain.errors import ConfigError
 from pretrain.model.decoder import Decoder, build_decoder
 from pretrain.model.kernels import capability_of
-from pretrain.model.lora import merged, require_peft
+from pretrain.model.lora import is_adapter, merged, require_peft
 from pretrain.model.precision import precision_of, resolve_precision
 from pretrain.reliability.journal import heldout_losses_of
 
@@ -112,7 +112,8 @@ def open_trained(
             require_peft()
             adapters = Adapters(config.lora, stored.read(stored), state["base"])
             base = stack.enter_context(open_base_weights(run_dir, adapters.base, target))
-            shapes = base.shapes
+            head = {n: weight.shape for n, weight in adapters.weights.items() if not is_adapter(n)}
+            shapes = {**base.shapes, **head}
             _check_model(config.model, shapes, Path(run_dir))
             tensors = merged(config.model, adapters.config, base, adapters.weights)
             config = replace(config, lora=LoraConfig())  # from here on it is an ordinary model
@@ -129,6 +130,15 @@ def open_trained(
             chat_template=template_in(Path(run_dir)),
             has_ema=bool(state.get("ema")),
             adapters=adapters,
+        )
+
+
+def check_writes_text(trained: TrainedModel, run_dir: str | Path) -> None:
+    """Raise ConfigError for a classifier."""
+    if trained.config.model.classes:
+        raise ConfigError(
+            f"run_dir={run_dir} was trained with objective=classify, so it names classes and writes no text; "
+            "launch/eval.py classifies"
         )
 
 

@@ -58,6 +58,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
 
 
 @pytest.fixture(scope="session")
+def labeled(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
+    """A small corpus of labeled texts, which tests must not change."""
+    from support.labeled import make_labeled
+
+    return make_labeled(tmp_path_factory.mktemp("labeled"))
+
+
+@pytest.fixture(scope="session")
 def straight(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The undisturbed run on 2 ranks."""
     from support.launching import run_ranks

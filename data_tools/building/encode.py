@@ -8,7 +8,7 @@ The tokens of each part are written to a file tokens-00000.npz, which is either 
     order      uint64 [documents]
     text       JSON: ids of all documents, and the held-out documents as they are written to documents.jsonl.gz
 
-and for dialogues, the tokens to be predicted:
+and for dialogues and labeled documents, the tokens to be predicted:
 
     targets        int64 [2 n], start, stop, start, stop, ... of the targets in `tokens`
     target_starts  int64 [documents + 1], where each document begins in `targets`
@@ -37,6 +37,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.building.classes import encode_labeled
 from data_tools.building.gather import (
     Gathered,
     PartTexts,
@@ -76,7 +77,7 @@ class LeftOutDialogues:
     problem: str = ""
     """A sentence on the first bad record."""
     cut: int = 0
-    """Dialogues that were cut to the largest number of tokens; they are not among the others."""
+    """Dialogues and labeled documents that were cut to the largest number of tokens; they are not among the others."""
 
     def add(self, other: LeftOutDialogues) -> None:
         for reason, count in other.dropped.items():
@@ -120,6 +121,10 @@ class _Job:
     tokenizer: Path
     heldout_below: int
     chat: ChatConfig | None
+    classes: list[str]
+    """The classes of labeled documents."""
+    max_tokens: int
+    """Largest number of tokens of a labeled document."""
 
 
 _tokenizers: dict[Path, Tokenizer] = {}  # one per file, loaded in this process
@@ -141,13 +146,27 @@ def load_encoded(path: Path) -> EncodedPart:
 
 
 def encode_parts(
-    gathered: Gathered, work: Path, tokenizer: Path, workers: int, chat: ChatConfig | None = None
+    gathered: Gathered,
+    work: Path,
+    tokenizer: Path,
+    workers: int,
+    chat: ChatConfig | None = None,
+    max_tokens: int = 0,
 ) -> LeftOutDialogues:
     """Tokenize the parts that have no tokens yet, as dialogues where `chat` is given: their template lies beside the
-    tokenizer. Returns what is left out of all parts. Raises WorkerDiedError, and ConfigError for a broken template."""
+    tokenizer. Labeled documents have at most `max_tokens` tokens. Returns what is left out of all parts. Raises
+    WorkerDiedError, and ConfigError for a broken template."""
     below = gathered.heldout_below
     jobs = {
-        number: _Job(part_path(work, number), tokens_path(work, number), tokenizer, below, chat)
+        number: _Job(
+            part_path(work, number),
+            tokens_path(work, number),
+            tokenizer,
+            below,
+            chat,
+            gathered.classes,
+            max_tokens,
+        )
         for number in range(len(gathered.parts))
     }
     missing = {number: job for number, job in jobs.items() if not job.tokens.exists()}
@@ -156,7 +175,7 @@ def encode_parts(
         for number in _run(missing, min(workers, len(missing))):
             progress.advance(gathered.parts[number])
     total = LeftOutDialogues()
-    for number in range(len(gathered.parts)) if chat is not None else ():
+    for number in range(len(gathered.parts)) if chat is not None or gathered.classes else ():
         total.add(load_encoded(tokens_path(work, number)).left_out)
     return total
 
@@ -170,7 +189,10 @@ def take_out(config: PrepareConfig, gathered: Gathered, left_out: LeftOutDialogu
     funnel.kept -= sum(left_out.dropped.values())
     funnel.kept_bytes -= left_out.bytes
     funnel.heldout -= left_out.heldout
-    funnel.cut = left_out.cut
+    if gathered.classes:
+        funnel.shortened = left_out.cut
+    else:
+        funnel.cut = left_out.cut
     if left_out.problem:
         check_bad(config, funnel, left_out.problem)
     if funnel.kept == funnel.heldout:
@@ -248,6 +270,12 @@ def _encode_part(job: _Job) -> None:
         order, source, is_heldout = order[kept], source[kept], is_heldout[kept]
         text_bytes = np.array([len(text["text"].encode()) for text in texts], np.int64)
         heldout = list(compress(texts, is_heldout))
+    elif job.classes:
+        numbers = [job.classes.index(label) for label in part.labels]
+        labeled = encode_labeled(tokenizer, part.texts, text_bytes, numbers, job.max_tokens)
+        arrays, text_bytes, left_out.cut = labeled
+        pairs = zip(part.texts, part.labels, strict=True)
+        heldout = [{"text": text, "label": label} for text, label in compress(pairs, is_heldout)]
     else:
         encoded = tokenizer.encode_documents(part.texts)
         arrays = {"tokens": encoded.tokens, "starts": encoded.starts}
@@ -256,7 +284,7 @@ def _encode_part(job: _Job) -> None:
         if language:
             fields["language"] = language
     content: dict[str, Any] = {"ids": ids, "heldout": heldout}
-    if job.chat is not None:
+    if job.chat is not None or job.classes:
         content["left_out"] = asdict(left_out)
     save_arrays(
         job.tokens,

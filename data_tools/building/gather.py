@@ -25,6 +25,7 @@ import xxhash
 from pydantic_core import to_json
 
 from data_tools import text as clean
+from data_tools.building.classes import classes_of
 from data_tools.config import DocumentFormat, PrepareConfig
 from data_tools.progress import stage
 from data_tools.reading import dialogue
@@ -77,6 +78,8 @@ class Gathered:
     """Fraction of Chinese, Japanese or Korean characters at the beginnings of the documents."""
     read_sha256: str = ""
     """Hash over the hashes of all texts, in the order in which they were read."""
+    classes: list[str] = field(default_factory=list)
+    """The classes of labeled documents, in the order of their numbers."""
 
 
 class PartTexts(NamedTuple):
@@ -88,6 +91,8 @@ class PartTexts(NamedTuple):
     """The texts; for dialogues, the results of `dialogue.dump`."""
     languages: list[str]
     """Language code of each document, or empty where it is not known."""
+    labels: Sequence[str] = ()
+    """Label of each document, in a preparation of labeled ones."""
 
 
 @dataclass(slots=True)
@@ -96,6 +101,8 @@ class _Rows:
 
     ids: list[str] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    """Label of each, in a preparation of labeled documents."""
     contents: list[bytes] = field(default_factory=list)
     """The texts in UTF-8; for dialogues, the results of `dialogue.dump`."""
     digests: list[bytes] = field(default_factory=list)
@@ -238,7 +245,15 @@ class _Gatherer:
             sizes = [len(plain.encode()) for plain in plains]
         # Where a document may fill the part, each is taken by itself.
         step = len(texts) if self._bytes + sum(sizes) < self._config.part_bytes else 1
-        columns = (documents.ids, documents.languages, contents, sizes, documents.sources, plains)
+        columns = (
+            documents.ids,
+            documents.languages,
+            documents.labels,
+            contents,
+            sizes,
+            documents.sources,
+            plains,
+        )
         for start in range(0, len(texts), step or 1):
             chosen = columns if step > 1 else tuple(column[start : start + 1] for column in columns)
             self._state.next_record = record + start + step
@@ -257,6 +272,7 @@ class _Gatherer:
         self,
         ids: Sequence[str],
         languages: Sequence[str],
+        labels: Sequence[str],
         contents: Sequence[bytes],
         sizes: Sequence[int],
         sources: Sequence[tuple[str, str]],
@@ -280,13 +296,14 @@ class _Gatherer:
                 kept.append(row)
         funnel.read += len(digests)
         funnel.kept += len(kept)
-        columns: list[Sequence[Any]] = [ids, languages, contents, digests, sizes, sources, plains]
+        columns: list[Sequence[Any]] = [ids, languages, labels, contents, digests, sizes, sources, plains]
         if len(kept) < len(digests):
             columns = [[column[row] for row in kept] for column in columns]
-        ids, languages, contents, digests, sizes, sources, plains = columns
+        ids, languages, labels, contents, digests, sizes, sources, plains = columns
         rows = self._rows
         rows.ids += [name[:MAX_ID_CHARS] for name in ids]
         rows.languages += languages
+        rows.labels += labels
         rows.contents += contents
         rows.digests += digests
         rows.sizes += sizes
@@ -331,7 +348,8 @@ class _Gatherer:
         halves = np.frombuffer(b"".join(rows.digests), ">u8").astype(np.uint64).reshape(-1, 2)
         columns = np.array([rows.sizes, rows.sources], np.uint64)
         digests = np.column_stack([halves, *columns])
-        names = json_array({"ids": rows.ids, "languages": rows.languages})
+        labels = {"labels": rows.labels} if self._config.format is DocumentFormat.labeled else {}
+        names = json_array({"ids": rows.ids, "languages": rows.languages, **labels})
         write_atomically(path, _BETWEEN.encode().join(rows.contents))
         save_arrays(
             path.with_suffix(".npz"), digests=digests, names=names, state=json_array(asdict(self._state))
@@ -354,6 +372,10 @@ class _Gatherer:
         below = heldout_bound(digests[:, 1], self._config.heldout_frac)
         heldout = digests[:, 1] < np.uint64(below)
         state.funnel.heldout = int(heldout.sum())
+        classes = list[str]()
+        if self._config.format is DocumentFormat.labeled:
+            parts = (read_part(part_path(self._work, number)) for number in range(len(self._digests)))
+            classes = classes_of(self._config, [label for part in parts for label in part.labels], heldout)
         sample = self._sample(digests[~heldout])
         return Gathered(
             parts=state.parts,
@@ -364,6 +386,7 @@ class _Gatherer:
             sample_bytes=sum(source.text_bytes for source in sample),
             cjk_share=state.cjk_chars / max(state.probed_chars, 1),
             read_sha256=state.read_sha256,
+            classes=classes,
         )
 
     def _sample(self, digests: np.ndarray) -> list[SourceSample]:

@@ -81,8 +81,9 @@ def pack(
             sources=[CorpusSource(name=name, license=license) for name, license in gathered.sources],
             shard_bytes=config.shard_bytes,
             files=files,
-            loss_mask=config.format is DocumentFormat.chat,
+            loss_mask=config.format is not DocumentFormat.text,
             packed=packed,
+            classes=gathered.classes,
         )
 
     own_files = [name for name in (tokenizer.file_name, CHAT_TEMPLATE_NAME) if (corpus / name).exists()]
@@ -135,13 +136,13 @@ def _training_tokens(path: Path) -> int:
 
 
 def _packed(config: PrepareConfig, gathered: Gathered) -> Packed | None:
-    """How dialogues are packed; None where they are not."""
+    """How dialogues and labeled documents are packed; None where they are not."""
     if config.packed_tokens is None:
         return None
     return Packed(
         sequence_tokens=config.packed_tokens,
         dropped_documents=gathered.funnel.dropped.get("too_many_tokens", 0),
-        cut_documents=gathered.funnel.cut,
+        cut_documents=gathered.funnel.cut + gathered.funnel.shortened,
     )
 
 

@@ -136,6 +136,8 @@ def make_recipe(
         options = {name: value for name, value in options.items() if not name.startswith("chat.")}
     else:
         options["chat.template"] = hashlib.sha256(chat_template.encode()).hexdigest()
+    if config.format is not DocumentFormat.labeled:
+        options = {name: value for name, value in options.items() if not name.startswith("label")}
     # Defaults that were once the only choice are left out, so that older recipes stay the same.
     if config.format is DocumentFormat.text:
         del options["format"]

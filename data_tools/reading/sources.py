@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,9 +30,11 @@ from data_tools.reading.python_text import python_files
 from data_tools.reading.reader import Entry, NoTextError, Run, Span, runs
 from pretrain.errors import ConfigError
 from pretrain.files import open_regular
+from pretrain.stored import is_printable_line
 
-_NO_DIALOGUES = {"text", "warc"}
+_NO_FIELDS = {"text", "warc"}
 PYTHON = "python"
+MAX_LABEL_CHARS = 100
 UTF8_BYTES_PER_CHAR = 4
 # Documents that are returned together: a memory of little more than the longest one takes.
 _GROUP_DOCUMENTS, _GROUP_CHARS = 256, 1 << 18
@@ -66,6 +68,8 @@ class Documents:
     """The texts; for dialogues, the results of `dialogue.dump`."""
     languages: list[str] = field(default_factory=list)
     """Language codes that data_tools.curate has written; empty where they are not known."""
+    labels: list[str] = field(default_factory=list)
+    """The classes of labeled documents; empty texts for others."""
     position_bytes: int = 0
     """Number of bytes of the file that have been read so far."""
     n_chars: int = 0
@@ -76,7 +80,7 @@ class Documents:
 
     def after(self, n: int) -> Documents:
         """The documents without the first `n`."""
-        columns = (self.ids, self.sources, self.texts, self.languages)
+        columns = (self.ids, self.sources, self.texts, self.languages, self.labels)
         return Documents(*(column[n:] for column in columns), self.position_bytes)
 
 
@@ -107,11 +111,14 @@ def find_files(config: PrepareConfig, on_left_out: OnLeftOut = print_left_out) -
     known_encoding("encoding", config.encoding)
     files, left_out = list[InputFile](), list[LeftOut]()
     labels: dict[str, int] = {}
-    is_chat = config.format is DocumentFormat.chat
-    formats = {*FORMATS.values()} - (_NO_DIALOGUES if is_chat else set())
+    needs_fields = config.format is not DocumentFormat.text
+    formats = {*FORMATS.values()} - (_NO_FIELDS if needs_fields else set())
     for entry in expand_ranges(config.input):
-        if entry == PYTHON and is_chat:
-            raise ConfigError(f"input=[{PYTHON}] holds no dialogues; give files for format=chat")
+        if entry == PYTHON and needs_fields:
+            what = "dialogues" if config.format is DocumentFormat.chat else "labels"
+            raise ConfigError(
+                f"input=[{PYTHON}] holds no {what}; give files for format={config.format.value}"
+            )
         if entry == PYTHON:
             limit = config.max_chars * UTF8_BYTES_PER_CHAR
             files += [
@@ -208,9 +215,10 @@ def _one_by_one(found: Entry | Run) -> Iterable[Entry]:
 
 
 def _of_run(file: InputFile, run: Run, config: PrepareConfig) -> Documents | None:
-    """The documents of records that were read together; None where one of them has no text, or they are dialogues."""
+    """The documents of records that were read together; None where one of them has no text, or they are dialogues or
+    labeled."""
     texts = [record.get(config.text_field) for record in run.fields]
-    if config.format is DocumentFormat.chat or set(map(type, texts)) != {str}:
+    if config.format is not DocumentFormat.text or set(map(type, texts)) != {str}:
         return None
     given = set[str]().union(*run.fields)
     sources, languages = [(file.source, file.license)] * len(texts), [""] * len(texts)
@@ -224,7 +232,8 @@ def _of_run(file: InputFile, run: Run, config: PrepareConfig) -> Documents | Non
     else:
         pairs = zip(own_ids, run.lines, strict=True)
         ids = [_id_of(own_id) or f"{file.name}:{line.number}" for own_id, line in pairs]
-    return Documents(ids, sources, cast("list[str]", texts), languages, run.position_bytes)
+    labels = [""] * len(texts)
+    return Documents(ids, sources, cast("list[str]", texts), languages, labels, run.position_bytes)
 
 
 def _rejected(file: InputFile, entry: Entry, kind: str, config: PrepareConfig) -> Rejected:
@@ -256,6 +265,12 @@ def _columns(schema: Any, config: PrepareConfig) -> list[str]:
         content = [config.text_field]
         if problem := text_problem(schema, config.text_field):
             raise NoTextError(f"{problem}; set text_field")
+        if config.format is DocumentFormat.labeled:
+            if config.label_field not in names:
+                raise NoTextError(
+                    f"has no column {config.label_field!r} (it has {', '.join(names)}); set label_field"
+                )
+            content.append(config.label_field)
     more = name_columns(schema, ("id", "source", "license", "language"))
     return list(dict.fromkeys((*content, *more)))
 
@@ -272,6 +287,8 @@ def _add(waiting: Documents, file: InputFile, entry: Entry, config: PrepareConfi
             text = dialogue.dump(found)
         else:
             text = _text_of(record, config.text_field) if entry.text is None else entry.text
+        is_labeled = config.format is DocumentFormat.labeled
+        label = label_of(record, config.label_field, config.labels.classes) if is_labeled else ""
     except ValueError as error:
         where = f"{file.path}:{entry.number}"
         if entry.lost_bytes:
@@ -287,6 +304,7 @@ def _add(waiting: Documents, file: InputFile, entry: Entry, config: PrepareConfi
     waiting.sources.append(_source_of(file, record))
     waiting.texts.append(text)
     waiting.languages.append(_given(record, "language"))
+    waiting.labels.append(label)
     waiting.n_chars += len(text)
     waiting.position_bytes = entry.position_bytes
     return None
@@ -307,6 +325,27 @@ def _given(record: dict[str, Any], key: str) -> str:
     """What a record says under a key; empty where that is no text."""
     value = record.get(key)
     return _readable(value) if isinstance(value, str) else ""
+
+
+def label_of(record: dict[str, Any], field: str, classes: Sequence[str]) -> str:
+    """The label of a record, one of `classes` where there are any. Raises ValueError, whose message says what is wrong
+    with the record."""
+    label = record.get(field)
+    if isinstance(label, bool) or not isinstance(label, str | int) or not is_printable_line(str(label)):
+        if field in record:
+            raise ValueError(
+                f"has {str(label)[:60]!r} in the field {field!r}, which is no label: neither a word nor a whole number"
+            )
+        names = ", ".join(map(str, list(record)[:8])) or "none"
+        raise ValueError(f"has no label in the field {field!r} (its fields: {names}); set label_field")
+    name = str(label).strip()
+    if not name or len(name) > MAX_LABEL_CHARS:
+        raise ValueError(
+            f"has a label of {len(name)} characters in the field {field!r}; allowed: 1 to {MAX_LABEL_CHARS}"
+        )
+    if classes and name not in classes:
+        raise ValueError(f"has the label {name!r}, which is none of the classes {', '.join(classes)}")
+    return name
 
 
 def _text_of(record: dict[str, Any], text_field: str) -> str:

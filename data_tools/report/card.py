@@ -23,18 +23,32 @@ HEADERS = ("source", "documents", "tokens", "text MB", "bytes per token", "licen
 
 
 def packing_line(manifest: Manifest) -> str:
-    """What the training sequences do to the dialogues of a corpus, in words."""
+    """What the training sequences do to the dialogues or labeled documents of a corpus, in words."""
     packed = manifest.packed
     if packed is None:
         return (
             "dialogues are not packed: training cuts those that reach into the next sequence, unless they are prepared "
             "with chat.max_tokens, the length of the sequences"
         )
-    return (
-        f"whole dialogues are packed into {manifest.n_tokens // packed.sequence_tokens:,} sequences of "
-        f"{packed.sequence_tokens:,} tokens, {manifest.filler_tokens / manifest.n_tokens:.1%} of which is filler; of "
-        f"longer dialogues, {packed.dropped_documents:,} were dropped and {packed.cut_documents:,} cut at a turn"
+    what, longer = (
+        "dialogues",
+        f"{packed.dropped_documents:,} were dropped and {packed.cut_documents:,} cut at a turn",
     )
+    if manifest.classes:
+        what, longer = "documents", f"{packed.cut_documents:,} were cut to their start"
+    return (
+        f"whole {what} are packed into {manifest.n_tokens // packed.sequence_tokens:,} sequences of "
+        f"{packed.sequence_tokens:,} tokens, {manifest.filler_tokens / manifest.n_tokens:.1%} of which is filler; of "
+        f"longer {what}, {longer}"
+    )
+
+
+def _targets(manifest: Manifest) -> str:
+    """What is to be predicted, where that is not every token."""
+    if manifest.classes:
+        names = ", ".join(map(markdown, manifest.classes))
+        return f"\n- after its eos, a document has the number of its class, which alone is to be predicted: {names}"
+    return _MASKED if manifest.loss_mask else ""
 
 
 def source_rows(manifest: Manifest, limit: int | None = None) -> list[tuple[str, ...]]:
@@ -143,7 +157,7 @@ def _head(manifest: Manifest, heldout: Manifest | None, tokenizer: Mapping[str, 
 - tokenizer: {markdown(tokenizer.get("kind", "sentencepiece"))}, {manifest.vocab_size:,} entries, sha256 \
 `{manifest.tokenizer_sha256}`
 - tokens are {manifest.dtype}, little-endian; a document begins with bos = {manifest.bos_id} and ends with
-  eos = {manifest.eos_id}{_MASKED if manifest.loss_mask else ""}{packed}
+  eos = {manifest.eos_id}{_targets(manifest)}{packed}
 
 {held}
 

@@ -127,7 +127,8 @@ def heldout_records(path: Path) -> Iterator[dict[str, Any]]:
                 if len(line) > MAX_RECORD_BYTES:
                     raise ConfigError(f"{path} has a line of more than {MAX_RECORD_BYTES:,} bytes")
                 record = json.loads(line.decode())
-                types = {"id": str, "source": str, "text": str, "language": str, "messages": list}
+                types = {"id": str, "source": str, "text": str, "language": str, "label": str}
+                types |= {"messages": list, "tools": list}
                 given = record.items() if isinstance(record, dict) else ()
                 if not {"id", "text"} <= dict(given).keys() or any(
                     not isinstance(value, types.get(name, type(None))) for name, value in given

@@ -71,6 +71,8 @@ class Funnel:
     """Kept documents that are held out of training."""
     cut: int = 0
     """Kept dialogues that were cut to chat.max_tokens."""
+    shortened: int = 0
+    """Kept labeled documents that were cut to labels.max_tokens."""
     unread: Unread = field(default_factory=Unread)
     """Files that were not read. Their documents are not in the other counts."""
 
@@ -83,8 +85,11 @@ class Funnel:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
     def as_dict(self) -> dict[str, Any]:
-        """The counts as a dictionary, for JSON."""
-        return asdict(self)
+        """The counts as a dictionary, for JSON. The last one is left out where it is 0, as in older reports."""
+        counts = asdict(self)
+        if not self.shortened:
+            del counts["shortened"]
+        return counts
 
     def lines(self) -> list[str]:
         """The funnel as a few lines of text."""
@@ -97,6 +102,8 @@ class Funnel:
         )
         if self.cut:
             lines.append(f"{self.cut:>12,} of them cut at the last turn within chat.max_tokens")
+        if self.shortened:
+            lines.append(f"{self.shortened:>12,} of them cut to their start within labels.max_tokens")
         return lines + self.unread.lines()
 
 

@@ -113,6 +113,8 @@ class FunnelFacts:
     """Number of kept documents that are held out of training."""
     cut: Count = 0
     """Number of kept dialogues that were cut."""
+    shortened: Count = 0
+    """Number of kept labeled documents that were cut."""
     unread: UnreadFacts = field(default_factory=UnreadFacts)
     """Files that were not read."""
 

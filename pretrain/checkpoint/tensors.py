@@ -23,7 +23,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -316,24 +316,31 @@ def _examine(path: Path, world: World) -> Verified | str:
 
 
 def load(
-    verified: Verified, keys: list[str], shapes: dict[str, tuple[int, ...]], world: World
+    verified: Verified,
+    keys: list[str],
+    shapes: dict[str, tuple[int, ...]],
+    world: World,
+    *,
+    without: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
     """This rank's share of each tensor of a checkpoint, for `EngineState.restore`. All ranks call this together.
 
     `keys` are the tensors to read (`weight.<name>`, `exp_avg.<name>`, ...), and `shapes` those of the model's
-    parameters by name. Raises ConfigError where the checkpoint has other parameters or shapes, and
-    CheckpointError where its files cannot be read.
+    parameters by name. Raises ConfigError where the checkpoint has other parameters or shapes, apart from those named
+    in `without`, which are not read, and CheckpointError where its files cannot be read.
     """
     saved = {name: tuple(shape) for name, shape in verified.state["tensors"].items()}
     for name in sorted(saved.keys() | shapes.keys()):
-        if saved.get(name) != shapes.get(name):
+        if name not in without and saved.get(name) != shapes.get(name):
             raise ConfigError(
                 f"{verified.path} holds a different model: {name} is {saved.get(name, 'absent')} there and "
                 f"{shapes.get(name, 'absent')} in this configuration; use the model that it was trained with"
             )
     targets = {}
     for key in keys:
-        numel = torch.Size(shapes[key.split(".", 1)[1]]).numel()
+        if (name := key.split(".", 1)[1]) in without:
+            continue
+        numel = torch.Size(shapes[name]).numel()
         start, stop = share(numel, world)
         targets[key] = (torch.zeros(stop - start), numel)
     _read(verified, _as_dtensors(targets, world), world, no_dist=False)

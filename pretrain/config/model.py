@@ -90,6 +90,17 @@ class RopeScalingConfig:
             check_positive(self, prefix, "attention_factor")
 
 
+class Pooling(Enum):
+    """What the head of a classifier reads of a document."""
+
+    last = "last"  # the state after its last token, eos, which has seen all others
+    mean = "mean"  # the mean of the states of all its tokens
+
+
+MAX_CLASSES = 256
+"""Largest number of classes; a field with more values is no label of a class."""
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """Shape of the decoder (Llama family)."""
@@ -118,7 +129,12 @@ class ModelConfig:
     attention_bias: bool = False
     """Add biases to queries, keys and values, as Qwen2 does."""
     tie_embeddings: bool = False
-    """Use one matrix for both the token embedding and the output head."""
+    """Use one matrix for both the token embedding and the output head. The head of a classifier is never tied."""
+    classes: list[str] = field(default_factory=list)
+    """Classes in the order of the head's outputs, instead of the vocabulary; filled in from the corpus with
+    objective=classify."""
+    pooling: Pooling = Pooling.last
+    """What the head of a classifier reads: the state of each document's last token, or the mean over its tokens."""
     dropout: float = 0.0
     """Probability of dropping an element of each residual branch's output."""
     z_loss: float = 0.0
@@ -140,6 +156,12 @@ class ModelConfig:
             return
         widths = ("d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "vocab_size")
         check_at_most(self, "model", {"n_layers": 10_000} | dict.fromkeys(widths, 1 << 24))
+        n_classes = len(set(self.classes))
+        if n_classes < len(self.classes) or n_classes > MAX_CLASSES:
+            raise ConfigError(
+                f"model.classes has {len(self.classes)} names, {n_classes} of them different; allowed: up to "
+                f"{MAX_CLASSES} different ones"
+            )
         if self.vocab_size is not None:
             check_positive(self, "model", "vocab_size")
         if self.d_head is None and self.d_model % self.n_heads:

@@ -14,6 +14,7 @@ class Objective(Enum):
 
     causal = "causal"  # the next token, from the tokens before it
     mlm = "mlm"  # tokens that are masked, from those on both sides (BERT, Devlin et al., 2019)
+    classify = "classify"  # the class of each document, from all its tokens; the corpus has labels
 
 
 @dataclass(kw_only=True, slots=True)

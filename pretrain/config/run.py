@@ -12,7 +12,7 @@ from pretrain.config.data import MAX_BATCH_SEQUENCES, DataConfig
 from pretrain.config.data_stages import MAX_EPOCHS, DataStage, micro_batch_of, n_steps_of, plan_stages
 from pretrain.config.engine import EngineConfig
 from pretrain.config.lora import LoraConfig
-from pretrain.config.model import KernelsConfig, ModelConfig, Precision
+from pretrain.config.model import KernelsConfig, ModelConfig, Pooling, Precision
 from pretrain.config.objective import MlmConfig, Objective
 from pretrain.config.optimizer import EmaConfig, OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
 from pretrain.config.records import EvaluationConfig, LoggingConfig
@@ -117,12 +117,13 @@ class TrainConfig(_Planned):
             raise ConfigError(
                 f"lora.r={self.lora.r} trains adapters on the weights of another run; give init_from=RUN_DIR"
             )
-        if self.evaluation.tasks and not self.causal:
+        if self.evaluation.tasks and self.objective is not Objective.causal:
             raise ConfigError(
-                f"evaluation.tasks={self.evaluation.tasks} needs objective=causal: a model that fills masks answers no "
+                f"evaluation.tasks={self.evaluation.tasks} needs objective=causal: another model answers no "
                 "questions"
             )
         _check_sequence_parallel(self)
+        _check_classifier(self)
         if self.data.manifest is None and not self.data.sources:
             raise ConfigError("data.manifest is missing; give the manifest.json of a prepared corpus")
         # mypy does not see the slots that a dataclass inherits.
@@ -175,7 +176,7 @@ class TrainConfig(_Planned):
     @property
     def causal(self) -> bool:
         """Whether a token attends to earlier tokens only."""
-        return self.objective is Objective.causal
+        return self.objective is not Objective.mlm
 
     @property
     def micro_batch(self) -> int:
@@ -242,6 +243,27 @@ def _check_mixture_of_epochs(config: TrainConfig) -> None:
                 f"data.stages: weights={dict(stage.weights)} contradicts total_epochs={config.total_epochs}, which "
                 "reads every source equally often; leave one of them out"
             )
+
+
+def _check_classifier(config: TrainConfig) -> None:
+    """Raise ConfigError where the keys of a classifier lack its objective, or what it needs is switched off."""
+    if config.objective is not Objective.classify:
+        if config.model.classes or config.model.pooling is not Pooling.last:
+            raise ConfigError(
+                f"model.classes={config.model.classes} and model.pooling={config.model.pooling.value} are keys of a "
+                f"classifier, and objective={config.objective.value}; give objective=classify, or leave them out"
+            )
+        return
+    if not config.data.document_masking:
+        raise ConfigError(
+            "data.document_masking=false would show a document the labels of those before it, so objective=classify "
+            "needs data.document_masking=true"
+        )
+    if config.engine.sequence_parallel_ranks > 1:
+        raise ConfigError(
+            f"engine.sequence_parallel_ranks={config.engine.sequence_parallel_ranks} divides documents over ranks, "
+            "which objective=classify does not support; leave it out"
+        )
 
 
 def _check_sequence_parallel(config: TrainConfig) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pretrain.checkpoint.tensors import load_base_weights
 from pretrain.convert.hugging_face import (
+    CLASS_HEAD,
     RELATIVE_TOLERANCE,
     Parity,
     check_output,
@@ -27,7 +28,7 @@ from pretrain.convert.hugging_face import (
 from pretrain.corpus.tokenizer import CHECK_TEXT
 from pretrain.errors import ConfigError, RunError
 from pretrain.files import published_together
-from pretrain.model.lora import n_adapters, peft_config, require_peft
+from pretrain.model.lora import is_adapter, n_adapters, peft_config, require_peft
 from pretrain.trained import Adapters, TrainedModel
 
 
@@ -75,13 +76,16 @@ def export_adapters(
 
 def _base_model(trained: TrainedModel, base: dict[str, Tensor]) -> Any:
     """The frozen weights as a model of transformers, in fp32 on the CPU."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config = hugging_face_config(trained.config, trained.tokenizer, torch.float32)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    weights = {theirs: base[ours] for ours, theirs in hugging_face_names(trained.config.model).items()}
+    auto: Any = AutoModelForSequenceClassification if trained.config.model.classes else AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32)
+    names = hugging_face_names(trained.config.model)
+    weights = {theirs: base[ours] for ours, theirs in names.items() if ours in base}
     missing, unknown = model.load_state_dict(weights, strict=False)
-    assert not unknown and set(missing) <= {"lm_head.weight"}, "a tied head is the embedding"
+    # A tied head is the embedding, and that of a classifier is not in its base.
+    assert not unknown and set(missing) <= {"lm_head.weight", CLASS_HEAD}
     return model.eval()
 
 
@@ -93,6 +97,9 @@ def _peft_names(trained: TrainedModel, adapters: Adapters) -> dict[str, str]:
     }
     names = {}
     for name in adapters.weights:
+        if not is_adapter(name):  # the head of a classifier
+            names[name] = f"base_model.model.{CLASS_HEAD}"
+            continue
         module, _, part = name.partition(".lora_")
         part = part.removesuffix(".weight") if part.startswith("magnitude") else part
         names[name] = f"base_model.model.{modules[module]}.lora_{part}"
@@ -103,8 +110,10 @@ def _write(model: Any, adapters: Adapters, theirs: dict[str, str], folder: Path)
     """Let peft write the folder. Returns the model without adapters."""
     from peft import get_peft_model, set_peft_model_state_dict
 
-    targets = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in theirs.values()})
-    adapted = get_peft_model(model, peft_config(adapters.config, targets))
+    adapted_names = [theirs[name] for name in adapters.weights if is_adapter(name)]
+    targets = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in adapted_names})
+    head = CLASS_HEAD.removesuffix(".weight") if len(adapted_names) < len(theirs) else None
+    adapted = get_peft_model(model, peft_config(adapters.config, targets, head))
     set_peft_model_state_dict(adapted, {theirs[name]: weight for name, weight in adapters.weights.items()})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -112,6 +121,7 @@ def _write(model: Any, adapters: Adapters, theirs: dict[str, str], folder: Path)
     (folder / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
     path = folder / "adapter_config.json"
     written = json.loads(path.read_text()) | {"target_modules": targets}  # a set, in another order each time
+    written["modules_to_save"] = None if head is None else [head]
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
     return adapted.unload()
 
@@ -139,6 +149,8 @@ def _compare(trained: TrainedModel, model: Any, folder: Path) -> Parity:
     ids = trained.tokenizer.encode_document(CHECK_TEXT)[: trained.sequence_length]
     tokens = torch.tensor([ids])
     expected = trained.decoder(torch.device("cpu"), torch.float32).logits(tokens)
+    if trained.config.model.classes:
+        expected = expected[:, -1]
     found = PeftModel.from_pretrained(model, folder).eval()(tokens).logits
     return Parity(
         tokens=len(ids),

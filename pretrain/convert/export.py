@@ -34,7 +34,7 @@ from pretrain.convert.hugging_face import (
 from pretrain.convert.int8 import exported_weights, int8_bytes, require_torchao, write_int8
 from pretrain.convert.model_card import CardFacts, model_card
 from pretrain.corpus.shards import Corpus
-from pretrain.errors import RunError
+from pretrain.errors import ConfigError, RunError
 from pretrain.files import published_together
 from pretrain.model.kernels import DTYPES
 from pretrain.trained import TrainedModel
@@ -72,12 +72,23 @@ def require_packages(form: Form, large: bool) -> None:
 
 
 def written_bytes(trained: TrainedModel, form: Form) -> int:
-    """Size in bytes of the weights that `export_form` writes."""
+    """Size in bytes of the weights that `export_form` writes. Raises ConfigError where the form has no place for the
+    model."""
+    _check_form(trained, form)
     if form.format is Format.gguf:
         return gguf_bytes(trained, _gguf_type(form))
     if form.stored is Stored.int8:
         return int8_bytes(trained, DTYPES[trained.precision])
     return exported_bytes(trained, DTYPES[Precision(form.stored.value)])
+
+
+def _check_form(trained: TrainedModel, form: Form) -> None:
+    """Raise ConfigError for a classifier in a form for programs that write text."""
+    if trained.config.model.classes and (form.format is Format.gguf or form.stored is Stored.int8):
+        raise ConfigError(
+            f"the model was trained with objective=classify, and {form.name} is for models that write text; leave out "
+            "format and dtype, or give dtype=fp32"
+        )
 
 
 def export_form(
@@ -98,6 +109,7 @@ def export_form(
     `progress` is called with the bytes of weights that have been written since its last call. Raises ConfigError where
     `output` may not be replaced or the form has no place for something, and RunError where what was written differs.
     """
+    _check_form(trained, form)
     require_packages(form, is_large(trained))
     check_output(output, overwrite)
     with published_together(output) as folder:

@@ -51,6 +51,11 @@ def heldout_loss(
             f"heldout={corpus.manifest_path} was prepared with a different tokenizer than the run was trained with; "
             "prepare it with tokenizer.path=run_dir, or use heldout_tokens=0"
         )
+    if corpus.manifest.classes != trained.config.model.classes:
+        raise ConfigError(
+            f"heldout={corpus.manifest_path} has the classes {corpus.manifest.classes}, and the run was trained with "
+            f"{trained.config.model.classes}; give another corpus, or heldout_tokens=0"
+        )
     # With one source, all windows are in the same batches, and weights are read as rarely as possible.
     documents = [d._replace(source="") for d in first_tokens(corpus_documents(corpus), max_tokens)]
     model = replace(trained.config.model, loss_chunk_tokens=_HEAD_TOKENS)

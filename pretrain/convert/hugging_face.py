@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pretrain.arithmetic import count_parameters
-from pretrain.config import ModelConfig, RopeType, TrainConfig
+from pretrain.config import ModelConfig, Pooling, RopeType, TrainConfig
 from pretrain.corpus.chat_template import CHAT_TEMPLATE_NAME
 from pretrain.corpus.tokenizer import CHECK_TEXT, SPACE_SYMBOL, Tokenizer, frame
 from pretrain.errors import ConfigError, RunError
@@ -39,6 +39,8 @@ MAX_SHARD_BYTES = 1_000_000_000
 """Size limit of a file of weights. It is in memory while it is written."""
 WHOLE_MODEL_BYTES = 2 << 30
 """A model whose fp32 weights are larger is read from the disk in parts while it is compared."""
+CLASS_HEAD = "score.weight"
+"""Name of the weight of a classifier's head in the classes of transformers."""
 RELATIVE_TOLERANCE = 1e-4
 """Largest accepted difference of two fp32 logits, relative to the largest logit. Summing in another order causes far
 smaller differences."""
@@ -173,6 +175,9 @@ def hugging_face_config(config: TrainConfig, tokenizer: Tokenizer, dtype: torch.
     if name.startswith("SeedOss"):
         others = {"attention_bias": True, "attention_out_bias": False}
         others |= {"residual_dropout": 0.0, "attention_dropout": 0.0}
+    if model.classes:
+        others["id2label"] = dict(enumerate(model.classes))
+        others["label2id"] = {label: number for number, label in enumerate(model.classes)}
     return getattr(transformers, name).config_class(
         architectures=[name],
         vocab_size=model.vocab_size,
@@ -185,11 +190,11 @@ def hugging_face_config(config: TrainConfig, tokenizer: Tokenizer, dtype: torch.
         max_position_embeddings=config.data.sequence_length,
         rms_norm_eps=model.norm_eps,
         rope_parameters=_rope_parameters(model),
-        tie_word_embeddings=model.tie_embeddings,
+        tie_word_embeddings=model.tie_embeddings and not model.classes,
         initializer_range=model.init_std,
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
-        pad_token_id=tokenizer.pad_id,
+        pad_token_id=padding_id(config, tokenizer),
         dtype=dtype,
         **others,
     )
@@ -202,16 +207,38 @@ def architecture(config: TrainConfig, tokenizer: Tokenizer) -> str:
     its configuration is false. Raises ConfigError where there is no such class.
     """
     model = config.model
+    if model.pooling is Pooling.mean:
+        raise ConfigError(
+            "model.pooling=mean: the classes of transformers read the last token only, so a classifier that was "
+            "trained with the mean cannot be exported; train it with model.pooling=last"
+        )
     if not config.causal and model.attention_bias:
         raise ConfigError(
             "transformers has no class for a model with objective=mlm and model.attention_bias=true, so it cannot be "
             "exported; import and export are for such models with objective=causal"
         )
+    task = "SequenceClassification" if model.classes else "CausalLM"
     if model.qk_norm:
-        return "Qwen3ForCausalLM"
+        return f"Qwen3For{task}"
     if model.attention_bias:
-        return f"{_biased_family(tokenizer)}ForCausalLM"
-    return "LlamaForCausalLM" if config.causal else "EuroBertForMaskedLM"
+        return f"{_biased_family(tokenizer)}For{task}"
+    return f"LlamaFor{task}" if config.causal else "EuroBertForMaskedLM"
+
+
+def padding_id(config: TrainConfig, tokenizer: Tokenizer) -> int:
+    """The token that pads texts in a batch.
+
+    A classifier of transformers reads the last token that is not padding, and that has to be eos. Where the tokenizer
+    pads with eos, bos takes its place, which ends no text. Raises ConfigError where these are one token.
+    """
+    if not config.model.classes or tokenizer.pad_id != tokenizer.eos_id:
+        return tokenizer.pad_id
+    if tokenizer.bos_id == tokenizer.eos_id:
+        raise ConfigError(
+            "the tokenizer has one token for bos, eos and padding, and a classifier of transformers needs eos and "
+            "padding to differ, so it cannot be exported; use a tokenizer with a padding token"
+        )
+    return tokenizer.bos_id
 
 
 def _biased_family(tokenizer: Tokenizer) -> str:
@@ -251,7 +278,9 @@ def _rope_parameters(model: ModelConfig) -> dict[str, Any]:
 def hugging_face_names(model: ModelConfig) -> dict[str, str]:
     """Maps our parameter names to those of the classes that `architecture` names. The shapes are the same."""
     names = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
-    if not model.tie_embeddings:
+    if model.classes:
+        names["head.weight"] = CLASS_HEAD
+    elif not model.tie_embeddings:
         names["head.weight"] = "lm_head.weight"
     inner = {
         "attention_norm": "input_layernorm",
@@ -317,7 +346,7 @@ def write_config(trained: TrainedModel, folder: Path, dtype: torch.dtype, **more
     config = hugging_face_config(trained.config, tokenizer, dtype)
     config.update(more)
     config.save_pretrained(folder)
-    if not trained.config.causal:
+    if not trained.config.causal or trained.config.model.classes:
         return  # such a model generates nothing
     end_ids = _end_ids(trained)
     filling = list(range(tokenizer.vocab_size, config.vocab_size))  # embedding rows without a token
@@ -358,7 +387,7 @@ def compare_logits(trained: TrainedModel, folder: Path, dtype: torch.dtype | Non
     Our model also uses weights rounded to `dtype`, as they were written; None means as they are. A large model is not
     held whole on either side. `reading` are further arguments of `from_pretrained`.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
     # In the second row the same text is stretched over the whole context, where a scaling of positions shows.
     n_tokens = min(
@@ -373,8 +402,11 @@ def compare_logits(trained: TrainedModel, folder: Path, dtype: torch.dtype | Non
     )
     ours = streamed_decoder(trained.config.model, rounded, trained.config.causal)
     expected = ours.logits(tokens, positions)
-    is_masked = architecture(trained.config, trained.tokenizer).endswith("ForMaskedLM")
-    auto = AutoModelForMaskedLM if is_masked else AutoModelForCausalLM
+    auto: Any = AutoModelForCausalLM
+    if architecture(trained.config, trained.tokenizer).endswith("ForMaskedLM"):
+        auto = AutoModelForMaskedLM
+    if trained.config.model.classes:
+        auto, expected = AutoModelForSequenceClassification, expected[:, -1]
     if is_large(trained):
         model = _streamed_model(folder, auto)
     else:
@@ -441,11 +473,16 @@ def stored_tensors(folder: Path) -> LazyWeights:
 
 def write_tokenizer_of(trained: TrainedModel, folder: Path) -> None:
     """Write a run's tokenizer, with its chat template, and check that `transformers` gives the same tokens."""
-    fills_masks = not trained.config.causal
+    fills_masks, classifies = not trained.config.causal, bool(trained.config.model.classes)
     write_tokenizer(
-        trained.tokenizer, folder, trained.sequence_length, trained.chat_template, fills_masks=fills_masks
+        trained.tokenizer,
+        folder,
+        trained.sequence_length - classifies,  # the last place of a sequence was that of the label
+        trained.chat_template,
+        fills_masks=fills_masks,
+        pads_with=padding_id(trained.config, trained.tokenizer) if classifies else None,
     )
-    check_tokenizer(trained.tokenizer, folder, with_eos=fills_masks)
+    check_tokenizer(trained.tokenizer, folder, with_eos=fills_masks or classifies)
     if trained.chat_template is not None:
         check_chat_template(trained, folder)
 
@@ -457,21 +494,26 @@ def write_tokenizer(
     chat_template: str | None = None,
     *,
     fills_masks: bool = False,
+    pads_with: int | None = None,
 ) -> None:
     """Write tokenizer.json, tokenizer_config.json, chat_template.jinja where there is a template and, for a
     sentencepiece tokenizer, its model file.
 
     With `fills_masks`, a text is a whole document, with eos after it, and the name of the mask token in it stands for
-    that token. So do the names of the other special tokens then.
+    that token. So do the names of the other special tokens then. With `pads_with`, the id of the padding token of a
+    classifier, a text is a whole document too.
     """
     from transformers import PreTrainedTokenizerFast
 
-    named = tokenizer.named_tokens
+    named, with_eos = tokenizer.named_tokens, fills_masks or pads_with is not None
+    if pads_with is not None:
+        named["pad_token"] = tokenizer.piece(pads_with)
     if fills_masks and tokenizer.mask_id is not None:
         named["mask_token"] = tokenizer.piece(tokenizer.mask_id)
     settings: dict[str, Any] = {
         "model_max_length": max_tokens,
-        "padding_side": "left",  # batched generation needs prompts that end at the same position
+        # Batched generation needs prompts that end at the same position.
+        "padding_side": "left" if pads_with is None else "right",
         "clean_up_tokenization_spaces": False,
         # "</s>" in a text is ordinary text, unless a chat template needs to write it or a mask is to be filled.
         "split_special_tokens": chat_template is None and not fills_masks,
@@ -482,7 +524,7 @@ def write_tokenizer(
         (folder / CHAT_TEMPLATE_NAME).write_bytes(chat_template.encode())
     if tokenizer.is_sentencepiece:
         converted = PreTrainedTokenizerFast(
-            tokenizer_object=convert_tokenizer(tokenizer, with_eos=fills_masks), **settings
+            tokenizer_object=convert_tokenizer(tokenizer, with_eos=with_eos), **settings
         )
         converted.save_pretrained(folder)
         (folder / tokenizer.file_name).write_bytes(tokenizer.content)
@@ -490,7 +532,7 @@ def write_tokenizer(
     description = json.loads(tokenizer.content)
     bos, eos = (settings["bos_token"], tokenizer.bos_id), (settings["eos_token"], tokenizer.eos_id)
     # Eos would end a prompt.
-    description["post_processor"] = frame(bos, eos if fills_masks else None)
+    description["post_processor"] = frame(bos, eos if with_eos else None)
     settings["tokenizer_class"] = PreTrainedTokenizerFast.__name__
     for name, value in ((tokenizer.file_name, description), ("tokenizer_config.json", settings)):
         (folder / name).write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")

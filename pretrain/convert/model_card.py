@@ -58,19 +58,25 @@ def model_card(trained: TrainedModel, run_dir: Path, facts: CardFacts) -> str:
 
 
 def _head(trained: TrainedModel, facts: CardFacts) -> str:
-    is_gguf = facts.form.format is Format.gguf
-    front = "" if is_gguf else "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+    is_gguf, classes = facts.form.format is Format.gguf, trained.config.model.classes
+    task, kind = (
+        ("text-classification", "SequenceClassification") if classes else ("text-generation", "CausalLM")
+    )
+    front = "" if is_gguf else f"---\nlibrary_name: transformers\npipeline_tag: {task}\n---\n\n"
     use = (
         "llama.cpp and programs that build on it read the file; so does "
         "`AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=...)`."
         if is_gguf
-        else "`AutoModelForCausalLM.from_pretrained(FOLDER)` and `AutoTokenizer.from_pretrained(FOLDER)` of "
+        else f"`AutoModelFor{kind}.from_pretrained(FOLDER)` and `AutoTokenizer.from_pretrained(FOLDER)` of "
         "`transformers` load it; no code comes with it, and nothing in it is a pickle."
     )
     if not is_gguf and facts.form.stored is Stored.int8:
         use += " The package `torchao` must be installed."
+    if classes:
+        use += f" Its classes: {', '.join(map(markdown, classes))}."
+    name = "Classifier" if classes else "Language model"
     return (
-        f"{front}# Language model, step {trained.step:,}\n\nA decoder-only language model, trained with pretrain and "
+        f"{front}# {name}, step {trained.step:,}\n\nA decoder-only {name.lower()}, trained with pretrain and "
         f"exported with version {__version__} as {facts.form.name}.\n\n{use}\n\nEach figure below is marked: "
         "*measured* by the program, *counted* in files or settings, *stated* by those who made the corpus, or "
         "*estimated*.\nThe model was not tested for safety, bias or truthfulness; what it writes may be wrong or "

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pretrain import __version__
+from pretrain.config.model import MAX_CLASSES
 from pretrain.errors import ConfigError, RunError
 from pretrain.files import open_regular, read_capped
 from pretrain.remote import DamagedError, as_path, is_url, read_whole, retry_local
@@ -157,6 +158,10 @@ class Manifest:
     packed: Packed | None = None
     """How whole documents were packed into sequences; None where documents follow each other without a gap. Like
     `loss_mask`, it is written only where there is something to say."""
+    classes: Annotated[list[Line], MaxLen(MAX_CLASSES)] = field(default_factory=list)
+    """The classes of labeled documents, in the order of their numbers: the last token of a document, after its eos, is
+    the number of its class, and the only one that counts in the loss. Empty where documents have no labels, and then
+    not written."""
     root_sha256: Sha256 = ""
 
     @property
@@ -198,6 +203,8 @@ class Manifest:
             del content["packed"]
         else:
             content["packed"] = asdict(self.packed)
+        if not self.classes:
+            del content["classes"]
         return content
 
     @classmethod
@@ -242,6 +249,13 @@ class Manifest:
             or not 0 < self.last_chunk_tokens <= self.chunk_tokens
         ):
             return "its numbers of chunks and tokens"
+        if self.classes and (
+            not self.loss_mask
+            or self.packed is None
+            or len(set(self.classes)) < len(self.classes)
+            or len(self.classes) > self.vocab_size
+        ):
+            return "its classes"
         if self.packed is not None and (
             self.chunk_tokens % self.packed.sequence_tokens
             or self.last_chunk_tokens % self.packed.sequence_tokens

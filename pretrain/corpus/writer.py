@@ -68,7 +68,8 @@ class CorpusWriter:
     the sources that `add_document` may name, and `files` the names of other files in `folder` that belong to the
     corpus. With `loss_mask`, every document must say which of its tokens count in the loss. With `packed`, a document
     that does not fit into what is left of a sequence begins the next one, and eos fills up the one before; its length
-    must divide `chunk_tokens`. Raises ConfigError where `folder` already holds a corpus.
+    must divide `chunk_tokens`. With `classes`, the last token of a document is the number of its class. Raises
+    ConfigError where `folder` already holds a corpus.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class CorpusWriter:
         files: Sequence[str] = (),
         loss_mask: bool = False,
         packed: Packed | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
         self.folder = Path(folder)
         if (self.folder / MANIFEST_NAME).exists():
@@ -102,6 +104,7 @@ class CorpusWriter:
             "chunk_tokens": chunk_tokens,
             "loss_mask": loss_mask,
             "packed": packed,
+            "classes": list(classes),
         }
         self._loss_mask = loss_mask
         self._sequence_tokens, self._eos_id = packed.sequence_tokens if packed else None, eos_id

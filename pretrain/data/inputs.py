@@ -73,6 +73,7 @@ def resolve_inputs(config: TrainConfig, world_size: int) -> Inputs:
                 f"{path} was made with another tokenizer than {first_path}; "
                 "prepare both with the same tokenizer (tokenizer.path=...)"
             )
+    _set_classes(config, manifests)
     needed = -(-first.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     if config.model.vocab_size is None:
         config.model.vocab_size = needed
@@ -90,6 +91,41 @@ def masking_of(config: TrainConfig, manifest_path: str, manifest: Manifest) -> M
         return None
     tokenizer = Tokenizer(tokenizer_path(manifest_path), manifest.tokenizer_sha256)
     return Masking.of(config.mlm, config.seed, tokenizer)
+
+
+def _set_classes(config: TrainConfig, manifests: Mapping[str, Manifest]) -> None:
+    """Fill in `model.classes`. Raises ConfigError for labeled documents under another objective, documents without
+    labels under objective=classify, and corpora with different classes."""
+    first_path, first = next(iter(manifests.items()))
+    for path, manifest in manifests.items():
+        if config.objective is Objective.classify and not manifest.classes:
+            raise ConfigError(
+                f"objective=classify needs labeled documents, and those of {path} have no labels; prepare it with "
+                "format=labeled"
+            )
+        if config.objective is not Objective.classify and manifest.classes:
+            raise ConfigError(
+                f"the documents of {path} are labeled with classes, which objective={config.objective.value} would "
+                "take for text; give objective=classify, or prepare it with format=text"
+            )
+        lengths = {stage.sequence_length for stage in config.stages}
+        if manifest.packed and manifest.classes and lengths != {manifest.packed.sequence_tokens}:
+            length = min(lengths - {manifest.packed.sequence_tokens})
+            raise ConfigError(
+                f"data.sequence_length={length} is not the {manifest.packed.sequence_tokens} tokens to which the "
+                f"labeled documents of {path} were cut, and a model is used as it was trained; give "
+                f"{manifest.packed.sequence_tokens}, or prepare them again with labels.max_tokens={length}"
+            )
+        if manifest.classes != first.classes:
+            raise ConfigError(
+                f"{path} has the classes {', '.join(manifest.classes)}, and {first_path} has "
+                f"{', '.join(first.classes)}; prepare both with the same labels.classes"
+            )
+    if config.model.classes not in ([], first.classes):
+        raise ConfigError(
+            f"model.classes={config.model.classes} are not those of {first_path}, {first.classes}; leave it out"
+        )
+    config.model.classes = list(first.classes)
 
 
 def steps_of_epochs(config: TrainConfig, manifests: Sequence[Manifest]) -> int:

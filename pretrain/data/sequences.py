@@ -140,6 +140,13 @@ class SequenceReader:
             if corpus.manifest.loss_mask:
                 targets = corpus.is_target(segment.chunk, segment.start + ahead, segment.stop + ahead)
                 labels[row, begin:end][~targets] = IGNORED_LABEL
+            if (classes := corpus.manifest.classes) and (found := labels[row, begin:end].max()) >= len(
+                classes
+            ):
+                raise CorruptShardError(
+                    f"{corpus.manifest_path}: chunk {segment.chunk} has a document of class {found}, and its manifest "
+                    f"names {len(classes)} classes, numbered from 0; prepare the corpus again"
+                )
             if self._masking:
                 n_pieces, n_cut = self._mark(
                     segment, begins[row, begin:end], labels[row, begin:end], read[size - 1]

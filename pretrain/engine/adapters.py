@@ -11,7 +11,7 @@ from pretrain.config import TrainConfig
 from pretrain.distributed import World
 from pretrain.engine.state import gathered
 from pretrain.model.decoder import Decoder
-from pretrain.model.lora import add_adapters
+from pretrain.model.lora import add_adapters, is_trained
 
 
 @torch.no_grad()
@@ -24,6 +24,8 @@ def adapt(model: Decoder, base: dict[str, torch.Tensor], config: TrainConfig, wo
     """
     whole = partial(deepspeed.zero.GatheredParameters, enabled=config.engine.zero_stage == 3)
     for name, parameter in model.named_parameters():
+        if is_trained(name, config.model):  # the head of a classifier keeps its initial weights
+            continue
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         values = gathered(base[f"weight.{name}"], shape, world)
         with whole([parameter], modifier_rank=0):

@@ -237,7 +237,8 @@ def _run_probe(engine: Engine, config: TrainConfig, world: World, shape: Shape) 
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size or 0, shape)
     of_batch = torch.from_numpy(tokens)
     positions = torch.arange(shape.sequence_length).expand_as(of_batch).contiguous()
-    batch = Batch(of_batch, of_batch, positions, torch.zeros_like(of_batch), np.arange(shape.sequences))
+    labels = of_batch % len(config.model.classes) if config.model.classes else of_batch
+    batch = Batch(of_batch, labels, positions, torch.zeros_like(of_batch), np.arange(shape.sequences))
     result = engine.train_step([batch, batch._replace()], step=0, lr=0.0, loss_limit=-1.0)
     assert result is not None
     assert result.skipped, "every loss is above -1"

@@ -150,7 +150,13 @@ class EngineState:
 
     @torch.no_grad()
     def restore_weights(self, partitions: dict[str, torch.Tensor]) -> None:
-        """Load only the weights (`weight.<name>`) and set the moments to zero, to start a new run from old weights."""
+        """Load only the weights (`weight.<name>`) and set the moments to zero, to start a new run from old weights.
+
+        A weight that `partitions` lacks stays as it is.
+        """
+        if len(partitions) < len(self.weight_keys):
+            initial = {key: part.values.clone() for key, part in self.snapshot().items()}
+            partitions = {**{key: initial[key] for key in self.weight_keys}, **partitions}
         zeros = {
             key: torch.zeros_like(partitions[f"weight.{key.split('.', 1)[1]}"]) for key in self.moment_keys
         }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pretrain.batch import IGNORED_LABEL, Batch
+from pretrain.corpus.manifest import CorpusSource
 from pretrain.corpus.shards import Corpus, documents_of
 from pretrain.data.loader import build_batch
 from pretrain.data.masking import Masking
@@ -35,13 +36,17 @@ class Scores:
     """exp(loss)."""
     bits_per_byte: float | None
     """Total loss in bits per UTF-8 byte of the text; unlike the loss, it is comparable between tokenizers. None for
-    masked language modeling, which predicts only some of the tokens."""
+    masked language modeling, which predicts only some of the tokens, and for classifiers."""
     tokens: int
     """Number of predicted tokens: the text and each document's eos, or with a loss mask only the targets."""
     text_bytes: int
     """Size of the text in UTF-8, in bytes; with a loss mask, only the text of the targets."""
     documents: int
     """Number of documents."""
+    accuracy: float | None = None
+    """Fraction of the documents that a classifier puts into the right class; None for other models."""
+    macro_f1: float | None = None
+    """Mean of the F1 of the classes that occur or are predicted; None for other models."""
 
     def as_dict(self) -> dict[str, float]:
         """The scores by name, without one that does not exist."""
@@ -142,7 +147,8 @@ def evaluate_loss(
         sequences = _sequences_by_source(corpus, sequence_length, per_chunk, n_sequences, first_label)
     per_call = micro_batch_sequences * world.n_readers
     masking = masking and masking.for_heldout()
-    sums = torch.zeros(len(named), 2, dtype=torch.float64, device=world.device)
+    n_sums = 2 + len(corpus.manifest.classes) ** 2
+    sums = torch.zeros(len(named), n_sums, dtype=torch.float64, device=world.device)
     for source, numbers in sequences.items():
         for first in range(0, len(numbers), per_call):
             start = first + world.reader * micro_batch_sequences
@@ -155,19 +161,47 @@ def evaluate_loss(
                 found_sources = _label_sources(corpus, *where, sequence_length, first_label)
                 ignored = torch.from_numpy(found_sources != source)
                 batch = batch._replace(labels=batch.labels.masked_fill(ignored, IGNORED_LABEL))
-            found = forward(batch)
-            sums[source] += torch.stack([found.nll_sum.double(), found.n_predicted.double()])
-    totals = np.array(sum_over_ranks(sums.flatten().tolist(), world)).reshape(-1, 2)
-    if totals[:, 1].sum() == 0:
+            sums[source] += _row_of(forward(batch))
+    of_ranks = np.array(sum_over_ranks(sums.flatten().tolist(), world)).reshape(len(named), -1)
+    if of_ranks[:, 1].sum() == 0:
         raise _nothing_to_predict(corpus, n_sequences, key)
     chunk, sequence = divmod(n_sequences - 1, per_chunk)
     in_chunk = min((sequence + 1) * sequence_length, corpus.tokens_in(chunk))
-    table = np.hstack([totals, _text_before(corpus, chunk * corpus.chunk_tokens + in_chunk)])
-    of_sources = zip(named, table.tolist(), strict=True) if by_source else ()
+    text = _text_before(corpus, chunk * corpus.chunk_tokens + in_chunk)
+    return _result(named if by_source else [], of_ranks, text, of_all_text=masking is None)
+
+
+def _row_of(found: LossSums) -> Tensor:
+    """The sums that scores are made of: nll_sum, n_predicted and, for a classifier, its confusion matrix."""
+    row = torch.stack([found.nll_sum.double(), found.n_predicted.double()])
+    return row if found.confusion is None else torch.cat([row, found.confusion.flatten().double()])
+
+
+def _result(
+    named: Sequence[CorpusSource], sums: np.ndarray, text: np.ndarray, *, of_all_text: bool
+) -> HeldOutResult:
+    """The scores from rows of each source: `sums` as `_row_of` gives them, and `text`, its bytes and documents. Those
+    of each source are left out where `named` is empty."""
+
+    def scores(of_sums: np.ndarray, of_text: np.ndarray) -> Scores:
+        n_classes = math.isqrt(len(of_sums) - 2)
+        plain = _scores(*of_sums[:2].tolist(), *of_text.tolist(), of_all_text=of_all_text and not n_classes)
+        return with_classes(plain, of_sums[2:].reshape(n_classes, n_classes))
+
+    of_sources = zip(named, sums, text, strict=True) if named else ()
     return HeldOutResult(
-        _scores(*table.sum(0).tolist(), of_all_text=masking is None),
-        {source.name: _scores(*row, of_all_text=masking is None) for source, row in of_sources if row[1]},
+        scores(sums.sum(0), text.sum(0)),
+        {source.name: scores(row, of_text) for source, row, of_text in of_sources if row[1]},
     )
+
+
+def with_classes(scores: Scores, confusion: np.ndarray) -> Scores:
+    """The scores with those of a classifier added: `confusion` is [classes, predicted classes], empty for others."""
+    if not confusion.size:
+        return scores
+    right, either = confusion.diagonal(), confusion.sum(0) + confusion.sum(1)
+    f1 = 2 * right[either > 0] / either[either > 0]
+    return replace(scores, accuracy=float(right.sum() / confusion.sum()), macro_f1=float(f1.mean()))
 
 
 def _sequences_by_source(

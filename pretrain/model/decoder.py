@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.batch import IGNORED_LABEL
-from pretrain.config import KernelsConfig, ModelConfig
+from pretrain.config import KernelsConfig, ModelConfig, Pooling
 from pretrain.model import float8, liger
 from pretrain.model.attention import Documents, Visibility, attend, visibility
 from pretrain.model.kernels import PLAIN
 from pretrain.model.linear import linear
+from pretrain.model.pooling import document_means
 from pretrain.model.recompute import recomputed
 from pretrain.model.rotary import rotary_tables, rotate
 from pretrain.model.sequence_parallel import SequenceGroup
@@ -42,6 +43,8 @@ class LossSums(NamedTuple):
     """Sum of the squared log-partitions (logsumexp of the logits): fp32 scalar; has a gradient if config.z_loss > 0."""
     n_predicted: Tensor
     """Number of positions whose label is not -100: int64 scalar."""
+    confusion: Tensor | None = None
+    """Of a classifier that is evaluated, the number of documents by class [C] and predicted class [C]: int64 [C, C]."""
 
 
 class KVCache:
@@ -272,6 +275,22 @@ class Head(nn.Module):
         return nll.sum(), log_z.square().sum()
 
 
+class ClassHead(Head):
+    """The head of a classifier: its labels are classes, at the last token of each document."""
+
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, by_sequence: bool = False
+    ) -> tuple[Tensor, ...]:
+        """As `Head.forward`; in evaluation there is a third result with labels, the `LossSums.confusion`."""
+        found = super().forward(hidden, labels, by_sequence)
+        if labels is None or self.training or by_sequence:  # which has called this method for each sequence
+            return found
+        n_classes, is_labeled = len(self.weight), labels != IGNORED_LABEL
+        predicted = linear(hidden, self.weight)[is_labeled].argmax(-1)
+        pairs = labels[is_labeled] * n_classes + predicted
+        return *found, torch.bincount(pairs, minlength=n_classes**2).view(n_classes, n_classes)
+
+
 class Decoder(nn.Module):
     """A decoder-only transformer. Without `causal`, tokens also attend to later ones, for masked language modeling.
 
@@ -293,8 +312,11 @@ class Decoder(nn.Module):
             Block(config, layer, generator, causal) for layer in range(config.n_layers)
         )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        tied = self.embed.weight if config.tie_embeddings else None
-        self.head = Head(config, config.vocab_size, tied, generator)
+        if config.classes:
+            self.head: Head = ClassHead(config, len(config.classes), None, generator)
+        else:
+            tied = self.embed.weight if config.tie_embeddings else None
+            self.head = Head(config, config.vocab_size, tied, generator)
         self._replace_parts(kernels)
 
     def _replace_parts(self, kernels: KernelsConfig) -> None:
@@ -306,7 +328,9 @@ class Decoder(nn.Module):
                 part.norm = liger.rms_norm
             elif isinstance(part, FeedForward) and kernels.liger:
                 part.swiglu = liger.swiglu
-        self.head.fused = kernels.liger
+        self.head.fused = (
+            kernels.liger and not self.config.classes
+        )  # the logits of a few classes need no fusion
 
     def share_sequences(self, ranks: SequenceGroup) -> None:
         """Share sequences with these ranks: from now on a forward pass gets only this rank's part of each sequence."""
@@ -343,9 +367,11 @@ class Decoder(nn.Module):
         `positions` are the rotary positions (0, 1, ... by default); labels of -100 are not predicted.
         """
         hidden = self.hidden(tokens, positions, document_ids)
-        nll_sum, z_sum = self.head(hidden, labels, by_sequence)
         predicted = labels != IGNORED_LABEL
-        return LossSums(nll_sum, z_sum, predicted.sum(-1) if by_sequence else predicted.sum())
+        if self.config.pooling is Pooling.mean:
+            hidden = document_means(hidden, positions, predicted)
+        nll_sum, z_sum, *confusion = self.head(hidden, labels, by_sequence)
+        return LossSums(nll_sum, z_sum, predicted.sum(-1) if by_sequence else predicted.sum(), *confusion)
 
     def logits(
         self,
@@ -359,6 +385,14 @@ class Decoder(nn.Module):
         With a cache, `positions` are the slots for the tokens of each row, and earlier tokens are read from the cache.
         """
         return self.head(self.hidden(tokens, positions, document_ids, cache))[0]
+
+    def class_logits(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """A classifier's logits in fp32: [B, C] for whole documents [B, T] of `lengths` [B], padded on the right."""
+        hidden, last = self.hidden(tokens), (lengths - 1)[:, None]
+        if self.config.pooling is Pooling.mean:
+            is_last = torch.arange(tokens.shape[1], device=tokens.device) == last
+            hidden = document_means(hidden, None, is_last)
+        return self.head(hidden.take_along_dim(last[..., None], 1))[0][:, 0].float()
 
     def hidden(
         self,
@@ -398,10 +432,11 @@ def build_decoder(
     with torch.device("meta"):  # so no initial weights are drawn
         model = Decoder(config, seed=0, causal=causal)
     weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}
-    if config.tie_embeddings:
+    is_tied = config.tie_embeddings and not config.classes
+    if is_tied:
         weights["head.weight"] = weights["embed.weight"]
     model.load_state_dict(weights, assign=True)
-    if config.tie_embeddings:
+    if is_tied:
         model.head.weight = model.embed.weight
     return model.eval().requires_grad_(False)
 

@@ -21,6 +21,8 @@ from pretrain.model.decoder import Decoder, Linear
 from pretrain.model.streamed import LazyWeights
 
 Gathered = Callable[[list[nn.Parameter]], AbstractContextManager]
+HEAD = "head.weight"
+"""The name of the head's weight in a decoder."""
 _ADAPTER = "default"
 """The name that peft gives to the only adapter of a model. It is a part of its parameters' names."""
 
@@ -38,8 +40,9 @@ def require_peft() -> None:
         ) from error
 
 
-def peft_config(lora: LoraConfig, targets: Sequence[str]) -> Any:
-    """peft's description of the same adapters. `targets` are the names of the adapted modules in their model."""
+def peft_config(lora: LoraConfig, targets: Sequence[str], head: str | None = None) -> Any:
+    """peft's description of the same adapters. `targets` are the names of the adapted modules in their model, and
+    `head` that of a classifier's head, which is trained too."""
     import peft
 
     return peft.LoraConfig(
@@ -51,7 +54,8 @@ def peft_config(lora: LoraConfig, targets: Sequence[str]) -> Any:
         use_dora=lora.dora,
         use_rslora=lora.rank_stabilized,
         bias="none",
-        task_type="CAUSAL_LM",
+        modules_to_save=None if head is None else [head],
+        task_type="CAUSAL_LM" if head is None else "SEQ_CLS",
     )
 
 
@@ -63,6 +67,12 @@ def plain_name(name: str) -> str:
 def is_adapter(name: str) -> bool:
     """Whether a parameter, by its name, belongs to an adapter."""
     return ".lora_" in name
+
+
+def is_trained(name: str, model: ModelConfig) -> bool:
+    """Whether a parameter, by its name, is trained beside frozen weights: it belongs to an adapter, or is the head of a
+    classifier, which no base has."""
+    return is_adapter(name) or (bool(model.classes) and name == HEAD)
 
 
 def n_adapters(names: Sequence[str]) -> int:
@@ -78,7 +88,7 @@ def expected_adapters(lora: LoraConfig, model: ModelConfig) -> int:
 def add_adapters(
     model: Decoder, lora: LoraConfig, seed: int, gathered: Gathered = lambda parameters: nullcontext()
 ) -> None:
-    """Put adapters beside the target matrices of every block, and freeze all other weights.
+    """Put adapters beside the target matrices of every block, and freeze all other weights but a classifier's head.
 
     The weights of `model` must have been loaded, because DoRA begins with their norms. `gathered` makes parameters
     whole within a block, as ZeRO stage 3 needs. The new weights are a pure function of (configuration, seed) and, for
@@ -89,6 +99,7 @@ def add_adapters(
 
     config = peft_config(lora, lora.targets)
     model.requires_grad_(False)
+    model.head.requires_grad_(bool(model.config.classes))
     with torch.random.fork_rng(devices=[]):
         # Another stream than that of the initial weights, which the base may have been given with the same seed.
         torch.manual_seed(int.from_bytes(hashlib.sha256(f"lora {seed}".encode()).digest()[:7]))
@@ -101,7 +112,7 @@ def add_adapters(
     )
     trained = [plain_name(name) for name, p in model.named_parameters() if p.requires_grad]
     found, expected = n_adapters(trained), expected_adapters(lora, model.config)
-    if found != expected or not all(map(is_adapter, trained)):
+    if found != expected or not all(is_trained(name, model.config) for name in trained):
         raise RunError(
             f"{found} adapters were made of {expected} that lora.targets={lora.targets} asks for, so training would "
             "leave out some of them; report this, with the version of peft"
@@ -127,17 +138,23 @@ def merged(
 ) -> LazyWeights:
     """The weights of an ordinary decoder that computes the same as `base` with `adapters`.
 
-    Each is merged whenever it is read, so that none but the adapters must be in memory. Raises ConfigError where the
-    adapters are not those of the configuration.
+    Each is merged whenever it is read, so that none but the adapters must be in memory. `adapters` also holds the head
+    of a classifier, which `base` lacks. Raises ConfigError where the adapters are not those of the configuration.
     """
-    if {name: tuple(weight.shape) for name, weight in adapters.items()} != adapter_shapes(model, lora):
+    head = {name: weight for name, weight in adapters.items() if not is_adapter(name)}
+    expected = adapter_shapes(model, lora)
+    if model.classes:
+        expected[HEAD] = (len(model.classes), model.d_model)
+    if {name: tuple(weight.shape) for name, weight in adapters.items()} != expected:
         raise ConfigError("the adapters in the checkpoint are not those that its configuration describes")
-    adapted = {f"{name.partition('.lora_')[0]}.weight" for name in adapters}
+    adapted = {f"{name.partition('.lora_')[0]}.weight" for name in adapters.keys() - head.keys()}
 
     def read(name: str) -> Tensor:
+        if name in head:
+            return head[name]
         return _merged_weight(lora, name, base[name], adapters) if name in adapted else base[name]
 
-    return LazyWeights(list(base), read)
+    return LazyWeights([*base, *head], read)
 
 
 def _merged_weight(lora: LoraConfig, name: str, weight: Tensor, adapters: Mapping[str, Tensor]) -> Tensor:

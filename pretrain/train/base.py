@@ -19,6 +19,7 @@ from pretrain.config import Objective, TrainConfig, to_dict
 from pretrain.distributed import Partition, World, on_main
 from pretrain.errors import ConfigError
 from pretrain.model.decoder import Decoder
+from pretrain.model.lora import HEAD, is_trained
 from pretrain.reliability.heartbeat import mark
 from pretrain.remote import is_url
 from pretrain.train.run_folder import shapes_the_run
@@ -51,6 +52,21 @@ def source_of(run_dir: str, world: World, tokenizer_sha256: str) -> Verified:
     return found.verified
 
 
+def new_weights(source: Verified, config: TrainConfig) -> list[str]:
+    """The names of the weights that keep their initial values where all others begin as those of another run: the head
+    of a classifier, unless that run is one of the same classes.
+
+    Raises ConfigError where that run is a classifier, whose head no other objective can use.
+    """
+    theirs = source.state["config"].get("model", {}).get("classes", [])
+    if theirs and not config.model.classes:
+        raise ConfigError(
+            f"init_from={config.init_from} was trained with objective=classify and has no head for a vocabulary; give "
+            "the run that it began with, or objective=classify"
+        )
+    return [HEAD] if config.model.classes != theirs else []
+
+
 def base_of(
     config: TrainConfig, root: Path, state: RunState | None, tokenizer_sha256: str, world: World
 ) -> Base | None:
@@ -72,7 +88,8 @@ def _shares(found: Verified, config: TrainConfig, world: World) -> dict[str, tor
     with torch.device("meta"):
         model = Decoder(config.model, seed=0)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return checkpoint.load(found, [f"weight.{name}" for name in shapes], shapes, world)
+    without = [name for name in shapes if is_trained(name, config.model)]
+    return checkpoint.load(found, [f"weight.{name}" for name in shapes], shapes, world, without=without)
 
 
 def _copy(config: TrainConfig, root: Path, tokenizer_sha256: str, world: World) -> None:
@@ -87,7 +104,8 @@ def _copy(config: TrainConfig, root: Path, tokenizer_sha256: str, world: World) 
         key: Partition(values, torch.Size(shapes[key.removeprefix("weight.")]).numel())
         for key, values in shares.items()
     }
-    state = {**source.state, "optimizer_step": 0, "order": {}}
+    held = {name: shape for name, shape in shapes.items() if f"weight.{name}" in shares}
+    state = {**source.state, "optimizer_step": 0, "order": {}, "tensors": held}
     folder = checkpoint.base_root(root)
 
     def prepare() -> None:
@@ -101,7 +119,8 @@ def _copy(config: TrainConfig, root: Path, tokenizer_sha256: str, world: World) 
 def check_same_model(config: TrainConfig, source: Verified) -> None:
     """Raise ConfigError where what the weights' shapes do not show differs: heads, positions, norms, objective."""
     objective = source.state["config"].get("objective", Objective.causal.value)
-    if objective != config.objective.value:
+    has_same_body = {objective, config.objective.value} <= {Objective.causal.value, Objective.classify.value}
+    if objective != config.objective.value and not (has_same_body and config.model.classes):
         raise ConfigError(
             f"objective={config.objective.value}, but init_from={config.init_from} was trained with {objective}, and "
             "adapters need the same model; give the objective of that run"
@@ -110,7 +129,10 @@ def check_same_model(config: TrainConfig, source: Verified) -> None:
         _derived(model) for model in (source.state["config"].get("model", {}), to_dict(config.model))
     )
     for key, value in ours.items():
-        if shapes_the_run(f"model.{key}") and key != "init_std" and theirs.get(key, value) != value:
+        of_head = key in ("classes", "pooling") and config.model.classes
+        if of_head or key == "init_std" or not shapes_the_run(f"model.{key}"):
+            continue
+        if theirs.get(key, value) != value:
             raise ConfigError(
                 f"model.{key}={value}, but init_from={config.init_from} was trained with {theirs[key]}, and adapters "
                 "need the same model; give the model options of that run"

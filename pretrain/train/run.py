@@ -43,7 +43,7 @@ from pretrain.reliability.journal import heldout_losses_of
 from pretrain.reliability.stop import StopRequest
 from pretrain.reliability.watchdog import Watchdog
 from pretrain.remote import ReadOptions
-from pretrain.train.base import base_of, source_of
+from pretrain.train.base import base_of, new_weights, source_of
 from pretrain.train.early_stop import EarlyStop
 from pretrain.train.loss_guard import LossGuard
 from pretrain.train.run_folder import check_resumable, write_run_files
@@ -324,7 +324,8 @@ def _packing_of(manifest: Manifest) -> dict[str, Any]:
 def _init_from(run_dir: str, engine: Engine, world: World, tokenizer_sha256: str) -> None:
     """Load initial weights from the newest good checkpoint of another run, given by its folder or its URL."""
     source, state = source_of(run_dir, world, tokenizer_sha256), engine.state
-    state.restore_weights(checkpoint.load(source, state.weight_keys, state.shapes, world))
+    without = new_weights(source, engine.config)
+    state.restore_weights(checkpoint.load(source, state.weight_keys, state.shapes, world, without=without))
 
 
 # ---- state ----
