@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from pretrain.corpus.labels import LabeledDocument
     from pretrain.corpus.shards import Corpus
     from pretrain.evaluate.heldout import HeldOutResult, TokenDocument
-    from pretrain.evaluate.questions import Question, Unscored
     from pretrain.evaluate.results import ItemResult, Results
-    from pretrain.evaluate.running import Outcome
-    from pretrain.evaluate.tasks import Task
+    from pretrain.evaluate.tasks.questions import Question, Unscored
+    from pretrain.evaluate.tasks.running import Outcome
+    from pretrain.evaluate.tasks.task import Task
     from pretrain.model.decoder import Decoder
     from pretrain.trained import TrainedModel
 
@@ -403,9 +403,9 @@ class Asked:
 def read_tasks(config: EvalConfig) -> list[Asked]:
     """The tasks and their questions. Raises ConfigError for a wrong file, before a model is loaded."""
     from data_tools.text import clean
-    from pretrain.evaluate.questions import questions_of
-    from pretrain.evaluate.running import check_packages
-    from pretrain.evaluate.tasks import load_task
+    from pretrain.evaluate.tasks.questions import questions_of
+    from pretrain.evaluate.tasks.running import check_packages
+    from pretrain.evaluate.tasks.task import load_task
 
     found: list[Asked] = []
     for path in config.tasks:
@@ -425,7 +425,7 @@ def look_in_corpus(found: list[Asked], corpus: str) -> None:
     """Look for the text of all items in the training corpus, which is read once."""
     from data_tools.progress import stage
     from data_tools.stages.decontamination.runs import blocks, runs
-    from pretrain.evaluate.overlap import Wanted, open_corpus, texts_of
+    from pretrain.evaluate.tasks.overlap import Wanted, open_corpus, texts_of
 
     wanted = Wanted([question.texts for asked in found for question in asked.questions], runs)
     opened, tokenizer = open_corpus(Path(corpus).expanduser())
@@ -444,7 +444,7 @@ def score_tasks(config: EvalConfig, loaded: Loaded, found: list[Asked]) -> list[
     """Put all tasks to the model, and write the results of each as soon as it has them."""
     from data_tools.progress import stage
     from data_tools.text import clean
-    from pretrain.evaluate.running import Subject, ask, text_bytes
+    from pretrain.evaluate.tasks.running import Subject, ask, text_bytes
     from pretrain.generation.sampling import Sampling
 
     assert config.output is not None

@@ -1,1 +1,1 @@
-"""Evaluation of a trained model: its held-out loss, and the text that it generates."""
+"""What a trained model is worth: its held-out loss, its scores on tasks, and whether two models differ."""

@@ -30,7 +30,7 @@ from pretrain.engine.engine import StepResult
 from pretrain.engine.optim import learning_rate
 from pretrain.errors import ConfigError, ExitCode
 from pretrain.evaluate.heldout import HeldOutResult, evaluate_loss
-from pretrain.evaluate.in_loop import evaluate_tasks
+from pretrain.evaluate.tasks.in_loop import evaluate_tasks
 from pretrain.monitor.monitor import StepRecord
 from pretrain.printing import say
 from pretrain.reliability.events import Event

@@ -32,7 +32,7 @@ from pretrain.engine.loss_scale import LossScale
 from pretrain.engine.peak import emulation_warning, rank_peak_flops
 from pretrain.errors import ConfigError
 from pretrain.evaluate.heldout import check_heldout
-from pretrain.evaluate.in_loop import LoopTask, prepare
+from pretrain.evaluate.tasks.in_loop import LoopTask, prepare
 from pretrain.model.lora import n_adapters
 from pretrain.model.precision import precision_of
 from pretrain.monitor.monitor import Monitor

@@ -262,9 +262,9 @@ JOURNAL = b"""{"event": "started", "attempt": 1, "step": 0}
 def task(data: bytes) -> None:
     """Read a task file in both forms, the items of a task, and a file of results."""
     from data_tools.text import clean
-    from pretrain.evaluate.questions import questions_of
     from pretrain.evaluate.results import read_results
-    from pretrain.evaluate.tasks import load_task
+    from pretrain.evaluate.tasks.questions import questions_of
+    from pretrain.evaluate.tasks.task import load_task
 
     for name, content in (("task/x.yaml", data), ("task/x.json", data), ("task/own.yaml", OWN_TASK)):
         path = write(name, content)

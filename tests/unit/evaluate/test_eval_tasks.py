@@ -19,10 +19,10 @@ from pretrain.corpus.chat import OWN_TEMPLATE, Chat
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.errors import ConfigError
 from pretrain.evaluate.compare import compare, results_in
-from pretrain.evaluate.encoding import CannotEncodeError, Encoder
-from pretrain.evaluate.likelihood import Request, log_likelihoods, rows_of
-from pretrain.evaluate.questions import Question, Solved
 from pretrain.evaluate.results import read_results
+from pretrain.evaluate.tasks.encoding import CannotEncodeError, Encoder
+from pretrain.evaluate.tasks.likelihood import Request, log_likelihoods, rows_of
+from pretrain.evaluate.tasks.questions import Question, Solved
 from pretrain.generation.sampling import Sampling
 from pretrain.generation.writer import Writer
 from pretrain.model.decoder import Decoder

@@ -18,11 +18,11 @@ from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.distributed import World
 from pretrain.errors import ConfigError
 from pretrain.evaluate import in_loop
-from pretrain.evaluate.in_loop import LoopTask, evaluate_tasks, prepare
-from pretrain.evaluate.questions import questions_of
 from pretrain.evaluate.results import scored
-from pretrain.evaluate.running import Subject, ask
-from pretrain.evaluate.tasks import load_task
+from pretrain.evaluate.tasks.in_loop import LoopTask, evaluate_tasks, prepare
+from pretrain.evaluate.tasks.questions import questions_of
+from pretrain.evaluate.tasks.running import Subject, ask
+from pretrain.evaluate.tasks.task import load_task
 from pretrain.generation.sampling import Sampling
 from pretrain.model.decoder import Decoder, LossSums
 from pretrain.trained import load_trained

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data_tools.stages.decontamination.runs import CHARACTERS, WORDS, blocks, runs
 from pretrain.errors import ConfigError
-from pretrain.evaluate.overlap import Wanted, open_corpus, texts_of
+from pretrain.evaluate.tasks.overlap import Wanted, open_corpus, texts_of
 from support.trained_run import TEXTS, train_tokenizer, write_heldout
 
 SENTENCE = "It is a truth universally acknowledged, that a single man in possession of a good fortune"

@@ -17,10 +17,10 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
 )
 
-from pretrain.evaluate.answers import exact_match, statistics_of, token_f1, units
-from pretrain.evaluate.choices import by_label, chosen, classified
 from pretrain.evaluate.scores import Array, resampled, score_named, standard_error, value_of
-from pretrain.evaluate.tasks import Language, Metric
+from pretrain.evaluate.tasks.answers import exact_match, statistics_of, token_f1, units
+from pretrain.evaluate.tasks.choices import by_label, chosen, classified
+from pretrain.evaluate.tasks.task import Language, Metric
 
 ENGLISH = [
     (

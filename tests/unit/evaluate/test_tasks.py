@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from data_tools.text import clean
 from pretrain.errors import ConfigError
-from pretrain.evaluate.questions import Question, Unscored, fill, questions_of
-from pretrain.evaluate.tasks import Kind, Metric, Task, load_task, read_items
+from pretrain.evaluate.tasks.questions import Question, Unscored, fill, questions_of
+from pretrain.evaluate.tasks.task import Kind, Metric, Task, load_task, read_items
 
 ITEMS = [
     {"id": "one", "text": "so good", "label": "pos"},

@@ -12,13 +12,13 @@ import torch
 from pretrain.corpus.chat import Chat
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.errors import ConfigError, RunError
-from pretrain.evaluate.answers import statistics_of
-from pretrain.evaluate.choices import Chosen, by_label, chosen, classified
-from pretrain.evaluate.encoding import CannotEncodeError, Encoder
-from pretrain.evaluate.likelihood import Request, log_likelihoods
-from pretrain.evaluate.questions import Question, Unscored
 from pretrain.evaluate.scores import Array
-from pretrain.evaluate.tasks import Kind, Task
+from pretrain.evaluate.tasks.answers import statistics_of
+from pretrain.evaluate.tasks.choices import Chosen, by_label, chosen, classified
+from pretrain.evaluate.tasks.encoding import CannotEncodeError, Encoder
+from pretrain.evaluate.tasks.likelihood import Request, log_likelihoods
+from pretrain.evaluate.tasks.questions import Question, Unscored
+from pretrain.evaluate.tasks.task import Kind, Task
 from pretrain.generation.batch import Prompt
 from pretrain.generation.sampling import Sampling
 from pretrain.generation.writer import prompt_seed, write

@@ -9,8 +9,8 @@ from pretrain.corpus.chat import ASSISTANT, USER, Chat
 from pretrain.corpus.chat_template import DialogueError
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.errors import ConfigError
-from pretrain.evaluate.likelihood import Request
-from pretrain.evaluate.questions import Question
+from pretrain.evaluate.tasks.likelihood import Request
+from pretrain.evaluate.tasks.questions import Question
 
 
 class CannotEncodeError(Exception):

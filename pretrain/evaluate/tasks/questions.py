@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pretrain.errors import ConfigError
-from pretrain.evaluate.tasks import Item, Kind, Task, read_examples, read_items
+from pretrain.evaluate.tasks.task import Item, Kind, Task, read_examples, read_items
 
 _PARTS = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 

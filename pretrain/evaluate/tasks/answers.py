@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.evaluate.scores import Array, lacks, sacrebleu_metric
-from pretrain.evaluate.tasks import Language, Metric
+from pretrain.evaluate.tasks.task import Language, Metric
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 # Han, kana and hangul, of which each character is a unit, and runs of other letters and digits.

@@ -16,12 +16,12 @@ from pretrain.batch import IGNORED_LABEL, Batch
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.distributed import World, sum_over_ranks
 from pretrain.errors import ConfigError
-from pretrain.evaluate.encoding import Encoder
-from pretrain.evaluate.likelihood import Request
-from pretrain.evaluate.questions import Question, questions_of
-from pretrain.evaluate.running import choose, encodable
 from pretrain.evaluate.scores import standard_error, value_of
-from pretrain.evaluate.tasks import Kind, Task, load_task
+from pretrain.evaluate.tasks.encoding import Encoder
+from pretrain.evaluate.tasks.likelihood import Request
+from pretrain.evaluate.tasks.questions import Question, questions_of
+from pretrain.evaluate.tasks.running import choose, encodable
+from pretrain.evaluate.tasks.task import Kind, Task, load_task
 from pretrain.model.decoder import LossSums
 
 RECORDED = ("accuracy", "accuracy_per_character", "gold_bits_per_byte")
