@@ -22,10 +22,13 @@ begin(__name__, interrupted="nothing was written")
 import argparse
 import json
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from pretrain.errors import ConfigError, ExitCode
-from pretrain.evaluate.compare import Comparison, Side, compare, results_in
 from pretrain.printing import print_error, say, shown
+
+if TYPE_CHECKING:
+    from pretrain.evaluate.compare import Comparison, Side
 
 
 def main() -> int:
@@ -55,6 +58,8 @@ def main() -> int:
 
 def compare_folders(a: Path, b: Path, scores: list[str], alpha: float, as_json: bool) -> None:
     """Compare two files or folders. Raises ConfigError."""
+    from pretrain.evaluate.compare import compare, results_in
+
     if not 0 < alpha < 1:
         raise ConfigError(f"--alpha {alpha} must be greater than 0 and less than 1")
     of_a, of_b = results_in(a), results_in(b)

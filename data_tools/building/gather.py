@@ -22,7 +22,6 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import xxhash
-from pydantic_core import to_json
 
 from data_tools import text as clean
 from data_tools.building.classes import classes_of
@@ -490,6 +489,8 @@ def choose_sample(digests: np.ndarray, weights: Sequence[float], sample_bytes: i
 
 def json_array(value: Any) -> np.ndarray:
     """JSON as an array of bytes, so that it can be stored beside other arrays in one .npz."""
+    from pydantic_core import to_json  # imported here so that help is printed without it
+
     return np.frombuffer(to_json(value), dtype=np.uint8)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from pydantic_core import to_json
 
 from pretrain.corpus.chunk_documents import MAX_ID_CHARS
 from pretrain.corpus.ids import IDS_NAME, hash_ids
@@ -272,6 +271,8 @@ class CorpusWriter:
         if len(unknown):
             piece = int(np.searchsorted(self._columns["starts"], unknown[0], side="right")) - 1
             raise self._unknown_token(self._columns["ids"][piece])
+        from pydantic_core import to_json  # imported here so that what only reads a corpus does not load it
+
         tokens = self._buffer[: self._filled].tobytes()
         columns = self._columns
         documents = to_json(columns)  # as json.dumps writes it, without blanks, and several times faster

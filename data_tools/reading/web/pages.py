@@ -33,11 +33,15 @@ _MANY_TAGS = 250_000
 # Parsing a tag takes time quadratic in its number of attributes: 60,000 take 20 s, 2,000 take 20 ms.
 _MANY_ATTRIBUTES = 2000
 _LONG_TAG_BYTES = 2 * _MANY_ATTRIBUTES
+_MANY_PARTS = 20_000  # of a tag, quoted and not: each takes memory
+_PART = rb"""(?:[^>"']++|"[^"]*+"|'[^']*+')"""
+_NEXT_PART = re.compile(_PART)
 # Scripts, styles and comments are matched too, because they contain no tags.
 _TAG = re.compile(
     rb"""<(?:(script|style)\b[^>]*+>.*?(?:</\1|\Z)
           |!--.*?(?:-->|\Z)
-          |[a-z](?:[^>"']++|"[^"]*+"|'[^']*+')*+)""",
+          |[a-z]%b{0,%d})"""
+    % (_PART, _MANY_PARTS),
     re.I | re.S | re.X,
 )
 _VALUE = re.compile(rb"""=\s*+(?:"[^"]*+"|'[^']*+'|[^\s>"']*+)""")
@@ -188,7 +192,9 @@ def _check_tags(html: bytes) -> None:
         return
     for tag in _TAG.finditer(html):
         is_long = tag.end() - tag.start() > _LONG_TAG_BYTES and not tag[1] and not tag[0].startswith(b"<!")
-        if is_long and len(_VALUE.sub(b" ", tag[0]).split()) > _MANY_ATTRIBUTES:
+        if is_long and (
+            _NEXT_PART.match(html, tag.end()) or len(_VALUE.sub(b" ", tag[0]).split()) > _MANY_ATTRIBUTES
+        ):
             raise ValueError(f"is a page with a tag of more than {_MANY_ATTRIBUTES:,} attributes")
 
 

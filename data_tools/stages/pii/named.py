@@ -55,7 +55,7 @@ _VALUE = (
     rf"(?:(?:(?:\[\]byte|Data|bytes|Buffer\.from|String::from|Secret(?:Str)?|SecureString|unhexlify|fromhex)\("
     rf"|ConvertTo-SecureString (?:-String )?"
     rf"|[\w.]{{1,30}} (?:or|\?\?|\|\|) )?"
-    rf"@?[bruf]?\\{{0,3}}(?P<quote>[\"'`]){_SCHEME}(?P<quoted>(?:(?!(?P=quote))[^\s\\]|\\(?!(?P=quote))){{6,4000}}+)"
+    rf"@?[bruf]?\\{{0,3}}(?P<quote>[\"'`]){_SCHEME}(?P<quoted>(?:(?!(?P=quote))[^\s\\]|\\(?!(?P=quote))){{6,4000}})"
     rf"\\{{0,3}}(?P=quote)"
     rf"|{_SCHEME}(?:base64:)?(?P<bare>[a-z]{{4}}(?:[ ][a-z]{{4}}){{3}}(?![ ]?[a-z])|"
     rf"[A-Za-z0-9+/_=.~!@#$%^&*?|-]{{6,4000}}+)(?![({{\[>]))"

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,15 @@ def packages(modules: list[str]) -> set[str]:
     """Those that are neither Python's nor ours."""
     found = {name.split(".")[0] for name in modules if not name.startswith("_cython_")}
     found = {name for name in found if not name.startswith("_sysconfigdata")}
-    return found - set(sys.stdlib_module_names) - OF_THE_INTERPRETER - OURS
+    return found - set(sys.stdlib_module_names) - OF_THE_INTERPRETER - OURS - at_every_start()
+
+
+@cache
+def at_every_start() -> set[str]:
+    """What an empty program imports: Ubuntu's sitecustomize has a hook of its own."""
+    command = [sys.executable, "-c", "import sys; print(*sys.modules)"]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return {name.split(".")[0] for name in names}
 
 
 def imports_of(*arguments: str) -> list[str]:

@@ -147,6 +147,7 @@ def test_a_page_that_takes_too_long_ends_its_process_alone() -> None:
         bombs.attributes(2_100).replace("=1", "='>'"),
         bombs.attributes(2_100).replace("=1", ""),
         "<!-- ' --><p title='<x>' " + bombs.attributes(2_100)[2:],
+        "<p" + '""' * 30_000 + bombs.attributes(2_100)[2:],
     ],
 )
 def test_a_tag_of_very_many_attributes_is_not_parsed(tag: str) -> None:
@@ -164,6 +165,7 @@ def test_a_tag_of_very_many_attributes_is_not_parsed(tag: str) -> None:
         "<!-- a<b " + "word " * 3000 + "-->",
         "<p>1<2 and 3>2</p>" + "<p class='x' id=\"y\">words</p>" * 3000,
         bombs.attributes(1_900),
+        "<p data-text='" + '{"a": "b"}' * 9000 + "'>",
     ],
 )
 def test_honest_pages_with_long_tags_and_scripts_are_parsed(honest: str) -> None:
