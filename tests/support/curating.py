@@ -37,8 +37,11 @@ def documents() -> list[dict[str, Any]]:
     def add(source: str, text: str) -> None:
         records.append({"id": f"{source}:{len(records)}", "source": source, "text": text})
 
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:40]:
-        add("code", path.read_text(encoding="utf-8"))
+    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    for text in list(dict.fromkeys(path.read_text(encoding="utf-8") for path in modules))[
+        :40
+    ]:  # Debian has copies
+        add("code", text)
     for number in range(12):
         add("news", report(number))
         add(

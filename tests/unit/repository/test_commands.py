@@ -21,7 +21,11 @@ MODULES = [f"data_tools.{name}" for name in ("curate", "prepare", "rejects", "re
 ALL = [[str(script)] for script in SCRIPTS] + [["-m", module] for module in MODULES]
 GO_ON = {"launch/train.py", "launch/supervise.py", "launch/quickstart_job.py"}
 """Nobody has to read what these write."""
-NEED_PACKAGES = [command for command in ALL if command != ["launch/quickstart_job.py"]]
+LATE = {"launch/compare.py": ["a", "b"]}
+"""Without these arguments it says what is missing before it loads any package."""
+NEED_PACKAGES = [
+    [*command, *LATE.get(command[0], [])] for command in ALL if command != ["launch/quickstart_job.py"]
+]
 """The quickstart makes the environment first."""
 
 
