@@ -206,6 +206,8 @@ def _dcp_weight(folder: Path, name: str, described: dict[str, Any], places: dict
 
 # ---- DeepSpeed ----
 
+_ZERO_STAGES = {"optimizer_states": 1, "gradients": 2, "weights": 3}
+
 
 def _deepspeed(folder: Path) -> dict[str, Weight]:
     """The fp32 weights in the partitions of ZeRO: deepspeed/utils/zero_to_fp32.py describes the layout."""
@@ -219,8 +221,9 @@ def _deepspeed(folder: Path) -> dict[str, Weight]:
         raise PickledError("it has no file zero_pp_rank_*_optim_states.pt, so it was not written by ZeRO")
     stage, count = states[0][1].get("zero_stage"), states[0][1].get("partition_count")
     count = max(count) if isinstance(count, list) and count else count
-    if isinstance(stage, Made) and stage.arguments:  # an enum
-        stage = stage.arguments[0]
+    if isinstance(stage, Made) and stage.arguments:  # an enum by its value or, from some Pythons, by its name
+        stage = stage.arguments[-1]
+        stage = _ZERO_STAGES.get(stage) if isinstance(stage, str) else stage
     if stage not in (1, 2, 3) or count != len(files):
         raise PickledError(
             f"it is of ZeRO stage {stage} and has {len(files)} files of the optimizer for {count} ranks"
