@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from pydantic_core import to_json
 
 from pretrain.corpus import ids as document_ids
 from pretrain.corpus.check import verify_corpus
@@ -32,7 +33,7 @@ from pretrain.corpus.manifest import (
     token_dtype,
 )
 from pretrain.corpus.shards import Corpus, documents_of
-from pretrain.corpus.writer import CorpusWriter, Documents, to_json
+from pretrain.corpus.writer import CorpusWriter, Documents
 from pretrain.corpus.writer import _header as tar_header
 from pretrain.errors import ConfigError
 

@@ -17,8 +17,8 @@ from pretrain.config.records import EvaluationConfig
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.distributed import World
 from pretrain.errors import ConfigError
-from pretrain.evaluate import in_loop
 from pretrain.evaluate.results import scored
+from pretrain.evaluate.tasks import in_loop
 from pretrain.evaluate.tasks.in_loop import LoopTask, evaluate_tasks, prepare
 from pretrain.evaluate.tasks.questions import questions_of
 from pretrain.evaluate.tasks.running import Subject, ask
