@@ -25,6 +25,7 @@ from typing import Any
 from pretrain.config import WatchdogConfig
 from pretrain.config.launched import launched_local_size, launched_rank, launched_world_size
 from pretrain.reliability import heartbeat
+from pretrain.reliability.events import EVENTS_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 STACK_SIGNAL = signal.SIGUSR2
@@ -47,10 +48,12 @@ class Watchdog:
         self._hub = _listen() if launched_rank() == 0 and launched_world_size() > 1 else None
         self._token = secrets.token_hex(16)
         self._started = False
+        events = Path(run_dir) / EVENTS_FILE
         facts = {
             "rank": launched_rank(),
             "pid": os.getpid(),
             "run_dir": str(Path(run_dir).absolute()),
+            "events_bytes": events.stat().st_size if events.exists() else 0,
             "progress": progress,
             "stacks": stacks,
             "hub": self._hub.fileno() if self._hub else None,

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.command import begin
-from pretrain.files import create_file, is_inside
+from pretrain.files import create_file, is_inside, open_regular
 from pretrain.reliability import heartbeat
-from pretrain.reliability.events import Event, EventLog, RankFailure
+from pretrain.reliability.events import EVENTS_FILE, Event, EventLog, RankFailure
 from pretrain.reliability.hub import Hub, Line, Message
 from pretrain.reliability.json_lines import utc_now
 from pretrain.reliability.processes import command_line_of, status_of
@@ -50,6 +50,8 @@ class Watcher:
     def __init__(self, facts: dict[str, Any]) -> None:
         self.rank, self.size = facts["rank"], facts["world_size"]
         self.run_dir = Path(facts["run_dir"])
+        self.events_bytes = facts["events_bytes"]
+        """Size of events.jsonl when the rank began."""
         self.limits = {name: facts[name] for name in ("startup_s", "step_s", "lost_s")}
         self.progress, self.stacks = facts["progress"], facts["stacks"]
         self.pid = facts["pid"]
@@ -358,12 +360,22 @@ class Watcher:
         """
         self.verdict = verdict
         self.ended_at = time.monotonic()
-        if self.listener is not None or self.size == 1 or (self.rank == 1 and not told):
+        stands_in = self.rank == 1 and not told and not self._hub_has_recorded()
+        if self.listener is not None or self.size == 1 or stands_in:
             self._say(verdict)
         if not self.dead:
             if not self.dumped:
                 self._dump()
             self._kill(signal.SIGKILL)
+
+    def _hub_has_recorded(self) -> bool:
+        """Whether a verdict was recorded since the rank began: the hub may be gone before this watcher reaches it."""
+        try:
+            with open_regular(self.run_dir / EVENTS_FILE) as file:
+                file.seek(self.events_bytes)
+                return f'"{Event.RANK_FAILED}"'.encode() in file.read()
+        except (OSError, ValueError):
+            return False
 
     def _say(self, verdict: dict[str, Any]) -> None:
         if self.run_dir.is_dir():  # a rank may fail before the run folder is made

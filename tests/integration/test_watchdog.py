@@ -50,6 +50,26 @@ def run_into(trouble: str, victim: int, tmp_path: Path, n_ranks: int = 3) -> tup
     return codes, events[0], output
 
 
+def test_a_watcher_that_is_late_adds_no_verdict_to_that_of_the_hub(tmp_path: Path) -> None:
+    """Rank 0 fails, and its watcher leaves, before the watcher of rank 1 has read that it is to join."""
+    events = tmp_path / "events.jsonl"
+    with Ranks(3, WORKER, str(tmp_path), "raises", "0", log_dir=tmp_path / "logs") as ranks:
+        processes = [psutil.Process(p.pid) for p in ranks.processes]
+        deadline = time.monotonic() + 60
+        while not (found := watchers_of(processes[1:2])) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        found[0].suspend()
+        hub = watchers_of(processes[:1])
+        while not events.exists() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        processes[1].suspend()  # or it would end by itself, as rank 0 is gone
+        psutil.wait_procs(hub, timeout=30)
+        found[0].resume()
+        ranks.wait(60)
+    recorded = [json.loads(line) for line in events.read_text().splitlines()]
+    assert [(event["rank"], event["cause"], event["attempt"]) for event in recorded] == [(0, "error", 7)]
+
+
 @pytest.mark.parametrize(
     ("trouble", "cause"),
     [
