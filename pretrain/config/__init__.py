@@ -13,7 +13,6 @@ from pretrain.config.command_line import run_command
 from pretrain.config.data import BadChunk, DataConfig, Packing, SourceConfig, StageConfig
 from pretrain.config.engine import EngineConfig
 from pretrain.config.load import load_config, stored_config, to_dict, validate
-from pretrain.config.lora import LoraConfig
 from pretrain.config.model import (
     AttentionKernel,
     KernelsConfig,
@@ -25,7 +24,7 @@ from pretrain.config.model import (
     RopeType,
     Switch,
 )
-from pretrain.config.objective import MlmConfig, Objective
+from pretrain.config.objective import LoraConfig, MlmConfig, Objective
 from pretrain.config.optimizer import EmaConfig, OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
 from pretrain.config.records import EvaluationConfig, LoggingConfig, WandbMode
 from pretrain.config.run import AUTO, SubmitConfig, TrainConfig

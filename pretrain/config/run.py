@@ -11,9 +11,8 @@ from pretrain.config.cluster import ClusterConfig
 from pretrain.config.data import MAX_BATCH_SEQUENCES, DataConfig
 from pretrain.config.data_stages import MAX_EPOCHS, DataStage, micro_batch_of, n_steps_of, plan_stages
 from pretrain.config.engine import EngineConfig
-from pretrain.config.lora import LoraConfig
 from pretrain.config.model import KernelsConfig, ModelConfig, Pooling, Precision
-from pretrain.config.objective import MlmConfig, Objective
+from pretrain.config.objective import LoraConfig, MlmConfig, Objective
 from pretrain.config.optimizer import EmaConfig, OptimConfig, OptimizerName, ScheduleConfig, ScheduleName
 from pretrain.config.records import EvaluationConfig, LoggingConfig
 from pretrain.config.texts import PathText

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import ModelConfig
-from pretrain.config.lora import LoraConfig
+from pretrain.config.objective import LoraConfig
 from pretrain.errors import ConfigError, RunError
 from pretrain.model.decoder import Decoder, Linear
 from pretrain.model.streamed import LazyWeights

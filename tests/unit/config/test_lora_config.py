@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pretrain.config import LoraConfig, TrainConfig, load_config, to_dict
-from pretrain.config.lora import TARGETS
+from pretrain.config.objective import TARGETS
 from pretrain.errors import ConfigError
 from pretrain.train.run_folder import check_resumable
 from support.trained_run import script

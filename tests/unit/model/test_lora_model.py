@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.arithmetic import adapter_parameters, flops_per_token
 from pretrain.config import LoraConfig, ModelConfig
-from pretrain.config.lora import TARGETS
+from pretrain.config.objective import TARGETS
 from pretrain.errors import ConfigError, RunError
 from pretrain.model.decoder import Decoder, Linear, build_decoder
 from pretrain.model.lora import adapter_shapes, add_adapters, is_adapter, merged, n_adapters, plain_name
